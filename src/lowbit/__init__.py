@@ -1,0 +1,30 @@
+"""lowbit: quantize large language models by any published method, run them packed, and measure what it cost.
+
+Importing this package makes ``quant_method: "lowbit"`` known to transformers, so that
+``AutoModelForCausalLM.from_pretrained`` reads its checkpoints. It touches no device and loads no model.
+
+Some names are both a function here and a module (``lowbit.recipe("gptq")``, ``from lowbit.recipe import Recipe``): every
+module is imported first, so that the functions below are what the names mean.
+"""
+
+__version__ = "0.1.0"
+
+from lowbit import methods as _methods  # noqa: F401  (fills the registry of methods)
+from lowbit.api import evaluate, load, load_tokenizer, methods
+from lowbit.pipeline import BrokenModel, QuantizeReport, quantize
+from lowbit.recipe import Recipe, recipe
+from lowbit.single import quantize_linear
+
+__all__ = [
+    "BrokenModel",
+    "QuantizeReport",
+    "Recipe",
+    "__version__",
+    "evaluate",
+    "load",
+    "load_tokenizer",
+    "methods",
+    "quantize",
+    "quantize_linear",
+    "recipe",
+]

@@ -1,0 +1,89 @@
+"""The functions of the public interface that are one line of other modules' work: load, evaluate, list."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import lowbit.methods  # noqa: F401  (fills the registry of methods)
+from lowbit.calibrate import source as sources
+from lowbit.calibrate.data import load_text
+from lowbit.calibrate.source import load_tokenizer
+from lowbit.evaluate import Evaluation, directory_bytes, evaluate_model
+from lowbit.formats import native
+from lowbit.recipe import METHODS
+
+
+def load(
+    model: str | PathLike[str], dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A transformers model ready to run: a lowbit checkpoint, packed, or any model that lowbit can quantize.
+
+    Args:
+        model: a directory, a hub id, a ``.gguf`` file or ``smollm2-135m``.
+        dtype: of what is not packed; None: as stored.
+
+    Raises:
+        ValueError: nothing there that can be loaded, with what to do.
+    """
+    _, path = sources.locate(model, trust_remote_code=trust_remote_code)
+    return native.load(path, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def evaluate(
+    model: str | PathLike[str] | PreTrainedModel,
+    text: str | Tensor = "python-docs",
+    *,
+    protocol: str = "gptq",
+    seq_len: int = 1024,
+    windows: int | None = 20,
+    against: str | PathLike[str] | PreTrainedModel | None = None,
+    tokenizer: Any = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Evaluation:
+    """Perplexity under a named protocol; with ``against``, KL divergence and top-1 agreement too, in the same pass.
+
+    Args:
+        model: a model or where to load it from.
+        text: a text (see :mod:`lowbit.calibrate.data`; its evaluation part where it has one) or token ids.
+        protocol: ``gptq``, ``llama.cpp`` or ``word``; see :mod:`lowbit.evaluate.perplexity`.
+        seq_len, windows: how many windows of how many tokens (None: as many as the text holds).
+        against: the original to compare with.
+        tokenizer: needed where ``model`` is not a path and ``text`` is text.
+    """
+    where = None if isinstance(model, PreTrainedModel) else model
+    if isinstance(text, str) and tokenizer is None:
+        if where is None:
+            raise ValueError("text needs a tokenizer: pass tokenizer=, or the model's directory instead of the model")
+        tokenizer = load_tokenizer(where)
+    content = load_text(text, "evaluation") if isinstance(text, str) else None
+    loaded = model if isinstance(model, PreTrainedModel) else load(model, torch.float32)
+    original = against if against is None or isinstance(against, PreTrainedModel) else load(against, torch.float32)
+    result = evaluate_model(
+        loaded,
+        text if content is None else content.text,  # pyright: ignore[reportArgumentType]
+        tokenizer,
+        protocol,
+        seq_len,
+        windows,
+        against=original,
+        text_name="token ids" if content is None else content.name,
+        progress=progress,
+    )
+    size = None if where is None else directory_bytes(sources.locate(where)[1]).weights
+    bits = native.bits_per_weight(loaded)
+    return dataclasses.replace(result, bits_per_weight=bits, bytes=size)
+
+
+def methods() -> list[dict[str, Any]]:
+    """Every method: name, family, paper, what it needs, its options with their defaults."""
+    return [METHODS[name].describe() for name in sorted(METHODS)]
+
+
+__all__ = ["evaluate", "load", "load_tokenizer", "methods"]

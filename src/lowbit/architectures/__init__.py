@@ -1,0 +1,71 @@
+"""Model architectures as tables: where a model's linears are, what they share, and what commutes across which edge.
+
+`for_config` picks the table of a model type, or discovers blocks and linears where there is none; `resolve` puts it on
+one block; `fold` moves a transform's parameter into that block's weights. README.md says how to add a model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lowbit.architectures import bloom, falcon, gemma, gpt2, gpt_neox, llama, moe, opt, phi3, qwen3
+from lowbit.architectures.discover import discover
+from lowbit.architectures.experts import UnfusedExperts, unfuse_experts
+from lowbit.architectures.fold import add_bias, fold, needs_bias
+from lowbit.architectures.resolve import block_modules, resolve
+from lowbit.architectures.resolved import Port, ResolvedBlock, ResolvedEdge, ResolvedInput
+from lowbit.architectures.table import Architecture, Kind
+
+__all__ = [
+    "Architecture",
+    "Kind",
+    "Port",
+    "ResolvedBlock",
+    "ResolvedEdge",
+    "ResolvedInput",
+    "UnfusedExperts",
+    "add_bias",
+    "block_modules",
+    "discover",
+    "fold",
+    "for_config",
+    "model_types",
+    "needs_bias",
+    "resolve",
+    "unfuse_experts",
+]
+
+_FAMILIES = (bloom, falcon, gemma, gpt2, gpt_neox, llama, moe, opt, phi3, qwen3)
+_TABLES = {model_type: build for family in _FAMILIES for model_type, build in family.TABLES.items()}
+
+
+def model_types() -> tuple[str, ...]:
+    """The model types that have a table, sorted."""
+    return tuple(sorted(_TABLES))
+
+
+def for_config(config: Any) -> Architecture:
+    """The architecture table for a transformers configuration, by its `model_type`.
+
+    A type without a table gets a discovered one, made from an empty model on the meta device; its `warnings` name what
+    is not available. ValueError: no table, and transformers cannot build a causal language model from `config`.
+    """
+    build = _TABLES.get(config.model_type)
+    return _discover_from(config) if build is None else build(config)
+
+
+def _discover_from(config: Any) -> Architecture:
+    from transformers import AutoModelForCausalLM  # slow to import, and most configurations have a table
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise ValueError(
+            f"Model type {config.model_type!r} has no architecture table, and no empty model could be built to "
+            f"discover one ({error}); expected one of {model_types()} or a causal language model of transformers."
+        ) from error
+    unfuse_experts(model)
+    return discover(model)

@@ -1,0 +1,36 @@
+"""Norm gains of 1 + weight. From the second generation on, norms also follow attention and MLP.
+
+The norms after attention and MLP feed only the residual stream, so they carry nothing; the MLP's input norm is then
+`pre_feedforward_layernorm`. The third generation adds norms on queries and keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowbit.architectures.parts import decoder
+from lowbit.architectures.table import Architecture
+
+
+def gemma(config: Any) -> Architecture:
+    return decoder(config, name="gemma", model_types=("gemma",), gain_offset=1.0)
+
+
+def gemma2(config: Any) -> Architecture:
+    return decoder(
+        config, name="gemma2", model_types=("gemma2",), gain_offset=1.0, mlp_norm="pre_feedforward_layernorm"
+    )
+
+
+def gemma3(config: Any) -> Architecture:
+    return decoder(
+        config,
+        name="gemma3",
+        model_types=("gemma3_text",),
+        gain_offset=1.0,
+        mlp_norm="pre_feedforward_layernorm",
+        query_key_norms=True,
+    )
+
+
+TABLES = {"gemma": gemma, "gemma2": gemma2, "gemma3_text": gemma3}

@@ -1,0 +1,221 @@
+"""From a table to one block: find the modules, and turn roles and parts into paths, rows and free channels.
+
+Nothing is skipped silently. A linear that the table does not list, a norm that is missing where its consumers exist,
+and a width that contradicts the heads are errors; a role without a module is not, because a block of a mixed model has
+either the dense or the expert roles.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lowbit.architectures.channels import axis_channels, axis_ports, part_rows
+from lowbit.architectures.experts import is_fused
+from lowbit.architectures.resolved import Port, ResolvedBlock, ResolvedEdge, ResolvedInput
+from lowbit.architectures.table import Architecture, Axis, Edge, End, Kind, LinearRole, Norm, SharedInput
+
+LINEAR_TYPES = (nn.Linear, Conv1D)
+
+
+def resolve(architecture: Architecture, block: nn.Module, config: Any = None) -> ResolvedBlock:
+    """The table of `architecture` on one decoder block, whose fused experts are already unfused; meta tensors will do.
+
+    config: the model's configuration; only compared with the table, which was built from it.
+    ValueError: the table is for another model type, or does not fit the block.
+    """
+    if config is not None and config.model_type not in architecture.model_types:
+        raise ValueError(
+            f"The {architecture.name!r} table is for {architecture.model_types}; found {config.model_type!r}."
+        )
+    found = _Found.search(architecture, block)
+    found.require_every_linear()
+    inputs, stages = _resolve_inputs(architecture.shared_inputs, found)
+    edges = [resolved for edge in architecture.edges for resolved in _resolve_edge(edge, found, inputs)]
+    roles = {place.path: linear.role for linear in architecture.linears for place in found.places[linear.role]}
+    routers = {place.path: router.role for router in architecture.routers for place in found.places[router.role]}
+    linears = {path: roles[path] for stage in stages for path in stage}
+    missing = sorted(set(roles) - set(linears))
+    if missing:
+        raise ValueError(f"The {architecture.name!r} table gives no shared input to {missing}; add one.")
+    return ResolvedBlock(linears, inputs, stages, tuple(edges), routers, found.other_matrices())
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a role was found: its path, and the expert's number if the table's path has a `*`."""
+
+    path: str
+    expert: str | None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Every role of a table with the places that have it in one block."""
+
+    architecture: Architecture
+    modules: dict[str, nn.Module]
+    places: dict[str, tuple[_Place, ...]]
+    entries: dict[str, LinearRole | Norm]
+
+    @staticmethod
+    def search(architecture: Architecture, block: nn.Module) -> _Found:
+        modules = dict(block.named_modules())
+        entries: dict[str, LinearRole | Norm] = {}
+        for entry in (*architecture.linears, *architecture.routers, *architecture.norms):
+            assert entry.role not in entries, f"role {entry.role!r} is listed twice in {architecture.name!r}"
+            entries[entry.role] = entry
+        places = {role: tuple(_match(entry.path, modules)) for role, entry in entries.items()}
+        return _Found(architecture, modules, places, entries)
+
+    def require_every_linear(self) -> None:
+        known = {place.path for places in self.places.values() for place in places}
+        unknown = [p for p, m in self.modules.items() if isinstance(m, LINEAR_TYPES) and p not in known]
+        if unknown:
+            raise ValueError(f"The {self.architecture.name!r} table does not list {unknown}; add their roles to it.")
+        fused = [path for path, module in self.modules.items() if is_fused(module)]
+        if fused:
+            raise ValueError(f"The experts at {fused} are fused; call unfuse_experts on the block first.")
+
+    def other_matrices(self) -> tuple[str, ...]:
+        """Parameters of two or more dimensions that no role covers."""
+        known = {place.path for places in self.places.values() for place in places}
+        parameters = self.modules[""].named_parameters()
+        return tuple(name for name, p in parameters if p.dim() > 1 and name.rpartition(".")[0] not in known)
+
+
+def _match(pattern: str, modules: Iterable[str]) -> Iterable[_Place]:
+    regex = re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
+    for path in modules:
+        if match := regex.fullmatch(path):
+            yield _Place(path, ".".join(match.groups()) or None)
+
+
+def _experts(ends: Iterable[str], found: _Found) -> list[str | None]:
+    """The experts to repeat an entry for if every path has a `*`, else [None]: once, for all of them together."""
+    roles = list(ends)
+    if not all("*" in found.entries[role].path for role in roles):
+        return [None]
+    return list(dict.fromkeys(place.expert for role in roles for place in found.places[role]))
+
+
+def _places(role: str, expert: str | None, found: _Found) -> tuple[_Place, ...]:
+    return tuple(p for p in found.places[role] if expert is None or p.expert == expert)
+
+
+def _numbered(name: str, expert: str | None) -> str:
+    return name if expert is None else f"{name}.{expert}"
+
+
+def _resolve_inputs(
+    shared_inputs: tuple[SharedInput, ...], found: _Found
+) -> tuple[tuple[ResolvedInput, ...], tuple[tuple[str, ...], ...]]:
+    inputs: list[ResolvedInput] = []
+    stages: list[tuple[str, ...]] = []
+    for shared in shared_inputs:
+        stage: list[str] = []
+        for expert in _experts(shared.readers, found):
+            readers = tuple(p.path for role in shared.readers for p in _places(role, expert, found))
+            if readers:
+                inputs.append(ResolvedInput(_numbered(shared.name, expert), readers))
+                stage.extend(readers)
+        if stage:
+            stages.append(tuple(stage))
+    return tuple(inputs), tuple(stages)
+
+
+def _resolve_edge(edge: Edge, found: _Found, inputs: tuple[ResolvedInput, ...]) -> Iterable[ResolvedEdge]:
+    for expert in _experts((end.role for end in (*edge.producers, *edge.consumers)), found):
+        outs = [
+            _port(end, "out", edge.axis, place, found)
+            for end in edge.producers
+            for place in _places(end.role, expert, found)
+        ]
+        ins = [
+            _port(end, "in", edge.axis, place, found)
+            for end in edge.consumers
+            for place in _places(end.role, expert, found)
+        ]
+        if (not outs and not ins) or (edge.consumers and not ins):
+            continue
+        if not outs:
+            paths = [found.entries[end.role].path for end in edge.producers]
+            raise ValueError(
+                f"Edge {edge.name!r} of {found.architecture.name!r} has no producer at {paths} in this block."
+            )
+        if any(port.norm and getattr(found.modules[port.module], "weight", None) is None for port in outs):
+            continue  # a norm without a gain has nothing to fold into
+        yield _assemble(edge, expert, (*outs, *ins), found, inputs)
+
+
+def _assemble(
+    edge: Edge, expert: str | None, ports: tuple[Port, ...], found: _Found, inputs: tuple[ResolvedInput, ...]
+) -> ResolvedEdge:
+    name = _numbered(edge.name, expert)
+    channels, within = axis_channels(edge.axis, _width(ports[0], found), found.architecture.heads)
+    for port in ports:
+        expected = channels if port.expand is None else len(port.expand)
+        if _width(port, found) != expected:
+            raise ValueError(
+                f"Edge {name!r} expects {expected} channels at {port.module!r}; found {_width(port, found)}."
+            )
+    carries = edge.carries
+    if any(Kind.SHIFT in port.kinds and not _can_hold_shift(port, found.modules[port.module]) for port in ports):
+        carries = carries - {Kind.SHIFT}
+    consumers = {port.module for port in ports if port.side == "in"}
+    read = [shared for shared in inputs if consumers & set(shared.readers)]
+    whole = [shared.name for shared in read if not _per_expert(shared, found)]
+    names = tuple(whole[:1] or [shared.name for shared in read])
+    judge = edge.judge.replace("*", expert or "*")
+    return ResolvedEdge(name, channels, carries, ports, within, edge.positive, judge, names)
+
+
+def _per_expert(shared: ResolvedInput, found: _Found) -> bool:
+    places = {p.path: p for many in found.places.values() for p in many}
+    return all(places[path].expert is not None for path in shared.readers)
+
+
+def _can_hold_shift(port: Port, module: nn.Module) -> bool:
+    return port.has_bias or isinstance(module, LINEAR_TYPES)
+
+
+def _width(port: Port, found: _Found) -> int:
+    if port.side == "out" and port.rows is not None:
+        return len(port.rows)
+    weight = found.modules[port.module].get_parameter("weight")
+    return weight.shape[0 if port.norm else (port.side == "in") != port.transposed]
+
+
+def _port(end: End, side: str, axis: Axis, place: _Place, found: _Found) -> Port:
+    module, entry, heads = found.modules[place.path], found.entries[end.role], found.architecture.heads
+    transposed = isinstance(module, Conv1D)
+    shares = side == "in" or "q" in (end.part, end.role)
+    rows, expand = axis_ports(axis, heads, shares=shares)
+    if isinstance(entry, LinearRole) and end.part is not None:
+        fused = part_rows(entry, end.part, module.get_parameter("weight").shape[int(transposed)], heads)
+        assert fused is not None
+        rows = fused if rows is None else fused[rows]
+    return Port(
+        module=place.path,
+        side=side,
+        has_bias=getattr(module, "bias", None) is not None,
+        kinds=end.kinds,
+        norm=isinstance(entry, Norm),
+        gain_offset=entry.gain_offset if isinstance(entry, Norm) else 0.0,
+        rows=rows,
+        expand=expand,
+        inverse=end.inverse,
+        transposed=transposed,
+    )
+
+
+def block_modules(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
+    """The decoder blocks of `model`, in order."""
+    blocks = model.get_submodule(architecture.blocks)
+    assert isinstance(blocks, nn.ModuleList), f"{architecture.blocks!r} is a {type(blocks).__name__}, not the blocks"
+    return blocks

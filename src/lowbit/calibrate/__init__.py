@@ -1,0 +1,1 @@
+"""Calibration: where weights and text come from, and where activations live."""

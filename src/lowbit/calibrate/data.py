@@ -1,0 +1,267 @@
+"""Text for calibration and evaluation, and its cut into windows of tokens.
+
+One rule for every text: it is tokenized as ONE string without special tokens and cut into windows that do not overlap,
+from its start; what is left over at the end is dropped. So a text, a tokenizer and a window length say exactly which
+tokens are used, and two people who have them have the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Split = Literal["calibration", "evaluation"]
+
+PYTHON_DOCS = "python-docs"
+SELF = "self"
+_HUB_ALIASES = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
+_HUB_SPLITS = {"calibration": ("train",), "evaluation": ("test", "validation")}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?(:[\w.\-]*){0,3}")
+_HUB_TIMEOUT = 3  # seconds; how long a hub may take to answer before it counts as absent
+_FORMS = "Expected python-docs, a text file, a hub dataset (wikitext2, or name:config:split:column), or self."
+
+
+class TextError(ValueError):
+    """A text that cannot be used as given; the message says what was found, what was expected and what to do."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, what to call it in a report, and the sha256 of its UTF-8 bytes."""
+
+    name: str
+    text: str
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Token ids, int64 [N windows, T], the text's name, and a sha256 of shape and ids."""
+
+    ids: Tensor
+    name: str
+    sha256: str
+
+
+def load_text(spec: str, split: Split = "calibration") -> Text:
+    """Finds a text: `python-docs`, a file, or a hub dataset (`wikitext2`, or `name[:config[:split[:column]]]`).
+
+    `python-docs` (the documentation that every Python carries) has disjoint parts for the two values of `split`; a hub
+    dataset gives its train split for calibration and its test split for evaluation unless the spec names one; a file
+    is the whole file for both. Rows of a dataset are joined by a blank line. Raises TextError.
+    """
+    if spec == PYTHON_DOCS:
+        return _python_docs(split)
+    if spec == SELF:
+        raise TextError("self is text that the model writes; it needs a loaded model (calibration_set(model=...)).")
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return _file_text(path)
+    close = get_close_matches(spec, [PYTHON_DOCS, SELF, *_HUB_ALIASES], n=1)
+    hint = f" Did you mean {close[0]}?" if close and close[0] != spec else ""
+    if path.is_dir():
+        raise TextError(f"{spec}: a directory. {_FORMS}")
+    if not _HUB_NAME.fullmatch(spec) or path.suffix in (".txt", ".raw", ".md", ".json", ".jsonl"):
+        raise TextError(f"{spec!r}: no such file.{hint} {_FORMS}")
+    return _hub_text(spec, split, hint)
+
+
+def default_text(split: Split = "calibration") -> Text:
+    """WikiText-2 where a hub answers within seconds (or its cache holds it, when told to stay offline), else
+    python-docs. The result's name says which."""
+    try:
+        return load_text("wikitext2", split)
+    except TextError:
+        return load_text(PYTHON_DOCS, split)
+
+
+def _text(name: str, text: str) -> Text:
+    if not text.strip():
+        raise TextError(f"{name}: the text is empty. {_FORMS}")
+    return Text(name, text, hashlib.sha256(text.encode("utf-8")).hexdigest())
+
+
+def _file_text(path: Path) -> Text:
+    try:
+        return _text(path.name, path.read_bytes().decode("utf-8"))  # bytes: read_text would rewrite line ends
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path}: not UTF-8 text (byte {error.start}). Convert it, or pass a text file.") from None
+
+
+def _python_docs(split: Split) -> Text:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise TextError(
+            "python-docs: this Python carries no pydoc_data (some distributions package it apart). Pass a text file."
+        ) from None
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    parts = dict(zip(("calibration", "evaluation"), disjoint_parts(topics), strict=True))
+    return _text(f"{PYTHON_DOCS} (Python {version}, {split} part)", parts[split])
+
+
+def disjoint_parts(topics: Mapping[str, str], shared: int = 60) -> tuple[str, str]:
+    """Cuts titled texts into two parts of about the same length that share no paragraph of `shared` characters or more.
+
+    Some topics quote others whole, so cutting between titles is not enough: topics with a paragraph in common stay
+    together. A paragraph is kept once. Deterministic: groups are dealt in order of size, each to the shorter part.
+    """
+    paragraphs = {key: topics[key].strip("\n").split("\n\n") for key in sorted(topics)}
+    long = {key: _long(texts, shared) for key, texts in paragraphs.items()}
+    groups: list[list[str]] = []
+    for key in paragraphs:
+        touching = [group for group in groups if any(long[key] & long[other] for other in group)]
+        groups = [group for group in groups if group not in touching]
+        groups.append([key, *(other for group in touching for other in group)])
+    texts = [_once([text for key in sorted(group) for text in paragraphs[key]], shared) for group in groups]
+    parts: tuple[list[str], list[str]] = ([], [])
+    for text in sorted(texts, key=lambda text: (-len(text), text)):
+        min(parts, key=lambda part: sum(map(len, part))).append(text)
+    return "\n\n".join(parts[0]), "\n\n".join(parts[1])
+
+
+def _long(paragraphs: list[str], shared: int) -> set[str]:
+    return {flat for text in paragraphs if len(flat := " ".join(text.split())) >= shared}
+
+
+def _once(paragraphs: list[str], shared: int) -> str:
+    seen: set[str] = set()
+    kept = []
+    for text in paragraphs:
+        flat = " ".join(text.split())
+        if flat not in seen:
+            kept.append(text)
+        if len(flat) >= shared:
+            seen.add(flat)
+    return "\n\n".join(kept)
+
+
+def _hub_text(spec: str, split: Split, hint: str) -> Text:
+    name, config, wanted, column = (spec.split(":") + [""] * 3)[:4]
+    name, config = _HUB_ALIASES.get(name, (name, config))
+    import huggingface_hub
+
+    try:
+        from datasets import get_dataset_split_names, load_dataset
+    except ImportError:
+        raise TextError(f"{spec}: hub datasets need the package datasets. Run: pip install datasets") from None
+    try:
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:  # asked first: loading retries for half a minute otherwise
+            huggingface_hub.HfApi().dataset_info(name, timeout=_HUB_TIMEOUT)
+        if not wanted:
+            known = get_dataset_split_names(name, config or None)
+            wanted = next((each for each in _HUB_SPLITS[split] if each in known), known[0])
+        rows: Any = load_dataset(name, config or None, split=wanted)
+    except Exception as error:  # network, cache and format errors have no common base but this
+        raise TextError(
+            f"{spec}: not a file, and the hub gave no dataset {name!r} ({type(error).__name__}: {error}).{hint} "
+            f"Without a network use python-docs or a text file; HF_HUB_OFFLINE=1 reads the hub's cache. {_FORMS}"
+        ) from error
+    column = column or ("text" if "text" in rows.column_names else "")
+    if column not in rows.column_names:
+        raise TextError(
+            f"{spec}: columns are {', '.join(rows.column_names)}; name one: {name}:{config}:{wanted}:COLUMN."
+        )
+    return _text(":".join(part for part in (name, config, wanted) if part), "\n\n".join(rows[column]))
+
+
+def tokenize(text: str, tokenizer: Any) -> Tensor:
+    """Token ids, int64 [T], of the text as one string without special tokens."""
+    # verbose=False: a text longer than the model's context is meant here, and not worth the tokenizer's warning.
+    encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+def windows(ids: Tensor, seq_len: int, count: int | None = None, *, name: str = "the text") -> Tensor:
+    """The first `count` windows (all, by default) of `seq_len` tokens: ids [T] -> [N, seq_len].
+
+    They start at the first token and do not overlap; the tail that fills no window is dropped. Raises TextError when
+    there are fewer than `count`, or none.
+    """
+    if seq_len < 1 or (count is not None and count < 1):
+        raise TextError(f"seq_len = {seq_len} and {count} windows were asked; both must be at least 1.")
+    found = len(ids) // seq_len
+    if found < (count or 1):
+        raise TextError(
+            f"{name} is too short: {len(ids)} tokens = {found} windows of {seq_len}; asked for {count or 1}. "
+            "Use a longer text, fewer samples or a smaller seq_len."
+        )
+    count = found if count is None else count
+    return ids[: count * seq_len].view(count, seq_len)
+
+
+def calibration_set(
+    spec: str,
+    tokenizer: Any,
+    samples: int,
+    seq_len: int,
+    *,
+    vocab_size: int | None = None,
+    model: Any = None,
+    seed: int = 0,
+) -> Calibration:
+    """The first `samples` windows of `seq_len` tokens of a text, or of the model's own writing when `spec` is `self`.
+
+    `vocab_size`, when given, is checked: a tokenizer of another model gives ids that the embedding does not have.
+    `model` and `seed` matter for `self` only. Raises TextError.
+    """
+    if spec == SELF:
+        if model is None:
+            raise TextError("self: the calibration text is written by the model, so a loaded model is needed.")
+        name, ids = f"self (seed {seed})", sample_sequences(model, samples, seq_len, seed=seed)
+    else:
+        text = load_text(spec, "calibration")
+        name, ids = text.name, windows(tokenize(text.text, tokenizer), seq_len, samples, name=text.name)
+    if vocab_size is not None and int(ids.max()) >= vocab_size:
+        raise TextError(
+            f"{name}: the tokenizer gives id {int(ids.max())}, the model's vocabulary has {vocab_size}. "
+            "The tokenizer is not this model's; use the one saved with it."
+        )
+    return Calibration(ids, name, ids_sha256(ids))
+
+
+def ids_sha256(ids: Tensor) -> str:
+    """A sha256 of the shape and the int64 little-endian values of token ids."""
+    digest = hashlib.sha256(repr(tuple(ids.shape)).encode())
+    digest.update(ids.to(torch.int64).contiguous().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def sample_sequences(model: Any, samples: int, seq_len: int, *, seed: int = 0, batch: int = 8) -> Tensor:
+    """Token sequences that the model writes itself, int64 [samples, seq_len].
+
+    The first token is drawn from the whole vocabulary; the next ones are the most likely, up to a prefix of 3, 4 or 5
+    tokens in turn; the rest is sampled at temperature 1. This mixture is the one of arXiv:2305.17888 (top tokens alone
+    repeat, sampling alone starts as noise). Differences: an end-of-text token does not end a sequence, another text
+    follows it; and there is no top-k. The same model, seed and batch give the same ids; no global generator is touched.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or seq_len
+    if samples < 1 or not 1 <= seq_len <= limit:
+        raise TextError(f"self: {samples} samples of {seq_len} tokens were asked; the model's context is {limit}.")
+    generator = torch.Generator().manual_seed(seed)
+    done = []
+    for first in range(0, samples, batch):
+        rows = min(batch, samples - first)
+        prefix = 3 + torch.arange(first, first + rows) % 3
+        token = torch.randint(config.vocab_size, (rows, 1), generator=generator)
+        ids, cache = [token], None
+        for position in range(1, seq_len):
+            out = model(input_ids=token.to(model.device), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            probabilities = out.logits[:, -1].float().softmax(-1).cpu()
+            sampled = torch.multinomial(probabilities, 1, generator=generator)
+            token = torch.where((position < prefix)[:, None], probabilities.argmax(-1, keepdim=True), sampled)
+            ids.append(token)
+        done.append(torch.cat(ids, dim=1))
+    return torch.cat(done)

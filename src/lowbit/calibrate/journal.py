@@ -1,0 +1,154 @@
+"""What a run has finished, so that a killed one continues where it was and ends in the same bytes.
+
+A run writes into ``DIR.partial`` beside its target and renames it at the very end, so nothing that looks finished exists
+before. A block's shard is written under another name, flushed to disk and renamed, and only then does a line with its
+hash enter the journal; a kill at any point leaves either no line or a whole shard. The journal's first line says what is
+being made from what; a run that would make something else refuses to continue it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+class OutputError(ValueError):
+    """The target cannot be used as given; the message says what was found and what to do."""
+
+
+class Journal:
+    """Finished blocks of one run in ``<out>.partial``.
+
+    Args:
+        out: the target directory, which must not exist or be empty.
+        header: what determines the result (model, recipe, calibration, versions), as plain data.
+    """
+
+    def __init__(self, out: Path, header: Mapping[str, Any]):
+        self.out, self.header = Path(out), json.loads(json.dumps(header))
+        self.directory = self.out.with_name(self.out.name + ".partial")
+        self.finished: list[dict[str, Any]] = []
+
+    @property
+    def path(self) -> Path:
+        return self.directory / "journal.jsonl"
+
+    def open(self, *, restart: bool = False) -> int:
+        """Makes or continues the partial directory; returns how many units are finished.
+
+        Raises:
+            OutputError: the target exists, cannot be written, or holds an unfinished run of something else.
+        """
+        check_target(self.out)
+        try:
+            if restart and self.directory.exists():
+                shutil.rmtree(self.directory)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                self._read()
+            else:
+                self._append({"header": self.header})
+        except PermissionError as error:
+            raise OutputError(f"{self.directory} cannot be written: {error.strerror}; choose another -o DIR") from error
+        except OSError as error:
+            raise _disk_error(self.directory, error) from error
+        return len(self.finished)
+
+    def _read(self) -> None:
+        entries = []
+        for line in self.path.read_text().splitlines():
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # the kill came while this line was being written: its unit is not finished
+        header = entries[0].get("header") if entries else None
+        if header is None:
+            raise OutputError(f"{self.path} is damaged; remove {self.directory} or pass --restart to begin anew")
+        if header != self.header:
+            changed = sorted(key for key in {*header, *self.header} if header.get(key) != self.header.get(key))
+            raise OutputError(
+                f"{self.directory} holds an unfinished run of something else ({', '.join(changed)} differ); "
+                "repeat that command to finish it, pass --restart to discard it, or choose another -o DIR"
+            )
+        for entry in entries[1:]:
+            file = self.directory / entry["file"]
+            if not file.exists() or file_sha256(file) != entry["sha256"]:
+                break  # damaged since: this unit and those after it are made again
+            self.finished.append(entry)
+        self.path.write_text("".join(_line(entry) for entry in ({"header": self.header}, *self.finished)))
+
+    def write(self, file: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Stores one finished unit; when this returns it will survive a kill.
+
+        Raises:
+            OutputError: the disk is full or not writable.
+        """
+        target = self.directory / file
+        unfinished = target.with_suffix(".writing")
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, {"format": "pt"})
+            _flush(unfinished)
+            os.replace(unfinished, target)
+            entry = {"file": file, "sha256": file_sha256(target), "record": record}
+            self._append(entry)
+        except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error type
+            unfinished.unlink(missing_ok=True)
+            raise _disk_error(self.directory, error) from error
+        except Exception as error:
+            unfinished.unlink(missing_ok=True)
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise _disk_error(self.directory, error) from error
+        self.finished.append(json.loads(json.dumps(entry)))
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(_line(entry))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self) -> None:
+        """Makes the partial directory the target, without the journal. The last act of a run."""
+        self.path.unlink()
+        if self.out.exists():
+            self.out.rmdir()  # empty: checked by open
+        os.replace(self.directory, self.out)
+
+
+def check_target(out: Path) -> None:
+    """Raises OutputError unless ``out`` does not exist or is an empty directory."""
+    if out.is_file():
+        raise OutputError(f"{out} is a file; choose a directory with -o DIR")
+    if out.is_dir() and any(out.iterdir()):
+        raise OutputError(f"{out} exists and is not empty; nothing is overwritten: remove it or choose another -o DIR")
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, sort_keys=True) + "\n"
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _disk_error(directory: Path, error: Exception) -> OutputError:
+    free = shutil.disk_usage(directory if directory.exists() else directory.parent).free
+    return OutputError(
+        f"{directory} could not be written ({error}); {free / 2**20:.0f} MiB are free there. Finished blocks are kept: "
+        "make room and repeat the same command to continue"
+    )

@@ -1,0 +1,111 @@
+"""Running one block of a model that is not there: its arguments, and what comes before and after all blocks.
+
+The blocks of a skeleton are replaced by stubs while the model runs. A stub hands on the hidden states it is given and
+notes the other arguments (masks, position embeddings), which differ from block to block in some models. The part
+before the blocks so yields the first inputs, and the part after them turns hidden states into logits, without a word about how the
+model is made. The usual catcher, which breaks off the forward pass by raising an exception, gives the first block's
+arguments only and needs a second mechanism for the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowbit.architectures import Architecture, block_modules
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a block other than its hidden states; runs any block with them."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def __call__(self, block: Callable[..., Any], x: Tensor) -> Tensor:
+        """Hidden states ``[B, T, d]`` after ``block``, which may be a module or a function of a module's signature."""
+        output = block(x, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+class _Stub(nn.Module):
+    """Stands in for a block: keeps its arguments, answers with ``answer`` or with what it was given."""
+
+    def __init__(self, original: nn.Module, as_tuple: bool, answer: Tensor | None = None):
+        super().__init__()
+        self.as_tuple, self.answer = as_tuple, answer
+        self.call: Call | None = None
+        self.seen: Tensor | None = None
+        for name in ("attention_type", "layer_type", "is_sliding"):  # read by some models from outside the block
+            if hasattr(original, name):
+                setattr(self, name, getattr(original, name))
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any):
+        self.call, self.seen = Call(args, kwargs), hidden_states
+        output = hidden_states if self.answer is None else self.answer
+        return (output,) if self.as_tuple else output
+
+
+class Stream:
+    """Hidden states in, hidden states and logits out, for a skeleton whose blocks come and go.
+
+    Args:
+        model: a skeleton; the embeddings must be loaded before :meth:`enter`, final norm and head before :meth:`logits`.
+        architecture: its table.
+        as_tuple: whether its blocks answer with a tuple.
+    """
+
+    def __init__(self, model: PreTrainedModel, architecture: Architecture, as_tuple: bool):
+        self.model, self.architecture, self.as_tuple = model, architecture, as_tuple
+        self.blocks = block_modules(model, architecture)
+
+    @contextmanager
+    def _stubs(self, answer: Tensor | None = None) -> Iterator[list[_Stub]]:
+        parent_path, _, name = self.architecture.blocks.rpartition(".")
+        parent = self.model.get_submodule(parent_path)
+        stubs = [_Stub(block, self.as_tuple, answer) for block in self.blocks]
+        setattr(parent, name, nn.ModuleList(stubs))
+        try:
+            yield stubs
+        finally:
+            setattr(parent, name, self.blocks)
+
+    @torch.no_grad()
+    def enter(self, ids_1T: Tensor) -> tuple[Tensor, list[Call]]:
+        """The first block's inputs ``[1, T, d]`` for one window of ids, and every block's other arguments."""
+        with self._stubs() as stubs, _without(self.model, self.architecture.final_norm):
+            # The part after the blocks is not loaded yet and its answer not wanted: the base model stops before the head.
+            self.model.base_model(input_ids=ids_1T, use_cache=False)
+            calls = [stub.call for stub in stubs]
+            missing = [i for i, call in enumerate(calls) if call is None]
+            if missing or stubs[0].seen is None:
+                raise ValueError(f"blocks {missing} of {self.architecture.blocks} are not run by the model")
+            return stubs[0].seen, [call for call in calls if call is not None]
+
+    @torch.no_grad()
+    def logits(self, ids_1T: Tensor, hidden_1Td: Tensor) -> Tensor:
+        """Logits ``[T, vocabulary]`` of the part after the blocks for the hidden states of one window."""
+        with self._stubs(hidden_1Td):
+            return self.model(input_ids=ids_1T, use_cache=False).logits[0]
+
+
+@contextmanager
+def _without(model: nn.Module, path: str | None) -> Iterator[None]:
+    """Replaces the module at ``path`` by the identity while open."""
+    if path is None:
+        yield
+        return
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    original = getattr(parent, name)
+    setattr(parent, name, nn.Identity())
+    try:
+        yield
+    finally:
+        setattr(parent, name, original)

@@ -1,0 +1,287 @@
+"""The walk: every block once, in order, original weights in and packed weights out.
+
+At no time does it hold more than one block of original weights, three arrays of activations (two streams, and one more
+for what a block makes of the original stream), and what a step declared that it needs. Two streams run side by side:
+``fp``, the original model's hidden states, and ``quant``, those of the blocks quantized so far. A recipe's ``feed`` says
+which of them its steps see; the difference of the two is the damage done so far, measured at every block.
+
+A finished block is on disk before the next begins. On a repeated run finished blocks are not solved again: they are
+read back and both streams pass through them, with the same operations in the same order, so that the rest of the run
+(and its bytes) cannot differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowbit.architectures import Architecture, block_modules, for_config, resolve
+from lowbit.calibrate.journal import Journal
+from lowbit.calibrate.source import ModelSource
+from lowbit.calibrate.store import ActivationStore
+from lowbit.calibrate.stream import Call, Stream
+from lowbit.modules import QuantLinear
+from lowbit.recipe import Recipe, Scheme
+from lowbit.steps import BlockIO, BlockState, LayerRecord
+
+Progress = Callable[[float, float, str], None]
+"""``progress(done, total, what)``: blocks done (with fractions), blocks in all, what is being done."""
+
+
+@dataclass
+class BlockRecord:
+    """What a block cost. ``error``: relative squared difference of the two streams behind it, None without calibration."""
+
+    name: str
+    error: float | None
+    layers: list[LayerRecord]
+    notes: list[str] = field(default_factory=list)
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)  # configs of the packed linears by full name
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> BlockRecord:
+        layers = [LayerRecord(**{**layer, "notes": tuple(layer["notes"])}) for layer in data["layers"]]
+        return cls(**{**data, "layers": layers})
+
+
+class Broken(ValueError):
+    """A block came out unusable (NaN, Inf): quantizing further would be a waste."""
+
+
+def shard_name(i: int, total: int) -> str:
+    return f"model-{i + 1:05d}-of-{total:05d}.safetensors"
+
+
+@dataclass
+class Walk:
+    """One run over a model. See the module docstring; :meth:`run` does everything but the last files of a checkpoint.
+
+    Args:
+        ids: calibration windows ``[N, T]``, or None for a recipe that needs none.
+        ram_limit: bytes of activations kept in memory; beyond it they live in memory-mapped files in ``scratch``.
+    """
+
+    source: ModelSource
+    recipe: Recipe
+    ids: Tensor | None
+    journal: Journal
+    ram_limit: int = 2**32
+    scratch: Path | None = None
+    progress: Progress = lambda done, total, what: None
+
+    def __post_init__(self):
+        self.model: PreTrainedModel = self.source.skeleton(unfuse=True)
+        self.architecture: Architecture = for_config(self.source.config)
+        self.blocks = block_modules(self.model, self.architecture)
+        self.total = len(self.blocks)
+        self.store = ActivationStore(self.ram_limit, self.scratch or self.journal.directory / "scratch")
+        self.records: list[BlockRecord] = []
+        self.stream: Stream | None = None
+        self._ticks, self._ticks_per_block = 0, 0
+
+    # Streams
+
+    def _start(self) -> list[Call]:
+        """Fills both streams with the first block's inputs; returns every block's arguments."""
+        assert self.ids is not None
+        for path in self.architecture.embed:
+            self.source.load_into(self.model, path)
+        name = f"{self.architecture.blocks}.0"
+        self.source.load_into(self.model, name)
+        self.stream = Stream(self.model, self.architecture, self._answers_with_tuple())
+        self.source.release(self.model, name)
+        calls: list[Call] = []
+        for w, ids_T in enumerate(self.ids):
+            hidden, calls_w = self.stream.enter(ids_T[None])
+            if w == 0:
+                calls, shape = calls_w, (len(self.ids), *hidden.shape[1:])
+                for array in ("fp", "quant", "next"):
+                    self.store.allocate(array, shape, torch.float32)
+            self.store["fp"][w] = self.store["quant"][w] = hidden[0]
+        for path in self.architecture.embed:
+            self.source.release(self.model, path)
+        return calls
+
+    @torch.no_grad()
+    def _answers_with_tuple(self) -> bool:
+        """Runs the first block, which is loaded, on two tokens to see how it answers."""
+        probe = Stream(self.model, self.architecture, as_tuple=False)
+        try:
+            hidden, calls = probe.enter(torch.zeros(1, 2, dtype=torch.int64))
+        except Exception:  # a model that takes item 0 of what it was told is a tensor may fail in any way
+            return True
+        return isinstance(self.blocks[0](hidden, *calls[0].args, **calls[0].kwargs), tuple)
+
+    @torch.no_grad()
+    def _advance(self, call: Call, block: nn.Module, source: Tensor, target: Tensor) -> None:
+        for w in range(len(source)):
+            target[w] = call(block, source[w : w + 1])[0]
+            self._tick("running")
+
+    # Blocks
+
+    def run(self) -> list[BlockRecord]:
+        """Quantizes every block that the journal does not have yet. Raises what steps raise, and Broken."""
+        calls = None if self.ids is None else self._start()
+        for i in range(self.total):
+            self._ticks = 0
+            call = None if calls is None else calls[i]
+            record = self._resume(i, call) if i < len(self.journal.finished) else self._quantize(i, call)
+            self.records.append(record)
+            self._ticks_per_block = self._ticks
+            self.blocks[i] = nn.Identity()
+            self.progress(i + 1, self.total, f"block {i + 1} of {self.total}")
+        return self.records
+
+    def _tick(self, what: str) -> None:
+        self._ticks += 1
+        part = min(0.99, self._ticks / self._ticks_per_block) if self._ticks_per_block else 0.0
+        self.progress(len(self.records) + part, self.total, f"block {len(self.records) + 1} of {self.total}: {what}")
+
+    def _original(self, i: int, call: Call | None) -> nn.Module:
+        """Block i with its original weights; the original stream behind it is in ``next``."""
+        self.source.load_into(self.model, f"{self.architecture.blocks}.{i}")
+        if call is not None:
+            self._advance(call, self.blocks[i], self.store["fp"], self.store["next"])
+        return self.blocks[i]
+
+    def _quantize(self, i: int, call: Call | None) -> BlockRecord:
+        name = f"{self.architecture.blocks}.{i}"
+        block = self._original(i, call).requires_grad_(False)
+        resolved = resolve(self.architecture, block, self.source.config)
+        io = None
+        if call is not None:
+            io = BlockIO(self.store["fp" if self.recipe.feed == "fp" else "quant"], self.store["next"], call)
+        state = BlockState(
+            name=name,
+            block=block,
+            resolved=resolved,
+            formats=self.recipe.scheme.formats(resolved, name),
+            io=io,
+            seed=derived_seed(self.recipe.seed, i),
+            store_dtype=self.source.dtype,
+            tick=self._tick,
+        )
+        for step in self.recipe.steps:
+            step.run(state)
+        missed = [path for path in state.formats if not isinstance(state.linear(path), QuantLinear)]
+        assert not missed, f"{name}: {missed} left unquantized"
+        packed = {f"{name}.{path}": m.config() for path, m in block.named_modules() if isinstance(m, QuantLinear)}
+        error = None if call is None else self._behind(block, call)
+        record = BlockRecord(name, error, state.records, state.notes, packed)
+        self.journal.write(shard_name(i, self.total + 1), self._tensors(block, name), record.to_dict())
+        return record
+
+    def _resume(self, i: int, call: Call | None) -> BlockRecord:
+        entry = self.journal.finished[i]
+        record = BlockRecord.from_dict(entry["record"])
+        if call is None:
+            return record
+        block = self._original(i, call)
+        tensors = load_file(self.journal.directory / entry["file"])
+        install_packed(block, record.name, record.modules, tensors)
+        self._behind(block, call)
+        return record
+
+    def _behind(self, block: nn.Module, call: Call) -> float:
+        """Moves both streams behind the block; returns their relative squared difference."""
+        fp, quant, following = self.store["fp"], self.store["quant"], self.store["next"]
+        self._advance(call, block, quant, quant)
+        fp.copy_(following)
+        lost = sum((quant[w] - fp[w]).double().square().sum() for w in range(len(fp)))
+        kept = sum(fp[w].double().square().sum() for w in range(len(fp)))
+        error = float(lost / kept)
+        if not error < float("inf"):
+            raise Broken(f"{self.architecture.blocks}.{len(self.records)}: hidden states behind it are NaN or Inf")
+        return error
+
+    def _tensors(self, block: nn.Module, name: str) -> dict[str, Tensor]:
+        """What the block stores: packed buffers as they are, everything else in the checkpoint's dtype."""
+        packed = {path for path, module in block.named_modules() if isinstance(module, QuantLinear)}
+
+        def stored(key: str, value: Tensor) -> Tensor:
+            inside = key.rpartition(".")[0] in packed
+            return value if inside or not value.is_floating_point() else value.to(self.source.dtype)
+
+        return {f"{name}.{key}": stored(key, value.detach()) for key, value in block.state_dict().items()}
+
+    # After the last block
+
+    def write_rest(self) -> None:
+        """Stores everything outside the blocks as it was, in the checkpoint's own dtype."""
+        if len(self.journal.finished) > self.total:
+            return
+        prefix, tied = f"{self.architecture.blocks}.", set(self.model.all_tied_weights_keys)
+        names = [key for key in self.model.state_dict() if not key.startswith(prefix) and key not in tied]
+        tensors = {}
+        for module in sorted({name.rpartition(".")[0] for name in names}):
+            self.source.load_into(self.model, module, dtype=self.source.dtype)
+            here = self.model.get_submodule(module).state_dict(prefix=f"{module}.")
+            tensors |= {name: here[name] for name in names if name in here}
+        self.journal.write(shard_name(self.total, self.total + 1), tensors, {})
+        for module in {name.rpartition(".")[0] for name in names}:
+            self.source.release(self.model, module)
+
+    def logits(self, windows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """``(ids [T], original logits [T, V], quantized logits [T, V])`` of the first calibration windows."""
+        assert self.stream is not None and self.ids is not None
+        prefix = f"{self.architecture.blocks}."
+        outside = {key.rpartition(".")[0] for key in self.model.state_dict() if not key.startswith(prefix)}
+        for module in sorted(outside):
+            self.source.load_into(self.model, module)
+        for w in range(min(windows, len(self.ids))):
+            fp, quant = self.store["fp"][w : w + 1], self.store["quant"][w : w + 1]
+            ids = self.ids[w : w + 1]
+            yield ids[0], self.stream.logits(ids, fp), self.stream.logits(ids, quant)
+        for module in outside:
+            self.source.release(self.model, module)
+
+    def close(self) -> None:
+        self.store.close()
+
+
+def install_packed(block: nn.Module, name: str, modules: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+    """Puts packed linears and stored tensors (names with prefix ``name``) into an original block, in place."""
+    for full, config in modules.items():
+        parent, _, leaf = full.removeprefix(f"{name}.").rpartition(".")
+        setattr(block.get_submodule(parent) if parent else block, leaf, QuantLinear.empty(config))
+    local = {key.removeprefix(f"{name}."): value for key, value in tensors.items()}
+    packed = {path for path, module in block.named_modules() if isinstance(module, QuantLinear)}
+    for key, value in local.items():
+        path, _, leaf = key.rpartition(".")
+        module = block.get_submodule(path)
+        if path in packed:
+            module._buffers[leaf] = value.clone()
+        elif leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(value.float().clone(), requires_grad=False)
+        else:
+            module._buffers[leaf] = value.clone()
+
+
+def derived_seed(seed: int, block: int) -> int:
+    """A seed for one block, independent of which blocks ran before it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{block}".encode()).digest()[:4], "big")
+
+
+def check_scheme(scheme: Scheme, architecture: Architecture, model: PreTrainedModel, config: Any) -> dict[str, str]:
+    """Every linear of the model, name -> role, after checking that each rule matches one (see Scheme.check_matches)."""
+    blocks = block_modules(model, architecture)
+    linears = {
+        f"{architecture.blocks}.{i}.{path}": role
+        for i, block in enumerate(blocks)
+        for path, role in resolve(architecture, block, config).linears.items()
+    }
+    scheme.check_matches(linears)
+    return linears

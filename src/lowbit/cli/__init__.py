@@ -1,0 +1,47 @@
+"""The command line, one file a command. ``app`` is the entry point.
+
+What every command keeps: results on stdout and everything else on stderr, so that ``--json`` is JSON alone; exit code 0
+only on success, 1 with one line that says what is wrong and what to do, 2 for a command that is not well formed, 130
+after Ctrl-C. Commands import what they run when they run it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lowbit.cli import evaluate, explain, generate, inspect, methods, plan, quantize, recipes
+from lowbit.cli.common import guarded
+
+app = typer.Typer(
+    name="lowbit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: lowbit quantize smollm2-135m --method gptq --bits 4 --group-size 64 -o smollm2-w4",
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from lowbit import __version__
+
+        typer.echo(f"lowbit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Quantize large language models, run them packed, and measure what it cost."""
+
+
+for module in (quantize, evaluate, generate, plan, explain, methods, recipes, inspect):
+    app.command(module.__name__.rpartition(".")[2], epilog=module.EXAMPLE)(guarded(module.command))
+
+__all__ = ["app"]

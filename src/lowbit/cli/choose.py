@@ -1,0 +1,138 @@
+"""From the options that say what to do to a recipe: ``--method`` with its options, or ``--recipe``, and ``--override``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+METHOD_PANEL = "What to do"
+_PER_CHANNEL = ("channel", "none", "0")
+_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+MethodOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="A method (see `lowbit methods`), or a mix such as smoothquant+gptq.",
+        rich_help_panel=METHOD_PANEL,
+    ),
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="A recipe file, or a name from `lowbit recipes`.", rich_help_panel=METHOD_PANEL
+    ),
+]
+Bits = Annotated[int | None, typer.Option(help="Bits of a weight.", rich_help_panel=METHOD_PANEL)]
+GroupSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|channel",
+        help="Weights that share a scale; channel (or 0): one scale for each output channel.",
+        rich_help_panel=METHOD_PANEL,
+    ),
+]
+ActivationBits = Annotated[
+    int | None, typer.Option(help="Bits of each linear's input (16: not quantized).", rich_help_panel=METHOD_PANEL)
+]
+KvBits = Annotated[int | None, typer.Option(help="Bits of the KV cache.", rich_help_panel=METHOD_PANEL)]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="An option of the method, the value as in YAML. May be repeated.",
+        rich_help_panel=METHOD_PANEL,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--override",
+        metavar="MATCH:KEY=VALUE,...",
+        help="Another format for some layers: MATCH is a role (down), a name pattern or re:REGEX; keys are bits, "
+        "group_size, symmetric, activation_bits; MATCH:skip leaves them as they are. May be repeated.",
+        rich_help_panel=METHOD_PANEL,
+    ),
+]
+
+
+def method_options(
+    bits: int | None,
+    group_size: str | None,
+    activation_bits: int | None,
+    kv_bits: int | None,
+    settings: Sequence[str] | None,
+) -> dict[str, Any]:
+    """The options that the user gave, and no others: a method's defaults are its own, and so are its refusals."""
+    given: dict[str, Any] = {"bits": bits, "activation_bits": activation_bits, "kv_bits": kv_bits}
+    options = {key: value for key, value in given.items() if value is not None}
+    if group_size is not None:
+        options["group_size"] = None if group_size.lower() in _PER_CHANNEL else _scalar(group_size)
+    for setting in settings or ():
+        key, equals, value = setting.partition("=")
+        if not key or not equals:
+            raise typer.BadParameter(f"expected KEY=VALUE, found {setting!r}", param_hint="--set")
+        if key in options:
+            raise typer.BadParameter(f"{key} is given twice", param_hint="--set")
+        options[key] = _scalar(value)
+    return options
+
+
+def choose_recipe(
+    method: str | None, file: str | None, options: Mapping[str, Any], overrides: Sequence[str] | None
+) -> Any:
+    """The :class:`lowbit.recipe.Recipe` that the options ask for.
+
+    Raises:
+        ValueError: whatever the recipe refuses.
+        typer.BadParameter: neither or both of method and file, or a file with options.
+    """
+    from lowbit.recipe import as_recipe, recipe
+
+    if (method is None) == (file is None):
+        raise typer.BadParameter("give --method NAME or --recipe FILE, one of them", param_hint="--method / --recipe")
+    if file is not None and options:
+        raise typer.BadParameter(
+            f"a recipe file has its own options; found {', '.join(options)} (change layers with --override)",
+            param_hint="--recipe",
+        )
+    chosen = as_recipe(file) if method is None else recipe(method, **options)
+    return chosen.with_overrides([override(text) for text in overrides or ()])
+
+
+def override(text: str) -> dict[str, Any]:
+    """``MATCH:key=value,key=value`` or ``MATCH:skip`` as an entry of a recipe file's ``overrides``."""
+    match, colon, changes = text.rpartition(":")
+    if match and changes == "skip":
+        return {"match": match, "skip": True}
+    pairs = [change.partition("=") for change in changes.split(",")]
+    if not match or not colon or not all(key and equals and value for key, equals, value in pairs):
+        raise typer.BadParameter(
+            f"expected MATCH:key=value[,key=value] or MATCH:skip, found {text!r}", param_hint="--override"
+        )
+    entry: dict[str, Any] = {"match": match} | {key: _scalar(value) for key, _, value in pairs}
+    if str(entry.get("group_size")).lower() in _PER_CHANNEL:
+        entry["group_size"] = "channel"
+    return entry
+
+
+def byte_count(text: str) -> int:
+    """``4GB`` (10^9), ``4GiB`` (2^30), ``512MB`` or plain bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    if found is None:
+        raise typer.BadParameter(f"expected a size such as 4GB or 512MiB, found {text!r}")
+    return int(float(found[1]) * (_UNITS | _BINARY)[found[2] or ""])
+
+
+def _scalar(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # no YAML: then it is text, and the recipe says what it thinks of it
+    return text if isinstance(value, dict | list) else value

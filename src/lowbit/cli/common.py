@@ -1,0 +1,204 @@
+"""What the commands share: where output goes, how errors end, the progress bar, and options that several have."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+Report = Callable[[float, float, str], None]
+"""``report(done, total, what)``: what long work calls."""
+
+LOG_WIDTH = 140  # columns of a table that goes to a file or a pipe
+LOG_SECONDS = 10  # between progress lines where there is no terminal to draw a bar on
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A local directory, a hub id, a .gguf file, or smollm2-135m.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Threads of torch (default: torch's own choice).")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
+TEXT_HELP = (
+    "A text file, python-docs, a hub dataset (wikitext2, or name:config:split:column){more} "
+    "(default: wikitext2 where a hub answers, else python-docs)."
+)
+
+
+# Output
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console on stdout or stderr; wide where nobody looks, because a file does not wrap."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else LOG_WIDTH, highlight=False)
+
+
+def say(message: str) -> None:
+    """A line for the person who waits, on stderr."""
+    typer.echo(message, err=True)
+
+
+def print_json(value: Any) -> None:
+    """``value`` on stdout as strict JSON: what is NaN or infinite becomes null."""
+    typer.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(*columns: str, title: str | None = None, numbers: tuple[str, ...] = ()) -> Table:
+    """An empty table; columns in ``numbers`` are aligned to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for name in columns:
+        made.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+    return made
+
+
+def size(count: float) -> str:
+    """Bytes for reading: ``98.1 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def number(value: float | None, form: str = ".4g") -> str:
+    """A figure for reading; ``-`` where it was not measured."""
+    return "-" if value is None else format(value, form)
+
+
+# Errors
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with errors as one line on stderr and exit code 1, and Ctrl-C as 130. LOWBIT_DEBUG=1 shows tracebacks.
+
+    Only what a user can cause is caught: a defect of this program keeps its traceback.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        debug = os.environ.get("LOWBIT_DEBUG", "") not in ("", "0")
+        try:
+            if not debug:
+                _quiet()
+            command(*args, **kwargs)
+        except BrokenPipeError:
+            raise  # typer's: whoever read stdout has enough
+        except (ValueError, OSError) as error:
+            if debug:
+                raise
+            say("error: " + " ".join(str(error).split("\n")))
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as stop:
+            say(str(stop) or "interrupted")
+            raise typer.Exit(130) from stop
+
+    return run
+
+
+def _quiet() -> None:
+    """No bars and no advice of transformers' and datasets' own between ours; their errors stay."""
+    from datasets.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+# Progress
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """One bar on stderr with percentage, elapsed and remaining time; a line now and then where it is no terminal."""
+    screen = console(stderr=True)
+    if not screen.is_terminal:
+        yield _lines()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    # Speed over minutes: a block's steps are not equally fast, and an ETA that jumps is none.
+    with Progress(*columns, console=screen, refresh_per_second=4, speed_estimate_period=300, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        last = (0.0, 0.0)
+
+        def report(done: float, total: float, what: str) -> None:
+            nonlocal last
+            if total != last[1] or done < last[0]:  # another phase has begun
+                bar.reset(task, total=total)
+            last = (done, total)
+            bar.update(task, completed=done, total=total, description=what)
+
+        yield report
+
+
+def _lines() -> Report:
+    start = said = time.monotonic()
+
+    def report(done: float, total: float, what: str) -> None:
+        nonlocal start, said
+        now = time.monotonic()
+        if done <= 0:
+            start = now
+        if now - said < LOG_SECONDS or not total:
+            return
+        said, elapsed = now, now - start
+        left = f", ETA {_clock(elapsed * (total - done) / done)}" if 0 < done else ""
+        say(f"{what}: {done / total:.0%}, elapsed {_clock(elapsed)}{left}")
+
+    return report
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+# Options
+
+
+def use_threads(threads: int | None) -> None:
+    """Sets torch's threads where the user gave a number."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def text_or_default(text: str | None, split: str) -> str:
+    """``text``, or where none was given wikitext2 if a hub answers, else python-docs."""
+    if text is not None:
+        return text
+    from lowbit.calibrate.data import PYTHON_DOCS, TextError, load_text
+
+    try:
+        load_text("wikitext2", split)  # pyright: ignore[reportArgumentType]
+    except TextError:
+        return PYTHON_DOCS
+    return "wikitext2"

@@ -1,0 +1,55 @@
+"""How every measurement calls a model: batch 1, in evaluation mode, without gradients, the mode put back afterwards.
+
+`torch.no_grad` is used and not `torch.inference_mode`: a module that keeps a tensor it made during the forward pass
+(an unpacked weight, a rotary table) would keep an inference tensor, which autograd then refuses to train through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Progress = Callable[[int, int, str], None]
+"""`progress(done, total, description)`: how long work tells a caller where it is. Nothing here prints."""
+
+
+@contextmanager
+def evaluating(*models: nn.Module | None) -> Iterator[None]:
+    """Evaluation mode (no dropout) and no gradients inside the block; each module's own mode comes back after it."""
+    modes = [(module, module.training) for model in models if model is not None for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def logits_of(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
+    """Logits [T, vocabulary] of one sequence `ids_T` (int64), in the model's own dtype and on its own device."""
+    return model(input_ids=ids_T[None].to(model.device), use_cache=False).logits[0]
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the input embedding: ids from 0 to this minus 1 are legal."""
+    return model.config.get_text_config().vocab_size
+
+
+def check_positions(model: PreTrainedModel, positions: int, what: str) -> None:
+    """Refuse more positions than the model was configured for.
+
+    A learned position table would fail with an index error deep inside; rotary models would run and give figures that
+    compare with nothing.
+
+    Raises:
+        ValueError: `positions` is more than the config's `max_position_embeddings` (no such limit: nothing is checked).
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and positions > limit:
+        raise ValueError(f"{what} needs {positions} positions and the model has {limit}: ask for at most {limit}")

@@ -1,0 +1,39 @@
+"""How far one layer's output is from the original's: relative squared error, and the same in decibels."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+
+def output_error(reference: Tensor, candidate: Tensor) -> float:
+    """||reference - candidate||^2 / ||reference||^2, in float64: 0 is equal, 1 is as bad as giving zeros.
+
+    Args:
+        reference, candidate: outputs of one shape, any float dtype.
+
+    Returns:
+        The error; infinity where the reference is all zero and the candidate is not; NaN where either holds NaN.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if reference.shape != candidate.shape:
+        raise ValueError(
+            f"outputs of one shape are compared, found {list(reference.shape)} and {list(candidate.shape)}"
+        )
+    exact = reference.detach().double()
+    noise = float((exact - candidate.detach().to(exact)).square().sum())
+    signal = float(exact.square().sum())
+    if signal == 0:
+        return 0.0 if noise == 0 else math.nan if math.isnan(noise) else math.inf
+    return noise / signal
+
+
+def sqnr_db(reference: Tensor, candidate: Tensor) -> float:
+    """Signal to quantization noise ratio in dB, -10 log10(`output_error`): infinity is equal; NaN stays NaN."""
+    error = output_error(reference, candidate)
+    if error == 0:
+        return math.inf
+    return -math.inf if error == math.inf else -10 * math.log10(error)

@@ -1,0 +1,227 @@
+"""Perplexity, and the distance to the original model, in one pass over the text.
+
+Perplexity alone says little of a small change: its own uncertainty over twenty windows is some per cent, and a
+quantized model can gain on one passage what it loses on another. KL(original || quantized) and the share of positions
+where both rank the same token first compare the two models position by position, so they are measured in the same
+pass whenever the original is given.
+
+Laws: a model against itself has KL exactly 0 and agreement exactly 1; the figures are those of `gptq`, `llama.cpp` and
+`word` in `windows.py`, whatever the model.
+
+Batch 1. Beside the models: one window's logits of each and a few chunks of them (see `divergence.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowbit.evaluate.divergence import score_tokens
+from lowbit.evaluate.forward import Progress, check_positions, evaluating, logits_of, vocabulary_size
+from lowbit.evaluate.intervals import Interval, mean_and_interval
+from lowbit.evaluate.windows import Cut, Text, Window, cut
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, on what, and how sure it is. Intervals are 95 % (see `intervals.py`), None for one window.
+
+    perplexity: exp of the mean negative log-likelihood per counted token (per word for `word`). NaN or infinity where
+        the model is broken, and then it is reported so and not hidden.
+    kl: mean KL(original || model) in nats per counted token; None without an original.
+    top1_agreement: share of counted positions where both have the same most likely token; None without an original.
+    reference_perplexity: the original's perplexity on the same tokens; None without an original.
+    tokens, words: predictions counted, and words where the protocol counts them.
+    windows, seq_len, protocol: how the text was cut.
+    text, ids_sha256: the text's name as the caller gave it, and a hash of the window length and the ids that were read.
+    broken_tokens: counted tokens whose negative log-likelihood or KL is NaN or infinite.
+    bits_per_weight, bytes: of the checkpoint; filled by who knows them, with `dataclasses.replace`.
+    """
+
+    perplexity: float
+    perplexity_interval: Interval | None
+    kl: float | None
+    kl_interval: Interval | None
+    top1_agreement: float | None
+    top1_interval: Interval | None
+    reference_perplexity: float | None
+    tokens: int
+    words: int | None
+    windows: int
+    seq_len: int
+    protocol: str
+    text: str
+    ids_sha256: str
+    broken_tokens: int = 0
+    bits_per_weight: float | None = None
+    bytes: int | None = None
+
+    @property
+    def broken(self) -> bool:
+        """Whether the model gave something that is not a finite number."""
+        return self.broken_tokens > 0 or not math.isfinite(self.perplexity)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and `broken`, as values that strict JSON has: what is NaN or infinite becomes null."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: _json_safe(value) for name, value in values.items()} | {"broken": self.broken}
+
+
+class _WindowSums(NamedTuple):
+    """One window's sums over its counted tokens; those of the comparison are 0 without an original."""
+
+    tokens: float
+    nll: float
+    kl: float
+    agree: float
+    reference_nll: float
+    broken: float
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    text: Text,
+    tokenizer: Any = None,
+    protocol: str = "gptq",
+    seq_len: int = 1024,
+    windows: int | None = None,
+    *,
+    against: PreTrainedModel | None = None,
+    text_name: str = "",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a causal LM on a text, in one pass, with the distance to the original model when that is given.
+
+    Args:
+        model: a transformers causal LM, quantized or not.
+        text: one string, documents (protocol `word` only), or int64 ids [T] or [windows, seq_len].
+        tokenizer: its transformers tokenizer; not needed for ids.
+        protocol: `gptq`, `llama.cpp` or `word`, see `windows.py`.
+        seq_len: tokens in a window.
+        windows: how many windows from the start of the text; None for all.
+        against: the original model, with the same vocabulary; gives KL and agreement.
+        text_name: what the result calls the text.
+        progress: called as progress(done, total, description) before the first and after each window.
+
+    Returns:
+        An `Evaluation`. A model that gives NaN or infinity is reported as broken, not refused.
+
+    Raises:
+        ValueError: what `cut` raises, ids outside the vocabulary, a window longer than the model's positions, two
+            models with different vocabularies, an original whose own logits are not finite.
+    """
+    pieces = cut(text, tokenizer, protocol, seq_len, windows)
+    for judged in (model,) if against is None else (model, against):
+        _check_fits(judged, pieces)
+    total = len(pieces.windows)
+    sums = []
+    with evaluating(model, against):
+        for done, window in enumerate(pieces.windows):
+            if progress:
+                progress(done, total, "perplexity")
+            sums.append(_score_window(model, against, window))
+    if progress:
+        progress(total, total, "perplexity")
+    columns = _WindowSums(*np.array(sums, dtype=np.float64).T)
+    return _summarise(columns, pieces, against is not None, protocol=protocol, seq_len=seq_len, text=text_name)
+
+
+def _score_window(model: PreTrainedModel, against: PreTrainedModel | None, window: Window) -> _WindowSums:
+    """Both models' forward passes over one window; their logits are gone when it returns."""
+    counted = slice(window.first, window.first + len(window.targets))
+    reference_TV = None if against is None else logits_of(against, window.inputs)[counted]
+    logits_TV = logits_of(model, window.inputs)[counted]
+    if reference_TV is not None and reference_TV.shape != logits_TV.shape:
+        raise ValueError(
+            f"the model has {logits_TV.shape[1]} logits and the original {reference_TV.shape[1]}: "
+            "KL needs one vocabulary; compare models of the same family"
+        )
+    scores = score_tokens(logits_TV, window.targets, reference_TV)
+    broken = ~scores.nll.isfinite()
+    if scores.kl is None or scores.agree is None or scores.reference_nll is None:
+        return _WindowSums(len(window.targets), float(scores.nll.sum()), 0.0, 0.0, 0.0, float(broken.sum()))
+    if not scores.reference_nll.isfinite().all():
+        raise ValueError("the original model's own logits are NaN or infinite: check its files, or leave it out")
+    return _WindowSums(
+        tokens=len(window.targets),
+        nll=float(scores.nll.sum()),
+        kl=float(scores.kl.sum()),
+        agree=float(scores.agree.sum()),
+        reference_nll=float(scores.reference_nll.sum()),
+        broken=float((broken | ~scores.kl.isfinite()).sum()),
+    )
+
+
+def _summarise(sums: Any, pieces: Cut, compared: bool, *, protocol: str, seq_len: int, text: str) -> Evaluation:
+    """`sums` is a `_WindowSums` of columns [W]: each field holds that sum of every window."""
+    tokens = int(sums.tokens.sum())
+    # Perplexity per word is the same total over another count.
+    per_unit = 1.0 if pieces.words is None else tokens / pieces.words
+    nll, nll_interval = mean_and_interval(sums.nll, sums.tokens)
+    kl, kl_interval = mean_and_interval(sums.kl, sums.tokens)
+    top1, top1_interval = mean_and_interval(sums.agree, sums.tokens)
+    reference_nll, _ = mean_and_interval(sums.reference_nll, sums.tokens)
+    return Evaluation(
+        perplexity=_exp(nll * per_unit),
+        perplexity_interval=nll_interval and (_exp(nll_interval[0] * per_unit), _exp(nll_interval[1] * per_unit)),
+        kl=kl if compared else None,
+        kl_interval=_clipped(kl_interval, kl, math.inf) if compared else None,
+        top1_agreement=top1 if compared else None,
+        top1_interval=_clipped(top1_interval, top1, 1.0) if compared else None,
+        reference_perplexity=_exp(reference_nll * per_unit) if compared else None,
+        tokens=tokens,
+        words=pieces.words,
+        windows=len(pieces.windows),
+        seq_len=seq_len,
+        protocol=protocol,
+        text=text,
+        ids_sha256=_hash(pieces, seq_len),
+        broken_tokens=int(sums.broken.sum()),
+    )
+
+
+def _check_fits(model: PreTrainedModel, pieces: Cut) -> None:
+    longest = max(len(window.inputs) for window in pieces.windows)
+    check_positions(model, longest, f"a window of {longest} tokens")
+    limit = vocabulary_size(model)
+    low = min(min(int(window.inputs.min()), int(window.targets.min())) for window in pieces.windows)
+    high = max(max(int(window.inputs.max()), int(window.targets.max())) for window in pieces.windows)
+    if low < 0 or high >= limit:
+        raise ValueError(
+            f"the ids run from {low} to {high} and the model's vocabulary has {limit}: "
+            "tokenize the text with this model's own tokenizer"
+        )
+
+
+def _hash(pieces: Cut, seq_len: int) -> str:
+    digest = hashlib.sha256(f"{seq_len}:".encode())
+    for window in pieces.windows:
+        digest.update(_bytes(window.inputs))
+        digest.update(_bytes(window.targets[-1:]))
+    return digest.hexdigest()
+
+
+def _bytes(ids: Tensor) -> bytes:
+    return ids.cpu().numpy().astype("<i8").tobytes()
+
+
+def _exp(value: float) -> float:
+    """exp that says infinity where the result is beyond a float, and keeps NaN."""
+    return math.inf if value > 709 else math.exp(value)
+
+
+def _clipped(interval: Interval | None, mean: float, high: float) -> Interval | None:
+    """The interval inside [0, high], where the quantity itself lies; a mean of -1e-9 by rounding stays inside it."""
+    return interval and (max(interval[0], min(0.0, mean)), min(interval[1], high))
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_json_safe(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,185 @@
+"""What a perplexity protocol is: which windows the text is cut into, and which predictions of each are counted.
+
+Three protocols are in use and give different figures for one model on one text, so each has a name and a figure is
+never reported without it:
+
+* `gptq`: disjoint windows of `seq_len` ids from the start of the text, all `seq_len - 1` predictions of each counted.
+  The usual protocol of the papers on quantization.
+* `llama.cpp`: the same windows, but only the predictions made at positions `seq_len // 2` to `seq_len - 2` are
+  counted, `seq_len - seq_len // 2 - 1` a window, so that each has at least half a window of context. Where the
+  tokenizer puts a BOS before a text, the whole text starts with one, and the first id of every window is replaced by
+  BOS (it is context, never counted). Read from `tools/perplexity/perplexity.cpp` of llama.cpp; unlike that tool a text
+  of a single window is accepted. The tokenizers are transformers', not llama.cpp's.
+* `word`: lm-eval's word perplexity, exp(total negative log-likelihood / number of words). Every token of a document
+  is predicted once, `seq_len` of them a window with one token of left context, the very first from BOS (EOS where
+  there is no BOS); the last window of a document predicts what is left and fills up with the context before it. Words
+  are the pieces of `re.split(r"\\s+", document)`, as lm-eval counts them: a document that ends in white space has one
+  more. Read from lm-eval 0.4.13 and tested against it. Two things are not done here: lm-eval lets a tokenizer add its
+  own special tokens to the document, and its wikitext task detokenizes the text first.
+
+A text is tokenized as ONE string without special tokens. The last piece that fills no window is dropped, except by
+`word`, which predicts every token.
+
+Shape suffixes: N windows, T tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Text = str | Sequence[str] | Tensor
+"""One text, or documents (`word` only), or ids: int64 [T], or [N, T] where T is the window length."""
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """One forward pass: `inputs` [T] int64; logits[first : first + len(targets)] predict `targets` int64."""
+
+    inputs: Tensor
+    targets: Tensor
+    first: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A text cut by a protocol: its windows in order, and the words they hold where perplexity is per word."""
+
+    windows: tuple[Window, ...]
+    words: int | None = None
+
+
+def cut(text: Text, tokenizer: Any, protocol: str, seq_len: int, windows: int | None) -> Cut:
+    """Cut `text` into the first `windows` windows (all of them for None) of the protocol of that name.
+
+    Args:
+        text: one string, documents (`word` only) or ids.
+        tokenizer: a transformers tokenizer; may be None for ids, and no BOS is known then.
+        protocol: a name of `PROTOCOLS`.
+        seq_len: ids in a window.
+        windows: how many; None for as many as there are.
+
+    Raises:
+        ValueError: an unknown protocol, a text that holds fewer windows than asked or none, a window too short to
+            predict anything, ids of the wrong shape or type, no tokenizer where one is needed.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown perplexity protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
+    if seq_len < 2:
+        raise ValueError(f"seq_len is {seq_len}: a window needs at least 2 tokens to predict one")
+    if windows is not None and windows < 1:
+        raise ValueError(f"windows is {windows}: ask for at least 1, or None for the whole text")
+    return PROTOCOLS[protocol](text, tokenizer, seq_len, windows)
+
+
+def _whole_windows(text: Text, tokenizer: Any, seq_len: int, count: int | None) -> Cut:
+    rows_NT = _rows(_ids(text, tokenizer, seq_len), seq_len, count)
+    return Cut(tuple(Window(row, row[1:]) for row in rows_NT))
+
+
+def _second_halves(text: Text, tokenizer: Any, seq_len: int, count: int | None) -> Cut:
+    bos = _bos_before_text(tokenizer)
+    ids = _ids(text, tokenizer, seq_len)
+    if bos is not None:
+        ids = torch.cat((ids.new_tensor([bos]), ids))
+    rows_NT = _rows(ids, seq_len, count).clone()
+    if bos is not None:
+        rows_NT[:, 0] = bos
+    first = seq_len // 2
+    if first + 1 == seq_len:
+        raise ValueError("seq_len is 2: the second half of a window of 2 predicts nothing; use at least 3")
+    return Cut(tuple(Window(row, row[first + 1 :], first) for row in rows_NT))
+
+
+def _rolling_windows(text: Text, tokenizer: Any, seq_len: int, count: int | None) -> Cut:
+    if isinstance(text, Tensor) or tokenizer is None:
+        raise ValueError("word perplexity counts the words of a text: pass text and a tokenizer, not ids")
+    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if prefix is None:
+        raise ValueError("word perplexity predicts the first token from BOS or EOS, and the tokenizer has neither")
+    windows: list[Window] = []
+    words = 0
+    for document in [text] if isinstance(text, str) else text:
+        if len(windows) == count:
+            break
+        ids = _encode(document, tokenizer)
+        pieces = _rolled(torch.cat((ids.new_tensor([prefix]), ids)), seq_len)
+        pieces = pieces[: None if count is None else count - len(windows)]
+        windows += pieces
+        scored = sum(len(piece.targets) for piece in pieces)
+        # A document cut short by `count` is judged by the words of the part that was predicted.
+        words += _words(document if scored == len(ids) else tokenizer.decode(ids[:scored].tolist()))
+    if not windows or (count is not None and len(windows) < count):
+        raise ValueError(_too_short(len(windows), seq_len, count))
+    return Cut(tuple(windows), words)
+
+
+def _rolled(stream: Tensor, seq_len: int) -> list[Window]:
+    """Every token of `stream` [1 + T] but the first as a target once, in windows of at most `seq_len` inputs."""
+    predicted = len(stream) - 1
+    windows = []
+    for start in range(0, predicted, seq_len):
+        end = min(start + seq_len, predicted)
+        context = max(0, end - seq_len)  # earlier than `start` only in a short last window
+        windows.append(Window(stream[context:end], stream[start + 1 : end + 1], start - context))
+    return windows
+
+
+def _words(text: str) -> int:
+    return len(re.split(r"\s+", text))
+
+
+def _encode(text: str, tokenizer: Any) -> Tensor:
+    if tokenizer is None:
+        raise ValueError("a text needs a tokenizer: pass one, or pass token ids")
+    # verbose=False: a whole corpus is longer than the model's context, and the tokenizer would warn about that.
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def _ids(text: Text, tokenizer: Any, seq_len: int) -> Tensor:
+    """The text as one line of ids [T]."""
+    if isinstance(text, str):
+        return _encode(text, tokenizer)
+    if not isinstance(text, torch.Tensor):
+        raise ValueError("this protocol reads one text, and got several documents: join them, or use protocol 'word'")
+    if text.dtype != torch.int64 or text.ndim not in (1, 2):
+        raise ValueError(f"ids must be int64 [T] or [windows, T], found {text.dtype} {list(text.shape)}")
+    if text.ndim == 2 and text.shape[1] != seq_len:
+        raise ValueError(f"the ids are windows of {text.shape[1]} and seq_len is {seq_len}: make them equal")
+    return text.reshape(-1)
+
+
+def _rows(ids: Tensor, seq_len: int, count: int | None) -> Tensor:
+    """The first `count` disjoint windows [N, T]."""
+    held = len(ids) // seq_len
+    if held == 0 or (count is not None and held < count):
+        raise ValueError(_too_short(held, seq_len, count) + f" ({len(ids)} tokens)")
+    taken = held if count is None else count
+    return ids[: taken * seq_len].view(taken, seq_len)
+
+
+def _too_short(held: int, seq_len: int, count: int | None) -> str:
+    return (
+        f"the text holds {held} windows of {seq_len} tokens and {count or 'at least 1'} were asked: "
+        "use a longer text, fewer windows or a shorter seq_len"
+    )
+
+
+def _bos_before_text(tokenizer: Any) -> int | None:
+    """The BOS id where this tokenizer puts one before a text, else None."""
+    if tokenizer is None or tokenizer.bos_token_id is None:
+        return None
+    start = tokenizer("a")["input_ids"][:1]
+    return tokenizer.bos_token_id if start == [tokenizer.bos_token_id] else None
+
+
+PROTOCOLS: Mapping[str, Callable[[Text, Any, int, int | None], Cut]] = {
+    "gptq": _whole_windows,
+    "llama.cpp": _second_halves,
+    "word": _rolling_windows,
+}

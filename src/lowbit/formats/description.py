@@ -1,0 +1,135 @@
+"""What a native checkpoint says of itself: the ``quantization_config`` of its config.json.
+
+    {"quant_method": "lowbit", "version": 1,
+     "schemes": [description of a packed linear, ...], "layers": {module name: index into schemes, ...},
+     "unfused_experts": true}                                  (only where experts were taken apart)
+
+It says what is stored, never how it was chosen. Blocks repeat, so a model of hundreds of layers has a handful of
+schemes. Everything is written in sorted order: the same model gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.modules import QuantLinear, buffer_layout, features
+from lowbit.modules.quant_linear import Config
+
+METHOD = "lowbit"
+VERSION = 1
+
+
+def quantization_config(
+    layers: nn.Module | Mapping[str, QuantLinear] | Mapping[str, Config], *, unfused_experts: bool = False
+) -> dict[str, Any]:
+    """The description of a model, or of layers (or only their :meth:`QuantLinear.config`) by module name.
+
+    ``unfused_experts``: the checkpoint's names are those of a model whose experts were taken apart.
+
+    Raises:
+        ValueError: nothing is quantized.
+    """
+    if isinstance(layers, nn.Module):
+        layers = {name: module for name, module in layers.named_modules() if isinstance(module, QuantLinear)}
+    if not layers:
+        raise ValueError("no layer is quantized; expected at least one QuantLinear")
+    schemes: dict[str, int] = {}
+    numbers = {}
+    for name in sorted(layers, key=_natural):
+        layer = layers[name]
+        scheme = json.dumps(layer.config() if isinstance(layer, QuantLinear) else layer, sort_keys=True)
+        numbers[name] = schemes.setdefault(scheme, len(schemes))
+    written = {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "schemes": [json.loads(s) for s in schemes],
+        "layers": numbers,
+    }
+    return written | ({"unfused_experts": True} if unfused_experts else {})
+
+
+def layer_configs(description: Mapping[str, Any]) -> dict[str, Config]:
+    """Each layer's description by module name.
+
+    Raises:
+        ValueError: another method, a version this code does not know, or a damaged description.
+    """
+    if description.get("quant_method") != METHOD:
+        raise ValueError(f"quant_method is {description.get('quant_method')!r}, expected {METHOD!r}")
+    if description.get("version") != VERSION:
+        raise ValueError(
+            f"the checkpoint is of version {description.get('version')!r} of the native format, this lowbit reads "
+            f"version {VERSION}; use a lowbit that wrote such checkpoints"
+        )
+    schemes, layers = description.get("schemes"), description.get("layers")
+    if not isinstance(schemes, list | tuple) or not isinstance(layers, Mapping) or not layers:
+        raise ValueError("quantization_config is damaged: expected a list 'schemes' and an object 'layers'")
+    for scheme in schemes:
+        buffer_layout(scheme)  # raises where no layer is like that
+    for name, number in layers.items():
+        if not isinstance(number, int) or not 0 <= number < len(schemes):
+            raise ValueError(f"quantization_config is damaged: {name} has scheme {number!r} of {len(schemes)}")
+    return {name: schemes[number] for name, number in layers.items()}
+
+
+def swap(model: nn.Module, description: Mapping[str, Any]) -> dict[str, QuantLinear]:
+    """Puts empty packed layers in the places that ``description`` names, in place; the new layers by module name.
+
+    Works on the meta device. Linears, GPT-2's Conv1D and, where the description says so, experts taken apart first.
+    A model without the head that the checkpoint was written with is found under the names without its prefix.
+
+    Raises:
+        ValueError: a name that the model does not have, or a place that holds another kind of module or another width.
+    """
+    configs = layer_configs(description)
+    if description.get("unfused_experts"):
+        from lowbit.architectures.experts import unfuse_experts  # the common model has no experts, and need not load it
+
+        unfuse_experts(model)
+    swapped = {}
+    for written, config in configs.items():
+        name, old = _find(model, written)
+        device = _check_place(model, name, old, config)
+        parent, _, leaf = name.rpartition(".")
+        layer = QuantLinear.empty(config, device).train(old.training)
+        setattr(model.get_submodule(parent), leaf, layer)
+        swapped[name] = layer
+    return swapped
+
+
+def _find(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    for candidate in (name, name.removeprefix(prefix)):
+        try:
+            return candidate, model.get_submodule(candidate)
+        except AttributeError:
+            continue
+    raise ValueError(
+        f"the checkpoint quantizes {name}, which {type(model).__name__} does not have: another model's checkpoint"
+    )
+
+
+def _check_place(model: nn.Module, name: str, old: nn.Module, config: Config) -> torch.device:
+    weight = old._parameters.get("weight")
+    if weight is None or weight.dim() != 2 or isinstance(old, nn.Embedding):
+        raise ValueError(f"the checkpoint quantizes {name}, which is a {type(old).__name__} and not a linear")
+    # GPT-2's Conv1D holds [in, out]; every other linear [out, in].
+    found = tuple(weight.shape) if type(old).__name__ == "Conv1D" else tuple(weight.shape)[::-1]
+    if found != features(config):
+        raise ValueError(
+            f"{name} maps {features(config)[0]} channels to {features(config)[1]} in the checkpoint, {found} here"
+        )
+    if f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}):
+        raise ValueError(f"{name} is quantized but its weight is tied; set tie_word_embeddings to false in config.json")
+    return weight.device
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts ``layers.10`` after ``layers.9``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"\.", name)]

@@ -1,0 +1,66 @@
+"""transformers reads native checkpoints: ``AutoModelForCausalLM.from_pretrained(dir)`` after ``import lowbit``.
+
+transformers builds the model without weights, lets a quantizer change it, and then fills it tensor by tensor. Ours puts
+empty packed layers in place; their buffers already have the checkpoint's dtypes, and transformers casts a tensor to the
+dtype of its place, so that whatever dtype is asked for the packed tensors arrive bit for bit and only the rest is cast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lowbit.formats.description import METHOD, layer_configs, swap
+
+
+class LowbitConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a native checkpoint, see :mod:`lowbit.formats.description`. Unknown keys are kept.
+
+    Raises:
+        ValueError: a version this code does not know, or a damaged description.
+    """
+
+    def __init__(self, **description: Any):
+        layer_configs(description)
+        self.__dict__.update(description)
+
+
+class LowbitQuantizer(HfQuantizer):
+    """Loads native checkpoints; quantizing on the fly is not what it is for."""
+
+    requires_calibration = True
+    quantization_config: LowbitConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._packed = tuple(f"{name}." for name in swap(model, self.quantization_config.to_dict()))
+        return model
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """None (as stored) for tensors of packed layers, also where a model class keeps some modules in float32."""
+        if any(target.startswith(self._packed) for target in converter.target_patterns):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
+        """None: tensors are stored under the names of the running model, experts taken apart included."""
+        return []
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(METHOD)(LowbitConfig)
+    register_quantizer(METHOD)(LowbitQuantizer)

@@ -1,0 +1,20 @@
+"""Code that multiplies by packed weights. Kernels see tensors and specs, never modules; importing touches no device."""
+
+from lowbit.kernels import int8_torch as _int8_torch  # noqa: F401  (registers itself)
+from lowbit.kernels.activation import fake_quantize_activation, quantize_activation
+from lowbit.kernels.decode import decode_packed
+from lowbit.kernels.ops import Kernel, PackedLinear, Reason, choose, explain, names, register, run
+
+__all__ = [
+    "Kernel",
+    "PackedLinear",
+    "Reason",
+    "choose",
+    "decode_packed",
+    "explain",
+    "fake_quantize_activation",
+    "names",
+    "quantize_activation",
+    "register",
+    "run",
+]

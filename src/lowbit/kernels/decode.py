@@ -1,0 +1,33 @@
+"""Packed weights to floating ones, quickly: what :meth:`QTensor.dequantize` gives, bit for bit, with fewer passes.
+
+Uniform grids are decoded in place; grids that are lists of levels gather with 32-bit indices, several times faster than
+torch's fancy indexing. Any other grid decodes itself.
+
+Shapes: G granule, K element within a granule, O output channel, I input channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lowbit.layouts import unpack, unpack_params
+from lowbit.numerics import Affine, Float, Int, Spec, Table
+
+
+def decode_packed(tensors: Mapping[str, Tensor], spec: Spec, shape: tuple[int, ...]) -> Tensor:
+    """Values of a packed weight (see :mod:`lowbit.layouts.canonical`), float32 of ``shape``."""
+    params = unpack_params(tensors, spec, shape)
+    codes_GK = spec.granularity.split(unpack(tensors["codes"], spec.grid.bits, shape[-1]))
+    return spec.granularity.join(_decode(codes_GK, spec.grid, params), shape)
+
+
+def _decode(codes_GK: Tensor, grid, params: Affine) -> Tensor:
+    if isinstance(grid, Int):
+        return codes_GK.float().sub_(grid._zero(params)).mul_(params.scale)
+    if isinstance(grid, Float | Table):
+        table = torch.tensor(grid.table(), device=codes_GK.device)
+        return table.index_select(0, codes_GK.reshape(-1).int()).view(codes_GK.shape).mul_(params.scale)
+    return grid.decode(codes_GK, params)

@@ -1,0 +1,88 @@
+"""Integer products through torch's int8 matrix product: what makes 8-bit weights and activations worth it on a CPU.
+
+With weight levels ``b = code - 128`` and input levels ``a = code - 128``, both int8, and zero points moved alike,
+
+    sum_I (a - za)(b - zb) = a @ b.T - za * sum_I b - zb * sum_I a + I * za * zb
+
+so one integer product serves symmetric and asymmetric grids of up to 8 bits; the sums vanish where zero is the middle.
+Everything before the final scales is exact; it agrees with the reference within float rounding.
+
+Shapes: T token, O output channel, I input channel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.kernels.activation import quantize_activation
+from lowbit.kernels.ops import Kernel, PackedLinear, register
+from lowbit.layouts import unpack, unpack_params
+from lowbit.numerics import Int, PerChannel, PerTensor, PerToken, Spec
+
+# |a - za| and |b - zb| are at most 255, and the sum over I has to stay below 2**31.
+_MAX_CHANNELS = 2**31 // 255**2
+
+
+def _grid_problem(spec: Spec, what: str) -> str | None:
+    grid = spec.grid
+    if not isinstance(grid, Int) or grid.bits < 2 or grid.zero_bits is None:
+        kind = f"{type(grid).__name__} of {grid.bits} bits"
+        return f"{what}s are {kind}, an integer product needs integers of 2 to 8 bits with integer zero points"
+    return None
+
+
+def why_not(layer: PackedLinear, rows: int) -> str | None:
+    """Why the integer product cannot run ``layer``."""
+    if layer.act is None:
+        return "the input is not quantized"
+    problem = _grid_problem(layer.spec, "weight") or _grid_problem(layer.act, "activation")
+    if problem:
+        return problem
+    if not isinstance(layer.spec.granularity, PerChannel | PerTensor):
+        return f"weight scales are {layer.spec.granularity}, an integer sum needs one scale an output channel"
+    if not isinstance(layer.act.granularity, PerToken | PerTensor):
+        return f"activation scales are {layer.act.granularity}, an integer sum needs one scale a token"
+    if layer.device.type != "cpu":
+        return f"proved on the CPU only, the layer is on {layer.device.type}"
+    if layer.shape[1] > _MAX_CHANNELS:
+        return f"{layer.shape[1]} input channels could overflow 32 bits (limit {_MAX_CHANNELS})"
+    return None
+
+
+def run(x: Tensor, layer: PackedLinear) -> Tensor:
+    """``Q_act(x) @ W.T``: x ``[..., I]`` floating, the result ``[..., O]`` in its dtype."""
+    assert layer.act is not None
+    x_TI = x.reshape(-1, x.shape[-1])
+    codes_TI, act = quantize_activation(x_TI, layer.act, layer.act_params)
+    codes_OI = unpack(layer.tensors["codes"], layer.spec.grid.bits, layer.shape[1])
+    weight = unpack_params(layer.tensors, layer.spec, layer.shape)
+    a_TI, b_OI = _centred(codes_TI), _centred(codes_OI)
+    za_T1, zb_O1 = _zero(layer.act, act.zero), _zero(layer.spec, weight.zero)
+    y_TO = torch._int_mm(a_TI, b_OI.T)
+    if isinstance(zb_O1, Tensor) or zb_O1:
+        y_TO = y_TO - a_TI.sum(1, keepdim=True, dtype=torch.int32) * _row(zb_O1)
+    if isinstance(za_T1, Tensor) or za_T1:
+        centre_O1 = b_OI.sum(1, keepdim=True, dtype=torch.int32) - layer.shape[1] * zb_O1
+        y_TO = y_TO - za_T1 * centre_O1.T
+    scale_T1 = torch.where(x_TI.isnan().any(1, keepdim=True), torch.nan, act.scale)
+    return (y_TO * scale_T1 * weight.scale.T).to(x.dtype).reshape(*x.shape[:-1], layer.shape[0])
+
+
+def _centred(codes: Tensor) -> Tensor:
+    """uint8 codes minus 128, as int8: the top bit flips."""
+    return codes.bitwise_xor(128).view(torch.int8)
+
+
+def _zero(spec: Spec, zero: Tensor | None) -> Tensor | int:
+    """Zero points of the centred levels, int32 ``[G, 1]``, or one int for all."""
+    if zero is None:
+        return 2 ** (spec.grid.bits - 1) - 128
+    return zero.to(torch.int32) - 128
+
+
+def _row(zero: Tensor | int) -> Tensor | int:
+    return zero.T if isinstance(zero, Tensor) else zero
+
+
+register(Kernel("int8_torch", why_not, run))

@@ -1,0 +1,127 @@
+"""Which code runs a packed linear: an ordered list of kernels, each with its reason not to.
+
+A kernel is a name, a predicate that answers why it cannot run this layer, and a function. The first that can, runs; the
+last, ``reference``, always can and is the specification of the others. The field's alternative, flags such as ``use_x``
+and ``disable_y``, leaves the user guessing; here :func:`explain` prints every answer.
+
+A kernel sees plain data (:class:`PackedLinear`), never a module. To add one: a file in this package that ends in
+``register(Kernel(...))``, imported by ``__init__``; law: it agrees with the reference (tests/laws/test_kernels.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lowbit.kernels.activation import fake_quantize_activation
+from lowbit.kernels.decode import decode_packed
+from lowbit.numerics import Params, Spec
+from lowbit.numerics.tagged import nearest
+
+ENVIRONMENT = "LOWBIT_KERNELS"
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """What a kernel may know of a layer.
+
+    Args:
+        spec, shape, tensors: the weight ``[O, I]`` in the canonical layout.
+        act: how the input is quantized, or None.
+        act_params: static parameters of ``act``, or None where they are fitted to each call's input.
+    """
+
+    spec: Spec
+    shape: tuple[int, int]
+    tensors: Mapping[str, Tensor]
+    act: Spec | None = None
+    act_params: Params | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors["codes"].device
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A name, a predicate and a function.
+
+    Where ``why_not(layer, rows)`` is None, ``rows`` the number of vectors in x, ``run(x, layer)`` gives
+    ``Q_act(x) @ W.T`` for x ``[..., I]``, in the dtype of x.
+    """
+
+    name: str
+    why_not: Callable[[PackedLinear, int], str | None]
+    run: Callable[[Tensor, PackedLinear], Tensor]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One line of :func:`explain`: why ``kernel`` does not run, or None for the one that does."""
+
+    kernel: str
+    why_not: str | None
+
+
+def reference(x: Tensor, layer: PackedLinear) -> Tensor:
+    """Decodes the weight in float32, rounds it and the (de)quantized input to the dtype of x, and multiplies."""
+    weight = decode_packed(layer.tensors, layer.spec, layer.shape).to(x.dtype)
+    if layer.act is not None:
+        x = fake_quantize_activation(x, layer.act, layer.act_params).to(x.dtype)
+    return F.linear(x, weight)
+
+
+_REFERENCE = Kernel("reference", lambda layer, rows: None, reference)
+_KERNELS: list[Kernel] = []
+
+
+def register(kernel: Kernel) -> None:
+    """Adds a kernel before those registered earlier: the newest that can run, runs."""
+    assert kernel.name not in names(), f"two kernels are called {kernel.name}"
+    _KERNELS.insert(0, kernel)
+
+
+def names() -> list[str]:
+    """Names of the kernels in the order in which they are asked."""
+    return [kernel.name for kernel in (*_KERNELS, _REFERENCE)]
+
+
+def choose(layer: PackedLinear, rows: int) -> Kernel:
+    """The kernel that runs ``layer`` for ``rows`` input vectors; the environment variable LOWBIT_KERNELS forces one.
+
+    Raises:
+        ValueError: LOWBIT_KERNELS names a kernel that does not exist, or that cannot run this layer.
+    """
+    forced = os.environ.get(ENVIRONMENT)
+    if not forced:
+        return next(kernel for kernel in (*_KERNELS, _REFERENCE) if kernel.why_not(layer, rows) is None)
+    if forced not in names():
+        raise ValueError(f"{ENVIRONMENT}={forced!r} is no kernel{nearest(forced, names())}; all: {', '.join(names())}")
+    kernel = next(kernel for kernel in (*_KERNELS, _REFERENCE) if kernel.name == forced)
+    reason = kernel.why_not(layer, rows)
+    if reason is not None:
+        raise ValueError(f"{ENVIRONMENT}={forced!r} cannot run this layer: {reason}; unset it or use 'reference'")
+    return kernel
+
+
+def explain(layer: PackedLinear, rows: int) -> list[Reason]:
+    """Every kernel in the order asked, with why it does not run; ``why_not`` is None for exactly the chosen one."""
+    chosen = choose(layer, rows).name
+    forced = os.environ.get(ENVIRONMENT)
+    reasons = []
+    for kernel in (*_KERNELS, _REFERENCE):
+        why_not = kernel.why_not(layer, rows)
+        if kernel.name != chosen and why_not is None:
+            why_not = f"{ENVIRONMENT}={forced} is set" if forced else f"{chosen} is asked first"
+        reasons.append(Reason(kernel.name, why_not))
+    return reasons
+
+
+def run(x: Tensor, layer: PackedLinear) -> Tensor:
+    """``Q_act(x) @ W.T`` by the chosen kernel; x ``[..., I]``, the result ``[..., O]`` in the dtype of x."""
+    return choose(layer, x.numel() // max(1, x.shape[-1])).run(x, layer)

@@ -1,0 +1,39 @@
+"""OmniQuant: learn the clipping of weights and the equivalent transform of activations, block by block."""
+
+from lowbit.recipe import Recipe, activation, linears, method, weight
+from lowbit.solve import Nearest
+from lowbit.steps import BlockMSE, ClipShares, Learn, Midpoint, Scales, Shifts, Smooth, Solve
+
+EDGES = ("norm_*", "v_o", "q_k")
+
+
+@method("omniquant", family="weight-activation", paper="arXiv:2308.13137")
+def omniquant(
+    bits: int = 4,
+    group_size: int | None = None,
+    *,
+    activation_bits: int | None = None,
+    transform: bool | None = None,
+    epochs: int = 20,
+    alpha: float = 0.5,
+    clip_lr: float = 1e-2,
+    transform_lr: float = 5e-3,
+    augment: bool = False,
+    batch: int = 1,
+) -> Recipe:
+    """Learned weight clipping, and with quantized activations a learned equivalent transformation.
+
+    transform: learn scales and shifts at the edges; None: only where activations are quantized, as the authors' LLaMA
+    scripts. alpha: of the smoothing that scales start from. epochs: passes over the calibration windows (authors: 20;
+    40 at 2 bits). augment: the authors' second loss term.
+    """
+    moves = transform if transform is not None else activation_bits is not None and activation_bits < 16
+    transforms = (Shifts(("norm_*", "v_o"), Midpoint(), transform_lr), Scales(EDGES, Smooth(alpha), transform_lr))
+    return Recipe(
+        name="omniquant",
+        scheme=linears(weight(bits, group_size), activation(activation_bits, symmetric=False)),
+        steps=(
+            Learn((*(transforms if moves else ()), ClipShares(lr=clip_lr)), BlockMSE(augment), epochs, batch),
+            Solve(Nearest()),
+        ),
+    )

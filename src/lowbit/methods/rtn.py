@@ -1,0 +1,27 @@
+"""Round to nearest: the baseline every method is measured against."""
+
+from lowbit.numerics import ClipSearch, MinMax
+from lowbit.recipe import Recipe, activation, linears, method, weight
+from lowbit.solve import Nearest
+from lowbit.steps import Solve
+
+
+@method("rtn", family="weight-only", paper="")
+def rtn(
+    bits: int = 4,
+    group_size: int | None = 128,
+    *,
+    symmetric: bool = False,
+    activation_bits: int | None = None,
+    mse: bool = False,
+) -> Recipe:
+    """Every weight takes the nearest value of its group's grid; nothing is calibrated.
+
+    symmetric: no zero point. activation_bits: also quantize each linear's input, per token, symmetric.
+    mse: shrink each range to where the error (norm 2.4) is least, instead of its extremes.
+    """
+    return Recipe(
+        name="rtn",
+        scheme=linears(weight(bits, group_size, symmetric=symmetric), activation(activation_bits)),
+        steps=(Solve(Nearest(ClipSearch() if mse else MinMax())),),
+    )

@@ -1,0 +1,14 @@
+"""Packed layers. A module is a description and buffers; what multiplies is in :mod:`lowbit.kernels`."""
+
+from lowbit.modules.activation import ActSpec, fake_quantize_activation, quantize_activation
+from lowbit.modules.quant_linear import QuantLinear, buffer_layout, features, stored_bits_of
+
+__all__ = [
+    "ActSpec",
+    "QuantLinear",
+    "buffer_layout",
+    "fake_quantize_activation",
+    "features",
+    "quantize_activation",
+    "stored_bits_of",
+]

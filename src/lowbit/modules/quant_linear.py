@@ -1,0 +1,279 @@
+"""The one packed linear layer: every method's result, every kernel's input, every checkpoint's unit.
+
+    y = Q_act(pre(x)) @ decode(codes, params).T + bias
+
+A layer is a description (plain data, :meth:`QuantLinear.config`) and buffers laid out by it (:func:`buffer_layout`);
+the weight is held in its canonical packed form only, and decoded by the kernel that runs. The field's alternative, a class
+for each method, multiplies the loaders and kernels by the methods.
+
+The packed buffers mean what they mean in their own dtype, so casts (``.half()``, ``.to(torch.bfloat16)``) move this
+module between devices but never convert it; it computes in the dtype of its input instead.
+
+Shapes: O output channel, I input channel after ``pre``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowbit import kernels
+from lowbit.kernels import PackedLinear, Reason
+from lowbit.layouts import Layout, pack_qtensor, packed_layout, unpack_qtensor
+from lowbit.modules.activation import ActSpec
+from lowbit.modules.pre import build_pre, pre_config, pre_layout, pre_tensors
+from lowbit.numerics import Affine, Params, QTensor, Spec, Table, from_dict, to_dict
+from lowbit.transforms import ChannelTransform
+
+Config = dict[str, Any]
+_BIAS_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def buffer_layout(config: Config) -> Layout:
+    """Shape and dtype of each buffer of the layer that ``config`` describes. Allocates nothing.
+
+    Raises:
+        ValueError: a description that no layer has.
+    """
+    missing = {"spec", "shape", "bias", "act", "pre"} - config.keys()
+    if missing:
+        raise ValueError(f"the description of a packed linear lacks {', '.join(sorted(missing))}")
+    spec, act, shape = from_dict(config["spec"]), from_dict(config["act"]), tuple(config["shape"])
+    if config["bias"] is not None and config["bias"] not in _BIAS_DTYPES:
+        raise ValueError(f"bias is stored as one of {', '.join(_BIAS_DTYPES)} or null, found {config['bias']!r}")
+    layout = packed_layout(spec, shape)
+    if act is not None and act.static:
+        act_shape = act.spec.granularity.param_shape((1, shape[1]))
+        layout["act_scale"] = act_shape, torch.float32
+        if act.spec.grid.zero_bits != 0:
+            layout["act_zero"] = act_shape, torch.float32
+    layout |= pre_layout(config["pre"])
+    if config["bias"] is not None:
+        layout["bias"] = (shape[0],), _BIAS_DTYPES[config["bias"]]
+    return layout
+
+
+def stored_bits_of(config: Config) -> int:
+    """Bits of everything the described layer stores but its bias, which is stored the same without quantization."""
+    return sum(
+        8 * dtype.itemsize * prod(shape) for name, (shape, dtype) in buffer_layout(config).items() if name != "bias"
+    )
+
+
+def features(config: Config) -> tuple[int, int]:
+    """(in, out) as the rest of the model sees the described layer: before transforms that change the width."""
+    width = config["shape"][1]
+    for entry in reversed(config["pre"]):
+        changed = entry.get("counts") or entry.get("groups")
+        width = changed[0] if changed else width
+    return width, config["shape"][0]
+
+
+class QuantLinear(nn.Module):
+    """A packed linear. Build it with :meth:`from_qtensor` or :meth:`empty`.
+
+    Args:
+        config: the description, see :meth:`config`.
+        buffers: tensors by name, laid out as :func:`buffer_layout` says.
+    """
+
+    def __init__(self, config: Config, buffers: Mapping[str, Tensor]):
+        super().__init__()
+        self._config = config
+        self.spec: Spec = from_dict(config["spec"])
+        self.shape = cast("tuple[int, int]", tuple(config["shape"]))
+        self.act: ActSpec | None = from_dict(config["act"])
+        self.in_features, self.out_features = features(config)
+        self._weight_names = tuple(packed_layout(self.spec, self.shape))
+        for name in buffer_layout(config):
+            self.register_buffer(name, buffers[name])
+        if config["bias"] is None:
+            self.register_buffer("bias", None)
+
+    @classmethod
+    def from_qtensor(
+        cls,
+        q: QTensor,
+        bias: Tensor | None = None,
+        act: ActSpec | None = None,
+        act_params: Params | None = None,
+        pre: tuple[ChannelTransform, ...] = (),
+    ) -> QuantLinear:
+        """Packs ``q`` ``[O, I]``.
+
+        Args:
+            q: the weight, solved for the input after ``pre``.
+            bias: ``[O]``; kept in its dtype (float64 becomes float32), copied.
+            act: how the input is quantized after ``pre``.
+            act_params: parameters of a static ``act``, for granularity ``act.spec.granularity`` over I.
+            pre: transforms of the input that no earlier layer could absorb, in the order they run.
+
+        Raises:
+            ValueError: shapes that do not fit together, or parameters that are not as the spec stores them.
+        """
+        bias = None if bias is None else (bias.float() if bias.dtype == torch.float64 else bias).detach().clone()
+        config = {
+            "spec": to_dict(q.spec),
+            "shape": list(q.shape),
+            "bias": None if bias is None else str(bias.dtype).removeprefix("torch."),
+            "act": to_dict(act),
+            "pre": pre_config(pre),
+        }
+        buffers = pack_qtensor(q) | pre_tensors(pre)
+        if act is not None and act.static != (act_params is not None):
+            raise ValueError("act_params are given exactly when act is static")
+        if act_params is not None:
+            rows_columns = _layout(config, "act_scale")
+            buffers["act_scale"] = act_params.scale.float().reshape(rows_columns).clone()
+            if act_params.zero is not None:
+                buffers["act_zero"] = act_params.zero.float().reshape(rows_columns).clone()
+        if bias is not None:
+            buffers["bias"] = bias
+        _check(config, buffers)
+        return cls(config, buffers)
+
+    @classmethod
+    def empty(cls, config: Config, device: torch.device | str = "meta") -> QuantLinear:
+        """The layer that ``config`` describes, buffers of the right shapes and dtypes without content: for loading."""
+        layout = buffer_layout(config)
+        return cls(config, {n: torch.empty(s, dtype=dtype, device=device) for n, (s, dtype) in layout.items()})
+
+    def config(self) -> Config:
+        """Plain data (JSON) from which :meth:`empty` builds the same layer: spec, shape, bias dtype, act, pre."""
+        return self._config
+
+    @property
+    def pre(self) -> tuple[ChannelTransform, ...]:
+        """The transforms of the input, around this module's buffers."""
+        return self._pre(torch.float32)
+
+    @property
+    def act_params(self) -> Params | None:
+        """Static parameters of the input, float32 ``[G, 1]``."""
+        if self.act is None or not self.act.static:
+            return None
+        zero = self._buffers.get("act_zero")
+        return Affine(self.get_buffer("act_scale").reshape(-1, 1), None if zero is None else zero.reshape(-1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]`` in the dtype of x.
+
+        Transforms and activation quantization compute in float32; the weight is decoded in float32 and rounded to the
+        dtype of x, in which the product and the bias are taken.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"the layer reads {self.in_features} channels, the input has {x.shape[-1]}")
+        y = kernels.run(self._transformed(x), self.packed())
+        bias = self._buffers["bias"]
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def packed(self) -> PackedLinear:
+        """This layer as kernels see it."""
+        tensors = {name: self.get_buffer(name) for name in self._weight_names}
+        return PackedLinear(self.spec, self.shape, tensors, self.act and self.act.spec, self.act_params)
+
+    def explain(self, rows: int = 1) -> list[Reason]:
+        """Which kernel runs for ``rows`` input vectors, and for each other one why it does not."""
+        return kernels.explain(self.packed(), rows)
+
+    def qtensor(self) -> QTensor:
+        """The stored weight with its codes unpacked; parameters in float32."""
+        return unpack_qtensor(self._tensors(), self.spec, self.shape)
+
+    def dequantize(self) -> Tensor:
+        """The stored weight ``[O, I]``, float32. It reads the input after ``pre``; see :meth:`effective_weight`."""
+        return kernels.decode_packed(self._tensors(), self.spec, self.shape)
+
+    def effective_weight(self) -> Tensor:
+        """``[out_features, in_features]`` float32: the map of the layer, ``pre`` folded in, activations not quantized."""
+        weight = self.dequantize()
+        x = torch.zeros(self.out_features, self.in_features, device=weight.device)
+        with torch.enable_grad():
+            x.requires_grad_()
+            y = self._transformed(x)  # affine, so the pullback of W is the weight that reads the untransformed input
+            return torch.autograd.grad(y, x, weight)[0] if self.pre else weight
+
+    def effective_bias(self) -> Tensor | None:
+        """The bias, float32 ``[out_features]``, with the constant that shifts in ``pre`` add; None without either."""
+        bias = self._buffers["bias"]
+        bias = None if bias is None else bias.float()
+        if not self.pre:
+            return bias
+        weight = self.dequantize()
+        constant = weight @ self._transformed(torch.zeros(self.in_features, device=weight.device))
+        return constant if bias is None else bias + constant
+
+    @property
+    def weight(self) -> Tensor:
+        """:meth:`effective_weight`, decoded at each access: for model code that looks at a linear's weight.
+
+        It is not a parameter, and writing to it changes nothing. GPT-2 hands it to an initializer after loading, which
+        transformers' mark keeps from drawing random numbers.
+        """
+        weight = self.effective_weight()
+        weight._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+        return weight
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of everything stored, transforms and static activation parameters included; only the bias is left out,
+        since it is stored the same without quantization."""
+        return stored_bits_of(self._config)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """``stored_bits`` over the number of weights of the linear that this one replaces."""
+        return self.stored_bits / (self.in_features * self.out_features)
+
+    def extra_repr(self) -> str:
+        bias = self._buffers["bias"] is not None
+        parts = [f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}"]
+        parts.append(f"{_short(self.spec)}, {self.bits_per_weight:.3f} bits per weight")
+        if self.act is not None:
+            parts.append(f"act={_short(self.act.spec)}, {'static' if self.act.static else 'dynamic'}")
+        if self._config["pre"]:
+            parts.append(f"pre={' then '.join(entry['type'] for entry in self._config['pre'])}")
+        return "; ".join(parts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        def keep_dtype(t: Tensor) -> Tensor:
+            new = fn(t)
+            return new if new.dtype == t.dtype else t.to(new.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+
+    def _pre(self, dtype: torch.dtype) -> tuple[ChannelTransform, ...]:
+        return build_pre(self._config["pre"], self._tensors(), dtype)
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        if not self._config["pre"]:
+            return x
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = x.to(wide)
+        for t in self._pre(wide):
+            y = t.forward(y)
+        return y.to(x.dtype)
+
+
+def _short(spec: Spec) -> str:
+    grid = f"Table({len(spec.grid.values)} values)" if isinstance(spec.grid, Table) else str(spec.grid)
+    return f"{grid} {spec.granularity}"
+
+
+def _layout(config: Config, name: str) -> tuple[int, ...]:
+    return buffer_layout(config)[name][0]
+
+
+def _check(config: Config, buffers: Mapping[str, Tensor]) -> None:
+    layout = buffer_layout(config)
+    for name in layout.keys() | buffers.keys():
+        found = (tuple(buffers[name].shape), buffers[name].dtype) if name in buffers else None
+        if found != layout.get(name):
+            raise ValueError(f"{name} should be {layout.get(name, 'absent')}, found {found or 'nothing'}")

@@ -1,0 +1,179 @@
+"""Which elements share quantization parameters.
+
+Every granularity cuts a tensor into ``[G, K]``: G granules, each with its own parameters, of K elements. Grids and fits
+see only this one canonical view, so that each of them works with each granularity. The alternative, strides and
+broadcast shapes known to every grid, is faster for none of the sizes that matter and multiplies the code.
+
+Granules of unequal size (a ragged last group, clusters) are filled up to the longest with copies of the granule's own
+last element: ranges and fits over extremes are unchanged, and importance is filled with zeros instead.
+
+Law, for every granularity g that accepts the shape: ``g.join(g.split(x), x.shape) == x`` exactly.
+Shapes: G granule, K element within a granule, O output channel (row), I input channel (column).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lowbit.numerics.tagged import tagged
+
+Shape = tuple[int, ...]
+
+
+@runtime_checkable
+class Granularity(Protocol):
+    """Cuts tensors of two or more dimensions ``[..., I]`` (all but the last are rows) into granules and back."""
+
+    def param_shape(self, shape: Shape) -> tuple[int, int]:
+        """How parameters of a tensor of ``shape`` are laid out: (rows, columns); G is their product, row-major."""
+        ...
+
+    def split(self, x: Tensor, *, fill_zero: bool = False) -> Tensor:
+        """``[..., I]`` to ``[G, K]``. ``fill_zero`` fills short granules with zeros (for importance)."""
+        ...
+
+    def join(self, x_GK: Tensor, shape: Shape) -> Tensor:
+        """``[G, K]`` back to ``shape``; filling is dropped."""
+        ...
+
+
+def _rows(shape: Shape) -> int:
+    return prod(shape[:-1])
+
+
+def _fill(x: Tensor, width: int, fill_zero: bool) -> Tensor:
+    """Lengthens the last dimension to ``width`` by the last element, or by zeros."""
+    missing = width - x.shape[-1]
+    if missing == 0:
+        return x
+    last = x[..., -1:].expand(*x.shape[:-1], missing)
+    return torch.cat([x, torch.zeros_like(last) if fill_zero else last], dim=-1)
+
+
+@tagged
+@dataclass(frozen=True)
+class PerTensor:
+    """One granule: the whole tensor."""
+
+    def param_shape(self, shape: Shape) -> tuple[int, int]:
+        return 1, 1
+
+    def split(self, x: Tensor, *, fill_zero: bool = False) -> Tensor:
+        return x.reshape(1, -1)
+
+    def join(self, x_GK: Tensor, shape: Shape) -> Tensor:
+        return x_GK.reshape(shape)
+
+
+class _PerRow:
+    def param_shape(self, shape: Shape) -> tuple[int, int]:
+        return _rows(shape), 1
+
+    def split(self, x: Tensor, *, fill_zero: bool = False) -> Tensor:
+        return x.reshape(-1, x.shape[-1])
+
+    def join(self, x_GK: Tensor, shape: Shape) -> Tensor:
+        return x_GK.reshape(shape)
+
+
+@tagged
+@dataclass(frozen=True)
+class PerToken(_PerRow):
+    """A granule a token: activations ``[..., I]``, one range for each vector of I."""
+
+
+@tagged
+@dataclass(frozen=True)
+class PerChannel(_PerRow):
+    """A granule an output channel: weights ``[O, I]``, one range for each row."""
+
+
+@tagged
+@dataclass(frozen=True)
+class PerGroup:
+    """Runs of ``size`` consecutive elements of a row; the last run of a row may be shorter (ragged)."""
+
+    size: int
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"group size must be at least 1, found {self.size}; for one range a row use per channel")
+
+    def param_shape(self, shape: Shape) -> tuple[int, int]:
+        return _rows(shape), -(-shape[-1] // self.size)
+
+    def split(self, x: Tensor, *, fill_zero: bool = False) -> Tensor:
+        _, groups = self.param_shape(tuple(x.shape))
+        x = x.reshape(-1, x.shape[-1])
+        return _fill(x, groups * self.size, fill_zero).reshape(-1, self.size)
+
+    def join(self, x_GK: Tensor, shape: Shape) -> Tensor:
+        rows, groups = self.param_shape(shape)
+        return x_GK.reshape(rows, groups * self.size)[:, : shape[-1]].reshape(shape)
+
+
+@tagged
+@dataclass(frozen=True)
+class Block:
+    """Tiles of ``rows`` x ``cols``; tiles at the lower and right border may be smaller."""
+
+    rows: int
+    cols: int
+
+    def __post_init__(self):
+        if self.rows < 1 or self.cols < 1:
+            raise ValueError(f"a block needs at least one row and one column, found {self.rows} x {self.cols}")
+
+    def param_shape(self, shape: Shape) -> tuple[int, int]:
+        return -(-_rows(shape) // self.rows), -(-shape[-1] // self.cols)
+
+    def split(self, x: Tensor, *, fill_zero: bool = False) -> Tensor:
+        high, wide = self.param_shape(tuple(x.shape))
+        x = x.reshape(-1, x.shape[-1])
+        x = _fill(x, wide * self.cols, fill_zero)
+        x = _fill(x.T, high * self.rows, fill_zero).T
+        return x.reshape(high, self.rows, wide, self.cols).transpose(1, 2).reshape(high * wide, -1)
+
+    def join(self, x_GK: Tensor, shape: Shape) -> Tensor:
+        high, wide = self.param_shape(shape)
+        x = x_GK.reshape(high, wide, self.rows, self.cols).transpose(1, 2).reshape(high * self.rows, -1)
+        return x[: _rows(shape), : shape[-1]].reshape(shape)
+
+
+@tagged
+@dataclass(frozen=True)
+class PerCluster:
+    """Consecutive columns in clusters of the given ``sizes``, shared by all rows: static activations after a reorder."""
+
+    sizes: tuple[int, ...]
+
+    def __post_init__(self):
+        if not self.sizes or min(self.sizes) < 1:
+            raise ValueError(f"every cluster needs at least one channel, found sizes {self.sizes}")
+
+    def _check(self, shape: Shape) -> None:
+        if sum(self.sizes) != shape[-1]:
+            raise ValueError(f"clusters cover {sum(self.sizes)} channels, the tensor has {shape[-1]}")
+
+    def param_shape(self, shape: Shape) -> tuple[int, int]:
+        self._check(shape)
+        return 1, len(self.sizes)
+
+    def split(self, x: Tensor, *, fill_zero: bool = False) -> Tensor:
+        self._check(tuple(x.shape))
+        x = x.reshape(-1, x.shape[-1])
+        parts = [
+            _fill(part.T.reshape(1, -1), max(self.sizes) * x.shape[0], fill_zero) for part in x.split(self.sizes, 1)
+        ]
+        return torch.cat(parts)
+
+    def join(self, x_GK: Tensor, shape: Shape) -> Tensor:
+        self._check(shape)
+        rows = _rows(shape)
+        parts = [row[: size * rows].reshape(size, rows) for row, size in zip(x_GK, self.sizes, strict=True)]
+        return torch.cat(parts).T.reshape(shape)

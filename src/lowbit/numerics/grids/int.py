@@ -1,0 +1,92 @@
+"""Uniform integer grids of 1 to 8 bits, symmetric or with a zero point.
+
+Dialects differ in the field. This one: asymmetric as GPTQ's reference code, range forced to contain zero, step
+``(hi - lo) / (2**b - 1)``, ``code = clamp(round(w / step) + zero)`` with an integer zero in the code range; symmetric as
+SmoothQuant's, step ``absmax / (2**(b-1) - 1)``, so that both extremes are representable. Rounding is half to even.
+A one-bit symmetric grid is ``{-absmax, +absmax}``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowbit.numerics.grids.base import Affine
+from lowbit.numerics.tagged import tagged
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """``x.round()`` with the gradient of the identity."""
+    return x + (x.round() - x).detach()
+
+
+@tagged
+@dataclass(frozen=True)
+class Int:
+    """``2**bits`` evenly spaced numbers.
+
+    Args:
+        bits: 1 to 8.
+        symmetric: levels mirror around zero and no zero point is stored.
+        zero: ``"int"``, a zero point that is a code (b bits stored), or ``"real"``, a real number (floating, or
+            quantized by the spec's ``stats``); ignored when symmetric.
+    """
+
+    bits: int
+    symmetric: bool = False
+    zero: Literal["int", "real"] = "int"
+
+    def __post_init__(self):
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"an integer grid has 1 to 8 bits, found {self.bits}")
+        if self.zero not in ("int", "real"):
+            raise ValueError(f"zero is 'int' or 'real', found {self.zero!r}")
+
+    @property
+    def zero_bits(self) -> int | None:
+        return 0 if self.symmetric else (self.bits if self.zero == "int" else None)
+
+    @property
+    def max_code(self) -> int:
+        return 2**self.bits - 1
+
+    @property
+    def _middle(self) -> float:
+        return 0.5 if self.bits == 1 else 2.0 ** (self.bits - 1)
+
+    def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Affine:
+        if self.symmetric:
+            absmax = torch.maximum(lo_G1.abs(), hi_G1.abs())
+            scale = absmax * 2 if self.bits == 1 else absmax / (self.max_code // 2)
+            return Affine(torch.where(scale > 0, scale, torch.ones_like(scale)))
+        lo, hi = (lo_G1, hi_G1) if self.zero == "real" else (lo_G1.clamp(max=0), hi_G1.clamp(min=0))
+        scale = (hi - lo) / self.max_code
+        # A granule of one value has no range; step = |value| (or 1) represents that value and zero exactly.
+        flat = scale <= 0
+        scale = torch.where(flat, torch.where(hi != 0, hi.abs(), torch.ones_like(hi)), scale)
+        zero = -lo / scale
+        if self.zero == "int":
+            zero = zero.round().clamp(0, self.max_code)
+        return Affine(scale, zero)
+
+    def _zero(self, params: Affine) -> Tensor | float:
+        return self._middle if params.zero is None else params.zero
+
+    def encode(self, x_GK: Tensor, params: Affine) -> Tensor:
+        return self._level(x_GK / params.scale, params, torch.round).to(torch.uint8)
+
+    def _level(self, v: Tensor, params: Affine, rounding) -> Tensor:
+        zero = self._zero(params)
+        whole = params.zero is not None and self.zero == "int"
+        # round(w/s) + z and round(w/s + z) differ at ties and when z is not whole: the first is the integer dialect.
+        level = rounding(v) + zero if whole else rounding(v + zero)
+        return level.clamp(0, self.max_code)
+
+    def decode(self, codes_GK: Tensor, params: Affine) -> Tensor:
+        return (codes_GK.to(params.scale.dtype) - self._zero(params)) * params.scale
+
+    def fake(self, x_GK: Tensor, params: Affine) -> Tensor:
+        return (self._level(x_GK / params.scale, params, round_ste) - self._zero(params)) * params.scale

@@ -1,0 +1,162 @@
+"""Grids that are a list of levels: floating formats (ExMy) and tables (NF4).
+
+Both are the same act: scale the granule so that its largest magnitude meets the largest level, then take the nearest
+level. They differ in where the levels come from and in what a code means (a bit pattern; an index), so both share this
+base. Nearest is decided by midpoints between neighbouring levels; a value on a midpoint goes to the lower level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowbit.numerics.grids.base import Affine
+from lowbit.numerics.tagged import tagged
+
+
+class _Levels:
+    """Nearest-level coding; subclasses give ``bits`` and ``table()``."""
+
+    bits: int
+
+    @property
+    def zero_bits(self) -> int | None:
+        return 0
+
+    def table(self) -> tuple[float, ...]:
+        """Value of each code, in units of the scale; index = code. Codes that are never written repeat a level."""
+        raise NotImplementedError
+
+    @property
+    def max_level(self) -> float:
+        """The largest magnitude among the levels."""
+        return max(abs(value) for value in self.table())
+
+    def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Affine:
+        lowest, highest = min(self.table()), max(self.table())
+        # The smallest scale under which both ends are inside; where the levels are one-sided that side is clipped.
+        scale = torch.zeros_like(hi_G1)
+        if highest > 0:
+            scale = torch.maximum(scale, hi_G1 / highest)
+        if lowest < 0:
+            scale = torch.maximum(scale, lo_G1 / lowest)
+        return Affine(torch.where(scale > 0, scale, torch.ones_like(scale)))
+
+    def encode(self, x_GK: Tensor, params: Affine) -> Tensor:
+        _, codes, midpoints = self._sorted(x_GK.device, params.scale.dtype)
+        return codes[torch.bucketize((x_GK / params.scale).contiguous(), midpoints)]
+
+    def decode(self, codes_GK: Tensor, params: Affine) -> Tensor:
+        table = torch.tensor(self.table(), dtype=params.scale.dtype, device=codes_GK.device)
+        return table[codes_GK.int()] * params.scale
+
+    def fake(self, x_GK: Tensor, params: Affine) -> Tensor:
+        levels, _, midpoints = self._sorted(x_GK.device, params.scale.dtype)
+        v = x_GK / params.scale
+        inside = v.clamp(levels[0].item(), levels[-1].item())
+        return (inside + (levels[torch.bucketize(v.detach().contiguous(), midpoints)] - inside).detach()) * params.scale
+
+    def _sorted(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels in rising order, the code of each, and the midpoints between neighbours."""
+        levels, codes = _sorted_levels(self.table())
+        values = torch.tensor(levels, dtype=dtype, device=device)
+        return values, torch.tensor(codes, dtype=torch.uint8, device=device), (values[1:] + values[:-1]) / 2
+
+
+@lru_cache
+def _sorted_levels(table: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    first: dict[float, int] = {}
+    for code, value in enumerate(table):
+        first.setdefault(value, code)
+    return tuple(sorted(first)), tuple(first[value] for value in sorted(first))
+
+
+@tagged
+@dataclass(frozen=True)
+class Float(_Levels):
+    """A floating format of 1 sign, ``exponent`` and ``mantissa`` bits with subnormals; a code is the bit pattern.
+
+    Args:
+        exponent: 1 to 5 exponent bits; the bias is ``2**(exponent-1) - 1``.
+        mantissa: mantissa bits; 1 + exponent + mantissa is at most 8.
+        special: which patterns are not numbers: ``"none"`` (E2M1 and small formats), ``"fn"`` (only the all-ones
+            pattern: E4M3FN, largest 448) or ``"ieee"`` (the top exponent: E5M2, largest 57344).
+    """
+
+    exponent: int
+    mantissa: int
+    special: Literal["none", "fn", "ieee"] = "none"
+
+    def __post_init__(self):
+        if not (1 <= self.exponent <= 5 and self.mantissa >= 0 and self.exponent + self.mantissa <= 7):
+            raise ValueError(
+                f"a floating grid has 1 to 5 exponent bits and at most 8 bits in all, "
+                f"found E{self.exponent}M{self.mantissa}"
+            )
+        if self.special not in ("none", "fn", "ieee"):
+            raise ValueError(f"special is 'none', 'fn' or 'ieee', found {self.special!r}")
+
+    @property
+    def bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return 1 + self.exponent + self.mantissa
+
+    def table(self) -> tuple[float, ...]:
+        return _float_table(self.exponent, self.mantissa, self.special)
+
+
+@lru_cache
+def _float_table(exponent: int, mantissa: int, special: str) -> tuple[float, ...]:
+    bias, steps = 2 ** (exponent - 1) - 1, 2**mantissa
+    top = {"none": 2 ** (exponent + mantissa), "fn": 2 ** (exponent + mantissa) - 1, "ieee": (2**exponent - 1) * steps}
+    positive = []
+    for code in range(2 ** (exponent + mantissa)):
+        e, m = divmod(min(code, top[special] - 1), steps)  # patterns that are not numbers repeat the largest
+        positive.append((m / steps) * 2.0 ** (1 - bias) if e == 0 else (1 + m / steps) * 2.0 ** (e - bias))
+    return tuple(positive) + tuple(-value for value in positive)
+
+
+@tagged
+@dataclass(frozen=True)
+class Table(_Levels):
+    """Levels given as ``values`` (2 to 256 numbers); a code is an index. See :data:`NF4`."""
+
+    values: tuple[float, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "values", tuple(self.values))
+        if not 2 <= len(self.values) <= 256 or not any(self.values):
+            raise ValueError(f"a table has 2 to 256 values, not all zero; found {len(self.values)}")
+
+    @property
+    def bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return (len(self.values) - 1).bit_length()
+
+    def table(self) -> tuple[float, ...]:
+        return self.values
+
+
+NF4 = Table(
+    (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    )
+)
+"""NormalFloat 4 (QLoRA, arXiv:2305.14314): 7 negative levels, zero, 8 positive; the values bitsandbytes writes."""

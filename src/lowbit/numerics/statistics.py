@@ -1,0 +1,108 @@
+"""What a step or a solver may ask to know about the inputs of a linear layer, gathered token by token.
+
+A statistic is a frozen request; the walk keeps one accumulator for each request and shared input, so that q, k and v,
+which read one tensor, share one Gram matrix. Requests compare equal by value, so two steps that ask for the same thing
+get one accumulation. Nothing here keeps tokens except :class:`Samples`, which keeps as many as it says.
+
+Law: the result does not depend on how the tokens were cut into batches (:class:`Samples` with an even ``stride`` aside).
+Shapes: T token, I input channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lowbit.numerics.tagged import tagged
+
+
+@runtime_checkable
+class Statistic(Protocol):
+    """A request for one statistic of an input ``[T, I]``."""
+
+    def update(self, old: Tensor | None, x_TI: Tensor) -> Tensor:
+        """The accumulator after more tokens; ``old`` is None before the first."""
+        ...
+
+    def merge(self, x_TI: Tensor) -> Tensor:
+        """The statistic of one batch of tokens alone."""
+        ...
+
+
+class _Merging:
+    def update(self, old: Tensor | None, x_TI: Tensor) -> Tensor:
+        new = self.merge(x_TI)
+        return new if old is None else self.join(old, new)
+
+
+@tagged
+@dataclass(frozen=True)
+class Gram(_Merging):
+    """``sum_t x_t x_t^T``, ``[I, I]`` in float32: the Hessian of the layer's output error, up to a factor."""
+
+    def merge(self, x_TI: Tensor) -> Tensor:
+        x_TI = x_TI.float()
+        return x_TI.T @ x_TI
+
+    def join(self, old: Tensor, new: Tensor) -> Tensor:
+        return old.add_(new)
+
+
+@tagged
+@dataclass(frozen=True)
+class AbsMax(_Merging):
+    """Largest magnitude of each channel, ``[I]``."""
+
+    def merge(self, x_TI: Tensor) -> Tensor:
+        return x_TI.abs().amax(0)
+
+    def join(self, old: Tensor, new: Tensor) -> Tensor:
+        return torch.maximum(old, new)
+
+
+@tagged
+@dataclass(frozen=True)
+class Range(_Merging):
+    """Smallest and largest value of each channel, ``[2, I]``."""
+
+    def merge(self, x_TI: Tensor) -> Tensor:
+        return torch.stack(torch.aminmax(x_TI, dim=0))
+
+    def join(self, old: Tensor, new: Tensor) -> Tensor:
+        return torch.stack([torch.minimum(old[0], new[0]), torch.maximum(old[1], new[1])])
+
+
+@tagged
+@dataclass(frozen=True)
+class AbsSum(_Merging):
+    """``sum_t |x_t|`` and the number of tokens, ``[I + 1]`` in float64; :func:`mean_abs` divides."""
+
+    def merge(self, x_TI: Tensor) -> Tensor:
+        return torch.cat([x_TI.abs().sum(0, dtype=torch.float64), torch.tensor([float(len(x_TI))])])
+
+    def join(self, old: Tensor, new: Tensor) -> Tensor:
+        return old.add_(new)
+
+
+def mean_abs(abs_sum: Tensor) -> Tensor:
+    """Mean magnitude of each channel, ``[I]`` float32, from the result of :class:`AbsSum`."""
+    return (abs_sum[:-1] / abs_sum[-1]).float()
+
+
+@tagged
+@dataclass(frozen=True)
+class Samples:
+    """Some of the tokens themselves, ``[count, I]`` at most: every ``stride``-th from the start, until ``count`` are kept."""
+
+    count: int = 512
+    stride: int = 1
+
+    def update(self, old: Tensor | None, x_TI: Tensor) -> Tensor:
+        new = self.merge(x_TI)
+        return new if old is None else torch.cat([old, new[: self.count - len(old)]])
+
+    def merge(self, x_TI: Tensor) -> Tensor:
+        return x_TI[:: self.stride][: self.count].clone()

@@ -1,0 +1,370 @@
+"""The whole run: check, walk, guard, save, reload, compare. What ``lowbit quantize`` and ``lowbit.quantize`` do.
+
+Everything that can be known to be wrong is found before the first block; everything that goes wrong later leaves a
+partial directory that the same command continues; nothing that looks like a checkpoint exists before the reloaded model
+has been compared with the one that was measured.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lowbit
+from lowbit.calibrate.data import Calibration, calibration_set
+from lowbit.calibrate.journal import Journal, check_target
+from lowbit.calibrate.source import ModelSource, load_tokenizer, open_model
+from lowbit.calibrate.walk import BlockRecord, Broken, Walk, check_scheme
+from lowbit.evaluate import kl_and_agreement, output_error
+from lowbit.formats import native
+from lowbit.formats.card import write_card
+from lowbit.recipe import Recipe, as_recipe
+from lowbit.steps import LayerRecord
+
+MAX_KL = 2.0
+"""Mean KL divergence (nats a token) from the original beyond which a model counts as broken."""
+KL_WINDOWS = 8
+RELOAD_TOLERANCE = 1e-4  # relative squared difference of logits; equal up to the order of float32 sums
+
+Progress = Callable[[float, float, str], None]
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What came out, as measured.
+
+    Attributes:
+        out: the checkpoint's directory; None where nothing finished was written.
+        bits_per_weight: all stored bits of the quantized linears over their weights.
+        bytes: of the checkpoint's weight files.
+        kl, top1_agreement: against the original on the first calibration windows (None: data-free).
+        coverage: share of the blocks' linear weights that are quantized.
+        layers, blocks: records in the order of the walk; ``error`` is a relative squared output error.
+        problems: why the result counts as broken; empty for a good one.
+        warnings: what the user should know and may accept.
+    """
+
+    out: Path | None
+    recipe: Recipe
+    calibration: str
+    bits_per_weight: float
+    bytes: int
+    kl: float | None
+    top1_agreement: float | None
+    coverage: float
+    blocks: tuple[BlockRecord, ...]
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> list[LayerRecord]:
+        return [layer for block in self.blocks for layer in block.layers]
+
+    @property
+    def worst_layers(self) -> list[LayerRecord]:
+        """Layers by falling output error."""
+        return sorted((x for x in self.layers if x.error is not None), key=lambda x: -x.error)  # pyright: ignore[reportOperatorIssue]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return {
+            "out": None if self.out is None else str(self.out),
+            "recipe": self.recipe.to_dict(),
+            "calibration": self.calibration,
+            "bits_per_weight": self.bits_per_weight,
+            "bytes": self.bytes,
+            "kl": self.kl,
+            "top1_agreement": self.top1_agreement,
+            "coverage": self.coverage,
+            "problems": list(self.problems),
+            "warnings": list(self.warnings),
+            "layers": [
+                {
+                    "name": x.name,
+                    "role": x.role,
+                    "bits_per_weight": x.bits_per_weight,
+                    "error": x.error,
+                    "notes": list(x.notes),
+                }
+                for x in self.layers
+            ],
+            "block_errors": [block.error for block in self.blocks],
+        }
+
+
+class BrokenModel(ValueError):
+    """The guard's refusal. ``report`` says what was measured."""
+
+    def __init__(self, message: str, report: QuantizeReport | None = None):
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass
+class Job:
+    """A checked request: everything that a walk needs, and nothing has been loaded yet."""
+
+    source: ModelSource
+    recipe: Recipe
+    calibration: Calibration | None
+    tokenizer: Any
+    out: Path
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What determines the bytes of the result; a partial run is continued only where all of it is the same."""
+        return {
+            "lowbit": lowbit.__version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "model": self.source.fingerprint,
+            "recipe": self.recipe.to_dict(),
+            "calibration": None if self.calibration is None else self.calibration.sha256,
+        }
+
+
+def prepare(
+    model: str | PathLike[str],
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    calibration: str | Tensor | Calibration | None,
+    *,
+    out: str | PathLike[str],
+    samples: int = 32,
+    seq_len: int = 512,
+    trust_remote_code: bool = False,
+) -> Job:
+    """Checks model, recipe, target and text, in the order of what is cheapest to find out.
+
+    Raises:
+        ValueError: the first thing that is wrong, with what to do.
+    """
+    recipe, out = as_recipe(recipe), Path(out).expanduser()
+    check_target(out)
+    source = open_model(model, trust_remote_code=trust_remote_code)
+    from lowbit.architectures import for_config
+
+    architecture = for_config(source.config)
+    check_scheme(recipe.scheme, architecture, source.skeleton(unfuse=True), source.config)
+    job = Job(source, recipe, None, None, out, list(architecture.warnings))
+    if calibration is None and recipe.needs_calibration:
+        raise ValueError(
+            f"recipe {recipe.name!r} needs calibration text: pass a file, python-docs, a hub dataset or self"
+        )
+    job.tokenizer = _tokenizer(source, needed=isinstance(calibration, str))
+    if calibration is not None:
+        job.calibration = _calibration(source, job.tokenizer, calibration, samples, seq_len)
+    return job
+
+
+def _tokenizer(source: ModelSource, needed: bool) -> Any:
+    try:
+        return load_tokenizer(source)
+    except ValueError:
+        if needed:
+            raise
+        return None
+
+
+def _calibration(source: ModelSource, tokenizer: Any, text: str | Tensor | Calibration, samples: int, seq_len: int):
+    vocabulary = source.config.get_text_config().vocab_size
+    if isinstance(text, Calibration):
+        return text
+    if isinstance(text, Tensor):
+        if text.dim() != 2 or text.is_floating_point():
+            raise ValueError(f"calibration ids are integers [windows, tokens], found {list(text.shape)} {text.dtype}")
+        if int(text.max()) >= vocabulary or int(text.min()) < 0:
+            raise ValueError(f"calibration ids run to {int(text.max())}, the model has {vocabulary} tokens")
+        import hashlib
+
+        return Calibration(text.long(), "token ids", hashlib.sha256(text.long().numpy().tobytes()).hexdigest())
+    own = source.load_full() if text == "self" else None
+    return calibration_set(text, tokenizer, samples, seq_len, vocab_size=vocabulary, model=own)
+
+
+def quantize(
+    model: str | PathLike[str],
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    calibration: str | Tensor | Calibration | None = "python-docs",
+    *,
+    out: str | PathLike[str],
+    samples: int = 32,
+    seq_len: int = 512,
+    ram_limit: int = 2**32,
+    max_kl: float = MAX_KL,
+    allow_broken: bool = False,
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Quantizes ``model`` by ``recipe`` and writes a packed checkpoint to ``out``.
+
+    Args:
+        model: a local directory, hub id, ``.gguf`` file or ``smollm2-135m``.
+        recipe: a Recipe, a method's name or mix (``"awq+gptq"``), a recipe file, or its data.
+        calibration: text (see :mod:`lowbit.calibrate.data`), ids ``[N, T]``, or None for recipes that need none.
+        samples, seq_len: how many windows of how many tokens of the text.
+        ram_limit: bytes of activations in memory; more go to memory-mapped files beside the target.
+        max_kl: mean KL divergence in nats beyond which the result counts as broken.
+        allow_broken: write it all the same, with the findings in its card.
+        restart: discard an unfinished run of the same target instead of continuing it.
+
+    Raises:
+        BrokenModel: the guard refused the result; no checkpoint was written.
+        ValueError: bad input, found before any work. An interrupted run (also by Ctrl-C) continues when repeated.
+    """
+    job = prepare(
+        model, recipe, calibration, out=out, samples=samples, seq_len=seq_len, trust_remote_code=trust_remote_code
+    )
+    return run(job, ram_limit, max_kl, allow_broken, restart, progress)
+
+
+def run(
+    job: Job, ram_limit: int, max_kl: float, allow_broken: bool, restart: bool, progress: Progress | None = None
+) -> QuantizeReport:
+    """The walk and all that follows it, for a request that has been checked."""
+    journal = Journal(job.out, job.header)
+    journal.open(restart=restart)
+    ids = None if job.calibration is None else job.calibration.ids
+    walk = Walk(job.source, job.recipe, ids, journal, ram_limit, progress=progress or (lambda *_: None))
+    try:
+        try:
+            walk.run()
+        except Broken as error:
+            worst = max((x for b in walk.records for x in b.layers), key=lambda x: x.error or 0, default=None)
+            culprit = f"; the worst layer so far is {worst.name}" if worst else ""
+            raise BrokenModel(f"{error}{culprit}. Try more bits, smaller groups or another method") from error
+        walk.write_rest()
+        kl, agreement, reference = _measure(walk, progress)
+        report = _report(job, walk, kl, agreement, max_kl)
+        if report.problems and not allow_broken:
+            raise BrokenModel(_refusal(job, report), report)
+        return _finish(job, journal, report, reference)
+    finally:
+        walk.close()
+
+
+def _measure(walk: Walk, progress: Progress | None) -> tuple[float | None, float | None, tuple[Tensor, Tensor] | None]:
+    """KL and agreement over the first calibration windows, and the last window's ids and logits to compare a reload with."""
+    if walk.ids is None:
+        return None, None, None
+    count = min(KL_WINDOWS, len(walk.ids))
+    kls, agreements, reference = [], [], None
+    for ids_T, original, quantized in walk.logits(count):
+        kl_T, agree_T = kl_and_agreement(original, quantized)
+        kls.append(kl_T)
+        agreements.append(agree_T.double())
+        reference = ids_T, quantized
+        if progress is not None:
+            progress(len(kls), count, "comparing with the original")
+    return torch.cat(kls).mean().item(), torch.cat(agreements).mean().item(), reference
+
+
+def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max_kl: float) -> QuantizeReport:
+    layers = [layer for block in walk.records for layer in block.layers]
+    weights = sum(layer.weights for layer in layers)
+    linears = check_scheme(job.recipe.scheme, walk.architecture, job.source.skeleton(unfuse=True), job.source.config)
+    shapes = job.source.skeleton(unfuse=True)
+    total = sum(shapes.get_submodule(name).weight.numel() for name in linears)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    notes = {f"{block.name}: {note}" for block in walk.records for note in block.notes}
+    notes |= {f"{layer.name}: {note}" for layer in layers for note in layer.notes}
+    report = QuantizeReport(
+        out=None,
+        recipe=job.recipe,
+        calibration="none" if job.calibration is None else f"{job.calibration.name}, {list(job.calibration.ids.shape)}",
+        bits_per_weight=sum(layer.bits_per_weight * layer.weights for layer in layers) / max(1, weights),
+        bytes=0,
+        kl=kl,
+        top1_agreement=agreement,
+        coverage=weights / max(1, total),
+        blocks=tuple(walk.records),
+        warnings=(*job.warnings, *_grouped(sorted(notes))),
+    )
+    return _with(report, problems=tuple(_problems(report, max_kl)))
+
+
+def _problems(report: QuantizeReport, max_kl: float) -> list[str]:
+    found = []
+    if report.kl is not None and not report.kl <= max_kl:
+        found.append(
+            f"the mean KL divergence from the original is {report.kl:.3g} nats a token, over the limit {max_kl:g}"
+        )
+    for layer in report.layers:
+        if layer.error is not None and not layer.error < 1.0:
+            found.append(f"{layer.name} keeps nothing of its output (relative error {layer.error:.3g})")
+    promised = sum(
+        layer.weights for layer in report.layers if report.recipe.scheme.format(layer.name, layer.role) is not None
+    )
+    if promised < sum(layer.weights for layer in report.layers) or not report.layers:
+        found.append("fewer weights are quantized than the recipe promised")
+    return found
+
+
+def _refusal(job: Job, report: QuantizeReport) -> str:
+    worst = ", ".join(f"{x.name} ({x.error:.3g})" for x in report.worst_layers[:5])
+    return (
+        f"the result is broken: {'; '.join(report.problems[:5])}. Layers with the largest relative output error: {worst}. "
+        "Likely remedies: more bits or smaller groups for these layers (overrides), a calibrated method such as one that "
+        "corrects errors as it goes, or more calibration text. Nothing finished was written; "
+        f"{job.out.name}.partial keeps the blocks: repeat with --allow-broken to write the checkpoint all the same"
+    )
+
+
+def _finish(
+    job: Job, journal: Journal, report: QuantizeReport, reference: tuple[Tensor, Tensor] | None
+) -> QuantizeReport:
+    """Config, index, card and tokenizer into the partial directory; reload and compare there; then the rename."""
+    directory = journal.directory
+    modules = {name: config for block in report.blocks for name, config in block.modules.items()}
+    native.write_checkpoint(
+        directory, job.source.config, modules, [entry["file"] for entry in journal.finished], job.source.dtype
+    )
+    if job.tokenizer is not None:
+        job.tokenizer.save_pretrained(directory)
+    for name in ("generation_config.json",):
+        if (job.source.path / name).is_file():
+            shutil.copyfile(job.source.path / name, directory / name)
+    weights = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
+    report = _with(report, out=job.out, bytes=weights)
+    write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name)
+    if reference is not None:
+        _compare_reloaded(directory, *reference)
+    shutil.rmtree(directory / "scratch", ignore_errors=True)
+    journal.finish()
+    return report
+
+
+@torch.no_grad()
+def _compare_reloaded(directory: Path, ids_T: Tensor, logits: Tensor) -> None:
+    reloaded = native.load(directory, dtype=torch.float32, unfinished=True)
+    error = output_error(logits, reloaded(input_ids=ids_T[None], use_cache=False).logits[0])
+    if not error < RELOAD_TOLERANCE:
+        raise BrokenModel(
+            f"the reloaded checkpoint does not compute what was measured (relative error {error:.3g}); this is a defect of "
+            f"lowbit or of the disk. {directory} is kept for inspection and is not a finished checkpoint"
+        )
+
+
+def _grouped(notes: list[str]) -> list[str]:
+    """Notes that differ only in the layer's name, as one line with a count."""
+    by_text: dict[str, list[str]] = {}
+    for note in notes:
+        name, _, text = note.partition(": ")
+        by_text.setdefault(text, []).append(name)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {text}"
+        for text, names in by_text.items()
+    ]
+
+
+def _with(report: QuantizeReport, **changes: Any) -> QuantizeReport:
+    import dataclasses
+
+    return dataclasses.replace(report, **changes)

@@ -1,0 +1,438 @@
+"""Recipes: what is stored, and the steps that choose it.
+
+A recipe is a :class:`Scheme` (formats by rule) and a tuple of steps. A method is a function from options to a recipe; a
+mix takes the steps of several methods and solves once, at the end. A YAML file, a name with options and Python all end
+in the same validated :class:`Recipe`, whose ``to_dict`` is what the journal and the model card record.
+
+The core never asks which method made a recipe: all that it acts on is declared in the recipe.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, validate_call
+
+from lowbit.architectures import ResolvedBlock
+from lowbit.modules import ActSpec
+from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, from_dict, nearest, to_dict
+from lowbit.steps import ClipShares, Learn, LinearFormat, SearchClip, SetActivationRange, Solve, Step
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class Rule(_Frozen):
+    """Formats for the linears that ``match``: ``*``, a role (``down``), a name pattern, or ``re:`` and a regex.
+
+    ``skip`` leaves them as they are. Where several rules match, the last one counts.
+    """
+
+    match: str = "*"
+    weight: Spec | None = None
+    activation: ActSpec | None = None
+    skip: bool = False
+
+    def matches(self, name: str, role: str) -> bool:
+        if self.match.startswith("re:"):
+            return re.search(self.match[3:], name) is not None
+        return self.match in ("*", role) or fnmatch(name, self.match)
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        if value.startswith("re:"):
+            try:
+                re.compile(value[3:])
+            except re.error as error:
+                raise ValueError(f"{value!r} is not a regular expression: {error}") from error
+        return value
+
+
+class Scheme(_Frozen):
+    """What is stored: rules for linears, later ones over earlier ones."""
+
+    rules: tuple[Rule, ...]
+
+    def format(self, name: str, role: str) -> LinearFormat | None:
+        """The format of one linear, or None where it stays as it is."""
+        for rule in reversed(self.rules):
+            if rule.matches(name, role):
+                return None if rule.skip or rule.weight is None else LinearFormat(rule.weight, rule.activation)
+        return None
+
+    def formats(self, resolved: ResolvedBlock, block_name: str) -> dict[str, LinearFormat]:
+        """Formats of the block's linears by path, those left alone omitted."""
+        found = {path: self.format(f"{block_name}.{path}", role) for path, role in resolved.linears.items()}
+        return {path: form for path, form in found.items() if form is not None}
+
+    def check_matches(self, linears: Mapping[str, str]) -> None:
+        """``linears``: every linear of the model, name -> role.
+
+        Raises:
+            ValueError: a rule that matches none of them; it names the nearest role or layer.
+        """
+        for rule in self.rules:
+            if not any(rule.matches(name, role) for name, role in linears.items()):
+                known = sorted({*linears.values(), *linears})
+                raise ValueError(f"override {rule.match!r} matches no layer{nearest(rule.match, known)}")
+
+    @property
+    def quantizes_activations(self) -> bool:
+        return any(rule.activation is not None for rule in self.rules)
+
+
+class Recipe(_Frozen):
+    """A scheme and the steps that fill it.
+
+    Attributes:
+        name: what to call it in reports.
+        scheme: what is stored.
+        steps: in order, on every block; ``Solve`` comes last and once.
+        feed: the inputs that steps see: ``"quant"``, from the quantized blocks before, or ``"fp"``, from the original.
+        seed: of everything random; each block derives its own.
+    """
+
+    name: str
+    scheme: Scheme
+    steps: tuple[Any, ...]
+    feed: Literal["fp", "quant"] = "quant"
+    seed: int = 0
+
+    @field_validator("steps")
+    @classmethod
+    def _are_steps(cls, steps: tuple[Any, ...]) -> tuple[Step, ...]:
+        for step in steps:
+            if not isinstance(step, Step):
+                raise ValueError(f"{step!r} is not a step such as Solve(...)")
+        solves = [i for i, step in enumerate(steps) if isinstance(step, Solve)]
+        if solves != [len(steps) - 1]:
+            raise ValueError(
+                f"a recipe has one Solve, as its last step; found {[type(step).__name__ for step in steps]}"
+            )
+        return steps
+
+    def model_post_init(self, _: Any) -> None:
+        self._check_combination()
+
+    @property
+    def needs_calibration(self) -> bool:
+        return any(step.needs for step in self.steps) or any(isinstance(step, Learn) for step in self.steps)
+
+    def _check_combination(self) -> None:
+        solver = self.steps[-1].solver
+        clips = [step for step in self.steps if isinstance(step, SearchClip) or _learns_clip(step)]
+        if clips and getattr(solver, "moves_groups", False):
+            raise ValueError(
+                f"{self.name}: chosen clip ranges belong to the stored groups, but this solver forms groups in another "
+                "column order; set static_groups=true, another order, or leave the clipping out"
+            )
+        static = any(rule.activation is not None and rule.activation.static for rule in self.scheme.rules)
+        if static and not any(isinstance(step, SetActivationRange) for step in self.steps):
+            raise ValueError(f"{self.name}: static activations need the step SetActivationRange")
+        check = getattr(solver, "check", None)
+        for rule in self.scheme.rules:
+            if rule.weight is not None and check is not None:
+                check(rule.weight)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that :func:`from_plain` reads back to an equal recipe."""
+        return {
+            "name": self.name,
+            "feed": self.feed,
+            "seed": self.seed,
+            "scheme": [
+                {"match": rule.match, "skip": True}
+                if rule.skip
+                else {"match": rule.match, "weight": to_dict(rule.weight), "activation": to_dict(rule.activation)}
+                for rule in self.scheme.rules
+            ],
+            "steps": [to_dict(step) for step in self.steps],
+        }
+
+    def with_overrides(self, overrides: Iterable[Mapping[str, Any]]) -> Recipe:
+        """This recipe with rules added; see :class:`Override` for their keys."""
+        base = self.scheme.rules[0]
+        added = tuple(_validated(Override, entry).rule(base) for entry in overrides)
+        return self if not added else _rebuilt(self, scheme=Scheme(rules=(*self.scheme.rules, *added)))
+
+
+def _learns_clip(step: Any) -> bool:
+    return isinstance(step, Learn) and any(isinstance(maker, ClipShares) for maker in step.makers)
+
+
+def _rebuilt(recipe: Recipe, **changes: Any) -> Recipe:
+    """A copy that is validated again (pydantic's own model_copy is not)."""
+    return Recipe(**{**{name: getattr(recipe, name) for name in Recipe.model_fields}, **changes})
+
+
+class Override(_Frozen):
+    """What one ``overrides`` entry of a recipe file may say; what it leaves out is as in the recipe's first rule."""
+
+    match: str
+    skip: bool = False
+    bits: int | None = None
+    group_size: int | Literal["channel"] | None = None
+    symmetric: bool | None = None
+    activation_bits: int | None = None
+
+    def rule(self, base: Rule) -> Rule:
+        if self.skip:
+            return Rule(match=self.match, skip=True)
+        assert base.weight is not None
+        grid, grain, act = base.weight.grid, base.weight.granularity, base.activation
+        if (self.bits is not None or self.symmetric is not None) and not isinstance(grid, Int):
+            raise ValueError(
+                f"override {self.match!r}: bits and symmetric change an integer grid, the recipe has {grid}"
+            )
+        if self.bits is not None:
+            grid = replace(grid, bits=self.bits)  # pyright: ignore[reportArgumentType]
+        if self.symmetric is not None:
+            grid = replace(grid, symmetric=self.symmetric)  # pyright: ignore[reportArgumentType]
+        if self.group_size is not None:
+            grain = PerChannel() if self.group_size == "channel" else PerGroup(self.group_size)
+        if self.activation_bits is not None:
+            act = activation(self.activation_bits) if act is None else _with_bits(act, self.activation_bits)
+        return Rule(match=self.match, weight=replace(base.weight, grid=grid, granularity=grain), activation=act)
+
+
+def _with_bits(act: ActSpec, bits: int) -> ActSpec:
+    return replace(act, spec=replace(act.spec, grid=replace(act.spec.grid, bits=bits)))  # pyright: ignore[reportArgumentType]
+
+
+# What most methods say of formats
+
+
+def weight(bits: int, group_size: int | None, *, symmetric: bool = False) -> Spec:
+    """Integers of ``bits``, in groups of ``group_size`` along the input, or per output channel where it is None."""
+    return Spec(Int(bits, symmetric=symmetric), PerChannel() if group_size is None else PerGroup(group_size))
+
+
+def activation(
+    bits: int | None, *, symmetric: bool = True, per: Literal["token", "tensor"] = "token", static: bool = False
+) -> ActSpec | None:
+    """Integers of ``bits`` for a linear's input; None (no quantization) where ``bits`` is None or 16 and over."""
+    if bits is None or bits >= 16:
+        return None
+    grain = PerToken() if per == "token" else PerTensor()
+    return ActSpec(Spec(Int(bits, symmetric=symmetric), grain, scale_dtype="float32"), static=static)
+
+
+def linears(weight: Spec, activation: ActSpec | None = None) -> Scheme:
+    """One format for every linear of every block."""
+    return Scheme(rules=(Rule(weight=weight, activation=activation),))
+
+
+# The registry of methods
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published method: its name, where it is from, and the function from options to a recipe."""
+
+    name: str
+    family: str
+    paper: str
+    summary: str
+    build: Callable[..., Recipe]
+
+    @property
+    def options(self) -> dict[str, inspect.Parameter]:
+        return dict(inspect.signature(self.build).parameters)
+
+    def recipe(self, **options: Any) -> Recipe:
+        for key in options:
+            if key not in self.options:
+                raise ValueError(f"method {self.name!r} has no option {key!r}{nearest(key, list(self.options))}")
+        try:
+            return self.build(**options)
+        except ValidationError as error:
+            raise ValueError(f"method {self.name!r}: {_plain(error)}") from error
+
+    def describe(self) -> dict[str, Any]:
+        """What ``lowbit methods`` prints."""
+        recipe = self.recipe()
+        needs = {type(need).__name__ for step in recipe.steps for need in step.needs}
+        return {
+            "name": self.name,
+            "family": self.family,
+            "paper": self.paper,
+            "summary": self.summary,
+            "needs": sorted(needs) + (["gradients"] if any(isinstance(step, Learn) for step in recipe.steps) else []),
+            "options": {key: to_dict(p.default) for key, p in self.options.items()},
+        }
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(name: str, *, family: str, paper: str):
+    """Decorator that registers a function from options to a recipe; its options are validated by their annotations."""
+
+    def register(build: Callable[..., Recipe]) -> Callable[..., Recipe]:
+        assert name not in METHODS, f"two methods are called {name}"
+        summary = (inspect.getdoc(build) or "").split("\n")[0]
+        METHODS[name] = Method(name, family, paper, summary, validate_call(build))
+        return METHODS[name].build
+
+    return register
+
+
+def recipe(name: str, **options: Any) -> Recipe:
+    """The recipe of method ``name``, or a mix ``"a+b"``: the steps of a, then those of b, solved once as b solves.
+
+    Options go to every method of the mix that has them.
+
+    Raises:
+        ValueError: an unknown method or option (with the nearest known), a value of the wrong type, a mix that cannot be.
+    """
+    import lowbit.methods  # noqa: F401  (fills the registry)
+
+    parts = []
+    for part in name.split("+"):
+        if part not in METHODS:
+            raise ValueError(f"no method {part!r}{nearest(part, list(METHODS))}")
+        parts.append(METHODS[part])
+    if len(parts) == 1:
+        return parts[0].recipe(**options)
+    known = {key for part in parts for key in part.options}
+    for key in options:
+        if key not in known:
+            raise ValueError(f"none of the methods in {name!r} has an option {key!r}{nearest(key, sorted(known))}")
+    return mix(name, [part.recipe(**{k: v for k, v in options.items() if k in part.options}) for part in parts])
+
+
+def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
+    """One recipe of several: all steps in order, with the Solve, the weight format and the feed of the last one.
+
+    Activations are quantized as the first recipe that does so says.
+    """
+    *firsts, last = recipes
+    steps = tuple(step for recipe in firsts for step in recipe.steps[:-1]) + last.steps
+    for step in steps:
+        if steps.count(step) > 1:
+            raise ValueError(f"{name!r} would do {type(step).__name__} twice; leave one of the methods out")
+    acts = (rule.activation for each in (*firsts, last) for rule in each.scheme.rules if rule.activation is not None)
+    act = next(acts, None)
+    rules = tuple(
+        rule if rule.skip else Rule(match=rule.match, weight=rule.weight, activation=act) for rule in last.scheme.rules
+    )
+    return Recipe(name=name, scheme=Scheme(rules=rules), steps=steps, feed=last.feed, seed=last.seed)
+
+
+# Files
+
+
+class _NamedFile(_Frozen):
+    """A recipe file that names a method (or a mix) and its options."""
+
+    method: str
+    options: dict[str, Any] = {}
+    overrides: tuple[dict[str, Any], ...] = ()
+    description: str = ""
+    feed: Literal["fp", "quant"] | None = None
+    seed: int | None = None
+
+
+class _ExplicitFile(_Frozen):
+    """A recipe file that spells out its scheme and steps."""
+
+    name: str
+    scheme: tuple[dict[str, Any], ...]
+    steps: tuple[dict[str, Any], ...]
+    overrides: tuple[dict[str, Any], ...] = ()
+    description: str = ""
+    feed: Literal["fp", "quant"] = "quant"
+    seed: int = 0
+
+
+def from_plain(data: Any) -> Recipe:
+    """A recipe from the data of a file: either ``method`` and ``options``, or ``scheme`` and ``steps``; with ``overrides``.
+
+    Raises:
+        ValueError: an unknown key, type or option, with the nearest known; a combination that cannot be.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"a recipe is a mapping with 'method' or with 'scheme' and 'steps', found {type(data).__name__}"
+        )
+    if "steps" not in data:
+        named = _validated(_NamedFile, data)
+        changes = {key: getattr(named, key) for key in ("feed", "seed") if getattr(named, key) is not None}
+        return _rebuilt(recipe(named.method, **named.options), **changes).with_overrides(named.overrides)
+    explicit = _validated(_ExplicitFile, data)
+    rules = tuple(_validated(Rule, {key: from_dict(value) for key, value in rule.items()}) for rule in explicit.scheme)
+    try:
+        built = Recipe(
+            name=explicit.name,
+            scheme=Scheme(rules=rules),
+            steps=tuple(from_dict(step) for step in explicit.steps),
+            feed=explicit.feed,
+            seed=explicit.seed,
+        )
+    except ValidationError as error:
+        raise ValueError(f"recipe {explicit.name!r}: {_plain(error)}") from error
+    return built.with_overrides(explicit.overrides)
+
+
+def from_file(path: str | Path) -> Recipe:
+    """The recipe in a YAML file.
+
+    Raises:
+        ValueError: the file is missing, is not YAML, or does not hold a recipe.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no recipe file {str(path)!r}; `lowbit recipes` lists the ones that come along")
+    try:
+        return from_plain(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """The recipe files that come with the package, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+
+
+def as_recipe(value: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
+    """A recipe from a recipe, a method's name (or a mix), a built-in recipe's name, a file or plain data."""
+    if isinstance(value, Recipe):
+        return value
+    if isinstance(value, Mapping):
+        return from_plain(dict(value))
+    if str(value).endswith((".yaml", ".yml")):
+        return from_file(value)
+    if str(value) in builtin_recipes():
+        return from_file(builtin_recipes()[str(value)])
+    return recipe(str(value))
+
+
+def _validated(model: type[Any], data: Mapping[str, Any]) -> Any:
+    for key in data:
+        if key not in model.model_fields:
+            raise ValueError(f"unknown key {key!r}{nearest(str(key), list(model.model_fields))}")
+    try:
+        return model(**data)
+    except ValidationError as error:
+        raise ValueError(_plain(error)) from error
+
+
+def _plain(error: ValidationError) -> str:
+    """Pydantic's findings in one line each: where, what, and what was found."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        found = f" (found {item['input']!r})" if item["type"] != "value_error" and item["loc"] else ""
+        lines.append((f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ") + found)
+    return "; ".join(lines)

@@ -1,0 +1,96 @@
+"""One linear by itself: for researchers, and for comparing a method with its authors' code on the same matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.architectures import Kind, Port, ResolvedBlock, ResolvedEdge, ResolvedInput
+from lowbit.modules import QuantLinear
+from lowbit.recipe import Recipe, as_recipe
+from lowbit.steps import BlockIO, BlockState
+
+_PATH = "linear"
+
+
+class _Alone(nn.Module):
+    """A block of one linear."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def quantize_linear(
+    linear: nn.Linear,
+    inputs: Tensor | None,
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    fisher: Tensor | None = None,
+) -> QuantLinear:
+    """Quantizes one linear layer by a recipe.
+
+    No layer before it can absorb a transform of its input, so the result applies transforms itself, at run time; they
+    count in its bits. ``q(x)``, ``q.dequantize()`` (the stored weight, which reads the transformed input),
+    ``q.effective_weight()`` and ``q.bits_per_weight`` are there to look at.
+
+    Args:
+        linear: ``[out_features, in_features]``; not changed.
+        inputs: ``[tokens, in_features]`` or ``[windows, tokens, in_features]``, or None for recipes that need none.
+        recipe: as for :func:`lowbit.quantize`; the rule for ``*`` counts.
+        fisher: ``[out_features, in_features]`` sensitivities, for recipes that ask for them; none does yet.
+
+    Raises:
+        ValueError: inputs of another width, NaN or Inf, a recipe that does not quantize a lone linear.
+    """
+    recipe = as_recipe(recipe)
+    if fisher is not None:
+        raise ValueError(f"recipe {recipe.name!r} has no use for Fisher information; leave fisher out")
+    if inputs is not None and (inputs.shape[-1] != linear.in_features or inputs.dim() not in (2, 3)):
+        raise ValueError(
+            f"inputs are [tokens, {linear.in_features}] or [windows, tokens, {linear.in_features}], found {list(inputs.shape)}"
+        )
+    if inputs is not None and not torch.isfinite(inputs).all():
+        raise ValueError("the inputs hold NaN or Inf")
+    form = recipe.scheme.format(_PATH, _PATH)
+    if form is None:
+        raise ValueError(f"recipe {recipe.name!r} leaves a linear without a role as it is; add a rule that matches '*'")
+    block = _Alone(_copy(linear))
+    io = None
+    if inputs is not None:
+        x = inputs.detach().float().reshape(-1, *inputs.shape[-2:])
+        with torch.no_grad():
+            y = torch.cat([block(window[None]) for window in x])
+        io = BlockIO(x, y, lambda run, window: run(window))
+    state = BlockState("", block, _resolved(linear), {_PATH: form}, io, seed=recipe.seed)
+    for step in recipe.steps:
+        step.run(state)
+    return block.linear  # pyright: ignore[reportReturnType]
+
+
+def _copy(linear: nn.Linear) -> nn.Linear:
+    copy = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    copy.load_state_dict({name: value.detach().float() for name, value in linear.state_dict().items()})
+    return copy.requires_grad_(False)
+
+
+def _resolved(linear: nn.Linear) -> ResolvedBlock:
+    """One input, read by one linear, and one edge without a producer, named as an edge behind a norm is."""
+    port = Port(module=_PATH, side="in", has_bias=linear.bias is not None)
+    edge = ResolvedEdge(
+        name="norm_input",
+        channels=linear.in_features,
+        carries=frozenset({Kind.SCALE, Kind.SHIFT, Kind.PERMUTE, Kind.ROTATE}),
+        ports=(port,),
+        within=None,
+        positive=False,
+        judge=_PATH,
+        inputs=("input",),
+    )
+    return ResolvedBlock({_PATH: _PATH}, (ResolvedInput("input", (_PATH,)),), ((_PATH,),), (edge,), {})

@@ -1,0 +1,59 @@
+"""What a weight solver is: the last act of quantization, which turns a weight matrix into codes.
+
+A solver sees one matrix, the format to reach, and statistics of the matrix's input. It knows no layer and no model, so
+any solver serves any linear layer, and it changes nothing that it was given: layers that read one input share one Gram
+matrix. What it has to say (a fallback, dead channels) it returns as notes, because the caller knows the layer's name.
+
+Shapes: O output channel, I input channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from lowbit.numerics import Clipped, QTensor, Spec, Statistic
+from lowbit.transforms import ChannelTransform
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A solved weight.
+
+    q: codes and parameters, the parameters exactly as they will be stored.
+    pre: channel transforms that the layer applies to its input, in order, before it meets ``q``; empty for most.
+    notes: sentences that the report must show under the layer's name.
+    """
+
+    q: QTensor
+    pre: tuple[ChannelTransform, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """Frozen and comparable; all work happens in :meth:`solve`."""
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        """Statistics of the layer's input that ``solve`` reads."""
+        ...
+
+    def solve(
+        self, w_OI: Tensor, spec: Spec, stats: Mapping[Statistic, Tensor], clip: Clipped | None = None
+    ) -> Solution:
+        """Codes for ``w_OI`` in ``spec``.
+
+        Args:
+            w_OI: floating; float64 is solved in float64, everything else in float32.
+            spec: the format to reach.
+            stats: at least what ``needs`` names.
+            clip: a range chosen earlier, one share for each granule (row-major); replaces the solver's own fit.
+
+        Raises:
+            ValueError: NaN or Inf in the weight, or a format that this solver cannot do; the message says why.
+        """
+        ...

@@ -1,0 +1,46 @@
+"""Steps: how what is free gets set. A recipe is a tuple of them; each runs on one block at a time."""
+
+from typing import Protocol, runtime_checkable
+
+from lowbit.numerics import Statistic
+from lowbit.steps.learn import Learn
+from lowbit.steps.objectives import BlockMSE
+from lowbit.steps.parametrizations import ClipShares, Scales, Shifts
+from lowbit.steps.rules import Midpoint, Ones, Smooth
+from lowbit.steps.search import MeanAbsPower, Search, SearchClip
+from lowbit.steps.set import Set, SetActivationRange
+from lowbit.steps.solve import Solve
+from lowbit.steps.state import BlockIO, BlockState, LayerRecord, LinearFormat
+
+
+@runtime_checkable
+class Step(Protocol):
+    """One stage of a recipe. ``needs``: the statistics of inputs that it will ask for."""
+
+    @property
+    def needs(self) -> frozenset[Statistic]: ...
+
+    def run(self, state: BlockState) -> None: ...
+
+
+__all__ = [
+    "BlockIO",
+    "BlockMSE",
+    "BlockState",
+    "ClipShares",
+    "LayerRecord",
+    "Learn",
+    "LinearFormat",
+    "MeanAbsPower",
+    "Midpoint",
+    "Ones",
+    "Scales",
+    "Search",
+    "SearchClip",
+    "Set",
+    "SetActivationRange",
+    "Shifts",
+    "Smooth",
+    "Solve",
+    "Step",
+]

@@ -1,0 +1,142 @@
+"""Learn: gradients on parametrizations, with the block's own weights frozen."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from lowbit.numerics import Statistic, tagged
+from lowbit.steps.objectives import BlockMSE, Objective
+from lowbit.steps.parametrizations import Maker, Parametrization, Weights, quantizes, rounded
+from lowbit.steps.simulate import fake_activation
+from lowbit.steps.state import BlockState
+
+
+@tagged
+@dataclass(frozen=True)
+class Learn:
+    """AdamW on the parameters of ``makers``, each with its own learning rate, against ``objective``.
+
+    The block sees the inputs that the recipe feeds (with quantized inputs, errors of earlier blocks can be corrected);
+    the target is the original block's output for its original inputs. Weights and activations are quantized as they
+    will be stored. The parameters at the end of the epoch with the lowest mean loss are kept, or the start where no
+    epoch's mean is below the loss there; a loss that is not finite ends the learning.
+    """
+
+    makers: tuple[Maker, ...]
+    objective: Objective = BlockMSE()
+    epochs: int = 20
+    batch: int = 1
+
+    def __post_init__(self):
+        if self.epochs < 0 or self.batch < 1 or not self.makers:
+            raise ValueError(f"learning needs something to learn, epochs >= 0 and batch >= 1, found {self}")
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset().union(*(maker.needs for maker in self.makers))
+
+    def run(self, state: BlockState) -> None:
+        if state.io is None or state.io.y is None:
+            raise ValueError("learning needs calibration text; none was given")
+        stats = state.collect(self.needs)
+        maps = [maker.make(state, stats) for maker in self.makers]  # pyright: ignore[reportArgumentType]
+        chain = maps if any(quantizes(each) for each in maps) else [*maps, rounded(state)]
+        groups = [
+            {"params": list(each.parameters()), "lr": maker.lr} for each, maker in zip(maps, self.makers, strict=True)
+        ]
+        groups = [group for group in groups if group["params"]]
+        if groups:
+            self._descend(state, maps, chain, torch.optim.AdamW(groups, weight_decay=0.0))
+        for each in maps:
+            each.commit(state)
+
+    def _descend(self, state: BlockState, maps: list[Parametrization], chain: list[Parametrization], optimizer) -> None:
+        assert state.io is not None and state.io.y is not None
+        base: Weights = {name: p.detach() for name, p in state.block.named_parameters()}
+        order = torch.Generator().manual_seed(state.seed)
+        starts = list(range(0, len(state.io), self.batch))
+        best, kept = float("inf"), _snapshot(maps)
+        with _ActivationQuantizers(state) as quantizers:
+            for epoch in range(self.epochs + 1):
+                total = 0.0
+                for k in torch.randperm(len(starts), generator=order).tolist() if epoch else range(len(starts)):
+                    pick = slice(starts[k], starts[k] + self.batch)
+                    with torch.set_grad_enabled(epoch > 0):
+                        loss = self._loss(state, base, chain, pick, quantizers)
+                    if epoch:
+                        optimizer.zero_grad()
+                        loss.backward()
+                        optimizer.step()
+                        for each in maps:
+                            each.constrain()
+                    total += loss.item()
+                    state.tick(f"learning {epoch}/{self.epochs}")
+                if not total < float("inf"):
+                    state.note(f"learning stopped at epoch {epoch}: the loss is not finite; the best epoch is kept")
+                    break
+                if total < best:
+                    best, kept = total, _snapshot(maps)
+        _restore(maps, kept)
+
+    def _loss(
+        self,
+        state: BlockState,
+        base: Weights,
+        chain: list[Parametrization],
+        pick: slice,
+        quantizers: _ActivationQuantizers,
+    ) -> Tensor:
+        assert state.io is not None and state.io.y is not None
+        weights = base
+        for each in chain:
+            weights = each(weights)
+        x = state.io.x[pick].float()
+
+        def run(values: Weights):
+            return lambda *args, **kwargs: functional_call(state.block, values, args, kwargs)
+
+        output = state.io.call(run(weights), x)  # pyright: ignore[reportArgumentType]
+        loss = self.objective(output, state.io.y[pick])
+        if self.objective.augment:
+            quantizers.active = False
+            with torch.no_grad():
+                target = state.io.call(run(base), x)  # pyright: ignore[reportArgumentType]
+            quantizers.active = True
+            loss = loss + self.objective(output, target)
+        return loss
+
+
+def _snapshot(maps: list[Parametrization]) -> list[list[Tensor]]:
+    return [[p.detach().clone() for p in each.parameters()] for each in maps]
+
+
+@torch.no_grad()
+def _restore(maps: list[Parametrization], kept: list[list[Tensor]]) -> None:
+    for each, values in zip(maps, kept, strict=True):
+        for p, value in zip(each.parameters(), values, strict=True):
+            p.copy_(value)
+
+
+class _ActivationQuantizers:
+    """While open, every linear quantizes its input as it will at run time, differentiably; ``active`` switches it."""
+
+    def __init__(self, state: BlockState):
+        self.state, self.active, self.stack = state, True, ExitStack()
+
+    def __enter__(self) -> _ActivationQuantizers:
+        for path, form in self.state.formats.items():
+            if form.act is not None:
+                self.stack.callback(self.state.linear(path).register_forward_pre_hook(self._hook(path)).remove)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stack.close()
+
+    def _hook(self, path: str):
+        act, params = self.state.formats[path].act, self.state.act_params.get(path)
+        return lambda _, args: (fake_activation(args[0], act, params),) if self.active else None

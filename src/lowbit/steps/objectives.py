@@ -1,0 +1,35 @@
+"""Objectives: what a learned block is judged against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowbit.numerics import tagged
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A loss of the quantized block's hidden states against a target; both ``[B, T, d]``.
+
+    ``augment`` asks for a second target: what the original weights give for the inputs that the quantized block sees.
+    """
+
+    @property
+    def augment(self) -> bool: ...
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor: ...
+
+
+@tagged
+@dataclass(frozen=True)
+class BlockMSE:
+    """Mean squared error of the block's output (OmniQuant, arXiv:2308.13137, equation 1); ``augment`` is its aug_loss."""
+
+    augment: bool = False
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(output.float(), target.float())

@@ -1,0 +1,214 @@
+"""Parametrizations: pure maps from a block's weights to new weights, with parameters that gradients can reach.
+
+The same map is used while learning and at commit: ``forward(weights)`` for a loss, ``commit(state)`` folds with the
+very same ``fold``. A recipe names them by their makers (frozen values: :class:`Scales`, :class:`Shifts`,
+:class:`ClipShares`); a maker builds the module for one block and drops the edges where its kind is not legal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.architectures import Kind, ResolvedEdge, add_bias, fold, needs_bias
+from lowbit.numerics import Clipped, Statistic, tagged
+from lowbit.steps.rules import Midpoint, Rule, Smooth
+from lowbit.steps.simulate import fake_weight
+from lowbit.steps.state import BlockState, Stats, stored_as_OI
+from lowbit.transforms import Scale, Shift
+
+Weights = dict[str, Tensor]
+SMALLEST_SCALE = 1e-2  # OmniQuant's truncation: a smaller learned scale overflows its inverse in half precision
+
+
+class Parametrization(nn.Module):
+    """Contract: ``forward`` maps weights by name to weights by name and changes nothing; ``commit`` makes it permanent."""
+
+    def forward(self, weights: Weights) -> Weights:
+        raise NotImplementedError
+
+    def constrain(self) -> None:
+        """Brings parameters back into their legal region after a gradient step."""
+
+    def commit(self, state: BlockState) -> None:
+        raise NotImplementedError
+
+
+@runtime_checkable
+class Maker(Protocol):
+    """Builds a parametrization for one block. ``lr`` is its learning rate, ``needs`` what its start needs to know."""
+
+    @property
+    def lr(self) -> float: ...
+
+    @property
+    def needs(self) -> frozenset[Statistic]: ...
+
+    def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization: ...
+
+
+class _EdgeTransforms(Parametrization):
+    """One vector for each edge; ``of`` makes the transform (Scale or Shift) of it."""
+
+    def __init__(self, kind: Kind, of: type, edges: list[ResolvedEdge], starts: list[Tensor]):
+        super().__init__()
+        self.kind, self.of, self.edges = kind, of, edges
+        self.vectors = nn.ParameterList(nn.Parameter(start.float().clone()) for start in starts)
+
+    def forward(self, weights: Weights) -> Weights:
+        for edge, vector in zip(self.edges, self.vectors, strict=True):
+            weights = {**weights, **fold(edge, self.of(vector), weights)}
+        return weights
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        if self.kind is not Kind.SCALE:
+            return
+        for edge, vector in zip(self.edges, self.vectors, strict=True):
+            small = vector.abs() < SMALLEST_SCALE
+            sign = torch.ones_like(vector) if edge.positive else torch.where(vector < 0, -1.0, 1.0)
+            vector.copy_(torch.where(small | (edge.positive & (vector < 0)), SMALLEST_SCALE * sign, vector))
+
+    def commit(self, state: BlockState) -> None:
+        for edge, vector in zip(self.edges, self.vectors, strict=True):
+            state.commit(edge, self.of(vector.detach()), self.kind)
+
+
+def _at_edges(state: BlockState, stats: dict[str, Stats], at: tuple[str, ...], rule: Rule):
+    """Edges in ``at`` that carry the rule's kind, with what the rule gives there."""
+    for edge in state.edges(at, rule.kind):
+        start = rule(state, edge, stats)
+        if start is None:
+            state.note(f"edge {edge.name!r} saw no token: no {rule.kind.value} is learned there")
+        else:
+            yield edge, start
+
+
+@tagged
+@dataclass(frozen=True)
+class Scales:
+    """A scale at every edge in ``at``, starting from ``init``; edges without consumers (query and key) start from 1."""
+
+    at: tuple[str, ...]
+    init: Rule = Smooth(0.5)
+    lr: float = 5e-3
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return self.init.needs
+
+    def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
+        edges, starts = [], []
+        for edge in state.edges(self.at, Kind.SCALE):
+            start = self.init(state, edge, stats) if edge.consumers else Scale(torch.ones(edge.channels))
+            if start is not None:
+                edges.append(edge)
+                starts.append(start.s)  # pyright: ignore[reportAttributeAccessIssue]
+        module = _EdgeTransforms(Kind.SCALE, Scale, edges, starts)
+        module.constrain()
+        return module
+
+
+@tagged
+@dataclass(frozen=True)
+class Shifts:
+    """A shift at every edge in ``at`` that can carry one, starting from ``init``."""
+
+    at: tuple[str, ...]
+    init: Rule = Midpoint()
+    lr: float = 5e-3
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return self.init.needs
+
+    def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
+        found = list(_at_edges(state, stats, self.at, self.init))
+        for edge, _ in found:
+            add_bias(state.block, needs_bias(edge, Kind.SHIFT))
+        return _EdgeTransforms(Kind.SHIFT, Shift, [edge for edge, _ in found], [start.d for _, start in found])
+
+
+class _Clip(Parametrization):
+    """Two logits a granule of every linear; the range is ``[sigmoid(lower) * min, sigmoid(upper) * max]``."""
+
+    def __init__(self, state: BlockState, init: float):
+        super().__init__()
+        self.state, self.paths = state, list(state.formats)
+        sizes = [_granules(state, path) for path in self.paths]
+        self.lower = nn.ParameterList(nn.Parameter(torch.full((size, 1), init)) for size in sizes)
+        self.upper = nn.ParameterList(nn.Parameter(torch.full((size, 1), init)) for size in sizes)
+
+    def shares(self, i: int) -> Clipped:
+        return Clipped(self.lower[i].sigmoid(), self.upper[i].sigmoid())
+
+    def forward(self, weights: Weights) -> Weights:
+        changed = {}
+        for i, path in enumerate(self.paths):
+            linear, name = self.state.linear(path), f"{path}.weight"
+            w_OI = stored_as_OI(linear, weights[name])
+            fake = fake_weight(w_OI, self.state.formats[path].weight, self.shares(i))
+            changed[name] = stored_as_OI(linear, fake)
+        return {**weights, **changed}
+
+    def commit(self, state: BlockState) -> None:
+        for i, path in enumerate(self.paths):
+            shares = self.shares(i)
+            state.clip[path] = Clipped(shares.lo_share_G1.detach(), shares.hi_share_G1.detach())
+
+
+class _Rounded(Parametrization):
+    """Every linear as it would be quantized now, with the clip that earlier steps chose: what learning sees last."""
+
+    def __init__(self, state: BlockState):
+        super().__init__()
+        self.state = state
+
+    def forward(self, weights: Weights) -> Weights:
+        changed = {}
+        for path, form in self.state.formats.items():
+            linear, name = self.state.linear(path), f"{path}.weight"
+            fake = fake_weight(stored_as_OI(linear, weights[name]), form.weight, self.state.clip.get(path))
+            changed[name] = stored_as_OI(linear, fake)
+        return {**weights, **changed}
+
+    def commit(self, state: BlockState) -> None:
+        pass
+
+
+def rounded(state: BlockState) -> Parametrization:
+    """The quantization of all linears without anything to learn."""
+    return _Rounded(state)
+
+
+def quantizes(parametrization: Parametrization) -> bool:
+    """Whether this map quantizes the weights itself."""
+    return isinstance(parametrization, _Clip)
+
+
+@tagged
+@dataclass(frozen=True)
+class ClipShares:
+    """Learned weight clipping: both ends of every granule's range (OmniQuant, arXiv:2308.13137, section 3.2).
+
+    ``init`` is the logit at the start: 4.0 is a share of 0.982.
+    """
+
+    init: float = 4.0
+    lr: float = 1e-2
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset()
+
+    def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
+        return _Clip(state, self.init)
+
+
+def _granules(state: BlockState, path: str) -> int:
+    w_OI, grain = state.weight_OI(path), state.formats[path].weight.granularity
+    rows, columns = grain.param_shape(tuple(w_OI.shape))
+    return rows * columns

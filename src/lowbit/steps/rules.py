@@ -1,0 +1,95 @@
+"""Rules: a channel transform from statistics, in closed form.
+
+A rule says which kind of transform it makes, what it needs to know, and makes it for one edge. Searches and learning
+start from the same rules, so a paper's initialisation is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lowbit.architectures import Kind, ResolvedEdge
+from lowbit.numerics import AbsMax, Range, Statistic, tagged
+from lowbit.steps.state import BlockState, Stats
+from lowbit.transforms import ChannelTransform, Scale, Shift
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """Makes the transform of one edge; None where its activation was never seen."""
+
+    kind: ClassVar[Kind]
+    needs: ClassVar[frozenset[Statistic]]
+
+    def __call__(
+        self, state: BlockState, edge: ResolvedEdge, stats: Mapping[str, Stats]
+    ) -> ChannelTransform | None: ...
+
+
+def consumer_absmax(state: BlockState, edge: ResolvedEdge) -> Tensor:
+    """Largest weight magnitude of each free channel over all consumers of ``edge`` (q, k and v together), ``[channels]``."""
+    parts = [port.reduce(state.weight_OI(port.module).abs().amax(0)) for port in edge.consumers]
+    return torch.stack(parts).amax(0)
+
+
+def guard_dead(s: Tensor, *magnitudes: Tensor) -> Tensor:
+    """Scales with 1 where a channel is dead (a magnitude under 1e-6 of its median), which no scale can help."""
+    alive = torch.isfinite(s) & (s > 0)
+    for magnitude in magnitudes:
+        alive &= magnitude > 1e-6 * magnitude.median()
+    return torch.where(alive, s, torch.ones_like(s))
+
+
+@tagged
+@dataclass(frozen=True)
+class Smooth:
+    """``s = max|x|**alpha / max|w|**(1 - alpha)`` for each channel (SmoothQuant, arXiv:2211.10438, equation 4)."""
+
+    alpha: float = 0.5
+    kind: ClassVar[Kind] = Kind.SCALE
+    needs: ClassVar[frozenset[Statistic]] = frozenset({AbsMax()})
+
+    def __post_init__(self):
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is a share between 0 (weights only) and 1 (activations only), found {self.alpha}")
+
+    def __call__(self, state: BlockState, edge: ResolvedEdge, stats: Mapping[str, Stats]) -> Scale | None:
+        absmax = state.edge_stat(edge, stats, AbsMax())
+        if absmax is None:
+            return None
+        a = edge.reduce_max(absmax).float()
+        w = consumer_absmax(state, edge)
+        s = a.clamp(min=1e-5).pow(self.alpha) / w.clamp(min=1e-5).pow(1 - self.alpha)
+        return Scale(guard_dead(s.clamp(min=1e-5), a, w))
+
+
+@tagged
+@dataclass(frozen=True)
+class Ones:
+    """The identity scale: where a search or learning starts when there is nothing to start from."""
+
+    kind: ClassVar[Kind] = Kind.SCALE
+    needs: ClassVar[frozenset[Statistic]] = frozenset()
+
+    def __call__(self, state: BlockState, edge: ResolvedEdge, stats: Mapping[str, Stats]) -> Scale:
+        return Scale(torch.ones(edge.channels))
+
+
+@tagged
+@dataclass(frozen=True)
+class Midpoint:
+    """``d = (max + min) / 2`` of each channel: centres its range (Outlier Suppression+, arXiv:2304.09145)."""
+
+    kind: ClassVar[Kind] = Kind.SHIFT
+    needs: ClassVar[frozenset[Statistic]] = frozenset({Range()})
+
+    def __call__(self, state: BlockState, edge: ResolvedEdge, stats: Mapping[str, Stats]) -> Shift | None:
+        bounds = state.edge_stat(edge, stats, Range())
+        if bounds is None:
+            return None
+        return Shift((edge.reduce_min(bounds[0]) + edge.reduce_max(bounds[1])).float() / 2)

@@ -1,0 +1,197 @@
+"""Search: try candidates, keep the one that hurts least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.architectures import Kind, Port, ResolvedEdge
+from lowbit.numerics import AbsSum, Clipped, Gram, PerChannel, PerGroup, Statistic, extremes, mean_abs, tagged
+from lowbit.steps.rules import guard_dead
+from lowbit.steps.simulate import simulated
+from lowbit.steps.state import BlockState, Stats
+from lowbit.transforms import ChannelTransform, Scale
+
+
+@runtime_checkable
+class Candidates(Protocol):
+    """Transforms to try at one edge, the identity first, so that the best is never worse than doing nothing."""
+
+    kind: ClassVar[Kind]
+    needs: ClassVar[frozenset[Statistic]]
+
+    def __call__(
+        self, state: BlockState, edge: ResolvedEdge, stats: Mapping[str, Stats]
+    ) -> Sequence[ChannelTransform]: ...
+
+
+@tagged
+@dataclass(frozen=True)
+class MeanAbsPower:
+    """``s = mean|x|**r`` with r = 0, 1/grid, .. (grid-1)/grid, divided by ``sqrt(max s * min s)`` (AWQ, arXiv:2306.00978)."""
+
+    grid: int = 20
+    kind: ClassVar[Kind] = Kind.SCALE
+    needs: ClassVar[frozenset[Statistic]] = frozenset({AbsSum()})
+
+    def __call__(self, state: BlockState, edge: ResolvedEdge, stats: Mapping[str, Stats]) -> Sequence[Scale]:
+        total = state.edge_stat(edge, stats, AbsSum())
+        if total is None:
+            return ()
+        mean = edge.reduce_mean(mean_abs(total))
+        powers = (mean.pow(i / self.grid).clamp(min=1e-4) for i in range(self.grid))
+        return [Scale(guard_dead(s / (s.max() * s.min()).sqrt(), mean)) for s in powers]
+
+
+@dataclass
+class _Calls:
+    """Calls of one module during calibration and what it answered."""
+
+    calls: list[tuple[tuple, dict]]
+    answers: list[Tensor]
+
+
+@tagged
+@dataclass(frozen=True)
+class Search:
+    """Tries ``candidates`` at every edge in ``at``; judges by the output error of the edge's judge module.
+
+    Every edge is searched on the unchanged block and the winners are folded at the end, each as AWQ's reference does.
+    The error is the mean squared difference of the module's output over the first ``windows`` calibration windows (None:
+    all), with the edge's consumers quantized as they will be, activations included.
+    """
+
+    candidates: Candidates
+    at: tuple[str, ...]
+    windows: int | None = None
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return self.candidates.needs
+
+    @torch.no_grad()
+    def run(self, state: BlockState) -> None:
+        stats = state.collect(self.needs)
+        edges = [edge for edge in state.edges(self.at, self.candidates.kind) if edge.consumers]
+        heard = _listen(state, {edge.judge for edge in edges}, self.windows)
+        winners = []
+        for edge in edges:
+            tried = self.candidates(state, edge, stats)
+            losses = [self._loss(state, edge, transform, heard[edge.judge]) for transform in tried]
+            if not losses or not heard[edge.judge].calls:
+                state.note(f"edge {edge.name!r} saw no token: nothing was searched there")
+                continue
+            best = min(range(len(losses)), key=lambda i: (not losses[i] >= 0, losses[i]))  # NaN last, first of equals
+            winners.append((edge, tried[best]))
+        for edge, transform in winners:
+            state.commit(edge, transform, self.candidates.kind)
+
+    def _loss(self, state: BlockState, edge: ResolvedEdge, transform: ChannelTransform, heard: _Calls) -> float:
+        forwards = {
+            port.module: simulated(state, port.module, at_port(transform, port))
+            for port in edge.consumers
+            if port.module in state.formats
+        }
+        judge, total = state.block.get_submodule(edge.judge), 0.0
+        with state.replaced(forwards):
+            for (args, kwargs), answer in zip(heard.calls, heard.answers, strict=True):
+                total += (_hidden(judge(*args, **kwargs)) - answer).square().sum().item()
+        state.tick("searching")
+        return total
+
+
+def at_port(transform: ChannelTransform, port: Port) -> ChannelTransform:
+    """A scale of the free channels as the consumer ``port`` has them."""
+    assert isinstance(transform, Scale)
+    return transform if port.expand is None else Scale(transform.s[port.expand])
+
+
+def _hidden(output) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _listen(state: BlockState, paths: set[str], windows: int | None) -> dict[str, _Calls]:
+    """Runs the block over calibration windows and keeps the calls of the named modules."""
+    assert state.io is not None
+    heard = {path: _Calls([], []) for path in paths}
+
+    def keep(path: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+            heard[path].calls.append((args, kwargs))
+            heard[path].answers.append(_hidden(output))
+
+        return hook
+
+    with ExitStack() as stack:
+        for path in paths:
+            handle = state.block.get_submodule(path).register_forward_hook(keep(path), with_kwargs=True)
+            stack.callback(handle.remove)
+        for i in range(len(state.io) if windows is None else min(windows, len(state.io))):
+            state.io.call(state.block, state.io.window(i))
+    return heard
+
+
+@tagged
+@dataclass(frozen=True)
+class SearchClip:
+    """For every granule of every linear (but the roles in ``skip``) the symmetric clip that hurts its own product least.
+
+    Thresholds ``c = max|w| * (1 - i / steps)`` for ``i = 0 .. max_shrink * steps - 1`` (AWQ's clip search). A granule's
+    loss is ``d^T H_g d`` with d its rounding error and H_g its block of the Gram matrix: the squared error of its
+    partial product over all calibration tokens, where the reference samples 512 of them.
+    """
+
+    steps: int = 20
+    max_shrink: float = 0.5
+    skip: tuple[str, ...] = ("q", "k", "qkv")
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset({Gram()})
+
+    @torch.no_grad()
+    def run(self, state: BlockState) -> None:
+        stats = state.collect(self.needs)
+        for path, form in state.formats.items():
+            role, gram = state.resolved.linears[path], state.stats_of(stats, path).get(Gram())
+            if role in self.skip or gram is None:
+                continue
+            if not isinstance(form.weight.granularity, PerGroup | PerChannel):
+                state.note(f"{path}: clipping is searched per channel or per group, not {form.weight.granularity}")
+                continue
+            state.clip[path] = self._clip(state.weight_OI(path), form.weight, gram)
+
+    def _clip(self, w_OI: Tensor, spec, gram: Tensor) -> Clipped:
+        size = w_OI.shape[1] if isinstance(spec.granularity, PerChannel) else spec.granularity.size
+        lows, highs = [], []
+        for start in range(0, w_OI.shape[1], size):
+            columns = slice(start, min(start + size, w_OI.shape[1]))
+            low, high = self._clip_granules(w_OI[:, columns], spec.grid, gram[columns, columns])
+            lows.append(low)
+            highs.append(high)
+        return Clipped(torch.stack(lows, 1).view(-1, 1), torch.stack(highs, 1).view(-1, 1))
+
+    def _clip_granules(self, w_GK: Tensor, grid, gram_KK: Tensor) -> tuple[Tensor, Tensor]:
+        lo, hi = extremes(w_GK)
+        absmax = torch.maximum(lo.abs(), hi.abs())
+        best = torch.full_like(absmax, float("inf"))
+        best_lo, best_hi = lo.clone(), hi.clone()
+        for i in range(max(1, int(self.max_shrink * self.steps))):
+            c = absmax * (1 - i / self.steps)
+            params = grid.from_range(torch.maximum(lo, -c), torch.minimum(hi, c))
+            d = grid.decode(grid.encode(w_GK, params), params) - w_GK
+            loss = ((d @ gram_KK) * d).sum(1, keepdim=True)
+            better = loss < best
+            best = torch.where(better, loss, best)
+            best_lo = torch.where(better, torch.maximum(lo, -c), best_lo)
+            best_hi = torch.where(better, torch.minimum(hi, c), best_hi)
+        return _share(best_lo, lo), _share(best_hi, hi)
+
+
+def _share(chosen: Tensor, end: Tensor) -> Tensor:
+    return torch.where(end != 0, chosen / torch.where(end != 0, end, 1.0), 1.0)[:, 0]

@@ -1,0 +1,56 @@
+"""Set: what has a closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lowbit.numerics import Range, Statistic, tagged
+from lowbit.steps.rules import Rule
+from lowbit.steps.state import BlockState
+
+
+@tagged
+@dataclass(frozen=True)
+class Set:
+    """Applies a rule at every edge whose name matches ``at`` (patterns as in file names), where it is legal."""
+
+    rule: Rule
+    at: tuple[str, ...]
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return self.rule.needs
+
+    def run(self, state: BlockState) -> None:
+        stats = state.collect(self.needs)
+        for edge in state.edges(self.at, self.rule.kind):
+            transform = self.rule(state, edge, stats)
+            if transform is None:
+                state.note(f"edge {edge.name!r} saw no token: its {self.rule.kind.value} is not applied")
+            else:
+                state.commit(edge, transform, self.rule.kind)
+
+
+@tagged
+@dataclass(frozen=True)
+class SetActivationRange:
+    """Fixes the range of every static activation from the calibration set, as the block is now (after any transform)."""
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset({Range()})
+
+    def run(self, state: BlockState) -> None:
+        stats = state.collect(self.needs)
+        for path, form in state.formats.items():
+            if form.act is None or not form.act.static:
+                continue
+            bounds = state.stats_of(stats, path).get(Range())
+            if bounds is None:
+                state.note(f"{path} saw no token: its static activation range is unknown, [-1, 1] is stored")
+                bounds = torch.tensor([-1.0, 1.0])
+            spec = form.act.spec
+            lo, hi = bounds.min().view(1, 1), bounds.max().view(1, 1)
+            state.act_params[path] = spec.as_stored(spec.grid.from_range(lo, hi))  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,91 @@
+"""Solve: codes. The last step of a recipe for weights; original linears leave, packed ones take their place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lowbit.modules import QuantLinear
+from lowbit.numerics import Samples, Statistic, tagged
+from lowbit.solve import Nearest, Solver
+from lowbit.steps.state import BlockState, LayerRecord, Stats
+from lowbit.transforms import ChannelTransform
+
+_CHECK = Samples(256, stride=2)  # tokens on which each layer's output error is measured for the report
+
+
+@tagged
+@dataclass(frozen=True)
+class Solve:
+    """Hands every linear and the statistics of its input to ``solver``.
+
+    ``true_sequential``: linears are solved stage by stage ({q, k, v}, {o}, {gate, up}, {down}), each stage with
+    statistics gathered behind the quantized stages before it; otherwise all see the block as it was.
+    """
+
+    solver: Solver = Nearest()
+    true_sequential: bool = False
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset(self.solver.needs)
+
+    def run(self, state: BlockState) -> None:
+        paths = [path for path in state.resolved.linears if path in state.formats]
+        if not self.true_sequential:
+            self._solve(state, paths)
+            return
+        for stage in state.resolved.stages:
+            self._solve(state, [path for path in stage if path in state.formats])
+
+    def _solve(self, state: BlockState, paths: list[str]) -> None:
+        wanted = {shared.name for shared in state.resolved.shared_inputs if set(shared.readers) & set(paths)}
+        needs = self.needs if state.io is None else self.needs | {_CHECK}
+        stats = state.collect(needs, wanted)
+        for path in paths:
+            self._replace(state, path, state.stats_of(stats, path))
+            state.tick("solving")
+
+    def _replace(self, state: BlockState, path: str, stats: Stats) -> None:
+        linear, form, solver = state.linear(path), state.formats[path], self.solver
+        notes: tuple[str, ...] = ()
+        if any(need not in stats for need in solver.needs):
+            solver, notes = Nearest(), ("saw no calibration token: rounded to nearest",)
+        w_OI = state.weight_OI(path)
+        if not torch.isfinite(w_OI).all():
+            raise ValueError(f"{state.full_name(path)}: the weight holds NaN or Inf after the transforms before it")
+        solution = solver.solve(w_OI, form.weight, stats, state.clip.get(path))
+        bias = None if linear.bias is None else linear.bias.detach().to(state.store_dtype).to(w_OI.dtype)
+
+        def pack(pre: tuple[ChannelTransform, ...]) -> QuantLinear:
+            act_params = state.act_params.get(path)
+            return QuantLinear.from_qtensor(solution.q, bias=bias, act=form.act, act_params=act_params, pre=pre)
+
+        error = _output_error(linear, pack(solution.pre), stats)
+        packed = pack((*state.pre.get(path, ()), *solution.pre))
+        _set(state.block, path, packed)
+        role, name = state.resolved.linears[path], state.full_name(path)
+        state.records.append(
+            LayerRecord(name, role, packed.bits_per_weight, w_OI.numel(), error, (*notes, *solution.notes))
+        )
+
+
+@torch.no_grad()
+def _output_error(linear: nn.Module, packed: QuantLinear, stats: Stats) -> float | None:
+    """Relative squared error of the packed linear on sampled tokens, run as it will run.
+
+    Samples are what the linear itself reads, so transforms in front of it (its hooks) are done already: ``forward``.
+    """
+    x_TI = stats.get(_CHECK)
+    if x_TI is None:
+        return None
+    wanted = linear.forward(x_TI).double()
+    lost = (packed.forward(x_TI).double() - wanted).square().sum()
+    return (lost / wanted.square().sum().clamp(min=1e-300)).item()
+
+
+def _set(block: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(block.get_submodule(parent) if parent else block, name, module)

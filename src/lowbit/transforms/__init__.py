@@ -1,0 +1,23 @@
+"""Channel transforms: changes of basis of an activation that its neighbouring weights can undo.
+
+A transform T replaces the activation x between two linear maps by x' = T x. The consumer's weights absorb the inverse
+of T, and the producer's weights absorb T itself, so the network computes the same function in a basis that quantizes
+better. Every transform obeys two laws, tested in float64:
+
+    linear(t.forward(x), *t.fold_in(w, b)) == linear(x, w, b)         exact transforms
+    linear(x, *t.fold_out(w, b)) == t.forward(linear(x, w, b))        all transforms
+
+`Scale`, `Shift` and `Rotate` are differentiable in their parameters, so the same object serves a closed form, a search,
+training and the final commit.
+"""
+
+from __future__ import annotations
+
+from lowbit.transforms.base import ChannelTransform
+from lowbit.transforms.permute import Permute
+from lowbit.transforms.rotate import Rotate
+from lowbit.transforms.scale import Scale
+from lowbit.transforms.shift import Shift
+from lowbit.transforms.split_merge import Merge, Split
+
+__all__ = ["ChannelTransform", "Merge", "Permute", "Rotate", "Scale", "Shift", "Split"]

@@ -1,0 +1,116 @@
+"""Orthogonal rotation: spreads outlier channels over all channels.
+
+Two constructors. `hadamard` is a Hadamard matrix with random row signs, which bounds the largest entry of a rotated
+outlier as tightly as any orthogonal matrix can (all entries have magnitude 1/sqrt(n)); `random_orthogonal` is Haar
+distributed. Sizes that have no Hadamard matrix of Sylvester's and Paley's kinds get the Kronecker product of the
+largest power of two with a random orthogonal matrix of the odd part: still orthogonal, still mixing every channel with
+every other, without stored tables of large Hadamard matrices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rotate:
+    """x @ q on each consecutive run of D channels, D the size of q; D == I is a dense rotation.
+
+    q: [D, D] orthogonal, the same for every run; or [R, D, D], one for each of the R = I / D runs. Only orthogonal
+    matrices obey the laws: the inverse is taken to be the transpose.
+    """
+
+    q: Tensor
+    exact: ClassVar[bool] = True
+
+    @staticmethod
+    def hadamard(n: int, seed: int, *, block: int | None = None, dtype: torch.dtype = torch.float64) -> Rotate:
+        """Randomized Hadamard over n channels, or over each run of `block` channels (for example one head)."""
+        return Rotate(_hadamard_matrix(_run_length(n, block), seed).to(dtype))
+
+    @staticmethod
+    def random_orthogonal(n: int, seed: int, *, block: int | None = None, dtype: torch.dtype = torch.float64) -> Rotate:
+        """Haar-distributed orthogonal matrix over n channels, or over each run of `block` channels."""
+        return Rotate(_haar_matrix(_run_length(n, block), _generator(seed)).to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        runs = x.unflatten(-1, (-1, self.q.shape[-1]))
+        if self.q.dim() == 2:
+            return (runs @ self.q).flatten(-2)
+        return torch.einsum("...rd,rde->...re", runs, self.q).flatten(-2)
+
+    def fold_in(self, w_OI: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.forward(w_OI), b
+
+    def fold_out(self, w_OI: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.forward(w_OI.T).T, None if b is None else self.forward(b)
+
+    def dual(self) -> Rotate:
+        return self
+
+    def tile(self, copies: int) -> Rotate:
+        return self if self.q.dim() == 2 else Rotate(self.q.repeat(copies, 1, 1))
+
+
+def _run_length(n: int, block: int | None) -> int:
+    if block is not None and n % block:
+        raise ValueError(f"A rotation of {n} channels cannot be cut into runs of {block}; choose a divisor of {n}.")
+    return n if block is None else block
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _hadamard_matrix(n: int, seed: int) -> Tensor:
+    """Random row signs times core (x) Sylvester, the core as small as a Hadamard matrix of n's odd part allows."""
+    generator = _generator(seed)
+    signs = torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
+    odd = n
+    while odd % 2 == 0:
+        odd //= 2
+    order = odd
+    while order < n and not _is_hadamard_core(order):
+        order *= 2
+    if _is_hadamard_core(order):
+        core = _paley(order) if order > 1 else torch.ones(1, 1, dtype=torch.float64)
+    else:
+        order, core = odd, _haar_matrix(odd, generator)
+    return signs[:, None] * torch.kron(core, _sylvester(n // order))
+
+
+def _haar_matrix(n: int, generator: torch.Generator) -> Tensor:
+    """QR of a Gaussian matrix with the signs of R's diagonal moved into Q, which makes Q Haar distributed."""
+    q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    return (q * r.diagonal().sign()).contiguous()
+
+
+def _sylvester(n: int) -> Tensor:
+    """Orthonormal Hadamard matrix of order n = 2^k by doubling."""
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while len(h) < n:
+        h = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), h)
+    return h / n**0.5
+
+
+def _is_hadamard_core(order: int) -> bool:
+    """Whether order is 1 or p + 1 for a prime p with p % 4 == 3, which Paley's first construction covers."""
+    p = order - 1
+    return order == 1 or (p % 4 == 3 and all(p % d for d in range(2, int(p**0.5) + 1)))
+
+
+def _paley(order: int) -> Tensor:
+    """Orthonormal Hadamard matrix of order p + 1, p a prime with p % 4 == 3: I + S, S the bordered residue matrix."""
+    p = order - 1
+    residue = torch.full((p,), -1.0, dtype=torch.float64)
+    residue[torch.arange(1, p).square() % p] = 1.0
+    residue[0] = 0.0
+    index = torch.arange(p)
+    s = torch.zeros(order, order, dtype=torch.float64)
+    s[0, 1:], s[1:, 0] = 1.0, -1.0
+    s[1:, 1:] = residue[(index[:, None] - index) % p]
+    return (s + torch.eye(order, dtype=torch.float64)) / order**0.5

@@ -1,0 +1,75 @@
+"""Splitting outlier channels into several and merging similar ones: the pair behind channel reassembly.
+
+Splitting is exact and grows the width; merging brings the width back and is exact only where the merged channels are
+equal, which is why it is chosen by a search and marked `exact = False`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Channel j becomes counts[j] adjacent copies of x_j / counts[j].
+
+    counts: [I], int64, every entry at least 1. I' = counts.sum(). `fold_in` repeats columns, so the copies add up to
+    x_j again; `fold_out` repeats rows and divides them. QLLM (arXiv 2310.08041) calls it channel disassembly.
+    """
+
+    counts: Tensor
+    exact: ClassVar[bool] = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x / self.counts).repeat_interleave(self.counts, dim=-1)
+
+    def fold_in(self, w_OI: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return w_OI.repeat_interleave(self.counts, dim=1), b
+
+    def fold_out(self, w_OI: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        rows = self.forward(w_OI.T).T
+        return rows, None if b is None else self.forward(b)
+
+    def dual(self) -> Split:
+        raise ValueError("a Split has no dual of its own kind: its copies add up on one side only.")
+
+    def tile(self, copies: int) -> Split:
+        return Split(self.counts.repeat(copies))
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """Channels with the same group number become one channel, their mean.
+
+    groups: [I], int64, the group of each channel, numbered 0 .. I'-1 without gaps. `fold_in` adds the columns of a
+    group, which undoes `forward` only if the channels of each group carry equal values (so `exact` is False); then
+    `Split` by the group sizes is its inverse up to order. `fold_out` averages rows and is exact. QLLM
+    (arXiv 2310.08041) calls it channel assembly.
+    """
+
+    groups: Tensor
+    exact: ClassVar[bool] = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._sum(x) / self.groups.bincount().to(x.dtype)
+
+    def fold_in(self, w_OI: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self._sum(w_OI), b
+
+    def fold_out(self, w_OI: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.forward(w_OI.T).T, None if b is None else self.forward(b)
+
+    def dual(self) -> Merge:
+        raise ValueError("a Merge has no dual: it is not invertible.")
+
+    def tile(self, copies: int) -> Merge:
+        starts = torch.arange(copies, device=self.groups.device) * (int(self.groups.max()) + 1)
+        return Merge((starts[:, None] + self.groups).flatten())
+
+    def _sum(self, x: Tensor) -> Tensor:
+        merged = x.new_zeros(*x.shape[:-1], int(self.groups.max()) + 1)
+        return merged.index_add(-1, self.groups, x)

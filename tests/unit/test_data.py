@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
+
+from lowbit.calibrate.data import (
+    TextError,
+    calibration_set,
+    default_text,
+    disjoint_parts,
+    load_text,
+    sample_sequences,
+    tokenize,
+    windows,
+)
+
+SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One id a byte, a beginning-of-text token by default, and a context shorter than any text here."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={"<s>": 256} | {char: i for i, char in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", model_max_length=16)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that answers, with one data set of known rows; `asked` records what was loaded."""
+    datasets = pytest.importorskip("datasets", reason="hub texts need the package datasets")
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_dict({"text": [f"{split} one", "", "two"], "label": [0, 1, 2]})
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, timeout: None)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["test", "train", "validation"])
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    def refuse(self, name, timeout):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+
+
+def _flat_paragraphs(text):
+    return {flat for part in text.split("\n\n") if len(flat := " ".join(part.split())) >= 60}
+
+
+def test_python_docs_parts_share_no_paragraph_and_are_of_like_length():
+    calibration, evaluation = load_text("python-docs", "calibration"), load_text("python-docs", "evaluation")
+    assert not _flat_paragraphs(calibration.text) & _flat_paragraphs(evaluation.text)
+    assert min(len(calibration.text), len(evaluation.text)) > 100_000
+    assert 0.8 < len(calibration.text) / len(evaluation.text) < 1.25
+    assert "python-docs" in calibration.name and "calibration" in calibration.name and "evaluation" in evaluation.name
+
+
+def test_python_docs_are_the_same_text_each_time():
+    assert load_text("python-docs") == load_text("python-docs")
+
+
+def test_topics_that_quote_each_other_stay_in_one_part_and_lose_nothing_else():
+    quoted, own = "q" * 60, {key: f"{key}\n\n" + key * 70 for key in "abcdef"}
+    topics = own | {"a": own["a"] + "\n\n" + quoted, "e": own["e"] + "\n\n" + quoted}
+    first, second = disjoint_parts(topics)
+    assert ("a" * 70 in first) == ("e" * 70 in first)
+    assert (first + second).count(quoted) == 1
+    for key in "abcdef":
+        assert (key * 70 in first) != (key * 70 in second)
+
+
+def test_a_file_is_its_whole_text_with_its_own_line_ends(tmp_path):
+    raw = "first\r\nsecond\n\nthird é\n".encode()
+    (tmp_path / "t.txt").write_bytes(raw)
+    for split in ("calibration", "evaluation"):
+        text = load_text(str(tmp_path / "t.txt"), split)
+        assert (text.name, text.text, text.sha256) == ("t.txt", raw.decode(), hashlib.sha256(raw).hexdigest())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(b" \n\n ", "the text is empty"), (b"abc\xff", r"not UTF-8 text \(byte 3\)")]
+)
+def test_an_unusable_file_is_refused(tmp_path, content, words):
+    (tmp_path / "t.txt").write_bytes(content)
+    with pytest.raises(TextError, match=words):
+        load_text(str(tmp_path / "t.txt"))
+
+
+@pytest.mark.parametrize("spec", ["missing.txt", "/no/such/file", "two words"])
+def test_a_missing_file_is_refused_with_what_is_accepted(spec):
+    with pytest.raises(TextError, match=f"'{spec}': no such file. .*Expected python-docs, a text file"):
+        load_text(spec)
+
+
+def test_a_directory_is_no_text(tmp_path):
+    with pytest.raises(TextError, match="a directory"):
+        load_text(str(tmp_path))
+
+
+def test_a_misspelt_name_is_answered_with_the_right_one(no_hub):
+    with pytest.raises(TextError, match=r"no route.*Did you mean python-docs"):
+        load_text("pythondocs")
+
+
+def test_wikitext2_gives_its_train_split_to_calibrate_and_its_test_split_to_evaluate(hub):
+    calibration, evaluation = load_text("wikitext2", "calibration"), load_text("wikitext2", "evaluation")
+    assert calibration.text == "train one\n\n\n\ntwo"
+    assert evaluation.name == "Salesforce/wikitext:wikitext-2-raw-v1:test"
+    assert hub == [("Salesforce/wikitext", "wikitext-2-raw-v1", split) for split in ("train", "test")]
+
+
+def test_a_data_set_is_named_with_config_split_and_column(hub):
+    assert load_text("org/name:small:validation:text").text == "validation one\n\n\n\ntwo"
+    assert hub == [("org/name", "small", "validation")]
+    with pytest.raises(TextError, match="columns are text, label; name one: org/name::train:COLUMN"):
+        load_text("org/name:::body")
+
+
+def test_the_default_text_is_wikitext2_where_a_hub_answers(hub):
+    assert default_text("evaluation").name == "Salesforce/wikitext:wikitext-2-raw-v1:test"
+
+
+def test_the_default_text_is_python_docs_where_no_hub_answers(no_hub):
+    assert default_text("evaluation") == load_text("python-docs", "evaluation")
+
+
+def test_a_text_is_tokenized_as_one_string_without_special_tokens_or_warnings(tokenizer, caplog):
+    logging.enable_propagation()  # otherwise the library's warnings do not reach caplog
+    text = "Line one.\n\nLine two is longer than the context.\n"
+    ids = tokenize(text, tokenizer)
+    assert ids.dtype == torch.int64
+    assert ids.shape == (len(text),)
+    assert tokenizer.decode(ids) == text
+    assert not caplog.records
+    assert tokenizer(text)["input_ids"][0] == 256 and caplog.records  # a plain call has both
+    logging.disable_propagation()
+
+
+def test_windows_follow_each_other_from_the_start_and_drop_the_tail():
+    ids = torch.arange(23)
+    assert torch.equal(windows(ids, 5), ids[:20].view(4, 5))
+    assert torch.equal(windows(ids, 5, 2), ids[:10].view(2, 5))
+    assert torch.equal(windows(ids, 23, 1), ids[None])
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "count", "words"),
+    [
+        (5, 5, "23 tokens = 4 windows of 5; asked for 5. Use a longer text, fewer samples or a smaller seq_len"),
+        (24, None, "23 tokens = 0 windows of 24; asked for 1"),
+        (0, None, "must be at least 1"),
+        (5, 0, "must be at least 1"),
+    ],
+)
+def test_a_text_too_short_for_its_windows_is_refused(seq_len, count, words):
+    with pytest.raises(TextError, match=words):
+        windows(torch.arange(23), seq_len, count)
+
+
+def test_a_calibration_set_is_the_first_windows_of_the_text_and_its_hash_is_of_the_ids(tokenizer, tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("0123456789" * 10)
+    one = calibration_set(str(path), tokenizer, 3, 20, vocab_size=257)
+    assert one.name == "t.txt"
+    assert torch.equal(one.ids, tokenize("0123456789" * 6, tokenizer).view(3, 20))
+    path.write_text("0123456789" * 6 + "another end, not used")
+    assert calibration_set(str(path), tokenizer, 3, 20).sha256 == one.sha256
+    assert calibration_set(str(path), tokenizer, 2, 30).sha256 != one.sha256  # the same ids in another shape
+    path.write_text("1" + "0123456789" * 6)
+    assert calibration_set(str(path), tokenizer, 3, 20).sha256 != one.sha256
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer, tmp_path):
+    (tmp_path / "t.txt").write_text("z" * 40)
+    highest = int(tokenize("z", tokenizer)[0])
+    with pytest.raises(TextError, match=f"gives id {highest}, the model's vocabulary has {highest}"):
+        calibration_set(str(tmp_path / "t.txt"), tokenizer, 1, 40, vocab_size=highest)
+    calibration_set(str(tmp_path / "t.txt"), tokenizer, 1, 40, vocab_size=highest + 1)
+
+
+def test_a_models_own_text_repeats_with_the_seed_and_leaves_the_global_generator_alone(model):
+    before = torch.get_rng_state()
+    ids = sample_sequences(model, 10, 12, seed=1)
+    assert ids.shape == (10, 12)
+    assert ids.dtype == torch.int64
+    assert set(ids.flatten().tolist()) <= set(range(97))
+    assert torch.equal(ids, sample_sequences(model, 10, 12, seed=1))
+    assert not torch.equal(ids, sample_sequences(model, 10, 12, seed=2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_models_own_text_starts_greedily_for_three_four_or_five_tokens_in_turn(model):
+    ids = sample_sequences(model, 6, 12, seed=0)
+    likeliest = model(ids).logits.argmax(-1)
+    for row, prefix in enumerate((3, 4, 5, 3, 4, 5)):
+        assert torch.equal(ids[row, 1:prefix], likeliest[row, : prefix - 1])
+    assert not torch.equal(ids[:, 5:], likeliest[:, 4:-1])
+
+
+def test_a_models_own_text_follows_the_models_probabilities():
+    def successor(input_ids, past_key_values, use_cache):
+        """A model that is sure of one next token: the one after the last."""
+        logits = torch.full((*input_ids.shape, 50), -1e4)
+        logits.scatter_(-1, ((input_ids + 1) % 50)[..., None], 0.0)
+        return SimpleNamespace(logits=logits, past_key_values=None)
+
+    successor.config = LlamaConfig(vocab_size=50)
+    successor.device = "cpu"
+    ids = sample_sequences(successor, 9, 40, seed=3)
+    assert torch.equal(ids, (ids[:, :1] + torch.arange(40)) % 50)
+    assert len(ids[:, 0].unique()) > 1
+
+
+def test_a_models_own_text_does_not_pass_its_context(model):
+    with pytest.raises(TextError, match="2 samples of 33 tokens were asked; the model's context is 32"):
+        sample_sequences(model, 2, 33)
+
+
+def test_self_is_a_calibration_text_that_needs_the_model(tokenizer, model):
+    made = calibration_set("self", tokenizer, 2, 8, vocab_size=97, model=model, seed=5)
+    assert torch.equal(made.ids, sample_sequences(model, 2, 8, seed=5))
+    assert made.name == "self (seed 5)"
+    for ask in (lambda: calibration_set("self", tokenizer, 2, 8), lambda: load_text("self")):
+        with pytest.raises(TextError, match="a loaded model"):
+            ask()
+
+
+def test_wikitext2_has_the_token_ids_that_published_numbers_rest_on():
+    if not (SHARED / "text").is_dir():
+        pytest.skip("the shared data directory is not beside this checkout")
+    from lowbit.calibrate.source import ModelError, load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer("smollm2-135m")
+    except ModelError as error:
+        pytest.skip(str(error))
+    ids = tokenize(load_text(str(SHARED / "text" / "wikitext2.valid.raw")).text, tokenizer)
+    assert len(ids) == 266_979
+    assert ids[:6].tolist() == [3717, 446, 12928, 21777, 310, 2078]

@@ -1,0 +1,158 @@
+"""Unfusing experts changes where weights live and nothing about what is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lowbit.architectures import UnfusedExperts, unfuse_experts
+
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 10, "shared_expert_intermediate_size": 8},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 10},
+    "olmoe": {"num_experts": 4},
+}
+
+
+def _model(model_type: str) -> PreTrainedModel:
+    """Fused, and computed expert by expert: the grouped product that is the default knows no float64."""
+    config = AutoConfig.for_model(model_type, **SMALL, **MIXTURES[model_type])
+    return AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+
+
+class FusedExperts(nn.Module):
+    """The structure that is recognized, with 3 experts of width 4 over 6 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 6))
+        self.down_proj = nn.Parameter(torch.randn(3, 6, 4))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_unfused_experts_give_the_same_output(model_type: str) -> None:
+    torch.manual_seed(0)
+    fused = _model(model_type).double().eval().get_submodule("model.layers.0.mlp")
+    for parameter in fused.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    with torch.no_grad():
+        before = fused(x)
+        assert unfuse_experts(fused) == ["experts"]
+        after = fused(x)
+    torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-12)
+    assert before.abs().max() > 0.1
+
+
+def test_every_layer_of_a_model_is_unfused_and_named_by_expert() -> None:
+    model = _model("mixtral")
+    assert unfuse_experts(model) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+    names = set(model.state_dict())
+    assert not any("gate_up_proj" in name for name in names)
+    assert {f"model.layers.1.mlp.experts.{e}.down_proj.weight" for e in range(4)} <= names
+    assert isinstance(model.get_submodule("model.layers.1.mlp.experts.3.gate_proj"), nn.Linear)
+    assert unfuse_experts(model) == []
+
+
+def test_weights_keep_their_values_dtype_and_gradient_flag() -> None:
+    parent = nn.ModuleDict({"experts": FusedExperts().bfloat16().requires_grad_(False)})
+    gate_up, down = parent["experts"].gate_up_proj, parent["experts"].down_proj
+    unfuse_experts(parent)
+    for e, expert in enumerate(parent["experts"]):
+        assert torch.equal(expert.gate_proj.weight, gate_up[e, :4])
+        assert torch.equal(expert.up_proj.weight, gate_up[e, 4:])
+        assert torch.equal(expert.down_proj.weight, down[e])
+        assert expert.up_proj.weight.untyped_storage().nbytes() == 4 * 6 * 2
+        assert not any(parameter.requires_grad for parameter in expert.parameters())
+
+
+def test_meta_experts_stay_meta() -> None:
+    with torch.device("meta"):
+        model = _model("qwen3_moe")
+    unfuse_experts(model)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert model.get_submodule("model.layers.0.mlp.experts.0.up_proj").weight.shape == (10, 16)
+
+
+def test_hooks_see_only_the_tokens_of_their_expert() -> None:
+    parent = nn.ModuleDict({"experts": FusedExperts()})
+    unfuse_experts(parent)
+    experts, x = parent["experts"], torch.randn(5, 6)
+    seen = {}
+    for e, expert in enumerate(experts):
+        expert.up_proj.register_forward_pre_hook(lambda _, args, e=e: seen.update({e: args[0]}))
+    index = torch.tensor([[0, 2], [2, 0], [0, 3], [2, 3], [3, 3]])  # 3 names no expert
+    out = experts(x, index, torch.ones(5, 2))
+    assert isinstance(experts, UnfusedExperts) and set(seen) == {0, 2}
+    assert torch.equal(seen[0], x[[0, 1, 2]]) and torch.equal(seen[2], x[[0, 1, 3]])
+    assert torch.equal(out[4], torch.zeros(6))
+
+
+def _transposed(experts: FusedExperts) -> None:
+    experts.is_transposed = True
+
+
+def _interleaved(experts: FusedExperts) -> None:
+    experts.is_concatenated = False
+
+
+def _with_bias(experts: FusedExperts) -> None:
+    experts.down_proj_bias = nn.Parameter(torch.zeros(3, 6))
+
+
+def _wrong_shape(experts: FusedExperts) -> None:
+    experts.gate_up_proj = nn.Parameter(torch.zeros(3, 6, 8))
+
+
+def _without_activation(experts: FusedExperts) -> None:
+    experts.act_fn = None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_transposed, "transposed weights"),
+        (_interleaved, "interleaved gate and up"),
+        (_with_bias, "other parameters"),
+        (_wrong_shape, r"gate_up_proj of shape \(3, 6, 8\)"),
+        (_without_activation, "no act_fn"),
+    ],
+)
+def test_experts_that_compute_something_else_are_refused(spoil, message: str) -> None:
+    experts = FusedExperts()
+    spoil(experts)
+    with pytest.raises(ValueError, match=rf"'mlp\.experts' \(FusedExperts\) have .*{message}"):
+        unfuse_experts(nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts})}))
+
+
+def test_experts_with_their_own_gate_function_are_refused_before_anything_changes() -> None:
+    options = SMALL | {"num_local_experts": 4, "head_dim": 8}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **options))
+    before = set(model.state_dict())
+    with pytest.raises(ValueError, match="its own gate function"):
+        unfuse_experts(model)
+    assert set(model.state_dict()) == before
+
+
+def test_a_fused_module_cannot_replace_itself() -> None:
+    with pytest.raises(ValueError, match="pass the block that holds it"):
+        unfuse_experts(FusedExperts())

@@ -1,0 +1,237 @@
+"""The packed linear: it computes what its parts say, stores what it says, and rebuilds from its description."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lowbit.modules import ActSpec, QuantLinear, buffer_layout, fake_quantize_activation, quantize_activation
+from lowbit.numerics import (
+    NF4,
+    Affine,
+    Float,
+    Int,
+    MinMax,
+    PerChannel,
+    PerCluster,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Spec,
+    fit_params,
+    from_dict,
+    quantize,
+    to_dict,
+)
+from lowbit.transforms import Merge, Permute, Rotate, Scale, Shift, Split
+
+O, I = 24, 40
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sqnr_db(x: torch.Tensor, y: torch.Tensor) -> float:
+    return float(10 * torch.log10(x.double().pow(2).sum() / (x.double() - y.double()).pow(2).sum()))
+
+
+W4 = Spec(Int(4), PerGroup(16))
+TRANSFORMS = {
+    "scale": (Scale(random(I).abs() + 0.5),),
+    "shift": (Shift(random(I)),),
+    "permute": (Permute(torch.randperm(I, generator=torch.Generator().manual_seed(2))),),
+    "rotate": (Rotate.random_orthogonal(I, 0, dtype=torch.float32),),
+    "rotate by heads": (Rotate.hadamard(I, 0, block=8, dtype=torch.float32),),
+    "split then merge": (
+        Split(torch.tensor([3] + [1] * (I - 1))),
+        Merge(torch.cat([torch.zeros(3), torch.arange(1, I)]).long()),
+    ),
+    "all": (
+        Scale(random(I).abs() + 0.5),
+        Shift(random(I, seed=5)),
+        Permute(torch.arange(I).flip(0)),
+        Rotate.hadamard(I, 1, dtype=torch.float32),
+    ),
+}
+
+ACTS = {
+    "none": None,
+    "per token": ActSpec(Spec(Int(8), PerToken())),
+    "per tensor": ActSpec(Spec(Int(8, True), PerTensor())),
+    "per group": ActSpec(Spec(Int(4), PerGroup(16))),
+    "float": ActSpec(Spec(Float(4, 3), PerToken())),
+    "static": ActSpec(Spec(Int(8, True), PerTensor()), static=True),
+    "static asymmetric": ActSpec(Spec(Int(8), PerTensor()), static=True),
+    "static clusters": ActSpec(Spec(Int(8), PerCluster((10, 25, 5))), static=True),
+}
+
+
+def static_params(act: ActSpec | None) -> Affine | None:
+    if act is None or not act.static:
+        return None
+    return fit_params(random(64, I, seed=9), Spec(act.spec.grid, act.spec.granularity, scale_dtype="float32"), MinMax())
+
+
+def layer(spec: Spec = W4, act: str = "none", bias: bool = True, pre: tuple = ()) -> QuantLinear:
+    w, b = random(O, I, seed=3), random(O, seed=4) if bias else None
+    for t in pre:
+        w, b = t.fold_in(w, b)
+    return QuantLinear.from_qtensor(quantize(w, spec, MinMax()), b, ACTS[act], static_params(ACTS[act]), pre)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 5), (2, 1, 3)])
+def test_the_output_is_the_linear_of_the_decoded_weight_in_the_dtype_of_the_input(dtype, lead):
+    q = layer()
+    x = random(*lead, I).to(dtype)
+    expected = F.linear(x, q.dequantize().to(dtype)) + q.bias.to(dtype)
+    assert q(x).dtype == dtype and q(x).shape == (*lead, O)
+    assert torch.equal(q(x), expected)
+
+
+@pytest.mark.parametrize("act", [name for name, act in ACTS.items() if act], ids=str)
+def test_a_quantized_input_is_decoded_from_its_codes(act, monkeypatch):
+    monkeypatch.setenv("LOWBIT_KERNELS", "reference")
+    q = layer(act=act)
+    x = random(2, 6, I, seed=7)
+    assert q.act is not None
+    fake = fake_quantize_activation(x, q.act, q.act_params)
+    assert 15 < sqnr_db(x, fake) < 60
+    assert torch.equal(q(x), F.linear(fake, q.dequantize()) + q.bias)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_the_input_are_undone_by_the_weights_folded_for_them(name):
+    q = layer(Spec(Int(8), PerGroup(8), scale_dtype="float32"), pre=TRANSFORMS[name])
+    x = random(11, I, seed=8)
+    if name == "split then merge":  # merging averages what splitting cut, so it is the whole map that returns
+        x[:, 0] = 0.0
+    original = F.linear(x, random(O, I, seed=3), random(O, seed=4))
+    assert sqnr_db(original, q(x)) > 35
+    effective = F.linear(x, q.effective_weight(), q.effective_bias())
+    assert sqnr_db(q(x), effective) > 100
+    assert torch.equal(q.weight, q.effective_weight())
+
+
+def test_transforms_run_on_the_buffers_without_a_copy():
+    q = layer(pre=TRANSFORMS["all"])
+    assert q.pre[0].s.data_ptr() == q.pre0_s.data_ptr()
+    assert q.pre[2].index.data_ptr() == q.pre2_index.data_ptr()
+    assert [type(t).__name__ for t in q.pre] == ["Scale", "Shift", "Permute", "Rotate"]
+
+
+SPECS = [
+    Spec(Int(3), PerGroup(16)),
+    Spec(Int(8, True), PerChannel()),
+    Spec(NF4, PerGroup(16), stats=Spec(Int(8), PerGroup(256), scale_dtype="float32")),
+    Spec(Int(4, zero="real"), PerGroup(16), stats=Spec(Int(8), PerGroup(16))),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=["w3", "w8", "nf4", "real zeros"])
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("pre", ["none", "split then merge", "all"])
+def test_a_layer_rebuilds_from_its_description_and_state(spec, act, pre):
+    q = layer(spec, act, bias=pre != "none", pre=TRANSFORMS.get(pre, ()))
+    empty = QuantLinear.empty(json.loads(json.dumps(q.config())), "cpu")
+    state = q.state_dict()
+    assert {n: (tuple(t.shape), t.dtype) for n, t in state.items()} == buffer_layout(q.config())
+    empty.load_state_dict(state, strict=True)
+    x = random(5, I, seed=7)
+    assert torch.equal(empty(x), q(x))
+    assert QuantLinear.empty(q.config()).codes.is_meta
+    assert (empty.in_features, empty.out_features) == (I, O)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_stored_bits_are_the_bits_of_every_buffer_but_the_bias(act):
+    q = layer(act=act, pre=TRANSFORMS["all"])
+    buffers = {name: b for name, b in q.state_dict().items() if name != "bias"}
+    assert q.stored_bits == 8 * sum(b.numel() * b.element_size() for b in buffers.values())
+    assert q.bits_per_weight == q.stored_bits / (O * I)
+
+
+def test_bits_per_weight_of_a_plain_layer_are_codes_scales_and_zeros():
+    q = QuantLinear.from_qtensor(quantize(random(64, 256), Spec(Int(4), PerGroup(64)), MinMax()))
+    assert q.bits_per_weight == 4 + (16 + 4) / 64
+
+
+def test_casts_move_the_layer_but_never_convert_what_is_stored():
+    q = layer(act="static", pre=TRANSFORMS["all"])
+    for cast in (copy.deepcopy(q).half(), copy.deepcopy(q).to(torch.bfloat16), copy.deepcopy(q).double()):
+        for name, buffer in q.named_buffers():
+            assert torch.equal(cast.get_buffer(name), buffer) and cast.get_buffer(name).dtype == buffer.dtype
+    assert all(buffer.is_meta for buffer in copy.deepcopy(q).to("meta").buffers())
+
+
+def test_the_packed_weight_unpacks_to_the_tensor_it_was_built_from():
+    spec = Spec(Int(3), PerGroup(16))
+    source = quantize(random(O, I), spec, MinMax())
+    q = QuantLinear.from_qtensor(source)
+    assert torch.equal(q.qtensor().codes, source.codes)
+    assert torch.equal(q.qtensor().params.scale, source.params.scale)
+    assert torch.equal(q.dequantize(), source.dequantize())
+    assert q.bias is None and q.effective_bias() is None
+
+
+def test_the_layer_says_what_it_is_and_which_kernel_runs():
+    q = QuantLinear.from_qtensor(
+        quantize(random(O, I), Spec(Int(8, True), PerChannel()), MinMax()), act=ACTS["per token"]
+    )
+    assert "in_features=40, out_features=24, bias=False" in repr(q) and "dynamic" in repr(q)
+    assert q.explain(rows=3)[0].kernel == "int8_torch" and q.explain(rows=3)[0].why_not is None
+
+
+def test_an_input_of_the_wrong_width_is_refused_even_where_a_permutation_would_take_it():
+    with pytest.raises(ValueError, match="reads 40 channels, the input has 41"):
+        layer(pre=TRANSFORMS["permute"])(random(2, I + 1))
+
+
+def test_descriptions_and_parts_that_do_not_fit_are_refused():
+    spec = Spec(Int(4), PerGroup(16))
+    q = quantize(random(O, I), spec, MinMax())
+    with pytest.raises(ValueError, match="bias should be"):
+        QuantLinear.from_qtensor(q, random(O + 1))
+    with pytest.raises(ValueError, match="act_params are given exactly when act is static"):
+        QuantLinear.from_qtensor(q, act=ACTS["static"])
+    with pytest.raises(ValueError, match="act_zero should be"):
+        QuantLinear.from_qtensor(q, act=ACTS["static asymmetric"], act_params=Affine(torch.ones(1, 1)))
+    config = QuantLinear.from_qtensor(q).config()
+    with pytest.raises(ValueError, match="lacks bias, pre"):
+        QuantLinear.empty({k: v for k, v in config.items() if k not in ("bias", "pre")})
+    with pytest.raises(ValueError, match="did you mean 'Scale'"):
+        QuantLinear.empty(config | {"pre": [{"type": "Scael", "s": [I]}]})
+
+
+def test_activation_formats_round_trip_through_plain_data_and_refuse_static_ranges_a_token():
+    for act in ACTS.values():
+        assert from_dict(json.loads(json.dumps(to_dict(act)))) == act
+    with pytest.raises(ValueError, match="static activation ranges are per tensor or per cluster"):
+        ActSpec(Spec(Int(8), PerToken()), static=True)
+    with pytest.raises(ValueError, match="needs its calibrated parameters"):
+        quantize_activation(random(2, I), ACTS["static"])
+
+
+@pytest.mark.parametrize("act", [a for a in ACTS.values() if a], ids=[name for name, a in ACTS.items() if a])
+def test_zeros_stay_zeros_and_nan_stays_nan(act):
+    x = random(4, I)
+    x[1] = 0
+    x[2, 3] = torch.nan
+    fake = fake_quantize_activation(x, act, static_params(act))
+    assert torch.isnan(fake[2, 3])
+    if act.static or act.spec.granularity != PerTensor():
+        assert torch.equal(fake[1], torch.zeros(I))
+        assert not fake[[0, 3]].isnan().any()
+    assert torch.equal(fake_quantize_activation(torch.zeros(4, I), act, static_params(act)), torch.zeros(4, I))
+
+
+def test_dynamic_parameters_are_the_extremes_of_each_token_and_are_not_rounded():
+    x = random(3, I).to(torch.bfloat16)
+    codes, params = quantize_activation(x, ActSpec(Spec(Int(8, True), PerToken())))
+    assert codes.shape == x.shape and codes.dtype == torch.uint8
+    assert torch.equal(params.scale[:, 0], x.float().abs().amax(1) / 127)
