@@ -82,12 +82,21 @@ class Scheme(_Frozen):
         """
         for rule in self.rules:
             if not any(rule.matches(name, role) for name, role in linears.items()):
-                known = sorted({*linears.values(), *linears})
-                raise ValueError(f"override {rule.match!r} matches no layer{nearest(rule.match, known)}")
+                raise ValueError(f"rule {rule.match!r} matches no layer{_nearest_layer(rule.match, linears)}")
 
     @property
     def quantizes_activations(self) -> bool:
         return any(rule.activation is not None for rule in self.rules)
+
+
+def _nearest_layer(pattern: str, linears: Mapping[str, str]) -> str:
+    """The nearest role or name; where none is near, the roles and one name: a model has hundreds of names."""
+    hint = nearest(pattern.removeprefix("re:"), [*linears.values(), *linears])
+    if hint.startswith(" ("):
+        return hint
+    return (
+        f"; this model has the roles {', '.join(sorted({*linears.values()}))}, and names such as {next(iter(linears))}"
+    )
 
 
 class Recipe(_Frozen):
@@ -130,7 +139,8 @@ class Recipe(_Frozen):
     def _check_combination(self) -> None:
         solver = self.steps[-1].solver
         clips = [step for step in self.steps if isinstance(step, SearchClip) or _learns_clip(step)]
-        if clips and getattr(solver, "moves_groups", False):
+        grouped = [rule for rule in self.scheme.rules if rule.weight is not None and _has_groups(rule.weight)]
+        if clips and grouped and moves_groups(solver):
             raise ValueError(
                 f"{self.name}: chosen clip ranges belong to the stored groups, but this solver forms groups in another "
                 "column order; set static_groups=true, another order, or leave the clipping out"
@@ -160,9 +170,23 @@ class Recipe(_Frozen):
 
     def with_overrides(self, overrides: Iterable[Mapping[str, Any]]) -> Recipe:
         """This recipe with rules added; see :class:`Override` for their keys."""
-        base = self.scheme.rules[0]
+        base = next((rule for rule in self.scheme.rules if rule.weight is not None), None)
+        if base is None:
+            raise ValueError(f"{self.name}: no rule of the scheme has a weight format, so nothing would be quantized")
         added = tuple(_validated(Override, entry).rule(base) for entry in overrides)
         return self if not added else _rebuilt(self, scheme=Scheme(rules=(*self.scheme.rules, *added)))
+
+
+def moves_groups(solver: Any) -> bool:
+    """Whether ``solver`` forms groups of columns in an order of its own, which the layer then stores.
+
+    A range that was chosen for a group of neighbouring columns has no place there.
+    """
+    return getattr(solver, "order", None) == "act" and not getattr(solver, "static_groups", False)
+
+
+def _has_groups(weight: Spec) -> bool:
+    return not isinstance(weight.granularity, PerChannel | PerTensor)
 
 
 def _learns_clip(step: Any) -> bool:
@@ -175,7 +199,7 @@ def _rebuilt(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 class Override(_Frozen):
-    """What one ``overrides`` entry of a recipe file may say; what it leaves out is as in the recipe's first rule."""
+    """What one ``overrides`` entry of a recipe file may say; what it leaves out is as in the recipe's first weight format."""
 
     match: str
     skip: bool = False
@@ -204,8 +228,8 @@ class Override(_Frozen):
         return Rule(match=self.match, weight=replace(base.weight, grid=grid, granularity=grain), activation=act)
 
 
-def _with_bits(act: ActSpec, bits: int) -> ActSpec:
-    return replace(act, spec=replace(act.spec, grid=replace(act.spec.grid, bits=bits)))  # pyright: ignore[reportArgumentType]
+def _with_bits(act: ActSpec, bits: int) -> ActSpec | None:
+    return None if bits >= 16 else replace(act, spec=replace(act.spec, grid=replace(act.spec.grid, bits=bits)))  # pyright: ignore[reportArgumentType]
 
 
 # What most methods say of formats

@@ -502,6 +502,23 @@ def test_heads_that_contradict_the_weights_are_an_error() -> None:
         _resolved("llama grouped", architecture=dataclasses.replace(table, heads=heads))
 
 
+@pytest.mark.parametrize("case", ["phi3", "bloom", "falcon new, one norm"])
+def test_heads_that_contradict_a_fused_projection_are_an_error(case: str) -> None:
+    table = _prepared(case)[1]
+    assert table.heads is not None
+    heads = dataclasses.replace(table.heads, key_value=1)
+    with pytest.raises(ValueError, match=r"rows, but its parts \('q', 'k', 'v'\) need"):
+        _resolved(case, architecture=dataclasses.replace(table, heads=heads))
+
+
+def test_rotary_heads_that_contradict_the_weights_are_an_error() -> None:
+    table = _prepared("llama grouped")[1]
+    assert table.heads is not None
+    heads = dataclasses.replace(table.heads, dim=16)
+    with pytest.raises(ValueError, match=r"'self_attn\.q_proj' has 32 rows; the table's heads need at least 56"):
+        _resolved("llama grouped", architecture=dataclasses.replace(table, heads=heads))
+
+
 def test_fused_experts_are_refused_until_unfused() -> None:
     model = _model("mixtral")
     block = block_modules(model, for_config(model.config))[0]

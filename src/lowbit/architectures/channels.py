@@ -17,15 +17,15 @@ def part_rows(linear: LinearRole, part: str | None, out_features: int, heads: He
     if part is None:
         return None
     rows = torch.arange(out_features)
+    sizes = [_part_size(name, heads) or out_features // len(linear.parts) for name in linear.parts]
+    if sum(sizes) != out_features:
+        raise ValueError(f"{linear.path!r} has {out_features} rows, but its parts {linear.parts} need {sizes}.")
     if linear.layout == "grouped":
-        assert heads is not None
+        assert heads is not None, "a projection grouped by head needs heads"
         shared = heads.query // heads.key_value
         rows_KND = rows.view(heads.key_value, shared + 2, heads.dim)
         slices = {"q": slice(0, shared), "k": slice(shared, shared + 1), "v": slice(shared + 1, shared + 2)}
         return rows_KND[:, slices[part]].flatten()
-    sizes = [_part_size(name, heads) or out_features // len(linear.parts) for name in linear.parts]
-    if sum(sizes) != out_features:
-        raise ValueError(f"{linear.path!r} has {out_features} rows, but {linear.parts} need {sizes}.")
     return rows.split(sizes)[linear.parts.index(part)]
 
 

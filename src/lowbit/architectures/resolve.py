@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -74,8 +75,7 @@ class _Found:
         return _Found(architecture, modules, places, entries)
 
     def require_every_linear(self) -> None:
-        known = {place.path for places in self.places.values() for place in places}
-        unknown = [p for p, m in self.modules.items() if isinstance(m, LINEAR_TYPES) and p not in known]
+        unknown = [p for p, m in self.modules.items() if isinstance(m, LINEAR_TYPES) and p not in self.expert_of]
         if unknown:
             raise ValueError(f"The {self.architecture.name!r} table does not list {unknown}; add their roles to it.")
         fused = [path for path, module in self.modules.items() if is_fused(module)]
@@ -84,9 +84,13 @@ class _Found:
 
     def other_matrices(self) -> tuple[str, ...]:
         """Parameters of two or more dimensions that no role covers."""
-        known = {place.path for places in self.places.values() for place in places}
         parameters = self.modules[""].named_parameters()
-        return tuple(name for name, p in parameters if p.dim() > 1 and name.rpartition(".")[0] not in known)
+        return tuple(name for name, p in parameters if p.dim() > 1 and name.rpartition(".")[0] not in self.expert_of)
+
+    @cached_property
+    def expert_of(self) -> dict[str, str | None]:
+        """Path of every listed module -> the number of the expert it belongs to, if any."""
+        return {place.path: place.expert for places in self.places.values() for place in places}
 
 
 def _match(pattern: str, modules: Iterable[str]) -> Iterable[_Place]:
@@ -141,7 +145,7 @@ def _resolve_edge(edge: Edge, found: _Found, inputs: tuple[ResolvedInput, ...]) 
             for end in edge.consumers
             for place in _places(end.role, expert, found)
         ]
-        if (not outs and not ins) or (edge.consumers and not ins):
+        if not ins and (edge.consumers or not outs):
             continue
         if not outs:
             paths = [found.entries[end.role].path for end in edge.producers]
@@ -159,36 +163,39 @@ def _assemble(
     name = _numbered(edge.name, expert)
     channels, within = axis_channels(edge.axis, _width(ports[0], found), found.architecture.heads)
     for port in ports:
-        expected = channels if port.expand is None else len(port.expand)
-        if _width(port, found) != expected:
-            raise ValueError(
-                f"Edge {name!r} expects {expected} channels at {port.module!r}; found {_width(port, found)}."
-            )
+        expected, width = channels if port.expand is None else len(port.expand), _width(port, found)
+        if width != expected:
+            raise ValueError(f"Edge {name!r} expects {expected} channels at {port.module!r}; found {width}.")
     carries = edge.carries
-    if any(Kind.SHIFT in port.kinds and not _can_hold_shift(port, found.modules[port.module]) for port in ports):
+    if any(Kind.SHIFT in port.kinds and not _can_hold_shift(port, found) for port in ports):
         carries = carries - {Kind.SHIFT}
-    consumers = {port.module for port in ports if port.side == "in"}
-    read = [shared for shared in inputs if consumers & set(shared.readers)]
-    whole = [shared.name for shared in read if not _per_expert(shared, found)]
-    names = tuple(whole[:1] or [shared.name for shared in read])
     judge = edge.judge.replace("*", expert or "*")
-    return ResolvedEdge(name, channels, carries, ports, within, edge.positive, judge, names)
+    return ResolvedEdge(name, channels, carries, ports, within, edge.positive, judge, _inputs_of(ports, found, inputs))
 
 
-def _per_expert(shared: ResolvedInput, found: _Found) -> bool:
-    places = {p.path: p for many in found.places.values() for p in many}
-    return all(places[path].expert is not None for path in shared.readers)
+def _inputs_of(ports: tuple[Port, ...], found: _Found, inputs: tuple[ResolvedInput, ...]) -> tuple[str, ...]:
+    """The one input that sees every token the consumers see, or else the experts' inputs, which do so together."""
+    consumers = {port.module for port in ports if port.side == "in"}
+    read = [shared for shared in inputs if not consumers.isdisjoint(shared.readers)]
+    whole = [shared.name for shared in read if found.expert_of[shared.readers[0]] is None]
+    return tuple(whole[:1] or [shared.name for shared in read])
 
 
-def _can_hold_shift(port: Port, module: nn.Module) -> bool:
-    return port.has_bias or isinstance(module, LINEAR_TYPES)
+def _can_hold_shift(port: Port, found: _Found) -> bool:
+    return port.has_bias or isinstance(found.modules[port.module], LINEAR_TYPES)
 
 
 def _width(port: Port, found: _Found) -> int:
-    if port.side == "out" and port.rows is not None:
-        return len(port.rows)
+    """How many channels the port has: all its rows or columns, or those rows that `rows` picks."""
     weight = found.modules[port.module].get_parameter("weight")
-    return weight.shape[0 if port.norm else (port.side == "in") != port.transposed]
+    width = weight.shape[1] if (port.side == "in") != port.transposed else weight.shape[0]
+    if port.rows is None:
+        return width
+    if int(port.rows.max()) >= width:
+        raise ValueError(
+            f"{port.module!r} has {width} rows; the table's heads need at least {int(port.rows.max()) + 1}."
+        )
+    return len(port.rows)
 
 
 def _port(end: End, side: str, axis: Axis, place: _Place, found: _Found) -> Port:

@@ -78,7 +78,8 @@ class SharedInput:
 class End:
     """One side of an edge: a linear, router or norm by role, with the part of a fused weight where it is one.
 
-    `inverse` marks the keys of a query/key edge, which take the dual of what the queries take. `kinds` restricts the
+    On the axes of attention, the role or part named "q" has one head for each query head, as has every consumer; all
+    others have one for each key-value head. `inverse` marks the keys of a query/key edge, which take the dual of what the queries take. `kinds` restricts the
     transforms that touch this end: the gate of a gated MLP moves with a permutation but not with a scale.
     """
 
@@ -125,8 +126,9 @@ class Architecture:
     """The table of one model: module paths of the whole model, then roles, inputs and edges within a block.
 
     `blocks` is the path of the ModuleList of decoder blocks; `embed` the modules with weights before the first block;
-    `final_norm`, `after` (rare projections) and `head` those after the last, where the model has them. `routers` choose experts and are never quantized, but read
-    what the experts read, so transforms fold into them. `warnings` names what is not available for this model.
+    `final_norm`, `after` (rare projections) and `head` those after the last, where the model has them. `routers` choose
+    experts and are never quantized, but read what the experts read, so transforms fold into them. `warnings` names what
+    is not available for this model.
     """
 
     name: str

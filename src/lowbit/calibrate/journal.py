@@ -96,7 +96,7 @@ class Journal:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, {"format": "pt"})
             _flush(unfinished)
-            os.replace(unfinished, target)
+            os.replace(unfinished, target)  # noqa: PTH105  (atomic on every system)
             entry = {"file": file, "sha256": file_sha256(target), "record": record}
             self._append(entry)
         except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error type
@@ -120,7 +120,7 @@ class Journal:
         self.path.unlink()
         if self.out.exists():
             self.out.rmdir()  # empty: checked by open
-        os.replace(self.directory, self.out)
+        os.replace(self.directory, self.out)  # noqa: PTH105
 
 
 def check_target(out: Path) -> None:

@@ -18,6 +18,7 @@ app = typer.Typer(
     name="lowbit",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",  # the only mode that joins the lines of a paragraph
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Example: lowbit quantize smollm2-135m --method gptq --bits 4 --group-size 64 -o smollm2-w4",

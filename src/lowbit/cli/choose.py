@@ -24,9 +24,7 @@ MethodOption = Annotated[
 ]
 RecipeOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="FILE", help="A recipe file, or a name from `lowbit recipes`.", rich_help_panel=METHOD_PANEL
-    ),
+    typer.Option(metavar="FILE", help="A recipe file, or a name from `lowbit recipes`.", rich_help_panel=METHOD_PANEL),
 ]
 Bits = Annotated[int | None, typer.Option(help="Bits of a weight.", rich_help_panel=METHOD_PANEL)]
 GroupSize = Annotated[

@@ -6,9 +6,10 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -23,9 +24,7 @@ Report = Callable[[float, float, str], None]
 LOG_WIDTH = 140  # columns of a table that goes to a file or a pipe
 LOG_SECONDS = 10  # between progress lines where there is no terminal to draw a bar on
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A local directory, a hub id, a .gguf file, or smollm2-135m.")
-]
+Model = Annotated[str, typer.Argument(help="A local directory, a hub id, a .gguf file, or smollm2-135m.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Threads of torch (default: torch's own choice).")
@@ -86,6 +85,30 @@ def number(value: float | None, form: str = ".4g") -> str:
     return "-" if value is None else format(value, form)
 
 
+def show_layers(rows: Iterable[Any]) -> None:
+    """A table of a plan's rows, layers that differ only in their block's number as one row."""
+    groups: dict[tuple[str, ...], int] = {}
+    for row in rows:
+        shape = " x ".join(map(str, row.shape))
+        bits = number(row.bits_per_weight)
+        key = (
+            re.sub(r"\d+", "*", row.name),
+            row.role,
+            shape,
+            row.weight or "-",
+            row.activation or "-",
+            bits,
+            row.reason or "",
+        )
+        groups[key] = groups.get(key, 0) + 1
+    listed = table(
+        "layers", "of", "role", "shape", "weight", "input", "bits", "left alone because", numbers=("of", "bits")
+    )
+    for (name, *rest), count in groups.items():
+        listed.add_row(name, str(count), *rest)
+    console().print(listed, markup=False)
+
+
 # Errors
 
 
@@ -118,12 +141,13 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 def _quiet() -> None:
     """No bars and no advice of transformers' and datasets' own between ours; their errors stay."""
-    from datasets.utils import disable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    disable_progress_bars()
+    os.environ.setdefault(
+        "HF_DATASETS_DISABLE_PROGRESS_BARS", "1"
+    )  # read when datasets is imported, which takes a second
 
 
 # Progress

@@ -81,9 +81,9 @@ def _same(stored: Tensor, x: Tensor, name: str) -> None:
     if not torch.equal(stored.to(x.dtype), x):
         off = (stored.to(x.dtype) - x).abs().max().item()
         raise ValueError(
-            f"{name} is not as the format stores it (off by up to {off:.3g}); "
-            "pass parameters through Spec.as_stored first. Where statistics are quantized this also happens if they do not survive a second quantization unchanged: "
-            "use an integer grid with an integer zero point or none for them"
+            f"{name} is not as the format stores it (off by up to {off:.3g}); pass parameters through Spec.as_stored "
+            "first. Where statistics are quantized this also happens if they do not survive a second quantization "
+            "unchanged: use an integer grid with an integer zero point or none for them"
         )
 
 

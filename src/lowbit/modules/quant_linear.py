@@ -3,8 +3,8 @@
     y = Q_act(pre(x)) @ decode(codes, params).T + bias
 
 A layer is a description (plain data, :meth:`QuantLinear.config`) and buffers laid out by it (:func:`buffer_layout`);
-the weight is held in its canonical packed form only, and decoded by the kernel that runs. The field's alternative, a class
-for each method, multiplies the loaders and kernels by the methods.
+the weight is held in its canonical packed form only, and decoded by the kernel that runs. The field's alternative, a
+class for each method, multiplies the loaders and kernels by the methods.
 
 The packed buffers mean what they mean in their own dtype, so casts (``.half()``, ``.to(torch.bfloat16)``) move this
 module between devices but never convert it; it computes in the dtype of its input instead.
@@ -189,7 +189,7 @@ class QuantLinear(nn.Module):
         return kernels.decode_packed(self._tensors(), self.spec, self.shape)
 
     def effective_weight(self) -> Tensor:
-        """``[out_features, in_features]`` float32: the map of the layer, ``pre`` folded in, activations not quantized."""
+        """``[out_features, in_features]`` float32: the layer's map, ``pre`` folded in, activations not quantized."""
         weight = self.dequantize()
         x = torch.zeros(self.out_features, self.in_features, device=weight.device)
         with torch.enable_grad():

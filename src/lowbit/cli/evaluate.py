@@ -1,0 +1,87 @@
+"""``lowbit evaluate``: perplexity by a named protocol, and the distance to the original."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lowbit.cli import common
+
+if TYPE_CHECKING:
+    from lowbit.evaluate import Evaluation
+
+EXAMPLE = (
+    "Example: lowbit evaluate smollm2-w4 --against smollm2-135m --text python-docs --protocol gptq "
+    "--seq-len 1024 --windows 20 --json"
+)
+
+
+def command(
+    model: common.Model,
+    text: Annotated[str | None, typer.Option(metavar="TEXT", help=common.TEXT_HELP.format(more=""))] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="gptq: disjoint windows. llama.cpp: the second half of each. word: lm-eval's word perplexity.",
+        ),
+    ] = "gptq",
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
+    windows: Annotated[int, typer.Option(help="Windows from the start of the text; 0: the whole text.")] = 20,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The original: measures KL divergence and top-1 agreement too.")
+    ] = None,
+    threads: common.Threads = None,
+    as_json: common.Json = False,
+) -> None:
+    """Measure a model: perplexity, and with --against KL divergence and top-1 agreement in the same pass.
+
+    Intervals are 95 %. Figures compare only under the same protocol, window length and text.
+    """
+    common.use_threads(threads)
+    import lowbit
+
+    chosen = common.text_or_default(text, "evaluation")
+    common.say(f"text: {chosen}")
+    with common.progress() as report:
+        report(0, 1, "loading")
+        result = lowbit.evaluate(
+            model, chosen, protocol=protocol, seq_len=seq_len, windows=windows or None, against=against, progress=report
+        )
+    if as_json:
+        common.print_json(result.to_dict())
+    else:
+        _show(model, result)
+    if result.broken:
+        raise ValueError(
+            f"the model is broken: {result.broken_tokens} of {result.tokens} predictions are NaN or infinite; "
+            "quantize it again with more bits or another method"
+        )
+
+
+def _show(model: str, result: Evaluation) -> None:
+    table = common.table("measured", "", "95 % interval", title=model, numbers=("", "95 % interval"))
+    unit = " per word" if result.words is not None else ""
+    table.add_row(f"perplexity{unit}", common.number(result.perplexity), _interval(result.perplexity_interval))
+    if result.kl is not None:
+        table.add_row("the original's perplexity", common.number(result.reference_perplexity), "")
+        table.add_row("KL from the original, nats a token", common.number(result.kl), _interval(result.kl_interval))
+        table.add_row(
+            "top-1 agreement with the original",
+            common.number(result.top1_agreement, ".1%"),
+            _interval(result.top1_interval, ".1%"),
+        )
+    table.add_row("bits per weight", common.number(result.bits_per_weight), "")
+    table.add_row("weight files", "-" if result.bytes is None else common.size(result.bytes), "")
+    console = common.console()
+    console.print(table)
+    console.print(
+        f"{result.text}: {result.windows} windows of {result.seq_len} by protocol {result.protocol}, "
+        f"{result.tokens} tokens predicted",
+        markup=False,
+    )
+
+
+def _interval(interval: tuple[float, float] | None, form: str = ".4g") -> str:
+    return "-" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"

@@ -1,0 +1,50 @@
+"""``lowbit explain``: what a recipe would do to each layer of a model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lowbit.cli import common
+from lowbit.cli.choose import (
+    ActivationBits,
+    Bits,
+    GroupSize,
+    KvBits,
+    Overrides,
+    Settings,
+    choose_recipe,
+    method_options,
+)
+
+EXAMPLE = "Example: lowbit explain smoothquant+gptq smollm2-135m --activation-bits 8 --override down:bits=8"
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, a recipe's name, a method's name, or a mix.")],
+    model: common.Model,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    activation_bits: ActivationBits = None,
+    kv_bits: KvBits = None,
+    settings: Settings = None,
+    overrides: Overrides = None,
+    as_json: common.Json = False,
+) -> None:
+    """Explain step by step what a recipe does, and the format it gives to each layer. Reads no weight.
+
+    Options of a method (--bits and so on) go with a method's name.
+    """
+    options = method_options(bits, group_size, activation_bits, kv_bits, settings)
+    chosen = choose_recipe(recipe if options else None, None if options else recipe, options, overrides)
+    from lowbit.plan import explain
+
+    result = explain(chosen, model)
+    if as_json:
+        common.print_json(result.to_dict())
+        return
+    console = common.console()
+    for count, step in enumerate(result.steps, start=1):
+        console.print(f"{count}. {step}", markup=False, soft_wrap=True)
+    common.show_layers(result.layers)

@@ -1,0 +1,39 @@
+"""``lowbit inspect``: where a model is hard to quantize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowbit.cli import common
+
+EXAMPLE = "Example: lowbit inspect smollm2-135m --calibration python-docs --samples 8 -o smollm2-inspection"
+
+
+def command(
+    model: common.Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the table and the plots go.")],
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help=common.TEXT_HELP.format(more=", or self (the model's own samples)")),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 8,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 512,
+    threads: common.Threads = None,
+    as_json: common.Json = False,
+) -> None:
+    """Find outlier channels, massive tokens and the hardest layers; write a table and plots.
+
+    The model is read a block at a time, as quantize does.
+    """
+    common.use_threads(threads)
+    from lowbit.inspection import inspect_model
+
+    text = common.text_or_default(calibration, "calibration")
+    common.say(f"calibration: {text}")
+    with common.progress() as report:
+        result = inspect_model(model, text, samples=samples, seq_len=seq_len, out=out, progress=report)
+    if as_json:
+        common.print_json(result.to_dict())

@@ -1,0 +1,73 @@
+"""``lowbit plan``: what a run would give and cost, from config and headers alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from lowbit.cli import common
+from lowbit.cli.choose import (
+    ActivationBits,
+    Bits,
+    GroupSize,
+    KvBits,
+    MethodOption,
+    Overrides,
+    RecipeOption,
+    Settings,
+    choose_recipe,
+    method_options,
+)
+
+if TYPE_CHECKING:
+    from lowbit.plan import Plan
+
+EXAMPLE = "Example: lowbit plan smollm2-135m --method gptq --bits 4 --group-size 64"
+
+
+def command(
+    model: common.Model,
+    method: MethodOption = None,
+    recipe: RecipeOption = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    activation_bits: ActivationBits = None,
+    kv_bits: KvBits = None,
+    settings: Settings = None,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    as_json: common.Json = False,
+) -> None:
+    """Say what quantizing would give and need, without reading a weight.
+
+    Bytes, bits per weight, peak memory, layers that stay as they are and why, and which runtimes can take the result.
+    """
+    options = method_options(bits, group_size, activation_bits, kv_bits, settings)
+    chosen = choose_recipe(method, recipe, options, overrides)
+    from lowbit.plan import plan
+
+    result = plan(model, chosen, samples=samples, seq_len=seq_len)
+    if as_json:
+        common.print_json(result.to_dict())
+    else:
+        _show(result)
+
+
+def _show(result: Plan) -> None:
+    console = common.console()
+    table = common.table("plan", "", title=f"{result.recipe} on {result.name}", numbers=("",))
+    quantized = [row for row in result.layers if not row.reason]
+    table.add_row("linears quantized", f"{len(quantized)} of {len(result.layers)}")
+    table.add_row("bits per weight, everything stored counted", f"{result.bits_per_weight:.4f}")
+    table.add_row("weight files now", common.size(result.bytes_in))
+    table.add_row("weight files after", common.size(result.bytes_out))
+    table.add_row("peak memory while quantizing", common.size(result.peak_ram_bytes))
+    console.print(table)
+    common.show_layers(result.layers)
+    for name, verdict in result.compatibility.items():
+        console.print(f"{escape(name)}: {escape(verdict)}", soft_wrap=True)
+    for warning in result.warnings:
+        common.console(stderr=True).print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)

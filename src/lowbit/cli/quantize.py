@@ -1,0 +1,163 @@
+"""``lowbit quantize``: a model and a recipe in, a packed and measured checkpoint out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from lowbit.cli import common
+from lowbit.cli.choose import (
+    ActivationBits,
+    Bits,
+    GroupSize,
+    KvBits,
+    MethodOption,
+    Overrides,
+    RecipeOption,
+    Settings,
+    byte_count,
+    choose_recipe,
+    method_options,
+)
+
+if TYPE_CHECKING:
+    from lowbit.pipeline import Job, QuantizeReport
+    from lowbit.recipe import Recipe
+
+EXAMPLE = (
+    "Example: lowbit quantize smollm2-135m --method gptq --bits 4 --group-size 64 --set act_order=true "
+    "--override down:bits=8 --calibration python-docs --samples 32 --seq-len 512 -o smollm2-w4"
+)
+WORST = 5  # layers named in the table
+
+
+def command(
+    model: common.Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the checkpoint goes; must be new.")],
+    method: MethodOption = None,
+    recipe: RecipeOption = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    activation_bits: ActivationBits = None,
+    kv_bits: KvBits = None,
+    settings: Settings = None,
+    overrides: Overrides = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help=common.TEXT_HELP.format(
+                more=", self (the model's own samples), or none where the method needs no text"
+            ),
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    ram_limit: Annotated[
+        str, typer.Option(metavar="SIZE", help="Activations beyond this go to memory-mapped files, such as 500MB.")
+    ] = "4GiB",
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Mean KL divergence in nats from which the result counts as broken (default 2)."),
+    ] = None,
+    allow_broken: Annotated[bool, typer.Option("--allow-broken", help="Write a broken result all the same.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard an unfinished run of the same target instead of continuing it.")
+    ] = False,
+    trust_remote_code: common.Trust = False,
+    threads: common.Threads = None,
+    as_json: common.Json = False,
+) -> None:
+    """Quantize a model and write it packed, measured, and ready to load.
+
+    The model is read a block at a time, and each finished block is on disk before the next begins: after a kill or
+    Ctrl-C the same command continues where it stopped. A result that is broken is refused, with the layers to blame.
+    """
+    limit = byte_count(ram_limit)
+    chosen = choose_recipe(
+        method, recipe, method_options(bits, group_size, activation_bits, kv_bits, settings), overrides
+    )
+    common.use_threads(threads)
+    from lowbit.pipeline import MAX_KL, prepare, run
+
+    text = None if calibration == "none" else common.text_or_default(calibration, "calibration")
+    try:
+        job = prepare(
+            model, chosen, text, out=out, samples=samples, seq_len=seq_len, trust_remote_code=trust_remote_code
+        )
+        _announce(job, restart)
+        with common.progress() as report:
+            result = run(job, limit, MAX_KL if max_kl is None else max_kl, allow_broken, restart, report)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted: repeat the same command to continue where it stopped") from None
+    if as_json:
+        common.print_json(result.to_dict())
+    else:
+        _show(result)
+
+
+def _announce(job: Job, restart: bool) -> None:
+    """What will be done, from what, to where."""
+    from lowbit.calibrate.journal import Journal
+
+    text = job.calibration
+    common.say(f"model:       {job.source.name} ({job.source.path})")
+    common.say(f"recipe:      {job.recipe.name}: {describe(job.recipe)}")
+    common.say(
+        "calibration: " + ("none" if text is None else f"{text.name}, {' x '.join(map(str, text.ids.shape))} tokens")
+    )
+    common.say(f"target:      {job.out}")
+    for warning in job.warnings:
+        common.say(f"warning: {warning}")
+    journal = Journal(job.out, job.header).path
+    if journal.exists():
+        finished = len(journal.read_text().splitlines()) - 1
+        verb = "discarding" if restart else "continuing"
+        common.say(f"{verb} the unfinished run in {journal.parent}: {finished} blocks are done")
+
+
+def describe(recipe: Recipe) -> str:
+    """The formats of a recipe in a line, as ``Int(bits=4) PerGroup(size=64)``; rules for some layers by their match."""
+    from lowbit.numerics import to_dict
+
+    parts = []
+    for rule in recipe.scheme.rules:
+        where = "" if rule.match == "*" else f"{rule.match}: "
+        weight = "as they are" if rule.skip or rule.weight is None else f"weights {_compact(to_dict(rule.weight))}"
+        inputs = "" if rule.activation is None else f", inputs {_compact(to_dict(rule.activation))}"
+        parts.append(where + weight + inputs)
+    return "; ".join(parts)
+
+
+def _compact(value: Any) -> str:
+    """Tagged data (see lowbit.numerics.tagged) as calls, specs as what they hold."""
+    if not isinstance(value, dict):
+        return str(value)
+    fields = {key: item for key, item in value.items() if key != "type"}
+    if any(isinstance(item, dict) for item in fields.values()):  # a value made of values: these say it all
+        return " ".join(_compact(x) if isinstance(x, dict) else f"{key}={x}" for key, x in fields.items())
+    return f"{value['type']}({', '.join(f'{key}={item}' for key, item in fields.items())})"
+
+
+def _show(result: QuantizeReport) -> None:
+    table = common.table("measured", "", title=f"{result.recipe.name} -> {result.out}", numbers=("",))
+    table.add_row("bits per weight, everything stored counted", f"{result.bits_per_weight:.4f}")
+    table.add_row("weight files", common.size(result.bytes))
+    table.add_row("share of block weights quantized", f"{result.coverage:.1%}")
+    table.add_row("KL from the original, nats a token", common.number(result.kl))
+    table.add_row("top-1 agreement with the original", common.number(result.top1_agreement, ".1%"))
+    if result.worst_layers:
+        table.add_section()
+    for layer in result.worst_layers[:WORST]:
+        table.add_row(f"output error of {layer.name}", common.number(layer.error))
+    common.console().print(table)
+    console = common.console(stderr=True)
+    if result.kl is not None:
+        console.print(
+            "KL and agreement are of the first calibration windows; lowbit evaluate measures on held-out text."
+        )
+    for warning in (*result.problems, *result.warnings):
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)

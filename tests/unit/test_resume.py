@@ -1,0 +1,145 @@
+"""A killed run, repeated, ends in the very bytes of a run that nobody touched."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import random_ids, tiny_llama
+
+import lowbit
+from lowbit.calibrate.journal import Journal, OutputError
+
+# Quantizes argv[1] into argv[2]; kills itself without notice at the progress call or journal act that argv[3] names.
+SCRIPT = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+import lowbit
+from lowbit.calibrate import journal
+from helpers import random_ids
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+what, _, count = sys.argv[3].partition(":")
+calls = 0
+
+def progress(done, total, text):
+    global calls
+    if what == "tick":
+        calls += 1
+        if calls == int(count):
+            die()
+
+def dying(name, original):
+    def act(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == int(count):
+            if name == "replace":
+                original(*args, **kwargs)
+            die()
+        return original(*args, **kwargs)
+    return act
+
+if what == "before-rename":
+    journal.os.replace = dying(what, os.replace)
+if what == "after-rename":
+    journal.os.replace = dying("replace", os.replace)
+if what == "half-line":
+    write = journal.Journal._append
+    def append(self, entry):
+        global calls
+        calls += 1
+        if calls == int(count):
+            with self.path.open("a") as file:
+                file.write(journal._line(entry)[:40])
+            die()
+        write(self, entry)
+    journal.Journal._append = append
+recipe = lowbit.recipe("awq+gptq", bits=3, group_size=32, order="group")
+lowbit.quantize(sys.argv[1], recipe, random_ids(3, 24), out=sys.argv[2], max_kl=50, progress=progress)
+"""
+
+
+def _run(model: Path, out: Path, point: str) -> int:
+    tests = Path(__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent / 'src'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(model), str(out), point], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode
+
+
+def _hashes(directory: Path) -> dict[str, str]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_many_points_continues_to_the_same_bytes(tmp_path):
+    model = tiny_llama(tmp_path / "model", blocks=3)
+    assert _run(model, tmp_path / "whole", "never") == 0
+    wanted = _hashes(tmp_path / "whole")
+    assert any(name.endswith(".safetensors") for name in wanted) and "config.json" in wanted
+    for point in ("tick:7", "before-rename:1", "after-rename:2", "tick:70", "half-line:2"):
+        assert _run(model, tmp_path / "killed", point) == -signal.SIGKILL, f"nothing was killed at {point}"
+        assert not (tmp_path / "killed").exists(), f"something that looks finished exists after a kill at {point}"
+    assert _run(model, tmp_path / "killed", "never") == 0
+    assert _hashes(tmp_path / "killed") == wanted
+    assert not (tmp_path / "killed.partial").exists()
+
+
+def test_a_partial_run_of_something_else_is_not_continued(tmp_path):
+    model = tiny_llama(tmp_path / "model")
+    journal = Journal(tmp_path / "out", {"recipe": "a"})
+    journal.open()
+    journal.write("model-1.safetensors", {"x": torch.zeros(2)}, {})
+    with pytest.raises(OutputError, match="something else.*differ"):
+        lowbit.quantize(model, "rtn", random_ids(2, 16), out=tmp_path / "out", max_kl=50)
+    lowbit.quantize(model, "rtn", random_ids(2, 16), out=tmp_path / "out", max_kl=50, restart=True)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_finished_block_whose_file_was_damaged_is_made_again(tmp_path):
+    journal = Journal(tmp_path / "out", {"recipe": "a"})
+    journal.open()
+    for name in ("one", "two", "three"):
+        journal.write(f"{name}.safetensors", {"x": torch.zeros(2)}, {})
+    (journal.directory / "two.safetensors").write_bytes(b"broken")
+    again = Journal(tmp_path / "out", {"recipe": "a"})
+    assert again.open() == 1
+    assert [entry["file"] for entry in again.finished] == ["one.safetensors"]
+
+
+def test_a_target_that_is_in_use_is_refused_before_any_work(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("keep me")
+    with pytest.raises(OutputError, match="not empty"):
+        lowbit.quantize(tmp_path / "no-model", "rtn", None, out=tmp_path / "out")
+    assert (tmp_path / "out" / "precious").read_text() == "keep me"
+
+
+def test_a_full_disk_leaves_finished_blocks_and_says_how_to_continue(tmp_path, monkeypatch):
+    from lowbit.calibrate import journal as module
+
+    journal = Journal(tmp_path / "out", {"recipe": "a"})
+    journal.open()
+    journal.write("one.safetensors", {"x": torch.zeros(2)}, {})
+    monkeypatch.setattr(module, "save_file", _raise_no_space)
+    with pytest.raises(OutputError, match=r"No space left.*repeat the same command"):
+        journal.write("two.safetensors", {"x": torch.zeros(2)}, {})
+    monkeypatch.undo()
+    assert Journal(tmp_path / "out", {"recipe": "a"}).open() == 1
+
+
+def _raise_no_space(*_):
+    raise OSError(28, "No space left on device")
