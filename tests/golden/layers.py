@@ -49,7 +49,11 @@ def official(*methods: str) -> list[dict]:
 
 def gather() -> dict[str, Tensor]:
     """``{layer}.weight`` float32 ``[O, I]``, ``{layer}.calibration`` and ``{layer}.evaluation`` float64 ``[I, I]``."""
-    cache = Path(platformdirs.user_cache_dir("lowbit")) / "tests" / "official-layers-smollm2-135m-2-14-32x512-16x512.safetensors"
+    cache = (
+        Path(platformdirs.user_cache_dir("lowbit"))
+        / "tests"
+        / "official-layers-smollm2-135m-2-14-32x512-16x512.safetensors"
+    )
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         unfinished = cache.with_suffix(".unfinished")

@@ -169,6 +169,13 @@ def test_auto_is_the_dtype_that_the_checkpoint_was_written_with(tmp_path):
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_loading_draws_no_random_numbers(saved, kind):
+    state = torch.get_rng_state()
+    native.load(saved[kind][1])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_tied_embeddings_stay_tied_and_untied_ones_apart(saved):
     tied, untied = native.load(saved["tied"][1]), native.load(saved["untied"][1])
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
@@ -252,7 +259,7 @@ def test_a_directory_is_a_checkpoint_only_when_its_config_is_written(saved, tmp_
     shards = sorted(file.name for file in directory.glob("*.safetensors"))
     for shard in shards:
         shutil.copy(directory / shard, tmp_path / shard)
-    with pytest.raises(ValueError, match="unfinished, it has weights but no config.json"):
+    with pytest.raises(ValueError, match=r"unfinished, it has weights but no config.json"):
         native.load(tmp_path)
     configs = {name: m.config() for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     (tmp_path / "journal.jsonl").write_text("{}\n")
@@ -296,7 +303,7 @@ def test_directories_that_are_no_checkpoint_are_named(tmp_path):
     (tmp_path / "half.partial").mkdir()
     with pytest.raises(ValueError, match=r"half.partial holds an unfinished run: run the command that makes it again"):
         native.load(tmp_path / "half")
-    with pytest.raises(ValueError, match="no config.json; expected a directory that lowbit or save_pretrained wrote"):
+    with pytest.raises(ValueError, match=r"no config.json; expected a directory that lowbit or save_pretrained wrote"):
         native.load(tmp_path / "half.partial")
 
 
@@ -307,7 +314,7 @@ def test_missing_and_truncated_shards_are_named(copy):
     with pytest.raises(ValueError, match=f"{shard.name}: truncated"):
         native.load(copy)
     shard.unlink()
-    with pytest.raises(ValueError, match=f"shards .* are missing: {shard.name}"):
+    with pytest.raises(ValueError, match=rf"shards .* are missing: {shard.name}"):
         native.load(copy)
 
 
@@ -356,7 +363,7 @@ def test_tensors_of_another_format_than_described_are_refused(copy):
         scheme["spec"]["scale_dtype"] = "bfloat16"
     edit_config(copy, schemes=description["schemes"])
     with pytest.raises(
-        ValueError, match="scale is torch.float16 .* describes torch.bfloat16 .* of different checkpoints"
+        ValueError, match=r"scale is torch.float16 .* describes torch.bfloat16 .* of different checkpoints"
     ):
         native.load(copy)
 

@@ -167,10 +167,11 @@ class ModelSource:
         used = {name for origin in self._origins.values() for name in origin.names}
         return tuple(sorted(self.headers.keys() - used))
 
-    def skeleton(self, *, attn_implementation: str = "sdpa", unfuse: bool = False) -> PreTrainedModel:
+    def skeleton(self, *, attn_implementation: str | None = None, unfuse: bool = False) -> PreTrainedModel:
         """The model in evaluation mode with every parameter on the meta device.
 
         Buffers that are not stored (rotary frequencies, masks) are real, in float32 where they are floating.
+        `attn_implementation` None: what transformers chooses, as it does when it loads the model.
         `unfuse` gives every expert of a mixture linears of its own, `<experts>.<i>.{gate,up,down}_proj`.
         """
         from accelerate import init_empty_weights

@@ -56,12 +56,13 @@ class Stream:
     """Hidden states in, hidden states and logits out, for a skeleton whose blocks come and go.
 
     Args:
-        model: a skeleton; the embeddings must be loaded before :meth:`enter`, final norm and head before :meth:`logits`.
+        model: a skeleton; what comes before the blocks must be loaded before :meth:`enter`, everything outside of them
+            before :meth:`logits`.
         architecture: its table.
-        as_tuple: whether its blocks answer with a tuple.
+        as_tuple: whether its blocks answer with a tuple; see :meth:`answers_with_tuple`.
     """
 
-    def __init__(self, model: PreTrainedModel, architecture: Architecture, as_tuple: bool):
+    def __init__(self, model: PreTrainedModel, architecture: Architecture, as_tuple: bool = False):
         self.model, self.architecture, self.as_tuple = model, architecture, as_tuple
         self.blocks = block_modules(model, architecture)
 
@@ -77,35 +78,34 @@ class Stream:
             setattr(parent, name, self.blocks)
 
     @torch.no_grad()
+    def answers_with_tuple(self) -> bool:
+        """Runs the first block, which must be loaded, on two tokens to see how the blocks of this model answer."""
+        with self._stubs() as stubs:
+            try:
+                self.model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
+            except Exception:  # a model that expects tuples may fail in any way behind the first block
+                if stubs[0].call is None:
+                    raise
+            call, seen = stubs[0].call, stubs[0].seen
+        assert call is not None and seen is not None
+        return isinstance(self.blocks[0](seen, *call.args, **call.kwargs), tuple)
+
+    @torch.no_grad()
     def enter(self, ids_1T: Tensor) -> tuple[Tensor, list[Call]]:
-        """The first block's inputs ``[1, T, d]`` for one window of ids, and every block's other arguments."""
-        with self._stubs() as stubs, _without(self.model, self.architecture.final_norm):
-            # The part after the blocks is not loaded yet and its answer not wanted: the base model stops before the head.
+        """The first block's inputs ``[1, T, d]`` for one window of ids, and every block's other arguments.
+
+        Raises:
+            ValueError: blocks that the model does not run.
+        """
+        with self._stubs() as stubs:
             self.model.base_model(input_ids=ids_1T, use_cache=False)
-            calls = [stub.call for stub in stubs]
-            missing = [i for i, call in enumerate(calls) if call is None]
-            if missing or stubs[0].seen is None:
-                raise ValueError(f"blocks {missing} of {self.architecture.blocks} are not run by the model")
-            return stubs[0].seen, [call for call in calls if call is not None]
+        missing = [i for i, stub in enumerate(stubs) if stub.call is None]
+        if missing or stubs[0].seen is None:
+            raise ValueError(f"blocks {missing} of {self.architecture.blocks} are not run by the model")
+        return stubs[0].seen, [stub.call for stub in stubs if stub.call is not None]
 
     @torch.no_grad()
     def logits(self, ids_1T: Tensor, hidden_1Td: Tensor) -> Tensor:
         """Logits ``[T, vocabulary]`` of the part after the blocks for the hidden states of one window."""
         with self._stubs(hidden_1Td):
             return self.model(input_ids=ids_1T, use_cache=False).logits[0]
-
-
-@contextmanager
-def _without(model: nn.Module, path: str | None) -> Iterator[None]:
-    """Replaces the module at ``path`` by the identity while open."""
-    if path is None:
-        yield
-        return
-    parent_path, _, name = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    original = getattr(parent, name)
-    setattr(parent, name, nn.Identity())
-    try:
-        yield
-    finally:
-        setattr(parent, name, original)

@@ -96,12 +96,13 @@ class Walk:
     def _start(self) -> list[Call]:
         """Fills both streams with the first block's inputs; returns every block's arguments."""
         assert self.ids is not None
-        for path in self.architecture.embed:
-            self.source.load_into(self.model, path)
-        name = f"{self.architecture.blocks}.0"
-        self.source.load_into(self.model, name)
-        self.stream = Stream(self.model, self.architecture, self._answers_with_tuple())
-        self.source.release(self.model, name)
+        base = self._outside(only_base=True)
+        first = f"{self.architecture.blocks}.0"
+        for module in (*base, first):
+            self.source.load_into(self.model, module)
+        self.stream = Stream(self.model, self.architecture)
+        self.stream.as_tuple = self.stream.answers_with_tuple()
+        self.source.release(self.model, first)
         calls: list[Call] = []
         for w, ids_T in enumerate(self.ids):
             hidden, calls_w = self.stream.enter(ids_T[None])
@@ -110,19 +111,15 @@ class Walk:
                 for array in ("fp", "quant", "next"):
                     self.store.allocate(array, shape, torch.float32)
             self.store["fp"][w] = self.store["quant"][w] = hidden[0]
-        for path in self.architecture.embed:
-            self.source.release(self.model, path)
+        for module in base:
+            self.source.release(self.model, module)
         return calls
 
-    @torch.no_grad()
-    def _answers_with_tuple(self) -> bool:
-        """Runs the first block, which is loaded, on two tokens to see how it answers."""
-        probe = Stream(self.model, self.architecture, as_tuple=False)
-        try:
-            hidden, calls = probe.enter(torch.zeros(1, 2, dtype=torch.int64))
-        except Exception:  # a model that takes item 0 of what it was told is a tensor may fail in any way
-            return True
-        return isinstance(self.blocks[0](hidden, *calls[0].args, **calls[0].kwargs), tuple)
+    def _outside(self, only_base: bool = False) -> list[str]:
+        """Modules outside the blocks that hold parameters or stored buffers; ``only_base``: without the head."""
+        prefix, base = f"{self.architecture.blocks}.", f"{self.model.base_model_prefix}."
+        names = (key for key in self.model.state_dict() if not key.startswith(prefix))
+        return sorted({key.rpartition(".")[0] for key in names if not only_base or key.startswith(base)})
 
     @torch.no_grad()
     def _advance(self, call: Call, block: nn.Module, source: Tensor, target: Tensor) -> None:
@@ -174,6 +171,8 @@ class Walk:
             store_dtype=self.source.dtype,
             tick=self._tick,
         )
+        for other in resolved.other_matrices:
+            state.note(f"{other} is a matrix that no role covers: it keeps its precision")
         for step in self.recipe.steps:
             step.run(state)
         missed = [path for path in state.formats if not isinstance(state.linear(path), QuantLinear)]
@@ -223,29 +222,26 @@ class Walk:
         """Stores everything outside the blocks as it was, in the checkpoint's own dtype."""
         if len(self.journal.finished) > self.total:
             return
-        prefix, tied = f"{self.architecture.blocks}.", set(self.model.all_tied_weights_keys)
-        names = [key for key in self.model.state_dict() if not key.startswith(prefix) and key not in tied]
-        tensors = {}
-        for module in sorted({name.rpartition(".")[0] for name in names}):
+        tied, tensors = set(self.model.all_tied_weights_keys), {}
+        for module in self._outside():
             self.source.load_into(self.model, module, dtype=self.source.dtype)
             here = self.model.get_submodule(module).state_dict(prefix=f"{module}.")
-            tensors |= {name: here[name] for name in names if name in here}
+            # A module may hold others of the list: each tensor is taken where it is at home.
+            tensors |= {key: value for key, value in here.items() if key.rpartition(".")[0] == module and key not in tied}
         self.journal.write(shard_name(self.total, self.total + 1), tensors, {})
-        for module in {name.rpartition(".")[0] for name in names}:
+        for module in self._outside():
             self.source.release(self.model, module)
 
     def logits(self, windows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """``(ids [T], original logits [T, V], quantized logits [T, V])`` of the first calibration windows."""
         assert self.stream is not None and self.ids is not None
-        prefix = f"{self.architecture.blocks}."
-        outside = {key.rpartition(".")[0] for key in self.model.state_dict() if not key.startswith(prefix)}
-        for module in sorted(outside):
+        for module in self._outside():
             self.source.load_into(self.model, module)
         for w in range(min(windows, len(self.ids))):
             fp, quant = self.store["fp"][w : w + 1], self.store["quant"][w : w + 1]
             ids = self.ids[w : w + 1]
             yield ids[0], self.stream.logits(ids, fp), self.stream.logits(ids, quant)
-        for module in outside:
+        for module in self._outside():
             self.source.release(self.model, module)
 
     def close(self) -> None:

@@ -43,6 +43,7 @@ def main(
 
 
 for module in (quantize, evaluate, generate, plan, explain, methods, recipes, inspect):
-    app.command(module.__name__.rpartition(".")[2], epilog=module.EXAMPLE)(guarded(module.command))
+    command = guarded(module.command, getattr(module, "INTERRUPTED", "interrupted"))
+    app.command(module.__name__.rpartition(".")[2], epilog=module.EXAMPLE)(command)
 
 __all__ = ["app"]

@@ -59,6 +59,10 @@ Overrides = Annotated[
     ),
 ]
 
+RamLimit = Annotated[
+    str, typer.Option(metavar="SIZE", help="Activations beyond this go to memory-mapped files, such as 500MB.")
+]
+
 
 def method_options(
     bits: int | None,
@@ -115,7 +119,7 @@ def override(text: str) -> dict[str, Any]:
             f"expected MATCH:key=value[,key=value] or MATCH:skip, found {text!r}", param_hint="--override"
         )
     entry: dict[str, Any] = {"match": match} | {key: _scalar(value) for key, _, value in pairs}
-    if str(entry.get("group_size")).lower() in _PER_CHANNEL:
+    if "group_size" in entry and str(entry["group_size"]).lower() in _PER_CHANNEL:
         entry["group_size"] = "channel"
     return entry
 

@@ -17,14 +17,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 Report = Callable[[float, float, str], None]
 """``report(done, total, what)``: what long work calls."""
 
-LOG_WIDTH = 140  # columns of a table that goes to a file or a pipe
+LOG_WIDTH = 160  # columns of a table that goes to a file or a pipe
 LOG_SECONDS = 10  # between progress lines where there is no terminal to draw a bar on
 
-Model = Annotated[str, typer.Argument(help="A local directory, a hub id, a .gguf file, or smollm2-135m.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A local directory, a hub id, a .gguf file, or smollm2-135m.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Threads of torch (default: torch's own choice).")
@@ -50,6 +53,12 @@ def say(message: str) -> None:
     typer.echo(message, err=True)
 
 
+def warn(messages: Iterable[str], kind: str = "warning") -> None:
+    """Each message as a line on stderr."""
+    for message in messages:
+        console(stderr=True).print(Text.assemble((f"{kind}: ", "yellow"), message), soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     """``value`` on stdout as strict JSON: what is NaN or infinite becomes null."""
     typer.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
@@ -67,7 +76,8 @@ def table(*columns: str, title: str | None = None, numbers: tuple[str, ...] = ()
     """An empty table; columns in ``numbers`` are aligned to the right."""
     made = Table(title=title, title_justify="left", title_style="bold")
     for name in columns:
-        made.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+        first = not made.columns  # names are for copying: never broken in two
+        made.add_column(name, justify="right" if name in numbers else "left", overflow="fold", no_wrap=first)
     return made
 
 
@@ -112,8 +122,8 @@ def show_layers(rows: Iterable[Any]) -> None:
 # Errors
 
 
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` with errors as one line on stderr and exit code 1, and Ctrl-C as 130. LOWBIT_DEBUG=1 shows tracebacks.
+def guarded(command: Callable[..., None], interrupted: str = "interrupted") -> Callable[..., None]:
+    """``command`` with errors as one line on stderr and exit code 1, and Ctrl-C as 130 with a line ``interrupted``. LOWBIT_DEBUG=1 shows tracebacks.
 
     Only what a user can cause is caught: a defect of this program keeps its traceback.
     """
@@ -131,10 +141,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             if debug:
                 raise
             say("error: " + " ".join(str(error).split("\n")))
-            raise typer.Exit(1) from error
+            raise SystemExit(1) from error
         except KeyboardInterrupt as stop:
-            say(str(stop) or "interrupted")
-            raise typer.Exit(130) from stop
+            say(interrupted)
+            raise SystemExit(130) from stop
 
     return run
 
@@ -184,17 +194,19 @@ def progress() -> Iterator[Report]:
 
 
 def _lines() -> Report:
-    start = said = time.monotonic()
+    said = time.monotonic()
+    began, last = said, (0.0, 0.0)
 
     def report(done: float, total: float, what: str) -> None:
-        nonlocal start, said
+        nonlocal said, began, last
         now = time.monotonic()
-        if done <= 0:
-            start = now
-        if now - said < LOG_SECONDS or not total:
+        if total != last[1] or done < last[0]:  # another phase has begun
+            began = now
+        last = (done, total)
+        if now - said < LOG_SECONDS:
             return
-        said, elapsed = now, now - start
-        left = f", ETA {_clock(elapsed * (total - done) / done)}" if 0 < done else ""
+        said, elapsed = now, now - began
+        left = f", ETA {_clock(elapsed * (total - done) / done)}" if done > 0 else ""
         say(f"{what}: {done / total:.0%}, elapsed {_clock(elapsed)}{left}")
 
     return report

@@ -22,7 +22,9 @@ EXAMPLE = "Example: lowbit explain smoothquant+gptq smollm2-135m --activation-bi
 
 
 def command(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, a recipe's name, a method's name, or a mix.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe file, a recipe's name, a method's name, or a mix.")
+    ],
     model: common.Model,
     bits: Bits = None,
     group_size: GroupSize = None,
@@ -48,3 +50,4 @@ def command(
     for count, step in enumerate(result.steps, start=1):
         console.print(f"{count}. {step}", markup=False, soft_wrap=True)
     common.show_layers(result.layers)
+    common.warn(result.notes, "note")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from lowbit.cli import common
 from lowbit.cli.choose import (
@@ -15,8 +14,10 @@ from lowbit.cli.choose import (
     KvBits,
     MethodOption,
     Overrides,
+    RamLimit,
     RecipeOption,
     Settings,
+    byte_count,
     choose_recipe,
     method_options,
 )
@@ -37,8 +38,9 @@ def command(
     kv_bits: KvBits = None,
     settings: Settings = None,
     overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 32,
+    samples: Annotated[int, typer.Option(min=0, help="Windows of calibration text; 0: a run without text.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    ram_limit: RamLimit = "4GiB",
     as_json: common.Json = False,
 ) -> None:
     """Say what quantizing would give and need, without reading a weight.
@@ -49,7 +51,7 @@ def command(
     chosen = choose_recipe(method, recipe, options, overrides)
     from lowbit.plan import plan
 
-    result = plan(model, chosen, samples=samples, seq_len=seq_len)
+    result = plan(model, chosen, samples=samples, seq_len=seq_len, ram_limit=byte_count(ram_limit))
     if as_json:
         common.print_json(result.to_dict())
     else:
@@ -58,16 +60,20 @@ def command(
 
 def _show(result: Plan) -> None:
     console = common.console()
-    table = common.table("plan", "", title=f"{result.recipe} on {result.name}", numbers=("",))
+    title = f"{result.recipe['name']} on {result.name} (architecture {result.architecture})"
+    table = common.table("plan", "", title=title, numbers=("",))
     quantized = [row for row in result.layers if not row.reason]
-    table.add_row("linears quantized", f"{len(quantized)} of {len(result.layers)}")
-    table.add_row("bits per weight, everything stored counted", f"{result.bits_per_weight:.4f}")
-    table.add_row("weight files now", common.size(result.bytes_in))
-    table.add_row("weight files after", common.size(result.bytes_out))
-    table.add_row("peak memory while quantizing", common.size(result.peak_ram_bytes))
+    table.add_row("matrices quantized", f"{len(quantized)} of {len(result.layers)}")
+    table.add_row("bits per quantized weight, everything stored counted", f"{result.bits_per_weight:.4f}")
+    table.add_row("tensors now", common.size(result.bytes_in))
+    table.add_row("tensors after", common.size(result.bytes_out))
+    table.add_row("peak memory while quantizing, about", common.size(result.peak_ram_bytes))
+    if result.peak_disk_bytes:
+        table.add_row("temporary files beside the target", common.size(result.peak_disk_bytes))
     console.print(table)
     common.show_layers(result.layers)
+    runs = common.table("runs in", "")
     for name, verdict in result.compatibility.items():
-        console.print(f"{escape(name)}: {escape(verdict)}", soft_wrap=True)
-    for warning in result.warnings:
-        common.console(stderr=True).print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
+        runs.add_row(name, verdict)
+    console.print(runs, markup=False)
+    common.warn(result.warnings)

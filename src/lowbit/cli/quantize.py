@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from lowbit.cli import common
 from lowbit.cli.choose import (
@@ -16,6 +15,7 @@ from lowbit.cli.choose import (
     KvBits,
     MethodOption,
     Overrides,
+    RamLimit,
     RecipeOption,
     Settings,
     byte_count,
@@ -31,6 +31,7 @@ EXAMPLE = (
     "Example: lowbit quantize smollm2-135m --method gptq --bits 4 --group-size 64 --set act_order=true "
     "--override down:bits=8 --calibration python-docs --samples 32 --seq-len 512 -o smollm2-w4"
 )
+INTERRUPTED = "interrupted: repeat the same command to continue where it stopped"
 WORST = 5  # layers named in the table
 
 
@@ -56,9 +57,7 @@ def command(
     ] = None,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
-    ram_limit: Annotated[
-        str, typer.Option(metavar="SIZE", help="Activations beyond this go to memory-mapped files, such as 500MB.")
-    ] = "4GiB",
+    ram_limit: RamLimit = "4GiB",
     max_kl: Annotated[
         float | None,
         typer.Option(help="Mean KL divergence in nats from which the result counts as broken (default 2)."),
@@ -84,15 +83,10 @@ def command(
     from lowbit.pipeline import MAX_KL, prepare, run
 
     text = None if calibration == "none" else common.text_or_default(calibration, "calibration")
-    try:
-        job = prepare(
-            model, chosen, text, out=out, samples=samples, seq_len=seq_len, trust_remote_code=trust_remote_code
-        )
-        _announce(job, restart)
-        with common.progress() as report:
-            result = run(job, limit, MAX_KL if max_kl is None else max_kl, allow_broken, restart, report)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted: repeat the same command to continue where it stopped") from None
+    job = prepare(model, chosen, text, out=out, samples=samples, seq_len=seq_len, trust_remote_code=trust_remote_code)
+    _announce(job, restart)
+    with common.progress() as report:
+        result = run(job, limit, MAX_KL if max_kl is None else max_kl, allow_broken, restart, report)
     if as_json:
         common.print_json(result.to_dict())
     else:
@@ -110,8 +104,6 @@ def _announce(job: Job, restart: bool) -> None:
         "calibration: " + ("none" if text is None else f"{text.name}, {' x '.join(map(str, text.ids.shape))} tokens")
     )
     common.say(f"target:      {job.out}")
-    for warning in job.warnings:
-        common.say(f"warning: {warning}")
     journal = Journal(job.out, job.header).path
     if journal.exists():
         finished = len(journal.read_text().splitlines()) - 1
@@ -120,26 +112,16 @@ def _announce(job: Job, restart: bool) -> None:
 
 
 def describe(recipe: Recipe) -> str:
-    """The formats of a recipe in a line, as ``Int(bits=4) PerGroup(size=64)``; rules for some layers by their match."""
-    from lowbit.numerics import to_dict
+    """The formats of a recipe in a line, such as ``weights int4 asymmetric, groups of 64``; rules for some layers by match."""
+    from lowbit.plan.layers import activation_text, weight_text
 
     parts = []
     for rule in recipe.scheme.rules:
         where = "" if rule.match == "*" else f"{rule.match}: "
-        weight = "as they are" if rule.skip or rule.weight is None else f"weights {_compact(to_dict(rule.weight))}"
-        inputs = "" if rule.activation is None else f", inputs {_compact(to_dict(rule.activation))}"
+        weight = "left as they are" if rule.skip or rule.weight is None else f"weights {weight_text(rule.weight)}"
+        inputs = "" if rule.activation is None else f", inputs {activation_text(rule.activation)}"
         parts.append(where + weight + inputs)
     return "; ".join(parts)
-
-
-def _compact(value: Any) -> str:
-    """Tagged data (see lowbit.numerics.tagged) as calls, specs as what they hold."""
-    if not isinstance(value, dict):
-        return str(value)
-    fields = {key: item for key, item in value.items() if key != "type"}
-    if any(isinstance(item, dict) for item in fields.values()):  # a value made of values: these say it all
-        return " ".join(_compact(x) if isinstance(x, dict) else f"{key}={x}" for key, x in fields.items())
-    return f"{value['type']}({', '.join(f'{key}={item}' for key, item in fields.items())})"
 
 
 def _show(result: QuantizeReport) -> None:
@@ -154,10 +136,6 @@ def _show(result: QuantizeReport) -> None:
     for layer in result.worst_layers[:WORST]:
         table.add_row(f"output error of {layer.name}", common.number(layer.error))
     common.console().print(table)
-    console = common.console(stderr=True)
     if result.kl is not None:
-        console.print(
-            "KL and agreement are of the first calibration windows; lowbit evaluate measures on held-out text."
-        )
-    for warning in (*result.problems, *result.warnings):
-        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
+        common.say("KL and agreement are of the first calibration windows; lowbit evaluate measures on held-out text.")
+    common.warn((*result.problems, *result.warnings))

@@ -14,7 +14,7 @@ EXAMPLE = "Example: lowbit recipes; lowbit recipes NAME > mine.yaml"
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="Print this recipe's file.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this recipe's file.")] = None,
     as_json: common.Json = False,
 ) -> None:
     """List the recipes that come along, or print one to start your own from."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.layouts import unpack, unpack_params
-from lowbit.numerics import Affine, Float, Int, Spec, Table
+from lowbit.numerics import Affine, Float, Grid, Int, Spec, Table
 
 
 def decode_packed(tensors: Mapping[str, Tensor], spec: Spec, shape: tuple[int, ...]) -> Tensor:
@@ -24,7 +24,7 @@ def decode_packed(tensors: Mapping[str, Tensor], spec: Spec, shape: tuple[int, .
     return spec.granularity.join(_decode(codes_GK, spec.grid, params), shape)
 
 
-def _decode(codes_GK: Tensor, grid, params: Affine) -> Tensor:
+def _decode(codes_GK: Tensor, grid: Grid, params: Affine) -> Tensor:
     if isinstance(grid, Int):
         return codes_GK.float().sub_(grid._zero(params)).mul_(params.scale)
     if isinstance(grid, Float | Table):

@@ -14,11 +14,14 @@ Laws: what is unpacked dequantizes to the same bits; the bytes of the tensors ti
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from lowbit.layouts.bitstream import pack, packed_width, unpack
+from lowbit.layouts.second_level import requantize
 from lowbit.numerics import Affine, QTensor, Spec
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -71,7 +74,7 @@ def _pack_real(x_G1: Tensor, spec: Spec, shape: tuple[int, int], name: str, *, f
         return {name: stored.reshape(shape).contiguous()}
     # A second level may decode a scale to zero, which `Spec.as_stored` lifts; zero is what finds the code again.
     sought = x_G1.masked_fill(x_G1 == _smallest(spec), 0) if floored else x_G1
-    second = spec.stats_qtensor(sought, shape[1])
+    second = requantize(sought.reshape(shape).T.contiguous(), spec.stats)
     restored = second.dequantize().T.reshape(-1, 1)
     _same(_lift(restored, spec) if floored else restored, x_G1, name)
     return _pack(second, f"{name}_")
@@ -87,8 +90,10 @@ def _same(stored: Tensor, x: Tensor, name: str) -> None:
         )
 
 
+@lru_cache
 def _smallest(spec: Spec) -> float:
-    return torch.finfo(spec.torch_scale_dtype).smallest_normal
+    """The floor under scales, asked of the one place that sets it."""
+    return replace(spec, stats=None).as_stored(Affine(torch.zeros(1, 1))).scale.item()
 
 
 def _lift(scale: Tensor, spec: Spec) -> Tensor:

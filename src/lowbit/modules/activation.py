@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lowbit import kernels
-from lowbit.numerics import Grid, Params, PerCluster, PerTensor, Spec, tagged
+from lowbit.numerics import Params, PerCluster, PerTensor, Spec, tagged
 from lowbit.numerics.grids import RangeGrid
 
 
@@ -36,10 +36,6 @@ class ActSpec:
                 f"static activation ranges are per tensor or per cluster, found {self.spec.granularity}: "
                 "it has a range for each token, which only a dynamic activation can"
             )
-
-    @property
-    def grid(self) -> Grid:
-        return self.spec.grid
 
 
 def quantize_activation(x: Tensor, act: ActSpec, params: Params | None = None) -> tuple[Tensor, Params]:

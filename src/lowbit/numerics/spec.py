@@ -57,7 +57,9 @@ class Spec:
         """
         scale = self._store(params.scale, columns)
         # A scale that vanished would turn its granule into zeros; the smallest number kept is the honest neighbour.
-        tiny = torch.finfo(self.torch_scale_dtype).smallest_normal
+        # Subnormal numbers are kept too: in float16 they are the scales of all weights below about 1e-4.
+        kept = torch.finfo(self.torch_scale_dtype)
+        tiny = max(kept.smallest_normal * kept.eps, torch.finfo(torch.float32).smallest_normal)
         scale = torch.where(scale.abs() < tiny, torch.full_like(scale, tiny), scale)
         zero = params.zero
         if zero is not None and self.grid.zero_bits is None:
@@ -85,8 +87,11 @@ class Spec:
 
 def fit_params(x: Tensor, spec: Spec, fit: Fit, importance: Tensor | None = None) -> Params:
     """Parameters of ``spec`` for ``x`` as they will be stored. ``importance`` has the shape of ``x``."""
+    x_GK = spec.granularity.split(x)
+    if importance is None and x_GK.numel() != x.numel():
+        importance = torch.ones_like(x)  # what fills up short granules has none
     weight_GK = None if importance is None else spec.granularity.split(importance, fill_zero=True)
-    params = fit(spec.granularity.split(x), spec.grid, weight_GK)  # pyright: ignore[reportArgumentType]
+    params = fit(x_GK, spec.grid, weight_GK)  # pyright: ignore[reportArgumentType]
     return spec.as_stored(params, spec.granularity.param_shape(tuple(x.shape))[1])
 
 

@@ -10,16 +10,17 @@ Shapes: O output channel (row), I input channel (column), K columns of one band.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from lowbit.numerics import Affine, Block, Fit, Granularity, Params, PerToken, Spec
+from lowbit.numerics import Block, Fit, Granularity, Params, PerToken, Spec, fit_params
 
 
 @dataclass(frozen=True, eq=False)
 class Tiling:
-    """Strips of ``height`` rows (the last may be lower) and bands of columns; ``band_I`` (int64, rising) names each column's."""
+    """Strips of ``height`` rows (the last may be lower) and bands of columns; ``band_I`` (int64, rising): each column's."""
 
     height: int
     band_I: Tensor
@@ -52,20 +53,20 @@ class Tiling:
         """The number of bands."""
         return int(self.band_I[-1]) + 1
 
-    def place(self, w_OK: Tensor, spec: Spec, fit: Fit) -> Params:
+    def place(self, w_OK: Tensor, spec: Spec, fit: Fit, importance_K: Tensor) -> Params:
         """Parameters, as stored, of one band whose columns are ``w_OK`` (in any order); leading axis: strips."""
-        tile_GK = Block(self.height, w_OK.shape[1]).split(w_OK)
-        return spec.as_stored(fit(tile_GK, spec.grid))  # pyright: ignore[reportArgumentType]
+        tile = Block(self.height, w_OK.shape[1])
+        return fit_params(w_OK, Spec(spec.grid, tile, spec.stats, spec.scale_dtype), fit, importance_K.expand_as(w_OK))
 
     def of_rows(self, params: Params, rows: int) -> Params:
         """One band's parameters, repeated for each of the ``rows`` rows: leading axis O."""
         if self.height == 1:
             return params
-        return Affine(*(None if p is None else p.repeat_interleave(self.height, 0)[:rows] for p in params))
+        return params._make(None if p is None else p.repeat_interleave(self.height, 0)[:rows] for p in params)
 
 
 def by_diagonal(diag_I: Tensor) -> Tensor:
-    """Columns by falling diagonal of the Gram matrix: those whose errors cost most come first. Ties keep their order."""
+    """Columns by falling diagonal of the Gram matrix: those whose errors cost most first. Ties keep their order."""
     return diag_I.argsort(descending=True, stable=True)
 
 
@@ -92,4 +93,4 @@ def lazy_blocks(width_of_runs: list[int], block: int) -> list[tuple[int, int]]:
         while end - edges[-1] > block:
             edges.append(edges[-1] + block)
     edges.append(end)
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))

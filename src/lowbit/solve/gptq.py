@@ -4,10 +4,11 @@ For the layer-output loss ``tr((Q - W) H (Q - W)^T)``, H the Gram matrix of the 
 when the later columns absorb its error along row j of the Cholesky factor of H^-1 (GPTQ, arXiv:2210.17323; LDLQ of
 arXiv:2307.13304 is the same recursion). All rows share H, so the loop runs over columns and is vectorized over rows.
 
-Two things are done differently from the authors' code (IST-DASLab/gptq), which was read. A group's grid is placed on
-weights that carry all corrections so far; there, a group that starts inside a lazy block misses the corrections of that
-block (``stale_groups=True`` brings this back). And dead channels get the mean diagonal, not 1, so that the solution
-does not depend on the scale of H at all.
+Three things are done differently from the authors' code (IST-DASLab/gptq). A group's grid is placed on weights that
+carry all corrections so far; there, a group that starts inside a lazy block misses the corrections of that block
+(``stale_groups=True`` brings this back). Fits are told the diagonal of H as each column's importance: a search for the
+range that ignores it clips what matters most where one input channel is huge. And dead channels get the mean diagonal,
+not 1, so that the solution does not depend on the scale of H at all.
 
 Shapes: O output channel, I input channel, in the order they are visited once inside the loop. The loop holds matrices
 column-major (W_IO), so that one column is contiguous.
@@ -16,14 +17,13 @@ column-major (W_IO), so that one column is contiguous.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lowbit.numerics import (
-    Affine,
     Clipped,
     Fit,
     Gram,
@@ -49,7 +49,7 @@ class Gptq:
     """Second-order rounding, column by column.
 
     Args:
-        fit: places the grid on each granule.
+        fit: places the grid on each granule; the importance of a column is its diagonal entry of H.
         order: ``"none"``, columns as they come. ``"act"``, by falling diagonal of H; with groups that are not static
             the groups are formed over the new order, the weight is stored in it and the layer permutes its input.
             ``"group"``, by falling diagonal inside each group and groups by their largest: groups stay what they
@@ -89,27 +89,18 @@ class Gptq:
         _check(w_OI, H)
         tiling = Tiling.of(spec.granularity, w_OI)
         self._check_format(spec, tiling, len(w_OI), clip)
-        nearest = Nearest(self.fit).solve
-        if not torch.isfinite(H).all():
-            return _with_notes(nearest(w_OI, spec, {}, clip), "NaN or Inf in the Gram matrix: rounded to nearest")
         diag = H.diagonal()
         dead = diag == 0
-        if dead.all():
-            return _with_notes(nearest(w_OI, spec, {}, clip), "no input was ever non-zero: rounded to nearest")
         stored, visit = self._orders(diag, tiling)  # columns as on disk, and the order in which those are visited
-        take = stored[visit]
-
-        W = w_OI.to(w_OI.dtype if w_OI.dtype == torch.float64 else torch.float32).masked_fill(dead, 0)
-        H = H[take][:, take]
-        H.diagonal().masked_fill_(dead[take], diag[~dead].mean().item())
-        U, notes = inverse_factor(H, self.damp)
+        U, notes = _factor(H, stored[visit], self.damp)
         if U is None:
-            return _with_notes(nearest(w_OI, spec, {}, clip), *notes, "rounded to nearest")
+            rounded = Nearest(self.fit).solve(w_OI, spec, {}, clip)
+            return replace(rounded, notes=(*notes, "rounded to nearest"))
         if dead.any():
-            notes = (f"{int(dead.sum())} of {len(dead)} input channels were never active: weights set to zero", *notes)
-        q = self._solve_columns(W[:, stored], U.to(W.dtype), visit, tiling, spec, clip)
-        moved = not torch.equal(stored, torch.arange(len(stored), device=stored.device))
-        return Solution(q, (Permute(stored),) if moved else (), notes)
+            notes = (*notes, f"{int(dead.sum())} of {len(dead)} input channels were never active: weights set to zero")
+        W = w_OI.to(torch.float64 if w_OI.dtype == torch.float64 else torch.float32).masked_fill(dead, 0)
+        q = self._solve_columns(W[:, stored], U.to(W.dtype), visit, diag[stored].to(W.dtype), tiling, spec, clip)
+        return Solution(q, () if torch.equal(stored, _as_they_come(diag)) else (Permute(stored),), notes)
 
     def _check_format(self, spec: Spec, tiling: Tiling, rows: int, clip: Clipped | None) -> None:
         one_by_one = tiling.wide > 1 and not self.static_groups
@@ -122,12 +113,12 @@ class Gptq:
             shape = (tiling.wide, -(-rows // tiling.height))
             if spec.stats.granularity.param_shape(shape)[0] != tiling.wide:
                 raise ValueError(
-                    f"{spec.stats.granularity} of the scales spans several groups of columns, which are solved one after "
-                    "another; use PerChannel() or PerGroup(size) for the scales, or static_groups=True"
+                    f"{spec.stats.granularity} of the scales spans several groups of columns, which are solved "
+                    "one after another; use PerChannel() or PerGroup(size) for the scales, or static_groups=True"
                 )
 
     def _orders(self, diag: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
-        same = torch.arange(len(diag), device=diag.device)
+        same = _as_they_come(diag)
         if self.order == "group":
             return same, by_band_and_diagonal(diag, tiling.band_I)
         if self.order == "act":
@@ -136,23 +127,25 @@ class Gptq:
         return same, same
 
     def _solve_columns(
-        self, w_OI: Tensor, U: Tensor, visit: Tensor, tiling: Tiling, spec: Spec, clip: Clipped | None
+        self, w_OI: Tensor, U: Tensor, visit: Tensor, diag: Tensor, tiling: Tiling, spec: Spec, clip: Clipped | None
     ) -> QTensor:
+        """Columns of ``w_OI`` and ``diag`` as they will be stored, U as they are visited."""
         rows, wide = len(w_OI), tiling.wide
         band = tiling.band_I[visit].tolist()
         width = tiling.band_I.bincount().tolist()
         placed: dict[int, Params] = {}  # as stored, of each band
         by_row: dict[int, Params] = {}  # the same, repeated for each row
         if self.static_groups:
-            params = fit_params(w_OI, spec, clip or self.fit)
-            placed = {b: Affine(*(None if p is None else p[b::wide] for p in params)) for b in range(wide)}
+            params = fit_params(w_OI, spec, clip or self.fit, diag.expand_as(w_OI))
+            placed = {b: params._make(None if p is None else p[b::wide] for p in params) for b in range(wide)}
 
         def params_at(i: int, W: Tensor) -> Params:
             b = band[i]
             if b not in by_row:
                 if b not in placed:
                     fit = clip.rows(slice(b, None, wide)) if clip else self.fit
-                    placed[b] = tiling.place(W[i : i + width[b]].T, spec, fit)
+                    here = slice(i, i + width[b])
+                    placed[b] = tiling.place(W[here].T, spec, fit, diag[visit[here]])  # on all corrections so far
                 by_row[b] = tiling.of_rows(placed[b], rows)
             return by_row[b]
 
@@ -174,7 +167,7 @@ def _recursion(
     params_at: Callable[[int, Tensor], Params],
     stale: bool,
 ) -> Tensor:
-    """Algorithm 1 of arXiv:2210.17323, W ``[I, O]`` (used up); ``U`` is its Cholesky(H^-1)^T. Returns codes ``[I, O]``."""
+    """Algorithm 1 of arXiv:2210.17323, on W ``[I, O]`` (used up); U is its Cholesky(H^-1)^T. Returns codes ``[I, O]``."""
     Q = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     for i1, i2 in blocks:
         Err = torch.empty_like(W[i1:i2])
@@ -184,21 +177,33 @@ def _recursion(
             w = W[i, :, None]
             codes = grid.encode(w, params)
             err = (w - grid.decode(codes, params))[:, 0] / U[i, i]
-            W[i:i2].addr_(U[i, i:i2], err, alpha=-1)  # the block's later columns, at once
+            W[i:i2].addmm_(U[i, i:i2, None], err[None], alpha=-1)  # the block's later columns, at once
             Q[i], Err[i - i1] = codes[:, 0], err
         W[i2:].addmm_(U[i1:i2, i2:].T, Err, alpha=-1)  # all other columns, once a block
     return Q
 
 
 def _side_by_side(bands: list[Params]) -> Params:
-    """Parameters of all bands, each ``[strips, 1]``, as one set: G is strips x bands, row-major."""
-    return Affine(
-        *(None if parts[0] is None else torch.cat(parts, 1).reshape(-1, 1) for parts in zip(*bands, strict=True))
-    )
+    """Parameters of all bands, leading axis strips, as one set: G is strips x bands, row-major."""
+    both = zip(*bands, strict=True)
+    return bands[0]._make(None if parts[0] is None else torch.stack(parts, 1).flatten(0, 1) for parts in both)
 
 
-def _with_notes(solution: Solution, *notes: str) -> Solution:
-    return Solution(solution.q, solution.pre, notes)
+def _as_they_come(diag: Tensor) -> Tensor:
+    return torch.arange(len(diag), device=diag.device)
+
+
+def _factor(H: Tensor, take: Tensor, damp: float) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Cholesky(H^-1)^T of the columns in the order ``take``, with notes; None where there is none. H is not changed."""
+    if not torch.isfinite(H).all():
+        return None, ("NaN or Inf in the Gram matrix",)
+    dead = H.diagonal() == 0
+    if dead.all():
+        return None, ("no input was ever different from zero",)
+    typical = H.diagonal()[~dead].mean().item()
+    H = H[take][:, take]
+    H.diagonal().masked_fill_(dead[take], typical)
+    return inverse_factor(H, damp)
 
 
 def _check(w_OI: Tensor, H: Tensor) -> None:

@@ -58,7 +58,8 @@ class _Levels:
         levels, _, midpoints = self._sorted(x_GK.device, params.scale.dtype)
         v = x_GK / params.scale
         inside = v.clamp(levels[0].item(), levels[-1].item())
-        return (inside + (levels[torch.bucketize(v.detach().contiguous(), midpoints)] - inside).detach()) * params.scale
+        nearest = levels[torch.bucketize(v.detach().contiguous(), midpoints)]
+        return (nearest + (inside - inside.detach())) * params.scale  # the bracket is exactly zero, with a gradient
 
     def _sorted(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Levels in rising order, the code of each, and the midpoints between neighbours."""

@@ -1,0 +1,124 @@
+"""plan: what comes out of a run, how large, and what it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from lowbit.modules import buffer_layout
+from lowbit.plan.compatibility import compatibility, kernel_reasons
+from lowbit.plan.layers import PlannedLayer, planned_layers, ragged_groups
+from lowbit.plan.peak import activation_bytes, peak_parts
+from lowbit.plan.survey import Survey, edge_notes, layout_bytes, outside_bytes, rest_of_block, survey
+from lowbit.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would give and cost.
+
+    Attributes:
+        name: the model's. recipe: as plain data. architecture: the table's name.
+        layers: every matrix of the model, quantized or not, with why not.
+        bytes_in: of all tensors of the original checkpoint.
+        bytes_out: of all tensors that will be written; file headers, a few KiB a block, come on top. Exact but for what
+            a solver decides: a column order that it may store is counted, and so are the biases that a shift adds to
+            experts even if no calibration token reaches them.
+        bits_per_weight: all stored bits of the quantized linears over their weights, counted the same.
+        peak_ram_bytes: an estimate, see :mod:`lowbit.plan.peak`; ``peak_ram_parts`` are its terms by moment of the run.
+        peak_disk_bytes: of temporary files for activations beyond the memory limit; the checkpoint comes on top.
+        warnings: what the user should know and may accept.
+        compatibility: by runtime or format, ``yes: ...`` or ``no: ...`` with the reason.
+    """
+
+    name: str
+    recipe: dict[str, Any]
+    architecture: str
+    layers: tuple[PlannedLayer, ...]
+    bytes_in: int
+    bytes_out: int
+    bits_per_weight: float
+    peak_ram_bytes: int
+    peak_disk_bytes: int
+    warnings: tuple[str, ...]
+    compatibility: dict[str, str]
+    peak_ram_parts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return vars(self) | {"layers": [layer.to_dict() for layer in self.layers], "warnings": list(self.warnings)}
+
+
+def plan(
+    model: str | PathLike[str],
+    recipe: Recipe | str | Path | dict[str, Any],
+    *,
+    samples: int = 32,
+    seq_len: int = 512,
+    ram_limit: int = 2**32,
+) -> Plan:
+    """What quantizing ``model`` by ``recipe`` would give and cost, from config.json and shard headers: no weight is read.
+
+    Args:
+        model, recipe: as for :func:`lowbit.quantize`.
+        samples, seq_len: calibration windows and their length; ``samples=0`` for a run without calibration text.
+        ram_limit: bytes of activations in memory; more go to files.
+
+    Raises:
+        ValueError: what a run would refuse: a model that cannot be opened or is quantized already, a rule that matches no
+            layer, a format that a layer cannot have.
+    """
+    found = survey(model, recipe)
+    layers = planned_layers(found)
+    quantized = [layer for layer in layers if not layer.reason]
+    weights = sum(prod(layer.shape) for layer in quantized)
+    parts = peak_parts(found, samples, seq_len, ram_limit)
+    return Plan(
+        name=found.source.name,
+        recipe=found.recipe.to_dict(),
+        architecture=found.architecture.name,
+        layers=layers,
+        bytes_in=sum(header.nbytes for header in found.source.headers.values()),
+        bytes_out=_bytes_out(found),
+        bits_per_weight=sum(layer.bits_per_weight * prod(layer.shape) for layer in quantized) / max(1, weights),
+        peak_ram_bytes=max(sum(terms.values()) for terms in parts.values()),
+        peak_disk_bytes=activation_bytes(found, samples * seq_len, ram_limit)[1],
+        warnings=tuple(_warnings(found, layers, samples, seq_len)),
+        compatibility=compatibility(found),
+        peak_ram_parts=parts,
+    )
+
+
+def _bytes_out(found: Survey) -> int:
+    total = outside_bytes(found, found.source.dtype.itemsize)
+    for block in found.blocks:
+        total += rest_of_block(found, block)
+        for path in block.formats:
+            total += layout_bytes(buffer_layout(found.config(block, path))) + found.order_bytes(block, path)
+    return total
+
+
+def _warnings(found: Survey, layers: tuple[PlannedLayer, ...], samples: int, seq_len: int) -> list[str]:
+    acts = [form.act for block in found.blocks for form in block.formats.values() if form.act is not None]
+    warnings = [*found.architecture.warnings, *ragged_groups(found), *edge_notes(found)]
+    slow = kernel_reasons(found).get("reference")
+    if acts and slow:
+        warnings.append(
+            f"activations are quantized, but no fast kernel computes {slow} with them: they are rounded and multiplied in "
+            "floating point, which shows the accuracy and saves no time"
+        )
+    if any(act.static for act in acts):
+        warnings.append(
+            f"static activation ranges are fixed by the {samples} x {seq_len} calibration tokens; larger inputs are clipped"
+        )
+    orders = sum(found.order_bytes(block, path) for block in found.blocks for path in block.formats)
+    if orders:
+        warnings.append(f"the solver stores a column order with each layer: up to {orders} bytes, counted in bytes_out")
+    if found.recipe.needs_calibration and samples < 1:
+        warnings.append(f"recipe {found.recipe.name!r} needs calibration text, but samples is {samples}")
+    if not any(not layer.reason for layer in layers):
+        warnings.append("nothing is quantized: every linear is skipped")
+    return warnings

@@ -1,0 +1,157 @@
+"""Every matrix of the model, one row each: its format, or why it stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from lowbit.modules import ActSpec, stored_bits_of
+from lowbit.numerics import Block, Float, Grid, Int, PerChannel, PerCluster, PerGroup, PerTensor, PerToken, Spec, Table
+from lowbit.plan.survey import Survey, SurveyedBlock, outside_names
+from lowbit.recipe import Scheme
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One matrix of the model.
+
+    Attributes:
+        name, role: its full name, and the name that rules call it by.
+        shape: ``(out, in)`` of a linear, else the tensor's.
+        weight, activation: the formats in words; None: as it is.
+        bits_per_weight: everything stored for it (a bias aside) over its weights, a column order that its solver may add
+            included; 0 where it is stored with another layer.
+        reason: why it is not quantized; empty where it is.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    weight: str | None
+    activation: str | None
+    bits_per_weight: float
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"shape": list(self.shape)}
+
+
+def planned_layers(found: Survey) -> tuple[PlannedLayer, ...]:
+    """All matrices in the order of the model: what comes before the blocks, the blocks, what comes after."""
+    names = outside_names(found)
+    outside = [_outside(found, name) for name in names] + [
+        _tied(found, *pair) for pair in found.model.all_tied_weights_keys.items()
+    ]
+    first = [row for row in outside if row and row.role == "embedding"]
+    last = [row for row in outside if row and row.role != "embedding"]
+    return (*first, *(row for block in found.blocks for row in _of_block(found, block)), *last)
+
+
+def _outside(found: Survey, name: str) -> PlannedLayer | None:
+    shape, module = tuple(found.model.state_dict()[name].shape), name.rpartition(".")[0]
+    if len(shape) < 2:
+        return None
+    if module in found.architecture.embed:
+        role, reason = "embedding", "embedding: looked up, not multiplied"
+    elif module == found.architecture.head:
+        role, reason = "head", "head: not in a block"
+    else:
+        role, reason = "other", "not in a block"
+    return PlannedLayer(module, role, shape, None, None, _as_is(found), reason)
+
+
+def _tied(found: Survey, name: str, other: str) -> PlannedLayer:
+    module, shape = name.rpartition(".")[0], tuple(found.model.state_dict()[name].shape)
+    role = "head" if module == found.architecture.head else "other"
+    reason = f"{role}: tied to {other.rpartition('.')[0]}, which is stored once for both"
+    return PlannedLayer(module, role, shape, None, None, 0.0, reason)
+
+
+def _as_is(found: Survey) -> float:
+    return 8.0 * found.source.dtype.itemsize
+
+
+def _of_block(found: Survey, block: SurveyedBlock) -> Iterator[PlannedLayer]:
+    for path, role in block.resolved.linears.items():
+        name, shape = f"{block.name}.{path}", block.shape(path)
+        form = block.formats.get(path)
+        if form is None:
+            yield PlannedLayer(name, role, shape, None, None, _as_is(found), _why_not(found.recipe.scheme, name, role))
+            continue
+        bits = stored_bits_of(found.config(block, path)) + 8 * found.order_bytes(block, path)
+        act = None if form.act is None else activation_text(form.act)
+        yield PlannedLayer(name, role, shape, weight_text(form.weight), act, bits / prod(shape))
+    for path, role in block.resolved.routers.items():
+        shape = tuple(block.module.get_submodule(path).get_parameter("weight").shape)
+        reason = "router: a small error here sends a token to other experts"
+        yield PlannedLayer(f"{block.name}.{path}", role, shape, None, None, _as_is(found), reason)
+    for parameter in block.resolved.other_matrices:
+        shape = tuple(block.module.get_parameter(parameter).shape)
+        reason = "the architecture's table gives it no role"
+        yield PlannedLayer(f"{block.name}.{parameter}", "other", shape, None, None, _as_is(found), reason)
+
+
+def _why_not(scheme: Scheme, name: str, role: str) -> str:
+    for rule in reversed(scheme.rules):
+        if rule.matches(name, role):
+            return f"skipped by rule {rule.match!r}" if rule.skip else f"rule {rule.match!r} gives no weight format"
+    return "no rule matches it"
+
+
+# Words
+
+
+def weight_text(spec: Spec) -> str:
+    """A weight's format in words: ``int4 asymmetric, groups of 64``."""
+    text = f"{grid_text(spec.grid)}, {_granularity_text(spec.granularity)}"
+    return text if spec.stats is None else f"{text}, scales as ({weight_text(spec.stats)})"
+
+
+def activation_text(act: ActSpec) -> str:
+    """An activation's format in words: ``int8 symmetric, per token, dynamic``."""
+    when = "static" if act.static else "dynamic"
+    return f"{grid_text(act.spec.grid)}, {_granularity_text(act.spec.granularity)}, {when}"
+
+
+def grid_text(grid: Grid) -> str:
+    if isinstance(grid, Int):
+        zero = " with real zero points" if not grid.symmetric and grid.zero == "real" else ""
+        return f"int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}{zero}"
+    if isinstance(grid, Float):
+        return f"float{grid.bits} (E{grid.exponent}M{grid.mantissa})"
+    return f"table of {len(grid.values)} values" if isinstance(grid, Table) else str(grid)
+
+
+def _granularity_text(granularity: Any) -> str:
+    match granularity:
+        case PerGroup(size):
+            return f"groups of {size}"
+        case Block(rows, cols):
+            return f"blocks of {rows} x {cols}"
+        case PerCluster(sizes):
+            return f"{len(sizes)} clusters of channels"
+        case PerChannel():
+            return "per channel"
+        case PerToken():
+            return "per token"
+        case PerTensor():
+            return "per tensor"
+    return str(granularity)
+
+
+def ragged_groups(found: Survey) -> list[str]:
+    """Where groups do not divide the inputs, one sentence for each group size and width."""
+    where: dict[tuple[int, int], list[str]] = {}
+    for block in found.blocks:
+        for path, form in block.formats.items():
+            inputs, grain = block.shape(path)[1], form.weight.granularity
+            size = grain.size if isinstance(grain, PerGroup) else grain.cols if isinstance(grain, Block) else inputs
+            if inputs % size:
+                where.setdefault((size, inputs), []).append(block.resolved.linears[path])
+    return [
+        f"group size {size} does not divide the {inputs} inputs of {', '.join(dict.fromkeys(roles))} ({len(roles)} layers): "
+        + (f"the last group of each row holds {inputs % size}" if size < inputs else "each row is one group")
+        for (size, inputs), roles in where.items()
+    ]

@@ -1,0 +1,418 @@
+"""The command line from outside: what it prints where, what it makes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from lowbit.calibrate import data
+from lowbit.cli import app, common
+from lowbit.cli.choose import byte_count, override
+
+COMMANDS = ("quantize", "evaluate", "generate", "plan", "explain", "methods", "recipes", "inspect")
+WORDS = [f"w{i}" for i in range(60)]
+SHORT = ("--samples", "4", "--seq-len", "16")
+RTN = ("--method", "rtn", "--bits", "8", "--group-size", "32")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a model of two blocks, its tokenizer, and a text of its words."""
+    root = tmp_path_factory.mktemp("cli")
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<eos>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>").save_pretrained(
+        root / "model"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=1,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(root / "model")
+    words = random.Random(0).choices(WORDS, k=400)
+    (root / "text.txt").write_text(" ".join(words))
+    (root / "short.txt").write_text("w1 w2 w3")
+    return root
+
+
+def run(*arguments: object, **environment: str):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=environment)
+
+
+def quantize(place: Path, out: Path, *more: object, method: tuple[str, ...] = RTN):
+    return run("quantize", place / "model", *method, "--calibration", place / "text.txt", *SHORT, "-o", out, *more)
+
+
+@pytest.fixture(scope="module")
+def quantized(place):
+    """What `lowbit quantize` printed, and where it wrote."""
+    out = place / "quantized"
+    result = quantize(place, out)
+    assert result.exit_code == 0, result.stderr
+    return SimpleNamespace(out=out, stdout=result.stdout, stderr=result.stderr)
+
+
+def assert_refused(result, *words: str) -> None:
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert isinstance(result.exception, SystemExit)  # and nothing that would print a traceback
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    for word in words:
+        assert word in last
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_of_the_command(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: lowbit {command}" in result.stdout
+
+
+def test_help_lists_every_command():
+    result = run("--help")
+    assert result.exit_code == 0
+    assert all(f"│ {command} " in result.stdout for command in COMMANDS)
+
+
+def test_documented_default_of_max_kl_is_the_pipelines():
+    from lowbit.pipeline import MAX_KL
+
+    assert f"(default {MAX_KL:g})" in " ".join(run("quantize", "--help", COLUMNS="300").stdout.split())
+
+
+# Quantize and what follows
+
+
+def test_quantize_says_what_it_does_and_shows_what_came_out(quantized, place):
+    assert (quantized.out / "config.json").is_file()
+    for words in (
+        "rtn",
+        "weights int8 asymmetric, groups of 32",
+        "text.txt, 4 x 16 tokens",
+        str(quantized.out),
+        "model (",
+    ):
+        assert words in quantized.stderr
+    for words in (
+        "bits per weight",
+        "KL from the original",
+        "top-1 agreement",
+        "100.0%",
+        "output error of model.layers.",
+    ):
+        assert words in quantized.stdout
+
+
+def test_quantize_json_is_the_report_alone(place, tmp_path):
+    result = quantize(
+        place, tmp_path / "out", "--json", "--override", "down:bits=4,group_size=64", "--override", "re:q_proj:skip"
+    )
+    report = json.loads(result.stdout)
+    assert report["out"] == str(tmp_path / "out")
+    assert {layer["role"] for layer in report["layers"]} == {"k", "v", "o", "gate", "up", "down"}
+    bits = {layer["role"]: layer["bits_per_weight"] for layer in report["layers"]}
+    assert bits["down"] < 5 < 8 < bits["up"]
+    assert 0 <= report["kl"] < 0.1
+
+
+def test_evaluate_json_has_the_promised_keys(quantized, place):
+    result = run(
+        *(
+            "evaluate",
+            quantized.out,
+            "--text",
+            place / "text.txt",
+            "--protocol",
+            "gptq",
+            "--seq-len",
+            16,
+            "--windows",
+            5,
+        ),
+        *("--against", place / "model", "--json"),
+    )
+    assert result.exit_code == 0, result.stderr
+    values = json.loads(result.stdout)
+    assert {"perplexity", "kl", "top1_agreement", "bits_per_weight", "bytes"} <= values.keys()
+    assert values["bytes"] == sum(file.stat().st_size for file in quantized.out.glob("*.safetensors"))
+    assert 8 < values["bits_per_weight"] < 9
+    assert 0 <= values["kl"] < 0.1
+    assert values["windows"] == 5
+    assert values["text"] == "text.txt"
+
+
+def test_evaluate_of_an_ordinary_model_shows_a_table(place):
+    result = run("evaluate", place / "model", "--text", place / "text.txt", "--seq-len", 16, "--windows", 0)
+    assert result.exit_code == 0, result.stderr
+    assert "perplexity" in result.stdout
+    assert "text.txt: 25 windows of 16 by protocol gptq" in result.stdout
+    assert "KL" not in result.stdout
+
+
+def test_a_model_that_gives_nan_is_measured_and_not_a_success(place, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(place / "model")
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    tokenizer.save_pretrained(tmp_path)
+    result = run("evaluate", tmp_path, "--text", place / "text.txt", "--seq-len", 16, "--windows", 2, "--json")
+    assert result.exit_code == 1
+    values = json.loads(result.stdout)
+    assert (values["perplexity"], values["broken"]) == (None, True)
+    assert "error: the model is broken: 30 of 30" in result.stderr
+
+
+@pytest.mark.parametrize(("answers", "expected"), [(True, "wikitext2"), (False, "python-docs")])
+def test_text_that_is_not_given_is_wikitext2_where_a_hub_answers(monkeypatch, answers, expected):
+    def load_text(spec, split):
+        if not answers:
+            raise data.TextError("no hub")
+
+    monkeypatch.setattr(data, "load_text", load_text)
+    assert common.text_or_default(None, "evaluation") == expected
+    assert common.text_or_default("mine.txt", "evaluation") == "mine.txt"
+
+
+def test_generate_streams_the_text_that_json_gives(quantized):
+    streamed = run("generate", quantized.out, "--prompt", "w1 w2", "--max-new-tokens", 5)
+    whole = run("generate", quantized.out, "--prompt", "w1 w2", "--max-new-tokens", 5, "--json")
+    assert streamed.exit_code == whole.exit_code == 0, streamed.stderr + whole.stderr
+    assert json.loads(whole.stdout)["text"].split() == streamed.stdout.split() != []
+
+
+def test_a_recipe_file_and_options_give_the_same_recipe(place, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"method": "rtn", "options": {"bits": 8, "group_size": 32}}))
+    by_file = quantize(place, tmp_path / "a", "--json", method=("--recipe", str(file)))
+    by_name = quantize(
+        place, tmp_path / "b", "--json", method=("--method", "rtn", "--set", "bits=8", "--set", "group_size=32")
+    )
+    assert json.loads(by_file.stdout)["recipe"] == json.loads(by_name.stdout)["recipe"]
+
+
+@pytest.mark.parametrize("spelling", ["channel", "none", "0"])
+def test_group_size_channel_is_one_scale_for_each_row(place, spelling):
+    result = run("plan", place / "model", "--method", "rtn", "--group-size", spelling, "--json")
+    assert json.loads(result.stdout)["recipe"]["scheme"][0]["weight"]["granularity"] == {"type": "PerChannel"}
+
+
+def test_a_group_size_that_is_not_given_is_the_methods_own(place):
+    result = run("plan", place / "model", "--method", "gptq", "--json")
+    assert json.loads(result.stdout)["recipe"]["scheme"][0]["weight"]["granularity"] == {
+        "type": "PerGroup",
+        "size": 128,
+    }
+
+
+def test_plan_says_what_a_run_then_does(quantized, place):
+    result = run("plan", place / "model", *RTN, "--samples", 4, "--seq-len", 16, "--json")
+    assert result.exit_code == 0, result.stderr
+    foretold = json.loads(result.stdout)
+    measured = run("evaluate", quantized.out, "--text", place / "text.txt", "--seq-len", 16, "--windows", 1, "--json")
+    assert foretold["bits_per_weight"] == json.loads(measured.stdout)["bits_per_weight"]
+    shown = run("plan", place / "model", *RTN).stdout
+    for words in (
+        "14 of 16",
+        "model.layers.*.mlp.down_proj",
+        "int8 asymmetric, groups of 32",
+        "head: not in a block",
+        "runs in",
+    ):
+        assert words in " ".join(shown.split())
+
+
+def test_explain_takes_a_mix_with_options_or_a_file(place, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("method: smoothquant+gptq\noptions: {bits: 4, group_size: 32}\n")
+    by_name = run("explain", "smoothquant+gptq", place / "model", "--bits", 4, "--group-size", 32, "--json")
+    by_file = run("explain", file, place / "model", "--json")
+    assert by_name.exit_code == 0, by_name.stderr
+    assert json.loads(by_name.stdout) == json.loads(by_file.stdout)
+    assert len(json.loads(by_name.stdout)["steps"]) == 2
+    shown = run("explain", file, place / "model").stdout
+    assert shown.startswith("1. Set")
+    assert "\n2. Solve" in shown
+
+
+def test_ctrl_c_says_how_to_continue_and_the_same_command_does(place, tmp_path, monkeypatch):
+    from lowbit.calibrate.walk import Walk
+
+    done = Walk._quantize
+
+    def interrupted(self, i, call):
+        if i == 1:
+            raise KeyboardInterrupt
+        return done(self, i, call)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "_quantize", interrupted)
+        stopped = quantize(place, tmp_path / "out")
+    assert stopped.exit_code == 130
+    assert "repeat the same command to continue" in stopped.stderr
+    assert not (tmp_path / "out").exists()
+    again = quantize(place, tmp_path / "out")
+    assert again.exit_code == 0, again.stderr
+    assert "continuing the unfinished run" in again.stderr
+    assert "1 blocks are done" in again.stderr
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (("--method", "gptk"), ("gptk", "did you mean 'gptq'")),
+        (("--method", "rtn", "--set", "symetric=true"), ("symetric", "did you mean 'symmetric'")),
+        (("--method", "rtn", "--group-size", "-3"), ("-3",)),
+        (("--method", "rtn", "--group-size", "many"), ("group_size", "many")),
+        (("--method", "smoothquant", "--group-size", "32"), ("group_size", "smoothquant")),
+        (("--method", "rtn", "--kv-bits", "4"), ("kv_bits",)),
+        (("--method", "rtn", "--bits", "99"), ("99",)),
+        ((*RTN, "--override", "dwn:bits=3"), ("dwn", "did you mean 'down'")),
+        ((*RTN, "--override", "down:bit=3"), ("bit", "did you mean 'bits'")),
+        (("--recipe", "absent.yaml"), ("absent.yaml", "lowbit recipes")),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_in_a_line(place, tmp_path, method, words):
+    assert_refused(quantize(place, tmp_path / "out", method=method), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_model_is_refused(place, tmp_path):
+    result = run("quantize", place / "absent", *RTN, "--calibration", place / "text.txt", "-o", tmp_path / "out")
+    assert_refused(result, "absent", "no such directory")
+    assert_refused(run("evaluate", place / "absent", "--text", place / "text.txt"), "absent")
+    assert_refused(run("generate", place / "absent", "--prompt", "w1"), "absent")
+
+
+def test_an_existing_target_is_refused_and_kept(quantized, place):
+    before = (quantized.out / "config.json").read_bytes()
+    assert_refused(quantize(place, quantized.out), "not empty", "-o DIR")
+    assert (quantized.out / "config.json").read_bytes() == before
+
+
+def test_a_text_that_is_too_short_is_refused(quantized, place, tmp_path):
+    words = ("quantize", place / "model", *RTN, "--calibration", place / "short.txt", *SHORT, "-o", tmp_path / "out")
+    assert_refused(run(*words), "short.txt", "too short")
+    assert_refused(run("evaluate", quantized.out, "--text", place / "short.txt", "--seq-len", 16), "longer text")
+    assert_refused(run("evaluate", quantized.out, "--text", place / "absent.txt"), "absent.txt", "no such file")
+
+
+def test_a_quantized_model_is_not_quantized_again(quantized, place, tmp_path):
+    result = run("quantize", quantized.out, *RTN, "--calibration", place / "text.txt", *SHORT, "-o", tmp_path / "out")
+    assert_refused(result, "already quantized")
+
+
+def test_a_broken_result_is_refused_unless_allowed(place, tmp_path):
+    limit = ("--max-kl", "-1")
+    assert_refused(quantize(place, tmp_path / "out", *limit), "broken", "KL", "--allow-broken")
+    assert not (tmp_path / "out").exists()
+    allowed = quantize(place, tmp_path / "out", *limit, "--allow-broken")
+    assert allowed.exit_code == 0, allowed.stderr
+    assert "warning: the mean KL divergence" in allowed.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("quantize", "MODEL", "-o", "OUT"),
+        ("quantize", "MODEL", "--method", "rtn", "--recipe", "x.yaml", "-o", "OUT"),
+        ("quantize", "MODEL", "--recipe", "x.yaml", "--bits", "4", "-o", "OUT"),
+        ("quantize", "MODEL", "--method", "rtn", "--set", "bits", "-o", "OUT"),
+        ("quantize", "MODEL", "--method", "rtn", "--bits", "4", "--set", "bits=3", "-o", "OUT"),
+        ("quantize", "MODEL", "--method", "rtn", "--override", "down", "-o", "OUT"),
+        ("quantize", "MODEL", "--method", "rtn", "--ram-limit", "much", "-o", "OUT"),
+        ("quantize", "MODEL", "--method", "rtn"),
+        ("quantise",),
+    ],
+)
+def test_a_command_that_is_not_well_formed_exits_with_2(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+
+
+def test_debug_shows_the_error_as_it_is():
+    result = run("quantize", "m", "--method", "gptk", "-o", "o", LOWBIT_DEBUG="1")
+    assert isinstance(result.exception, ValueError)
+
+
+# Lists
+
+
+def test_methods_json_has_the_five_methods():
+    result = run("methods", "--json")
+    assert result.exit_code == 0
+    entries = {entry["name"]: entry for entry in json.loads(result.stdout)}
+    assert {"rtn", "gptq", "awq", "smoothquant", "omniquant"} <= entries.keys()
+    assert all({"name", "family", "paper", "needs"} <= entry.keys() for entry in entries.values())
+    assert entries["gptq"]["needs"] == ["Gram"]
+    assert "gptq" in run("methods").stdout
+
+
+def test_recipes_are_listed_and_printed(tmp_path, monkeypatch):
+    file = tmp_path / "small.yaml"
+    file.write_text("method: rtn\noptions: {bits: 3}\ndescription: As small as it gets.\n")
+    monkeypatch.setattr(sys.modules["lowbit.recipe"], "builtin_recipes", lambda: {"small": file})
+    assert "As small as it gets." in run("recipes").stdout
+    [entry] = json.loads(run("recipes", "--json").stdout)
+    assert (entry["name"], entry["method"], entry["description"]) == ("small", "rtn", "As small as it gets.")
+    assert run("recipes", "small").stdout == file.read_text()
+    assert_refused(run("recipes", "smal"), "did you mean 'small'")
+
+
+# Progress and parsing
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    clock = iter([0.0, 1.0, 12.0, 13.0, 30.0, 31.0])
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
+    with common.progress() as report:
+        report(0, 4, "walking")
+        report(1, 4, "walking")
+        report(2, 4, "walking")
+        report(3, 4, "walking")
+        report(1, 2, "comparing")
+    assert capsys.readouterr() == ("", "walking: 25%, elapsed 0:11, ETA 0:33\nwalking: 75%, elapsed 0:29, ETA 0:09\n")
+
+
+def test_overrides_are_read_from_the_right():
+    assert override(r"re:layers\.(0|1)\.:bits=8,symmetric=true") == {
+        "match": r"re:layers\.(0|1)\.",
+        "bits": 8,
+        "symmetric": True,
+    }
+    assert override("re:a:b:skip") == {"match": "re:a:b", "skip": True}
+    assert override("down:group_size=0")["group_size"] == "channel"
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("4GB", 4 * 10**9), ("4GiB", 2**32), ("512 mb", 512 * 10**6), ("1.5k", 1500), ("42", 42)]
+)
+def test_sizes_are_read_with_their_units(text, count):
+    assert byte_count(text) == count
