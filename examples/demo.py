@@ -11,8 +11,10 @@ An interrupted demo continues where it stopped when it is run again.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
+from transformers import PreTrainedModel
 
 import lowbit
 from lowbit.calibrate.gguf import cache_directory
@@ -37,6 +40,7 @@ from lowbit.evaluate import (
     reset_peak_rss,
 )
 from lowbit.formats.native import bits_report
+from lowbit.modules import QuantLinear
 
 MODEL = "smollm2-135m"
 BITS, GROUP = 4, 64
@@ -60,20 +64,33 @@ class Running:
 
     speed: Speed
     bytes: int
+    kernels: str
     stage: Stage
     sentence: str
+
+    @property
+    def conditions(self) -> str:
+        return f"{self.speed.prompt_tokens} prompt and {self.speed.new_tokens} new tokens, {self.kernels}"
 
 
 @contextmanager
 def stage(title: str) -> Iterator[Stage]:
     """Says what begins, and measures it."""
     common.say(f"\n{title}")
-    gc.collect()
+    _give_back_memory()
     reset_peak_rss()
     taken, start = Stage(), time.monotonic()
     yield taken
     taken.seconds, taken.peak_bytes = time.monotonic() - start, peak_rss()
     common.say(f"{taken.seconds:.0f} s, peak memory {common.size(taken.peak_bytes)}")
+
+
+def _give_back_memory() -> None:
+    """Frees what earlier stages left, so that the next one's peak is its own; glibc's heap keeps it unless told."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def target(given: Path | None) -> Path:
@@ -95,7 +112,14 @@ def running(model_or_dir: str | Path, title: str) -> Running:
         speed = measure_speed(model, time_budget_s=SPEED_SECONDS, progress=report)
         report(0, 1, "writing a sentence")
         sentence = generate_text(model, tokenizer, PROMPT, 48, chat=True)
-        return Running(speed, model_bytes(model), taken, " ".join(sentence.split()))
+        return Running(speed, model_bytes(model), kernels(model), taken, " ".join(sentence.split()))
+
+
+def kernels(model: PreTrainedModel) -> str:
+    """The kernels that run the packed linears, by name."""
+    packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    chosen = {reason.kernel for module in packed for reason in module.explain() if reason.why_not is None}
+    return f"{', '.join(sorted(chosen))} kernel" if chosen else "dense"
 
 
 def quantize(out: Path) -> tuple[lowbit.QuantizeReport, Stage]:
@@ -147,24 +171,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, metavar="DIR", help="where the checkpoint goes; must be new")
     out = target(parser.parse_args().out)
+    before = running(MODEL, f"Running the original, {MODEL}")
     report, quantizing = quantize(out)
-    before = running(MODEL, "Running the original")
     after = running(out, "Running the packed model, reloaded")
     judged, comparing = compare(out)
     stages = {"quantizing": quantizing, "comparing": comparing}
     console = common.console()
     console.print(summary(out, before, after, judged, stages))
-    console.print(f"calibrated on {report.calibration}")
-    console.print(
-        f"perplexity, KL, agreement on {judged.text}: {WINDOWS} windows of {WINDOW}, 95 % interval in brackets"
-    )
-    speed = after.speed
-    console.print(
-        f"speed with {torch.get_num_threads()} threads: {speed.prompt_tokens} prompt, {speed.new_tokens} new tokens"
-    )
-    console.print(f"the checkpoint is {out}")
-    console.print(f"\n{PROMPT}\n[bold]original:[/bold] {before.sentence}\n[bold]packed:[/bold]   {after.sentence}")
-    console.print(f"\n{time.monotonic() - start:.0f} s in all")
+    for line in (
+        f"calibrated on {report.calibration}",
+        f"perplexity, KL, agreement on {judged.text}: {WINDOWS} windows of {WINDOW}; 95 % interval in brackets",
+        f"speed on {torch.get_num_threads()} threads: original with {before.conditions}; packed with {after.conditions}",
+        "the original comes as a GGUF file of 4-bit groups of 32, expanded to float32 once; its bytes here are the expansion's",
+        f"the checkpoint is {out}",
+        f"\n{PROMPT}",
+        f"original: {before.sentence}",
+        f"packed:   {after.sentence}",
+        f"\n{time.monotonic() - start:.0f} s in all",
+    ):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,17 @@ The core never asks which method made a recipe: all that it acts on is declared 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, validate_call
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator, validate_call
 
 from lowbit.architectures import ResolvedBlock
 from lowbit.modules import ActSpec
@@ -120,6 +121,8 @@ class Recipe(_Frozen):
     @classmethod
     def _are_steps(cls, steps: tuple[Any, ...]) -> tuple[Step, ...]:
         for step in steps:
+            if hasattr(type(step), "run"):  # first, because what a step needs may hang on a field of a wrong type
+                _check_types(step, type(step).__name__)
             if not isinstance(step, Step):
                 raise ValueError(f"{step!r} is not a step such as Solve(...)")
         solves = [i for i, step in enumerate(steps) if isinstance(step, Solve)]
@@ -187,6 +190,24 @@ def moves_groups(solver: Any) -> bool:
 
 def _has_groups(weight: Spec) -> bool:
     return not isinstance(weight.granularity, PerChannel | PerTensor)
+
+
+def _check_types(value: Any, where: str) -> None:
+    """Raises ValueError where a field of a step, or of a value in it, has another type than it declares.
+
+    Dataclasses do not check: a pattern given where a list of patterns is meant would be taken letter by letter.
+    """
+    strict = ConfigDict(arbitrary_types_allowed=True, strict=True)
+    hints = get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        item, name = getattr(value, field.name), f"{where}.{field.name}"
+        try:
+            TypeAdapter(hints[field.name], config=strict).validate_python(item)
+        except ValidationError as error:
+            raise ValueError(f"{name}: {error.errors()[0]['msg']}, found {item!r}") from error
+        for part in item if isinstance(item, tuple) else (item,):
+            if dataclasses.is_dataclass(part):
+                _check_types(part, f"{name}.{type(part).__name__}")
 
 
 def _learns_clip(step: Any) -> bool:
@@ -407,6 +428,15 @@ def from_plain(data: Any) -> Recipe:
     return built.with_overrides(explicit.overrides)
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``1e-3`` is a number, as everyone means it (YAML 1.1 asks for ``1.0e-3``)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def from_file(path: str | Path) -> Recipe:
     """The recipe in a YAML file.
 
@@ -417,7 +447,7 @@ def from_file(path: str | Path) -> Recipe:
     if not path.is_file():
         raise ValueError(f"no recipe file {str(path)!r}; `lowbit recipes` lists the ones that come along")
     try:
-        return from_plain(yaml.safe_load(path.read_text()))
+        return from_plain(yaml.load(path.read_text(), _Loader))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     except ValueError as error:

@@ -207,10 +207,9 @@ def test_generate_streams_the_text_that_json_gives(quantized):
 def test_a_recipe_file_and_options_give_the_same_recipe(place, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"method": "rtn", "options": {"bits": 8, "group_size": 32}}))
-    by_file = quantize(place, tmp_path / "a", "--json", method=("--recipe", str(file)))
-    by_name = quantize(
-        place, tmp_path / "b", "--json", method=("--method", "rtn", "--set", "bits=8", "--set", "group_size=32")
-    )
+    by_file = run("plan", place / "model", "--recipe", file, "--json")
+    by_name = run("plan", place / "model", "--method", "rtn", "--set", "bits=8", "--set", "group_size=32", "--json")
+    assert by_file.exit_code == 0, by_file.stderr
     assert json.loads(by_file.stdout)["recipe"] == json.loads(by_name.stdout)["recipe"]
 
 

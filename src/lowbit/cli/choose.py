@@ -97,15 +97,17 @@ def choose_recipe(
     """
     from lowbit.recipe import as_recipe, recipe
 
-    if (method is None) == (file is None):
-        raise typer.BadParameter("give --method NAME or --recipe FILE, one of them", param_hint="--method / --recipe")
+    changes = [override(text) for text in overrides or ()]
     if file is not None and options:
         raise typer.BadParameter(
             f"a recipe file has its own options; found {', '.join(options)} (change layers with --override)",
             param_hint="--recipe",
         )
-    chosen = as_recipe(file) if method is None else recipe(method, **options)
-    return chosen.with_overrides([override(text) for text in overrides or ()])
+    if method is not None and file is None:
+        return recipe(method, **options).with_overrides(changes)
+    if file is not None and method is None:
+        return as_recipe(file).with_overrides(changes)
+    raise typer.BadParameter("give --method NAME or --recipe FILE, one of them", param_hint="--method / --recipe")
 
 
 def override(text: str) -> dict[str, Any]:

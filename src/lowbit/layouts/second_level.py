@@ -44,7 +44,7 @@ def requantize(x: Tensor, spec: Spec) -> QTensor:
 
 def _stretches(bits: int) -> Iterator[float]:
     top = 2**bits - 1
-    for unused in range(1):
+    for unused in range(top):
         for step in (0, 0.5, -0.5, 1, -1):
             yield top / (top - unused) * (1 + step * _STEP)
 

@@ -20,12 +20,13 @@ def omniquant(
     transform_lr: float = 5e-3,
     augment: bool = False,
     batch: int = 1,
+    amp: bool = False,
 ) -> Recipe:
     """Learned weight clipping, and with quantized activations a learned equivalent transformation.
 
     transform: learn scales and shifts at the edges; None: only where activations are quantized, as the authors' LLaMA
     scripts. alpha: of the smoothing that scales start from. epochs: passes over the calibration windows (authors: 20;
-    40 at 2 bits). augment: the authors' second loss term.
+    40 at 2 bits). augment: the authors' second loss term. amp: products in bfloat16 while learning.
     """
     moves = transform if transform is not None else activation_bits is not None and activation_bits < 16
     transforms = (Shifts(("norm_*", "v_o"), Midpoint(), transform_lr), Scales(EDGES, Smooth(alpha), transform_lr))
@@ -33,7 +34,7 @@ def omniquant(
         name="omniquant",
         scheme=linears(weight(bits, group_size), activation(activation_bits, symmetric=False)),
         steps=(
-            Learn((*(transforms if moves else ()), ClipShares(lr=clip_lr)), BlockMSE(augment), epochs, batch),
+            Learn((*(transforms if moves else ()), ClipShares(lr=clip_lr)), BlockMSE(augment), epochs, batch, amp),
             Solve(Nearest()),
         ),
     )

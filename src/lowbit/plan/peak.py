@@ -9,8 +9,8 @@ A run has four moments that can be the worst, and what each holds is
 
 P is the process itself (Python, torch, transformers: measured). A is the activations of the calibration set, three arrays
 ``[N, T, d]`` of float32, as far as they fit in the limit that the user set; the rest is in files. B is the largest block in
-float32, L its largest tensor as stored, E the embeddings and O everything outside the blocks in float32, Q the packed
-layers, V the logits of one window in float32. What steps need:
+float32, L its largest tensor as stored, O everything outside the blocks in float32 and E the same without the head, Q the
+packed layers, V the logits of one window in float32. What steps need:
 
 * statistics: what each request keeps of each shared input (asked of the request itself, on the meta device), and the
   largest of them once more for the batch that is being added;
@@ -20,7 +20,8 @@ layers, V the logits of one window in float32. What steps need:
 * a solver that needs a matrix of each input (a Gram matrix) works on six float64 copies of one, and on four float32
   copies of the weight; every solver, on three.
 
-An estimate, because allocators round up and libraries keep buffers: measured peaks were within a third of it.
+An estimate, because allocators round up and keep what was freed. On random models of two blocks, d 576 with a vocabulary of
+49,152 and d 1,024, five methods peaked between 0.95 and 1.12 times what is said here.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def peak_parts(found: Survey, samples: int, seq_len: int, ram_limit: int) -> dic
     logits = seq_len * found.source.config.get_text_config().vocab_size * FLOAT
     packed = sum(layout_bytes(buffer_layout(found.config(b, path))) for b in found.blocks for path in b.formats)
     return {
-        "start": held | {"embeddings": _embedding_bytes(found), "block": _block_bytes(found.blocks[0])},
+        "start": held | {"embeddings": _base_bytes(found), "block": _block_bytes(found.blocks[0])},
         "block": held | block,
         "compare": held | {"outside the blocks": outside, "logits": 8 * logits},
         "reload": held | {"outside the blocks": outside, "packed layers": packed, "logits": 6 * logits},
@@ -77,9 +78,10 @@ def _block_bytes(block: SurveyedBlock) -> int:
     return sum(p.numel() for p in block.module.parameters()) * FLOAT
 
 
-def _embedding_bytes(found: Survey) -> int:
-    modules = [found.model.get_submodule(path) for path in found.architecture.embed]
-    return sum(p.numel() for module in modules for p in module.parameters()) * FLOAT
+def _base_bytes(found: Survey) -> int:
+    prefix, base = f"{found.architecture.blocks}.", f"{found.model.base_model_prefix}."
+    named = found.model.named_parameters()
+    return sum(p.numel() for name, p in named if name.startswith(base) and not name.startswith(prefix)) * FLOAT
 
 
 def _largest_step(found: Survey, block: SurveyedBlock, samples: int, seq_len: int) -> tuple[str, int]:

@@ -3,7 +3,7 @@
 A grid is a finite set of numbers in a normal position; parameters move it onto the values of one granule. Codes are
 unsigned integers below ``2 ** bits``, always, so that one packing serves all grids; what a code means is the grid's.
 
-Laws, run for every grid by ``tests/laws/test_grids.py``: codes are a fixed point, ``encode(decode(c)) == c``; the error
+Laws, run for every grid by ``tests/laws/test_numerics.py``: codes are a fixed point, ``encode(decode(c)) == c``; the error
 of a fitted grid does not grow with its bits; ``fake(x, p) == decode(encode(x, p), p)`` exactly.
 """
 

@@ -1,0 +1,9 @@
+"""Where a model is hard to quantize: outlier channels, massive tokens, weight ranges, and the layers that lose most.
+
+What the figures of SmoothQuant (arXiv:2211.10438) show, for every input of every block, as tables and plots.
+"""
+
+from lowbit.inspection.look import inspect_model
+from lowbit.inspection.rows import InputRow, Inspection, LayerRow, MassiveToken
+
+__all__ = ["InputRow", "Inspection", "LayerRow", "MassiveToken", "inspect_model"]

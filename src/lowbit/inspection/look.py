@@ -1,0 +1,232 @@
+"""inspect: a model streamed block by block, and every linear and its input looked at.
+
+One block of original weights and the hidden states of a few windows are held at a time, as when the model is quantized,
+and one forward pass serves both to look at a block and to make the next one's input.
+
+Shapes: O output channel, I input channel, T token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowbit.architectures import Architecture, block_modules, for_config, resolve
+from lowbit.calibrate.data import SELF, Calibration, calibration_set, ids_sha256
+from lowbit.calibrate.source import ModelSource, load_tokenizer, open_model
+from lowbit.calibrate.stream import Call, Stream
+from lowbit.evaluate import output_error
+from lowbit.inspection.rows import MASSIVE, OUTLIER, ROUNDED, InputRow, Inspection, LayerRow, MassiveToken, markdown
+from lowbit.numerics import AbsMax, MinMax, Samples, Statistic, quantize
+from lowbit.steps import BlockIO, BlockState, LinearFormat
+
+Progress = Callable[[float, float, str], None]
+
+_TOKENS = 256  # sampled to measure a layer's output error
+
+
+@dataclass(frozen=True)
+class TokenPeak:
+    """Largest magnitude of each token, ``[T]``, in the order in which they came: a statistic."""
+
+    def update(self, old: Tensor | None, x_TI: Tensor) -> Tensor:
+        return self.merge(x_TI) if old is None else torch.cat([old, self.merge(x_TI)])
+
+    def merge(self, x_TI: Tensor) -> Tensor:
+        return x_TI.abs().amax(1)
+
+
+def inspect_model(
+    model: str | PathLike[str],
+    calibration: str | Tensor | Calibration,
+    *,
+    samples: int = 8,
+    seq_len: int = 512,
+    out: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Inspection:
+    """Runs a few windows of text through ``model``, a block at a time, and looks at every linear and its input.
+
+    Args:
+        model: as for :func:`lowbit.quantize`.
+        calibration: a text, ``self``, ids ``[N, T]`` or a Calibration.
+        samples, seq_len: how many windows of how many tokens of a text.
+        out: a directory for ``inspection.md``, ``inspection.json``, the plots, and ``channels.safetensors``, the largest
+            magnitude of every channel of every input; None: nothing is written.
+        progress: called with blocks done, blocks in all, and what is being done.
+
+    Raises:
+        ValueError: a model or a text that cannot be used.
+    """
+    source = open_model(model)
+    text = _calibration(source, calibration, samples, seq_len)
+    rows: list[LayerRow] = []
+    inputs: list[InputRow] = []
+    channels: dict[str, Tensor] = {}
+    for state, total in _original_blocks(source, text.ids):
+        block = len({row.block for row in inputs})
+        if progress is not None:
+            progress(block, total, f"block {block + 1} of {total}")
+        new_inputs, new_rows, new_channels = _look(state, block, tuple(text.ids.shape))
+        inputs, rows, channels = inputs + new_inputs, rows + new_rows, channels | new_channels
+    found = Inspection(
+        source.name,
+        f"{text.name}, {list(text.ids.shape)}",
+        tuple(rows),
+        tuple(inputs),
+        for_config(source.config).warnings,
+    )
+    return found if out is None else _write(found, channels, Path(out))
+
+
+def _calibration(source: ModelSource, text: str | Tensor | Calibration, samples: int, seq_len: int) -> Calibration:
+    vocabulary = source.config.get_text_config().vocab_size
+    if isinstance(text, str):
+        own = source.load_full() if text == SELF else None
+        tokenizer = None if own else load_tokenizer(source)
+        return calibration_set(text, tokenizer, samples, seq_len, vocab_size=vocabulary, model=own)
+    ids = text if isinstance(text, Tensor) else text.ids
+    if ids.dim() != 2 or ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise ValueError(
+            f"calibration ids are integers [windows, tokens] below {vocabulary}, found {list(ids.shape)} {ids.dtype} "
+            f"from {ids.min().item()} to {ids.max().item()}"
+        )
+    return text if isinstance(text, Calibration) else Calibration(ids.long(), "token ids", ids_sha256(ids.long()))
+
+
+def _original_blocks(source: ModelSource, ids: Tensor) -> Iterator[tuple[BlockState, int]]:
+    """Every block with its original weights and inputs, and how many there are.
+
+    A block must have been run over all windows, once, before the next is asked for: its answers are the next one's inputs.
+    """
+    model, architecture = source.skeleton(unfuse=True), for_config(source.config)
+    blocks = block_modules(model, architecture)
+    x, calls = _enter(source, model, architecture, ids)
+    for i, block in enumerate(blocks):
+        name = f"{architecture.blocks}.{i}"
+        source.load_into(model, name)
+        resolved = resolve(architecture, block, source.config)
+        answers: list[Tensor] = []
+
+        def run(module: Any, window: Tensor, call: Call = calls[i], answers: list[Tensor] = answers) -> Tensor:
+            answers.append(call(module, window))
+            return answers[-1]
+
+        formats = {path: LinearFormat(ROUNDED) for path in resolved.linears}
+        yield BlockState(name, block, resolved, formats, BlockIO(x, None, run)), len(blocks)
+        assert len(answers) == len(x), f"{name} was run over {len(answers)} of {len(x)} windows"
+        x = torch.cat(answers)
+        source.release(model, name)
+
+
+def _enter(
+    source: ModelSource, model: PreTrainedModel, architecture: Architecture, ids: Tensor
+) -> tuple[Tensor, list[Call]]:
+    """The first block's inputs ``[N, T, d]`` and every block's other arguments, which are the same for all windows."""
+    prefix, base = f"{architecture.blocks}.", f"{model.base_model_prefix}."
+    outside = {
+        key.rpartition(".")[0] for key in model.state_dict() if not key.startswith(prefix) and key.startswith(base)
+    }
+    for path in (*sorted(outside), f"{prefix}0"):
+        source.load_into(model, path)
+    stream = Stream(model, architecture)
+    stream.as_tuple = stream.answers_with_tuple()
+    entered = [stream.enter(window[None]) for window in ids]
+    for path in (*outside, f"{prefix}0"):
+        source.release(model, path)
+    return torch.cat([hidden for hidden, _ in entered]), entered[0][1]
+
+
+@torch.no_grad()
+def _look(
+    state: BlockState, block: int, shape: tuple[int, ...]
+) -> tuple[list[InputRow], list[LayerRow], dict[str, Tensor]]:
+    stride = max(1, shape[0] * shape[1] // _TOKENS)
+    samples = Samples(_TOKENS, stride)
+    needs: tuple[Statistic, ...] = (AbsMax(), TokenPeak(), samples)
+    stats = state.collect(needs)
+    inputs, rows, channels = [], [], {}
+    for shared in state.resolved.shared_inputs:
+        seen, name = stats[shared.name], state.full_name(shared.name)
+        readers = tuple(state.full_name(path) for path in shared.readers)
+        if AbsMax() in seen:
+            inputs.append(_input_row(name, shared.name, block, readers, seen[AbsMax()], seen[TokenPeak()], shape))
+            channels[name] = seen[AbsMax()].float()
+        rows += [_layer_row(state, path, name, seen.get(samples)) for path in shared.readers]
+    return inputs, rows, channels
+
+
+def _input_row(
+    name: str, local: str, block: int, readers: tuple[str, ...], peak_I: Tensor, peak_T: Tensor, shape: tuple[int, ...]
+) -> InputRow:
+    head, _, last = local.rpartition(".")
+    median_channel, median_token = peak_I.median().item(), peak_T.median().item()
+    outliers = [(i, peak_I[i].item() / median_channel) for i in _over(peak_I, OUTLIER * median_channel)]
+    whole = len(peak_T) == shape[0] * shape[1]
+    massive = [
+        MassiveToken(
+            t // shape[1] if whole else None,
+            t % shape[1] if whole else None,
+            peak_T[t].item(),
+            peak_T[t].item() / median_token,
+        )
+        for t in _over(peak_T, MASSIVE * median_token)
+    ]
+    return InputRow(
+        name,
+        head if head and last.isdigit() else local,
+        block,
+        readers,
+        len(peak_I),
+        peak_I.max().item(),
+        median_channel,
+        median_token,
+        tuple(outliers),
+        tuple(massive),
+    )
+
+
+def _over(values: Tensor, limit: float) -> list[int]:
+    """Places of the values over ``limit``, largest first; none where the limit is zero (an input that is mostly dead)."""
+    if limit <= 0:
+        return []
+    order = values.argsort(descending=True)
+    return order[: int((values > limit).sum())].tolist()
+
+
+def _layer_row(state: BlockState, path: str, shared: str, x_TI: Tensor | None) -> LayerRow:
+    w_OI = state.weight_OI(path)
+    error = None
+    if x_TI is not None:
+        error = output_error(x_TI @ w_OI.T, x_TI @ quantize(w_OI, ROUNDED, MinMax()).dequantize().T)
+    low, high = torch.aminmax(w_OI)
+    shape = (w_OI.shape[0], w_OI.shape[1])
+    role = state.resolved.linears[path]
+    return LayerRow(state.full_name(path), role, shared, shape, low.item(), high.item(), w_OI.std().item(), error)
+
+
+# Files
+
+
+def _write(found: Inspection, channels: dict[str, Tensor], out: Path) -> Inspection:
+    from lowbit.inspection import plots  # matplotlib takes a second to import
+
+    out.mkdir(parents=True, exist_ok=True)
+    names = ("inspection.md", "inspection.json", "channels.safetensors", *plots.DRAWINGS)
+    found = dataclasses.replace(found, files=tuple(out / name for name in names))
+    for name, draw in plots.DRAWINGS.items():
+        draw(found, channels, out / name)
+    save_file(channels, out / "channels.safetensors")
+    (out / "inspection.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n")
+    (out / "inspection.md").write_text(markdown(found))
+    return found

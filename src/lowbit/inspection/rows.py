@@ -1,0 +1,134 @@
+"""What an inspection finds, as rows, and the tables that a person reads.
+
+The rules are conventions and no laws: a channel is an outlier where its largest magnitude is over ``OUTLIER`` times that of
+the median channel of the same input; a token is massive where its largest magnitude is over ``MASSIVE`` times that of the
+median token. A layer's hardness is the relative squared error of its output, on sampled tokens, when its weight is rounded
+to nearest in ``ROUNDED`` and nothing else changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit.numerics import Int, PerGroup, Spec
+
+OUTLIER = 6.0
+MASSIVE = 50.0
+ROUNDED = Spec(Int(4), PerGroup(64))
+
+
+@dataclass(frozen=True)
+class MassiveToken:
+    """``ratio``: to the median token. ``window`` and ``position`` are None where an expert saw only some of the tokens."""
+
+    window: int | None
+    position: int | None
+    magnitude: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class InputRow:
+    """One shared input. Magnitudes: of the largest channel, of the median channel's largest, of the median token's largest.
+
+    outliers: ``(channel, ratio to the median channel)``, largest first. massive: tokens, largest first.
+    """
+
+    name: str
+    role: str
+    block: int
+    readers: tuple[str, ...]
+    channels: int
+    largest: float
+    median_channel: float
+    median_token: float
+    outliers: tuple[tuple[int, float], ...]
+    massive: tuple[MassiveToken, ...]
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One linear: its weight's range, and its relative squared output error (None: it saw no token)."""
+
+    name: str
+    role: str
+    input: str
+    shape: tuple[int, int]
+    weight_min: float
+    weight_max: float
+    weight_std: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was seen. ``rows``: linears in the order of the model; ``inputs``: what they read; ``files``: what was written."""
+
+    model: str
+    calibration: str
+    rows: tuple[LayerRow, ...]
+    inputs: tuple[InputRow, ...]
+    warnings: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+
+    @property
+    def hardest(self) -> list[LayerRow]:
+        """Layers by falling output error."""
+        return sorted((row for row in self.rows if row.error is not None), key=lambda row: -(row.error or 0.0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return {
+            "model": self.model,
+            "calibration": self.calibration,
+            "rules": {"outlier_channel": OUTLIER, "massive_token": MASSIVE, "rounded": "int4 asymmetric, groups of 64"},
+            "layers": [dataclasses.asdict(row) for row in self.rows],
+            "inputs": [dataclasses.asdict(row) for row in self.inputs],
+            "warnings": list(self.warnings),
+            "files": [str(file) for file in self.files],
+        }
+
+
+def markdown(found: Inspection, count: int = 20) -> str:
+    """Tables of the hardest layers, the widest inputs and the massive tokens, ``count`` rows each."""
+    widest = sorted(found.inputs, key=lambda row: -row.largest / max(row.median_channel, 1e-30))[:count]
+    massive = [(row.name, token) for row in found.inputs for token in row.massive]
+    massive = sorted(massive, key=lambda pair: -pair[1].magnitude)[:count]
+    hard = [
+        (row.name, f"{row.error:.3g}", f"{row.weight_min:.3g} .. {row.weight_max:.3g}", f"{row.weight_std:.3g}")
+        for row in found.hardest[:count]
+    ]
+    wide = [
+        (
+            row.name,
+            f"{row.largest:.4g}",
+            f"{row.median_channel:.3g}",
+            len(row.outliers),
+            ", ".join(f"{channel} ({ratio:.0f}x)" for channel, ratio in row.outliers[:5]),
+        )
+        for row in widest
+    ]
+    tokens = [(name, _at(token), f"{token.magnitude:.4g}", f"{token.ratio:.0f}x") for name, token in massive]
+    parts = [
+        f"# {found.model}\n\nOn {found.calibration}.",
+        *(f"Warning: {warning}" for warning in found.warnings),
+        "## Hardest layers\n\nRelative squared output error when rounded to nearest, 4 bits, groups of 64.",
+        _table(("layer", "error", "weight range", "weight std"), hard),
+        f"## Widest inputs\n\nOutlier channels are over {OUTLIER:g} times the median channel's largest magnitude.",
+        _table(("input", "largest", "median channel", "outliers", "the first (ratio to the median)"), wide),
+        f"## Massive tokens\n\nTheir largest magnitude is over {MASSIVE:g} times the median token's.",
+        _table(("input", "window, position", "magnitude", "ratio"), tokens) if tokens else "None.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _at(token: MassiveToken) -> str:
+    return "unknown" if token.window is None else f"{token.window}, {token.position}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
