@@ -7,13 +7,12 @@ Some names are both a function here and a module (``lowbit.recipe("gptq")``, ``f
 module is imported first, so that the functions below are what the names mean.
 """
 
-__version__ = "0.1.0"
-
 from lowbit import methods as _methods  # noqa: F401  (fills the registry of methods)
 from lowbit.api import evaluate, load, load_tokenizer, methods
 from lowbit.pipeline import BrokenModel, QuantizeReport, quantize
 from lowbit.recipe import Recipe, recipe
 from lowbit.single import quantize_linear
+from lowbit.version import __version__
 
 __all__ = [
     "BrokenModel",

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import lowbit.methods  # noqa: F401  (fills the registry of methods)
 from lowbit.calibrate import source as sources
 from lowbit.calibrate.data import load_text
 from lowbit.calibrate.source import load_tokenizer

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lowbit
 from lowbit.calibrate.data import Calibration, calibration_set
 from lowbit.calibrate.journal import Journal, check_target
 from lowbit.calibrate.source import ModelSource, load_tokenizer, open_model
@@ -27,6 +26,7 @@ from lowbit.formats import native
 from lowbit.formats.card import write_card
 from lowbit.recipe import Recipe, as_recipe
 from lowbit.steps import LayerRecord
+from lowbit.version import __version__
 
 MAX_KL = 2.0
 """Mean KL divergence (nats a token) from the original beyond which a model counts as broken."""
@@ -122,7 +122,7 @@ class Job:
     def header(self) -> dict[str, Any]:
         """What determines the bytes of the result; a partial run is continued only where all of it is the same."""
         return {
-            "lowbit": lowbit.__version__,
+            "lowbit": __version__,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "model": self.source.fingerprint,

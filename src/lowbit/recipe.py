@@ -151,10 +151,6 @@ class Recipe(_Frozen):
         static = any(rule.activation is not None and rule.activation.static for rule in self.scheme.rules)
         if static and not any(isinstance(step, SetActivationRange) for step in self.steps):
             raise ValueError(f"{self.name}: static activations need the step SetActivationRange")
-        check = getattr(solver, "check", None)
-        for rule in self.scheme.rules:
-            if rule.weight is not None and check is not None:
-                check(rule.weight)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that :func:`from_plain` reads back to an equal recipe."""
@@ -339,8 +335,6 @@ def recipe(name: str, **options: Any) -> Recipe:
     Raises:
         ValueError: an unknown method or option (with the nearest known), a value of the wrong type, a mix that cannot be.
     """
-    import lowbit.methods  # noqa: F401  (fills the registry)
-
     parts = []
     for part in name.split("+"):
         if part not in METHODS:

@@ -315,8 +315,8 @@ def test_this_version_claims_its_own_format_only_and_names_the_kernels(models):
             "transformers (import lowbit)",
         ]
         assert all(text.startswith(("yes: ", "no: ")) for text in found.values())
-    assert answers(models, "smoothquant")["lowbit"] == "yes: int8_torch runs q, k, v, o, gate, up, down"
-    assert answers(models, "rtn")["lowbit"].startswith("yes: reference runs")
+    assert answers(models, "smoothquant")["lowbit"] == "yes: kernel int8_torch for q, k, v, o, gate, up, down"
+    assert answers(models, "rtn")["lowbit"].startswith("yes: kernel reference for q, k")
 
 
 FITS = "no: this version writes the native format only; the numbers would fit this one as they are"

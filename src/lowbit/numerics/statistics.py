@@ -31,8 +31,15 @@ class Statistic(Protocol):
         """The statistic of one batch of tokens alone."""
         ...
 
+    def enough(self, acc: Tensor) -> bool:
+        """Whether more tokens would change nothing, so that a pass over them can be left out."""
+        ...
+
 
 class _Merging:
+    def enough(self, acc: Tensor) -> bool:
+        return False
+
     def update(self, old: Tensor | None, x_TI: Tensor) -> Tensor:
         new = self.merge(x_TI)
         return new if old is None else self.join(old, new)
@@ -103,6 +110,9 @@ class Samples:
     def update(self, old: Tensor | None, x_TI: Tensor) -> Tensor:
         new = self.merge(x_TI)
         return new if old is None else torch.cat([old, new[: self.count - len(old)]])
+
+    def enough(self, acc: Tensor) -> bool:
+        return len(acc) >= self.count
 
     def merge(self, x_TI: Tensor) -> Tensor:
         return x_TI[:: self.stride][: self.count].clone()

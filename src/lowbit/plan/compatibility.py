@@ -24,7 +24,7 @@ def compatibility(found: Survey) -> dict[str, str]:
     biases = "shifts add biases that the model's class does not have" if _adds_biases(found) else ""
     shapes = _shapes(found)
     return {
-        "lowbit": "yes: " + "; ".join(f"{name} runs {text}" for name, text in kernels.items()),
+        "lowbit": "yes: " + "; ".join(f"kernel {name} for {roles}" for name, roles in kernels.items()),
         "transformers (import lowbit)": "yes: AutoModelForCausalLM.from_pretrained(DIR) after `import lowbit`",
         "vLLM / compressed-tensors": _answer(biases, transform, *(_compressed_tensors(*shape) for shape in shapes)),
         "llama.cpp GGUF": _answer(biases, transform, *(_gguf(*shape) for shape in shapes)),

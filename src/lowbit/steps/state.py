@@ -178,6 +178,8 @@ class BlockState:
             for i in range(len(self.io)):
                 self.io.call(self.block, self.io.window(i))
                 self.tick("calibrating")
+                if all(need in found and need.enough(found[need]) for found in gathered.values() for need in needs):
+                    break
         return dict(gathered)
 
     def stats_of(self, stats: Mapping[str, Stats], path: str) -> Stats:
