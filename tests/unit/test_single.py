@@ -55,8 +55,9 @@ def test_a_transform_that_nothing_absorbs_runs_in_the_layer_and_counts_in_its_bi
     plain = lowbit.quantize_linear(linear, inputs, lowbit.recipe("rtn", bits=8, group_size=None, symmetric=True))
     smooth = lowbit.quantize_linear(linear, inputs, lowbit.recipe("smoothquant", activation_bits=16))
     assert smooth.bits_per_weight - plain.bits_per_weight == pytest.approx(32 * 96 / (96 * 48))
-    ratio = smooth.effective_weight() / smooth.dequantize()
-    assert ratio.std(0).max() < 1e-4 and ratio.mean(0).std() > 0.01  # one factor a column, not all the same
+    (scale,) = smooth.pre
+    assert scale.s[3] > 3 * scale.s.median()  # a loud channel is made quieter
+    torch.testing.assert_close(smooth.effective_weight(), smooth.dequantize() / scale.s)
 
 
 def test_windows_and_tokens_of_the_same_inputs_give_the_same_codes(linear, inputs):
