@@ -53,7 +53,9 @@ def settings() -> dict[str, tuple[str, dict]]:
     for method, options in ACTIVATION_METHODS.items():
         for label, (w, a) in ACTIVATIONS.items():
             found[f"{method}, {label}"] = (method, {"bits": w, "activation_bits": a, **options})
-    return dict(sorted(found.items(), key=lambda item: ["rtn", "smoothquant", "gptq", "awq", "omniquant"].index(item[1][0])))
+    return dict(
+        sorted(found.items(), key=lambda item: ["rtn", "smoothquant", "gptq", "awq", "omniquant"].index(item[1][0]))
+    )
 
 
 def run(name: str, method: str, options: dict, calibration: str, text: str) -> dict:
@@ -116,7 +118,10 @@ def main() -> None:
         line = run(name, method, options, arguments.calibration, arguments.text)
         with file.open("a") as stream:
             stream.write(json.dumps(line, sort_keys=True) + "\n")
-        print(f"{name}: {line['perplexity']:.3f} at {line['bits_per_weight']:.3f} bits, {line['quantize_seconds']} s", flush=True)
+        print(
+            f"{name}: {line['perplexity']:.3f} at {line['bits_per_weight']:.3f} bits, {line['quantize_seconds']} s",
+            flush=True,
+        )
         order = list(settings())
         done = [json.loads(each) for each in file.read_text().splitlines()]
         write_table(sorted(done, key=lambda each: order.index(each["setting"])), RESULTS / "perplexity.md")

@@ -122,15 +122,16 @@ def kernels(model: PreTrainedModel) -> str:
     return f"{', '.join(sorted(chosen))} kernel" if chosen else "dense"
 
 
-def quantize(out: Path) -> tuple[lowbit.QuantizeReport, Stage]:
+def quantize(out: Path) -> tuple[lowbit.QuantizeReport, dict[str, Stage]]:
     text = common.text_or_default(None, "calibration")
-    verb = "Continuing to quantize" if out.with_name(f"{out.name}.partial").is_dir() else "Quantizing"
+    continued = out.with_name(f"{out.name}.partial").is_dir()
+    verb = "Continuing to quantize" if continued else "Quantizing"
     with stage(f"{verb} by GPTQ to {BITS} bits, groups of {GROUP}, on {text}, into {out}") as taken:
         with common.progress() as report:
             recipe = lowbit.recipe("gptq", bits=BITS, group_size=GROUP)
             result = lowbit.quantize(MODEL, recipe, text, out=out, samples=SAMPLES, seq_len=SEQ_LEN, progress=report)
     common.warn(result.warnings)
-    return result, taken
+    return result, {"quantizing, the rest of it" if continued else "quantizing": taken}
 
 
 def compare(out: Path) -> tuple[Evaluation, Stage]:
@@ -175,7 +176,7 @@ def main() -> None:
     report, quantizing = quantize(out)
     after = running(out, "Running the packed model, reloaded")
     judged, comparing = compare(out)
-    stages = {"quantizing": quantizing, "comparing": comparing}
+    stages = quantizing | {"comparing": comparing}
     console = common.console()
     console.print(summary(out, before, after, judged, stages))
     for line in (

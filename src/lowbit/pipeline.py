@@ -70,7 +70,7 @@ class QuantizeReport:
     @property
     def worst_layers(self) -> list[LayerRecord]:
         """Layers by falling output error."""
-        return sorted((x for x in self.layers if x.error is not None), key=lambda x: -x.error)  # pyright: ignore[reportOperatorIssue]
+        return sorted((x for x in self.layers if x.error is not None), key=lambda x: x.error or 0.0, reverse=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""

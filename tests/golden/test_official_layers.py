@@ -14,11 +14,12 @@ import math
 
 import pytest
 import torch
-from layers import LAYERS, gather, missing, official, output_energy
 from torch import Tensor
 
 from lowbit.numerics import ClipSearch, Gram, Int, MinMax, PerChannel, PerGroup, Spec
 from lowbit.solve import Gptq, Nearest, Solver
+
+from layers import LAYERS, gather, missing, official, output_energy
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 NEAREST, SOLVED = official("RTN"), official("GPTQ")

@@ -257,6 +257,15 @@ def test_explain_takes_a_mix_with_options_or_a_file(place, tmp_path):
     assert "\n2. Solve" in shown
 
 
+def test_inspect_writes_its_files_and_shows_the_hardest_layers(place, tmp_path):
+    result = run("inspect", place / "model", "--calibration", place / "text.txt", *SHORT, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "model.layers.0.mlp.down_proj" in result.stdout
+    files = sorted((tmp_path / "out").iterdir())
+    assert files
+    assert all(str(file) in result.stdout for file in files)
+
+
 def test_ctrl_c_says_how_to_continue_and_the_same_command_does(place, tmp_path, monkeypatch):
     from lowbit.calibrate.walk import Walk
 

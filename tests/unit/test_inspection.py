@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaForCausalLM, MixtralConfig
 
-from helpers import random_ids, tiny_llama
 from lowbit.calibrate.data import Calibration
 from lowbit.evaluate import output_error
 from lowbit.inspection import InputRow, Inspection, inspect_model
 from lowbit.inspection.rows import MASSIVE, OUTLIER, ROUNDED, markdown
 from lowbit.numerics import MinMax, quantize
+
+from helpers import random_ids, tiny_llama
 
 WINDOWS, TOKENS = 3, 16
 

@@ -7,8 +7,6 @@ import pickle
 
 import pytest
 import torch
-from helpers import random_ids, sqnr_db, tiny_llama
-from laws.test_architectures import CASES
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -18,6 +16,9 @@ from lowbit.calibrate.source import open_model
 from lowbit.calibrate.walk import Walk
 from lowbit.modules import QuantLinear
 
+from helpers import random_ids, sqnr_db, tiny_llama
+from laws.test_architectures import CASES
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -26,7 +27,9 @@ def model(tmp_path_factory):
 
 def _quantize(model, out, recipe="rtn", ids=None, **options):
     recipe = lowbit.recipe(recipe, bits=4, group_size=32) if isinstance(recipe, str) else recipe
-    return lowbit.quantize(model, recipe, random_ids(3, 24) if ids is None else ids, out=out, **{"max_kl": 50} | options)
+    return lowbit.quantize(
+        model, recipe, random_ids(3, 24) if ids is None else ids, out=out, **{"max_kl": 50} | options
+    )
 
 
 def test_a_saved_model_loads_both_ways_and_generates_the_same(model, tmp_path):
@@ -104,7 +107,9 @@ def test_a_recipe_that_needs_text_says_so_before_any_work(model, tmp_path):
 
 def test_a_broken_result_names_its_layers_and_leaves_nothing_finished(model, tmp_path):
     recipe = lowbit.recipe("rtn", bits=1, group_size=None)
-    with pytest.raises(lowbit.BrokenModel, match=r"KL divergence.*over the limit.*model\.layers\.\d.*overrides") as refusal:
+    with pytest.raises(
+        lowbit.BrokenModel, match=r"KL divergence.*over the limit.*model\.layers\.\d.*overrides"
+    ) as refusal:
         _quantize(model, tmp_path / "q", recipe, max_kl=1e-4)
     assert refusal.value.report.problems and not (tmp_path / "q").exists()
     assert not (tmp_path / "q.partial" / "config.json").exists()
@@ -212,7 +217,11 @@ def test_an_unknown_architecture_is_discovered_and_said_to_lack_transforms(tmp_p
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     ids = torch.randint(0, 48, (3, 16))
     report = lowbit.quantize(
-        tmp_path / "model", lowbit.recipe("awq+gptq", bits=4, group_size=16, clip=False), ids, out=tmp_path / "q", max_kl=10
+        tmp_path / "model",
+        lowbit.recipe("awq+gptq", bits=4, group_size=16, clip=False),
+        ids,
+        out=tmp_path / "q",
+        max_kl=10,
     )
     assert report.coverage == 1.0
     assert any("no edge" in text or "transform" in text for text in report.warnings)

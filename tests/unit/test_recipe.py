@@ -5,7 +5,6 @@ import json
 import pytest
 import yaml
 
-from helpers import random_ids, tiny_llama
 from lowbit.architectures import for_config
 from lowbit.calibrate.journal import Journal
 from lowbit.calibrate.source import open_model
@@ -40,6 +39,8 @@ from lowbit.steps import (
     Smooth,
     Solve,
 )
+
+from helpers import random_ids, tiny_llama
 
 BUILTIN = sorted(builtin_recipes())
 LLAMA_LINEARS = {

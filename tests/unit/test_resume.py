@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_ids, tiny_llama
 
 import lowbit
 from lowbit.calibrate.journal import Journal, OutputError
+
+from helpers import random_ids, tiny_llama
 
 # Quantizes argv[1] into argv[2]; kills itself without notice at the progress call or journal act that argv[3] names.
 SCRIPT = """
@@ -73,7 +74,11 @@ def _run(model: Path, out: Path, point: str) -> int:
     tests = Path(__file__).parents[1]
     env = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent / 'src'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(model), str(out), point], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", SCRIPT, str(model), str(out), point],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import sqnr_db
 from torch import nn
 
 import lowbit
 from lowbit.modules import QuantLinear
+
+from helpers import sqnr_db
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
-from helpers import random_ids, sqnr_db, tiny_llama
 
 from lowbit.architectures import for_config, resolve
 from lowbit.calibrate.source import open_model
@@ -33,6 +32,8 @@ from lowbit.steps import (
     Smooth,
     Solve,
 )
+
+from helpers import random_ids, sqnr_db, tiny_llama
 
 W4 = Spec(Int(4), PerGroup(32))
 W3 = Spec(Int(3), PerGroup(32))

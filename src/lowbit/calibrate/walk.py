@@ -227,7 +227,9 @@ class Walk:
             self.source.load_into(self.model, module, dtype=self.source.dtype)
             here = self.model.get_submodule(module).state_dict(prefix=f"{module}.")
             # A module may hold others of the list: each tensor is taken where it is at home.
-            tensors |= {key: value for key, value in here.items() if key.rpartition(".")[0] == module and key not in tied}
+            tensors |= {
+                key: value for key, value in here.items() if key.rpartition(".")[0] == module and key not in tied
+            }
         self.journal.write(shard_name(self.total, self.total + 1), tensors, {})
         for module in self._outside():
             self.source.release(self.model, module)

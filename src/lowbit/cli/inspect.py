@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lowbit.cli import common
 
+if TYPE_CHECKING:
+    from lowbit.inspection import Inspection
+
 EXAMPLE = "Example: lowbit inspect smollm2-135m --calibration python-docs --samples 8 -o smollm2-inspection"
+ROWS = 10  # of each table; the files have all
 
 
 def command(
@@ -37,3 +41,33 @@ def command(
         result = inspect_model(model, text, samples=samples, seq_len=seq_len, out=out, progress=report)
     if as_json:
         common.print_json(result.to_dict())
+    else:
+        _show(result)
+
+
+def _show(result: Inspection) -> None:
+    console = common.console()
+    hard = common.table(
+        "hardest layers",
+        "output error at 4 bits",
+        "weights from",
+        "to",
+        numbers=("output error at 4 bits", "weights from", "to"),
+    )
+    for row in result.hardest[:ROWS]:
+        hard.add_row(row.name, common.number(row.error), common.number(row.weight_min), common.number(row.weight_max))
+    wide = common.table(
+        "widest inputs",
+        "largest",
+        "median channel",
+        "outlier channels",
+        "massive tokens",
+        numbers=("largest", "median channel", "outlier channels", "massive tokens"),
+    )
+    for row in sorted(result.inputs, key=lambda row: -row.largest / max(row.median_channel, 1e-30))[:ROWS]:
+        figures = common.number(row.largest), common.number(row.median_channel)
+        wide.add_row(row.name, *figures, str(len(row.outliers)), str(len(row.massive)))
+    console.print(hard, wide)
+    for file in result.files:
+        console.print(str(file), markup=False, soft_wrap=True)
+    common.warn(result.warnings)

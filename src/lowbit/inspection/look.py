@@ -36,14 +36,14 @@ _TOKENS = 256  # sampled to measure a layer's output error
 
 
 @dataclass(frozen=True)
-class TokenPeak:
-    """Largest magnitude of each token, ``[T]``, in the order in which they came: a statistic."""
-
-    def update(self, old: Tensor | None, x_TI: Tensor) -> Tensor:
-        return self.merge(x_TI) if old is None else torch.cat([old, self.merge(x_TI)])
+class TokenPeak(Statistic):
+    """Largest magnitude of each token, ``[T]``, in the order in which they came."""
 
     def merge(self, x_TI: Tensor) -> Tensor:
         return x_TI.abs().amax(1)
+
+    def join(self, old: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([old, new])
 
 
 def inspect_model(

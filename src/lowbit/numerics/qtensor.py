@@ -28,7 +28,7 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values, of ``shape``. Computed in float32 and then cast."""
-        params = Affine(*(None if p is None else p.float() for p in self.params))
+        params = Affine(*(None if p is None else p.float() for p in self.params))  # pyright: ignore[reportArgumentType]
         codes_GK = self.spec.granularity.split(self.codes)
         return self.spec.granularity.join(self.spec.grid.decode(codes_GK, params), self.shape).to(dtype)
 

@@ -11,7 +11,6 @@ Shapes: T token, I input channel.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,35 +18,33 @@ from torch import Tensor
 from lowbit.numerics.tagged import tagged
 
 
-@runtime_checkable
-class Statistic(Protocol):
-    """A request for one statistic of an input ``[T, I]``."""
+class Statistic:
+    """A request for one statistic of an input ``[T, I]``: how a batch of tokens gives it and how two of them join.
 
-    def update(self, old: Tensor | None, x_TI: Tensor) -> Tensor:
-        """The accumulator after more tokens; ``old`` is None before the first."""
-        ...
+    Subclasses are frozen dataclasses.
+    """
 
     def merge(self, x_TI: Tensor) -> Tensor:
         """The statistic of one batch of tokens alone."""
-        ...
+        raise NotImplementedError
+
+    def join(self, old: Tensor, new: Tensor) -> Tensor:
+        """The statistic of two batches together, from that of each; may reuse ``old``."""
+        raise NotImplementedError
+
+    def update(self, old: Tensor | None, x_TI: Tensor) -> Tensor:
+        """The accumulator after more tokens; ``old`` is None before the first."""
+        new = self.merge(x_TI)
+        return new if old is None else self.join(old, new)
 
     def enough(self, acc: Tensor) -> bool:
         """Whether more tokens would change nothing, so that a pass over them can be left out."""
-        ...
-
-
-class _Merging:
-    def enough(self, acc: Tensor) -> bool:
         return False
-
-    def update(self, old: Tensor | None, x_TI: Tensor) -> Tensor:
-        new = self.merge(x_TI)
-        return new if old is None else self.join(old, new)
 
 
 @tagged
 @dataclass(frozen=True)
-class Gram(_Merging):
+class Gram(Statistic):
     """``sum_t x_t x_t^T``, ``[I, I]`` in float32: the Hessian of the layer's output error, up to a factor."""
 
     def merge(self, x_TI: Tensor) -> Tensor:
@@ -60,7 +57,7 @@ class Gram(_Merging):
 
 @tagged
 @dataclass(frozen=True)
-class AbsMax(_Merging):
+class AbsMax(Statistic):
     """Largest magnitude of each channel, ``[I]``."""
 
     def merge(self, x_TI: Tensor) -> Tensor:
@@ -72,7 +69,7 @@ class AbsMax(_Merging):
 
 @tagged
 @dataclass(frozen=True)
-class Range(_Merging):
+class Range(Statistic):
     """Smallest and largest value of each channel, ``[2, I]``."""
 
     def merge(self, x_TI: Tensor) -> Tensor:
@@ -84,11 +81,11 @@ class Range(_Merging):
 
 @tagged
 @dataclass(frozen=True)
-class AbsSum(_Merging):
+class AbsSum(Statistic):
     """``sum_t |x_t|`` and the number of tokens, ``[I + 1]`` in float64; :func:`mean_abs` divides."""
 
     def merge(self, x_TI: Tensor) -> Tensor:
-        return torch.cat([x_TI.abs().sum(0, dtype=torch.float64), torch.tensor([float(len(x_TI))])])
+        return torch.cat([x_TI.abs().sum(0, dtype=torch.float64), x_TI.new_tensor([len(x_TI)], dtype=torch.float64)])
 
     def join(self, old: Tensor, new: Tensor) -> Tensor:
         return old.add_(new)
@@ -101,15 +98,14 @@ def mean_abs(abs_sum: Tensor) -> Tensor:
 
 @tagged
 @dataclass(frozen=True)
-class Samples:
+class Samples(Statistic):
     """Some of the tokens themselves, ``[count, I]`` at most: every ``stride``-th from the start, until ``count`` are kept."""
 
     count: int = 512
     stride: int = 1
 
-    def update(self, old: Tensor | None, x_TI: Tensor) -> Tensor:
-        new = self.merge(x_TI)
-        return new if old is None else torch.cat([old, new[: self.count - len(old)]])
+    def join(self, old: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([old, new[: self.count - len(old)]])
 
     def enough(self, acc: Tensor) -> bool:
         return len(acc) >= self.count

@@ -22,7 +22,7 @@ def tagged(cls: T) -> T:
     assert dataclasses.is_dataclass(cls), f"{cls.__name__} must be a dataclass"
     assert cls.__name__ not in _KNOWN, f"two tagged classes are called {cls.__name__}"
     _KNOWN[cls.__name__] = cls
-    return cls
+    return cls  # pyright: ignore[reportReturnType]  # the assertion narrows T to dataclasses
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -129,7 +129,8 @@ class Shifts:
         found = list(_at_edges(state, stats, self.at, self.init))
         for edge, _ in found:
             add_bias(state.block, needs_bias(edge, Kind.SHIFT))
-        return _EdgeTransforms(Kind.SHIFT, Shift, [edge for edge, _ in found], [start.d for _, start in found])
+        starts = [start.d for _, start in found]  # pyright: ignore[reportAttributeAccessIssue]
+        return _EdgeTransforms(Kind.SHIFT, Shift, [edge for edge, _ in found], starts)
 
 
 class _Clip(Parametrization):

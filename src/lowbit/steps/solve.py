@@ -57,7 +57,8 @@ class Solve:
         if not torch.isfinite(w_OI).all():
             raise ValueError(f"{state.full_name(path)}: the weight holds NaN or Inf after the transforms before it")
         solution = solver.solve(w_OI, form.weight, stats, state.clip.get(path))
-        bias = None if linear.bias is None else linear.bias.detach().to(state.store_dtype).to(w_OI.dtype)
+        bias = linear._parameters.get("bias")
+        bias = None if bias is None else bias.detach().to(state.store_dtype)
 
         def pack(pre: tuple[ChannelTransform, ...]) -> QuantLinear:
             act_params = state.act_params.get(path)

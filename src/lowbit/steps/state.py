@@ -103,7 +103,7 @@ class BlockState:
 
     def weight_OI(self, path: str) -> Tensor:
         """The weight of a linear that is not quantized yet, ``[O, I]``, detached."""
-        return stored_as_OI(self.linear(path), self.linear(path).weight.detach())  # pyright: ignore[reportArgumentType]
+        return stored_as_OI(self.linear(path), self.block.get_parameter(f"{path}.weight").detach())
 
     def weights(self) -> dict[str, Tensor]:
         """The block's parameters by name: what transforms fold into."""
