@@ -28,12 +28,12 @@ WEIGHT_ONLY = {
     "W2 g64": {"bits": 2, "group_size": 64},
     "W3 per channel": {"bits": 3, "group_size": None},
 }
-LEARNING = {"epochs": 5, "batch": 4, "amp": True}  # 40 steps a block; the authors take 20 epochs of batch 1
+LEARNING = {"epochs": 4, "batch": 4, "amp": True}  # 32 steps a block; the authors take 20 epochs of batch 1
 METHODS = {
     "rtn": {},
     "gptq": {},
-    "gptq order=group": {"order": "group"},
-    "awq": {"windows": 8},
+    "gptq mse, order=group": {"mse": True, "order": "group"},
+    "awq": {"windows": 4},
     "omniquant": {**LEARNING, "clip_lr": 5e-2},
 }
 ACTIVATIONS = {"W8A8": (8, 8), "W6A6": (6, 6), "W4A4": (4, 4)}

@@ -285,7 +285,7 @@ def test_ctrl_c_says_how_to_continue_and_the_same_command_does(place, tmp_path, 
     again = quantize(place, tmp_path / "out")
     assert again.exit_code == 0, again.stderr
     assert "continuing the unfinished run" in again.stderr
-    assert "1 blocks are done" in again.stderr
+    assert "finished blocks: 1" in again.stderr
 
 
 # Refusals

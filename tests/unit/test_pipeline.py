@@ -142,7 +142,7 @@ def test_overrides_reach_their_layers_and_unmatched_ones_are_errors(model, tmp_p
     bits = {layer.name: layer.bits_per_weight for layer in report.layers}
     assert bits["model.layers.1.mlp.down_proj"] > 8 > 5 > bits["model.layers.1.mlp.up_proj"]
     assert "model.layers.0.self_attn.q_proj" not in bits and report.coverage < 1
-    with pytest.raises(ValueError, match="'dwon' matches no layer.*did you mean 'down'"):
+    with pytest.raises(ValueError, match=r"'dwon' matches no layer.*did you mean 'down'"):
         _quantize(model, tmp_path / "r", recipe.with_overrides([{"match": "dwon", "bits": 8}]))
 
 

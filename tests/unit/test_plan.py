@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, StableLmConfig
 
 from lowbit.calibrate import origins, shards
 from lowbit.calibrate.journal import Journal
@@ -43,6 +43,7 @@ CONFIGS = {
         word_embed_proj_dim=32,
     ),
     "gpt2": GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "stablelm": StableLmConfig(**LLAMA, tie_word_embeddings=False),
     "mixtral": MixtralConfig(**LLAMA, num_local_experts=2, num_experts_per_tok=2),
 }
 
@@ -89,6 +90,7 @@ CASES = [
     ("opt", recipe("rtn", group_size=None, symmetric=True)),
     ("gpt2", recipe("rtn", group_size=16)),
     ("mixtral", recipe("rtn", group_size=16)),
+    ("stablelm", recipe("gptq", group_size=16)),  # no table: blocks and linears are discovered
     (
         "llama",
         from_plain(
@@ -187,6 +189,17 @@ def test_transforms_that_the_architecture_cannot_carry_are_warned_of(models):
     assert through_gelu.startswith(
         "the scale at edge 'up_down' is not applied (all 2 blocks): a scale does not commute"
     )
+
+
+def test_a_model_without_a_table_is_planned_with_what_is_not_available(models):
+    told = plan(models("stablelm"), recipe("smoothquant"))
+    assert told.architecture == "discovered stablelm"
+    assert sum("No architecture table for model type 'stablelm'" in warning for warning in told.warnings) == 2
+    assert told.warnings[-1].startswith(
+        "the scale at edge 'norm_*' is not applied (all 2 blocks): this architecture has no"
+    )
+    assert len([layer for layer in told.layers if not layer.reason]) == 14
+    assert explain("smoothquant", models("stablelm")).steps[0].count("No scale is applied") == 1
 
 
 def test_a_walk_notes_the_same_missing_transforms_as_the_plan(models, tmp_path):

@@ -108,7 +108,7 @@ def test_a_partial_run_of_something_else_is_not_continued(tmp_path):
     journal = Journal(tmp_path / "out", {"recipe": "a"})
     journal.open()
     journal.write("model-1.safetensors", {"x": torch.zeros(2)}, {})
-    with pytest.raises(OutputError, match="something else.*differ"):
+    with pytest.raises(OutputError, match=r"something else.*differ"):
         lowbit.quantize(model, "rtn", random_ids(2, 16), out=tmp_path / "out", max_kl=50)
     lowbit.quantize(model, "rtn", random_ids(2, 16), out=tmp_path / "out", max_kl=50, restart=True)
     assert (tmp_path / "out" / "config.json").exists()

@@ -108,7 +108,7 @@ def _announce(job: Job, restart: bool) -> None:
     if journal.exists():
         finished = len(journal.read_text().splitlines()) - 1
         verb = "discarding" if restart else "continuing"
-        common.say(f"{verb} the unfinished run in {journal.parent}: {finished} blocks are done")
+        common.say(f"{verb} the unfinished run in {journal.parent}: finished blocks: {finished}")
 
 
 def describe(recipe: Recipe) -> str:

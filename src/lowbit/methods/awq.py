@@ -19,6 +19,7 @@ def awq(
 ) -> Recipe:
     """Activation-aware scales s = mean|x|^r with r searched on the output error, and searched clipping.
 
+    symmetric: no zero point. activation_bits: also quantize each linear's input, per token, symmetric.
     grid: how many exponents r are tried. scale, clip: which of the two searches to run.
     windows: how many calibration windows the scale search judges by (None: all, as the authors' code).
     """

@@ -24,6 +24,7 @@ def gptq(
 ) -> Recipe:
     """Second-order rounding with the inverse Hessian of the layer's output error (Cholesky form).
 
+    symmetric: no zero point. activation_bits: also quantize each linear's input, per token, symmetric.
     act_order: visit columns by falling Hessian diagonal. order="group": the same inside and between groups, which costs
     nothing at run time. static_groups: place all grids first. damp: share of the mean diagonal added to it.
     mse: shrink each range to where the error (norm 2.4) is least. true_sequential: stage by stage within a block.

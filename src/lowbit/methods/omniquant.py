@@ -24,8 +24,9 @@ def omniquant(
 ) -> Recipe:
     """Learned weight clipping, and with quantized activations a learned equivalent transformation.
 
+    activation_bits: quantize each linear's input, per token, with a zero point.
     transform: learn scales and shifts at the edges; None: only where activations are quantized, as the authors' LLaMA
-    scripts. alpha: of the smoothing that scales start from. epochs: passes over the calibration windows (authors: 20;
+    scripts. clip_lr, transform_lr: learning rates. batch: windows a gradient step. alpha: of the smoothing that scales start from. epochs: passes over the calibration windows (authors: 20;
     40 at 2 bits). augment: the authors' second loss term. amp: products in bfloat16 while learning.
     """
     moves = transform if transform is not None else activation_bits is not None and activation_bits < 16

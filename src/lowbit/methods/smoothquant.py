@@ -22,7 +22,7 @@ def smoothquant(
 ) -> Recipe:
     """Per-channel smoothing s = max|x|^alpha / max|w|^(1-alpha), then symmetric weights and activations.
 
-    level: the paper's O1 (per-tensor weights, per-token dynamic activations), O2 (per-tensor dynamic), O3 (per-tensor
+    bits, activation_bits: of weights and of each linear's input, both symmetric. level: the paper's O1 (per-tensor weights, per-token dynamic activations), O2 (per-tensor dynamic), O3 (per-tensor
     static), or "channel" (per-channel weights, per-token activations: what its repository evaluates).
     alpha: 0.5 for OPT and BLOOM, 0.8 to 0.9 for LLaMA-like models.
     all_edges: smooth v -> o and up -> down too, which the authors' code does not.

@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -38,9 +39,6 @@ from lowbit.numerics import to_dict
 from lowbit.recipe import Recipe, as_recipe, moves_groups
 from lowbit.steps import LinearFormat
 from lowbit.steps.parametrizations import Maker
-
-STORED_BIAS = "float32"
-"""The walk stores the bias of a packed linear in the dtype that it computes in."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +87,12 @@ class Survey:
     def config(self, block: SurveyedBlock, path: str) -> Config:
         """The description of the packed linear that will be stored, but for a column order that its solver may add."""
         form, linear = block.formats[path], block.module.get_submodule(path)
+        dtype = torch.float32 if self.source.dtype == torch.float64 else self.source.dtype
         biased = getattr(linear, "bias", None) is not None or path in self.new_biases(block)
         return {
             "spec": to_dict(form.weight),
             "shape": list(block.shape(path)),
-            "bias": STORED_BIAS if biased else None,
+            "bias": str(dtype).removeprefix("torch.") if biased else None,
             "act": to_dict(form.act),
             "pre": [],
         }
