@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 import lowbit
 from lowbit.calibrate.gguf import cache_directory
+from lowbit.calibrate.journal import check_target
 from lowbit.calibrate.source import locate
 from lowbit.cli import common
 from lowbit.evaluate import (
@@ -96,6 +97,7 @@ def _give_back_memory() -> None:
 def target(given: Path | None) -> Path:
     """The user's directory, which must be new, or the demo's own, which an earlier demo may have filled."""
     if given is not None:
+        check_target(given)
         return given
     own = cache_directory() / "demo" / f"{MODEL}-gptq-w{BITS}-g{GROUP}"
     if own.is_dir():
@@ -111,7 +113,7 @@ def running(model_or_dir: str | Path, title: str) -> Running:
         model, tokenizer = lowbit.load(model_or_dir, torch.float32), lowbit.load_tokenizer(model_or_dir)
         speed = measure_speed(model, time_budget_s=SPEED_SECONDS, progress=report)
         report(0, 1, "writing a sentence")
-        sentence = generate_text(model, tokenizer, PROMPT, 48, chat=True)
+        sentence = generate_text(model, tokenizer, PROMPT, 40, chat=True)
         return Running(speed, model_bytes(model), kernels(model), taken, " ".join(sentence.split()))
 
 

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.calibrate.data import Calibration, calibration_set
+from lowbit.calibrate.data import Calibration, calibration_of
 from lowbit.calibrate.journal import Journal, check_target
-from lowbit.calibrate.source import ModelSource, load_tokenizer, open_model
+from lowbit.calibrate.source import ModelSource, open_model
 from lowbit.calibrate.walk import BlockRecord, Broken, Walk, check_scheme
 from lowbit.evaluate import kl_and_agreement, output_error
 from lowbit.formats import native
 from lowbit.formats.card import write_card
-from lowbit.recipe import Recipe, as_recipe
+from lowbit.recipe import Recipe
+from lowbit.recipes import as_recipe
 from lowbit.steps import LayerRecord
 from lowbit.version import __version__
 
@@ -158,35 +159,18 @@ def prepare(
         raise ValueError(
             f"recipe {recipe.name!r} needs calibration text: pass a file, python-docs, a hub dataset or self"
         )
-    job.tokenizer = _tokenizer(source, needed=isinstance(calibration, str))
     if calibration is not None:
-        job.calibration = _calibration(source, job.tokenizer, calibration, samples, seq_len)
+        job.calibration = calibration_of(source, calibration, samples, seq_len)
+    job.tokenizer = _tokenizer_if_any(source)
     return job
 
 
-def _tokenizer(source: ModelSource, needed: bool) -> Any:
+def _tokenizer_if_any(source: ModelSource) -> Any:
+    """The tokenizer to save with the checkpoint; a model may have none when it is calibrated on ids."""
     try:
-        return load_tokenizer(source)
+        return source.tokenizer()
     except ValueError:
-        if needed:
-            raise
         return None
-
-
-def _calibration(source: ModelSource, tokenizer: Any, text: str | Tensor | Calibration, samples: int, seq_len: int):
-    vocabulary = source.config.get_text_config().vocab_size
-    if isinstance(text, Calibration):
-        return text
-    if isinstance(text, Tensor):
-        if text.dim() != 2 or text.is_floating_point():
-            raise ValueError(f"calibration ids are integers [windows, tokens], found {list(text.shape)} {text.dtype}")
-        if int(text.max()) >= vocabulary or int(text.min()) < 0:
-            raise ValueError(f"calibration ids run to {int(text.max())}, the model has {vocabulary} tokens")
-        import hashlib
-
-        return Calibration(text.long(), "token ids", hashlib.sha256(text.long().numpy().tobytes()).hexdigest())
-    own = source.load_full() if text == "self" else None
-    return calibration_set(text, tokenizer, samples, seq_len, vocab_size=vocabulary, model=own)
 
 
 def quantize(

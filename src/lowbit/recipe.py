@@ -1,8 +1,8 @@
 """Recipes: what is stored, and the steps that choose it.
 
 A recipe is a :class:`Scheme` (formats by rule) and a tuple of steps. A method is a function from options to a recipe; a
-mix takes the steps of several methods and solves once, at the end. A YAML file, a name with options and Python all end
-in the same validated :class:`Recipe`, whose ``to_dict`` is what the journal and the model card record.
+mix takes the steps of several methods and solves once, at the end. A YAML file (:mod:`lowbit.recipes`), a name with
+options and Python all end in the same validated :class:`Recipe`, whose ``to_dict`` is what the journal and the model card record.
 
 The core never asks which method made a recipe: all that it acts on is declared in the recipe.
 """
@@ -15,15 +15,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator, validate_call
 
 from lowbit.architectures import ResolvedBlock
 from lowbit.modules import ActSpec
-from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, from_dict, nearest, to_dict
+from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, nearest, to_dict
 from lowbit.steps import ClipShares, Learn, LinearFormat, SearchClip, SetActivationRange, Solve, Step
 
 
@@ -141,13 +139,13 @@ class Recipe(_Frozen):
 
     def _check_combination(self) -> None:
         solver = self.steps[-1].solver
-        clips = [step for step in self.steps if isinstance(step, SearchClip) or _learns_clip(step)]
-        grouped = [rule for rule in self.scheme.rules if rule.weight is not None and _has_groups(rule.weight)]
-        if clips and grouped and moves_groups(solver):
-            raise ValueError(
-                f"{self.name}: chosen clip ranges belong to the stored groups, but this solver forms groups in another "
-                "column order; set static_groups=true, another order, or leave the clipping out"
-            )
+        clipped = any(isinstance(step, SearchClip) or _learns_clip(step) for step in self.steps)
+        for rule in self.scheme.rules:
+            try:
+                if rule.weight is not None:
+                    solver.check(rule.weight, clipped)
+            except ValueError as error:
+                raise ValueError(f"{self.name}: {error}") from error
         static = any(rule.activation is not None and rule.activation.static for rule in self.scheme.rules)
         if static and not any(isinstance(step, SetActivationRange) for step in self.steps):
             raise ValueError(f"{self.name}: static activations need the step SetActivationRange")
@@ -172,20 +170,8 @@ class Recipe(_Frozen):
         base = next((rule for rule in self.scheme.rules if rule.weight is not None), None)
         if base is None:
             raise ValueError(f"{self.name}: no rule of the scheme has a weight format, so nothing would be quantized")
-        added = tuple(_validated(Override, entry).rule(base) for entry in overrides)
-        return self if not added else _rebuilt(self, scheme=Scheme(rules=(*self.scheme.rules, *added)))
-
-
-def moves_groups(solver: Any) -> bool:
-    """Whether ``solver`` forms groups of columns in an order of its own, which the layer then stores.
-
-    A range that was chosen for a group of neighbouring columns has no place there.
-    """
-    return getattr(solver, "order", None) == "act" and not getattr(solver, "static_groups", False)
-
-
-def _has_groups(weight: Spec) -> bool:
-    return not isinstance(weight.granularity, PerChannel | PerTensor)
+        added = tuple(validated(Override, entry).rule(base) for entry in overrides)
+        return self if not added else rebuilt(self, scheme=Scheme(rules=(*self.scheme.rules, *added)))
 
 
 def _check_types(value: Any, where: str) -> None:
@@ -210,7 +196,7 @@ def _learns_clip(step: Any) -> bool:
     return isinstance(step, Learn) and any(isinstance(maker, ClipShares) for maker in step.makers)
 
 
-def _rebuilt(recipe: Recipe, **changes: Any) -> Recipe:
+def rebuilt(recipe: Recipe, **changes: Any) -> Recipe:
     """A copy that is validated again (pydantic's own model_copy is not)."""
     return Recipe(**{**{name: getattr(recipe, name) for name in Recipe.model_fields}, **changes})
 
@@ -296,7 +282,7 @@ class Method:
         try:
             return self.build(**options)
         except ValidationError as error:
-            raise ValueError(f"method {self.name!r}: {_plain(error)}") from error
+            raise ValueError(f"method {self.name!r}: {plain_message(error)}") from error
 
     def describe(self) -> dict[str, Any]:
         """What ``lowbit methods`` prints."""
@@ -367,116 +353,18 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
     return Recipe(name=name, scheme=Scheme(rules=rules), steps=steps, feed=last.feed, seed=last.seed)
 
 
-# Files
-
-
-class _NamedFile(_Frozen):
-    """A recipe file that names a method (or a mix) and its options."""
-
-    method: str
-    options: dict[str, Any] = {}
-    overrides: tuple[dict[str, Any], ...] = ()
-    description: str = ""
-    feed: Literal["fp", "quant"] | None = None
-    seed: int | None = None
-
-
-class _ExplicitFile(_Frozen):
-    """A recipe file that spells out its scheme and steps."""
-
-    name: str
-    scheme: tuple[dict[str, Any], ...]
-    steps: tuple[dict[str, Any], ...]
-    overrides: tuple[dict[str, Any], ...] = ()
-    description: str = ""
-    feed: Literal["fp", "quant"] = "quant"
-    seed: int = 0
-
-
-def from_plain(data: Any) -> Recipe:
-    """A recipe from the data of a file: either ``method`` and ``options``, or ``scheme`` and ``steps``; with ``overrides``.
-
-    Raises:
-        ValueError: an unknown key, type or option, with the nearest known; a combination that cannot be.
-    """
-    if not isinstance(data, dict):
-        raise ValueError(
-            f"a recipe is a mapping with 'method' or with 'scheme' and 'steps', found {type(data).__name__}"
-        )
-    if "steps" not in data:
-        named = _validated(_NamedFile, data)
-        changes = {key: getattr(named, key) for key in ("feed", "seed") if getattr(named, key) is not None}
-        return _rebuilt(recipe(named.method, **named.options), **changes).with_overrides(named.overrides)
-    explicit = _validated(_ExplicitFile, data)
-    rules = tuple(_validated(Rule, {key: from_dict(value) for key, value in rule.items()}) for rule in explicit.scheme)
-    try:
-        built = Recipe(
-            name=explicit.name,
-            scheme=Scheme(rules=rules),
-            steps=tuple(from_dict(step) for step in explicit.steps),
-            feed=explicit.feed,
-            seed=explicit.seed,
-        )
-    except ValidationError as error:
-        raise ValueError(f"recipe {explicit.name!r}: {_plain(error)}") from error
-    return built.with_overrides(explicit.overrides)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which ``1e-3`` is a number, as everyone means it (YAML 1.1 asks for ``1.0e-3``)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def from_file(path: str | Path) -> Recipe:
-    """The recipe in a YAML file.
-
-    Raises:
-        ValueError: the file is missing, is not YAML, or does not hold a recipe.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no recipe file {str(path)!r}; `lowbit recipes` lists the ones that come along")
-    try:
-        return from_plain(yaml.load(path.read_text(), _Loader))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def builtin_recipes() -> dict[str, Path]:
-    """The recipe files that come with the package, by name."""
-    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
-
-
-def as_recipe(value: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
-    """A recipe from a recipe, a method's name (or a mix), a built-in recipe's name, a file or plain data."""
-    if isinstance(value, Recipe):
-        return value
-    if isinstance(value, Mapping):
-        return from_plain(dict(value))
-    if str(value).endswith((".yaml", ".yml")):
-        return from_file(value)
-    if str(value) in builtin_recipes():
-        return from_file(builtin_recipes()[str(value)])
-    return recipe(str(value))
-
-
-def _validated(model: type[Any], data: Mapping[str, Any]) -> Any:
+def validated(model: type[Any], data: Mapping[str, Any]) -> Any:
+    """``model(**data)``. Raises ValueError that names an unknown key's nearest, or says what is wrong in a line."""
     for key in data:
         if key not in model.model_fields:
             raise ValueError(f"unknown key {key!r}{nearest(str(key), list(model.model_fields))}")
     try:
         return model(**data)
     except ValidationError as error:
-        raise ValueError(_plain(error)) from error
+        raise ValueError(plain_message(error)) from error
 
 
-def _plain(error: ValidationError) -> str:
+def plain_message(error: ValidationError) -> str:
     """Pydantic's findings in one line each: where, what, and what was found."""
     lines = []
     for item in error.errors():

@@ -386,7 +386,7 @@ def test_methods_json_has_the_five_methods():
 def test_recipes_are_listed_and_printed(tmp_path, monkeypatch):
     file = tmp_path / "small.yaml"
     file.write_text("method: rtn\noptions: {bits: 3}\ndescription: As small as it gets.\n")
-    monkeypatch.setattr(sys.modules["lowbit.recipe"], "builtin_recipes", lambda: {"small": file})
+    monkeypatch.setattr(sys.modules["lowbit.recipes"], "builtin_recipes", lambda: {"small": file})
     assert "As small as it gets." in run("recipes").stdout
     [entry] = json.loads(run("recipes", "--json").stdout)
     assert (entry["name"], entry["method"], entry["description"]) == ("small", "rtn", "As small as it gets.")

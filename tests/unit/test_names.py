@@ -13,7 +13,11 @@ from lowbit.recipe import METHODS
 
 SOURCE = Path(lowbit.__file__).parent
 PROTOCOLS = {"gptq", "llama.cpp", "word"}  # names of evaluation protocols, not of methods
-MODELS = {path.name for path in Path(transformers.models.__file__).parent.iterdir() if path.is_dir()} - {"auto", "timm", "encoder_decoder"}
+MODELS = {path.name for path in Path(transformers.models.__file__).parent.iterdir() if path.is_dir()} - {
+    "auto",
+    "timm",
+    "encoder_decoder",
+}
 
 
 def _compared_strings(path: Path) -> set[str]:
@@ -21,7 +25,9 @@ def _compared_strings(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Compare | ast.MatchValue):
-            found |= {each.value for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)}
+            found |= {
+                each.value for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)
+            }
     return found
 
 
@@ -39,7 +45,9 @@ def test_no_branch_names_a_model_outside_architectures(file):
     assert not _compared_strings(SOURCE / file) & MODELS
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in (SOURCE / "methods").glob("*.py") if path.name != "__init__.py"))
+@pytest.mark.parametrize(
+    "file", sorted(path.name for path in (SOURCE / "methods").glob("*.py") if path.name != "__init__.py")
+)
 def test_every_method_fits_on_a_page(file):
     assert len((SOURCE / "methods" / file).read_text().splitlines()) <= 60
 

@@ -17,7 +17,8 @@ from lowbit.numerics import Gram, Int, PerChannel, PerCluster, PerGroup, Spec
 from lowbit.plan import explain, plan
 from lowbit.plan.peak import statistics_bytes
 from lowbit.plan.survey import survey
-from lowbit.recipe import METHODS, Recipe, Rule, Scheme, from_plain, recipe
+from lowbit.recipe import METHODS, Recipe, Rule, Scheme, recipe
+from lowbit.recipes import from_plain
 from lowbit.solve import Nearest
 from lowbit.steps import BlockIO, BlockState, Solve
 

@@ -229,6 +229,26 @@ def calibration_set(
     return Calibration(ids, name, ids_sha256(ids))
 
 
+def calibration_of(source: Any, text: str | Tensor | Calibration, samples: int, seq_len: int) -> Calibration:
+    """What a run over `source` (a ModelSource) calibrates on: a text's name as in `calibration_set`, or ids [N, T].
+
+    For `self` the whole model is loaded, to write the text. Raises ValueError for a text that cannot be used and for
+    ids that the model does not have.
+    """
+    vocabulary = source.config.get_text_config().vocab_size
+    if isinstance(text, str):
+        own = source.load_full() if text == SELF else None
+        tokenizer = None if own is not None else source.tokenizer()
+        return calibration_set(text, tokenizer, samples, seq_len, vocab_size=vocabulary, model=own)
+    ids = text if isinstance(text, Tensor) else text.ids
+    if ids.dim() != 2 or ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise TextError(
+            f"calibration ids are integers [windows, tokens] below {vocabulary}, found {list(ids.shape)} {ids.dtype} "
+            f"from {ids.min().item()} to {ids.max().item()}"
+        )
+    return text if isinstance(text, Calibration) else Calibration(ids.long(), "token ids", ids_sha256(ids.long()))
+
+
 def ids_sha256(ids: Tensor) -> str:
     """A sha256 of the shape and the int64 little-endian values of token ids."""
     digest = hashlib.sha256(repr(tuple(ids.shape)).encode())

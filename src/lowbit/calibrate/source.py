@@ -190,6 +190,10 @@ class ModelSource:
             unfuse_experts(model)
         return model.eval()
 
+    def tokenizer(self) -> Any:
+        """The model's tokenizer. Raises ModelError where there is none."""
+        return load_tokenizer(self)
+
     def load_full(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The whole model in memory, by transformers' own loader, in evaluation mode."""
         return AutoModelForCausalLM.from_pretrained(

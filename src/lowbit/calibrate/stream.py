@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit.architectures import Architecture, block_modules
+from lowbit.calibrate.source import ModelSource
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,13 @@ class _Stub(nn.Module):
         self.call, self.seen = Call(args, kwargs), hidden_states
         output = hidden_states if self.answer is None else self.answer
         return (output,) if self.as_tuple else output
+
+
+def outside(model: PreTrainedModel, architecture: Architecture, *, only_base: bool = False) -> list[str]:
+    """Modules outside the blocks that hold parameters or stored buffers; ``only_base``: without the head."""
+    prefix, base = f"{architecture.blocks}.", f"{model.base_model_prefix}."
+    names = (key for key in model.state_dict() if not key.startswith(prefix))
+    return sorted({key.rpartition(".")[0] for key in names if not only_base or key.startswith(base)})
 
 
 class Stream:
@@ -103,6 +111,17 @@ class Stream:
         if missing or stubs[0].seen is None:
             raise ValueError(f"blocks {missing} of {self.architecture.blocks} are not run by the model")
         return stubs[0].seen, [stub.call for stub in stubs if stub.call is not None]
+
+    def enter_all(self, source: ModelSource, ids_NT: Tensor) -> Iterator[tuple[Tensor, list[Call]]]:
+        """:meth:`enter` for every window, with what that needs loaded from ``source`` meanwhile."""
+        before = (*outside(self.model, self.architecture, only_base=True), f"{self.architecture.blocks}.0")
+        for module in before:
+            source.load_into(self.model, module)
+        self.as_tuple = self.answers_with_tuple()
+        for ids_T in ids_NT:
+            yield self.enter(ids_T[None])
+        for module in before:
+            source.release(self.model, module)
 
     @torch.no_grad()
     def logits(self, ids_1T: Tensor, hidden_1Td: Tensor) -> Tensor:

@@ -26,9 +26,9 @@ from transformers import PreTrainedModel
 
 from lowbit.architectures import Architecture, block_modules, for_config, resolve
 from lowbit.calibrate.journal import Journal
-from lowbit.calibrate.source import ModelSource
+from lowbit.calibrate.source import ModelSource, return_free_memory
 from lowbit.calibrate.store import ActivationStore
-from lowbit.calibrate.stream import Call, Stream
+from lowbit.calibrate.stream import Call, Stream, outside
 from lowbit.modules import QuantLinear
 from lowbit.recipe import Recipe, Scheme
 from lowbit.steps import BlockIO, BlockState, LayerRecord
@@ -96,30 +96,15 @@ class Walk:
     def _start(self) -> list[Call]:
         """Fills both streams with the first block's inputs; returns every block's arguments."""
         assert self.ids is not None
-        base = self._outside(only_base=True)
-        first = f"{self.architecture.blocks}.0"
-        for module in (*base, first):
-            self.source.load_into(self.model, module)
         self.stream = Stream(self.model, self.architecture)
-        self.stream.as_tuple = self.stream.answers_with_tuple()
-        self.source.release(self.model, first)
         calls: list[Call] = []
-        for w, ids_T in enumerate(self.ids):
-            hidden, calls_w = self.stream.enter(ids_T[None])
+        for w, (hidden, calls_w) in enumerate(self.stream.enter_all(self.source, self.ids)):
             if w == 0:
                 calls, shape = calls_w, (len(self.ids), *hidden.shape[1:])
                 for array in ("fp", "quant", "next"):
                     self.store.allocate(array, shape, torch.float32)
             self.store["fp"][w] = self.store["quant"][w] = hidden[0]
-        for module in base:
-            self.source.release(self.model, module)
         return calls
-
-    def _outside(self, only_base: bool = False) -> list[str]:
-        """Modules outside the blocks that hold parameters or stored buffers; ``only_base``: without the head."""
-        prefix, base = f"{self.architecture.blocks}.", f"{self.model.base_model_prefix}."
-        names = (key for key in self.model.state_dict() if not key.startswith(prefix))
-        return sorted({key.rpartition(".")[0] for key in names if not only_base or key.startswith(base)})
 
     @torch.no_grad()
     def _advance(self, call: Call, block: nn.Module, source: Tensor, target: Tensor) -> None:
@@ -139,6 +124,7 @@ class Walk:
             self.records.append(record)
             self._ticks_per_block = self._ticks
             self.blocks[i] = nn.Identity()
+            return_free_memory()
             self.progress(i + 1, self.total, f"block {i + 1} of {self.total}")
         return self.records
 
@@ -223,7 +209,7 @@ class Walk:
         if len(self.journal.finished) > self.total:
             return
         tied, tensors = set(self.model.all_tied_weights_keys), {}
-        for module in self._outside():
+        for module in outside(self.model, self.architecture):
             self.source.load_into(self.model, module, dtype=self.source.dtype)
             here = self.model.get_submodule(module).state_dict(prefix=f"{module}.")
             # A module may hold others of the list: each tensor is taken where it is at home.
@@ -231,19 +217,19 @@ class Walk:
                 key: value for key, value in here.items() if key.rpartition(".")[0] == module and key not in tied
             }
         self.journal.write(shard_name(self.total, self.total + 1), tensors, {})
-        for module in self._outside():
+        for module in outside(self.model, self.architecture):
             self.source.release(self.model, module)
 
     def logits(self, windows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """``(ids [T], original logits [T, V], quantized logits [T, V])`` of the first calibration windows."""
         assert self.stream is not None and self.ids is not None
-        for module in self._outside():
+        for module in outside(self.model, self.architecture):
             self.source.load_into(self.model, module)
         for w in range(min(windows, len(self.ids))):
             fp, quant = self.store["fp"][w : w + 1], self.store["quant"][w : w + 1]
             ids = self.ids[w : w + 1]
             yield ids[0], self.stream.logits(ids, fp), self.stream.logits(ids, quant)
-        for module in self._outside():
+        for module in outside(self.model, self.architecture):
             self.source.release(self.model, module)
 
     def close(self) -> None:

@@ -95,7 +95,8 @@ def choose_recipe(
         ValueError: whatever the recipe refuses.
         typer.BadParameter: neither or both of method and file, or a file with options.
     """
-    from lowbit.recipe import as_recipe, recipe
+    from lowbit.recipe import recipe
+    from lowbit.recipes import as_recipe
 
     changes = [override(text) for text in overrides or ()]
     if file is not None and options:

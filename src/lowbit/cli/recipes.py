@@ -19,7 +19,7 @@ def command(
 ) -> None:
     """List the recipes that come along, or print one to start your own from."""
     from lowbit.numerics import nearest
-    from lowbit.recipe import builtin_recipes
+    from lowbit.recipes import builtin_recipes
 
     files = builtin_recipes()
     if name is not None:
@@ -42,7 +42,7 @@ def command(
 
 def _entry(name: str, file: Path) -> dict[str, Any]:
     """A file's content, with its name and its description up front; checked, so that none is listed that fails."""
-    from lowbit.recipe import from_file
+    from lowbit.recipes import from_file
 
     data = yaml.safe_load(file.read_text())
     return {

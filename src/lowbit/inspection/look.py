@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from lowbit.architectures import Architecture, block_modules, for_config, resolve
-from lowbit.calibrate.data import SELF, Calibration, calibration_set, ids_sha256
-from lowbit.calibrate.source import ModelSource, load_tokenizer, open_model
+from lowbit.architectures import block_modules, for_config, resolve
+from lowbit.calibrate.data import Calibration, calibration_of
+from lowbit.calibrate.source import ModelSource, open_model
 from lowbit.calibrate.stream import Call, Stream
 from lowbit.evaluate import output_error
 from lowbit.inspection.rows import MASSIVE, OUTLIER, ROUNDED, InputRow, Inspection, LayerRow, MassiveToken, markdown
@@ -69,7 +68,7 @@ def inspect_model(
         ValueError: a model or a text that cannot be used.
     """
     source = open_model(model)
-    text = _calibration(source, calibration, samples, seq_len)
+    text = calibration_of(source, calibration, samples, seq_len)
     rows: list[LayerRow] = []
     inputs: list[InputRow] = []
     channels: dict[str, Tensor] = {}
@@ -89,21 +88,6 @@ def inspect_model(
     return found if out is None else _write(found, channels, Path(out))
 
 
-def _calibration(source: ModelSource, text: str | Tensor | Calibration, samples: int, seq_len: int) -> Calibration:
-    vocabulary = source.config.get_text_config().vocab_size
-    if isinstance(text, str):
-        own = source.load_full() if text == SELF else None
-        tokenizer = None if own else load_tokenizer(source)
-        return calibration_set(text, tokenizer, samples, seq_len, vocab_size=vocabulary, model=own)
-    ids = text if isinstance(text, Tensor) else text.ids
-    if ids.dim() != 2 or ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise ValueError(
-            f"calibration ids are integers [windows, tokens] below {vocabulary}, found {list(ids.shape)} {ids.dtype} "
-            f"from {ids.min().item()} to {ids.max().item()}"
-        )
-    return text if isinstance(text, Calibration) else Calibration(ids.long(), "token ids", ids_sha256(ids.long()))
-
-
 def _original_blocks(source: ModelSource, ids: Tensor) -> Iterator[tuple[BlockState, int]]:
     """Every block with its original weights and inputs, and how many there are.
 
@@ -111,7 +95,8 @@ def _original_blocks(source: ModelSource, ids: Tensor) -> Iterator[tuple[BlockSt
     """
     model, architecture = source.skeleton(unfuse=True), for_config(source.config)
     blocks = block_modules(model, architecture)
-    x, calls = _enter(source, model, architecture, ids)
+    entered = list(Stream(model, architecture).enter_all(source, ids))
+    x, calls = torch.cat([hidden for hidden, _ in entered]), entered[0][1]
     for i, block in enumerate(blocks):
         name = f"{architecture.blocks}.{i}"
         source.load_into(model, name)
@@ -127,24 +112,6 @@ def _original_blocks(source: ModelSource, ids: Tensor) -> Iterator[tuple[BlockSt
         assert len(answers) == len(x), f"{name} was run over {len(answers)} of {len(x)} windows"
         x = torch.cat(answers)
         source.release(model, name)
-
-
-def _enter(
-    source: ModelSource, model: PreTrainedModel, architecture: Architecture, ids: Tensor
-) -> tuple[Tensor, list[Call]]:
-    """The first block's inputs ``[N, T, d]`` and every block's other arguments, which are the same for all windows."""
-    prefix, base = f"{architecture.blocks}.", f"{model.base_model_prefix}."
-    outside = {
-        key.rpartition(".")[0] for key in model.state_dict() if not key.startswith(prefix) and key.startswith(base)
-    }
-    for path in (*sorted(outside), f"{prefix}0"):
-        source.load_into(model, path)
-    stream = Stream(model, architecture)
-    stream.as_tuple = stream.answers_with_tuple()
-    entered = [stream.enter(window[None]) for window in ids]
-    for path in (*outside, f"{prefix}0"):
-        source.release(model, path)
-    return torch.cat([hidden for hidden, _ in entered]), entered[0][1]
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ def awq(
     grid: how many exponents r are tried. scale, clip: which of the two searches to run.
     windows: how many calibration windows the scale search judges by (None: all, as the authors' code).
     """
-    scales = (Search(MeanAbsPower(grid), ("norm_*", "v_o", "up_down*"), windows),) if scale else ()
+    scales = (Search(MeanAbsPower(grid), ("norm_*", "v_o", "*up_down*"), windows),) if scale else ()
     clips = (SearchClip(),) if clip else ()
     return Recipe(
         name="awq",

@@ -8,7 +8,7 @@ from lowbit.solve import Nearest
 from lowbit.steps import Set, SetActivationRange, Smooth, Solve
 
 NORM_EDGES = ("norm_*",)
-ALL_EDGES = ("norm_*", "v_o", "up_down*")
+ALL_EDGES = ("norm_*", "v_o", "*up_down*")
 
 
 @method("smoothquant", family="weight-activation", paper="arXiv:2211.10438")

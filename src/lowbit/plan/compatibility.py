@@ -14,13 +14,12 @@ from lowbit.modules import ActSpec, buffer_layout
 from lowbit.modules.quant_linear import Config
 from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, from_dict
 from lowbit.plan.survey import Survey
-from lowbit.recipe import moves_groups
 
 
 def compatibility(found: Survey) -> dict[str, str]:
     """``yes: ...`` or ``no: ...`` by the name of a runtime or format."""
     kernels = kernel_reasons(found)
-    transform = "a column order is stored with its groups" if moves_groups(found.recipe.steps[-1].solver) else ""
+    transform = "a column order is stored with its groups" if found.recipe.steps[-1].solver.moves_groups else ""
     biases = "shifts add biases that the model's class does not have" if _adds_biases(found) else ""
     shapes = _shapes(found)
     return {

@@ -36,7 +36,8 @@ from lowbit.layouts import Layout
 from lowbit.modules import buffer_layout
 from lowbit.modules.quant_linear import Config
 from lowbit.numerics import to_dict
-from lowbit.recipe import Recipe, as_recipe, moves_groups
+from lowbit.recipe import Recipe
+from lowbit.recipes import as_recipe
 from lowbit.steps import LinearFormat
 from lowbit.steps.parametrizations import Maker
 
@@ -107,7 +108,7 @@ class Survey:
         """Bytes of the column order that the solver may store with a linear: an int32 for each input channel."""
         shape = block.shape(path)
         several = block.formats[path].weight.granularity.param_shape(shape)[1] > 1
-        return 4 * shape[1] if several and moves_groups(self.recipe.steps[-1].solver) else 0
+        return 4 * shape[1] if several and self.recipe.steps[-1].solver.moves_groups else 0
 
 
 def survey(model: str | PathLike[str], recipe: Recipe | str | Path | dict[str, Any]) -> Survey:

@@ -42,6 +42,18 @@ class Solver(Protocol):
         """Statistics of the layer's input that ``solve`` reads."""
         ...
 
+    @property
+    def moves_groups(self) -> bool:
+        """Whether groups are formed in an order of columns that the solver chooses and the layer then stores."""
+        ...
+
+    def check(self, spec: Spec, clipped: bool) -> None:
+        """Raises ValueError where no weight can be brought to ``spec`` by this solver.
+
+        clipped: a range will have been chosen earlier for each granule.
+        """
+        ...
+
     def solve(
         self, w_OI: Tensor, spec: Spec, stats: Mapping[Statistic, Tensor], clip: Clipped | None = None
     ) -> Solution:

@@ -30,6 +30,9 @@ from lowbit.numerics import (
     Grid,
     MinMax,
     Params,
+    PerChannel,
+    PerTensor,
+    PerToken,
     QTensor,
     Spec,
     Statistic,
@@ -87,8 +90,8 @@ class Gptq:
     ) -> Solution:
         H = stats[Gram()]
         _check(w_OI, H)
+        self.check(spec, clip is not None)
         tiling = Tiling.of(spec.granularity, w_OI)
-        self._check_format(spec, tiling, len(w_OI), clip)
         diag = H.diagonal()
         dead = diag == 0
         stored, visit = self._orders(diag, tiling)  # columns as on disk, and the order in which those are visited
@@ -102,19 +105,25 @@ class Gptq:
         q = self._solve_columns(W[:, stored], U.to(W.dtype), visit, diag[stored].to(W.dtype), tiling, spec, clip)
         return Solution(q, () if torch.equal(stored, _as_they_come(diag)) else (Permute(stored),), notes)
 
-    def _check_format(self, spec: Spec, tiling: Tiling, rows: int, clip: Clipped | None) -> None:
-        one_by_one = tiling.wide > 1 and not self.static_groups
-        if one_by_one and clip is not None and self.order == "act":
+    @property
+    def moves_groups(self) -> bool:
+        return self.order == "act" and not self.static_groups
+
+    def check(self, spec: Spec, clipped: bool) -> None:
+        if isinstance(spec.granularity, PerToken):
+            raise ValueError("PerToken() is for activations; a weight is quantized PerChannel(), PerGroup(size), ...")
+        grouped = not isinstance(spec.granularity, PerChannel | PerTensor)
+        if grouped and clipped and self.moves_groups:
             raise ValueError(
-                "the clipping was chosen for groups of neighbouring columns, but order='act' forms other groups; "
-                "use static_groups=True or order='group'"
+                "the clipping is chosen for groups of neighbouring columns, but order='act' forms other groups; "
+                "use static_groups=true, order='group', or leave the clipping out"
             )
-        if one_by_one and spec.stats is not None:
-            shape = (tiling.wide, -(-rows // tiling.height))
-            if spec.stats.granularity.param_shape(shape)[0] != tiling.wide:
+        if grouped and spec.stats is not None and not self.static_groups:
+            # Two columns of groups over many rows: a second-level granule must not reach from one into the other.
+            if spec.stats.granularity.param_shape((2, 2**20))[0] != 2:
                 raise ValueError(
                     f"{spec.stats.granularity} of the scales spans several groups of columns, which are solved "
-                    "one after another; use PerChannel() or PerGroup(size) for the scales, or static_groups=True"
+                    "one after another; use PerChannel() or PerGroup(size) for the scales, or static_groups=true"
                 )
 
     def _orders(self, diag: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:

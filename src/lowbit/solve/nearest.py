@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lowbit.numerics import Clipped, Fit, MinMax, Spec, Statistic, quantize, tagged
+from lowbit.numerics import Clipped, Fit, MinMax, PerToken, Spec, Statistic, quantize, tagged
 from lowbit.solve.base import Solution
 
 
@@ -21,6 +21,14 @@ class Nearest:
     @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset()
+
+    @property
+    def moves_groups(self) -> bool:
+        return False
+
+    def check(self, spec: Spec, clipped: bool) -> None:
+        if isinstance(spec.granularity, PerToken):
+            raise ValueError("PerToken() is for activations; a weight is quantized PerChannel(), PerGroup(size), ...")
 
     def solve(
         self, w_OI: Tensor, spec: Spec, stats: Mapping[Statistic, Tensor], clip: Clipped | None = None
