@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from lowbit.version import __version__
 MAX_KL = 2.0
 """Mean KL divergence (nats a token) from the original beyond which a model counts as broken."""
 KL_WINDOWS = 8
+MAX_ZEROED = 0.1
+"""Share of a layer's groups that may come out all zero, as those of channels that no token activates do."""
 RELOAD_TOLERANCE = 1e-4  # relative squared difference of logits; equal up to the order of float32 sums
 
 Progress = Callable[[float, float, str], None]
@@ -254,9 +256,10 @@ def _measure(walk: Walk, progress: Progress | None) -> tuple[float | None, float
 def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max_kl: float) -> QuantizeReport:
     layers = [layer for block in walk.records for layer in block.layers]
     weights = sum(layer.weights for layer in layers)
-    linears = check_scheme(job.recipe.scheme, walk.architecture, job.source.skeleton(unfuse=True), job.source.config)
-    shapes = job.source.skeleton(unfuse=True)
-    total = sum(shapes.get_submodule(name).weight.numel() for name in linears)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    skeleton = job.source.skeleton(unfuse=True)
+    linears = check_scheme(job.recipe.scheme, walk.architecture, skeleton, job.source.config)
+    sizes = {name: skeleton.get_parameter(f"{name}.weight").numel() for name in linears}
+    promised = sum(sizes[name] for name, role in linears.items() if job.recipe.scheme.format(name, role) is not None)
     notes = {f"{block.name}: {note}" for block in walk.records for note in block.notes}
     notes |= {f"{layer.name}: {note}" for layer in layers for note in layer.notes}
     report = QuantizeReport(
@@ -267,11 +270,14 @@ def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max
         bytes=0,
         kl=kl,
         top1_agreement=agreement,
-        coverage=weights / max(1, total),
+        coverage=weights / max(1, sum(sizes.values())),
         blocks=tuple(walk.records),
         warnings=(*job.warnings, *_grouped(sorted(notes))),
     )
-    return _with(report, problems=tuple(_problems(report, max_kl)))
+    found = _problems(report, max_kl)
+    if weights < promised or not layers:
+        found.append(f"{weights:,} weights are quantized, the recipe promised {promised:,}")
+    return replace(report, problems=tuple(found))
 
 
 def _problems(report: QuantizeReport, max_kl: float) -> list[str]:
@@ -283,11 +289,8 @@ def _problems(report: QuantizeReport, max_kl: float) -> list[str]:
     for layer in report.layers:
         if layer.error is not None and not layer.error < 1.0:
             found.append(f"{layer.name} keeps nothing of its output (relative error {layer.error:.3g})")
-    promised = sum(
-        layer.weights for layer in report.layers if report.recipe.scheme.format(layer.name, layer.role) is not None
-    )
-    if promised < sum(layer.weights for layer in report.layers) or not report.layers:
-        found.append("fewer weights are quantized than the recipe promised")
+        if layer.zeroed > MAX_ZEROED:
+            found.append(f"{layer.name}: {layer.zeroed:.0%} of its groups came out all zero")
     return found
 
 
@@ -312,11 +315,11 @@ def _finish(
     )
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(directory)
-    for name in ("generation_config.json",):
-        if (job.source.path / name).is_file():
-            shutil.copyfile(job.source.path / name, directory / name)
+    generation = job.source.path / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, directory / generation.name)
     weights = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
-    report = _with(report, out=job.out, bytes=weights)
+    report = replace(report, out=job.out, bytes=weights)
     write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name)
     if reference is not None:
         _compare_reloaded(directory, *reference)
@@ -346,9 +349,3 @@ def _grouped(notes: list[str]) -> list[str]:
         f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {text}"
         for text, names in by_text.items()
     ]
-
-
-def _with(report: QuantizeReport, **changes: Any) -> QuantizeReport:
-    import dataclasses
-
-    return dataclasses.replace(report, **changes)

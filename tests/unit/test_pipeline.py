@@ -15,6 +15,9 @@ from lowbit.calibrate.journal import Journal
 from lowbit.calibrate.source import open_model
 from lowbit.calibrate.walk import Walk
 from lowbit.modules import QuantLinear
+from lowbit.numerics import Int, PerGroup, Spec
+from lowbit.recipe import Recipe, linears
+from lowbit.steps import Solve
 
 from helpers import random_ids, sqnr_db, tiny_llama
 from laws.test_architectures import CASES
@@ -127,6 +130,30 @@ def test_weights_with_nan_are_refused_with_their_name(tmp_path):
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*NaN"):
         _quantize(path, tmp_path / "q")
     assert not (tmp_path / "q").exists()
+
+
+def test_activations_that_overflow_stop_the_run_at_their_block(tmp_path):
+    path = tiny_llama(tmp_path / "model", blocks=3)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e37
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj: a scale of .* does not fit float16"):
+        _quantize(path, tmp_path / "half")
+    wide = Spec(Int(4), PerGroup(32), scale_dtype="float32")
+    recipe = Recipe(name="wide", scheme=linears(wide), steps=(Solve(),))
+    with pytest.raises(lowbit.BrokenModel, match=r"model\.layers\.1: hidden states behind it are NaN or Inf"):
+        _quantize(path, tmp_path / "q", recipe)
+    assert not (tmp_path / "q").exists()
+
+
+def test_groups_that_came_out_all_zero_are_found(tmp_path):
+    path = tiny_llama(tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    weight = tensors["model.layers.0.mlp.up_proj.weight"]
+    weight[:, :32] *= 1e-12  # far below what a half-precision scale can hold
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(lowbit.BrokenModel, match=r"layers\.0\.mlp\.up_proj: 50% of its groups came out all zero"):
+        _quantize(path, tmp_path / "q")
 
 
 def test_a_quantized_model_is_not_quantized_again(model, tmp_path):

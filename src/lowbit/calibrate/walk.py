@@ -89,7 +89,7 @@ class Walk:
         self.store = ActivationStore(self.ram_limit, self.scratch or self.journal.directory / "scratch")
         self.records: list[BlockRecord] = []
         self.stream: Stream | None = None
-        self._ticks, self._ticks_per_block = 0, 0
+        self._ticks, self._expected = 0, 0  # of the block at hand: done, and about how many there will be
 
     # Streams
 
@@ -118,11 +118,10 @@ class Walk:
         """Quantizes every block that the journal does not have yet. Raises what steps raise, and Broken."""
         calls = None if self.ids is None else self._start()
         for i in range(self.total):
-            self._ticks = 0
+            self._ticks, self._expected = 0, 2 * (0 if self.ids is None else len(self.ids))
             call = None if calls is None else calls[i]
             record = self._resume(i, call) if i < len(self.journal.finished) else self._quantize(i, call)
             self.records.append(record)
-            self._ticks_per_block = self._ticks
             self.blocks[i] = nn.Identity()
             return_free_memory()
             self.progress(i + 1, self.total, f"block {i + 1} of {self.total}")
@@ -130,7 +129,7 @@ class Walk:
 
     def _tick(self, what: str) -> None:
         self._ticks += 1
-        part = min(0.99, self._ticks / self._ticks_per_block) if self._ticks_per_block else 0.0
+        part = min(0.99, self._ticks / max(1, self._expected))
         self.progress(len(self.records) + part, self.total, f"block {len(self.records) + 1} of {self.total}: {what}")
 
     def _original(self, i: int, call: Call | None) -> nn.Module:
@@ -142,8 +141,11 @@ class Walk:
 
     def _quantize(self, i: int, call: Call | None) -> BlockRecord:
         name = f"{self.architecture.blocks}.{i}"
+        resolved = resolve(self.architecture, self.blocks[i], self.source.config)
+        formats = self.recipe.scheme.formats(resolved, name)
+        windows = 0 if self.ids is None else len(self.ids)
+        self._expected += sum(step.ticks(windows, len(formats)) for step in self.recipe.steps)
         block = self._original(i, call).requires_grad_(False)
-        resolved = resolve(self.architecture, block, self.source.config)
         io = None
         if call is not None:
             io = BlockIO(self.store["fp" if self.recipe.feed == "fp" else "quant"], self.store["next"], call)
@@ -151,7 +153,7 @@ class Walk:
             name=name,
             block=block,
             resolved=resolved,
-            formats=self.recipe.scheme.formats(resolved, name),
+            formats=formats,
             io=io,
             seed=derived_seed(self.recipe.seed, i),
             store_dtype=self.source.dtype,

@@ -20,6 +20,10 @@ class Step(Protocol):
     @property
     def needs(self) -> frozenset[Statistic]: ...
 
+    def ticks(self, windows: int, linears: int) -> int:
+        """About how often a run on a block of so many linears will tick: for the time that is left, nothing else."""
+        ...
+
     def run(self, state: BlockState) -> None: ...
 
 

@@ -42,6 +42,9 @@ class Learn:
     def needs(self) -> frozenset[Statistic]:
         return frozenset().union(*(maker.needs for maker in self.makers))
 
+    def ticks(self, windows: int, linears: int) -> int:
+        return windows * bool(self.needs) + (self.epochs + 1) * -(-windows // self.batch)
+
     def run(self, state: BlockState) -> None:
         if state.io is None or state.io.y is None:
             raise ValueError("learning needs calibration text; none was given")

@@ -25,6 +25,11 @@ class Candidates(Protocol):
     kind: ClassVar[Kind]
     needs: ClassVar[frozenset[Statistic]]
 
+    @property
+    def count(self) -> int:
+        """How many there are for an edge."""
+        ...
+
     def __call__(
         self, state: BlockState, edge: ResolvedEdge, stats: Mapping[str, Stats]
     ) -> Sequence[ChannelTransform]: ...
@@ -38,6 +43,10 @@ class MeanAbsPower:
     grid: int = 20
     kind: ClassVar[Kind] = Kind.SCALE
     needs: ClassVar[frozenset[Statistic]] = frozenset({AbsSum()})
+
+    @property
+    def count(self) -> int:
+        return self.grid
 
     def __call__(self, state: BlockState, edge: ResolvedEdge, stats: Mapping[str, Stats]) -> Sequence[Scale]:
         total = state.edge_stat(edge, stats, AbsSum())
@@ -73,6 +82,9 @@ class Search:
     @property
     def needs(self) -> frozenset[Statistic]:
         return self.candidates.needs
+
+    def ticks(self, windows: int, linears: int) -> int:
+        return windows + self.candidates.count * len(self.at)
 
     @torch.no_grad()
     def run(self, state: BlockState) -> None:
@@ -153,6 +165,9 @@ class SearchClip:
     @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset({Gram()})
+
+    def ticks(self, windows: int, linears: int) -> int:
+        return windows
 
     @torch.no_grad()
     def run(self, state: BlockState) -> None:

@@ -23,6 +23,9 @@ class Set:
     def needs(self) -> frozenset[Statistic]:
         return self.rule.needs
 
+    def ticks(self, windows: int, linears: int) -> int:
+        return windows if self.needs else 0
+
     def run(self, state: BlockState) -> None:
         stats = state.collect(self.needs)
         for edge in state.edges(self.at, self.rule.kind):
@@ -41,6 +44,9 @@ class SetActivationRange:
     @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset({Range()})
+
+    def ticks(self, windows: int, linears: int) -> int:
+        return windows
 
     def run(self, state: BlockState) -> None:
         stats = state.collect(self.needs)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit.modules import QuantLinear
-from lowbit.numerics import Samples, Statistic, tagged
+from lowbit.numerics import QTensor, Samples, Statistic, tagged
 from lowbit.solve import Nearest, Solver
 from lowbit.steps.state import BlockState, LayerRecord, Stats
 from lowbit.transforms import ChannelTransform
@@ -31,6 +31,9 @@ class Solve:
     @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset(self.solver.needs)
+
+    def ticks(self, windows: int, linears: int) -> int:
+        return linears + windows * (4 if self.true_sequential else 1) * bool(self.needs)
 
     def run(self, state: BlockState) -> None:
         paths = [path for path in state.resolved.linears if path in state.formats]
@@ -56,7 +59,10 @@ class Solve:
         w_OI = state.weight_OI(path)
         if not torch.isfinite(w_OI).all():
             raise ValueError(f"{state.full_name(path)}: the weight holds NaN or Inf after the transforms before it")
-        solution = solver.solve(w_OI, form.weight, stats, state.clip.get(path))
+        try:
+            solution = solver.solve(w_OI, form.weight, stats, state.clip.get(path))
+        except ValueError as error:
+            raise ValueError(f"{state.full_name(path)}: {error}") from error
         bias = linear._parameters.get("bias")
         bias = None if bias is None else bias.detach().to(state.store_dtype)
 
@@ -69,8 +75,23 @@ class Solve:
         _set(state.block, path, packed)
         role, name = state.resolved.linears[path], state.full_name(path)
         state.records.append(
-            LayerRecord(name, role, packed.bits_per_weight, w_OI.numel(), error, (*notes, *solution.notes))
+            LayerRecord(
+                name,
+                role,
+                packed.bits_per_weight,
+                w_OI.numel(),
+                error,
+                _zeroed(w_OI, solution.q),
+                (*notes, *solution.notes),
+            )
         )
+
+
+def _zeroed(w_OI: Tensor, q: QTensor) -> float:
+    """Share of granules that lost everything. Counts, so that a column order in storage does not matter much."""
+    split = q.spec.granularity.split
+    before, after = ((split(w) == 0).all(1).sum().item() for w in (w_OI, q.dequantize()))
+    return max(0.0, (after - before) / len(q.params.scale))
 
 
 @torch.no_grad()

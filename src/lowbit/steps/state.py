@@ -56,13 +56,18 @@ class BlockIO:
 
 @dataclass
 class LayerRecord:
-    """What the report says of one linear. ``error``: relative squared output error on calibration tokens, or None."""
+    """What the report says of one linear.
+
+    ``error``: relative squared output error on calibration tokens, or None. ``zeroed``: share of the granules that were
+    not zero and came out all zero.
+    """
 
     name: str
     role: str
     bits_per_weight: float
     weights: int
     error: float | None = None
+    zeroed: float = 0.0
     notes: tuple[str, ...] = ()
 
 
