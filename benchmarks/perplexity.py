@@ -31,8 +31,8 @@ WEIGHT_ONLY = {
 LEARNING = {"epochs": 4, "batch": 4, "amp": True}  # 32 steps a block; the authors take 20 epochs of batch 1
 METHODS = {
     "rtn": {},
-    "gptq": {},
-    "gptq mse, order=group": {"mse": True, "order": "group"},
+    "gptq": {"mse": False, "order": "none"},  # the authors' own
+    "gptq mse, order=group": {},
     "awq": {"windows": 4},
     "omniquant": {**LEARNING, "clip_lr": 5e-2},
 }

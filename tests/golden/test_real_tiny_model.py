@@ -27,15 +27,18 @@ pytestmark = pytest.mark.skipif(
 ROWS = {
     "rtn W4 g32": ("rtn", {"bits": 4, "group_size": 32}),
     "rtn W3 g32": ("rtn", {"bits": 3, "group_size": 32}),
-    "gptq W3 g32": ("gptq", {"bits": 3, "group_size": 32}),
-    "gptq W3 g32 mse group": ("gptq", {"bits": 3, "group_size": 32, "mse": True, "order": "group"}),
+    "gptq W3 g32": ("gptq", {"bits": 3, "group_size": 32, "mse": False, "order": "none"}),
+    "gptq W3 g32 mse group": ("gptq", {"bits": 3, "group_size": 32}),
     "awq W3 g32": ("awq", {"bits": 3, "group_size": 32}),
-    "awq+gptq W3 g32": ("awq+gptq", {"bits": 3, "group_size": 32, "clip": False}),
+    "awq+gptq W3 g32": ("awq+gptq", {"bits": 3, "group_size": 32, "clip": False, "mse": False, "order": "none"}),
     "omniquant W3 g32": ("omniquant", {"bits": 3, "group_size": 32, "epochs": 4, "clip_lr": 0.05}),
     "rtn W8A8": ("rtn", {"bits": 8, "group_size": None, "symmetric": True, "activation_bits": 8}),
     "smoothquant W8A8": ("smoothquant", {}),
     "smoothquant W8A8 static": ("smoothquant", {"level": "O3"}),
-    "smoothquant+gptq W8A8": ("smoothquant+gptq", {"bits": 8, "group_size": None, "activation_bits": 8}),
+    "smoothquant+gptq W8A8": (
+        "smoothquant+gptq",
+        {"bits": 8, "group_size": None, "activation_bits": 8, "mse": False, "order": "none"},
+    ),
     "rtn W4A4": ("rtn", {"bits": 4, "group_size": None, "symmetric": True, "activation_bits": 4}),
     "omniquant W4A4": ("omniquant", {"bits": 4, "activation_bits": 4, "epochs": 4, "clip_lr": 0.05}),
 }

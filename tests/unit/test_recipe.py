@@ -10,7 +10,7 @@ from lowbit.calibrate.journal import Journal
 from lowbit.calibrate.source import open_model
 from lowbit.calibrate.walk import Walk, check_scheme
 from lowbit.modules import ActSpec, QuantLinear
-from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, Table
+from lowbit.numerics import ClipSearch, Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, Table
 from lowbit.recipe import (
     METHODS,
     Recipe,
@@ -63,7 +63,7 @@ def test_a_file_a_name_with_options_and_python_give_equal_recipes(tmp_path):
     python = Recipe(
         name="gptq",
         scheme=Scheme(rules=(Rule(weight=Spec(Int(3), PerGroup(64))),)),
-        steps=(Solve(Gptq(order="act")),),
+        steps=(Solve(Gptq(ClipSearch(), order="act")),),
         feed="quant",
     )
     named = recipe("gptq", bits=3, group_size=64, act_order=True)
@@ -214,7 +214,7 @@ def test_an_override_starts_from_the_first_rule_that_has_a_format():
 
 def test_a_mix_takes_the_steps_in_order_and_solves_once_as_the_last_does():
     mixed = recipe("smoothquant+gptq", bits=8, group_size=None, symmetric=True, activation_bits=8, alpha=0.8)
-    assert mixed.steps == (Set(Smooth(0.8), ("norm_*",)), Solve(Gptq()))
+    assert mixed.steps == (Set(Smooth(0.8), ("norm_*",)), Solve(Gptq(ClipSearch(), order="group")))
     assert mixed.scheme == linears(weight(8, None, symmetric=True), activation(8))
     assert mixed.feed == recipe("gptq").feed
     assert recipe("awq+gptq", bits=3, group_size=64, clip=False).steps[0] == Search(
