@@ -552,3 +552,10 @@ def test_fields_at_their_default_are_left_out():
 def test_wrong_plain_data_is_refused_with_the_nearest_name(data, message):
     with pytest.raises(ValueError, match=message):
         from_dict(data)
+
+
+def test_a_spec_of_classes_instead_of_values_is_refused():
+    with pytest.raises(ValueError, match="grid must be a grid such as"):
+        Spec(Int, PerChannel())
+    with pytest.raises(ValueError, match="granularity must be such as"):
+        Spec(Int(4), PerChannel)

@@ -36,9 +36,9 @@ class Spec:
     scale_dtype: str = "float16"
 
     def __post_init__(self):
-        if not isinstance(self.grid, Grid):
+        if isinstance(self.grid, type) or not isinstance(self.grid, Grid):
             raise ValueError(f"grid must be a grid such as Int(4), found {self.grid!r}")
-        if not isinstance(self.granularity, Granularity):
+        if isinstance(self.granularity, type) or not isinstance(self.granularity, Granularity):
             raise ValueError(f"granularity must be such as PerGroup(64), found {self.granularity!r}")
         if self.scale_dtype not in _SCALE_DTYPES:
             raise ValueError(f"scale_dtype is one of {', '.join(_SCALE_DTYPES)}, found {self.scale_dtype!r}")
