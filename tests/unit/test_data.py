@@ -156,8 +156,19 @@ def test_the_default_text_is_python_docs_where_no_hub_answers(no_hub):
     assert default_text("evaluation") == load_text("python-docs", "evaluation")
 
 
-def test_a_text_is_tokenized_as_one_string_without_special_tokens_or_warnings(tokenizer, caplog):
-    logging.enable_propagation()  # otherwise the library's warnings do not reach caplog
+@pytest.fixture
+def library_warnings(caplog):
+    """Warnings of transformers as they come, whatever another test of this process has set; put back afterwards."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    logging.enable_propagation()  # otherwise they do not reach caplog
+    yield caplog
+    logging.disable_propagation()
+    logging.set_verbosity(before)
+
+
+def test_a_text_is_tokenized_as_one_string_without_special_tokens_or_warnings(tokenizer, library_warnings):
+    caplog = library_warnings
     text = "Line one.\n\nLine two is longer than the context.\n"
     ids = tokenize(text, tokenizer)
     assert ids.dtype == torch.int64
