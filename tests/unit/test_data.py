@@ -176,7 +176,6 @@ def test_a_text_is_tokenized_as_one_string_without_special_tokens_or_warnings(to
     assert tokenizer.decode(ids) == text
     assert not caplog.records
     assert tokenizer(text)["input_ids"][0] == 256 and caplog.records  # a plain call has both
-    logging.disable_propagation()
 
 
 def test_windows_follow_each_other_from_the_start_and_drop_the_tail():
