@@ -130,8 +130,10 @@ def test_no_weight_is_read(models, monkeypatch):
     monkeypatch.setattr(shards, "read_tensor", refuse)
     monkeypatch.setattr(origins, "read_tensor", refuse)
     for name in METHODS:
-        plan(models("llama"), name)
-        explain(name, models("llama"))
+        assert plan(models("llama"), name).layers and explain(name, models("llama")).steps
+    source = open_model(models("llama"))  # the trap is where weights are read
+    with pytest.raises(AssertionError, match="a weight was read"):
+        source.load_into(source.skeleton(), "")
 
 
 def test_every_matrix_is_listed_with_its_format_or_the_reason_why_not(models):
