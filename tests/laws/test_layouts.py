@@ -10,6 +10,7 @@ from lowbit.numerics import (
     NF4,
     Affine,
     Block,
+    Flat,
     Float,
     Int,
     MinMax,
@@ -19,9 +20,12 @@ from lowbit.numerics import (
     PerTensor,
     QTensor,
     Spec,
+    Table,
     quantize,
     stored_bits,
 )
+
+from helpers import assert_same
 
 WIDTHS = range(1, 9)
 GRANULARITIES = [PerTensor(), PerChannel(), PerGroup(16), PerGroup(7), Block(8, 16), PerCluster((10, 30, 5))]
@@ -152,3 +156,26 @@ def test_tensors_of_another_layer_are_refused():
     del tensors["zero"]
     with pytest.raises(ValueError, match="no tensor 'zero'"):
         unpack_qtensor(tensors, spec, SHAPE)
+
+
+def test_second_level_statistics_with_real_zero_points_keep_their_own_codes():
+    torch.manual_seed(0)
+    second = Spec(Int(3, zero="real"), PerGroup(16))
+    spec = Spec(Int(3, zero="real"), PerGroup(16), stats=second)
+    q = quantize(torch.randn(33, 64) + 0.3, spec, MinMax())
+    tensors = pack_qtensor(q)
+    assert {"scale_codes", "scale_scale", "scale_zero", "zero_codes"} <= set(tensors)
+    restored = unpack_qtensor(tensors, spec, (33, 64))
+    assert_same(restored.dequantize(), q.dequantize())
+    assert all(torch.equal(a, tensors[name]) for name, a in pack_qtensor(restored).items())
+
+
+def test_double_quantization_stores_the_mean_of_the_scales_once():
+    torch.manual_seed(0)
+    levels = Table(tuple(i / 127 for i in range(-127, 128)), absmax=True)
+    spec = Spec(NF4, Flat(64), stats=Spec(levels, Flat(256), scale_dtype="float32"), stats_centred=True)
+    q = quantize(torch.randn(40, 100), spec, MinMax())
+    tensors = pack_qtensor(q)
+    assert tensors["scale_mean"].shape == () and tensors["scale_mean"].dtype == torch.float32
+    assert sum(8 * t.nbytes for t in tensors.values()) == stored_bits(spec, (40, 100))
+    assert_same(unpack_qtensor(tensors, spec, (40, 100)).dequantize(), q.dequantize())

@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.numerics import Affine, MinMax, Params, Spec
+from lowbit.numerics import Affine, MinMax, Spec
 
 
-def quantize_activation(x: Tensor, spec: Spec, params: Params | None = None) -> tuple[Tensor, Params]:
+def quantize_activation(x: Tensor, spec: Spec, params: Affine | None = None) -> tuple[Tensor, Affine]:
     """Codes (uint8, the shape of ``x`` ``[..., I]``) and parameters (float32, ``[G, 1]``) of ``x``.
 
     Args:
@@ -39,7 +39,7 @@ def quantize_activation(x: Tensor, spec: Spec, params: Params | None = None) -> 
     return spec.granularity.join(codes_GK, tuple(x.shape)), params
 
 
-def fake_quantize_activation(x: Tensor, spec: Spec, params: Params | None = None) -> Tensor:
+def fake_quantize_activation(x: Tensor, spec: Spec, params: Affine | None = None) -> Tensor:
     """``x`` after quantization and back: decode(encode(x)), in float32 (float64 stays float64)."""
     codes, params = quantize_activation(x, spec, params)
     values_GK = spec.grid.decode(spec.granularity.split(codes), params)

@@ -26,7 +26,7 @@ _MAX_CHANNELS = 2**31 // 255**2
 
 def _grid_problem(spec: Spec, what: str) -> str | None:
     grid = spec.grid
-    if not isinstance(grid, Int) or grid.bits < 2 or grid.zero_bits is None:
+    if not isinstance(grid, Int) or grid.bits < 2 or grid.real_zero:
         kind = f"{type(grid).__name__} of {grid.bits} bits"
         return f"{what}s are {kind}, an integer product needs integers of 2 to 8 bits with integer zero points"
     return None

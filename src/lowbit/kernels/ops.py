@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from lowbit.kernels.activation import fake_quantize_activation
 from lowbit.kernels.decode import decode_packed
-from lowbit.numerics import Params, Spec
+from lowbit.numerics import Affine, Spec
 from lowbit.numerics.tagged import nearest
 
 ENVIRONMENT = "LOWBIT_KERNELS"
@@ -40,7 +40,7 @@ class PackedLinear:
     shape: tuple[int, int]
     tensors: Mapping[str, Tensor]
     act: Spec | None = None
-    act_params: Params | None = None
+    act_params: Affine | None = None
 
     @property
     def device(self) -> torch.device:

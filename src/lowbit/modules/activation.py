@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lowbit import kernels
-from lowbit.numerics import Params, PerCluster, PerTensor, Spec, tagged
+from lowbit.numerics import Affine, PerCluster, PerTensor, Spec, tagged
 from lowbit.numerics.grids import RangeGrid
 
 
@@ -38,12 +38,12 @@ class ActSpec:
             )
 
 
-def quantize_activation(x: Tensor, act: ActSpec, params: Params | None = None) -> tuple[Tensor, Params]:
+def quantize_activation(x: Tensor, act: ActSpec, params: Affine | None = None) -> tuple[Tensor, Affine]:
     """Codes (uint8, shape of x) and parameters (float32 ``[G, 1]``); ``params`` are given exactly if ``act.static``."""
     return kernels.quantize_activation(x, act.spec, _given(act, params))
 
 
-def fake_quantize_activation(x: Tensor, act: ActSpec, params: Params | None = None) -> Tensor:
+def fake_quantize_activation(x: Tensor, act: ActSpec, params: Affine | None = None) -> Tensor:
     """``x`` as the quantized linear sees it: decode(encode(x)), in float32 (float64 stays float64).
 
     NaN stays NaN. Not differentiable; learning has :func:`lowbit.numerics.fake_quantize`.
@@ -51,7 +51,7 @@ def fake_quantize_activation(x: Tensor, act: ActSpec, params: Params | None = No
     return kernels.fake_quantize_activation(x, act.spec, _given(act, params))
 
 
-def _given(act: ActSpec, params: Params | None) -> Params | None:
+def _given(act: ActSpec, params: Affine | None) -> Affine | None:
     if act.static != (params is not None):
         raise ValueError(
             "a static activation needs its calibrated parameters"

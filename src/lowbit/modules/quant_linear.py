@@ -26,7 +26,7 @@ from lowbit.kernels import PackedLinear, Reason
 from lowbit.layouts import Layout, pack_qtensor, packed_layout, unpack_qtensor
 from lowbit.modules.activation import ActSpec
 from lowbit.modules.pre import build_pre, pre_config, pre_layout, pre_tensors
-from lowbit.numerics import Affine, Params, QTensor, Spec, Table, from_dict, to_dict
+from lowbit.numerics import Affine, QTensor, Spec, Table, from_dict, to_dict
 from lowbit.transforms import ChannelTransform
 
 Config = dict[str, Any]
@@ -49,7 +49,7 @@ def buffer_layout(config: Config) -> Layout:
     if act is not None and act.static:
         act_shape = act.spec.granularity.param_shape((1, shape[1]))
         layout["act_scale"] = act_shape, torch.float32
-        if act.spec.grid.zero_bits != 0:
+        if len(act.spec.grid.fields) > 1:
             layout["act_zero"] = act_shape, torch.float32
     layout |= pre_layout(config["pre"])
     if config["bias"] is not None:
@@ -100,7 +100,7 @@ class QuantLinear(nn.Module):
         q: QTensor,
         bias: Tensor | None = None,
         act: ActSpec | None = None,
-        act_params: Params | None = None,
+        act_params: Affine | None = None,
         pre: tuple[ChannelTransform, ...] = (),
     ) -> QuantLinear:
         """Packs ``q`` ``[O, I]``.
@@ -152,7 +152,7 @@ class QuantLinear(nn.Module):
         return self._pre(torch.float32)
 
     @property
-    def act_params(self) -> Params | None:
+    def act_params(self) -> Affine | None:
         """Static parameters of the input, float32 ``[G, 1]``."""
         if self.act is None or not self.act.static:
             return None

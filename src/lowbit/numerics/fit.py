@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lowbit.numerics.grids.base import Params, RangeGrid
+from lowbit.numerics.grids.base import Affine, Params, RangeGrid
 from lowbit.numerics.tagged import tagged
 
 
@@ -34,7 +34,7 @@ def extremes(x_GK: Tensor) -> tuple[Tensor, Tensor]:
 class MinMax:
     """The range of the values: nothing is clipped."""
 
-    def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Params:
+    def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
         return grid.from_range(*extremes(x_GK))
 
 
@@ -49,7 +49,7 @@ class Percentile:
         if not 0.5 < self.p <= 1:
             raise ValueError(f"percentile is a share over 0.5 and at most 1, found {self.p} (99.9 % is 0.999)")
 
-    def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Params:
+    def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
         # torch.quantile refuses more than 2**24 elements, so the two order statistics are taken from a sort.
         ordered = x_GK.sort(dim=1).values
         at = (x_GK.shape[1] - 1) * self.p
@@ -77,7 +77,7 @@ class ClipSearch:
         if self.steps < 1 or not 0 < self.max_shrink <= 1 or self.norm <= 0:
             raise ValueError(f"clip search needs steps >= 1, 0 < max_shrink <= 1 and norm > 0, found {self}")
 
-    def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Params:
+    def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
         lo, hi = extremes(x_GK)
         best_shrink = torch.ones_like(lo)
         best = torch.full_like(lo, float("inf"))
@@ -102,7 +102,7 @@ class Clipped:
     lo_share_G1: Tensor
     hi_share_G1: Tensor
 
-    def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Params:
+    def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
         lo, hi = extremes(x_GK)
         return grid.from_range(lo * self.lo_share_G1, hi * self.hi_share_G1)
 

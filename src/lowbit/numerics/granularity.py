@@ -119,6 +119,31 @@ class PerGroup:
 
 @tagged
 @dataclass(frozen=True)
+class Flat:
+    """Runs of ``size`` consecutive elements of the row-major flattened tensor, across the borders of rows.
+
+    The last run may be shorter. Where rows are a multiple of ``size`` this is :class:`PerGroup`.
+    """
+
+    size: int
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"a block has at least one element, found {self.size}")
+
+    def param_shape(self, shape: Shape) -> tuple[int, int]:
+        return 1, -(-prod(shape) // self.size)
+
+    def split(self, x: Tensor, *, fill_zero: bool = False) -> Tensor:
+        _, blocks = self.param_shape(tuple(x.shape))
+        return _fill(x.reshape(1, -1), blocks * self.size, fill_zero).reshape(-1, self.size)
+
+    def join(self, x_GK: Tensor, shape: Shape) -> Tensor:
+        return x_GK.reshape(-1)[: prod(shape)].reshape(shape)
+
+
+@tagged
+@dataclass(frozen=True)
 class Block:
     """Tiles of ``rows`` x ``cols``; tiles at the lower and right border may be smaller."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -10,17 +11,39 @@ from torch import Tensor
 
 from lowbit.numerics.fit import Fit
 from lowbit.numerics.granularity import Shape
-from lowbit.numerics.grids.base import Affine, Params
-from lowbit.numerics.spec import Spec, fit_params
+from lowbit.numerics.grids.base import Params
+from lowbit.numerics.spec import Spec, fit_raw
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QTensor:
-    """Codes ``[O, I]`` (uint8, one a byte: packing is :mod:`lowbit.layouts`) with parameters as stored (leading axis G)."""
+    """Codes ``[O, I]`` (uint8, one a byte: packing is :mod:`lowbit.layouts`) with parameters as stored (leading axis G).
+
+    second: where the spec quantizes statistics, each floating parameter as it is stored, by name; ``params`` holds the
+        values that these restore. :meth:`fitted` fills both.
+    mean: float32 scalar added to every value; only of a second level that is centred.
+    """
 
     codes: Tensor
     params: Params
     spec: Spec
+    second: Mapping[str, QTensor] = field(default_factory=dict)
+    mean: Tensor | None = None
+
+    @staticmethod
+    def fitted(codes: Tensor, raw: Params, spec: Spec) -> QTensor:
+        """Codes with parameters that were fitted and not yet stored (``Spec.as_stored`` of which chose the codes)."""
+        columns = spec.granularity.param_shape(tuple(codes.shape))[1]
+        if spec.stats is None:
+            return QTensor(codes, spec.as_stored(raw, columns), spec)
+        values = raw._asdict()
+        second = {f.name: spec.second_level(values[f.name], columns) for f in spec.grid.fields if f.bits is None}
+        restored = {
+            f.name: spec.from_second(second[f.name], f).to(values[f.name].dtype)
+            for f in spec.grid.fields
+            if f.bits is None
+        }
+        return QTensor(codes, spec.grid.kind(**{**values, **restored}), spec, second)
 
     @property
     def shape(self) -> Shape:
@@ -28,13 +51,14 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values, of ``shape``. Computed in float32 and then cast."""
-        params = Affine(*(None if p is None else p.float() for p in self.params))  # pyright: ignore[reportArgumentType]
+        params = self.params._make(None if p is None else p.float() for p in self.params)
         codes_GK = self.spec.granularity.split(self.codes)
-        return self.spec.granularity.join(self.spec.grid.decode(codes_GK, params), self.shape).to(dtype)
+        x = self.spec.granularity.join(self.spec.grid.decode(codes_GK, params), self.shape)  # pyright: ignore[reportArgumentType]
+        return (x if self.mean is None else x + self.mean).to(dtype)
 
     @property
     def stored_bits(self) -> int:
-        """Every bit on disk: codes (each row padded to whole bytes, as the layout pads it), scales and zero points."""
+        """Every bit on disk: codes (each row padded to whole bytes, as the layout pads it) and parameters."""
         return stored_bits(self.spec, self.shape)
 
     @property
@@ -49,26 +73,33 @@ def stored_bits(spec: Spec, shape: Shape) -> int:
     def packed(rows: int, columns: int, bits: int) -> int:
         return rows * (-(-columns * bits // 8)) * 8
 
-    rows, columns = prod(shape[:-1]), shape[-1]
     high, wide = spec.granularity.param_shape(shape)
-    real = (
-        spec.torch_scale_dtype.itemsize * 8 * high * wide
-        if spec.stats is None
-        else stored_bits(spec.stats, (wide, high))
-    )
-    zero_bits = spec.grid.zero_bits
-    zeros = real if zero_bits is None else packed(1, high * wide, zero_bits) if zero_bits else 0
-    return packed(rows, columns, spec.grid.bits) + real + zeros
+    total = packed(prod(shape[:-1]), shape[-1], spec.grid.bits)
+    for each in spec.grid.fields:
+        if each.bits is not None:
+            total += packed(1, high * wide * each.width, each.bits)
+        elif spec.stats is None:
+            total += spec.torch_scale_dtype.itemsize * 8 * high * wide * each.width
+        else:
+            total += stored_bits(spec.stats, (wide * each.width, high)) + 32 * spec.stats_centred
+    return total
 
 
-def quantize(x: Tensor, spec: Spec, fit: Fit, importance: Tensor | None = None) -> QTensor:
+def quantize(x: Tensor, spec: Spec, fit: Fit, importance: Tensor | None = None, centred: bool = False) -> QTensor:
     """Round-to-nearest: fits parameters to ``x`` ``[..., I]``, then takes the nearest code of each element.
+
+    ``centred`` subtracts the mean of all elements first and keeps it in the result.
 
     Raises:
         ValueError: NaN or Inf in ``x``, or a scale that the format cannot store.
     """
     if not torch.isfinite(x).all():
         raise ValueError(f"cannot quantize {int((~torch.isfinite(x)).sum())} values that are NaN or Inf")
-    params = fit_params(x, spec, fit, importance)
+    mean = x.float().mean() if centred else None
+    if mean is not None:
+        x = x - mean
+    raw = fit_raw(x, spec, fit, importance)
+    params = spec.as_stored(raw, spec.granularity.param_shape(tuple(x.shape))[1])
     codes_GK = spec.grid.encode(spec.granularity.split(x), params)
-    return QTensor(spec.granularity.join(codes_GK, tuple(x.shape)).contiguous(), params, spec)
+    q = QTensor.fitted(spec.granularity.join(codes_GK, tuple(x.shape)).contiguous(), raw, spec)
+    return q if mean is None else QTensor(q.codes, q.params, spec, q.second, mean)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lowbit.numerics.fit import Fit, MinMax
 from lowbit.numerics.granularity import Granularity, Shape
-from lowbit.numerics.grids.base import Affine, Grid, Params
+from lowbit.numerics.grids.base import Field, Grid, Params
 from lowbit.numerics.tagged import tagged
+
+if TYPE_CHECKING:
+    from lowbit.numerics.qtensor import QTensor
 
 _SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -23,17 +28,19 @@ class Spec:
     Args:
         grid: the numbers.
         granularity: which elements share parameters.
-        stats: None, scales are stored as ``scale_dtype`` and zero points in the grid's ``zero_bits``; or a Spec, by which
-            scales (and real-valued zero points) are quantized. They are laid out ``[columns, rows]`` for this, so that a
-            granule of the second level lies within one column of groups: a solver that fixes the groups column by
-            column can finish each at once.
+        stats: None, scales are stored as ``scale_dtype`` and zero points as the grid's fields say; or a Spec, by which
+            scales (and whatever else of the parameters is floating) are quantized. They are laid out ``[columns, rows]``
+            for this, so that a granule of the second level lies within one column of groups: a solver that fixes the
+            groups column by column can finish each at once.
         scale_dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``.
+        stats_centred: the mean of all scales is subtracted before ``stats`` quantizes them, and stored in float32.
     """
 
     grid: Grid
     granularity: Granularity
     stats: Spec | None = None
     scale_dtype: str = "float16"
+    stats_centred: bool = False
 
     def __post_init__(self):
         if isinstance(self.grid, type) or not isinstance(self.grid, Grid):
@@ -55,44 +62,58 @@ class Spec:
         Raises:
             ValueError: a scale that the storage dtype cannot hold.
         """
-        scale = self._store(params.scale, columns)
-        # A scale that vanished would turn its granule into zeros; the smallest number kept is the honest neighbour.
-        # Subnormal numbers are kept too: in float16 they are the scales of all weights below about 1e-4.
-        kept = torch.finfo(self.torch_scale_dtype)
-        tiny = max(kept.smallest_normal * kept.eps, torch.finfo(torch.float32).smallest_normal)
-        scale = torch.where(scale.abs() < tiny, torch.full_like(scale, tiny), scale)
-        zero = params.zero
-        if zero is not None and self.grid.zero_bits is None:
-            zero = self._store(zero, columns)
-        return Affine(scale, zero)
+        return params._make(  # pyright: ignore[reportReturnType]
+            x if x is None or field is None or field.bits is not None else self._restored(x, field, columns)
+            for x, field in zip_longest(params, self.grid.fields)
+        )
 
-    def _store(self, x_G1: Tensor, columns: int) -> Tensor:
+    def _restored(self, x: Tensor, field: Field, columns: int) -> Tensor:
         if self.stats is None:
-            stored = x_G1.to(self.torch_scale_dtype).to(x_G1.dtype)
+            stored = x.to(self.torch_scale_dtype).to(x.dtype)
             if not torch.isfinite(stored).all():
                 raise ValueError(
-                    f"a scale of {x_G1.abs().max().item():.3g} does not fit {self.scale_dtype}; "
+                    f"a {field.name} of {x.abs().max().item():.3g} does not fit {self.scale_dtype}; "
                     "set scale_dtype to 'bfloat16' or 'float32', or look for NaN in the weights"
                 )
-            return stored
-        return self.stats_qtensor(x_G1, columns).dequantize().T.reshape(-1, 1).to(x_G1.dtype)
+            return self.lifted(stored, field)
+        return self.from_second(self.second_level(x, columns), field).to(x.dtype)
 
-    def stats_qtensor(self, x_G1: Tensor, columns: int):
-        """The second level: ``x_G1`` laid out ``[columns, rows]`` and quantized by ``stats``, a QTensor."""
+    def second_level(self, x: Tensor, columns: int) -> QTensor:
+        """The second level: ``x`` ``[G, width]`` laid out ``[columns * width, rows]`` and quantized by ``stats``."""
         from lowbit.numerics.qtensor import quantize  # a QTensor's scales may be a QTensor: the cycle is the design
 
         assert self.stats is not None
-        return quantize(x_G1.reshape(-1, columns).T.contiguous(), self.stats, MinMax())
+        return quantize(
+            x.reshape(-1, columns * x.shape[1]).T.contiguous(), self.stats, MinMax(), centred=self.stats_centred
+        )
+
+    def from_second(self, second: QTensor, field: Field) -> Tensor:
+        """What :meth:`second_level` stored, ``[G, width]`` float32."""
+        return self.lifted(second.dequantize().T.reshape(-1, field.width), field)
+
+    def lifted(self, x: Tensor, field: Field) -> Tensor:
+        """The floor under what divides: a scale that vanished would turn its granule into zeros, and the smallest
+        number kept is the honest neighbour. Subnormal numbers are kept too: in float16 they are the scales of all
+        weights below about 1e-4."""
+        if not field.floored:
+            return x
+        kept = torch.finfo(self.torch_scale_dtype)
+        tiny = max(kept.smallest_normal * kept.eps, torch.finfo(torch.float32).smallest_normal)
+        return torch.where(x.abs() < tiny, torch.full_like(x, tiny), x)
 
 
-def fit_params(x: Tensor, spec: Spec, fit: Fit, importance: Tensor | None = None) -> Params:
-    """Parameters of ``spec`` for ``x`` as they will be stored. ``importance`` has the shape of ``x``."""
+def fit_raw(x: Tensor, spec: Spec, fit: Fit, importance: Tensor | None = None) -> Params:
+    """Parameters of ``spec`` for ``x`` before they are stored. ``importance`` has the shape of ``x``."""
     x_GK = spec.granularity.split(x)
     if importance is None and x_GK.numel() != x.numel():
         importance = torch.ones_like(x)  # what fills up short granules has none
     weight_GK = None if importance is None else spec.granularity.split(importance, fill_zero=True)
-    params = fit(x_GK, spec.grid, weight_GK)  # pyright: ignore[reportArgumentType]
-    return spec.as_stored(params, spec.granularity.param_shape(tuple(x.shape))[1])
+    return fit(x_GK, spec.grid, weight_GK)  # pyright: ignore[reportArgumentType]
+
+
+def fit_params(x: Tensor, spec: Spec, fit: Fit, importance: Tensor | None = None) -> Params:
+    """Parameters of ``spec`` for ``x`` as they will be stored. ``importance`` has the shape of ``x``."""
+    return spec.as_stored(fit_raw(x, spec, fit, importance), spec.granularity.param_shape(tuple(x.shape))[1])
 
 
 def fake_quantize(x: Tensor, spec: Spec, fit: Fit) -> Tensor:
@@ -102,4 +123,4 @@ def fake_quantize(x: Tensor, spec: Spec, fit: Fit) -> Tensor:
     return spec.granularity.join(spec.grid.fake(x_GK, params), tuple(x.shape))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-__all__ = ["Shape", "Spec", "fake_quantize", "fit_params"]
+__all__ = ["Shape", "Spec", "fake_quantize", "fit_params", "fit_raw"]

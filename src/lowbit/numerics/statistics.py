@@ -4,6 +4,8 @@ A statistic is a frozen request; the walk keeps one accumulator for each request
 which read one tensor, share one Gram matrix. Requests compare equal by value, so two steps that ask for the same thing
 get one accumulation. Nothing here keeps tokens except :class:`Samples`, which keeps as many as it says.
 
+One request is of another kind: :class:`Fisher` is about the weights, and takes a backward pass over the whole model.
+
 Law: the result does not depend on how the tokens were cut into batches (:class:`Samples` with an even ``stride`` aside).
 Shapes: T token, I input channel.
 """
@@ -11,6 +13,7 @@ Shapes: T token, I input channel.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,8 +24,10 @@ from lowbit.numerics.tagged import tagged
 class Statistic:
     """A request for one statistic of an input ``[T, I]``: how a batch of tokens gives it and how two of them join.
 
-    Subclasses are frozen dataclasses.
+    Subclasses are frozen dataclasses. ``of_input``: False where it cannot be gathered from inputs.
     """
+
+    of_input: ClassVar[bool] = True
 
     def merge(self, x_TI: Tensor) -> Tensor:
         """The statistic of one batch of tokens alone."""
@@ -112,3 +117,15 @@ class Samples(Statistic):
 
     def merge(self, x_TI: Tensor) -> Tensor:
         return x_TI[:: self.stride][: self.count].clone()
+
+
+@tagged
+@dataclass(frozen=True)
+class Fisher(Statistic):
+    """Diagonal Fisher information of a weight, ``[O, I]`` float32: how much the model's loss minds a change of it.
+
+    ``sum_n (dL_n / dw)^2`` over calibration windows n, L_n the mean next-token cross-entropy of window n alone (the square
+    of a sum over windows would be something else). Zero where no token reached the weight. Only its ratios mean something.
+    """
+
+    of_input: ClassVar[bool] = False

@@ -79,7 +79,7 @@ def chosen_kernel(config: Config) -> str:
 
 def _integers(spec: Spec, bits: tuple[int, ...]) -> str:
     grid = spec.grid
-    if not isinstance(grid, Int) or grid.zero_bits is None or spec.stats is not None:
+    if not isinstance(grid, Int) or grid.real_zero or spec.stats is not None:
         return "its weights are integers with integer zero points and plain scales"
     if grid.bits not in bits:
         return f"it has weights of {', '.join(map(str, bits))} bits, not of {grid.bits}"

@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from lowbit.numerics import Clipped, QTensor, Spec, Statistic
+from lowbit.numerics import Clipped, QTensor, SideTerm, Spec, Statistic
 from lowbit.transforms import ChannelTransform
 
 
@@ -25,11 +25,15 @@ class Solution:
 
     q: codes and parameters, the parameters exactly as they will be stored.
     pre: channel transforms that the layer applies to its input, in order, before it meets ``q``; empty for most.
+    post: channel transforms that the layer applies to its output, in order, before the bias.
+    side: terms added to the decoded ``q``.
     notes: sentences that the report must show under the layer's name.
     """
 
     q: QTensor
     pre: tuple[ChannelTransform, ...] = ()
+    post: tuple[ChannelTransform, ...] = ()
+    side: tuple[SideTerm, ...] = ()
     notes: tuple[str, ...] = ()
 
 

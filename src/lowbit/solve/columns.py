@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lowbit.numerics import Block, Fit, Granularity, Params, PerToken, Spec, fit_params
+from lowbit.numerics import Block, Fit, Granularity, Params, PerToken, Spec, fit_raw
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +54,9 @@ class Tiling:
         return int(self.band_I[-1]) + 1
 
     def place(self, w_OK: Tensor, spec: Spec, fit: Fit, importance_K: Tensor) -> Params:
-        """Parameters, as stored, of one band whose columns are ``w_OK`` (in any order); leading axis: strips."""
+        """Parameters, not yet as stored, of one band whose columns are ``w_OK`` (in any order); leading axis: strips."""
         tile = Block(self.height, w_OK.shape[1])
-        return fit_params(w_OK, Spec(spec.grid, tile, spec.stats, spec.scale_dtype), fit, importance_K.expand_as(w_OK))
+        return fit_raw(w_OK, Spec(spec.grid, tile, spec.stats, spec.scale_dtype), fit, importance_K.expand_as(w_OK))
 
     def of_rows(self, params: Params, rows: int) -> Params:
         """One band's parameters, repeated for each of the ``rows`` rows: leading axis O."""

@@ -36,7 +36,7 @@ from lowbit.numerics import (
     QTensor,
     Spec,
     Statistic,
-    fit_params,
+    fit_raw,
     tagged,
 )
 from lowbit.solve.base import Solution
@@ -103,7 +103,8 @@ class Gptq:
             notes = (*notes, f"{int(dead.sum())} of {len(dead)} input channels were never active: weights set to zero")
         W = w_OI.to(torch.float64 if w_OI.dtype == torch.float64 else torch.float32).masked_fill(dead, 0)
         q = self._solve_columns(W[:, stored], U.to(W.dtype), visit, diag[stored].to(W.dtype), tiling, spec, clip)
-        return Solution(q, () if torch.equal(stored, _as_they_come(diag)) else (Permute(stored),), notes)
+        pre = () if torch.equal(stored, _as_they_come(diag)) else (Permute(stored),)
+        return Solution(q, pre=pre, notes=notes)
 
     @property
     def moves_groups(self) -> bool:
@@ -142,10 +143,10 @@ class Gptq:
         rows, wide = len(w_OI), tiling.wide
         band = tiling.band_I[visit].tolist()
         width = tiling.band_I.bincount().tolist()
-        placed: dict[int, Params] = {}  # as stored, of each band
-        by_row: dict[int, Params] = {}  # the same, repeated for each row
+        placed: dict[int, Params] = {}  # of each band, as fitted
+        by_row: dict[int, Params] = {}  # the same as stored, repeated for each row
         if self.static_groups:
-            params = fit_params(w_OI, spec, clip or self.fit, diag.expand_as(w_OI))
+            params = fit_raw(w_OI, spec, clip or self.fit, diag.expand_as(w_OI))
             placed = {b: params._make(None if p is None else p[b::wide] for p in params) for b in range(wide)}
 
         def params_at(i: int, W: Tensor) -> Params:
@@ -155,7 +156,7 @@ class Gptq:
                     fit = clip.rows(slice(b, None, wide)) if clip else self.fit
                     here = slice(i, i + width[b])
                     placed[b] = tiling.place(W[here].T, spec, fit, diag[visit[here]])  # on all corrections so far
-                by_row[b] = tiling.of_rows(placed[b], rows)
+                by_row[b] = tiling.of_rows(spec.as_stored(placed[b]), rows)
             return by_row[b]
 
         runs = [self.block] * (len(band) // self.block) + [len(band) % self.block]
@@ -165,7 +166,7 @@ class Gptq:
         codes_IO = _recursion(W, U, spec.grid, lazy_blocks(runs, self.block), params_at, self.stale_groups)
         codes_OI = torch.empty_like(codes_IO.T, memory_format=torch.contiguous_format)
         codes_OI[:, visit] = codes_IO.T
-        return QTensor(codes_OI, _side_by_side([placed[b] for b in range(wide)]), spec)
+        return QTensor.fitted(codes_OI, _side_by_side([placed[b] for b in range(wide)]), spec)
 
 
 def _recursion(

@@ -59,4 +59,4 @@ class SetActivationRange:
                 bounds = torch.tensor([-1.0, 1.0])
             spec = form.act.spec
             lo, hi = bounds.min().view(1, 1), bounds.max().view(1, 1)
-            state.act_params[path] = spec.as_stored(spec.grid.from_range(lo, hi))  # pyright: ignore[reportAttributeAccessIssue]
+            state.act_params[path] = spec.as_stored(spec.grid.from_range(lo, hi))  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]

@@ -91,7 +91,7 @@ def _zeroed(w_OI: Tensor, q: QTensor) -> float:
     """Share of granules that lost everything. Counts, so that a column order in storage does not matter much."""
     split = q.spec.granularity.split
     before, after = ((split(w) == 0).all(1).sum().item() for w in (w_OI, q.dequantize()))
-    return max(0.0, (after - before) / len(q.params.scale))
+    return max(0.0, (after - before) / len(q.params[0]))
 
 
 @torch.no_grad()

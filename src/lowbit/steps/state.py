@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbit.architectures import Kind, ResolvedBlock, ResolvedEdge, add_bias, fold, needs_bias
 from lowbit.modules import ActSpec
-from lowbit.numerics import Clipped, Params, Spec, Statistic
-from lowbit.transforms import ChannelTransform
+from lowbit.numerics import Affine, Clipped, Fisher, Spec, Statistic
+from lowbit.transforms import ChannelTransform, Permute, Scale
 
 Stats = Mapping[Statistic, Tensor]
 
@@ -76,7 +76,8 @@ class BlockState:
     """See the module docstring. ``io`` is None for data-free recipes.
 
     ``store_dtype`` is the dtype in which unquantized parameters (norm gains) will be saved; a commit rounds to it, so
-    that later steps see what the saved model will have.
+    that later steps see what the saved model will have. ``fisher``: Fisher information ``[O, I]`` of the linears' weights as
+    they are now, by path; empty where no step of the recipe needs it.
     """
 
     name: str
@@ -88,8 +89,9 @@ class BlockState:
     store_dtype: torch.dtype = torch.float32
     tick: Callable[[str], None] = lambda what: None
     clip: dict[str, Clipped] = field(default_factory=dict)
-    act_params: dict[str, Params] = field(default_factory=dict)
+    act_params: dict[str, Affine] = field(default_factory=dict)
     pre: dict[str, tuple[ChannelTransform, ...]] = field(default_factory=dict)
+    fisher: dict[str, Tensor] = field(default_factory=dict)
     records: list[LayerRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -129,10 +131,15 @@ class BlockState:
                     self.note(f"edge {edge.name!r} cannot carry a {kind.value} here: not applied")
 
     def commit(self, edge: ResolvedEdge, transform: ChannelTransform, kind: Kind) -> None:
-        """Folds ``transform`` into the block, in place. An edge without a producer applies it to the input at run time."""
+        """Folds ``transform`` into the block, in place. An edge without a producer applies it to the input at run time.
+
+        Raises:
+            ValueError: a transform under which the Fisher information that a later step needs is not known.
+        """
         with torch.no_grad():
             add_bias(self.block, needs_bias(edge, kind))
             parameters = self.weights()
+            self.fisher |= self._folded_fisher(edge, transform, parameters)
             for name, value in fold(edge, transform, parameters).items():
                 stored = value.to(self.store_dtype).to(value.dtype) if value.dim() == 1 else value
                 parameters[name].copy_(stored)
@@ -140,6 +147,29 @@ class BlockState:
             for port in edge.consumers:
                 self.pre[port.module] = (*self.pre.get(port.module, ()), transform)
                 self.linear(port.module).register_forward_pre_hook(lambda _, args: (transform.forward(args[0]),))
+
+    def _folded_fisher(
+        self, edge: ResolvedEdge, transform: ChannelTransform, parameters: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What the commit of ``transform`` changes in ``fisher``.
+
+        Where the new weights are ``A w``, gradients are multiplied by ``A^-T``: by 1/s where weights are by s, and a
+        permutation moves both alike. So the very fold of the weights serves, on square roots, with the reciprocal scale.
+        Mixing channels needs the covariance of gradients, and a shift their sums; the diagonal has neither.
+        """
+        ports = {port.module for port in edge.ports} & self.fisher.keys()
+        if not ports:
+            return {}
+        if not isinstance(transform, Scale | Permute):
+            raise ValueError(
+                f"{self.full_name(edge.name)}: the Fisher information behind a {type(transform).__name__} does not follow "
+                "from that before it; leave that step out, or choose a solver that needs no Fisher information"
+            )
+        for_gradients = Scale(1 / transform.s) if isinstance(transform, Scale) else transform
+        roots = {f"{path}.weight": stored_as_OI(self.linear(path), self.fisher[path].sqrt()) for path in ports}
+        folded = fold(edge, for_gradients, {**parameters, **roots})
+        changed = {path: folded[f"{path}.weight"] for path in ports if f"{path}.weight" in folded}
+        return {path: stored_as_OI(self.linear(path), root).square() for path, root in changed.items()}
 
     # Calibration
 
@@ -154,12 +184,13 @@ class BlockState:
     def collect(self, needs: Iterable[Statistic], inputs: Iterable[str] | None = None) -> dict[str, Stats]:
         """One forward over the calibration windows: statistics of each shared input (all, or those named), by name.
 
-        An input that saw no token (an expert that was never chosen) has no statistics: an empty mapping.
+        An input that saw no token (an expert that was never chosen) has no statistics: an empty mapping. What is not of
+        inputs is passed over: :meth:`stats_of` adds it.
 
         Raises:
             ValueError: there is no calibration data.
         """
-        needs = tuple(needs)
+        needs = tuple(need for need in needs if need.of_input)
         first = {name: path for path, name in self.readers().items() if inputs is None or name in inputs}
         gathered: dict[str, dict[Statistic, Tensor]] = {name: {} for name in first}
         if not needs:
@@ -188,10 +219,11 @@ class BlockState:
         return dict(gathered)
 
     def stats_of(self, stats: Mapping[str, Stats], path: str) -> Stats:
-        """The statistics of the input that linear ``path`` reads, from the result of :meth:`collect`."""
+        """What is known of linear ``path``: statistics of the input it reads, from :meth:`collect`, and of its weight."""
+        own = {Fisher(): self.fisher[path]} if path in self.fisher else {}
         for shared in self.resolved.shared_inputs:
             if path in shared.readers:
-                return stats.get(shared.name, {})
+                return {**stats.get(shared.name, {}), **own}
         raise AssertionError(f"{path} reads no shared input")
 
     def edge_stat(self, edge: ResolvedEdge, stats: Mapping[str, Stats], need: Statistic) -> Tensor | None:

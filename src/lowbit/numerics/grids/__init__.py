@@ -1,7 +1,7 @@
 """Grids: which numbers a format has. One contract (:mod:`base`), a file a family."""
 
-from lowbit.numerics.grids.base import Affine, Grid, Params, RangeGrid
+from lowbit.numerics.grids.base import Affine, Bases, Field, Grid, Lut, Params, RangeGrid
 from lowbit.numerics.grids.int import Int
 from lowbit.numerics.grids.levels import NF4, Float, Table
 
-__all__ = ["NF4", "Affine", "Float", "Grid", "Int", "Params", "RangeGrid", "Table"]
+__all__ = ["NF4", "Affine", "Bases", "Field", "Float", "Grid", "Int", "Lut", "Params", "RangeGrid", "Table"]

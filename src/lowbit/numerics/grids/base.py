@@ -9,7 +9,8 @@ of a fitted grid does not grow with its bits; ``fake(x, p) == decode(encode(x, p
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -21,30 +22,63 @@ class Affine(NamedTuple):
     zero: Tensor | None = None
 
 
-Params = Affine
-"""Parameters of a grid; every tensor in it has the leading axis G. Further kinds (tables, bases) join here."""
+class Lut(NamedTuple):
+    """``value = values[code]``. values ``[G, 2**bits]`` floating, rising along each row."""
+
+    values: Tensor
+
+
+class Bases(NamedTuple):
+    """``value = sum_k +-alpha_k + offset``. alpha ``[G, bits]`` floating, offset ``[G, 1]`` floating or None for none."""
+
+    alpha: Tensor
+    offset: Tensor | None = None
+
+
+Params = Affine | Lut | Bases
+"""Parameters of a grid; every tensor in it has the leading axis G."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of a grid's parameters as it is stored: ``width`` numbers a granule.
+
+    Args:
+        name: of the tensor, in ``Params`` and on disk.
+        width: numbers for each granule.
+        bits: width of a code where the numbers are codes (an integer zero point), None where they are floating.
+        floored: a number that vanished in storage is lifted to the smallest that is kept: scales, which divide.
+    """
+
+    name: str
+    width: int = 1
+    bits: int | None = None
+    floored: bool = False
 
 
 @runtime_checkable
 class Grid(Protocol):
-    """Codes and values of one set of numbers. Frozen, comparable, hashable."""
+    """Codes and values of one set of numbers. Frozen, comparable, hashable. ``params`` are of its ``kind``."""
 
     @property
     def bits(self) -> int:
         """Width of a code."""
         ...
 
+    kind: ClassVar[Any]
+    """The type of its parameters: Affine, Lut or Bases."""
+
     @property
-    def zero_bits(self) -> int | None:
-        """Width of a stored zero point: 0 where there is none, None where it is stored as a floating number."""
+    def fields(self) -> tuple[Field, ...]:
+        """What of its parameters is stored, in their order; what is absent (None) has no field."""
         ...
 
-    def encode(self, x_GK: Tensor, params: Params) -> Tensor:
+    def encode(self, x_GK: Tensor, params: Any) -> Tensor:
         """Codes (uint8) of the nearest grid values."""
         ...
 
-    def decode(self, codes_GK: Tensor, params: Params) -> Tensor:
-        """Values of codes, in the dtype of ``params.scale``."""
+    def decode(self, codes_GK: Tensor, params: Any) -> Tensor:
+        """Values of codes, in the dtype of the parameters."""
         ...
 
 
@@ -52,10 +86,10 @@ class Grid(Protocol):
 class RangeGrid(Grid, Protocol):
     """A grid that a range ``[lo, hi]`` places."""
 
-    def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Params:
+    def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Affine:
         """Parameters under which the grid covers ``[lo, hi]`` and represents zero. Differentiable in both ends."""
         ...
 
-    def fake(self, x_GK: Tensor, params: Params) -> Tensor:
+    def fake(self, x_GK: Tensor, params: Affine) -> Tensor:
         """``decode(encode(x))`` with a gradient: straight through the rounding to x, true to the parameters."""
         ...

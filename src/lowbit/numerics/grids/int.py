@@ -9,12 +9,12 @@ A one-bit symmetric grid is ``{-absmax, +absmax}``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lowbit.numerics.grids.base import Affine
+from lowbit.numerics.grids.base import Affine, Field
 from lowbit.numerics.tagged import tagged
 
 
@@ -38,6 +38,7 @@ class Int:
     bits: int
     symmetric: bool = False
     zero: Literal["int", "real"] = "int"
+    kind: ClassVar[Any] = Affine
 
     def __post_init__(self):
         if not 1 <= self.bits <= 8:
@@ -46,8 +47,14 @@ class Int:
             raise ValueError(f"zero is 'int' or 'real', found {self.zero!r}")
 
     @property
-    def zero_bits(self) -> int | None:
-        return 0 if self.symmetric else (self.bits if self.zero == "int" else None)
+    def fields(self) -> tuple[Field, ...]:
+        scale = Field("scale", floored=True)
+        return (scale,) if self.symmetric else (scale, Field("zero", bits=self.bits if self.zero == "int" else None))
+
+    @property
+    def real_zero(self) -> bool:
+        """Whether the zero point is a stored real number."""
+        return not self.symmetric and self.zero == "real"
 
     @property
     def max_code(self) -> int:
@@ -72,21 +79,22 @@ class Int:
             zero = zero.round().clamp(0, self.max_code)
         return Affine(scale, zero)
 
-    def _zero(self, params: Affine) -> Tensor | float:
+    def zero_point(self, params: Affine) -> Tensor | float:
+        """The level (in code units) of the value zero."""
         return self._middle if params.zero is None else params.zero
 
     def encode(self, x_GK: Tensor, params: Affine) -> Tensor:
         return self._level(x_GK / params.scale, params, torch.round).to(torch.uint8)
 
     def _level(self, v: Tensor, params: Affine, rounding) -> Tensor:
-        zero = self._zero(params)
+        zero = self.zero_point(params)
         whole = params.zero is not None and self.zero == "int"
         # round(w/s) + z and round(w/s + z) differ at ties and when z is not whole: the first is the integer dialect.
         level = rounding(v) + zero if whole else rounding(v + zero)
         return level.clamp(0, self.max_code)
 
     def decode(self, codes_GK: Tensor, params: Affine) -> Tensor:
-        return (codes_GK.to(params.scale.dtype) - self._zero(params)) * params.scale
+        return (codes_GK.to(params.scale.dtype) - self.zero_point(params)) * params.scale
 
     def fake(self, x_GK: Tensor, params: Affine) -> Tensor:
-        return (self._level(x_GK / params.scale, params, round_ste) - self._zero(params)) * params.scale
+        return (self._level(x_GK / params.scale, params, round_ste) - self.zero_point(params)) * params.scale

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lowbit.numerics.grids.base import Affine
+from lowbit.numerics.grids.base import Affine, Field
 from lowbit.numerics.tagged import tagged
 
 
@@ -22,10 +22,8 @@ class _Levels:
     """Nearest-level coding; subclasses give ``bits`` and ``table()``."""
 
     bits: int
-
-    @property
-    def zero_bits(self) -> int | None:
-        return 0
+    kind: ClassVar[Any] = Affine
+    fields: ClassVar = (Field("scale", floored=True),)
 
     def table(self) -> tuple[float, ...]:
         """Value of each code, in units of the scale; index = code. Codes that are never written repeat a level."""
@@ -123,9 +121,14 @@ def _float_table(exponent: int, mantissa: int, special: str) -> tuple[float, ...
 @tagged
 @dataclass(frozen=True)
 class Table(_Levels):
-    """Levels given as ``values`` (2 to 256 numbers); a code is an index. See :data:`NF4`."""
+    """Levels given as ``values`` (2 to 256 numbers); a code is an index. See :data:`NF4`.
+
+    ``absmax``: the largest magnitude of a granule meets the largest level, whatever their signs, as bitsandbytes scales
+    its tables; a table whose sides differ then clips a little where the extreme is on the shorter side.
+    """
 
     values: tuple[float, ...]
+    absmax: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "values", tuple(self.values))
@@ -138,6 +141,12 @@ class Table(_Levels):
 
     def table(self) -> tuple[float, ...]:
         return self.values
+
+    def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Affine:
+        if not self.absmax:
+            return super().from_range(lo_G1, hi_G1)
+        scale = torch.maximum(lo_G1.abs(), hi_G1.abs()) / self.max_level
+        return Affine(torch.where(scale > 0, scale, torch.ones_like(scale)))
 
 
 NF4 = Table(

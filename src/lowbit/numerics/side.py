@@ -1,0 +1,105 @@
+"""Side terms: what a packed linear stores beside its codes, added to the decoded weight.
+
+    W = decode(codes) + sum of side.dense(W.shape)
+
+Terms are ADDITIVE: whoever keeps a weight w in one writes ``code = encode(0)`` in its place and stores
+``w - decode(code)``, so that every decoder (a dense one that adds, a fused one that never builds W) gives the same sum,
+also on grids without an exact zero. The field's other convention, "replace where the sparse value is not zero", makes
+the result depend on the decoder.
+
+Values are stored in float16 and meant to be read so; ``of`` rounds to it. Shapes: O output channel, I input channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class SideTerm(Protocol):
+    """A frozen dataclass of tensors, all of which are stored as they are."""
+
+    def dense(self, shape: tuple[int, int]) -> Tensor:
+        """The term as a float32 matrix ``[O, I]``."""
+        ...
+
+    def apply(self, x: Tensor, out_features: int) -> Tensor:
+        """``x @ dense.T`` for x ``[..., I]``: ``[..., O]`` in the dtype of x."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """Single weights, as compressed rows.
+
+    row_start: int32 ``[O + 1]``; column: ``[n]``, int16 up to 32768 columns, else int32; value: float16 ``[n]``.
+    """
+
+    row_start: Tensor
+    column: Tensor
+    value: Tensor
+
+    @staticmethod
+    def of(values_OI: Tensor, mask_OI: Tensor) -> Sparse:
+        """The entries of ``values_OI`` where ``mask_OI`` is set, zeros among them included.
+
+        Raises:
+            ValueError: a value beyond float16.
+        """
+        rows, columns = mask_OI.nonzero(as_tuple=True)
+        start = torch.zeros(len(mask_OI) + 1, dtype=torch.int32, device=mask_OI.device)
+        start[1:] = mask_OI.sum(1).cumsum(0)
+        narrow = torch.int16 if mask_OI.shape[1] <= 2**15 else torch.int32
+        return Sparse(start, columns.to(narrow), _half(values_OI[rows, columns]))
+
+    @property
+    def row(self) -> Tensor:
+        """Row of each value, int64 ``[n]``."""
+        counts = self.row_start.diff().long()
+        return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+
+    def dense(self, shape: tuple[int, int]) -> Tensor:
+        out = torch.zeros(shape, device=self.value.device)
+        out[self.row, self.column.long()] = self.value.float()
+        return out
+
+    def apply(self, x: Tensor, out_features: int) -> Tensor:
+        # The specification, not the fast way: torch's own sparse product is in beta and warns every user.
+        return x @ self.dense((out_features, x.shape[-1])).to(x.dtype).T
+
+
+@dataclass(frozen=True, eq=False)
+class KeptColumns:
+    """Whole input channels. index: int32 ``[k]``, rising; value: float16 ``[O, k]``."""
+
+    index: Tensor
+    value: Tensor
+
+    @staticmethod
+    def of(values_Ok: Tensor, index: Tensor) -> KeptColumns:
+        """Columns ``values_Ok`` that belong at ``index``, in any order.
+
+        Raises:
+            ValueError: a value beyond float16.
+        """
+        order = index.argsort()
+        return KeptColumns(index[order].to(torch.int32), _half(values_Ok[:, order]).contiguous())
+
+    def dense(self, shape: tuple[int, int]) -> Tensor:
+        out = torch.zeros(shape, device=self.value.device)
+        out[:, self.index.long()] = self.value.float()
+        return out
+
+    def apply(self, x: Tensor, out_features: int) -> Tensor:
+        return x[..., self.index.long()] @ self.value.to(x.dtype).T
+
+
+def _half(value: Tensor) -> Tensor:
+    stored = value.to(torch.float16)
+    if not torch.isfinite(stored).all():
+        raise ValueError(f"a kept weight of {value.abs().max().item():.3g} does not fit float16, in which it is stored")
+    return stored
