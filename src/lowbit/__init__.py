@@ -9,6 +9,7 @@ module is imported first, so that the functions below are what the names mean.
 
 from lowbit import methods as _methods  # noqa: F401  (fills the registry of methods)
 from lowbit.api import evaluate, load, load_tokenizer, methods
+from lowbit.comparison import compare
 from lowbit.pipeline import BrokenModel, QuantizeReport, quantize
 from lowbit.recipe import Recipe, recipe
 from lowbit.single import quantize_linear
@@ -19,6 +20,7 @@ __all__ = [
     "QuantizeReport",
     "Recipe",
     "__version__",
+    "compare",
     "evaluate",
     "load",
     "load_tokenizer",

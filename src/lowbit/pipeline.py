@@ -28,6 +28,7 @@ from lowbit.recipe import Recipe
 from lowbit.recipes import as_recipe
 from lowbit.steps import LayerRecord
 from lowbit.version import __version__
+from lowbit.whole import run_model_steps
 
 MAX_KL = 2.0
 """Mean KL divergence (nats a token) from the original beyond which a model counts as broken."""
@@ -228,7 +229,12 @@ def run(
             culprit = f"; the worst layer so far is {worst.name}" if worst else ""
             raise BrokenModel(f"{error}{culprit}. Try more bits, smaller groups or another method") from error
         walk.write_rest()
-        kl, agreement, reference = _measure(walk, progress)
+        model = None
+        if job.recipe.model_steps:
+            model, notes = run_model_steps(walk, journal, progress)
+            job.warnings.extend(notes)
+        kl, agreement, reference = _measure(walk, model, progress)
+        del model
         report = _report(job, walk, kl, agreement, max_kl)
         if report.problems and not allow_broken:
             raise BrokenModel(_refusal(job, report), report)
@@ -237,13 +243,21 @@ def run(
         walk.close()
 
 
-def _measure(walk: Walk, progress: Progress | None) -> tuple[float | None, float | None, tuple[Tensor, Tensor] | None]:
-    """KL and agreement over the first calibration windows, and the last window's ids and logits to compare a reload with."""
+@torch.no_grad()
+def _measure(
+    walk: Walk, model: Any, progress: Progress | None
+) -> tuple[float | None, float | None, tuple[Tensor, Tensor] | None]:
+    """KL and agreement over the first calibration windows, and the last window's ids and logits to compare a reload with.
+
+    The quantized model is the one that the walk left behind, or ``model`` where steps changed it since.
+    """
     if walk.ids is None:
         return None, None, None
     count = min(KL_WINDOWS, len(walk.ids))
     kls, agreements, reference = [], [], None
     for ids_T, original, quantized in walk.logits(count):
+        if model is not None:
+            quantized = model(input_ids=ids_T[None], use_cache=False).logits[0]
         kl_T, agree_T = kl_and_agreement(original, quantized)
         kls.append(kl_T)
         agreements.append(agree_T.double())
@@ -310,20 +324,21 @@ def _finish(
     """Config, index, card and tokenizer into the partial directory; reload and compare there; then the rename."""
     directory = journal.directory
     modules = {name: config for block in report.blocks for name, config in block.modules.items()}
-    native.write_checkpoint(
-        directory, job.source.config, modules, [entry["file"] for entry in journal.finished], job.source.dtype
-    )
+    final = sorted(directory.glob("model-*.safetensors"))
+    native.write_checkpoint(directory, job.source.config, modules, [shard.name for shard in final], job.source.dtype)
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(directory)
     generation = job.source.path / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, directory / generation.name)
-    weights = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
+    weights = sum(shard.stat().st_size for shard in final)
     report = replace(report, out=job.out, bytes=weights)
     write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name)
     if reference is not None:
         _compare_reloaded(directory, *reference)
     shutil.rmtree(directory / "scratch", ignore_errors=True)
+    for shard in directory.glob("walked-*.safetensors"):
+        shard.unlink()
     journal.finish()
     return report
 

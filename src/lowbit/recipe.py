@@ -19,10 +19,20 @@ from typing import Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator, validate_call
 
-from lowbit.architectures import ResolvedBlock
+from lowbit.architectures import Kind, ResolvedBlock
 from lowbit.modules import ActSpec
-from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, nearest, to_dict
-from lowbit.steps import ClipShares, Learn, LinearFormat, SearchClip, SetActivationRange, Solve, Step
+from lowbit.numerics import Fisher, Int, PerChannel, PerGroup, PerTensor, PerToken, RangeGrid, Spec, nearest, to_dict
+from lowbit.steps import (
+    ClipShares,
+    Incoherence,
+    Learn,
+    LinearFormat,
+    ModelStep,
+    SearchClip,
+    SetActivationRange,
+    Solve,
+    Step,
+)
 
 
 class _Frozen(BaseModel):
@@ -107,6 +117,7 @@ class Recipe(_Frozen):
         steps: in order, on every block; ``Solve`` comes last and once.
         feed: the inputs that steps see: ``"quant"``, from the quantized blocks before, or ``"fp"``, from the original.
         seed: of everything random; each block derives its own.
+        model_steps: in order, once, on the whole packed model after its last block.
     """
 
     name: str
@@ -114,6 +125,16 @@ class Recipe(_Frozen):
     steps: tuple[Any, ...]
     feed: Literal["fp", "quant"] = "quant"
     seed: int = 0
+    model_steps: tuple[Any, ...] = ()
+
+    @field_validator("model_steps")
+    @classmethod
+    def _are_model_steps(cls, steps: tuple[Any, ...]) -> tuple[ModelStep, ...]:
+        for step in steps:
+            if not isinstance(step, ModelStep):
+                raise ValueError(f"{step!r} is not a step of model scope such as Tune(...)")
+            _check_types(step, type(step).__name__)
+        return steps
 
     @field_validator("steps")
     @classmethod
@@ -135,7 +156,13 @@ class Recipe(_Frozen):
 
     @property
     def needs_calibration(self) -> bool:
-        return any(step.needs for step in self.steps) or any(isinstance(step, Learn) for step in self.steps)
+        learns = any(isinstance(step, Learn) for step in self.steps) or bool(self.model_steps)
+        return learns or any(step.needs for step in self.steps)
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether a step asks for Fisher information, which takes a backward pass over the whole model first."""
+        return any(Fisher() in step.needs for step in self.steps)
 
     def _check_combination(self) -> None:
         solver = self.steps[-1].solver
@@ -143,12 +170,27 @@ class Recipe(_Frozen):
         for rule in self.scheme.rules:
             try:
                 if rule.weight is not None:
+                    if clipped and not isinstance(rule.weight.grid, RangeGrid):
+                        raise ValueError(f"a clipping is chosen, and {rule.weight.grid} is not placed by a range")
                     solver.check(rule.weight, clipped)
             except ValueError as error:
                 raise ValueError(f"{self.name}: {error}") from error
         static = any(rule.activation is not None and rule.activation.static for rule in self.scheme.rules)
         if static and not any(isinstance(step, SetActivationRange) for step in self.steps):
             raise ValueError(f"{self.name}: static activations need the step SetActivationRange")
+        rotated = next((i for i, step in enumerate(self.steps) if isinstance(step, Incoherence)), len(self.steps))
+        late = [type(step).__name__ for step in self.steps[rotated + 1 :] if _kinds(step)]
+        if late:
+            raise ValueError(
+                f"{self.name}: {', '.join(late)} transforms channels that Incoherence has mixed by then; put it first, as in "
+                "'awq+quip'"
+            )
+        mixing = [type(step).__name__ for step in self.steps if _kinds(step) & {Kind.SHIFT, Kind.ROTATE, Kind.SPLIT}]
+        if self.needs_fisher and mixing:
+            raise ValueError(
+                f"{self.name}: Solve needs Fisher information, which is known for every weight by itself and is lost when "
+                f"a step shifts or rotates channels, as {', '.join(mixing)} does here. Leave it out, or solve by another method"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that :func:`from_plain` reads back to an equal recipe."""
@@ -163,7 +205,7 @@ class Recipe(_Frozen):
                 for rule in self.scheme.rules
             ],
             "steps": [to_dict(step) for step in self.steps],
-        }
+        } | ({"model_steps": [to_dict(step) for step in self.model_steps]} if self.model_steps else {})
 
     def with_overrides(self, overrides: Iterable[Mapping[str, Any]]) -> Recipe:
         """This recipe with rules added; see :class:`Override` for their keys."""
@@ -196,6 +238,17 @@ def _learns_clip(step: Any) -> bool:
     return isinstance(step, Learn) and any(isinstance(maker, ClipShares) for maker in step.makers)
 
 
+def _kinds(value: Any) -> set[Kind]:
+    """The kinds of transform that a step, or a value in its fields, declares."""
+    kinds = {value.kind} if isinstance(getattr(value, "kind", None), Kind) else set()
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        for part in item if isinstance(item, tuple) else (item,):
+            if dataclasses.is_dataclass(part):
+                kinds |= _kinds(part)
+    return kinds
+
+
 def rebuilt(recipe: Recipe, **changes: Any) -> Recipe:
     """A copy that is validated again (pydantic's own model_copy is not)."""
     return Recipe(**{**{name: getattr(recipe, name) for name in Recipe.model_fields}, **changes})
@@ -216,14 +269,12 @@ class Override(_Frozen):
             return Rule(match=self.match, skip=True)
         assert base.weight is not None
         grid, grain, act = base.weight.grid, base.weight.granularity, base.activation
-        if (self.bits is not None or self.symmetric is not None) and not isinstance(grid, Int):
-            raise ValueError(
-                f"override {self.match!r}: bits and symmetric change an integer grid, the recipe has {grid}"
-            )
-        if self.bits is not None:
-            grid = replace(grid, bits=self.bits)  # pyright: ignore[reportArgumentType]
-        if self.symmetric is not None:
-            grid = replace(grid, symmetric=self.symmetric)  # pyright: ignore[reportArgumentType]
+        for key in ("bits", "symmetric"):
+            if (value := getattr(self, key)) is None:
+                continue
+            if key not in {field.name for field in dataclasses.fields(grid)}:  # pyright: ignore[reportArgumentType]
+                raise ValueError(f"override {self.match!r}: {key} cannot be changed, the recipe has the grid {grid}")
+            grid = replace(grid, **{key: value})  # pyright: ignore[reportArgumentType]
         if self.group_size is not None:
             grain = PerChannel() if self.group_size == "channel" else PerGroup(self.group_size)
         if self.activation_bits is not None:
@@ -287,13 +338,14 @@ class Method:
     def describe(self) -> dict[str, Any]:
         """What ``lowbit methods`` prints."""
         recipe = self.recipe()
+        learns = any(isinstance(step, Learn) for step in recipe.steps) or bool(recipe.model_steps)
         needs = {type(need).__name__ for step in recipe.steps for need in step.needs}
         return {
             "name": self.name,
             "family": self.family,
             "paper": self.paper,
             "summary": self.summary,
-            "needs": sorted(needs) + (["gradients"] if any(isinstance(step, Learn) for step in recipe.steps) else []),
+            "needs": sorted(needs) + (["gradients"] if learns else []),
             "options": {key: to_dict(p.default) for key, p in self.options.items()},
         }
 
@@ -339,8 +391,17 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
     """One recipe of several: all steps in order, with the Solve, the weight format and the feed of the last one.
 
     Activations are quantized as the first recipe that does so says.
+
+    Raises:
+        ValueError: a recipe before the last that would leave no trace, or a step that would be done twice.
     """
     *firsts, last = recipes
+    for each in firsts:
+        if len(each.steps) == 1 and not each.model_steps and not each.scheme.quantizes_activations:
+            raise ValueError(
+                f"{each.name!r} only says how weights are rounded, and in {name!r} {last.name!r} does that: leave "
+                f"{each.name!r} out, or put it last"
+            )
     steps = tuple(step for recipe in firsts for step in recipe.steps[:-1]) + last.steps
     for step in steps:
         if steps.count(step) > 1:
@@ -350,7 +411,12 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
     rules = tuple(
         rule if rule.skip else Rule(match=rule.match, weight=rule.weight, activation=act) for rule in last.scheme.rules
     )
-    return Recipe(name=name, scheme=Scheme(rules=rules), steps=steps, feed=last.feed, seed=last.seed)
+    whole = tuple(step for recipe in (*firsts, last) for step in recipe.model_steps)
+    scheme = Scheme(rules=rules)
+    try:
+        return Recipe(name=name, scheme=scheme, steps=steps, feed=last.feed, seed=last.seed, model_steps=whole)
+    except ValidationError as error:
+        raise ValueError(plain_message(error)) from error
 
 
 def validated(model: type[Any], data: Mapping[str, Any]) -> Any:

@@ -45,14 +45,14 @@ def quantize_linear(
         linear: ``[out_features, in_features]``; not changed.
         inputs: ``[tokens, in_features]`` or ``[windows, tokens, in_features]``, or None for recipes that need none.
         recipe: as for :func:`lowbit.quantize`; the rule for ``*`` counts.
-        fisher: ``[out_features, in_features]`` sensitivities, for recipes that ask for them; none does yet.
+        fisher: ``[out_features, in_features]`` Fisher information of the weight (sums of squared gradients; the scale does not
+            matter), for recipes that need it, and for no others.
 
     Raises:
         ValueError: inputs of another width, NaN or Inf, a recipe that does not quantize a lone linear.
     """
     recipe = as_recipe(recipe)
-    if fisher is not None:
-        raise ValueError(f"recipe {recipe.name!r} has no use for Fisher information; leave fisher out")
+    _check_fisher(linear, recipe, fisher)
     if inputs is not None and (inputs.shape[-1] != linear.in_features or inputs.dim() not in (2, 3)):
         raise ValueError(
             f"inputs are [tokens, {linear.in_features}] or [windows, tokens, {linear.in_features}], found {list(inputs.shape)}"
@@ -69,10 +69,28 @@ def quantize_linear(
         with torch.no_grad():
             y = torch.cat([block(window[None]) for window in x])
         io = BlockIO(x, y, lambda run, window: run(window))
-    state = BlockState("", block, _resolved(linear), {_PATH: form}, io, seed=recipe.seed)
+    known = {} if fisher is None else {_PATH: fisher.detach().float()}
+    state = BlockState("", block, _resolved(linear), {_PATH: form}, io, seed=recipe.seed, fisher=known)
     for step in recipe.steps:
         step.run(state)
     return block.linear  # pyright: ignore[reportReturnType]
+
+
+def _check_fisher(linear: nn.Linear, recipe: Recipe, fisher: Tensor | None) -> None:
+    shape = [linear.out_features, linear.in_features]
+    if fisher is None:
+        if recipe.needs_fisher:
+            raise ValueError(
+                f"recipe {recipe.name!r} needs Fisher information; pass fisher={shape}, the squared gradients of the loss by "
+                "this weight, summed over calibration windows (ones, to treat all weights alike)"
+            )
+        return
+    if not recipe.needs_fisher:
+        raise ValueError(f"recipe {recipe.name!r} has no use for Fisher information; leave fisher out")
+    if list(fisher.shape) != shape:
+        raise ValueError(f"fisher is {shape} as the weight, found {list(fisher.shape)}")
+    if not (torch.isfinite(fisher).all() and (fisher >= 0).all()):
+        raise ValueError("fisher holds NaN, Inf or negative values; squared gradients are none of these")
 
 
 def _copy(linear: nn.Linear) -> nn.Linear:

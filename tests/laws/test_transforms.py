@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from lowbit.transforms import ChannelTransform, Merge, Permute, Rotate, Scale, Shift, Split
+from lowbit.transforms import (
+    ChannelTransform,
+    Kronecker,
+    Merge,
+    Permute,
+    RandomHadamard,
+    Rotate,
+    Scale,
+    Seeded,
+    Shift,
+    Split,
+)
 
 O, I, T = 7, 24, 11
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
@@ -33,6 +44,10 @@ EXACT: dict[str, ChannelTransform] = {
     "rotate heads alike": Rotate.hadamard(I, seed=7, block=8),
     "rotate each head": Rotate(torch.stack([Rotate.random_orthogonal(6, seed=s).q for s in range(I // 6)])),
     "split": Split(torch.randint(1, 4, (I,), generator=_generator(8))),
+    "kronecker": Kronecker(10, I),
+    "kronecker inverse": Kronecker(10, I, inverted=True),
+    "random hadamard": RandomHadamard(11, I),
+    "random hadamard inverse in runs": RandomHadamard(11, 6, inverted=True),
 }
 MERGE = Merge(torch.randperm(I, generator=_generator(9)) % 9)
 ALL = EXACT | {"merge": MERGE}
@@ -66,7 +81,10 @@ def test_transforms_are_not_the_identity_and_leave_their_arguments_alone(name: s
     assert isinstance(t, ChannelTransform)
 
 
-@pytest.mark.parametrize("name", ["scale", "permute", "rotate hadamard", "rotate heads alike", "rotate each head"])
+DUAL = [name for name in EXACT if name not in ("shift", "split")]
+
+
+@pytest.mark.parametrize("name", DUAL)
 def test_dual_keeps_inner_products(name: str) -> None:
     t, x, y = EXACT[name], _normal(T, I), _normal(T, I, seed=1)
     torch.testing.assert_close((t.forward(x) * t.dual().forward(y)).sum(-1), (x * y).sum(-1), **TOLERANCE)
@@ -145,3 +163,83 @@ def test_gradients_reach_the_parameters_through_both_folds(make: type) -> None:
     inner = linear(x, *t.fold_out(_normal(I, I, seed=1), _normal(I, seed=2)))
     linear(inner, *t.fold_in(_normal(O, I, seed=3), None)).square().sum().backward()
     assert parameter.grad is not None and torch.isfinite(parameter.grad).all() and parameter.grad.abs().max() > 0
+
+
+SEEDED = [Kronecker, RandomHadamard]
+SIZES = [1, 2, 3, 12, 13, 24, 43, 64, 172, 521, 576, 1018, 1022]
+"""Powers of two, products of small primes, primes, a prime over the largest factor, twice a prime."""
+
+
+def _identity(n: int) -> torch.Tensor:
+    return torch.eye(n, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", SEEDED)
+@pytest.mark.parametrize("n", SIZES)
+def test_seeded_rotations_are_orthogonal_at_every_width(kind: type[Seeded], n: int) -> None:
+    q = kind(3, n).forward(_identity(n))
+    torch.testing.assert_close(q @ q.T, _identity(n), **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", SEEDED)
+@pytest.mark.parametrize("n", [*SIZES, 11008])
+def test_the_inverse_undoes_a_seeded_rotation_from_either_side(kind: type[Seeded], n: int) -> None:
+    t, x = kind(4, n), _normal(2, n)
+    torch.testing.assert_close(t.inverse().forward(t.forward(x)), x, **TOLERANCE)
+    torch.testing.assert_close(t.forward(t.inverse().forward(x)), x, **TOLERANCE)
+    assert t.inverse().inverse() == t
+
+
+@pytest.mark.parametrize("kind", SEEDED)
+@pytest.mark.parametrize("n", [521, 576, 1018, 11008])
+def test_an_outlier_anywhere_spreads_thinly_over_all_that_is_mixed_at_once(kind: type[Seeded], n: int) -> None:
+    places = torch.tensor([0, 1, n // 2, n - 2, n - 1])
+    outliers = torch.zeros(5, n, dtype=torch.float64).scatter_(1, places[:, None], 1.0)
+    spread = kind(5, n).forward(outliers).abs()
+    assert spread.amax() < 9 / n**0.5
+    assert ((spread > 1e-9).sum(1) >= 0.99 * kind.width(n)).all() and kind.width(n) > n / 2
+
+
+@pytest.mark.parametrize("n", [64, 576, 1536])
+def test_a_random_hadamard_is_as_flat_as_a_matrix_can_be_where_doubling_reaches_the_width(n: int) -> None:
+    q = RandomHadamard(6, n).forward(_identity(n))
+    torch.testing.assert_close(q.abs(), torch.full_like(q, n**-0.5), **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", SEEDED)
+def test_seeded_rotations_follow_their_seed_their_size_and_nothing_else(kind: type[Seeded]) -> None:
+    x = _normal(3, 48)
+    first = kind(1, 48).forward(x)
+    torch.manual_seed(99)
+    assert torch.equal(kind(1, 48).forward(x), first)
+    assert (kind(2, 48).forward(x) - first).abs().max() > 0.1
+    assert (kind(1, 24).forward(x) - first).abs().max() > 0.1
+    assert kind(1, 48).forward(x.float()).dtype == torch.float32
+    torch.testing.assert_close(kind(1, 48).forward(x.float()), first.float(), rtol=1e-5, atol=1e-5)
+
+
+# Part of the storage format: checkpoints hold seeds, so what a seed generates may never change.
+FROZEN = {
+    ("Kronecker", 13): (-0.5650806483051143, 1.2345494464658604, 0.6313539733438363),
+    ("Kronecker", 576): (0.7893683606593632, -0.9322919325094374, -0.866782541297185),
+    ("Kronecker", 1018): (-0.1449098027728946, 0.698887590530999, 18.61091717847797),
+    ("RandomHadamard", 13): (-1.294207408542888, 0.32956144321792213, -2.1208260063568103),
+    ("RandomHadamard", 576): (0.32804515975777104, -0.7155899955865413, 20.06935226525168),
+    ("RandomHadamard", 1018): (0.3707379806880531, 0.0002850916106285628, -7.844540713576497),
+}
+
+
+@pytest.mark.parametrize("key", FROZEN, ids=str)
+def test_what_a_seed_generates_never_changes(key: tuple[str, int]) -> None:
+    name, n = key
+    kind = {"Kronecker": Kronecker, "RandomHadamard": RandomHadamard}[name]
+    x = torch.arange(1, n + 1, dtype=torch.float64).sin()
+    y = kind(20260101, n).forward(x)
+    found = [y[0].item(), y[n // 2].item(), (y * x.cos()).sum().item()]
+    assert found == pytest.approx(FROZEN[key], rel=1e-9, abs=1e-9)
+
+
+def test_seeds_and_sizes_that_cannot_be_are_refused() -> None:
+    for seed, size in [(-1, 8), (2**63, 8), (0, 0)]:
+        with pytest.raises(ValueError, match="a seed is 0 to"):
+            Kronecker(seed, size)

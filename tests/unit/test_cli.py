@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -424,3 +426,38 @@ def test_overrides_are_read_from_the_right():
 )
 def test_sizes_are_read_with_their_units(text, count):
     assert byte_count(text) == count
+
+
+# Runs the command line given as arguments; the user presses Ctrl-C when the first block has been written.
+INTERRUPTED = """
+import os, signal, sys
+from lowbit.calibrate.journal import Journal
+write = Journal.write
+def interrupted(self, *args):
+    write(self, *args)
+    if len(self.finished) == 1:
+        os.kill(os.getpid(), signal.SIGINT)
+if os.environ.get("PRESS_CTRL_C"):
+    Journal.write = interrupted
+from lowbit.cli import app
+app(prog_name="lowbit")
+"""
+
+
+def test_ctrl_c_keeps_finished_blocks_says_so_and_the_same_command_continues(place, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["quantize", place / "model", "--method", "gptq", "--bits", "8", "--group-size", "32"]
+    arguments += ["--calibration", place / "text.txt", *SHORT, "-o", out]
+    command = [sys.executable, "-c", INTERRUPTED, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run_it(**more: str):
+        return subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=120, check=False)
+
+    stopped = run_it(PRESS_CTRL_C="1")
+    assert stopped.returncode == 130, stopped.stderr
+    assert "continue" in stopped.stderr
+    assert not out.exists() and len((tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines()) >= 2
+    finished = run_it()
+    assert finished.returncode == 0, finished.stderr
+    assert (out / "config.json").exists() and not (tmp_path / "out.partial").exists()

@@ -15,19 +15,21 @@ from lowbit.numerics import (
     Affine,
     Float,
     Int,
+    KeptColumns,
     MinMax,
     PerChannel,
     PerCluster,
     PerGroup,
     PerTensor,
     PerToken,
+    Sparse,
     Spec,
     fit_params,
     from_dict,
     quantize,
     to_dict,
 )
-from lowbit.transforms import Merge, Permute, Rotate, Scale, Shift, Split
+from lowbit.transforms import Kronecker, Merge, Permute, RandomHadamard, Rotate, Scale, Shift, Split
 
 O, I = 24, 40
 
@@ -235,3 +237,127 @@ def test_dynamic_parameters_are_the_extremes_of_each_token_and_are_not_rounded()
     codes, params = quantize_activation(x, ActSpec(Spec(Int(8, True), PerToken())))
     assert codes.shape == x.shape and codes.dtype == torch.uint8
     assert torch.equal(params.scale[:, 0], x.float().abs().amax(1) / 127)
+
+
+# Transforms of the output, seeds, side terms
+
+
+POST = {
+    "seeded": (Kronecker(8, O, inverted=True),),
+    "several": (Scale(random(O).abs() + 0.5), RandomHadamard(9, O), Permute(torch.arange(O).flip(0))),
+    "shift": (Shift(random(O, seed=6)),),
+}
+
+
+def sides() -> tuple:
+    mask = torch.rand(O, I, generator=torch.Generator().manual_seed(1)) < 0.03
+    return Sparse.of(random(O, I, seed=11), mask), KeptColumns.of(random(O, 2, seed=12), torch.tensor([30, 4]))
+
+
+def full(spec: Spec = W4, act: str = "none", post: str = "several", bias: bool = True) -> QuantLinear:
+    """A layer with everything: seeded and plain transforms on both sides and both side terms."""
+    q = quantize(random(O, I, seed=3), spec, MinMax())
+    pre = (Scale(random(I).abs().half() + 0.5), RandomHadamard(7, I))
+    b = random(O, seed=4) if bias else None
+    return QuantLinear.from_qtensor(q, b, ACTS[act], static_params(ACTS[act]), pre, POST[post], sides())
+
+
+@pytest.mark.parametrize("act", ["none", "per token", "static"])
+@pytest.mark.parametrize("post", POST)
+def test_a_layer_computes_its_formula_transforms_before_the_bias_and_sides_on_the_floating_input(
+    act, post, monkeypatch
+):
+    monkeypatch.setenv("LOWBIT_KERNELS", "reference")
+    q, x = full(act=act, post=post), random(5, I, seed=8)
+    h = x
+    for t in q.pre:
+        h = t.forward(h)
+    seen = h if q.act is None else fake_quantize_activation(h, q.act, q.act_params)
+    y = F.linear(seen, q.qtensor().dequantize()) + sum(term.apply(h, O) for term in q.side)
+    for t in POST[post]:
+        y = t.forward(y)
+    assert sqnr_db(y + q.bias, q(x)) > 110
+
+
+@pytest.mark.parametrize("post", POST)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_effective_weight_and_bias_are_the_whole_layer(post, bias):
+    q, x = full(post=post, bias=bias), random(9, I, seed=8)
+    assert sqnr_db(q(x), F.linear(x, q.effective_weight(), q.effective_bias())) > 100
+    added = q.dequantize() - q.qtensor().dequantize()
+    assert torch.allclose(added, sum(term.dense((O, I)) for term in sides()), atol=1e-6)
+
+
+def test_a_rotation_on_both_sides_is_undone_by_the_layer():
+    w, b, x = random(O, I, seed=3), random(O, seed=4), random(11, I, seed=8)
+    of_input, of_output = RandomHadamard(1, I), Kronecker(2, O)
+    turned = of_output.fold_out(of_input.fold_in(w, None)[0], None)[0]
+    spec = Spec(Int(8), PerGroup(8), scale_dtype="float32")
+    q = QuantLinear.from_qtensor(quantize(turned, spec, MinMax()), b, pre=(of_input,), post=(of_output.inverse(),))
+    assert sqnr_db(F.linear(x, w, b), q(x)) > 40 and sqnr_db(w, q.effective_weight()) > 40
+    plain = QuantLinear.from_qtensor(quantize(w, spec, MinMax()))
+    assert q.stored_bits - plain.stored_bits == 2 * 64
+    assert (q.in_features, q.out_features) == (I, O)
+
+
+@pytest.mark.parametrize("act", ["none", "static clusters"])
+def test_a_layer_with_everything_rebuilds_and_counts_every_bit(act):
+    q = full(act=act)
+    empty = QuantLinear.empty(json.loads(json.dumps(q.config())), "cpu")
+    state = q.state_dict()
+    assert {n: (tuple(t.shape), t.dtype) for n, t in state.items()} == buffer_layout(q.config())
+    empty.load_state_dict(state, strict=True)
+    x = random(5, I, seed=7)
+    assert torch.equal(empty(x), q(x))
+    assert q.stored_bits == 8 * sum(b.numel() * b.element_size() for n, b in state.items() if n != "bias")
+    assert {state[n].dtype for n in ("pre1_seed", "post1_seed")} == {torch.int64} and state[
+        "pre0_s"
+    ].dtype == torch.float16
+    assert (state["side0_column"].dtype, state["side0_value"].dtype) == (torch.int16, torch.float16)
+    assert empty.pre[1] == RandomHadamard(7, I)
+    for word in ("pre=Scale then RandomHadamard", "post=Scale then", "side=Sparse and KeptColumns"):
+        assert word in repr(q)
+
+
+def test_descriptions_from_before_there_were_outputs_and_sides_load_and_are_still_written():
+    config = layer(pre=TRANSFORMS["permute"]).config()
+    assert set(config) == {"spec", "shape", "bias", "act", "pre"} and config["pre"] == [
+        {"type": "Permute", "index": [I]}
+    ]
+    assert QuantLinear.empty(config, "cpu").post == QuantLinear.empty(config, "cpu").side == ()
+
+
+def test_integer_products_add_side_terms_too():
+    w8 = Spec(Int(8), PerChannel())
+    q = full(w8, "per token")
+    assert q.explain(4)[0].kernel == "int8_torch" and q.explain(4)[0].why_not is None
+    x = random(6, I, seed=9)
+    fast = q(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWBIT_KERNELS", "reference")
+        assert sqnr_db(q(x), fast) > 90
+
+
+def test_what_no_layer_has_at_a_place_is_refused():
+    q = quantize(random(O, I), W4, MinMax())
+    with pytest.raises(ValueError, match="no Split as post"):
+        QuantLinear.from_qtensor(q, post=(Split(torch.ones(O, dtype=torch.int64)),))
+    config = full().config()
+    with pytest.raises(ValueError, match="did you mean 'Sparse'"):
+        QuantLinear.empty(config | {"side": [{"type": "Sparce"}]})
+    with pytest.raises(ValueError, match="seed is stored as one of"):
+        said = {"shape": [1], "dtype": "float8"}
+        QuantLinear.empty(config | {"post": [{"type": "Kronecker", "seed": said, "size": O, "inverted": True}]})
+
+
+def test_layers_that_were_given_one_transform_keep_one_each():
+    scale, q = Scale(random(I).abs().half() + 0.5), quantize(random(O, I), W4, MinMax())
+    first, second = (QuantLinear.from_qtensor(q, pre=(scale,)) for _ in range(2))
+    assert len({scale.s.data_ptr(), first.pre0_s.data_ptr(), second.pre0_s.data_ptr()}) == 3
+
+
+def test_the_effective_weight_is_the_same_in_inference_mode():
+    q = full()
+    wanted = q.effective_weight()
+    with torch.inference_mode():
+        assert torch.equal(q.effective_weight(), wanted) and torch.equal(q.weight, wanted)

@@ -341,13 +341,19 @@ def test_a_recipe_solves_once_and_last(steps):
 def test_a_mix_that_would_do_a_step_twice_is_refused():
     with pytest.raises(ValueError, match="would do Search twice"):
         recipe("awq+awq", clip=False)
-    assert mix("both", [recipe("rtn"), recipe("gptq")]).steps == recipe("gptq").steps
 
 
-def test_overrides_of_bits_need_an_integer_grid():
+def test_a_mix_in_which_a_method_would_leave_no_trace_is_refused():
+    with pytest.raises(ValueError, match="only says how weights are rounded"):
+        recipe("squeezellm+gptq")
+    mixed = mix("both", [recipe("rtn", activation_bits=8), recipe("gptq")])
+    assert mixed.steps == recipe("gptq").steps and mixed.scheme.quantizes_activations
+
+
+def test_overrides_change_only_what_the_grid_has():
     nf4 = linears(Spec(Table((-1.0, 0.0, 0.5, 1.0)), PerGroup(64)))
     built = Recipe(name="mine", scheme=nf4, steps=(Solve(Nearest()),))
-    with pytest.raises(ValueError, match="bits and symmetric change an integer grid"):
+    with pytest.raises(ValueError, match="bits cannot be changed"):
         built.with_overrides([{"match": "down", "bits": 8}])
     assert built.with_overrides([{"match": "down", "group_size": 32}]).scheme.rules[1].weight.granularity == PerGroup(
         32

@@ -109,6 +109,10 @@ class ResolvedEdge:
         """As `reduce_max`, by mean."""
         return self._consumer().reduce(stat, "mean")
 
+    def reduce_sum(self, stat: Tensor) -> Tensor:
+        """As `reduce_max`, by sum."""
+        return self._consumer().reduce(stat, "sum")
+
     def spread(self, free_C: Tensor) -> Tensor:
         """Values of the free channels [channels] at the consumers' input channels [P], the opposite of a reduction."""
         expand = self._consumer().expand

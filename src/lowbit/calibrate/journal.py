@@ -91,14 +91,22 @@ class Journal:
         Raises:
             OutputError: the disk is full or not writable.
         """
+        self.save(file, tensors)
+        entry = {"file": file, "sha256": file_sha256(self.directory / file), "record": record}
+        try:
+            self._append(entry)
+        except OSError as error:
+            raise _disk_error(self.directory, error) from error
+        self.finished.append(json.loads(json.dumps(entry)))
+
+    def save(self, file: str, tensors: Mapping[str, Tensor]) -> None:
+        """Writes a file that is there whole or not at all, without a line in the journal. Raises as :meth:`write`."""
         target = self.directory / file
         unfinished = target.with_suffix(".writing")
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, {"format": "pt"})
             _flush(unfinished)
             os.replace(unfinished, target)  # noqa: PTH105  (atomic on every system)
-            entry = {"file": file, "sha256": file_sha256(target), "record": record}
-            self._append(entry)
         except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error type
             unfinished.unlink(missing_ok=True)
             raise _disk_error(self.directory, error) from error
@@ -107,7 +115,6 @@ class Journal:
             if type(error).__name__ != "SafetensorError":
                 raise
             raise _disk_error(self.directory, error) from error
-        self.finished.append(json.loads(json.dumps(entry)))
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         with self.path.open("a") as file:

@@ -123,8 +123,21 @@ class Stream:
         for module in before:
             source.release(self.model, module)
 
-    @torch.no_grad()
+    @contextmanager
+    def loaded_outside(self, source: ModelSource) -> Iterator[None]:
+        """While open, everything outside the blocks has its weights: what :meth:`logits` needs."""
+        for module in outside(self.model, self.architecture):
+            source.load_into(self.model, module)
+        try:
+            yield
+        finally:
+            for module in outside(self.model, self.architecture):
+                source.release(self.model, module)
+
     def logits(self, ids_1T: Tensor, hidden_1Td: Tensor) -> Tensor:
-        """Logits ``[T, vocabulary]`` of the part after the blocks for the hidden states of one window."""
-        with self._stubs(hidden_1Td):
+        """Logits ``[T, vocabulary]`` of the part after the blocks for the hidden states of one window.
+
+        Differentiable in the hidden states where they require a gradient.
+        """
+        with torch.set_grad_enabled(hidden_1Td.requires_grad), self._stubs(hidden_1Td):
             return self.model(input_ids=ids_1T, use_cache=False).logits[0]

@@ -1,7 +1,8 @@
 """The walk: every block once, in order, original weights in and packed weights out.
 
 At no time does it hold more than one block of original weights, three arrays of activations (two streams, and one more
-for what a block makes of the original stream), and what a step declared that it needs. Two streams run side by side:
+for what a block makes of the original stream), and what a step declared that it needs.
+A recipe that needs Fisher information begins with a pass of its own (:mod:`lowbit.calibrate.fisher`). Two streams run side by side:
 ``fp``, the original model's hidden states, and ``quant``, those of the blocks quantized so far. A recipe's ``feed`` says
 which of them its steps see; the difference of the two is the damage done so far, measured at every block.
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit.architectures import Architecture, block_modules, for_config, resolve
+from lowbit.calibrate.fisher import FisherPass
 from lowbit.calibrate.journal import Journal
 from lowbit.calibrate.source import ModelSource, return_free_memory
 from lowbit.calibrate.store import ActivationStore
@@ -60,8 +62,9 @@ class Broken(ValueError):
     """A block came out unusable (NaN, Inf): quantizing further would be a waste."""
 
 
-def shard_name(i: int, total: int) -> str:
-    return f"model-{i + 1:05d}-of-{total:05d}.safetensors"
+def shard_name(i: int, total: int, *, final: bool = True) -> str:
+    """File i of ``total``; shards that steps of model scope will still change have names of their own."""
+    return f"{'model' if final else 'walked'}-{i + 1:05d}-of-{total:05d}.safetensors"
 
 
 @dataclass
@@ -89,6 +92,7 @@ class Walk:
         self.store = ActivationStore(self.ram_limit, self.scratch or self.journal.directory / "scratch")
         self.records: list[BlockRecord] = []
         self.stream: Stream | None = None
+        self.fisher: FisherPass | None = None
         self._ticks, self._expected = 0, 0  # of the block at hand: done, and about how many there will be
 
     # Streams
@@ -117,6 +121,8 @@ class Walk:
     def run(self) -> list[BlockRecord]:
         """Quantizes every block that the journal does not have yet. Raises what steps raise, and Broken."""
         calls = None if self.ids is None else self._start()
+        if calls is not None and self.recipe.needs_fisher:
+            self._find_sensitivities(calls)
         for i in range(self.total):
             self._ticks, self._expected = 0, 2 * (0 if self.ids is None else len(self.ids))
             call = None if calls is None else calls[i]
@@ -125,7 +131,20 @@ class Walk:
             self.blocks[i] = nn.Identity()
             return_free_memory()
             self.progress(i + 1, self.total, f"block {i + 1} of {self.total}")
+        if self.fisher is not None:
+            self.fisher.remove()
         return self.records
+
+    def _find_sensitivities(self, calls: list[Call]) -> None:
+        """Fisher information of every block that is still to be quantized, into files."""
+        assert self.stream is not None and self.ids is not None
+        resolved = [resolve(self.architecture, block, self.source.config) for block in self.blocks]
+        names = [f"{self.architecture.blocks}.{i}" for i in range(self.total)]
+        linears = [list(self.recipe.scheme.formats(r, n)) for r, n in zip(resolved, names, strict=True)]
+        self.fisher = FisherPass(
+            self.source, self.stream, calls, self.ids, linears, self.store, self.journal, self.progress
+        )
+        self.fisher.run(self.store["fp"], range(len(self.journal.finished), self.total))
 
     def _tick(self, what: str) -> None:
         self._ticks += 1
@@ -148,7 +167,8 @@ class Walk:
         block = self._original(i, call).requires_grad_(False)
         io = None
         if call is not None:
-            io = BlockIO(self.store["fp" if self.recipe.feed == "fp" else "quant"], self.store["next"], call)
+            fp = self.store["fp"]
+            io = BlockIO(fp if self.recipe.feed == "fp" else self.store["quant"], self.store["next"], call, x_fp=fp)
         state = BlockState(
             name=name,
             block=block,
@@ -158,6 +178,7 @@ class Walk:
             seed=derived_seed(self.recipe.seed, i),
             store_dtype=self.source.dtype,
             tick=self._tick,
+            fisher={} if self.fisher is None else self.fisher.load(i),
         )
         for other in resolved.other_matrices:
             state.note(f"{other} is a matrix that no role covers: it keeps its precision")
@@ -168,7 +189,7 @@ class Walk:
         packed = {f"{name}.{path}": m.config() for path, m in block.named_modules() if isinstance(m, QuantLinear)}
         error = None if call is None else self._behind(block, call)
         record = BlockRecord(name, error, state.records, state.notes, packed)
-        self.journal.write(shard_name(i, self.total + 1), self._tensors(block, name), record.to_dict())
+        self.journal.write(self._shard(i), self._tensors(block, name), record.to_dict())
         return record
 
     def _resume(self, i: int, call: Call | None) -> BlockRecord:
@@ -204,6 +225,9 @@ class Walk:
 
         return {f"{name}.{key}": stored(key, value.detach()) for key, value in block.state_dict().items()}
 
+    def _shard(self, i: int) -> str:
+        return shard_name(i, self.total + 1, final=not self.recipe.model_steps)
+
     # After the last block
 
     def write_rest(self) -> None:
@@ -218,21 +242,18 @@ class Walk:
             tensors |= {
                 key: value for key, value in here.items() if key.rpartition(".")[0] == module and key not in tied
             }
-        self.journal.write(shard_name(self.total, self.total + 1), tensors, {})
+        self.journal.write(self._shard(self.total), tensors, {})
         for module in outside(self.model, self.architecture):
             self.source.release(self.model, module)
 
     def logits(self, windows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """``(ids [T], original logits [T, V], quantized logits [T, V])`` of the first calibration windows."""
         assert self.stream is not None and self.ids is not None
-        for module in outside(self.model, self.architecture):
-            self.source.load_into(self.model, module)
-        for w in range(min(windows, len(self.ids))):
-            fp, quant = self.store["fp"][w : w + 1], self.store["quant"][w : w + 1]
-            ids = self.ids[w : w + 1]
-            yield ids[0], self.stream.logits(ids, fp), self.stream.logits(ids, quant)
-        for module in outside(self.model, self.architecture):
-            self.source.release(self.model, module)
+        with self.stream.loaded_outside(self.source):
+            for w in range(min(windows, len(self.ids))):
+                fp, quant = self.store["fp"][w : w + 1], self.store["quant"][w : w + 1]
+                ids = self.ids[w : w + 1]
+                yield ids[0], self.stream.logits(ids, fp), self.stream.logits(ids, quant)
 
     def close(self) -> None:
         self.store.close()

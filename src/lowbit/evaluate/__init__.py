@@ -9,6 +9,7 @@ from lowbit.evaluate.generate import generate_text
 from lowbit.evaluate.layers import output_error, sqnr_db
 from lowbit.evaluate.memory import DirectoryBytes, directory_bytes, model_bytes, peak_rss, reset_peak_rss
 from lowbit.evaluate.perplexity import Evaluation, evaluate_model
+from lowbit.evaluate.reference import KeptOriginal, keep_states
 from lowbit.evaluate.speed import Speed, measure_speed
 from lowbit.evaluate.windows import PROTOCOLS
 
@@ -16,10 +17,12 @@ __all__ = [
     "PROTOCOLS",
     "DirectoryBytes",
     "Evaluation",
+    "KeptOriginal",
     "Speed",
     "directory_bytes",
     "evaluate_model",
     "generate_text",
+    "keep_states",
     "kl_and_agreement",
     "measure_speed",
     "model_bytes",

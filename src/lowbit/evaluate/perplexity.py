@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from lowbit.evaluate.divergence import score_tokens
 from lowbit.evaluate.forward import Progress, check_positions, evaluating, logits_of, vocabulary_size
 from lowbit.evaluate.intervals import Interval, mean_and_interval
+from lowbit.evaluate.reference import KeptOriginal
 from lowbit.evaluate.windows import Cut, Text, Window, cut
 
 
@@ -92,7 +93,7 @@ def evaluate_model(
     seq_len: int = 1024,
     windows: int | None = None,
     *,
-    against: PreTrainedModel | None = None,
+    against: PreTrainedModel | KeptOriginal | None = None,
     text_name: str = "",
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -105,7 +106,7 @@ def evaluate_model(
         protocol: `gptq`, `llama.cpp` or `word`, see `windows.py`.
         seq_len: tokens in a window.
         windows: how many windows from the start of the text; None for all.
-        against: the original model, with the same vocabulary; gives KL and agreement.
+        against: the original model, with the same vocabulary, or what was kept of it; gives KL and agreement.
         text_name: what the result calls the text.
         progress: called as progress(done, total, description) before the first and after each window.
 
@@ -117,11 +118,12 @@ def evaluate_model(
             models with different vocabularies, an original whose own logits are not finite.
     """
     pieces = cut(text, tokenizer, protocol, seq_len, windows)
-    for judged in (model,) if against is None else (model, against):
-        _check_fits(judged, pieces)
+    original = against.model if isinstance(against, KeptOriginal) else against
+    for judged in (model,) if original is None else (model, original):
+        check_fits(judged, pieces)
     total = len(pieces.windows)
     sums = []
-    with evaluating(model, against):
+    with evaluating(model, original):
         for done, window in enumerate(pieces.windows):
             if progress:
                 progress(done, total, "perplexity")
@@ -132,10 +134,15 @@ def evaluate_model(
     return _summarise(columns, pieces, against is not None, protocol=protocol, seq_len=seq_len, text=text_name)
 
 
-def _score_window(model: PreTrainedModel, against: PreTrainedModel | None, window: Window) -> _WindowSums:
+def _score_window(
+    model: PreTrainedModel, against: PreTrainedModel | KeptOriginal | None, window: Window
+) -> _WindowSums:
     """Both models' forward passes over one window; their logits are gone when it returns."""
     counted = slice(window.first, window.first + len(window.targets))
-    reference_TV = None if against is None else logits_of(against, window.inputs)[counted]
+    reference_TV = None
+    if against is not None:
+        kept = isinstance(against, KeptOriginal)
+        reference_TV = (against.logits(window.inputs) if kept else logits_of(against, window.inputs))[counted]
     logits_TV = logits_of(model, window.inputs)[counted]
     if reference_TV is not None and reference_TV.shape != logits_TV.shape:
         raise ValueError(
@@ -181,12 +188,13 @@ def _summarise(sums: Any, pieces: Cut, compared: bool, *, protocol: str, seq_len
         seq_len=seq_len,
         protocol=protocol,
         text=text,
-        ids_sha256=_hash(pieces, seq_len),
+        ids_sha256=windows_sha256(pieces, seq_len),
         broken_tokens=int(sums.broken.sum()),
     )
 
 
-def _check_fits(model: PreTrainedModel, pieces: Cut) -> None:
+def check_fits(model: PreTrainedModel, pieces: Cut) -> None:
+    """Raises ValueError where a window is longer than the model's positions or has ids that its vocabulary has not."""
     longest = max(len(window.inputs) for window in pieces.windows)
     check_positions(model, longest, f"a window of {longest} tokens")
     limit = vocabulary_size(model)
@@ -199,7 +207,8 @@ def _check_fits(model: PreTrainedModel, pieces: Cut) -> None:
         )
 
 
-def _hash(pieces: Cut, seq_len: int) -> str:
+def windows_sha256(pieces: Cut, seq_len: int) -> str:
+    """A hash of the window length and of all ids that are read: `Evaluation.ids_sha256`."""
     digest = hashlib.sha256(f"{seq_len}:".encode())
     for window in pieces.windows:
         digest.update(_bytes(window.inputs))

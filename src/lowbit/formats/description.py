@@ -6,6 +6,9 @@
 
 It says what is stored, never how it was chosen. Blocks repeat, so a model of hundreds of layers has a handful of
 schemes. Everything is written in sorted order: the same model gives the same bytes.
+
+Version 2 is version 1 with layers that transform their output or have side terms, which a reader of version 1 would pass
+over; where no layer does, version 1 is written.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from lowbit.modules import QuantLinear, buffer_layout, features
 from lowbit.modules.quant_linear import Config
 
 METHOD = "lowbit"
-VERSION = 1
+VERSIONS = (1, 2)
 
 
 def quantization_config(
@@ -47,11 +50,15 @@ def quantization_config(
         numbers[name] = schemes.setdefault(scheme, len(schemes))
     written = {
         "quant_method": METHOD,
-        "version": VERSION,
+        "version": 2 if any(_extended(json.loads(s)) for s in schemes) else 1,
         "schemes": [json.loads(s) for s in schemes],
         "layers": numbers,
     }
     return written | ({"unfused_experts": True} if unfused_experts else {})
+
+
+def _extended(config: Config) -> bool:
+    return bool(config.get("post") or config.get("side"))
 
 
 def layer_configs(description: Mapping[str, Any]) -> dict[str, Config]:
@@ -62,10 +69,10 @@ def layer_configs(description: Mapping[str, Any]) -> dict[str, Config]:
     """
     if description.get("quant_method") != METHOD:
         raise ValueError(f"quant_method is {description.get('quant_method')!r}, expected {METHOD!r}")
-    if description.get("version") != VERSION:
+    if description.get("version") not in VERSIONS:
         raise ValueError(
             f"the checkpoint is of version {description.get('version')!r} of the native format, this lowbit reads "
-            f"version {VERSION}; use a lowbit that wrote such checkpoints"
+            f"versions {' and '.join(map(str, VERSIONS))}; use a lowbit that wrote such checkpoints"
         )
     schemes, layers = description.get("schemes"), description.get("layers")
     if not isinstance(schemes, list | tuple) or not isinstance(layers, Mapping) or not layers:

@@ -3,12 +3,24 @@
 from lowbit.kernels import int8_torch as _int8_torch  # noqa: F401  (registers itself)
 from lowbit.kernels.activation import fake_quantize_activation, quantize_activation
 from lowbit.kernels.decode import decode_packed
-from lowbit.kernels.ops import Kernel, PackedLinear, Reason, choose, explain, names, register, run
+from lowbit.kernels.ops import (
+    Kernel,
+    PackedLinear,
+    Reason,
+    add_side,
+    choose,
+    explain,
+    names,
+    register,
+    run,
+    with_side,
+)
 
 __all__ = [
     "Kernel",
     "PackedLinear",
     "Reason",
+    "add_side",
     "choose",
     "decode_packed",
     "explain",
@@ -17,4 +29,5 @@ __all__ = [
     "quantize_activation",
     "register",
     "run",
+    "with_side",
 ]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels.activation import quantize_activation
-from lowbit.kernels.ops import Kernel, PackedLinear, register
+from lowbit.kernels.ops import Kernel, PackedLinear, add_side, register
 from lowbit.layouts import unpack, unpack_params
-from lowbit.numerics import Int, PerChannel, PerTensor, PerToken, Spec
+from lowbit.numerics import Affine, Int, PerChannel, PerTensor, PerToken, Spec
 
 # |a - za| and |b - zb| are at most 255, and the sum over I has to stay below 2**31.
 _MAX_CHANNELS = 2**31 // 255**2
@@ -51,12 +51,13 @@ def why_not(layer: PackedLinear, rows: int) -> str | None:
 
 
 def run(x: Tensor, layer: PackedLinear) -> Tensor:
-    """``Q_act(x) @ W.T``: x ``[..., I]`` floating, the result ``[..., O]`` in its dtype."""
+    """The integer product, and the side terms in floating point: x ``[..., I]`` floating, ``[..., O]`` in its dtype."""
     assert layer.act is not None
     x_TI = x.reshape(-1, x.shape[-1])
     codes_TI, act = quantize_activation(x_TI, layer.act, layer.act_params)
     codes_OI = unpack(layer.tensors["codes"], layer.spec.grid.bits, layer.shape[1])
     weight = unpack_params(layer.tensors, layer.spec, layer.shape)
+    assert isinstance(weight, Affine)
     a_TI, b_OI = _centred(codes_TI), _centred(codes_OI)
     za_T1, zb_O1 = _zero(layer.act, act.zero), _zero(layer.spec, weight.zero)
     y_TO = torch._int_mm(a_TI, b_OI.T)
@@ -66,7 +67,8 @@ def run(x: Tensor, layer: PackedLinear) -> Tensor:
         centre_O1 = b_OI.sum(1, keepdim=True, dtype=torch.int32) - layer.shape[1] * zb_O1
         y_TO = y_TO - za_T1 * centre_O1.T
     scale_T1 = torch.where(x_TI.isnan().any(1, keepdim=True), torch.nan, act.scale)
-    return (y_TO * scale_T1 * weight.scale.T).to(x.dtype).reshape(*x.shape[:-1], layer.shape[0])
+    y = (y_TO * scale_T1 * weight.scale.T).to(x.dtype).reshape(*x.shape[:-1], layer.shape[0])
+    return add_side(y, x, layer)
 
 
 def _centred(codes: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from lowbit.kernels.activation import fake_quantize_activation
 from lowbit.kernels.decode import decode_packed
-from lowbit.numerics import Affine, Spec
+from lowbit.numerics import Affine, SideTerm, Spec
 from lowbit.numerics.tagged import nearest
 
 ENVIRONMENT = "LOWBIT_KERNELS"
@@ -34,6 +34,7 @@ class PackedLinear:
         spec, shape, tensors: the weight ``[O, I]`` in the canonical layout.
         act: how the input is quantized, or None.
         act_params: static parameters of ``act``, or None where they are fitted to each call's input.
+        side: terms added to the weight; they multiply the input as it comes, not its quantized form.
     """
 
     spec: Spec
@@ -41,6 +42,7 @@ class PackedLinear:
     tensors: Mapping[str, Tensor]
     act: Spec | None = None
     act_params: Affine | None = None
+    side: tuple[SideTerm, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -52,7 +54,7 @@ class Kernel:
     """A name, a predicate and a function.
 
     Where ``why_not(layer, rows)`` is None, ``rows`` the number of vectors in x, ``run(x, layer)`` gives
-    ``Q_act(x) @ W.T`` for x ``[..., I]``, in the dtype of x.
+    ``Q_act(x) @ W.T + x @ (sum of side).T`` for x ``[..., I]``, in the dtype of x.
     """
 
     name: str
@@ -70,10 +72,25 @@ class Reason:
 
 def reference(x: Tensor, layer: PackedLinear) -> Tensor:
     """Decodes the weight in float32, rounds it and the (de)quantized input to the dtype of x, and multiplies."""
-    weight = decode_packed(layer.tensors, layer.spec, layer.shape).to(x.dtype)
-    if layer.act is not None:
-        x = fake_quantize_activation(x, layer.act, layer.act_params).to(x.dtype)
-    return F.linear(x, weight)
+    weight = decode_packed(layer.tensors, layer.spec, layer.shape)
+    if layer.act is None:
+        return F.linear(x, with_side(weight, layer.side).to(x.dtype))  # one product instead of one for each term
+    fake = fake_quantize_activation(x, layer.act, layer.act_params).to(x.dtype)
+    return add_side(F.linear(fake, weight.to(x.dtype)), x, layer)
+
+
+def with_side(weight_OI: Tensor, side: tuple[SideTerm, ...]) -> Tensor:
+    """``weight_OI`` plus the side terms, in float32 and in place."""
+    for term in side:
+        weight_OI += term.dense((weight_OI.shape[0], weight_OI.shape[1]))
+    return weight_OI
+
+
+def add_side(y: Tensor, x: Tensor, layer: PackedLinear) -> Tensor:
+    """``y`` ``[..., O]`` plus what the layer's side terms make of x ``[..., I]``: for kernels that leave them to this."""
+    for term in layer.side:
+        y = y + term.apply(x, layer.shape[0])
+    return y
 
 
 _REFERENCE = Kernel("reference", lambda layer, rows: None, reference)
@@ -123,5 +140,5 @@ def explain(layer: PackedLinear, rows: int) -> list[Reason]:
 
 
 def run(x: Tensor, layer: PackedLinear) -> Tensor:
-    """``Q_act(x) @ W.T`` by the chosen kernel; x ``[..., I]``, the result ``[..., O]`` in the dtype of x."""
+    """``Q_act(x) @ W.T + x @ (sum of side).T`` by the chosen kernel; x ``[..., I]``, ``[..., O]`` in the dtype of x."""
     return choose(layer, x.numel() // max(1, x.shape[-1])).run(x, layer)

@@ -21,6 +21,8 @@ def gptq(
     damp: float = 0.01,
     mse: bool = True,
     true_sequential: bool = False,
+    greedy_passes: int = 0,
+    asymmetric: float = 0.0,
 ) -> Recipe:
     """Second-order rounding with the inverse Hessian of the layer's output error (Cholesky form).
 
@@ -28,7 +30,9 @@ def gptq(
     order: in which columns are rounded: "none", as they come; "act", by falling Hessian diagonal (also act_order=true);
     "group", the same inside and between groups, which costs nothing at run time. static_groups: place all grids first.
     damp: share of the mean diagonal added to it. true_sequential: stage by stage within a block.
-    mse: shrink each range to where the error, weighed by the Hessian diagonal, is least.
+    mse: shrink each range to where the error, weighed by the Hessian diagonal, is least. greedy_passes: rounds of
+    coordinate descent over the codes afterwards (QuIP's, in a form that cannot get worse).
+    asymmetric: 0 to 1, how much of what the quantized blocks before changed in the input each weight makes good (GPTAQ).
 
     Differs from the authors' code in its defaults: theirs are order="none" and mse=false. The ones here cost no bits and
     no time to run, and halve SmolLM2's perplexity at 3 bits in groups of 64.
@@ -40,6 +44,8 @@ def gptq(
         order=order or ("act" if act_order else "group"),
         static_groups=static_groups,
         damp=damp,
+        greedy_passes=greedy_passes,
+        asymmetric=asymmetric,
     )
     return Recipe(
         name="gptq",

@@ -1,6 +1,7 @@
 """The one packed linear layer: every method's result, every kernel's input, every checkpoint's unit.
 
-    y = Q_act(pre(x)) @ decode(codes, params).T + bias
+    h = pre(x)
+    y = post(Q_act(h) @ decode(codes, params).T + sum of side(h)) + bias
 
 A layer is a description (plain data, :meth:`QuantLinear.config`) and buffers laid out by it (:func:`buffer_layout`);
 the weight is held in its canonical packed form only, and decoded by the kernel that runs. The field's alternative, a
@@ -8,6 +9,9 @@ class for each method, multiplies the loaders and kernels by the methods.
 
 The packed buffers mean what they mean in their own dtype, so casts (``.half()``, ``.to(torch.bfloat16)``) move this
 module between devices but never convert it; it computes in the dtype of its input instead.
+
+``pre`` and ``post`` are channel transforms that no neighbour could absorb, ``side`` are weights kept beside the codes,
+which multiply the input before it is quantized: they are few and were kept because they matter.
 
 Shapes: O output channel, I input channel after ``pre``.
 """
@@ -24,17 +28,20 @@ from torch import Tensor, nn
 from lowbit import kernels
 from lowbit.kernels import PackedLinear, Reason
 from lowbit.layouts import Layout, pack_qtensor, packed_layout, unpack_qtensor
+from lowbit.modules import stored
 from lowbit.modules.activation import ActSpec
-from lowbit.modules.pre import build_pre, pre_config, pre_layout, pre_tensors
-from lowbit.numerics import Affine, QTensor, Spec, Table, from_dict, to_dict
+from lowbit.numerics import Affine, QTensor, SideTerm, Spec, Table, from_dict, to_dict
 from lowbit.transforms import ChannelTransform
 
 Config = dict[str, Any]
 _BIAS_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_PLACES: tuple[stored.Place, ...] = ("pre", "post", "side")
 
 
 def buffer_layout(config: Config) -> Layout:
     """Shape and dtype of each buffer of the layer that ``config`` describes. Allocates nothing.
+
+    ``post`` and ``side`` may be absent: a layer without them is described as it was before there were any.
 
     Raises:
         ValueError: a description that no layer has.
@@ -51,7 +58,8 @@ def buffer_layout(config: Config) -> Layout:
         layout["act_scale"] = act_shape, torch.float32
         if len(act.spec.grid.fields) > 1:
             layout["act_zero"] = act_shape, torch.float32
-    layout |= pre_layout(config["pre"])
+    for place in _PLACES:
+        layout |= stored.layout(place, config.get(place, ()))
     if config["bias"] is not None:
         layout["bias"] = (shape[0],), _BIAS_DTYPES[config["bias"]]
     return layout
@@ -68,7 +76,7 @@ def features(config: Config) -> tuple[int, int]:
     """(in, out) as the rest of the model sees the described layer: before transforms that change the width."""
     width = config["shape"][1]
     for entry in reversed(config["pre"]):
-        changed = entry.get("counts") or entry.get("groups")
+        changed = stored.shape_of(entry.get("counts") or entry.get("groups"))
         width = changed[0] if changed else width
     return width, config["shape"][0]
 
@@ -102,6 +110,8 @@ class QuantLinear(nn.Module):
         act: ActSpec | None = None,
         act_params: Affine | None = None,
         pre: tuple[ChannelTransform, ...] = (),
+        post: tuple[ChannelTransform, ...] = (),
+        side: tuple[SideTerm, ...] = (),
     ) -> QuantLinear:
         """Packs ``q`` ``[O, I]``.
 
@@ -111,6 +121,8 @@ class QuantLinear(nn.Module):
             act: how the input is quantized after ``pre``.
             act_params: parameters of a static ``act``, for granularity ``act.spec.granularity`` over I.
             pre: transforms of the input that no earlier layer could absorb, in the order they run.
+            post: transforms of the output, before the bias, in the order they run; they keep its width.
+            side: terms added to the decoded ``q``.
 
         Raises:
             ValueError: shapes that do not fit together, or parameters that are not as the spec stores them.
@@ -121,9 +133,12 @@ class QuantLinear(nn.Module):
             "shape": list(q.shape),
             "bias": None if bias is None else str(bias.dtype).removeprefix("torch."),
             "act": to_dict(act),
-            "pre": pre_config(pre),
         }
-        buffers = pack_qtensor(q) | pre_tensors(pre)
+        buffers = pack_qtensor(q)
+        for place, values in zip(_PLACES, (pre, post, side), strict=True):
+            buffers |= stored.tensors(place, values)
+            if values or place == "pre":
+                config[place] = stored.describe(place, values)
         if act is not None and act.static != (act_params is not None):
             raise ValueError("act_params are given exactly when act is static")
         if act_params is not None:
@@ -143,13 +158,24 @@ class QuantLinear(nn.Module):
         return cls(config, {n: torch.empty(s, dtype=dtype, device=device) for n, (s, dtype) in layout.items()})
 
     def config(self) -> Config:
-        """Plain data (JSON) from which :meth:`empty` builds the same layer: spec, shape, bias dtype, act, pre."""
+        """Plain data (JSON) from which :meth:`empty` builds the same layer: spec, shape, bias dtype, act, pre, and post and
+        side where there are any."""
         return self._config
 
     @property
     def pre(self) -> tuple[ChannelTransform, ...]:
         """The transforms of the input, around this module's buffers."""
-        return self._pre(torch.float32)
+        return self._transforms("pre", torch.float32)
+
+    @property
+    def post(self) -> tuple[ChannelTransform, ...]:
+        """The transforms of the output, around this module's buffers."""
+        return self._transforms("post", torch.float32)
+
+    @property
+    def side(self) -> tuple[SideTerm, ...]:
+        """The terms added to the decoded weight, around this module's buffers."""
+        return stored.build("side", self._config.get("side", ()), self._tensors())
 
     @property
     def act_params(self) -> Affine | None:
@@ -167,44 +193,53 @@ class QuantLinear(nn.Module):
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the layer reads {self.in_features} channels, the input has {x.shape[-1]}")
-        y = kernels.run(self._transformed(x), self.packed())
+        y = self._through("post", self.product(self._through("pre", x)))
         bias = self._buffers["bias"]
         return y if bias is None else y + bias.to(y.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The part between the transforms: activation quantization, the packed weight and its side terms."""
+        return kernels.run(x, self.packed())
 
     def packed(self) -> PackedLinear:
         """This layer as kernels see it."""
         tensors = {name: self.get_buffer(name) for name in self._weight_names}
-        return PackedLinear(self.spec, self.shape, tensors, self.act and self.act.spec, self.act_params)
+        return PackedLinear(self.spec, self.shape, tensors, self.act and self.act.spec, self.act_params, self.side)
 
     def explain(self, rows: int = 1) -> list[Reason]:
         """Which kernel runs for ``rows`` input vectors, and for each other one why it does not."""
         return kernels.explain(self.packed(), rows)
 
     def qtensor(self) -> QTensor:
-        """The stored weight with its codes unpacked; parameters in float32."""
+        """The stored codes, unpacked, and their parameters in float32; side terms are not in it."""
         return unpack_qtensor(self._tensors(), self.spec, self.shape)
 
     def dequantize(self) -> Tensor:
-        """The stored weight ``[O, I]``, float32. It reads the input after ``pre``; see :meth:`effective_weight`."""
-        return kernels.decode_packed(self._tensors(), self.spec, self.shape)
+        """The stored weight ``[O, I]``, float32, side terms included. It reads the input after ``pre`` and gives the output
+        before ``post``; see :meth:`effective_weight`."""
+        return kernels.with_side(kernels.decode_packed(self._tensors(), self.spec, self.shape), self.side)
 
     def effective_weight(self) -> Tensor:
-        """``[out_features, in_features]`` float32: the layer's map, ``pre`` folded in, activations not quantized."""
+        """``[out_features, in_features]`` float32: the layer's map, transforms folded in, activations not quantized."""
         weight = self.dequantize()
-        x = torch.zeros(self.out_features, self.in_features, device=weight.device)
-        with torch.enable_grad():
-            x.requires_grad_()
-            y = self._transformed(x)  # affine, so the pullback of W is the weight that reads the untransformed input
-            return torch.autograd.grad(y, x, weight)[0] if self.pre else weight
+        if self._config.get("post"):
+            weight = (self._through("post", weight.T) - self._through("post", torch.zeros_like(weight[:, 0]))).T
+        if not self._config["pre"]:
+            return weight
+        with torch.inference_mode(False), torch.enable_grad():
+            x = torch.zeros(self.out_features, self.in_features, device=weight.device, requires_grad=True)
+            y = self._through("pre", x)  # affine, so the pullback of W is the weight that reads the untransformed input
+            return torch.autograd.grad(y, x, weight.clone())[0]
 
     def effective_bias(self) -> Tensor | None:
-        """The bias, float32 ``[out_features]``, with the constant that shifts in ``pre`` add; None without either."""
+        """The bias, float32 ``[out_features]``, with the constant that shifts in the transforms add; None without either."""
         bias = self._buffers["bias"]
         bias = None if bias is None else bias.float()
-        if not self.pre:
+        if not self._config["pre"] and not self._config.get("post"):
             return bias
         weight = self.dequantize()
-        constant = weight @ self._transformed(torch.zeros(self.in_features, device=weight.device))
+        constant = weight @ self._through("pre", torch.zeros(self.in_features, device=weight.device))
+        constant = self._through("post", constant)
         return constant if bias is None else bias + constant
 
     @property
@@ -220,8 +255,8 @@ class QuantLinear(nn.Module):
 
     @property
     def stored_bits(self) -> int:
-        """Bits of everything stored, transforms and static activation parameters included; only the bias is left out,
-        since it is stored the same without quantization."""
+        """Bits of everything stored, transforms (a seed is 64), side terms and static activation parameters included; only
+        the bias is left out, since it is stored the same without quantization."""
         return stored_bits_of(self._config)
 
     @property
@@ -235,8 +270,11 @@ class QuantLinear(nn.Module):
         parts.append(f"{_short(self.spec)}, {self.bits_per_weight:.3f} bits per weight")
         if self.act is not None:
             parts.append(f"act={_short(self.act.spec)}, {'static' if self.act.static else 'dynamic'}")
-        if self._config["pre"]:
-            parts.append(f"pre={' then '.join(entry['type'] for entry in self._config['pre'])}")
+        for place in _PLACES:
+            if entries := self._config.get(place):
+                parts.append(
+                    f"{place}={(' and ' if place == 'side' else ' then ').join(entry['type'] for entry in entries)}"
+                )
         return "; ".join(parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
@@ -249,15 +287,16 @@ class QuantLinear(nn.Module):
     def _tensors(self) -> dict[str, Tensor]:
         return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
 
-    def _pre(self, dtype: torch.dtype) -> tuple[ChannelTransform, ...]:
-        return build_pre(self._config["pre"], self._tensors(), dtype)
+    def _transforms(self, place: stored.Place, dtype: torch.dtype) -> tuple[ChannelTransform, ...]:
+        return stored.build(place, self._config.get(place, ()), self._tensors(), dtype)
 
-    def _transformed(self, x: Tensor) -> Tensor:
-        if not self._config["pre"]:
+    def _through(self, place: stored.Place, x: Tensor) -> Tensor:
+        """The transforms of ``place`` on x, in float32 (float64 stays) and back."""
+        if not self._config.get(place):
             return x
         wide = torch.promote_types(x.dtype, torch.float32)
         y = x.to(wide)
-        for t in self._pre(wide):
+        for t in self._transforms(place, wide):
             y = t.forward(y)
         return y.to(x.dtype)
 

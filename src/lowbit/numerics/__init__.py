@@ -1,32 +1,68 @@
 """Number formats: grids, granularities, fits and quantized tensors. Imports torch only; knows no model and no method."""
 
-from lowbit.numerics.fit import Clipped, ClipSearch, Fit, MinMax, Percentile, extremes
+from lowbit.numerics.binary_coding import Alternating, to_binary_coded
+from lowbit.numerics.fit import (
+    Clipped,
+    ClipSearch,
+    Fit,
+    Fixed,
+    HalfQuadratic,
+    KMeans,
+    MinMax,
+    Percentile,
+    RmsRange,
+    TruncationSearch,
+    extremes,
+)
 from lowbit.numerics.granularity import Block, Flat, Granularity, PerChannel, PerCluster, PerGroup, PerTensor, PerToken
-from lowbit.numerics.grids import NF4, Affine, Bases, Field, Float, Grid, Int, Lut, Params, RangeGrid, Table
+from lowbit.numerics.grids import (
+    DYNAMIC_MAP,
+    NF4,
+    Affine,
+    Bases,
+    BinaryCoded,
+    Codebook,
+    Field,
+    Float,
+    Grid,
+    Int,
+    Lut,
+    Params,
+    RangeGrid,
+    Table,
+)
 from lowbit.numerics.qtensor import QTensor, quantize, stored_bits
 from lowbit.numerics.side import KeptColumns, SideTerm, Sparse
 from lowbit.numerics.spec import Spec, fake_quantize, fit_params, fit_raw
-from lowbit.numerics.statistics import AbsMax, AbsSum, Fisher, Gram, Range, Samples, Statistic, mean_abs
+from lowbit.numerics.statistics import AbsMax, AbsSum, CrossGram, Fisher, Gram, Range, Samples, Statistic, mean_abs
 from lowbit.numerics.tagged import from_dict, nearest, tagged, to_dict
 
 __all__ = [
+    "DYNAMIC_MAP",
     "NF4",
     "AbsMax",
     "AbsSum",
     "Affine",
+    "Alternating",
     "Bases",
+    "BinaryCoded",
     "Block",
     "ClipSearch",
     "Clipped",
+    "Codebook",
+    "CrossGram",
     "Field",
     "Fisher",
     "Fit",
+    "Fixed",
     "Flat",
     "Float",
     "Gram",
     "Granularity",
     "Grid",
+    "HalfQuadratic",
     "Int",
+    "KMeans",
     "KeptColumns",
     "Lut",
     "MinMax",
@@ -40,12 +76,14 @@ __all__ = [
     "QTensor",
     "Range",
     "RangeGrid",
+    "RmsRange",
     "Samples",
     "SideTerm",
     "Sparse",
     "Spec",
     "Statistic",
     "Table",
+    "TruncationSearch",
     "extremes",
     "fake_quantize",
     "fit_params",
@@ -56,5 +94,6 @@ __all__ = [
     "quantize",
     "stored_bits",
     "tagged",
+    "to_binary_coded",
     "to_dict",
 ]

@@ -1,18 +1,22 @@
 """Fits: parameters from values.
 
-A fit looks at the granules ``[G, K]`` and places the grid on each. All fits end in ``grid.from_range``, so any fit serves
-any range grid; what differs is the range: the extremes, a quantile, or the shrink that loses least.
+A fit looks at the granules ``[G, K]`` and places the grid on each. Most end in ``grid.from_range`` and serve any range grid;
+what differs is the range: the extremes, a quantile, or the shrink that loses least. Fits that place a table or a zero point
+freely serve one kind of grid and say so (``why_not``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from lowbit.numerics.grids.base import Affine, Params, RangeGrid
+from lowbit.numerics.grids.base import Affine, Grid, Lut, Params, RangeGrid
+from lowbit.numerics.grids.codebook import Codebook
+from lowbit.numerics.grids.int import Int
+from lowbit.numerics.kmeans import kmeans_rows
 from lowbit.numerics.tagged import tagged
 
 
@@ -20,7 +24,19 @@ from lowbit.numerics.tagged import tagged
 class Fit(Protocol):
     """Places ``grid`` on each granule of ``x_GK``; importance ``[G, K]`` (non-negative) weighs the elements."""
 
-    def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Params: ...
+    def why_not(self, grid: Grid) -> str | None:
+        """Why this fit cannot place ``grid``; None where it can."""
+        ...
+
+    def __call__(self, x_GK: Tensor, grid: Any, importance_GK: Tensor | None = None) -> Params: ...
+
+
+class _RangeFit:
+    """Fits that end in ``grid.from_range``."""
+
+    def why_not(self, grid: Grid) -> str | None:
+        name = type(self).__name__
+        return None if isinstance(grid, RangeGrid) else f"{name} finds a range, and {grid} is not placed by one"
 
 
 def extremes(x_GK: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,7 +47,7 @@ def extremes(x_GK: Tensor) -> tuple[Tensor, Tensor]:
 
 @tagged
 @dataclass(frozen=True)
-class MinMax:
+class MinMax(_RangeFit):
     """The range of the values: nothing is clipped."""
 
     def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
@@ -40,7 +56,7 @@ class MinMax:
 
 @tagged
 @dataclass(frozen=True)
-class Percentile:
+class Percentile(_RangeFit):
     """Clips the share ``1 - p`` of the values at each end, ``0.5 < p <= 1``; quantiles interpolate linearly."""
 
     p: float = 0.999
@@ -50,19 +66,25 @@ class Percentile:
             raise ValueError(f"percentile is a share over 0.5 and at most 1, found {self.p} (99.9 % is 0.999)")
 
     def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
-        # torch.quantile refuses more than 2**24 elements, so the two order statistics are taken from a sort.
-        ordered = x_GK.sort(dim=1).values
-        at = (x_GK.shape[1] - 1) * self.p
-        below, part = int(at), at - int(at)
-        above = min(below + 1, x_GK.shape[1] - 1)
-        hi = ordered[:, [below]].lerp(ordered[:, [above]], part)
-        lo = ordered[:, [-1 - below]].lerp(ordered[:, [-1 - above]], part)
-        return grid.from_range(lo, hi)
+        # torch.quantile refuses more than 2**24 elements, so the order statistics are taken from a sort, in which what
+        # fills up a short granule (importance 0) comes last and is not counted.
+        counted = torch.ones_like(x_GK, dtype=torch.bool) if importance_GK is None else importance_GK > 0
+        counted = counted | ~counted.any(1, keepdim=True)
+        ordered = x_GK.masked_fill(~counted, float("inf")).sort(dim=1).values
+        last = counted.sum(1, keepdim=True) - 1
+        at = last.double() * self.p
+        below, part = at.long(), at - at.long()
+        above = torch.minimum(below + 1, last)
+
+        def between(i: Tensor, j: Tensor) -> Tensor:
+            return ordered.gather(1, i).lerp(ordered.gather(1, j), part.to(ordered.dtype))
+
+        return grid.from_range(between(last - below, last - above), between(below, above))
 
 
 @tagged
 @dataclass(frozen=True)
-class ClipSearch:
+class ClipSearch(_RangeFit):
     """The shrink of the extremes, the same at both ends, that loses least: ``sum importance * |x - q(x)|**norm``.
 
     Shrinks ``1 - i / steps`` for ``i = 0 .. max_shrink * steps - 1`` are tried and the first of the best is kept, so the
@@ -93,7 +115,7 @@ class ClipSearch:
 
 
 @dataclass(frozen=True)
-class Clipped:
+class Clipped(_RangeFit):
     """A range already chosen, as shares of the extremes: ``[lo_share * min, hi_share * max]``; shares ``[G, 1]`` in (0, 1].
 
     Shares, not absolute ends, because a column solver moves the weights before it asks for their range.
@@ -109,3 +131,136 @@ class Clipped:
     def rows(self, index: slice | Tensor) -> Clipped:
         """The same choice for some of the granules."""
         return Clipped(self.lo_share_G1[index], self.hi_share_G1[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """Parameters already chosen, whatever the values are; leading axis G, for granules in the same order."""
+
+    params: Params
+
+    def why_not(self, grid: Grid) -> str | None:
+        return None if isinstance(self.params, grid.kind) else f"the parameters chosen before are not those of {grid}"
+
+    def __call__(self, x_GK: Tensor, grid: Grid, importance_GK: Tensor | None = None) -> Params:
+        assert len(self.params[0]) == len(x_GK), "parameters were chosen for other granules"  # pyright: ignore[reportArgumentType]
+        return self.params._make(None if p is None else p.to(x_GK) for p in self.params)  # pyright: ignore[reportReturnType]
+
+    def rows(self, index: slice | Tensor) -> Fixed:
+        """The same choice for some of the granules."""
+        return Fixed(self.params._make(None if p is None else p[index] for p in self.params))  # pyright: ignore[reportArgumentType]
+
+
+@tagged
+@dataclass(frozen=True)
+class TruncationSearch(_RangeFit):
+    """The width of the range and where zero lies in it, both searched: ``sum importance * |x - q(x)|**norm`` is least.
+
+    Widths are ``i / steps`` of the range of the values, ``i = 1 .. steps``, each with every code as zero point (OWQ,
+    arXiv:2306.02272, as its code has it); a grid without a zero point has only its width searched. Costs
+    ``steps * 2**bits`` evaluations.
+    """
+
+    steps: int = 100
+    norm: float = 2.4
+
+    def __post_init__(self):
+        if self.steps < 1 or self.norm <= 0:
+            raise ValueError(f"truncation search needs steps >= 1 and norm > 0, found {self}")
+
+    def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
+        lo, hi = extremes(x_GK)
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+        movable = isinstance(grid, Int) and not grid.symmetric
+        shares = [z / (2**grid.bits - 1) for z in range(2**grid.bits)] if movable else [None]
+        best, best_lo, best_hi = torch.full_like(lo, float("inf")), lo, hi
+        for i in range(self.steps, 0, -1):
+            width = (hi - lo) * (i / self.steps)
+            for share in shares:
+                low = lo * (i / self.steps) if share is None else -share * width
+                params = grid.from_range(low, low + width)
+                loss = (grid.decode(grid.encode(x_GK, params), params) - x_GK).abs_().pow_(self.norm)
+                loss = (loss if importance_GK is None else loss * importance_GK).sum(1, keepdim=True)
+                better = loss < best
+                best = torch.where(better, loss, best)
+                best_lo, best_hi = torch.where(better, low, best_lo), torch.where(better, low + width, best_hi)
+        return grid.from_range(best_lo, best_hi)
+
+
+@tagged
+@dataclass(frozen=True)
+class RmsRange:
+    """``factor`` times the root mean square on both sides of zero (QuIP, arXiv:2307.13304): incoherent weights have no
+    extremes worth covering. Levels lie symmetrically, none of them at zero; the zero point is the real number between."""
+
+    factor: float = 2.4
+
+    def why_not(self, grid: Grid) -> str | None:
+        fits = isinstance(grid, Int) and grid.real_zero
+        return None if fits else f"a range by the root mean square needs integers with a real zero point, not {grid}"
+
+    def __call__(self, x_GK: Tensor, grid: Int, importance_GK: Tensor | None = None) -> Affine:
+        counted = torch.ones_like(x_GK) if importance_GK is None else (importance_GK > 0).to(x_GK)
+        mean = (x_GK.square() * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
+        half = self.factor * mean.sqrt()
+        scale = torch.where(half > 0, 2 * half / grid.max_code, torch.ones_like(half))
+        return Affine(scale, torch.full_like(scale, grid.max_code / 2))
+
+
+@tagged
+@dataclass(frozen=True)
+class HalfQuadratic:
+    """The zero point under which a heavy-tailed error is least, by half-quadratic splitting (HQQ, Badri and Shaji, 2023).
+
+    The step is that of the extremes. In turns, the error ``x - q(x)`` is shrunk towards zero by the proximal operator of
+    the p-norm (weight ``beta``, growing by ``kappa`` a round), and the zero point becomes the mean that the rest asks for. A
+    granule stops where its mean error no longer falls. With an integer zero point the result is rounded.
+    """
+
+    p: float = 0.7
+    beta: float = 10.0
+    kappa: float = 1.01
+    rounds: int = 20
+
+    def __post_init__(self):
+        if not 0 < self.p <= 1 or self.beta <= 0 or self.kappa < 1 or self.rounds < 0:
+            raise ValueError(f"half-quadratic needs 0 < p <= 1, beta > 0, kappa >= 1 and rounds >= 0, found {self}")
+
+    def why_not(self, grid: Grid) -> str | None:
+        fits = isinstance(grid, Int) and not grid.symmetric
+        return None if fits else f"half-quadratic moves the zero point, and {grid} has none"
+
+    def __call__(self, x_GK: Tensor, grid: Int, importance_GK: Tensor | None = None) -> Affine:
+        counted = torch.ones_like(x_GK) if importance_GK is None else (importance_GK > 0).to(x_GK)
+        number = counted.sum(1, keepdim=True).clamp(min=1)
+        real = Int(grid.bits, zero="real")
+        scale, zero = real.from_range(*extremes(x_GK))
+        assert zero is not None
+        best, best_zero, beta = torch.full_like(scale, float("inf")), zero, self.beta
+        for _ in range(self.rounds + 1):
+            level = (x_GK / scale + zero).round().clamp(0, grid.max_code)
+            error = x_GK - (level - zero) * scale
+            lost = (error.abs() * counted).sum(1, keepdim=True) / number
+            better = lost < best
+            best, best_zero = torch.where(better, lost, best), torch.where(better, zero, best_zero)
+            if not better.any():
+                break
+            size = error.abs()
+            shrunk = error.sign() * (size - size.clamp(min=1e-12).pow(self.p - 1) / beta).clamp(min=0)
+            zero = ((level - (x_GK - shrunk) / scale) * counted).sum(1, keepdim=True) / number
+            beta *= self.kappa
+        if grid.zero == "int":
+            best_zero = best_zero.round().clamp(0, grid.max_code)
+        return Affine(scale, best_zero)
+
+
+@tagged
+@dataclass(frozen=True)
+class KMeans:
+    """The table that loses least, ``sum importance * (x - q(x))**2``: optimal k-means of every granule."""
+
+    def why_not(self, grid: Grid) -> str | None:
+        return None if isinstance(grid, Codebook) else f"k-means places codebooks, not {grid}"
+
+    def __call__(self, x_GK: Tensor, grid: Codebook, importance_GK: Tensor | None = None) -> Lut:
+        return Lut(kmeans_rows(x_GK, importance_GK, 2**grid.bits).to(x_GK.dtype))

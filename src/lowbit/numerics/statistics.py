@@ -24,10 +24,12 @@ from lowbit.numerics.tagged import tagged
 class Statistic:
     """A request for one statistic of an input ``[T, I]``: how a batch of tokens gives it and how two of them join.
 
-    Subclasses are frozen dataclasses. ``of_input``: False where it cannot be gathered from inputs.
+    Subclasses are frozen dataclasses. ``of_input``: False where it cannot be gathered from inputs. ``paired``: its batches
+    are ``[2, T, I]``, the same tokens as the layer will read them and as the original model does.
     """
 
     of_input: ClassVar[bool] = True
+    paired: ClassVar[bool] = False
 
     def merge(self, x_TI: Tensor) -> Tensor:
         """The statistic of one batch of tokens alone."""
@@ -129,3 +131,21 @@ class Fisher(Statistic):
     """
 
     of_input: ClassVar[bool] = False
+
+
+@tagged
+@dataclass(frozen=True)
+class CrossGram(Statistic):
+    """``D = sum_t (x'_t - x_t) x_t^T``, ``[I, I]`` in float32: x' the original model's input where the layer reads x.
+
+    How far the blocks quantized so far have moved the inputs; zero where they have not.
+    """
+
+    paired: ClassVar[bool] = True
+
+    def merge(self, x_TI: Tensor) -> Tensor:
+        seen, original = x_TI.float()
+        return (original - seen).T @ seen
+
+    def join(self, old: Tensor, new: Tensor) -> Tensor:
+        return old.add_(new)

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from lowbit.numerics import Fisher
 from lowbit.plan.layers import PlannedLayer, planned_layers, ragged_groups
 from lowbit.plan.survey import EdgeUse, Survey, base_name, edge_notes, edge_uses, edges_of, survey
 from lowbit.recipe import Recipe
@@ -54,9 +55,11 @@ def _sentences(found: Survey, step: Any) -> Iterator[str]:
         yield f"Here {', '.join(settings)}."
     for use in edge_uses(step):
         yield _where(found, use)
-    needs = sorted(_value(need) for need in step.needs)
+    needs = sorted(_value(need) for need in step.needs if need.of_input)
     if needs:
         yield f"Measures {', '.join(needs)} of every input first."
+    if Fisher() in step.needs:
+        yield "Reads the Fisher information of every weight, from a backward pass over the whole model before the first block."
 
 
 def _where(found: Survey, use: EdgeUse) -> str:

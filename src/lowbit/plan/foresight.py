@@ -11,7 +11,7 @@ from typing import Any
 from lowbit.modules import buffer_layout
 from lowbit.plan.compatibility import compatibility, kernel_reasons
 from lowbit.plan.layers import PlannedLayer, planned_layers, ragged_groups
-from lowbit.plan.peak import activation_bytes, peak_parts
+from lowbit.plan.peak import peak_disk_bytes, peak_parts
 from lowbit.plan.survey import Survey, edge_notes, layout_bytes, outside_bytes, rest_of_block, survey
 from lowbit.recipe import Recipe
 
@@ -29,7 +29,7 @@ class Plan:
             experts even if no calibration token reaches them.
         bits_per_weight: all stored bits of the quantized linears over their weights, counted the same.
         peak_ram_bytes: an estimate, see :mod:`lowbit.plan.peak`; ``peak_ram_parts`` are its terms by moment of the run.
-        peak_disk_bytes: of temporary files for activations beyond the memory limit; the checkpoint comes on top.
+        peak_disk_bytes: of temporary files: activations beyond the memory limit, Fisher information; the checkpoint comes on top.
         warnings: what the user should know and may accept.
         compatibility: by runtime or format, ``yes: ...`` or ``no: ...`` with the reason.
     """
@@ -85,7 +85,7 @@ def plan(
         bytes_out=_bytes_out(found),
         bits_per_weight=sum(layer.bits_per_weight * prod(layer.shape) for layer in quantized) / max(1, weights),
         peak_ram_bytes=max(sum(terms.values()) for terms in parts.values()),
-        peak_disk_bytes=activation_bytes(found, samples * seq_len, ram_limit)[1],
+        peak_disk_bytes=peak_disk_bytes(found, samples * seq_len, ram_limit),
         warnings=tuple(_warnings(found, layers, samples, seq_len)),
         compatibility=compatibility(found),
         peak_ram_parts=parts,

@@ -7,6 +7,11 @@ A run has four moments that can be the worst, and what each holds is
     compare    P + A + O + 8 V                   the logits of both models, window by window
     reload     P + A + O + Q + 6 V               the finished checkpoint, packed, against the logits kept
 
+and, where a recipe needs Fisher information, two more, with an array of activations for every block in A:
+
+    loss       P + A + O + 6 V                   the gradient behind the last block
+    gradients  P + A + 2 B + G + 3 W             a block, its squares, the gradient of its largest weight (G), one window (W)
+
 P is the process itself (Python, torch, transformers: measured). A is the activations of the calibration set, three arrays
 ``[N, T, d]`` of float32, as far as they fit in the limit that the user set; the rest is in files. B is the largest block in
 float32, L its largest tensor as stored, O everything outside the blocks in float32 and E the same without the head, Q the
@@ -45,12 +50,20 @@ _LEARN_COPIES, _FACTOR_COPIES, _SOLVER_COPIES, _SEARCH_COPIES = 8, 6, 4, 3
 _CHECKED_TOKENS = Samples(256)  # of every input, on which the walk measures each layer's error
 
 
-def activation_bytes(found: Survey, tokens: int, ram_limit: int) -> tuple[int, int]:
-    """(in memory, in files): three arrays of float32, each in memory while all there fit the limit, as the store decides."""
+def activation_bytes(found: Survey, tokens: int, ram_limit: int, arrays: int = 3) -> tuple[int, int]:
+    """(in memory, in files): arrays of float32, each in memory while all there fit the limit, as the store decides."""
     size, ram = tokens * found.source.config.get_text_config().hidden_size * FLOAT, 0
-    for _ in range(3):
+    for _ in range(arrays):
         ram += size if ram + size <= ram_limit else 0
-    return ram, 3 * size - ram
+    return ram, arrays * size - ram
+
+
+def peak_disk_bytes(found: Survey, tokens: int, ram_limit: int) -> int:
+    """Of temporary files: activations beyond the limit, and Fisher information where the recipe needs it."""
+    if not found.recipe.needs_fisher:
+        return activation_bytes(found, tokens, ram_limit)[1]
+    squares = sum(prod(block.shape(path)) for block in found.blocks for path in block.formats) * FLOAT
+    return activation_bytes(found, tokens, ram_limit, 3 + len(found.blocks))[1] + squares
 
 
 def peak_parts(found: Survey, samples: int, seq_len: int, ram_limit: int) -> dict[str, dict[str, int]]:
@@ -66,11 +79,31 @@ def peak_parts(found: Survey, samples: int, seq_len: int, ram_limit: int) -> dic
     outside = outside_bytes(found, FLOAT)
     logits = seq_len * found.source.config.get_text_config().vocab_size * FLOAT
     packed = sum(layout_bytes(buffer_layout(found.config(b, path))) for b in found.blocks for path in b.formats)
-    return {
+    fisher = _fisher_parts(found, worst, samples, seq_len, ram_limit) if found.recipe.needs_fisher else {}
+    return fisher | {
         "start": held | {"embeddings": _base_bytes(found), "block": _block_bytes(found.blocks[0])},
         "block": held | block,
         "compare": held | {"outside the blocks": outside, "logits": 8 * logits},
         "reload": held | {"outside the blocks": outside, "packed layers": packed, "logits": 6 * logits},
+    }
+
+
+def _fisher_parts(
+    found: Survey, worst: SurveyedBlock, samples: int, seq_len: int, ram_limit: int
+) -> dict[str, dict[str, int]]:
+    boundaries = activation_bytes(found, samples * seq_len, ram_limit, 3 + len(found.blocks))[0]
+    held = {"process": PROCESS, "activations": boundaries}
+    logits = seq_len * found.source.config.get_text_config().vocab_size * FLOAT
+    largest = max((prod(worst.shape(path)) for path in worst.formats), default=0) * FLOAT
+    return {
+        "loss": held | {"outside the blocks": outside_bytes(found, FLOAT), "logits": 6 * logits},
+        "gradients": held
+        | {
+            "block": _block_bytes(worst),
+            "squares": _block_bytes(worst),
+            "largest gradient": largest,
+            "window": int(3 * _window_bytes(found, worst, seq_len)),
+        },
     }
 
 
@@ -91,9 +124,7 @@ def _largest_step(found: Survey, block: SurveyedBlock, samples: int, seq_len: in
 
 def _step_bytes(found: Survey, block: SurveyedBlock, step: Any, samples: int, seq_len: int) -> int:
     tokens = samples * seq_len
-    window = (
-        seq_len * sum(sum(block.shape(path)) * _share(found, block, path) for path in block.resolved.linears) * FLOAT
-    )
+    window = _window_bytes(found, block, seq_len)
     size = statistics_bytes(block, step.needs, tokens) + (window if tokens else 0)
     if isinstance(step, Search):
         heard = tokens if step.windows is None else min(step.windows, samples) * seq_len
@@ -104,6 +135,11 @@ def _step_bytes(found: Survey, block: SurveyedBlock, step: Any, samples: int, se
     if isinstance(step, Solve):
         size += statistics_bytes(block, {_CHECKED_TOKENS}, tokens) + _solver_bytes(block, step.solver)
     return int(size)
+
+
+def _window_bytes(found: Survey, block: SurveyedBlock, seq_len: int) -> float:
+    """Inputs and outputs of all linears for one window."""
+    return seq_len * sum(sum(block.shape(path)) * _share(found, block, path) for path in block.resolved.linears) * FLOAT
 
 
 def statistics_bytes(block: SurveyedBlock, needs: Iterable[Statistic], tokens: int) -> int:
@@ -119,6 +155,8 @@ def statistics_bytes(block: SurveyedBlock, needs: Iterable[Statistic], tokens: i
 
 
 def _statistic_bytes(need: Statistic, tokens: int, width: int) -> int:
+    if not need.of_input:
+        return 0
     with torch.device("meta"):
         return need.merge(torch.empty(tokens, width)).nbytes
 

@@ -38,7 +38,7 @@ from lowbit.modules.quant_linear import Config
 from lowbit.numerics import to_dict
 from lowbit.recipe import Recipe
 from lowbit.recipes import as_recipe
-from lowbit.steps import LinearFormat
+from lowbit.steps import Incoherence, LinearFormat
 from lowbit.steps.parametrizations import Maker
 
 
@@ -96,6 +96,11 @@ class Survey:
             "bias": str(dtype).removeprefix("torch.") if biased else None,
             "act": to_dict(form.act),
             "pre": [],
+        } | {
+            place: entries
+            for step in self.recipe.steps
+            if isinstance(step, Incoherence)
+            for place, entries in step.described(*block.shape(path)).items()
         }
 
     def new_biases(self, block: SurveyedBlock) -> set[str]:

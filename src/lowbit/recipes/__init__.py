@@ -42,6 +42,7 @@ class _ExplicitFile(_File):
     description: str = ""
     feed: Literal["fp", "quant"] = "quant"
     seed: int = 0
+    model_steps: tuple[dict[str, Any], ...] = ()
 
 
 def from_plain(data: Any) -> Recipe:
@@ -67,17 +68,18 @@ def from_plain(data: Any) -> Recipe:
             steps=tuple(from_dict(step) for step in explicit.steps),
             feed=explicit.feed,
             seed=explicit.seed,
+            model_steps=tuple(from_dict(step) for step in explicit.model_steps),
         )
     except ValidationError as error:
         raise ValueError(f"recipe {explicit.name!r}: {plain_message(error)}") from error
     return built.with_overrides(explicit.overrides)
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """Safe YAML in which ``1e-3`` is a number, as everyone means it (YAML 1.1 asks for ``1.0e-3``)."""
 
 
-_Loader.add_implicit_resolver(
+Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
@@ -92,7 +94,7 @@ def from_file(path: str | Path) -> Recipe:
     if not path.is_file():
         raise ValueError(f"no recipe file {str(path)!r}; `lowbit recipes` lists the ones that come along")
     try:
-        return from_plain(yaml.load(path.read_text(), _Loader))
+        return from_plain(yaml.load(path.read_text(), Loader))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     except ValueError as error:

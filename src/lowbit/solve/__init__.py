@@ -3,5 +3,16 @@
 from lowbit.solve.base import Solution, Solver
 from lowbit.solve.gptq import Gptq
 from lowbit.solve.nearest import Nearest
+from lowbit.solve.outliers import LeaveOneOut, OutlierRule, RangeOutliers, Sensitive, WeakColumns
 
-__all__ = ["Gptq", "Nearest", "Solution", "Solver"]
+__all__ = [
+    "Gptq",
+    "LeaveOneOut",
+    "Nearest",
+    "OutlierRule",
+    "RangeOutliers",
+    "Sensitive",
+    "Solution",
+    "Solver",
+    "WeakColumns",
+]

@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from lowbit.numerics import Clipped, QTensor, SideTerm, Spec, Statistic
+from lowbit.numerics import Clipped, Fit, PerToken, QTensor, SideTerm, Spec, Statistic
 from lowbit.transforms import ChannelTransform
 
 
@@ -73,3 +73,16 @@ class Solver(Protocol):
             ValueError: NaN or Inf in the weight, or a format that this solver cannot do; the message says why.
         """
         ...
+
+
+def check_weight(spec: Spec, fit: Fit | None) -> None:
+    """What every solver asks of a format, and of its own fit (None: the fit was chosen before).
+
+    Raises:
+        ValueError: a granularity of activations, or a fit that cannot place the grid.
+    """
+    if isinstance(spec.granularity, PerToken):
+        raise ValueError("PerToken() is for activations; a weight is quantized PerChannel(), PerGroup(size), ...")
+    why_not = None if fit is None else fit.why_not(spec.grid)
+    if why_not is not None:
+        raise ValueError(f"{why_not}; choose another fit or another grid")

@@ -53,10 +53,14 @@ class Tiling:
         """The number of bands."""
         return int(self.band_I[-1]) + 1
 
-    def place(self, w_OK: Tensor, spec: Spec, fit: Fit, importance_K: Tensor) -> Params:
-        """Parameters, not yet as stored, of one band whose columns are ``w_OK`` (in any order); leading axis: strips."""
+    def place(self, w_OK: Tensor, spec: Spec, fit: Fit, importance_K: Tensor, out_OK: Tensor | None = None) -> Params:
+        """Parameters, not yet as stored, of one band whose columns are ``w_OK`` (in any order); leading axis: strips.
+
+        ``out_OK``: weights that the grid is not placed on.
+        """
         tile = Block(self.height, w_OK.shape[1])
-        return fit_raw(w_OK, Spec(spec.grid, tile, spec.stats, spec.scale_dtype), fit, importance_K.expand_as(w_OK))
+        here = Spec(spec.grid, tile, spec.stats, spec.scale_dtype, spec.stats_centred)
+        return place(w_OK, here, fit, importance_K.expand_as(w_OK), out_OK)
 
     def of_rows(self, params: Params, rows: int) -> Params:
         """One band's parameters, repeated for each of the ``rows`` rows: leading axis O."""
@@ -65,16 +69,85 @@ class Tiling:
         return params._make(None if p is None else p.repeat_interleave(self.height, 0)[:rows] for p in params)
 
 
-def by_diagonal(diag_I: Tensor) -> Tensor:
-    """Columns by falling diagonal of the Gram matrix: those whose errors cost most first. Ties keep their order."""
-    return diag_I.argsort(descending=True, stable=True)
+def place(w_OI: Tensor, spec: Spec, fit: Fit, importance_OI: Tensor | None, out_OI: Tensor | None) -> Params:
+    """``fit_raw`` that does not see what ``out_OI`` masks: no range reaches for it, no search weighs it."""
+    if out_OI is None:
+        return fit_raw(w_OI, spec, fit, importance_OI)
+    weight = torch.ones_like(w_OI) if importance_OI is None else importance_OI
+    return fit_raw(without(w_OI, out_OI, spec.granularity), spec, fit, weight.masked_fill(out_OI, 0))
 
 
-def by_band_and_diagonal(diag_I: Tensor, band_I: Tensor) -> Tensor:
-    """Columns by falling diagonal inside each band, bands by their largest diagonal: a band's columns stay together."""
-    largest = diag_I.new_zeros(int(band_I[-1]) + 1).scatter_reduce(0, band_I, diag_I, "amax", include_self=False)
-    rank = by_diagonal(largest).argsort()  # place of each band; unique, so bands of equal maximum do not mix
-    columns = by_diagonal(diag_I)
+def without(w_OI: Tensor, mask_OI: Tensor, granularity: Granularity) -> Tensor:
+    """``w_OI`` with what is masked replaced by the mean of the rest of its granule: invisible to any range."""
+    w, mask = granularity.split(w_OI), granularity.split(mask_OI)
+    count = (~mask).sum(1, keepdim=True).clamp(min=1)
+    mean = w.masked_fill(mask, 0).sum(1, keepdim=True) / count
+    return granularity.join(torch.where(mask, mean, w), tuple(w_OI.shape))
+
+
+class Bands:
+    """The grid of each band of ``tiling``, placed when the solver reaches it, kept as fitted and as it will be stored.
+
+    Args:
+        fit: of all granules.
+        importance_I: of each column, as stored.
+        rows: of the weight.
+    """
+
+    def __init__(self, tiling: Tiling, spec: Spec, fit: Fit, rows: int, importance_I: Tensor):
+        self.tiling, self.spec, self.fit, self.rows, self.importance_I = tiling, spec, fit, rows, importance_I
+        self._fitted: dict[int, Params] = {}  # leading axis: strips
+        self._by_row: dict[int, Params] = {}  # as stored; leading axis: rows
+
+    def __contains__(self, b: int) -> bool:
+        return b in self._fitted
+
+    def place_all(self, w_OI: Tensor, out_OI: Tensor | None) -> None:
+        """Places every band on ``w_OI``, columns as stored."""
+        wide = self.tiling.wide
+        fitted = place(w_OI, self.spec, self.fit, self.importance_I.expand_as(w_OI), out_OI)
+        stored = self.spec.as_stored(fitted, wide)
+        for b in range(wide):
+            self._fitted[b] = _every(fitted, b, wide)
+            self._by_row[b] = self.tiling.of_rows(_every(stored, b, wide), self.rows)
+
+    def place(self, b: int, w_OK: Tensor, columns: Tensor, out_OK: Tensor | None) -> None:
+        """Places band b on its columns ``w_OK``, which are stored at ``columns``."""
+        self._fitted[b] = self.trial(b, w_OK, columns, out_OK)
+        self._by_row[b] = self.tiling.of_rows(self.spec.as_stored(self._fitted[b]), self.rows)
+
+    def trial(self, b: int, w_OK: Tensor, columns: Tensor, out_OK: Tensor | None = None) -> Params:
+        """What :meth:`place` would fit, not kept; leading axis: strips."""
+        of_granules = getattr(self.fit, "rows", None)  # a choice made earlier, granule by granule
+        fit = self.fit if of_granules is None else of_granules(slice(b, None, self.tiling.wide))
+        return self.tiling.place(w_OK, self.spec, fit, self.importance_I[columns], out_OK)
+
+    def of_rows(self, b: int) -> Params:
+        """Band b's parameters as stored, a set for each row."""
+        return self._by_row[b]
+
+    def fitted(self) -> Params:
+        """Parameters of all granules as fitted: G is strips x bands, row-major."""
+        bands = [self._fitted[b] for b in range(self.tiling.wide)]
+        both = zip(*bands, strict=True)
+        return bands[0]._make(None if parts[0] is None else torch.stack(parts, 1).flatten(0, 1) for parts in both)
+
+
+def _every(params: Params, b: int, wide: int) -> Params:
+    """Band b's part of parameters of all granules."""
+    return params._make(None if p is None else p[b::wide] for p in params)
+
+
+def by_score(score_I: Tensor) -> Tensor:
+    """Columns by falling score, such as the diagonal of H: those whose errors cost most first. Ties keep their order."""
+    return score_I.argsort(descending=True, stable=True)
+
+
+def by_band_and_score(score_I: Tensor, band_I: Tensor) -> Tensor:
+    """Columns by falling score inside each band, bands by their largest: a band's columns stay together."""
+    largest = score_I.new_zeros(int(band_I[-1]) + 1).scatter_reduce(0, band_I, score_I, "amax", include_self=False)
+    rank = by_score(largest).argsort()  # place of each band; unique, so bands of equal maximum do not mix
+    columns = by_score(score_I)
     return columns[rank[band_I[columns]].argsort(stable=True)]
 
 

@@ -47,3 +47,18 @@ def _reversed_cholesky_inverse(h_II: Tensor) -> Tensor | None:
     one = torch.eye(len(h_II), dtype=h_II.dtype, device=h_II.device)
     U = torch.linalg.solve_triangular(L.flip(0, 1), one, upper=True)
     return U if bool(torch.isfinite(U).all()) else None
+
+
+def asymmetric_target(w_IO: Tensor, d_II: Tensor, U: Tensor, share: float) -> Tensor:
+    """``W + share * W D H^-1``: the weight that a solver should aim at when the inputs it will see are not the original's.
+
+    With inputs x behind quantized blocks and x' of the original model, ``sum_t |Q x_t - W x'_t|^2`` is
+    ``tr((Q - W*) H (Q - W*)^T)`` and a constant, with ``W* = W (I + D H^-1)``, ``D = sum_t (x'_t - x_t) x_t^T``. So any
+    solver of the second loss solves the first. GPTAQ (arXiv:2504.02692) corrects column by column inside the recursion
+    instead, which uses a part of D only; ``share`` is its alpha, and guards against fitting the calibration text.
+
+    Args:
+        w_IO: ``[I, O]``.
+        U: as :func:`inverse_factor` returns it.
+    """
+    return w_IO + share * (U.T @ (U @ (d_II.T @ w_IO)))

@@ -10,12 +10,16 @@ carry all corrections so far; there, a group that starts inside a lazy block mis
 range that ignores it clips what matters most where one input channel is huge. And dead channels get the mean diagonal,
 not 1, so that the solution does not depend on the scale of H at all.
 
+Outliers (``solve.outliers``) enter at three places and nowhere else: kept columns are visited last and never rounded, a
+grid is placed without the weights that will be kept, and a weight that is kept at its turn leaves no error.
+
 Shapes: O output channel, I input channel, in the order they are visited once inside the loop. The loop holds matrices
 column-major (W_IO), so that one column is contiguous.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -25,6 +29,7 @@ from torch import Tensor
 
 from lowbit.numerics import (
     Clipped,
+    CrossGram,
     Fit,
     Gram,
     Grid,
@@ -32,17 +37,18 @@ from lowbit.numerics import (
     Params,
     PerChannel,
     PerTensor,
-    PerToken,
     QTensor,
     Spec,
     Statistic,
-    fit_raw,
     tagged,
 )
-from lowbit.solve.base import Solution
-from lowbit.solve.columns import Tiling, by_band_and_diagonal, by_diagonal, lazy_blocks
-from lowbit.solve.factor import inverse_factor
+from lowbit.solve.base import Solution, check_weight
+from lowbit.solve.columns import Bands, Tiling, by_band_and_score, by_score, lazy_blocks
+from lowbit.solve.factor import asymmetric_target, inverse_factor
+from lowbit.solve.greedy import descend
+from lowbit.solve.kept import Kept
 from lowbit.solve.nearest import Nearest
+from lowbit.solve.outliers import OutlierRule, choose, perturbation, rules_of
 from lowbit.transforms import Permute
 
 
@@ -53,10 +59,12 @@ class Gptq:
 
     Args:
         fit: places the grid on each granule; the importance of a column is its diagonal entry of H.
-        order: ``"none"``, columns as they come. ``"act"``, by falling diagonal of H; with groups that are not static
-            the groups are formed over the new order, the weight is stored in it and the layer permutes its input.
-            ``"group"``, by falling diagonal inside each group and groups by their largest: groups stay what they
-            were, so nothing is paid at run time.
+        order: ``"none"``, columns as they come. ``"act"``, by falling ``rank``; with groups that are not static the
+            groups are formed over the new order, the weight is stored in it and the layer permutes its input.
+            ``"group"``, by falling rank inside each group and groups by their largest: groups stay what they were, so
+            nothing is paid at run time.
+        rank: what orders columns: ``"diagonal"`` of H, or ``"perturbation"``, the diagonal times the squared error of
+            the column rounded to nearest (OWQ).
         static_groups: place all grids before the first column, on the weights as given, instead of when the first
             column of a group is reached.
         stale_groups: place a group's grid on weights without the corrections of the current block, as the authors'
@@ -64,6 +72,10 @@ class Gptq:
         damp: share of the mean diagonal that is added to the diagonal.
         block: columns between two updates of the rest of the matrix. Changes speed, not results (but with
             ``stale_groups``).
+        outliers: what stays in float16, a rule or several: see ``solve.outliers``.
+        greedy_passes: rounds of coordinate descent over the codes afterwards (QuIP), each of which can only lower the loss.
+        asymmetric: 0 to 1, how far to aim at the output for the original model's inputs instead of at the weight: see
+            :func:`asymmetric_target`.
     """
 
     fit: Fit = MinMax()
@@ -72,47 +84,39 @@ class Gptq:
     stale_groups: bool = False
     damp: float = 0.01
     block: int = 128
+    rank: Literal["diagonal", "perturbation"] = "diagonal"
+    outliers: OutlierRule | tuple[OutlierRule, ...] | None = None
+    greedy_passes: int = 0
+    asymmetric: float = 0.0
 
     def __post_init__(self):
         if self.order not in ("none", "act", "group"):
             raise ValueError(f"order is 'none', 'act' or 'group', found {self.order!r}")
+        if self.rank not in ("diagonal", "perturbation"):
+            raise ValueError(f"rank is 'diagonal' or 'perturbation', found {self.rank!r}")
         if self.static_groups and self.stale_groups:
             raise ValueError("static groups are placed before the first column: stale_groups cannot be asked with them")
-        if self.damp < 0 or self.block < 1:
-            raise ValueError(f"damp is at least 0 and block at least 1, found {self.damp} and {self.block}")
+        if self.damp < 0 or self.block < 1 or self.greedy_passes < 0:
+            raise ValueError(
+                "damp and greedy_passes are at least 0 and block at least 1, "
+                f"found {self.damp}, {self.greedy_passes} and {self.block}"
+            )
+        if not 0 <= self.asymmetric <= 1:
+            raise ValueError(f"asymmetric is a share between 0 and 1, found {self.asymmetric}")
+        if sum(rule.live for rule in rules_of(self.outliers)) > 1:
+            raise ValueError("only one of the outlier rules can choose while columns are rounded (LeaveOneOut)")
 
     @property
     def needs(self) -> frozenset[Statistic]:
-        return frozenset({Gram()})
-
-    def solve(
-        self, w_OI: Tensor, spec: Spec, stats: Mapping[Statistic, Tensor], clip: Clipped | None = None
-    ) -> Solution:
-        H = stats[Gram()]
-        _check(w_OI, H)
-        self.check(spec, clip is not None)
-        tiling = Tiling.of(spec.granularity, w_OI)
-        diag = H.diagonal()
-        dead = diag == 0
-        stored, visit = self._orders(diag, tiling)  # columns as on disk, and the order in which those are visited
-        U, notes = _factor(H, stored[visit], self.damp)
-        if U is None:
-            rounded = Nearest(self.fit).solve(w_OI, spec, {}, clip)
-            return replace(rounded, notes=(*notes, "rounded to nearest"))
-        if dead.any():
-            notes = (*notes, f"{int(dead.sum())} of {len(dead)} input channels were never active: weights set to zero")
-        W = w_OI.to(torch.float64 if w_OI.dtype == torch.float64 else torch.float32).masked_fill(dead, 0)
-        q = self._solve_columns(W[:, stored], U.to(W.dtype), visit, diag[stored].to(W.dtype), tiling, spec, clip)
-        pre = () if torch.equal(stored, _as_they_come(diag)) else (Permute(stored),)
-        return Solution(q, pre=pre, notes=notes)
+        own: frozenset[Statistic] = frozenset({Gram(), CrossGram()} if self.asymmetric else {Gram()})
+        return own.union(*(rule.needs for rule in rules_of(self.outliers)))
 
     @property
     def moves_groups(self) -> bool:
         return self.order == "act" and not self.static_groups
 
     def check(self, spec: Spec, clipped: bool) -> None:
-        if isinstance(spec.granularity, PerToken):
-            raise ValueError("PerToken() is for activations; a weight is quantized PerChannel(), PerGroup(size), ...")
+        check_weight(spec, None if clipped else self.fit)
         grouped = not isinstance(spec.granularity, PerChannel | PerTensor)
         if grouped and clipped and self.moves_groups:
             raise ValueError(
@@ -121,52 +125,106 @@ class Gptq:
             )
         if grouped and spec.stats is not None and not self.static_groups:
             # Two columns of groups over many rows: a second-level granule must not reach from one into the other.
-            if spec.stats.granularity.param_shape((2, 2**20))[0] != 2:
+            if spec.stats_centred or spec.stats.granularity.param_shape((2, 2**20))[0] != 2:
                 raise ValueError(
-                    f"{spec.stats.granularity} of the scales spans several groups of columns, which are solved "
-                    "one after another; use PerChannel() or PerGroup(size) for the scales, or static_groups=true"
+                    f"{spec.stats.granularity} of the scales{' (centred)' if spec.stats_centred else ''} spans several "
+                    "groups of columns, which are solved one after another; use PerChannel() or PerGroup(size) for the "
+                    "scales, not centred, or static_groups=true"
                 )
 
-    def _orders(self, diag: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
-        same = _as_they_come(diag)
-        if self.order == "group":
-            return same, by_band_and_diagonal(diag, tiling.band_I)
-        if self.order == "act":
-            by_diag = by_diagonal(diag)
-            return (same, by_diag) if self.static_groups or tiling.wide == 1 else (by_diag, same)
-        return same, same
+    def solve(
+        self, w_OI: Tensor, spec: Spec, stats: Mapping[Statistic, Tensor], clip: Clipped | None = None
+    ) -> Solution:
+        H = stats[Gram()]
+        _check(w_OI, H)
+        self.check(spec, clip is not None)
+        dead = H.diagonal() == 0
+        if not torch.isfinite(H).all() or dead.all():
+            why = "no input was ever different from zero" if dead.all() else "NaN or Inf in the Gram matrix"
+            return self._nearest(w_OI, spec, stats, clip, (why,))
+        W = w_OI.to(torch.float64 if w_OI.dtype == torch.float64 else torch.float32).masked_fill(dead, 0)
+        fit = clip or self.fit
+        tiling = Tiling.of(spec.granularity, W)
+        chosen = choose(rules_of(self.outliers), W, spec, fit, stats)
+        diag = H.diagonal().to(W.dtype)
+        score = diag * (perturbation(W, spec, fit) if self.rank == "perturbation" else 1)
+        stored, visit = self._orders(score, tiling, chosen.columns)  # columns as on disk; when those are visited
+        take = stored[visit]
+        H = H[take][:, take]
+        H.diagonal().masked_fill_(dead[take], H.diagonal()[~dead[take]].mean().item())
+        U, notes = inverse_factor(H, self.damp)
+        if U is None:
+            return self._nearest(w_OI, spec, stats, clip, notes)
+        H, U, W = H.to(W.dtype), U.to(W.dtype), W[:, take].T.contiguous()
+        if self.asymmetric:
+            W = asymmetric_target(W, stats[CrossGram()][take][:, take].to(W), U, self.asymmetric)
+        bands = Bands(tiling, spec, fit, len(w_OI), diag[stored])
+        kept = Kept.of(W, chosen, take, rules_of(self.outliers), U.diagonal())
+        codes = self._round(W, H, U, visit, bands, kept)
+        q = QTensor.fitted(codes, bands.fitted(), spec)
+        side = () if kept is None else kept.side_terms(visit)
+        pre = () if torch.equal(stored, _as_they_come(score)) else (Permute(stored),)
+        if dead.any():
+            notes = (*notes, f"{int(dead.sum())} of {len(dead)} input channels were never active: weights set to zero")
+        return Solution(q, pre=pre, side=side, notes=(*notes, *chosen.notes))
 
-    def _solve_columns(
-        self, w_OI: Tensor, U: Tensor, visit: Tensor, diag: Tensor, tiling: Tiling, spec: Spec, clip: Clipped | None
-    ) -> QTensor:
-        """Columns of ``w_OI`` and ``diag`` as they will be stored, U as they are visited."""
-        rows, wide = len(w_OI), tiling.wide
-        band = tiling.band_I[visit].tolist()
-        width = tiling.band_I.bincount().tolist()
-        placed: dict[int, Params] = {}  # of each band, as fitted
-        by_row: dict[int, Params] = {}  # the same as stored, repeated for each row
+    def _nearest(
+        self,
+        w_OI: Tensor,
+        spec: Spec,
+        stats: Mapping[Statistic, Tensor],
+        clip: Clipped | None,
+        notes: tuple[str, ...],
+    ) -> Solution:
+        """What is left without a usable H: rounding to nearest, with the outliers that do not ask for H."""
+        rules = tuple(r for r in rules_of(self.outliers) if not r.live and Gram() not in r.needs)
+        rounded = Nearest(self.fit, rules or None).solve(w_OI, spec, stats, clip)
+        return replace(rounded, notes=(*notes, "rounded to nearest", *rounded.notes))
+
+    def _orders(self, score: Tensor, tiling: Tiling, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns in the order in which they are stored, and the visits to those; ``last`` are visited last."""
+        same, normal = _as_they_come(score), torch.ones_like(score, dtype=torch.bool)
+        normal[last] = False
+        order = same
+        if self.order == "group":
+            order = by_band_and_score(score.masked_fill(~normal, 0), tiling.band_I)
+        elif self.order == "act":
+            order = by_score(score)
+        order = torch.cat([order[normal[order]], order[~normal[order]]])
+        return (order, same) if self.moves_groups and tiling.wide > 1 else (same, order)
+
+    def _round(self, W: Tensor, H: Tensor, U: Tensor, visit: Tensor, bands: Bands, kept: Kept | None) -> Tensor:
+        """Codes ``[O, I]`` as stored; W ``[I, O]`` (used up), H and U in the order of visits. Fills ``bands``, ``kept``."""
+        n = len(W) if kept is None else kept.rounded  # columns to round; those behind are kept whole
+        grid, band = bands.spec.grid, bands.tiling.band_I[visit].tolist()
+        width = Counter(band[:n])
         if self.static_groups:
-            params = fit_raw(w_OI, spec, clip or self.fit, diag.expand_as(w_OI))
-            placed = {b: params._make(None if p is None else p[b::wide] for p in params) for b in range(wide)}
+            back = visit.argsort()
+            bands.place_all(W[back].T, None if kept is None else kept.mask[back].T)
 
         def params_at(i: int, W: Tensor) -> Params:
-            b = band[i]
-            if b not in by_row:
-                if b not in placed:
-                    fit = clip.rows(slice(b, None, wide)) if clip else self.fit
-                    here = slice(i, i + width[b])
-                    placed[b] = tiling.place(W[here].T, spec, fit, diag[visit[here]])  # on all corrections so far
-                by_row[b] = tiling.of_rows(spec.as_stored(placed[b]), rows)
-            return by_row[b]
+            if band[i] not in bands:
+                here = slice(i, i + width[band[i]])
+                out = None if kept is None else kept.hidden(here, W, grid, bands, band[i], visit[here])
+                bands.place(band[i], W[here].T, visit[here], out)  # on all corrections so far
+            return bands.of_rows(band[i])
 
-        runs = [self.block] * (len(band) // self.block) + [len(band) % self.block]
+        runs = [self.block] * (n // self.block) + [n % self.block]
         if not self.stale_groups and not self.static_groups:
-            runs = [width[b] for b in dict.fromkeys(band)]
-        W = w_OI[:, visit].T.contiguous()
-        codes_IO = _recursion(W, U, spec.grid, lazy_blocks(runs, self.block), params_at, self.stale_groups)
+            runs = [width[b] for b in dict.fromkeys(band[:n])]
+        target = W.clone() if self.greedy_passes else W
+        codes_IO = _recursion(W, U, grid, lazy_blocks(runs, self.block), params_at, self.stale_groups, kept)
+        for i in range(n, len(W)):
+            assert kept is not None
+            if band[i] not in bands:  # a band of kept columns alone
+                bands.place(band[i], torch.zeros_like(W[i : i + 1].T), visit[i : i + 1], None)
+            w = W[i, :, None]
+            codes_IO[i] = kept.at(i, w, codes_IO[i, :, None], w, grid, bands.of_rows(band[i]))[0][:, 0]
+        if self.greedy_passes:
+            descend(codes_IO, target, H, self.damp, lambda i: bands.of_rows(band[i]), grid, kept, self.greedy_passes)
         codes_OI = torch.empty_like(codes_IO.T, memory_format=torch.contiguous_format)
         codes_OI[:, visit] = codes_IO.T
-        return QTensor.fitted(codes_OI, _side_by_side([placed[b] for b in range(wide)]), spec)
+        return codes_OI
 
 
 def _recursion(
@@ -176,6 +234,7 @@ def _recursion(
     blocks: list[tuple[int, int]],
     params_at: Callable[[int, Tensor], Params],
     stale: bool,
+    kept: Kept | None,
 ) -> Tensor:
     """Algorithm 1 of arXiv:2210.17323, on W ``[I, O]`` (used up); U is its Cholesky(H^-1)^T. Returns codes ``[I, O]``."""
     Q = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
@@ -186,34 +245,18 @@ def _recursion(
             params = params_at(i, seen)
             w = W[i, :, None]
             codes = grid.encode(w, params)
-            err = (w - grid.decode(codes, params))[:, 0] / U[i, i]
+            q = grid.decode(codes, params)
+            if kept is not None:
+                codes, q = kept.at(i, w, codes, q, grid, params)
+            err = (w - q)[:, 0] / U[i, i]
             W[i:i2].addmm_(U[i, i:i2, None], err[None], alpha=-1)  # the block's later columns, at once
             Q[i], Err[i - i1] = codes[:, 0], err
         W[i2:].addmm_(U[i1:i2, i2:].T, Err, alpha=-1)  # all other columns, once a block
     return Q
 
 
-def _side_by_side(bands: list[Params]) -> Params:
-    """Parameters of all bands, leading axis strips, as one set: G is strips x bands, row-major."""
-    both = zip(*bands, strict=True)
-    return bands[0]._make(None if parts[0] is None else torch.stack(parts, 1).flatten(0, 1) for parts in both)
-
-
-def _as_they_come(diag: Tensor) -> Tensor:
-    return torch.arange(len(diag), device=diag.device)
-
-
-def _factor(H: Tensor, take: Tensor, damp: float) -> tuple[Tensor | None, tuple[str, ...]]:
-    """Cholesky(H^-1)^T of the columns in the order ``take``, with notes; None where there is none. H is not changed."""
-    if not torch.isfinite(H).all():
-        return None, ("NaN or Inf in the Gram matrix",)
-    dead = H.diagonal() == 0
-    if dead.all():
-        return None, ("no input was ever different from zero",)
-    typical = H.diagonal()[~dead].mean().item()
-    H = H[take][:, take]
-    H.diagonal().masked_fill_(dead[take], typical)
-    return inverse_factor(H, damp)
+def _as_they_come(score_I: Tensor) -> Tensor:
+    return torch.arange(len(score_I), device=score_I.device)
 
 
 def _check(w_OI: Tensor, H: Tensor) -> None:

@@ -4,33 +4,70 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
 
-from lowbit.numerics import Clipped, Fit, MinMax, PerToken, Spec, Statistic, quantize, tagged
-from lowbit.solve.base import Solution
+from lowbit.numerics import Clipped, Fisher, Fit, MinMax, QTensor, Spec, Statistic, quantize, tagged
+from lowbit.solve.base import Solution, check_weight
+from lowbit.solve.columns import place
+from lowbit.solve.outliers import OutlierRule, choose, rules_of, side_terms
 
 
 @tagged
 @dataclass(frozen=True)
 class Nearest:
-    """Fits each granule by ``fit`` and rounds. Needs no statistics."""
+    """Fits each granule by ``fit`` and rounds.
+
+    Args:
+        fit: places the grid on each granule.
+        outliers: what stays in float16, a rule or several: see ``solve.outliers``. No grid is placed on it.
+        importance: what a fit weighs elements by: ``"none"``, all the same, or ``"fisher"``.
+    """
 
     fit: Fit = MinMax()
+    outliers: OutlierRule | tuple[OutlierRule, ...] | None = None
+    importance: Literal["none", "fisher"] = "none"
+
+    def __post_init__(self):
+        if self.importance not in ("none", "fisher"):
+            raise ValueError(f"importance is 'none' or 'fisher', found {self.importance!r}")
+        for rule in rules_of(self.outliers):
+            if rule.live:
+                raise ValueError(
+                    f"{rule} chooses while columns are rounded one after another: it needs the solver Gptq"
+                )
 
     @property
     def needs(self) -> frozenset[Statistic]:
-        return frozenset()
+        own: frozenset[Statistic] = frozenset({Fisher()} if self.importance == "fisher" else ())
+        return own.union(*(rule.needs for rule in rules_of(self.outliers)))
 
     @property
     def moves_groups(self) -> bool:
         return False
 
     def check(self, spec: Spec, clipped: bool) -> None:
-        if isinstance(spec.granularity, PerToken):
-            raise ValueError("PerToken() is for activations; a weight is quantized PerChannel(), PerGroup(size), ...")
+        check_weight(spec, None if clipped else self.fit)
 
     def solve(
         self, w_OI: Tensor, spec: Spec, stats: Mapping[Statistic, Tensor], clip: Clipped | None = None
     ) -> Solution:
-        return Solution(quantize(w_OI, spec, clip or self.fit))
+        importance = stats[Fisher()] if self.importance == "fisher" else None
+        fit = clip or self.fit
+        if self.outliers is None:
+            return Solution(quantize(w_OI, spec, fit, importance))
+        if not torch.isfinite(w_OI).all():
+            raise ValueError(f"cannot quantize {int((~torch.isfinite(w_OI)).sum())} weights that are NaN or Inf")
+        chosen = choose(rules_of(self.outliers), w_OI, spec, fit, stats)
+        out = chosen.out_of_fits(w_OI)
+        shape = (w_OI.shape[0], w_OI.shape[1])
+        raw = place(w_OI, spec, fit, importance, out)
+        params = spec.as_stored(raw, spec.granularity.param_shape(shape)[1])
+        coded = w_OI if out is None else w_OI.masked_fill(out, 0)
+        codes = spec.grid.encode(spec.granularity.split(coded), params)
+        q = QTensor.fitted(spec.granularity.join(codes, shape).contiguous(), raw, spec)
+        rest = w_OI - q.dequantize().to(w_OI.dtype)
+        side = side_terms(chosen.columns, rest[:, chosen.columns], chosen.elements, rest)
+        return Solution(q, side=side, notes=chosen.notes)

@@ -3,14 +3,16 @@
 from typing import Protocol, runtime_checkable
 
 from lowbit.numerics import Statistic
+from lowbit.steps.incoherence import Incoherence
 from lowbit.steps.learn import Learn
 from lowbit.steps.objectives import BlockMSE
 from lowbit.steps.parametrizations import ClipShares, Scales, Shifts
-from lowbit.steps.rules import Midpoint, Ones, Smooth
+from lowbit.steps.rules import Balance, Midpoint, Ones, Smooth
 from lowbit.steps.search import MeanAbsPower, Search, SearchClip
 from lowbit.steps.set import Set, SetActivationRange
 from lowbit.steps.solve import Solve
 from lowbit.steps.state import BlockIO, BlockState, LayerRecord, LinearFormat
+from lowbit.steps.tune import ModelState, Tune
 
 
 @runtime_checkable
@@ -27,16 +29,31 @@ class Step(Protocol):
     def run(self, state: BlockState) -> None: ...
 
 
+@runtime_checkable
+class ModelStep(Protocol):
+    """What is done to the whole packed model after its last block."""
+
+    def model_ticks(self, windows: int) -> int:
+        """How often a run will tick."""
+        ...
+
+    def run_model(self, state: ModelState) -> None: ...
+
+
 __all__ = [
+    "Balance",
     "BlockIO",
     "BlockMSE",
     "BlockState",
     "ClipShares",
+    "Incoherence",
     "LayerRecord",
     "Learn",
     "LinearFormat",
     "MeanAbsPower",
     "Midpoint",
+    "ModelState",
+    "ModelStep",
     "Ones",
     "Scales",
     "Search",
@@ -47,4 +64,5 @@ __all__ = [
     "Smooth",
     "Solve",
     "Step",
+    "Tune",
 ]

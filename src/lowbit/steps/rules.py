@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.architectures import Kind, ResolvedEdge
-from lowbit.numerics import AbsMax, Range, Statistic, tagged
+from lowbit.numerics import AbsMax, Gram, Range, Statistic, tagged
 from lowbit.steps.state import BlockState, Stats
 from lowbit.transforms import ChannelTransform, Scale, Shift
 
@@ -66,6 +66,29 @@ class Smooth:
         w = consumer_absmax(state, edge)
         s = a.clamp(min=1e-5).pow(self.alpha) / w.clamp(min=1e-5).pow(1 - self.alpha)
         return Scale(guard_dead(s.clamp(min=1e-5), a, w))
+
+
+@tagged
+@dataclass(frozen=True)
+class Balance:
+    """``d = (H_jj / (W^T W)_jj)**0.25`` for each channel: the diagonal rescale of QuIP (arXiv:2307.13304).
+
+    ``W diag(d)`` and ``diag(1/d) H diag(1/d)`` have the smallest product of tr(H) and the weight's squared norm. Of all
+    linears to be quantized that read the edge together. Only ratios matter, so the geometric mean is 1; stored in float16.
+    """
+
+    kind: ClassVar[Kind] = Kind.SCALE
+    needs: ClassVar[frozenset[Statistic]] = frozenset({Gram()})
+
+    def __call__(self, state: BlockState, edge: ResolvedEdge, stats: Mapping[str, Stats]) -> Scale | None:
+        gram = state.edge_stat(edge, stats, Gram())
+        if gram is None:
+            return None
+        h = edge.reduce_sum(gram.diagonal().float())
+        quantized = [port for port in edge.consumers if port.module in state.formats]
+        w = torch.stack([port.reduce(state.weight_OI(port.module).square().sum(0), "sum") for port in quantized]).sum(0)
+        d = guard_dead(h.div(w).pow(0.25), h, w)
+        return Scale((d / d.log().mean().exp()).clamp(2.0**-14, 2.0**15).half())
 
 
 @tagged

@@ -14,10 +14,15 @@ from lowbit.steps.state import BlockState
 @tagged
 @dataclass(frozen=True)
 class Set:
-    """Applies a rule at every edge whose name matches ``at`` (patterns as in file names), where it is legal."""
+    """Applies a rule at every edge whose name matches ``at`` (patterns as in file names), where it is legal.
+
+    ``run_time``: also at every input that no edge with the rule's kind leads to; the linears that read it then apply the
+    transform themselves, which costs them its bits.
+    """
 
     rule: Rule
     at: tuple[str, ...]
+    run_time: bool = False
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -28,7 +33,8 @@ class Set:
 
     def run(self, state: BlockState) -> None:
         stats = state.collect(self.needs)
-        for edge in state.edges(self.at, self.rule.kind):
+        loose = list(state.loose_ends(self.rule.kind)) if self.run_time else []
+        for edge in (*state.edges(self.at, self.rule.kind), *loose):
             transform = self.rule(state, edge, stats)
             if transform is None:
                 state.note(f"edge {edge.name!r} saw no token: its {self.rule.kind.value} is not applied")

@@ -2,7 +2,8 @@
 
 Nothing here is ever saved or run by a user; :mod:`lowbit.modules` does that. Law: with the same clip shares,
 :func:`fake_weight` is the dequantized weight of a round-to-nearest :class:`~lowbit.numerics.QTensor` up to the rounding
-of scales to their storage dtype.
+of scales to their storage dtype. What a solver adds to that (errors fed back, weights kept apart, a fit weighed by
+importance) is not simulated.
 """
 
 from __future__ import annotations
@@ -13,14 +14,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.modules import ActSpec
-from lowbit.numerics import Clipped, MinMax, Params, Spec, fake_quantize
+from lowbit.numerics import (
+    Alternating,
+    Clipped,
+    Fit,
+    Grid,
+    KMeans,
+    MinMax,
+    Params,
+    RangeGrid,
+    Spec,
+    fake_quantize,
+    quantize,
+)
 from lowbit.steps.state import BlockState
 from lowbit.transforms import ChannelTransform
 
 
 def fake_weight(w_OI: Tensor, spec: Spec, clip: Clipped | None) -> Tensor:
-    """``w_OI`` as it will be restored; gradients reach the weights (straight through) and the clip shares."""
-    return fake_quantize(w_OI, spec, clip or MinMax())
+    """``w_OI`` as it will be restored; gradients reach the weights (straight through) and, on grids that ranges place, the
+    clip shares."""
+    if isinstance(spec.grid, RangeGrid):
+        return fake_quantize(w_OI, spec, clip or MinMax())
+    restored = quantize(w_OI.detach(), spec, clip or usual_fit(spec.grid)).dequantize().to(w_OI.dtype)
+    return w_OI + (restored - w_OI).detach()
+
+
+def usual_fit(grid: Grid) -> Fit:
+    """What places ``grid`` where no recipe says how: the first of the plain fits that can."""
+    return next(fit for fit in (MinMax(), KMeans(), Alternating()) if fit.why_not(grid) is None)
 
 
 def fake_activation(x: Tensor, act: ActSpec | None, params: Params | None) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lowbit.modules import QuantLinear
 from lowbit.numerics import QTensor, Samples, Statistic, tagged
 from lowbit.solve import Nearest, Solver
-from lowbit.steps.state import BlockState, LayerRecord, Stats
+from lowbit.steps.simulate import usual_fit
+from lowbit.steps.state import BlockState, LayerRecord, Stats, set_module
 from lowbit.transforms import ChannelTransform
 
 _CHECK = Samples(256, stride=2)  # tokens on which each layer's output error is measured for the report
@@ -55,7 +56,7 @@ class Solve:
         linear, form, solver = state.linear(path), state.formats[path], self.solver
         notes: tuple[str, ...] = ()
         if any(need not in stats for need in solver.needs):
-            solver, notes = Nearest(), ("saw no calibration token: rounded to nearest",)
+            solver, notes = Nearest(usual_fit(form.weight.grid)), ("saw no calibration token: rounded to nearest",)
         w_OI = state.weight_OI(path)
         if not torch.isfinite(w_OI).all():
             raise ValueError(f"{state.full_name(path)}: the weight holds NaN or Inf after the transforms before it")
@@ -66,13 +67,17 @@ class Solve:
         bias = linear._parameters.get("bias")
         bias = None if bias is None else bias.detach().to(state.store_dtype)
 
+        post = (*solution.post, *state.post.get(path, ()))
+
         def pack(pre: tuple[ChannelTransform, ...]) -> QuantLinear:
             act_params = state.act_params.get(path)
-            return QuantLinear.from_qtensor(solution.q, bias=bias, act=form.act, act_params=act_params, pre=pre)
+            return QuantLinear.from_qtensor(solution.q, bias, form.act, act_params, pre, post, solution.side)
 
-        error = _output_error(linear, pack(solution.pre), stats)
+        error = _output_error(state, path, pack(solution.pre), stats)
         packed = pack((*state.pre.get(path, ()), *solution.pre))
-        _set(state.block, path, packed)
+        if any(need.paired for need in self.needs):
+            state.originals[path] = linear
+        set_module(state.block, path, packed)
         role, name = state.resolved.linears[path], state.full_name(path)
         state.records.append(
             LayerRecord(
@@ -95,7 +100,7 @@ def _zeroed(w_OI: Tensor, q: QTensor) -> float:
 
 
 @torch.no_grad()
-def _output_error(linear: nn.Module, packed: QuantLinear, stats: Stats) -> float | None:
+def _output_error(state: BlockState, path: str, packed: QuantLinear, stats: Stats) -> float | None:
     """Relative squared error of the packed linear on sampled tokens, run as it will run.
 
     Samples are what the linear itself reads, so transforms in front of it (its hooks) are done already: ``forward``.
@@ -103,11 +108,6 @@ def _output_error(linear: nn.Module, packed: QuantLinear, stats: Stats) -> float
     x_TI = stats.get(_CHECK)
     if x_TI is None:
         return None
-    wanted = linear.forward(x_TI).double()
+    wanted = state.output(path, state.linear(path).forward(x_TI)).double()
     lost = (packed.forward(x_TI).double() - wanted).square().sum()
     return (lost / wanted.square().sum().clamp(min=1e-300)).item()
-
-
-def _set(block: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(block.get_submodule(parent) if parent else block, name, module)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowbit.architectures import Kind, ResolvedBlock, ResolvedEdge, add_bias, fold, needs_bias
+from lowbit.architectures import Kind, Port, ResolvedBlock, ResolvedEdge, add_bias, fold, needs_bias
 from lowbit.modules import ActSpec
 from lowbit.numerics import Affine, Clipped, Fisher, Spec, Statistic
-from lowbit.transforms import ChannelTransform, Permute, Scale
+from lowbit.transforms import ChannelTransform, Permute, Scale, Seeded
 
 Stats = Mapping[Statistic, Tensor]
 
@@ -41,14 +41,17 @@ class BlockIO:
         x: ``[N, T, d]``, the inputs that steps see: from the quantized blocks before, or from the original ones.
         y: ``[N, T, d]`` or None, what the original block gives for the original inputs: the target of learning.
         call: runs a block on one or more windows ``[B, T, d]`` and returns its hidden states.
+        x_fp: ``[N, T, d]``, the inputs from the original blocks; None where they are ``x``.
     """
 
     x: Tensor
     y: Tensor | None
     call: Callable[[nn.Module, Tensor], Tensor]
+    x_fp: Tensor | None = None
 
-    def window(self, i: int) -> Tensor:
-        return self.x[i : i + 1].float()
+    def window(self, i: int, original: bool = False) -> Tensor:
+        x = self.x_fp if original and self.x_fp is not None else self.x
+        return x[i : i + 1].float()
 
     def __len__(self) -> int:
         return len(self.x)
@@ -77,7 +80,9 @@ class BlockState:
 
     ``store_dtype`` is the dtype in which unquantized parameters (norm gains) will be saved; a commit rounds to it, so
     that later steps see what the saved model will have. ``fisher``: Fisher information ``[O, I]`` of the linears' weights as
-    they are now, by path; empty where no step of the recipe needs it.
+    they are now, by path; empty where no step of the recipe needs it. ``pre``, ``post``: what each linear does itself to its
+    input and its output at run time, in the order it is done; until a linear is packed, its hooks do it. ``originals``: what
+    packed linears replaced, kept where paired statistics are still to be gathered.
     """
 
     name: str
@@ -91,7 +96,9 @@ class BlockState:
     clip: dict[str, Clipped] = field(default_factory=dict)
     act_params: dict[str, Affine] = field(default_factory=dict)
     pre: dict[str, tuple[ChannelTransform, ...]] = field(default_factory=dict)
+    post: dict[str, tuple[ChannelTransform, ...]] = field(default_factory=dict)
     fisher: dict[str, Tensor] = field(default_factory=dict)
+    originals: dict[str, nn.Module] = field(default_factory=dict)
     records: list[LayerRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -130,12 +137,35 @@ class BlockState:
                 else:
                     self.note(f"edge {edge.name!r} cannot carry a {kind.value} here: not applied")
 
+    def loose_ends(self, kind: Kind) -> Iterator[ResolvedEdge]:
+        """An edge without a producer for every input that no edge with ``kind`` leads to: its readers, those to be
+        quantized, can run the transform themselves."""
+        carried = {name for edge in self.resolved.edges if kind in edge.carries for name in edge.inputs}
+        for shared in self.resolved.shared_inputs:
+            readers = [path for path in shared.readers if path in self.formats]
+            if readers and shared.name not in carried:
+                ports = tuple(
+                    Port(
+                        path,
+                        side="in",
+                        has_bias=self.linear(path)._parameters.get("bias") is not None,
+                        transposed=isinstance(self.linear(path), Conv1D),
+                    )
+                    for path in readers
+                )
+                width = self.weight_OI(readers[0]).shape[1]
+                yield ResolvedEdge(
+                    shared.name, width, frozenset({kind}), ports, None, False, judge=readers[0], inputs=(shared.name,)
+                )
+
     def commit(self, edge: ResolvedEdge, transform: ChannelTransform, kind: Kind) -> None:
         """Folds ``transform`` into the block, in place. An edge without a producer applies it to the input at run time.
 
         Raises:
-            ValueError: a transform under which the Fisher information that a later step needs is not known.
+            ValueError: a transform under which the Fisher information that a later step needs is not known, or a side of
+                the edge that is rotated at run time already.
         """
+        self._check_not_rotated(edge)
         with torch.no_grad():
             add_bias(self.block, needs_bias(edge, kind))
             parameters = self.weights()
@@ -145,8 +175,48 @@ class BlockState:
                 parameters[name].copy_(stored)
         if not edge.producers:
             for port in edge.consumers:
-                self.pre[port.module] = (*self.pre.get(port.module, ()), transform)
-                self.linear(port.module).register_forward_pre_hook(lambda _, args: (transform.forward(args[0]),))
+                self._run_on_input(port.module, transform)
+
+    def rotate(self, path: str, of_input: Seeded, of_output: Seeded) -> None:
+        """Rotates the weight of a linear on both sides, in place; the linear undoes it at run time.
+
+        Raises:
+            ValueError: a later step needs Fisher information, which is not known behind a rotation.
+        """
+        if path in self.fisher:
+            raise ValueError(f"{self.full_name(path)}: {_NO_FISHER.format('rotation')}")
+        linear = self.linear(path)
+        w_OI, _ = of_input.fold_in(self.weight_OI(path).double(), None)
+        w_OI, _ = of_output.fold_out(w_OI, None)
+        with torch.no_grad():
+            linear.get_parameter("weight").copy_(stored_as_OI(linear, w_OI))
+        self._run_on_input(path, of_input)
+        self.post[path] = (of_output.inverse(), *self.post.get(path, ()))
+
+        def undo(module: nn.Module, args: tuple, y: Tensor) -> Tensor:
+            return _before_bias(of_output.inverse(), module, y)
+
+        linear.register_forward_hook(undo, prepend=True)  # what was rotated last is undone first
+
+    def output(self, path: str, y: Tensor) -> Tensor:
+        """What linear ``path``, not packed yet, makes of what its product and bias gave: ``post`` comes between the two."""
+        for transform in self.post.get(path, ()):
+            y = _before_bias(transform, self.linear(path), y)
+        return y
+
+    def _run_on_input(self, path: str, transform: ChannelTransform) -> None:
+        self.pre[path] = (*self.pre.get(path, ()), transform)
+        self.linear(path).register_forward_pre_hook(lambda _, args: (transform.forward(args[0]),))
+
+    def _check_not_rotated(self, edge: ResolvedEdge) -> None:
+        """A transform folded from here on would lie on the wrong side of those that a linear runs itself."""
+        if edge.producers:
+            for port in edge.ports:
+                if port.module in (self.pre if port.side == "in" else self.post):
+                    raise ValueError(
+                        f"{self.full_name(port.module)} is transformed at run time already, so what is folded across the edge "
+                        f"{edge.name!r} would be undone in the wrong order; put that step, or its method, first"
+                    )
 
     def _folded_fisher(
         self, edge: ResolvedEdge, transform: ChannelTransform, parameters: Mapping[str, Tensor]
@@ -161,10 +231,7 @@ class BlockState:
         if not ports:
             return {}
         if not isinstance(transform, Scale | Permute):
-            raise ValueError(
-                f"{self.full_name(edge.name)}: the Fisher information behind a {type(transform).__name__} does not follow "
-                "from that before it; leave that step out, or choose a solver that needs no Fisher information"
-            )
+            raise ValueError(f"{self.full_name(edge.name)}: {_NO_FISHER.format(type(transform).__name__)}")
         for_gradients = Scale(1 / transform.s) if isinstance(transform, Scale) else transform
         roots = {f"{path}.weight": stored_as_OI(self.linear(path), self.fisher[path].sqrt()) for path in ports}
         folded = fold(edge, for_gradients, {**parameters, **roots})
@@ -174,11 +241,13 @@ class BlockState:
     # Calibration
 
     def readers(self) -> dict[str, str]:
-        """First reader -> name, for every shared input that a linear to be quantized reads."""
+        """First reader to be quantized -> name, for every shared input that has one: the others may read it untransformed."""
         wanted = {}
         for shared in self.resolved.shared_inputs:
-            if any(path in self.formats for path in shared.readers):
-                wanted[shared.readers[0]] = shared.name
+            for path in shared.readers:
+                if path in self.formats:
+                    wanted[path] = shared.name
+                    break
         return wanted
 
     def collect(self, needs: Iterable[Statistic], inputs: Iterable[str] | None = None) -> dict[str, Stats]:
@@ -197,26 +266,66 @@ class BlockState:
             return dict(gathered)
         if self.io is None:
             raise ValueError(f"{self.full_name('')}: this recipe needs calibration text ({needs[0]}); none was given")
+        seen: dict[str, Tensor] = {}  # of one window, until the original stream has passed too
 
-        def gather(name: str):
-            def hook(module: nn.Module, args: tuple) -> None:
+        def update(name: str, x: Tensor, paired: bool) -> None:
+            for need in needs:
+                if need.paired == paired:
+                    gathered[name][need] = need.update(gathered[name].get(need), x)
+
+        def gather(name: str, x_TI: Tensor) -> None:
+            update(name, x_TI, paired=False)
+            if any(need.paired for need in needs):
+                seen[name] = x_TI.clone()
+
+        def pair(name: str, x_TI: Tensor) -> None:
+            mine = seen.get(name)
+            if mine is not None and mine.shape == x_TI.shape:
+                update(name, torch.stack([mine, x_TI]), paired=True)
+                del seen[name]
+
+        for i in range(len(self.io)):
+            self._run(first, self.io.window(i), gather)
+            if seen:
+                with self._as_original():
+                    self._run(first, self.io.window(i, original=True), pair)
+                for name, mine in seen.items():
+                    self.note(f"{name}: other tokens reach it in the original model, which it is not corrected for")
+                    update(name, torch.stack([mine, mine]), paired=True)
+                seen.clear()
+            self.tick("calibrating")
+            if all(need in found and need.enough(found[need]) for found in gathered.values() for need in needs):
+                break
+        return dict(gathered)
+
+    def _run(self, first: Mapping[str, str], window: Tensor, gather: Callable[[str, Tensor], None]) -> None:
+        """One window through the block: ``gather(name, x_TI)`` for each shared input that a token reaches, as it does."""
+
+        def hook(name: str) -> Callable:
+            def on_input(module: nn.Module, args: tuple) -> None:
                 x_TI = args[0].detach().flatten(0, -2)
                 if len(x_TI):
-                    for need in needs:
-                        gathered[name][need] = need.update(gathered[name].get(need), x_TI)
+                    gather(name, x_TI)
 
-            return hook
+            return on_input
 
+        assert self.io is not None
         with ExitStack() as stack, torch.no_grad():
             for name, path in first.items():
-                handle = self.linear(path).register_forward_pre_hook(gather(name))
-                stack.callback(handle.remove)
-            for i in range(len(self.io)):
-                self.io.call(self.block, self.io.window(i))
-                self.tick("calibrating")
-                if all(need in found and need.enough(found[need]) for found in gathered.values() for need in needs):
-                    break
-        return dict(gathered)
+                stack.callback(self.linear(path).register_forward_pre_hook(hook(name)).remove)
+            self.io.call(self.block, window)
+
+    @contextmanager
+    def _as_original(self) -> Iterator[None]:
+        """While open, packed linears are the ones that they replaced."""
+        packed = {path: self.linear(path) for path in self.originals}
+        try:
+            for path, module in self.originals.items():
+                set_module(self.block, path, module)
+            yield
+        finally:
+            for path, module in packed.items():
+                set_module(self.block, path, module)
 
     def stats_of(self, stats: Mapping[str, Stats], path: str) -> Stats:
         """What is known of linear ``path``: statistics of the input it reads, from :meth:`collect`, and of its weight."""
@@ -248,6 +357,23 @@ class BlockState:
                 module.__dict__.pop("forward", None)
 
 
+_NO_FISHER = (
+    "the Fisher information behind a {} does not follow from that before it; leave that step out, or choose a solver that "
+    "needs no Fisher information"
+)
+
+
+def _before_bias(transform: ChannelTransform, linear: nn.Module, y: Tensor) -> Tensor:
+    bias = linear._parameters.get("bias")
+    return transform.forward(y) if bias is None else transform.forward(y - bias) + bias
+
+
 def stored_as_OI(linear: nn.Module, weight: Tensor) -> Tensor:
     """``weight`` of ``linear`` as ``[O, I]``: GPT-2's Conv1D stores the transpose. Its own inverse."""
     return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def set_module(block: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts ``module`` in the place ``path`` of ``block``."""
+    parent, _, name = path.rpartition(".")
+    setattr(block.get_submodule(parent) if parent else block, name, module)

@@ -8,7 +8,8 @@ better. Every transform obeys two laws, tested in float64:
     linear(x, *t.fold_out(w, b)) == t.forward(linear(x, w, b))        all transforms
 
 `Scale`, `Shift` and `Rotate` are differentiable in their parameters, so the same object serves a closed form, a search,
-training and the final commit.
+training and the final commit. `Kronecker` and `RandomHadamard` are rotations that are stored as a seed, for layers that
+run them on their input and output.
 """
 
 from __future__ import annotations
@@ -17,7 +18,19 @@ from lowbit.transforms.base import ChannelTransform
 from lowbit.transforms.permute import Permute
 from lowbit.transforms.rotate import Rotate
 from lowbit.transforms.scale import Scale
+from lowbit.transforms.seeded import Kronecker, RandomHadamard, Seeded
 from lowbit.transforms.shift import Shift
 from lowbit.transforms.split_merge import Merge, Split
 
-__all__ = ["ChannelTransform", "Merge", "Permute", "Rotate", "Scale", "Shift", "Split"]
+__all__ = [
+    "ChannelTransform",
+    "Kronecker",
+    "Merge",
+    "Permute",
+    "RandomHadamard",
+    "Rotate",
+    "Scale",
+    "Seeded",
+    "Shift",
+    "Split",
+]

@@ -15,6 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowbit.transforms.matrices import haar, hadamard_core, odd_part, paley, sylvester
+
 
 @dataclass(frozen=True, eq=False)
 class Rotate:
@@ -70,47 +72,10 @@ def _hadamard_matrix(n: int, seed: int) -> Tensor:
     """Random row signs times core (x) Sylvester, the core as small as a Hadamard matrix of n's odd part allows."""
     generator = _generator(seed)
     signs = torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
-    odd = n
-    while odd % 2 == 0:
-        odd //= 2
-    order = odd
-    while order < n and not _is_hadamard_core(order):
-        order *= 2
-    if _is_hadamard_core(order):
-        core = _paley(order) if order > 1 else torch.ones(1, 1, dtype=torch.float64)
-    else:
-        order, core = odd, _haar_matrix(odd, generator)
-    return signs[:, None] * torch.kron(core, _sylvester(n // order))
+    order = hadamard_core(n)
+    core = _haar_matrix(odd_part(n), generator) if order is None else paley(order)
+    return signs[:, None] * torch.kron(core, sylvester(n // len(core)))
 
 
 def _haar_matrix(n: int, generator: torch.Generator) -> Tensor:
-    """QR of a Gaussian matrix with the signs of R's diagonal moved into Q, which makes Q Haar distributed."""
-    q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
-    return (q * r.diagonal().sign()).contiguous()
-
-
-def _sylvester(n: int) -> Tensor:
-    """Orthonormal Hadamard matrix of order n = 2^k by doubling."""
-    h = torch.ones(1, 1, dtype=torch.float64)
-    while len(h) < n:
-        h = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), h)
-    return h / n**0.5
-
-
-def _is_hadamard_core(order: int) -> bool:
-    """Whether order is 1 or p + 1 for a prime p with p % 4 == 3, which Paley's first construction covers."""
-    p = order - 1
-    return order == 1 or (p % 4 == 3 and all(p % d for d in range(2, int(p**0.5) + 1)))
-
-
-def _paley(order: int) -> Tensor:
-    """Orthonormal Hadamard matrix of order p + 1, p a prime with p % 4 == 3: I + S, S the bordered residue matrix."""
-    p = order - 1
-    residue = torch.full((p,), -1.0, dtype=torch.float64)
-    residue[torch.arange(1, p).square() % p] = 1.0
-    residue[0] = 0.0
-    index = torch.arange(p)
-    s = torch.zeros(order, order, dtype=torch.float64)
-    s[0, 1:], s[1:, 0] = 1.0, -1.0
-    s[1:, 1:] = residue[(index[:, None] - index) % p]
-    return (s + torch.eye(order, dtype=torch.float64)) / order**0.5
+    return haar(torch.randn(n, n, generator=generator, dtype=torch.float64))

@@ -1,7 +1,24 @@
 """Grids: which numbers a format has. One contract (:mod:`base`), a file a family."""
 
 from lowbit.numerics.grids.base import Affine, Bases, Field, Grid, Lut, Params, RangeGrid
+from lowbit.numerics.grids.binary import BinaryCoded
+from lowbit.numerics.grids.codebook import Codebook
 from lowbit.numerics.grids.int import Int
-from lowbit.numerics.grids.levels import NF4, Float, Table
+from lowbit.numerics.grids.levels import DYNAMIC_MAP, NF4, Float, Table
 
-__all__ = ["NF4", "Affine", "Bases", "Field", "Float", "Grid", "Int", "Lut", "Params", "RangeGrid", "Table"]
+__all__ = [
+    "DYNAMIC_MAP",
+    "NF4",
+    "Affine",
+    "Bases",
+    "BinaryCoded",
+    "Codebook",
+    "Field",
+    "Float",
+    "Grid",
+    "Int",
+    "Lut",
+    "Params",
+    "RangeGrid",
+    "Table",
+]

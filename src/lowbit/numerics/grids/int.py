@@ -71,8 +71,9 @@ class Int:
             return Affine(torch.where(scale > 0, scale, torch.ones_like(scale)))
         lo, hi = (lo_G1, hi_G1) if self.zero == "real" else (lo_G1.clamp(max=0), hi_G1.clamp(min=0))
         scale = (hi - lo) / self.max_code
-        # A granule of one value has no range; step = |value| (or 1) represents that value and zero exactly.
-        flat = scale <= 0
+        # A granule of one value has no range; step = |value| (or 1) represents that value and zero exactly. So does one of
+        # nearly one value, whose real zero point would be beyond what float16, in which it is stored, can tell apart.
+        flat = scale <= (torch.maximum(lo.abs(), hi.abs()) * 2.0**-15 if self.zero == "real" else 0)
         scale = torch.where(flat, torch.where(hi != 0, hi.abs(), torch.ones_like(hi)), scale)
         zero = -lo / scale
         if self.zero == "int":

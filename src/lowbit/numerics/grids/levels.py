@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,7 +24,10 @@ class _Levels:
 
     bits: int
     kind: ClassVar[Any] = Affine
-    fields: ClassVar = (Field("scale", floored=True),)
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        return (Field("scale", floored=True),)
 
     def table(self) -> tuple[float, ...]:
         """Value of each code, in units of the scale; index = code. Codes that are never written repeat a level."""
@@ -170,3 +174,22 @@ NF4 = Table(
     )
 )
 """NormalFloat 4 (QLoRA, arXiv:2305.14314): 7 negative levels, zero, 8 positive; the values bitsandbytes writes."""
+
+
+def _dynamic_map(exponents: int = 7) -> tuple[float, ...]:
+    """Signed numbers whose spacing grows tenfold from one exponent to the next, 1, 2, 4, ... of them at each.
+
+    Exponent e holds the midpoints of 2**e equal parts of [0.1, 1], times 10**(e - exponents + 1), with both signs; zero
+    and one complete the 256.
+    """
+    values = [0.0, 1.0]
+    for e in range(exponents):
+        edges = [0.1 + 0.9 * i / 2**e for i in range(2**e + 1)]
+        for low, high in pairwise(edges):
+            value = (low + high) / 2 * 10.0 ** (e - exponents + 1)
+            values += [value, -value]
+    return tuple(sorted(values))
+
+
+DYNAMIC_MAP = Table(_dynamic_map(), absmax=True)
+"""The 8-bit table with a dynamic exponent (arXiv:2110.02861) in which bitsandbytes keeps the scales of NF4."""

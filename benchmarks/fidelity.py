@@ -1,0 +1,224 @@
+"""Ours against the authors' own code on real layers: `make fidelity`.
+
+    python benchmarks/fidelity.py [--only METHOD]... [--data DIRECTORY]
+
+The official records (official.json, protocol in OFFICIAL.md beside it) hold what each repository's own code reached on
+layers 2 and 14 of SmolLM2-135M. Every record of a method that lowbit has is repeated through the public
+`lowbit.quantize_linear` with the recipe that a user would name (`RECIPES`), on the same calibration inputs, and judged on the
+same evaluation inputs. Ours has to lose at most 1.02 times as much output at the same or fewer bits, or have its reason in
+`REASONS`; otherwise the exit code is 1. Results go to benchmarks/results/fidelity.{jsonl,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import lowbit
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "golden"))
+import gradients
+import layers
+
+RESULTS = Path(__file__).parent / "results"
+LIMIT = 1.02
+
+
+def _group(setting: str) -> int | None:
+    found = re.search(r"\bg(\d+)", setting)
+    return int(found[1]) if found else None
+
+
+def _gptq(setting: str, record: dict) -> dict[str, Any]:
+    return {"bits": int(setting[1]), "group_size": _group(setting), "act_order": "actorder" in setting}
+
+
+def _owq(setting: str, record: dict) -> dict[str, Any]:
+    options: dict[str, Any] = {"bits": 3, "mse": "minmax" not in setting}
+    kept = re.search(r"k=(\d+)", setting)
+    return options | ({"kept_columns": int(kept[1])} if kept else {"target_bits": record["bits_per_weight"]})
+
+
+def _spqr(setting: str, record: dict) -> dict[str, Any]:
+    options: dict[str, Any] = {"bits": 3, "group_size": 16}
+    if "thr inf" in setting:
+        options["threshold"] = float("inf")
+    return options | ({} if "act_order" in setting else {"order": "none"})
+
+
+def _rtn(setting: str, record: dict) -> dict[str, Any]:
+    return {"bits": int(setting[1]), "group_size": _group(setting), "mse": "mse" in setting}
+
+
+# Official method -> (ours, options from the setting, or None where lowbit has nothing like it).
+RECIPES: dict[str, tuple[str, Callable[[str, dict], dict[str, Any] | None]]] = {
+    "RTN": ("rtn", _rtn),
+    "GPTQ": ("gptq", _gptq),
+    "bitsandbytes": ("nf4", lambda s, _: {"double_quant": "double" in s} if s.startswith("NF4") else None),
+    "BCQ": (
+        "lut-gemm",
+        lambda s, _: {"bits": int(s[0]), "group_size": _group(s), "rounds": 15 if "rounds15" in s else 0},
+    ),
+    "OWQ": ("owq", _owq),
+    "SpQR": ("spqr", _spqr),
+    "QuIP": ("quip", lambda s, _: {"bits": int(s[1])} | ({"transform": "none"} if "no-incoh" in s else {})),
+    "SqueezeLLM": ("squeezellm", lambda s, _: {"bits": 3, "sparsity": 0.0, "sensitive": 0.0}),
+}
+# (official method, pattern of "setting layer") -> why ours may lose more there.
+REASONS: dict[tuple[str, str], str] = {
+    ("BCQ", r"[34]b .*rounds15 .*\.2\.mlp\.down_proj"): (
+        "the method minimizes the error of the weights, and there ours is 16 to 37 % lower; this layer's output hangs on a "
+        "few input channels a thousand times the others, whose weights a method without data cannot favour"
+    ),
+}
+
+
+def records(data: Path, only: list[str]) -> list[dict]:
+    """Records of methods that are covered, seeds of one setting and layer averaged into one."""
+    grouped: dict[tuple, list[dict]] = {}
+    for record in json.loads((data / "official.json").read_text()):
+        if record["method"] in RECIPES and (not only or RECIPES[record["method"]][0] in only):
+            grouped.setdefault((record["method"], record["setting"], record["layer"]), []).append(record)
+    return [
+        each[0]
+        | {key: statistics.mean(r[key] for r in each) for key in ("rel_out", "bits_per_weight")}
+        | {"seeds": len(each)}
+        for each in grouped.values()
+    ]
+
+
+def calibration_inputs() -> dict[str, Tensor]:
+    """``[tokens, in]`` float32 of each recorded layer, of the unquantized model."""
+    model, tokenizer = layers.model_and_tokenizer()
+    found: dict[str, list[Tensor]] = {layer: [] for layer in layers.LAYERS}
+    for layer in layers.LAYERS:
+        model.get_submodule(layer).register_forward_pre_hook(
+            lambda _, args, layer=layer: found[layer].append(args[0].flatten(0, -2).clone())
+        )
+    with torch.inference_mode():
+        for window in layers.windows_of("calibration", tokenizer):
+            model.model(window[None], use_cache=False)
+    return {layer: torch.cat(parts).clone() for layer, parts in found.items()}
+
+
+def measure(
+    record: dict, tensors: dict[str, Tensor], inputs: dict[str, Tensor], fisher: dict[str, Tensor]
+) -> dict | None:
+    """Our line for one record; None where the setting has no counterpart."""
+    name, options_of = RECIPES[record["method"]]
+    options = options_of(record["setting"], record)
+    if options is None:
+        return None
+    layer = record["layer"]
+    w_OI, unseen = tensors[f"{layer}.weight"], tensors[f"{layer}.evaluation"]
+    linear = nn.Linear(w_OI.shape[1], w_OI.shape[0], bias=False)
+    linear.load_state_dict({"weight": w_OI})
+    recipe = lowbit.recipe(name, **options)
+    needs = {"fisher": fisher[layer]} if recipe.needs_fisher else {}
+    x = inputs[layer] if recipe.needs_calibration and not needs else None
+    q = lowbit.quantize_linear(linear, x, recipe, **needs)
+    lost = layers.output_energy(w_OI - q.effective_weight(), unseen) / layers.output_energy(w_OI, unseen)
+    ratio = lost / record["rel_out"]
+    where = f"{record['setting']} {layer}"
+    reason = next((r for (m, p), r in REASONS.items() if m == record["method"] and re.search(p, where)), "")
+    more = q.bits_per_weight > record["bits_per_weight"] + 0.01
+    return {
+        "method": record["method"],
+        "setting": record["setting"],
+        "layer": layer,
+        "ours": name,
+        "options": options,
+        "official_rel_out": record["rel_out"],
+        "rel_out": lost,
+        "ratio": ratio,
+        "official_bits": record["bits_per_weight"],
+        "bits": q.bits_per_weight,
+        "seeds": record["seeds"],
+        "verdict": "ok"
+        if ratio <= LIMIT and not more
+        else "more bits"
+        if ratio <= LIMIT
+        else "reason"
+        if reason
+        else "WORSE",
+        "reason": reason if ratio > LIMIT else "",
+    }
+
+
+def write_markdown(lines: list[dict], not_covered: list[str]) -> None:
+    rows = [
+        "# Fidelity: output error on real layers, ours over the authors' own code",
+        "",
+        "Written by `make fidelity`. SmolLM2-135M, layers 2 and 14; calibrated on 32 windows of 512 tokens of WikiText-2 "
+        "validation, judged on 16 of test. Below 1 is better than the official figure. Official bits follow each paper's "
+        "formula; ours count every stored byte.",
+        "",
+        "| method | setting | layer | official | ours | ratio | official bits | our bits | |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for x in lines:
+        rows.append(
+            f"| {x['method']} | {x['setting']} | {x['layer'].removeprefix('model.layers.')} | {x['official_rel_out']:.5f} | "
+            f"{x['rel_out']:.5f} | {x['ratio']:.3f} | {x['official_bits']:.3f} | {x['bits']:.3f} | "
+            f"{'' if x['verdict'] == 'ok' else x['verdict']} |"
+        )
+    reasons = dict.fromkeys(f"* {x['method']}: {x['reason']}." for x in lines if x["reason"])
+    rows += ["", "## Reasons", "", *reasons] if reasons else []
+    rows += ["", "## Not covered", "", *not_covered, ""]
+    (RESULTS / "fidelity.md").write_text("\n".join(rows))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", default=[], help="a method of lowbit; may be repeated")
+    parser.add_argument("--data", type=Path, default=layers.DATA, help="where official.json and text/ are")
+    arguments = parser.parse_args()
+    layers.DATA = arguments.data
+    console = Console()
+    if why := layers.missing():
+        console.print(f"cannot compare: {why}; pass --data DIRECTORY with official.json, OFFICIAL.md and text/")
+        return 2
+    wanted = records(arguments.data, arguments.only)
+    console.print("gathering the inputs of the recorded layers")
+    tensors, inputs = layers.gather(), calibration_inputs()
+    fisher = gradients.gather() if any(r["method"] == "SqueezeLLM" for r in wanted) else {}
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / "fidelity.jsonl"
+    kept = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() and arguments.only else []
+    lines, skipped = [line for line in kept if line["ours"] not in arguments.only], set()
+    for i, record in enumerate(wanted):
+        line = measure(record, tensors, inputs, fisher)
+        if line is None:
+            skipped.add(f"* {record['method']} {record['setting']}: no method of lowbit makes this format yet.")
+            continue
+        lines.append(line)
+        console.print(
+            f"{i + 1}/{len(wanted)} {line['method']} {line['setting']} {line['layer']}: {line['ratio']:.3f} {line['verdict']}"
+        )
+    everything = {r["method"] for r in json.loads((arguments.data / "official.json").read_text())}
+    skipped |= {f"* {name}: not compared here." for name in everything - set(RECIPES)}
+    file.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
+    write_markdown(lines, sorted(skipped))
+    table = Table("method", "setting", "records", "median ratio", "worst ratio", "verdicts")
+    for key in dict.fromkeys((x["method"], x["setting"]) for x in lines):
+        rows = [x for x in lines if (x["method"], x["setting"]) == key]
+        ratios = [x["ratio"] for x in rows]
+        verdicts = ", ".join(sorted({x["verdict"] for x in rows}))
+        table.add_row(*key, str(len(rows)), f"{statistics.median(ratios):.3f}", f"{max(ratios):.3f}", verdicts)
+    console.print(table)
+    return 1 if any(x["verdict"] == "WORSE" for x in lines) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""``lowbit compare``: many recipes on one model under one protocol, in one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowbit.cli import common
+from lowbit.cli.choose import METHOD_PANEL, ActivationBits, GroupSize, RamLimit, Settings, byte_count, method_options
+
+if TYPE_CHECKING:
+    from lowbit.comparison import Row
+
+EXAMPLE = (
+    "Example: lowbit compare smollm2-135m --method rtn --method gptq --bits 4,3 --group-size 64 "
+    "--calibration python-docs --text python-docs -o results.jsonl"
+)
+INTERRUPTED = "interrupted: finished rows are kept; repeat the same command to measure the others"
+
+
+def command(
+    model: common.Model,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="FILE.jsonl", help="Results; continued where it exists. FILE.md is the table."
+        ),
+    ],
+    grid: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A YAML list of rows: label, method or recipe, options.", rich_help_panel=METHOD_PANEL
+        ),
+    ] = None,
+    recipes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipe",
+            metavar="FILE",
+            help="A row: a recipe file, or a name. May be repeated.",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help="Rows: a method, at each of --bits. May be repeated.",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="Bits of a weight, one or several.", rich_help_panel=METHOD_PANEL),
+    ] = None,
+    group_size: GroupSize = None,
+    activation_bits: ActivationBits = None,
+    settings: Settings = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PART", help="Measure only rows with this in their label. May be repeated."),
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="TEXT", help=common.TEXT_HELP.format(more=", or self"))
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
+    text: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What is evaluated on. " + common.TEXT_HELP.format(more=""))
+    ] = None,
+    protocol: Annotated[str, typer.Option(metavar="NAME", help="As of `lowbit evaluate`.")] = "gptq",
+    windows: Annotated[int, typer.Option(help="Windows evaluated; 0: the whole text.")] = 20,
+    eval_seq_len: Annotated[int, typer.Option(help="Tokens in an evaluated window.")] = 1024,
+    ram_limit: RamLimit = "4GiB",
+    scratch: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For temporary files (default: beside the results).")
+    ] = None,
+    trust_remote_code: common.Trust = False,
+    threads: common.Threads = None,
+    as_json: common.Json = False,
+) -> None:
+    """Quantize a model by many recipes, measure each result the same way, and write one table.
+
+    Each row runs in a process of its own: quantized packed, read back, and compared with the original on the same text. A
+    row that is measured already is not measured again, so the command can be stopped and repeated. A row that fails is
+    recorded, the others go on, and the exit code is 1.
+    """
+    limit = byte_count(ram_limit)
+    rows = _rows(grid, recipes, methods, bits, method_options(None, group_size, activation_bits, None, settings))
+    common.use_threads(threads)
+    import lowbit
+
+    with common.progress() as report:
+        records = lowbit.compare(
+            model,
+            rows,
+            common.text_or_default(calibration, "calibration"),
+            common.text_or_default(text, "evaluation"),
+            out,
+            samples=samples,
+            seq_len=seq_len,
+            protocol=protocol,
+            eval_seq_len=eval_seq_len,
+            windows=windows or None,
+            only=only or (),
+            threads=threads,
+            ram_limit=limit,
+            scratch=scratch,
+            trust_remote_code=trust_remote_code,
+            progress=report,
+            on_record=lambda record: common.say(_line(record)),
+        )
+    if as_json:
+        common.print_json(records)
+    else:
+        _show(model, records)
+    failed = [record["label"] for record in records if "error" in record]
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(rows)} rows failed: {'; '.join(failed)}")
+
+
+def _rows(
+    grid: Path | None,
+    recipes: list[str] | None,
+    methods: list[str] | None,
+    bits: str | None,
+    options: dict[str, Any],
+) -> list[Row]:
+    """Rows of the grid file, of recipe files and of methods, in this order."""
+    if not (grid or recipes or methods):
+        raise typer.BadParameter("give --method NAME, --recipe FILE or --grid FILE", param_hint="--method / --grid")
+    if not methods and (bits or options):
+        raise typer.BadParameter("--bits and what goes with it are options of --method", param_hint="--method")
+    from lowbit.comparison import as_rows, method_rows, read_grid
+
+    widths = [None] if bits is None else [_width(part) for part in bits.split(",")]
+    given = [*(read_grid(grid) if grid else []), *(recipes or []), *method_rows(methods or [], widths, options)]
+    return as_rows(given)
+
+
+def _width(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise typer.BadParameter(f"expected whole numbers such as 4,3,2, found {text!r}", param_hint="--bits")
+    return int(text)
+
+
+def _line(record: dict[str, Any]) -> str:
+    from lowbit.comparison.table import COLUMNS, cells
+
+    label, *rest = cells(record)
+    return f"{label}: " + ", ".join(
+        f"{name} {cell}" if name != "remarks" else cell for name, cell in zip(COLUMNS[1:], rest) if cell
+    )
+
+
+def _show(model: str, records: list[dict[str, Any]]) -> None:
+    from lowbit.comparison.table import COLUMNS, cells
+
+    shown = common.table(*COLUMNS, title=model, numbers=COLUMNS[1:-1])
+    for record in records:
+        shown.add_row(*cells(record))
+    common.console().print(shown, markup=False)

@@ -1,0 +1,6 @@
+"""Many recipes on one model under one protocol, in one table. What ``lowbit compare`` and ``lowbit.compare`` do."""
+
+from lowbit.comparison.rows import ORIGINAL, Row, as_rows, label_of, method_rows, read_grid
+from lowbit.comparison.run import compare
+
+__all__ = ["ORIGINAL", "Row", "as_rows", "compare", "label_of", "method_rows", "read_grid"]

@@ -1,0 +1,99 @@
+"""Results as JSON lines: one record a row, appended and flushed when it is known, never changed.
+
+A row counts as measured when a record without an error says the same of everything that decides its figures: label, recipe,
+model, protocol and text, and the calibration text of a recipe that reads one. Where several do, the last counts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+"""A line of a results file; see :func:`lowbit.comparison.compare` for its fields."""
+
+DECISIVE = ("label", "recipe", "model", "protocol")
+
+
+class Results:
+    """The records of a results file.
+
+    Args:
+        path: a ``.jsonl`` file, which need not exist. The last line may be torn, by a kill: it is dropped.
+
+    Raises:
+        ValueError: another suffix, a directory that does not exist, or a line that is no record, with its number.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path).expanduser()
+        if self.path.suffix != ".jsonl":
+            raise ValueError(f"results are JSON lines: expected a file name that ends in .jsonl, found {self.path}")
+        if not self.path.parent.is_dir():
+            raise ValueError(f"{self.path.parent} is not a directory: make it, or choose another -o FILE.jsonl")
+        self.records: list[Record] = self._read() if self.path.exists() else []
+
+    def _read(self) -> list[Record]:
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            os.truncate(self.path, len(whole))
+        records = []
+        for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                record = None
+            if not isinstance(record, dict) or any(key not in record for key in DECISIVE):
+                raise ValueError(
+                    f"{self.path}, line {number}: not a record of `lowbit compare` (expected a JSON object with "
+                    f"{', '.join(DECISIVE)}); choose another -o FILE.jsonl"
+                )
+            records.append(record)
+        return records
+
+    def add(self, record: Mapping[str, Any]) -> Record:
+        """Appends a record; when this returns it survives a kill. NaN and infinity become null."""
+        line = json.dumps(_finite(record), sort_keys=True, allow_nan=False)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.records.append(json.loads(line))
+        return self.records[-1]
+
+    def latest(self, wanted: Mapping[str, Any]) -> Record | None:
+        """The last record of the same work as ``wanted`` (a record without figures): a finished one, else a failure."""
+        same = [record for record in self.records if _same(record, wanted)]
+        finished = [record for record in same if "error" not in record]
+        return next(reversed(finished or same), None)
+
+    def all_latest(self) -> list[Record]:
+        """:meth:`latest` of every record's work, in the order in which they were first made."""
+        kept = {id(record): record for record in map(self.latest, self.records) if record is not None}
+        return list(kept.values())
+
+
+def _same(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    if _identity(record) != _identity(wanted):
+        return False
+    calibration = wanted.get("calibration")  # None: this recipe reads no text, whatever was there to be read
+    return calibration is None or (record.get("calibration") or {}).get("sha256") == calibration["sha256"]
+
+
+def _identity(record: Mapping[str, Any]) -> tuple:
+    """What names and hashes of a record say, without what things are called that were hashed."""
+    protocol = record["protocol"]
+    return record["label"], record["recipe"], record["model"]["sha256"], protocol["name"], protocol["sha256"]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

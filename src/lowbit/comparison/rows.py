@@ -1,0 +1,131 @@
+"""The rows of a comparison: a label and a recipe each, from a grid file, from methods and options, or from Python.
+
+A grid file is a YAML list, so that a long table is one file that is read and compared like any other text::
+
+    - {label: "gptq, W4 g64", method: gptq, bits: 4, group_size: 64}
+    - {label: mine, recipe: mine.yaml}
+
+Everything beside ``label``, ``method`` and ``overrides`` is an option of the method. All rows are recipes before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowbit.numerics import PerChannel, PerGroup
+from lowbit.recipe import Recipe, recipe
+from lowbit.recipes import Loader, as_recipe
+
+ORIGINAL = "original"
+"""The label of the model that nothing was done to."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row is called and what it measures."""
+
+    label: str
+    recipe: Recipe
+
+
+def as_rows(rows: str | PathLike[str] | Iterable[Row | Recipe | str | PathLike[str] | Mapping[str, Any]]) -> list[Row]:
+    """Rows from a grid file, or from rows, recipes, methods' names, recipe files and mappings as in a grid file.
+
+    Raises:
+        ValueError: the first row that cannot be, by its place and label; two rows with one label; no rows.
+    """
+    if isinstance(rows, str | PathLike):
+        return read_grid(rows)
+    return _checked([_named(i, entry, Path()) for i, entry in enumerate(rows, start=1)], "the comparison")
+
+
+def read_grid(path: str | PathLike[str]) -> list[Row]:
+    """The rows of a grid file; a recipe file that it names is looked for beside it first. Raises as :func:`as_rows`."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no grid file {str(path)!r}")
+    try:
+        entries = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(entries, list):
+        raise ValueError(
+            f"{path}: a grid is a list of rows such as '- {{label: a, method: gptq, bits: 4}}', "
+            f"found {type(entries).__name__}"
+        )
+    try:
+        return _checked([_named(i, entry, path.parent) for i, entry in enumerate(entries, start=1)], str(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def method_rows(methods: Iterable[str], bits: Iterable[int | None], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every method at every width, in the form of a grid file; a width of None is the method's own."""
+    widths = [{} if each is None else {"bits": each} for each in bits]
+    return [{"method": method, **width, **options} for width in widths for method in methods]
+
+
+def label_of(recipe: Recipe) -> str:
+    """A recipe's name and its first format, such as ``gptq, W4 g64``."""
+    rule = next((rule for rule in recipe.scheme.rules if rule.weight is not None), None)
+    if rule is None or rule.weight is None:
+        return recipe.name
+    act = "" if rule.activation is None else f"A{rule.activation.spec.grid.bits:g}"
+    grain = rule.weight.granularity
+    shared = {PerGroup: f" g{getattr(grain, 'size', '')}", PerChannel: " per channel"}.get(type(grain), "")
+    return f"{recipe.name}, W{rule.weight.grid.bits:g}{act}{shared}"
+
+
+def _named(place: int, entry: Any, folder: Path) -> Row:
+    label = entry.get("label") if isinstance(entry, Mapping) else None
+    try:
+        return _row(entry, folder)
+    except ValueError as error:
+        raise ValueError(f"row {place}{'' if label is None else f' ({label})'}: {error}") from error
+
+
+def _row(entry: Any, folder: Path) -> Row:
+    if isinstance(entry, Row):
+        return entry
+    if isinstance(entry, Recipe):
+        return Row(label_of(entry), entry)
+    if isinstance(entry, str | PathLike):
+        found = as_recipe(Path(entry) if isinstance(entry, PathLike) else entry)
+        is_file = str(entry).endswith((".yaml", ".yml"))
+        return Row(Path(entry).stem if is_file else label_of(found), found)
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"expected a mapping with 'method' or 'recipe', found {entry!r}")
+    options = dict(entry)
+    label, method, source = (options.pop(key, None) for key in ("label", "method", "recipe"))
+    overrides = options.pop("overrides", ())
+    if (method is None) == (source is None):
+        raise ValueError(f"expected either 'method' with its options or 'recipe', found {', '.join(map(str, entry))}")
+    if source is not None and options:
+        raise ValueError(f"a recipe has its own options; found {', '.join(map(str, options))} beside it")
+    if label is not None and not isinstance(label, str):
+        raise ValueError(f"a label is text, found {label!r}")
+    built = recipe(str(method), **options) if source is None else as_recipe(_beside(source, folder))
+    return Row(label or label_of(built), built.with_overrides(overrides))
+
+
+def _beside(source: Any, folder: Path) -> Any:
+    return folder / source if isinstance(source, str) and (folder / source).is_file() else source
+
+
+def _checked(rows: list[Row], where: str) -> list[Row]:
+    if not rows:
+        raise ValueError(f"{where} has no rows")
+    seen: set[str] = set()
+    for row in rows:
+        if row.label in seen:
+            raise ValueError(f"two rows are called {row.label!r}; give each a label of its own")
+        if row.label == ORIGINAL or not row.label.strip() or "\n" in row.label:
+            raise ValueError(f"a row cannot be called {row.label!r}: choose a line of text other than {ORIGINAL!r}")
+        seen.add(row.label)
+    return rows

@@ -1,0 +1,97 @@
+"""Records as a table for people: the cells of a row, and a Markdown page with a section for each model and protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lowbit.comparison.results import Record
+from lowbit.comparison.rows import ORIGINAL
+
+COLUMNS = (
+    "",
+    "perplexity",
+    "95 % interval",
+    "KL, nats",
+    "top-1",
+    "bits per weight",
+    "weight files",
+    "quantize",
+    "peak memory",
+    "remarks",
+)
+
+
+def cells(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """One text for each of ``COLUMNS``; what was not measured is empty."""
+    low_high = record.get("perplexity_interval")
+    return (
+        record["label"],
+        _text(record.get("perplexity"), ".5g"),
+        "" if low_high is None else f"{low_high[0]:.4g} to {low_high[1]:.4g}",
+        _text(record.get("kl"), ".4f"),
+        _text(record.get("top1_agreement"), ".1%"),
+        _text(record.get("bits_per_weight"), ".3f"),
+        _text(record.get("bytes"), ".1f", 1e6, " MB"),
+        _text(record.get("quantize_seconds"), ".0f", 1, " s"),
+        _text(record.get("peak_rss_bytes"), ".2f", 1e9, " GB"),
+        _remark(record),
+    )
+
+
+def markdown(records: Sequence[Record], labels: Sequence[str]) -> str:
+    """The page: the original first, then the rows in the order of ``labels``, then those that are not among them."""
+    place = {label: i for i, label in enumerate((ORIGINAL, *labels))}
+    ordered = sorted(records, key=lambda record: place.get(record["label"], len(place)))
+    sections: dict[tuple, list[Record]] = {}
+    for record in ordered:
+        key = (record["model"]["sha256"], record["protocol"]["name"], record["protocol"]["sha256"])
+        sections.setdefault(key, []).append(record)
+    return "\n".join(_section(section) for section in sections.values())
+
+
+def _section(records: list[Record]) -> str:
+    model, protocol = records[0]["model"]["name"], records[0]["protocol"]
+    texts = _unlike(_calibration(record) for record in records if record.get("calibration"))
+    machines = _unlike(_machine(record) for record in records)
+    lines = [
+        f"# {model}: {protocol['text']}, {protocol['windows']} windows of {protocol['seq_len']} tokens "
+        f"(protocol {protocol['name']})",
+        "",
+        "Written by `lowbit compare`; the recipes and everything else are in the JSON lines beside this file.",
+        *(f"Calibrated on {text}." for text in texts),
+        *(f"Seconds and memory on {machine}." for machine in machines),
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|---|{'---:|' * (len(COLUMNS) - 2)}---|",
+    ]
+    for record in records:
+        row = list(cells(record))
+        if len(texts) > 1 and record.get("calibration"):
+            row[-1] = ", ".join(filter(None, (f"calibrated on {_calibration(record)}", row[-1])))
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _remark(record: Mapping[str, Any]) -> str:
+    if "error" in record:
+        return f"failed: {' '.join(record['error'].split())}"
+    return f"broken: {'; '.join(record['problems'])}" if record.get("problems") else ""
+
+
+def _calibration(record: Record) -> str:
+    used = record["calibration"]
+    return f"{used['text']}, {used['windows']} windows of {used['tokens']} tokens"
+
+
+def _machine(record: Record) -> str:
+    machine = record["machine"]
+    return f"{machine['cpu']}, threads: {machine['threads']}"
+
+
+def _unlike(texts: Any) -> list[str]:
+    return list(dict.fromkeys(texts))
+
+
+def _text(value: float | None, form: str, unit: float = 1, suffix: str = "") -> str:
+    return "" if value is None else f"{value / unit:{form}}{suffix}"

@@ -1,0 +1,31 @@
+"""LUT-GEMM's format (nuQmm): weights as sums of signed bases, which a look-up kernel multiplies without decoding them."""
+
+from lowbit.numerics import Alternating, BinaryCoded, PerChannel, PerGroup, Spec
+from lowbit.recipe import Recipe, activation, linears, method
+from lowbit.solve import Nearest
+from lowbit.steps import Solve
+
+
+@method("lut-gemm", family="weight-only", paper="arXiv:2206.09557")
+def lut_gemm(
+    bits: int = 4,
+    group_size: int | None = 128,
+    *,
+    rounds: int = 15,
+    offset: bool = False,
+    activation_bits: int | None = None,
+) -> Recipe:
+    """Binary-coded weights, each a sum of bits signed bases of its group, fitted greedily and then in turns.
+
+    bits: bases a group; each costs 16 bits a group. rounds: of alternating fits of bases and signs (0: greedy only).
+    offset: a further base that is added to every weight of the group, so that the grid need not be symmetric.
+    activation_bits: also quantize each linear's input, per token, symmetric.
+
+    No data is needed. Bases are exact least squares where the authors' code takes steps of conjugate gradients.
+    """
+    spec = Spec(BinaryCoded(bits, offset), PerChannel() if group_size is None else PerGroup(group_size))
+    return Recipe(
+        name="lut-gemm",
+        scheme=linears(spec, activation(activation_bits)),
+        steps=(Solve(Nearest(Alternating(rounds))),),
+    )

@@ -1,0 +1,45 @@
+"""SpQR: very small groups whose scales and zero points are themselves quantized, and single outlier weights in float16."""
+
+from typing import Literal
+
+from lowbit.numerics import Int, PerGroup, Spec
+from lowbit.recipe import Recipe, linears, method
+from lowbit.solve import Gptq, LeaveOneOut
+from lowbit.steps import Solve
+
+
+@method("spqr", family="weight-only", paper="arXiv:2306.03078")
+def spqr(
+    bits: int = 3,
+    group_size: int = 16,
+    *,
+    stats_bits: int = 3,
+    stats_group: int = 16,
+    threshold: float = 0.235,
+    simplified: bool = False,
+    order: Literal["none", "act", "group"] = "act",
+    damp: float = 0.3,
+    greedy_passes: int = 3,
+    true_sequential: bool = False,
+) -> Recipe:
+    """Second-order rounding that keeps single outliers in float16, over small groups with quantized scales and zeros.
+
+    stats_bits, stats_group: scales and real-valued zero points are quantized in runs of stats_group rows.
+    threshold: of the scaled squared error over which a weight is kept; a larger one keeps less, infinity (inf) nothing.
+    simplified: no leave-one-out test of what a group's range should ignore.
+    order: "act" forms groups in the order of falling Hessian diagonal, as the authors do, and stores that order (32 bits
+    an input channel); "group" stores none, and loses where a few channels dominate. damp, greedy_passes: as in gptq.
+
+    Outliers are stored additively, as what is missing from the decoded code of zero, so every decoder agrees. The bits
+    count what the paper's formula leaves out (row offsets, the order of columns). The authors' settings are
+    threshold=0.2, damp=1, greedy_passes=0; the defaults here reach their error with these bits counted too.
+    """
+    stats = Spec(Int(stats_bits, zero="real"), PerGroup(stats_group))
+    solver = Gptq(
+        order=order,
+        damp=damp,
+        outliers=None if threshold == float("inf") else LeaveOneOut(threshold, simplified),
+        greedy_passes=greedy_passes,
+    )
+    scheme = linears(Spec(Int(bits, zero="real"), PerGroup(group_size), stats))
+    return Recipe(name="spqr", scheme=scheme, steps=(Solve(solver, true_sequential),))

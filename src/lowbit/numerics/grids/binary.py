@@ -1,0 +1,57 @@
+"""Binary-coded grids: a weight is a sum of signed bases, ``w = sum_k +-alpha_k (+ offset)`` (LUT-GEMM, arXiv:2206.09557).
+
+A product with a plane of signs needs additions only, or look-ups in a table of partial sums, which is what this format is
+for. With an offset it holds every uniform grid exactly (:func:`to_binary_coded`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit.numerics.grids.base import Bases, Field
+from lowbit.numerics.tagged import tagged
+
+
+@tagged
+@dataclass(frozen=True)
+class BinaryCoded:
+    """``bits`` bases a granule; bit k of a code set means ``+alpha_k``, clear ``-alpha_k``.
+
+    ``offset``: a further number for each granule that is added to all of its values.
+    """
+
+    bits: int
+    offset: bool = False
+    kind: ClassVar[Any] = Bases
+
+    def __post_init__(self):
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"a binary-coded grid has 1 to 8 bits, found {self.bits}")
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        return (Field("alpha", width=self.bits), *((Field("offset"),) if self.offset else ()))
+
+    def signs(self, codes: Tensor) -> Tensor:
+        """``[..., bits]`` of -1 and 1, int8."""
+        planes = torch.arange(self.bits, device=codes.device)
+        return ((codes[..., None].int() >> planes) & 1).to(torch.int8) * 2 - 1
+
+    def levels(self, params: Bases) -> Tensor:
+        """Value of each code, ``[G, 2**bits]``."""
+        every = torch.arange(2**self.bits, device=params.alpha.device)
+        values = params.alpha @ self.signs(every).to(params.alpha.dtype).T
+        return values if params.offset is None else values + params.offset
+
+    def encode(self, x_GK: Tensor, params: Bases) -> Tensor:
+        levels, codes = self.levels(params).sort(dim=1, stable=True)
+        midpoints = (levels[:, 1:] + levels[:, :-1]) / 2
+        rank = torch.searchsorted(midpoints.contiguous(), x_GK.to(levels.dtype).contiguous())
+        return codes.gather(1, rank).to(torch.uint8)
+
+    def decode(self, codes_GK: Tensor, params: Bases) -> Tensor:
+        return self.levels(params).gather(1, codes_GK.long())

@@ -1,0 +1,38 @@
+"""Codebooks: every granule has a table of values of its own, placed freely (k-means of SqueezeLLM, arXiv:2306.07629)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit.numerics.grids.base import Field, Lut
+from lowbit.numerics.tagged import tagged
+
+
+@tagged
+@dataclass(frozen=True)
+class Codebook:
+    """``2**bits`` values for each granule; a code is the rank of a value. Placed by a fit such as ``KMeans``."""
+
+    bits: int
+    kind: ClassVar[Any] = Lut
+
+    def __post_init__(self):
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"a codebook has 1 to 8 bits, found {self.bits}")
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        return (Field("values", width=2**self.bits),)
+
+    def encode(self, x_GK: Tensor, params: Lut) -> Tensor:
+        """The nearest value's rank; a tie goes to the lower. Values must rise, as they do after rounding to storage."""
+        values = params.values
+        midpoints = (values[:, 1:] + values[:, :-1]) / 2
+        return torch.searchsorted(midpoints.contiguous(), x_GK.to(values.dtype).contiguous()).to(torch.uint8)
+
+    def decode(self, codes_GK: Tensor, params: Lut) -> Tensor:
+        return params.values.gather(1, codes_GK.long())

@@ -1,0 +1,76 @@
+"""What the column solver keeps in float16 while it runs: the choice so far, and the values to be stored.
+
+Shapes: O output channel, I input channel in the order of visits; K column of one band.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.numerics import Grid, Params, SideTerm
+from lowbit.solve.columns import Bands
+from lowbit.solve.outliers import Chosen, OutlierRule, Watch, side_terms
+
+
+@dataclass(eq=False)
+class Kept:
+    """Elements and whole columns.
+
+    mask: bool ``[I, O]``, what is kept; value: ``[I, O]``, what is added to the decoded code there, as float16 has it.
+    rounded: how many columns are rounded; those visited after them are kept whole.
+    """
+
+    mask: Tensor
+    value: Tensor
+    rounded: int
+    u_I: Tensor
+    watch: Watch | None
+
+    @staticmethod
+    def of(w_IO: Tensor, chosen: Chosen, take: Tensor, rules: tuple[OutlierRule, ...], u_I: Tensor) -> Kept | None:
+        """Before the first column of ``w_IO``; None where no rule keeps anything. ``take``: columns in order of visits."""
+        watch = next((rule.watch(w_IO.T, u_I) for rule in rules if rule.live), None)
+        out_OI = chosen.out_of_fits(w_IO.T)
+        if watch is None and out_OI is None:
+            return None
+        mask = torch.zeros_like(w_IO, dtype=torch.bool) if out_OI is None else out_OI[:, take].T.contiguous()
+        return Kept(mask, torch.zeros_like(w_IO), len(w_IO) - len(chosen.columns), u_I, watch)
+
+    def hidden(self, here: slice, w_IO: Tensor, grid: Grid, bands: Bands, b: int, columns: Tensor) -> Tensor | None:
+        """What band b, visited ``here`` and stored at ``columns``, should not be placed on; bool ``[O, K]``."""
+        out = self.mask[here].T if self.mask[here].any() else None
+        if self.watch is None:
+            return out
+        w_OK = w_IO[here].T.contiguous()
+
+        def place(some: Tensor) -> Params:
+            trial = bands.trial(b, w_OK[:, some], columns[some], None if out is None else out[:, some])
+            return bands.tiling.of_rows(trial, len(w_OK))
+
+        found = self.watch.unfit(w_OK, self.u_I[here], grid, place)
+        return out if found is None else found if out is None else found | out
+
+    def at(
+        self, i: int, w_O1: Tensor, codes_O1: Tensor, q_O1: Tensor, grid: Grid, params: Params
+    ) -> tuple[Tensor, Tensor]:
+        """Codes and values of column i, the i-th visited, once what is kept of it is taken out of the rounding."""
+        kept_O1 = self.mask[i, :, None]
+        if self.watch is not None:
+            kept_O1 = kept_O1 | self.watch.keep((w_O1 - q_O1) / self.u_I[i])
+        zero = grid.encode(torch.zeros_like(w_O1), params)
+        base = grid.decode(zero, params)
+        value = torch.where(
+            kept_O1, (w_O1 - base).half().to(w_O1.dtype), 0.0
+        )  # the error fed back is of what is stored
+        self.mask[i], self.value[i] = kept_O1[:, 0], value[:, 0]
+        return torch.where(kept_O1, zero, codes_O1), torch.where(kept_O1, base + value, q_O1)
+
+    def side_terms(self, stored_at: Tensor) -> tuple[SideTerm, ...]:
+        """What to store; ``stored_at``: where each column belongs."""
+        back, n = stored_at.argsort(), self.rounded
+        mask = self.mask.clone()
+        mask[n:] = False
+        return side_terms(stored_at[n:], self.value[n:].T, mask[back].T, self.value[back].T)

@@ -1,0 +1,65 @@
+"""Incoherence: rotations at run time on both sides of a linear, so that no weight and no input channel stands out.
+
+A rotation of the residual stream would have to be shared by the whole model; one between two linears of a block is legal at
+few edges. Here each linear runs its own, stored as seeds: 128 bits a linear, at any width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from lowbit.architectures import Kind
+from lowbit.modules import stored
+from lowbit.numerics import Statistic, tagged
+from lowbit.steps.state import BlockState
+from lowbit.transforms import Kronecker, RandomHadamard, Seeded
+
+_KINDS: dict[str, type[Seeded]] = {"kronecker": Kronecker, "hadamard": RandomHadamard}
+
+
+@tagged
+@dataclass(frozen=True)
+class Incoherence:
+    """Replaces each weight W by ``U W V^T``: its linear computes ``U^T (U W V^T) V x`` (QuIP, arXiv:2307.13304).
+
+    U and V are random rotations of the given kind. Linears that read one input rotate it alike, so that they share its
+    statistics, and could share the work; each has an output rotation of its own. Seeds follow from the block's seed and the
+    names of the input and the linear. Scales, shifts and permutations across edges have to come before this step.
+    """
+
+    transform: Literal["kronecker", "hadamard"] = "hadamard"
+    kind: ClassVar[Kind] = Kind.ROTATE
+
+    def __post_init__(self):
+        if self.transform not in _KINDS:
+            raise ValueError(f"a rotation is one of {', '.join(_KINDS)}, found {self.transform!r}")
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset()
+
+    def ticks(self, windows: int, linears: int) -> int:
+        return 0
+
+    def described(self, rows: int, columns: int) -> dict[str, list[dict[str, Any]]]:
+        """What the description of a packed linear of that shape gains by this step."""
+        rotation = _KINDS[self.transform]
+        return {
+            "pre": stored.describe("pre", [rotation(0, columns)]),
+            "post": stored.describe("post", [rotation(0, rows).inverse()]),
+        }
+
+    def run(self, state: BlockState) -> None:
+        rotation = _KINDS[self.transform]
+        for shared in state.resolved.shared_inputs:
+            for path in (reader for reader in shared.readers if reader in state.formats):
+                rows, columns = state.weight_OI(path).shape
+                of_input = rotation(_seed(state.seed, "input", shared.name), columns)
+                state.rotate(path, of_input, rotation(_seed(state.seed, "output", path), rows))
+
+
+def _seed(block: int, side: str, name: str) -> int:
+    """63 bits that differ for every block, side and name."""
+    return int.from_bytes(hashlib.sha256(f"{block}/{side}/{name}".encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,174 @@
+"""Which method runs on which architecture, and which methods mix: found by running them, written into docs/matrix.md.
+
+Every cell is a whole run on a random model of two blocks: quantize, save, load, compare the loaded model's logits. A cell
+says that it works, or gives the reason with which it was refused before any work. `python tests/matrix.py` writes the
+page; tests/unit/test_matrix.py runs every cell again and compares.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import lowbit
+from lowbit.recipe import METHODS
+
+from helpers import sqnr_db
+from laws.test_architectures import CASES
+
+PAGE = Path(__file__).parents[1] / "docs" / "matrix.md"
+WORKS = "works"
+# What makes a run on a tiny model short and good enough to tell a result from noise; given to methods that have the option.
+SMALL = {
+    "bits": 4,
+    "group_size": 16,
+    "greedy_passes": 1,
+    "epochs": 1,
+    "steps": 2,
+    "grid": 3,
+    "windows": 1,
+    "batch": 2,
+    "target_bits": 9.0,
+}
+OWN = {"smoothquant": {"bits": 8, "activation_bits": 8}, "omniquant": {"activation_bits": 8}}
+PAIR_OPTIONS = {"clip": False}  # a searched clipping has its own cell, under the method itself
+MIXED_ON = "llama grouped"
+FLOOR = 6.0  # dB of the logits, at 4 bits on random weights; what does not work at all is below 3
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Options for a method or a mix ``a+b``; later methods decide."""
+    parts = name.split("+")
+    chosen = PAIR_OPTIONS if len(parts) > 1 else {}
+    for part in parts:
+        chosen = chosen | SMALL | OWN.get(part, {}) if part == parts[-1] else chosen | OWN.get(part, {})
+    known = {key for part in parts for key in METHODS[part].options}
+    return {key: value for key, value in chosen.items() if key in known}
+
+
+def save_model(case: str, directory: Path) -> Any:
+    """Saves a random model of the table ``case`` and returns it."""
+    model_type, options = CASES[case]
+    torch.manual_seed(0)
+    if "moe_intermediate_size" in options:  # transformers' own expert kernels want rows of 16 bytes
+        options = options | {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 16}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)).eval()
+    model.save_pretrained(directory)
+    return model
+
+
+def outcome(name: str, original: Any, model: Path, out: Path) -> str:
+    """``works``, or the reason of the refusal. Anything but a ValueError before the first block is a failure."""
+    ids = torch.randint(3, 48, (4, 24), generator=torch.Generator().manual_seed(0))
+    begun = False
+
+    def progress(*_: Any) -> None:
+        nonlocal begun
+        begun = True
+
+    try:
+        recipe = lowbit.recipe(name, **options_of(name))
+        report = lowbit.quantize(model, recipe, ids, out=out, max_kl=50, progress=progress)
+    except ValueError as error:
+        assert not begun, f"{name}: refused after work had begun: {error}"
+        return str(error)
+    assert report.coverage == 1.0 and report.layers, name
+    with torch.no_grad():
+        found = lowbit.load(out, torch.float32)(ids).logits
+    signal = sqnr_db(original(ids).logits, found)
+    assert signal > FLOOR, f"{name}: {signal:.1f} dB"
+    return WORKS
+
+
+def pairs() -> list[str]:
+    return [f"{a}+{b}" for a in METHODS for b in METHODS if a != b]
+
+
+def page(found: dict[str, dict[str, str]], mixed: dict[str, str]) -> str:
+    """The page of all cells: of methods by architecture, and of mixes."""
+    methods = list(METHODS)
+    reasons = [generic(name, said) for name, said in mixed.items() if said != WORKS]
+    reasons += [said for row in found.values() for said in row.values() if said != WORKS]
+    numbered = {reason: str(i + 1) for i, reason in enumerate(dict.fromkeys(reasons))}
+    head = f"| | {' | '.join(methods)} |\n|---|{'---|' * len(methods)}"
+    rows = [f"| {case} | {' | '.join(numbered.get(row[m], row[m]) for m in methods)} |" for case, row in found.items()]
+
+    def mark(a: str, b: str) -> str:
+        said = "" if a == b else mixed[f"{a}+{b}"]
+        return said if said in ("", WORKS) else numbered[generic(f"{a}+{b}", said)]
+
+    mixes = [f"| {a} | {' | '.join(mark(a, b) for b in methods)} |" for a in methods]
+    return "\n".join(
+        [
+            "# What runs on what, and what mixes with what",
+            "",
+            "Written by `make docs` from whole runs on random models of two blocks: quantized, saved, loaded, compared. The "
+            "tests run every cell again. A number is the reason of a refusal, below.",
+            "",
+            "## Methods by architecture",
+            "",
+            head,
+            *rows,
+            "",
+            "## Mixes",
+            "",
+            "`a+b` (row a, column b): the steps of a, then those of b, solved as b solves.",
+            "",
+            head,
+            *mixes,
+            "",
+            "## Reasons",
+            "",
+            *(f"{number}. {reason}" for reason, number in numbered.items()),
+            "",
+        ]
+    )
+
+
+def read_page() -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """The cells of the committed page: by case and method, and by mix; reasons spelled out, those of mixes as generic."""
+    lines = PAGE.read_text().splitlines()
+    reasons = dict(line.split(". ", 1) for line in lines[lines.index("## Reasons") :] if line[:1].isdigit())
+    tables: list[dict[str, dict[str, str]]] = []
+    for i, line in enumerate(lines):
+        if line.startswith("| | "):
+            columns, rows = [c.strip() for c in line.split("|")[2:-1]], {}
+            for row in lines[i + 2 :]:
+                if not row.startswith("| "):
+                    break
+                name, *cells = [cell.strip() for cell in row.split("|")[1:-1]]
+                rows[name] = {c: reasons.get(cell, cell) for c, cell in zip(columns, cells, strict=True)}
+            tables.append(rows)
+    by_case, by_pair = tables
+    return by_case, {f"{a}+{b}": cell for a, row in by_pair.items() for b, cell in row.items() if a != b}
+
+
+def generic(name: str, reason: str) -> str:
+    """The reason with the names of the two methods taken out, so that equal reasons are one."""
+    a, b = name.split("+")
+    return reason.replace(repr(name), "the mix").replace(f"{name}: ", "").replace(repr(a), "a").replace(repr(b), "b")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        found: dict[str, dict[str, str]] = {}
+        for case in CASES:
+            original = save_model(case, root / case)
+            found[case] = {name: outcome(name, original, root / case, root / f"{case}-{name}") for name in METHODS}
+            print(case, found[case], file=sys.stderr, flush=True)
+        original = save_model(MIXED_ON, root / "mixed")
+        mixed = {}
+        for name in pairs():
+            mixed[name] = outcome(name, original, root / "mixed", root / name)
+            print(name, mixed[name], file=sys.stderr, flush=True)
+    PAGE.write_text(page(found, mixed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,416 @@
+"""Many recipes in one table: what is measured, what is kept, what is not run again, and what is refused beforehand."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import lowbit
+from lowbit.calibrate.source import open_model
+from lowbit.cli import app
+from lowbit.comparison import as_rows, child, read_grid, run, work
+from lowbit.comparison.results import Results
+from lowbit.comparison.table import COLUMNS
+from lowbit.evaluate import KeptOriginal, evaluate_model, keep_states
+from lowbit.evaluate.forward import logits_of
+
+from helpers import VOCABULARY, assert_same, random_ids, tiny_llama
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+RTN = {"label": "rtn", "method": "rtn", "bits": 8, "group_size": 32}
+GPTQ = {"label": "gptq", "method": "gptq", "bits": 3, "group_size": 32}
+TWO_BITS = {"label": "two bits", "method": "rtn", "bits": 2, "group_size": None}
+HERE = {"samples": 4, "seq_len": 16, "eval_seq_len": 32, "windows": 5, "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny model with a tokenizer of words, and a text of them."""
+    path = tiny_llama(tmp_path_factory.mktemp("compare") / "model")
+    words = [f"w{i}" for i in range(VOCABULARY - 1)]
+    vocabulary = {word: i for i, word in enumerate(["<unk>", *words])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>").save_pretrained(path)
+    (path.parent / "text.txt").write_text(" ".join(random.Random(0).choices(words, k=200)))
+    return path
+
+
+@pytest.fixture
+def here(monkeypatch) -> list[object]:
+    """Work is done in this process, which saves seconds of imports a row; what was done is listed."""
+    done: list[object] = []
+
+    def in_this_process(work, threads, log, progress):
+        done.append(work)
+        return child.attempt(work, progress)
+
+    monkeypatch.setattr(run, "run_in_child", in_this_process)
+    return done
+
+
+def compare(model: Path, rows, out: Path, **changes):
+    return lowbit.compare(model, rows, random_ids(4, 16), random_ids(5, 32, seed=2), out, **{**HERE, **changes})
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+# What is kept of the original
+
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+KINDS = {
+    "llama": {"intermediate_size": 64},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY},
+    "bloom": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gemma2": {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 2.0},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_states_give_the_originals_logits_bit_for_bit(kind, tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **({} if kind == "gpt2" else SMALL) | KINDS[kind])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    source, ids = open_model(tmp_path / "model"), random_ids(3, 12)
+    original = source.load_full()
+    with torch.no_grad(), keep_states(original, tmp_path / "states"):
+        wanted = [logits_of(original, ids_T) for ids_T in ids]
+    kept = KeptOriginal(source, tmp_path / "states")
+    for ids_T, logits_TV in reversed(list(zip(ids, wanted))):
+        assert_same(kept.logits(ids_T), logits_TV)
+    with pytest.raises(ValueError, match="keeps no hidden states"):
+        kept.logits(ids[0].flip(0))
+
+
+def test_the_original_against_what_was_kept_of_it_has_no_divergence(model, tmp_path):
+    source, ids = open_model(model), random_ids(3, 32)
+    original = source.load_full()
+    with keep_states(original, tmp_path):
+        alone = evaluate_model(original, ids, None, "gptq", 32)
+    assert not original._forward_pre_hooks and not original.model.layers[-1]._forward_hooks
+    found = evaluate_model(original, ids, None, "gptq", 32, against=KeptOriginal(source, tmp_path))
+    assert (found.kl, found.top1_agreement) == (0.0, 1.0)
+    assert found.perplexity == found.reference_perplexity == alone.perplexity
+
+
+# Measuring
+
+
+def test_a_row_holds_what_quantize_and_evaluate_give_one_after_the_other(model, tmp_path, here):
+    original, rtn, gptq = compare(model, [RTN, GPTQ], tmp_path / "r.jsonl")
+    calibration, ids = random_ids(4, 16), random_ids(5, 32, seed=2)
+    for record, row, given in ((rtn, RTN, None), (gptq, GPTQ, calibration)):
+        options = {key: row[key] for key in ("bits", "group_size")}
+        recipe = lowbit.recipe(row["method"], **options)
+        report = lowbit.quantize(model, recipe, given, out=tmp_path / row["label"], max_kl=1e9, allow_broken=True)
+        found = lowbit.evaluate(tmp_path / row["label"], ids, seq_len=32, windows=5, against=model)
+        for name in ("perplexity", "kl", "top1_agreement", "bits_per_weight", "bytes"):
+            assert record[name] == getattr(found, name), name
+        for name in ("perplexity_interval", "kl_interval", "top1_interval"):
+            assert tuple(record[name]) == getattr(found, name)
+        assert record["recipe"] == recipe.to_dict() == report.recipe.to_dict()
+        assert (record["coverage"], record["protocol"]["sha256"]) == (report.coverage, found.ids_sha256)
+        assert original["perplexity"] == found.reference_perplexity
+    assert (rtn["calibration"], gptq["calibration"]["windows"], gptq["calibration"]["tokens"]) == (None, 4, 16)
+    assert gptq["machine"]["threads"] == 1 and gptq["machine"]["cpu"]
+    assert gptq["versions"].keys() == {"lowbit", "python", "torch", "transformers"}
+    assert min(gptq["quantize_seconds"], gptq["evaluate_seconds"]) >= 0 < gptq["peak_rss_bytes"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("r-")]  # scratch is gone
+
+
+def test_a_process_of_its_own_gives_the_same_figures_and_its_own_memory(model, tmp_path, monkeypatch, here):
+    expected = compare(model, [GPTQ], tmp_path / "here.jsonl")[1]
+
+    def rows_apart(work, threads, log, progress):
+        return (child.run_in_child if hasattr(work, "recipe") else run_here)(work, threads, log, progress)
+
+    run_here, seen = run.run_in_child, []
+    monkeypatch.setattr(run, "run_in_child", rows_apart)
+    big = torch.zeros(2**28)  # 1 GiB of this process is not the row's
+    found = compare(model, [GPTQ], tmp_path / "r.jsonl", progress=lambda *call: seen.append(call))[1]
+    timed = {"peak_rss_bytes", "quantize_peak_rss_bytes", "quantize_seconds", "evaluate_seconds"}
+    assert {k: v for k, v in found.items() if k not in timed} == {k: v for k, v in expected.items() if k not in timed}
+    assert 5e7 < found["quantize_peak_rss_bytes"] <= found["peak_rss_bytes"] < 1e9 < big.nbytes
+    assert [call[0] for call in seen] == sorted(call[0] for call in seen)
+    assert seen[0][:2] == (0, 2) and seen[-1][:2] == (2, 2)
+    assert any(1 < done < 2 and what.startswith("gptq: ") for done, _, what in seen)
+
+
+def test_a_broken_model_is_measured_and_marked(model, tmp_path, monkeypatch, here):
+    monkeypatch.setattr(work, "MAX_KL", 0.1)  # two bits of a random model are not far from it
+    [_, good, broken] = compare(model, [RTN, TWO_BITS], tmp_path / "r.jsonl")
+    assert good["kl"] < 0.1 < broken["kl"] and (good["problems"], broken["problems"]) == ([], ["KL over 0.1"])
+    row = next(line for line in (tmp_path / "r.md").read_text().splitlines() if line.startswith("| two bits"))
+    assert "broken: " in row and f"{broken['perplexity']:.5g}" in row
+
+
+# Crashes
+
+
+@dataclass(frozen=True)
+class Killed:
+    """Dies as a process does that the system takes for too large; or fails as a defect does."""
+
+    signal: int | None
+
+    def run(self, progress):
+        progress(0.5, "half way")
+        print("words that are no answer")
+        if self.signal is None:
+            raise ZeroDivisionError("a defect")
+        os.kill(os.getpid(), self.signal)
+
+
+def test_a_process_that_dies_is_an_error_of_its_row(tmp_path):
+    seen = []
+    killed = child.run_in_child(Killed(signal.SIGKILL), 1, tmp_path / "log", lambda *call: seen.append(call))
+    assert killed == {"error": "the process was ended by SIGKILL, as the system does when memory runs out"}
+    assert seen == [(0.5, "half way")]
+    assert "no answer" not in str(killed)
+
+
+def test_a_defect_is_recorded_with_its_traceback():
+    found = child.attempt(Killed(None), lambda *call: None)
+    assert found["error"] == "ZeroDivisionError: a defect" and "in run" in found["traceback"]
+
+
+def test_a_row_that_fails_is_recorded_the_others_go_on_and_it_is_tried_again(model, tmp_path, monkeypatch, here):
+    def failing(work, threads, log, progress):
+        here.append(work)
+        fails = getattr(work, "recipe", None) is not None and work.recipe.name == "gptq"
+        return {"error": "no | memory\nat all"} if fails else child.attempt(work, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "run_in_child", failing)
+        records = compare(model, [GPTQ, RTN], tmp_path / "r.jsonl")
+    assert ["error" in record for record in records] == [False, True, False]
+    assert r"failed: no \| memory at all |" in (tmp_path / "r.md").read_text()
+    here.clear()
+    records = compare(model, [GPTQ, RTN], tmp_path / "r.jsonl")
+    assert [type(work).__name__ for work in here] == ["MeasureOriginal", "MeasureRow"]
+    assert not any("error" in record for record in records)
+    assert "failed" not in (tmp_path / "r.md").read_text()
+    assert [line["label"] for line in lines(tmp_path / "r.jsonl")] == ["original", "gptq", "rtn", "gptq"]
+
+
+# Resuming
+
+
+def test_only_rows_that_something_decisive_changed_run_again(model, tmp_path, here):
+    out = tmp_path / "r.jsonl"
+    first = compare(model, [RTN, GPTQ], out)
+    here.clear()
+    assert compare(model, [RTN, GPTQ], out) == first and not here
+
+    def ran(rows, calibration=None, **changes):
+        here.clear()
+        ids = random_ids(4, 16) if calibration is None else calibration
+        lowbit.compare(model, rows, ids, random_ids(5, 32, seed=2), out, **{**HERE, **changes})
+        return [work.recipe.name for work in here[1:]]
+
+    assert ran([RTN, GPTQ | {"damp": 0.1}]) == ["gptq"]
+    assert ran([RTN | {"label": "another"}]) == ["rtn"]
+    assert ran([RTN, GPTQ], calibration=random_ids(4, 16, seed=9)) == ["gptq"]  # rtn reads none
+    assert ran([RTN, GPTQ], windows=4) == ["rtn", "gptq"]
+    assert ran([RTN, GPTQ], protocol="llama.cpp") == ["rtn", "gptq"]
+    assert ran([RTN, GPTQ]) == []
+    page = (tmp_path / "r.md").read_text()
+    assert page.count("\n# ") + page.startswith("# ") == 3  # a section for each protocol and text
+    assert page.count("| original |") == 3
+
+
+def test_another_model_is_another_comparison(model, tmp_path, here):
+    compare(model, [RTN], tmp_path / "r.jsonl")
+    here.clear()
+    other = tiny_llama(tmp_path / "model", seed=1)
+    compare(other, [RTN], tmp_path / "r.jsonl")
+    assert len(here) == 2
+
+
+def test_ctrl_c_loses_only_the_row_at_hand(model, tmp_path, monkeypatch, here):
+    out = tmp_path / "r.jsonl"
+
+    def interrupted(work, threads, log, progress):
+        if getattr(work, "recipe", None) is not None and work.recipe.name == "gptq":
+            raise KeyboardInterrupt
+        return child.attempt(work, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "run_in_child", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compare(model, [RTN, GPTQ, TWO_BITS], out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.jsonl", "r.md"]
+    with out.open("a") as file:
+        file.write('{"label": "torn by a ki')
+    compare(model, [RTN, GPTQ, TWO_BITS], out)
+    assert [work.recipe.name for work in here[1:]] == ["gptq", "rtn"]
+    assert [line["label"] for line in lines(out)] == ["original", "rtn", "gptq", "two bits"]
+
+
+def test_only_measures_some_rows_and_the_table_keeps_the_order_of_all(model, tmp_path, here):
+    out = tmp_path / "r.jsonl"
+    rows = [RTN, GPTQ, TWO_BITS]
+    assert [record["label"] for record in compare(model, rows, out, only=["bits"])] == ["original", "two bits"]
+    records = compare(model, rows, out, only=["gptq", "rtn"])
+    assert [record["label"] for record in records] == ["original", "rtn", "gptq", "two bits"]
+    table = [line for line in (tmp_path / "r.md").read_text().splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in table[1:]] == ["| original", "| rtn", "| gptq", "| two bits"]
+    assert all(line.replace(r"\|", "").count("|") == len(COLUMNS) + 1 for line in table)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "words"),
+    [
+        ([RTN, {"method": "gptk"}], {}, "row 2: no method 'gptk'.*gptq"),
+        ([RTN, GPTQ | {"dump": 1}], {}, r"row 2 \(gptq\): .*'dump'.*'damp'"),
+        ([RTN, RTN], {}, "two rows are called 'rtn'"),
+        ([RTN | {"label": "original"}], {}, "cannot be called 'original'"),
+        ([{"label": "x", "bits": 4}], {}, "either 'method' with its options or 'recipe'"),
+        ([{"recipe": "w4-rtn", "bits": 4}], {}, "a recipe has its own options; found bits"),
+        ([], {}, "has no rows"),
+        ([RTN, GPTQ | {"overrides": [{"match": "dwn", "bits": 8}]}], {}, "row 'gptq': .*'dwn' matches no layer"),
+        ([GPTQ | {"group_size": 7, "symmetric": "maybe"}], {}, "symmetric"),
+        ([RTN], {"windows": 6}, "holds 5 windows"),
+        ([RTN], {"eval_seq_len": 300}, "windows of 32 and seq_len is 300"),
+        ([RTN], {"protocol": "gtpq"}, "unknown perplexity protocol"),
+        ([RTN, GPTQ], {"only": ["awq"]}, "no row has 'awq'"),
+    ],
+)
+def test_what_is_wrong_is_found_before_the_first_row(model, tmp_path, here, rows, changes, words):
+    with pytest.raises(ValueError, match=words):
+        compare(model, rows, tmp_path / "r.jsonl", **changes)
+    assert not here and not list(tmp_path.iterdir())
+
+
+def test_a_missing_calibration_text_is_refused_only_where_it_is_needed(model, tmp_path, here):
+    ids = random_ids(5, 32)
+    with pytest.raises(ValueError, match="gptq: calibration text is needed"):
+        lowbit.compare(model, [RTN, GPTQ], None, ids, tmp_path / "r.jsonl", **HERE)
+    assert not here
+    assert len(lowbit.compare(model, [RTN], None, ids, tmp_path / "r.jsonl", **HERE)) == 2
+
+
+@pytest.mark.parametrize("line", ['{"setting": "of another tool"}', "[1]", "nothing"])
+def test_results_of_something_else_are_refused_and_kept(tmp_path, line):
+    (tmp_path / "r.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="line 1: not a record"):
+        Results(tmp_path / "r.jsonl")
+    assert (tmp_path / "r.jsonl").read_text() == line + "\n"
+    with pytest.raises(ValueError, match=r"ends in \.jsonl"):
+        Results(tmp_path / "table.md")
+    with pytest.raises(ValueError, match="is not a directory"):
+        Results(tmp_path / "absent" / "r.jsonl")
+
+
+def test_an_original_that_fails_ends_the_comparison(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "run_in_child", lambda *_: {"error": "no memory"})
+    with pytest.raises(ValueError, match="original model could not be evaluated: no memory"):
+        compare(model, [RTN], tmp_path / "r.jsonl")
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+# Rows
+
+
+def test_a_grid_file_finds_recipes_beside_it(tmp_path):
+    (tmp_path / "mine.yaml").write_text("method: rtn\noptions: {bits: 3, group_size: 32}\n")
+    (tmp_path / "grid.yaml").write_text(
+        "- {label: a, recipe: mine.yaml}\n- {method: gptq, bits: 4, group_size: null, damp: 1e-3}\n- {recipe: w4-rtn}\n"
+    )
+    rows = read_grid(tmp_path / "grid.yaml")
+    assert [row.label for row in rows] == ["a", "gptq, W4 per channel", "rtn, W4 g64"]
+    assert rows[0].recipe == lowbit.recipe("rtn", bits=3, group_size=32)
+    assert rows[1].recipe == lowbit.recipe("gptq", bits=4, group_size=None, damp=1e-3)
+    (tmp_path / "grid.yaml").write_text("method: rtn\n")
+    with pytest.raises(ValueError, match=r"grid\.yaml: a grid is a list of rows"):
+        read_grid(tmp_path / "grid.yaml")
+
+
+def test_rows_in_python_are_recipes_names_or_files(tmp_path):
+    (tmp_path / "mine.yaml").write_text("method: rtn\n")
+    recipe = lowbit.recipe("smoothquant", bits=8, activation_bits=8)
+    rows = as_rows([recipe, "rtn", tmp_path / "mine.yaml"])
+    assert [row.label for row in rows] == ["smoothquant, W8A8 per channel", "rtn, W4 g128", "mine"]
+
+
+@pytest.mark.parametrize("name", ["weight_only.yaml", "weight_activation.yaml"])
+def test_the_grids_of_the_benchmarks_are_grids(name):
+    rows = read_grid(BENCHMARKS / name)
+    assert len({str(row.recipe.to_dict()) for row in rows}) == len(rows) > 8
+
+
+# The command line
+
+
+def command(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in ("compare", *arguments)])
+
+
+SHORT = ("--samples", 4, "--seq-len", 16, "--eval-seq-len", 32, "--windows", 5, "--threads", 1)
+
+
+def texts(model: Path) -> tuple[object, ...]:
+    return ("--calibration", model.parent / "text.txt", "--text", model.parent / "text.txt", *SHORT)
+
+
+def test_the_command_makes_rows_of_methods_bits_and_files(model, tmp_path, here):
+    grid, recipe, out = tmp_path / "grid.yaml", tmp_path / "mine.yaml", tmp_path / "r.jsonl"
+    grid.write_text("- {label: first, method: rtn, bits: 8}\n")
+    recipe.write_text("method: rtn\noptions: {bits: 5, group_size: 32}\n")
+    rows = ("--method", "rtn", "--method", "gptq", "--bits", "4,3", "--group-size", 32, "--grid", grid)
+    result = command(model, *rows, "--recipe", recipe, *texts(model), "-o", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    labels = [record["label"] for record in json.loads(result.stdout)]
+    named = ["rtn, W4 g32", "gptq, W4 g32", "rtn, W3 g32", "gptq, W3 g32"]
+    assert labels == ["original", "first", "mine", *named]
+    assert "gptq, W3 g32: perplexity " in result.stderr
+    shown = command(model, *rows, "--recipe", recipe, *texts(model), "-o", out)
+    assert shown.exit_code == 0 and all(label in shown.stdout for label in labels)
+    assert len(here) == 7  # nothing was measured for the second one
+
+
+def test_the_command_fails_where_a_row_failed(model, tmp_path, monkeypatch, here):
+    def failing(work, threads, log, progress):
+        return {"error": "gone"} if hasattr(work, "recipe") else child.attempt(work, progress)
+
+    monkeypatch.setattr(run, "run_in_child", failing)
+    result = command(model, "--method", "rtn", *texts(model), "-o", tmp_path / "r.jsonl")
+    assert result.exit_code == 1 and "failed: gone" in result.stdout
+    assert result.stderr.splitlines()[-1] == "error: 1 of 1 rows failed: rtn, W4 g128"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("m", "-o", "r.jsonl"), 2),
+        (("m", "--method", "rtn"), 2),
+        (("m", "--method", "rtn", "--bits", "4;3", "-o", "r.jsonl"), 2),
+        (("m", "--grid", "g.yaml", "--bits", "4", "-o", "r.jsonl"), 2),
+        (("m", "--grid", "absent.yaml", "-o", "r.jsonl"), 1),
+        (("m", "--method", "gptk", "-o", "r.jsonl"), 1),
+    ],
+)
+def test_a_command_that_cannot_be_is_refused(arguments, code):
+    result = command(*arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+
+
+def test_help_has_an_example():
+    result = command("--help")
+    assert result.exit_code == 0 and "Example: lowbit compare" in result.stdout

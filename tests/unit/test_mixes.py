@@ -1,0 +1,60 @@
+"""Every pair of methods, by whole runs, as docs/matrix.md says; and the mixes that take a recipe of their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lowbit
+from lowbit.numerics import NF4, Int, PerChannel, PerGroup, PerTensor, RmsRange, Spec
+from lowbit.recipe import METHODS, Recipe, linears
+from lowbit.solve import Gptq, LeaveOneOut, WeakColumns
+from lowbit.steps import Incoherence, Solve
+from matrix import MIXED_ON, WORKS, generic, outcome, pairs, read_page, save_model
+
+from helpers import random_ids, sqnr_db, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mixes") / "model"
+    return save_model(MIXED_ON, path), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", METHODS)
+def test_every_pair_runs_end_to_end_or_is_refused_with_its_reason(first, model, tmp_path):
+    wanted = read_page()[1]
+    for name in (pair for pair in pairs() if pair.startswith(f"{first}+")):
+        found = outcome(name, *model, tmp_path / name)
+        assert (found if found == WORKS else generic(name, found)) == wanted[name], name
+
+
+OWN = {
+    "SpQR outliers in NF4": Recipe(
+        name="outliers in NF4",
+        scheme=linears(Spec(NF4, PerGroup(32))),
+        steps=(Solve(Gptq(outliers=LeaveOneOut(0.2), order="group")),),
+    ),
+    "OWQ columns on QuIP's grid": Recipe(
+        name="columns on a rotated grid",
+        scheme=linears(Spec(Int(4, zero="real"), PerTensor())),
+        steps=(Incoherence(), Solve(Gptq(RmsRange(2.5), outliers=WeakColumns(count=4)))),
+    ),
+    "SpQR outliers and OWQ columns together": Recipe(
+        name="outliers and columns",
+        scheme=linears(Spec(Int(4), PerChannel())),
+        steps=(Solve(Gptq(outliers=(WeakColumns(count=2), LeaveOneOut(0.5)))),),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_parts_of_methods_combine_in_a_recipe_of_ones_own(name, tmp_path):
+    path, ids = tiny_llama(tmp_path / "model"), random_ids(4, 32)
+    report = lowbit.quantize(path, OWN[name], ids, out=tmp_path / "q", max_kl=50)
+    assert report.coverage == 1.0
+    with torch.no_grad():
+        wanted, found = (lowbit.load(p, torch.float32)(ids).logits for p in (path, tmp_path / "q"))
+    assert sqnr_db(wanted, found) > 10
+    assert lowbit.load(tmp_path / "q").generate(ids[:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
