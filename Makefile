@@ -1,7 +1,7 @@
 # Everything a user or a developer runs. PYTHON picks the interpreter (3.11 to 3.13) for a new .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint docs fidelity clean
 
 install: .venv/installed
 
@@ -20,9 +20,19 @@ test: install
 	# A file a worker: workers with one thread each beat one with two, and each model is made once.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# What the authors' own code reaches on real layers, against ours; DATA holds official.json, OFFICIAL.md and text/.
+DATA ?= ../shared/data
+fidelity: install
+	$(BIN)/python benchmarks/fidelity.py --data $(DATA)
+
+# Pages that are written from real runs and from docstrings; the tests check that they are up to date.
+docs: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/matrix.py
+	$(BIN)/python docs/methods.py
+
 lint: install
-	$(BIN)/ruff check src tests examples
-	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples benchmarks docs
+	$(BIN)/ruff format --check src tests examples benchmarks docs
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 

@@ -57,4 +57,4 @@ def assert_close_f64(a: Tensor, b: Tensor) -> None:
 def sqnr_db(wanted: Tensor, found: Tensor) -> float:
     """Signal to quantization noise, in decibels."""
     noise = (wanted.double() - found.double()).square().sum()
-    return float(10 * torch.log10(wanted.detach().double().square().sum() / noise.clamp(min=1e-300)))
+    return float(10 * torch.log10(wanted.double().square().sum() / noise.clamp(min=1e-300)))

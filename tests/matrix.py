@@ -79,8 +79,7 @@ def outcome(name: str, original: Any, model: Path, out: Path) -> str:
         return str(error)
     assert report.coverage == 1.0 and report.layers, name
     with torch.no_grad():
-        found = lowbit.load(out, torch.float32)(ids).logits
-    signal = sqnr_db(original(ids).logits, found)
+        signal = sqnr_db(original(ids).logits, lowbit.load(out, torch.float32)(ids).logits)
     assert signal > FLOOR, f"{name}: {signal:.1f} dB"
     return WORKS
 

@@ -28,6 +28,7 @@ from lowbit.steps import (
     Learn,
     LinearFormat,
     ModelStep,
+    Rounding,
     SearchClip,
     SetActivationRange,
     Solve,
@@ -235,7 +236,7 @@ def _check_types(value: Any, where: str) -> None:
 
 
 def _learns_clip(step: Any) -> bool:
-    return isinstance(step, Learn) and any(isinstance(maker, ClipShares) for maker in step.makers)
+    return isinstance(step, Learn) and any(isinstance(maker, ClipShares | Rounding) for maker in step.makers)
 
 
 def _kinds(value: Any) -> set[Kind]:

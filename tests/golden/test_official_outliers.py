@@ -9,8 +9,6 @@ leaves row offsets and the order of columns out).
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from torch import Tensor

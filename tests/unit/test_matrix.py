@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lowbit.recipe import METHODS
-from matrix import outcome, read_page, save_model
 
 from laws.test_architectures import CASES
+from matrix import outcome, read_page, save_model
 
 
 def test_the_page_has_every_method_and_every_architecture():

@@ -10,9 +10,9 @@ from lowbit.numerics import NF4, Int, PerChannel, PerGroup, PerTensor, RmsRange,
 from lowbit.recipe import METHODS, Recipe, linears
 from lowbit.solve import Gptq, LeaveOneOut, WeakColumns
 from lowbit.steps import Incoherence, Solve
-from matrix import MIXED_ON, WORKS, generic, outcome, pairs, read_page, save_model
 
 from helpers import random_ids, sqnr_db, tiny_llama
+from matrix import MIXED_ON, WORKS, generic, outcome, pairs, read_page, save_model
 
 
 @pytest.fixture(scope="module")

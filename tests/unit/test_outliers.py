@@ -10,16 +10,24 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics import (
+    NF4,
     Affine,
+    Alternating,
+    BinaryCoded,
     Block,
     ClipSearch,
+    Codebook,
     Fisher,
+    Float,
     Gram,
     Int,
     KeptColumns,
+    KMeans,
+    MinMax,
     PerChannel,
     PerGroup,
     PerTensor,
+    RmsRange,
     Sparse,
     Spec,
     from_dict,
@@ -203,6 +211,33 @@ def test_a_kept_weight_beyond_float16_is_refused():
     w[3, 4] = 1e6
     with pytest.raises(ValueError, match="does not fit float16"):
         Nearest(outliers=RangeOutliers(0.01)).solve(w, Spec(Int(4), PerGroup(16), scale_dtype="float32"), STATS)
+
+
+GRIDS = [
+    (Spec(NF4, PerGroup(16)), MinMax()),
+    (Spec(Float(2, 1), PerChannel()), ClipSearch(steps=20)),
+    (Spec(Codebook(3), PerChannel()), KMeans()),
+    (Spec(BinaryCoded(3), PerGroup(16)), Alternating()),
+    (Spec(Int(3, zero="real"), PerTensor()), RmsRange()),
+]
+
+
+@pytest.mark.parametrize("rule", [*STATIC, LeaveOneOut(0.03), LeaveOneOut(0.03, simplified=True)], ids=str)
+@pytest.mark.parametrize(("spec", "fit"), GRIDS, ids=lambda value: type(getattr(value, "grid", value)).__name__)
+def test_outliers_go_with_every_grid(spec, fit, rule):
+    w = W.clone()
+    w[torch.arange(O), torch.arange(O) * 2] *= 8
+    plain, kept = Gptq(fit).solve(w, spec, STATS), Gptq(fit, outliers=rule).solve(w, spec, STATS)
+    assert kept.side and _loss(kept, w) < _loss(plain, w)
+    if not rule.live:
+        nearest = Nearest(fit, outliers=rule).solve(w, spec, STATS)
+        assert nearest.side and (_values(nearest) - w).square().sum() < 2 * (_values(kept) - w).square().sum()
+
+
+def test_a_fit_that_cannot_place_the_grid_is_refused_with_the_reason():
+    for solver in (Nearest(MinMax()), Gptq(MinMax())):
+        with pytest.raises(ValueError, match="MinMax finds a range"):
+            solver.check(Spec(Codebook(3), PerChannel()), False)
 
 
 # ------------------------------------------------------------------------------------------------------- hidden from fits

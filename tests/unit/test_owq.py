@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import lowbit
 from lowbit.methods.owq import owq
 from lowbit.numerics import Gram, KeptColumns, MinMax, PerChannel, PerGroup
 from lowbit.solve import Gptq, WeakColumns
+
+from helpers import sqnr_db
 
 O, I = 96, 128
 
@@ -102,3 +105,19 @@ def test_the_recipe_says_what_was_asked():
     recipe = owq(bits=4, target_bits=4.2, order="none")
     assert _solver(recipe).outliers == WeakColumns(target_bits=4.2) and _solver(recipe).order == "none"
     assert _spec(recipe).granularity == PerChannel() and _spec(recipe).grid.bits == 4
+
+
+@pytest.mark.parametrize(
+    "options", [{"kept_columns": 3}, {"group_size": 32, "kept_columns": 3, "order": "act"}], ids=str
+)
+def test_the_packed_layer_runs_what_was_solved(layer, options):
+    w, x = layer
+    linear = torch.nn.Linear(I, O)
+    linear.weight.data.copy_(w)
+    packed = lowbit.quantize_linear(linear, x, owq(**options))
+    solution = _solve(owq(**options), layer)
+    order = 32 / O if solution.pre else 0
+    assert packed.bits_per_weight == pytest.approx(_bits(solution) + order)
+    with torch.no_grad():
+        assert sqnr_db(linear(x), packed(x)) > 20
+        assert sqnr_db(x @ packed.effective_weight().T + linear.bias, packed(x)) > 100

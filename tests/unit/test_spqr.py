@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import lowbit
 from lowbit.methods.spqr import spqr
 from lowbit.numerics import Gram, Int, PerGroup, Sparse, Spec
 from lowbit.solve import Gptq, LeaveOneOut
+
+from helpers import sqnr_db
 
 O, I = 64, 96
 
@@ -80,3 +83,17 @@ def test_the_recipe_says_what_was_asked():
     assert spec == Spec(Int(4, zero="real"), PerGroup(8), Spec(Int(4, zero="real"), PerGroup(64)))
     assert solver.outliers == LeaveOneOut(0.1, simplified=True)
     assert spqr(threshold=float("inf")).steps[-1].solver.outliers is None
+
+
+@pytest.mark.parametrize("order", ["act", "group"])
+def test_the_packed_layer_runs_what_was_solved_and_counts_every_bit(layer, order):
+    w, x = layer
+    linear = torch.nn.Linear(I, O, bias=False)
+    linear.weight.data.copy_(w)
+    packed, solution = lowbit.quantize_linear(linear, x, spqr(order=order)), _solve(spqr(order=order), layer)
+    rows, channels = 32 * (O + 1) / (O * I), 32 / O if order == "act" else 0
+    assert packed.bits_per_weight == pytest.approx(3.625 + 32 * _share(solution) + rows + channels)
+    torch.testing.assert_close(packed.effective_weight(), _values(solution), rtol=0, atol=1e-6)
+    with torch.no_grad():
+        assert sqnr_db(linear(x), packed(x)) > 25
+        assert sqnr_db(x @ packed.effective_weight().T, packed(x)) > 100

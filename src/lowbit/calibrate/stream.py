@@ -30,9 +30,24 @@ class Call:
     kwargs: dict[str, Any]
 
     def __call__(self, block: Callable[..., Any], x: Tensor) -> Tensor:
-        """Hidden states ``[B, T, d]`` after ``block``, which may be a module or a function of a module's signature."""
+        """Hidden states ``[B, T, d]`` after ``block``, which may be a module or a function of a module's signature.
+
+        The arguments are those of one window. Where some do not broadcast over B (some position biases have windows and
+        heads in one dimension), windows run one after another.
+        """
+        if len(x) > 1 and not all(t.dim() < 2 or len(t) == 1 for t in _tensors((self.args, self.kwargs))):
+            return torch.cat([self(block, window) for window in x.split(1)])
         output = block(x, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 class _Stub(nn.Module):

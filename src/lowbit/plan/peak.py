@@ -158,7 +158,7 @@ def _statistic_bytes(need: Statistic, tokens: int, width: int) -> int:
     if not need.of_input:
         return 0
     with torch.device("meta"):
-        return need.merge(torch.empty(tokens, width)).nbytes
+        return need.merge(torch.empty(2, tokens, width) if need.paired else torch.empty(tokens, width)).nbytes
 
 
 def _solver_bytes(block: SurveyedBlock, solver: Any) -> int:

@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from lowbit.numerics import Clipped, Fit, PerToken, QTensor, SideTerm, Spec, Statistic
+from lowbit.numerics import Clipped, Fit, Fixed, PerToken, QTensor, SideTerm, Spec, Statistic
 from lowbit.transforms import ChannelTransform
 
 
@@ -59,7 +59,7 @@ class Solver(Protocol):
         ...
 
     def solve(
-        self, w_OI: Tensor, spec: Spec, stats: Mapping[Statistic, Tensor], clip: Clipped | None = None
+        self, w_OI: Tensor, spec: Spec, stats: Mapping[Statistic, Tensor], clip: Clipped | Fixed | None = None
     ) -> Solution:
         """Codes for ``w_OI`` in ``spec``.
 

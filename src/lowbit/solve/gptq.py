@@ -31,6 +31,7 @@ from lowbit.numerics import (
     Clipped,
     CrossGram,
     Fit,
+    Fixed,
     Gram,
     Grid,
     MinMax,
@@ -133,7 +134,7 @@ class Gptq:
                 )
 
     def solve(
-        self, w_OI: Tensor, spec: Spec, stats: Mapping[Statistic, Tensor], clip: Clipped | None = None
+        self, w_OI: Tensor, spec: Spec, stats: Mapping[Statistic, Tensor], clip: Clipped | Fixed | None = None
     ) -> Solution:
         H = stats[Gram()]
         _check(w_OI, H)
@@ -173,7 +174,7 @@ class Gptq:
         w_OI: Tensor,
         spec: Spec,
         stats: Mapping[Statistic, Tensor],
-        clip: Clipped | None,
+        clip: Clipped | Fixed | None,
         notes: tuple[str, ...],
     ) -> Solution:
         """What is left without a usable H: rounding to nearest, with the outliers that do not ask for H."""

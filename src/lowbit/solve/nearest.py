@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowbit.numerics import Clipped, Fisher, Fit, MinMax, QTensor, Spec, Statistic, quantize, tagged
+from lowbit.numerics import Clipped, Fisher, Fit, Fixed, MinMax, QTensor, Spec, Statistic, quantize, tagged
 from lowbit.solve.base import Solution, check_weight
 from lowbit.solve.columns import place
 from lowbit.solve.outliers import OutlierRule, choose, rules_of, side_terms
@@ -52,7 +52,7 @@ class Nearest:
         check_weight(spec, None if clipped else self.fit)
 
     def solve(
-        self, w_OI: Tensor, spec: Spec, stats: Mapping[Statistic, Tensor], clip: Clipped | None = None
+        self, w_OI: Tensor, spec: Spec, stats: Mapping[Statistic, Tensor], clip: Clipped | Fixed | None = None
     ) -> Solution:
         importance = stats[Fisher()] if self.importance == "fisher" else None
         fit = clip or self.fit

@@ -251,6 +251,8 @@ def choose(rules: tuple[OutlierRule, ...], w_OI: Tensor, spec: Spec, fit: Fit, s
     for rule in rules:
         columns, said = rule.columns(w_OI, spec, fit, stats)
         column_I[columns], notes = True, (*notes, *said)
+    if not rules:
+        return Chosen(column_I.nonzero()[:, 0], None)
     taken = column_I.expand_as(w_OI)
     for rule in rules:
         taken = taken | rule.elements(w_OI, taken, stats)

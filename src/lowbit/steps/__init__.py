@@ -6,7 +6,7 @@ from lowbit.numerics import Statistic
 from lowbit.steps.incoherence import Incoherence
 from lowbit.steps.learn import Learn
 from lowbit.steps.objectives import BlockMSE
-from lowbit.steps.parametrizations import ClipShares, Scales, Shifts
+from lowbit.steps.parametrizations import ClipShares, Rounding, Scales, Shifts
 from lowbit.steps.rules import Balance, Midpoint, Ones, Smooth
 from lowbit.steps.search import MeanAbsPower, Search, SearchClip
 from lowbit.steps.set import Set, SetActivationRange
@@ -55,6 +55,7 @@ __all__ = [
     "ModelState",
     "ModelStep",
     "Ones",
+    "Rounding",
     "Scales",
     "Search",
     "SearchClip",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +25,16 @@ class Learn:
     The block sees the inputs that the recipe feeds (with quantized inputs, errors of earlier blocks can be corrected);
     the target is the original block's output for its original inputs. Weights and activations are quantized as they
     will be stored. The parameters at the end of the epoch with the lowest mean loss are kept, or the start where no
-    epoch's mean is below the loss there; a loss that is not finite ends the learning. ``amp`` runs the block's products
-    in bfloat16 (faster where the processor has instructions for it; quantization itself stays in float32).
+    epoch's mean is below the loss there; a loss that is not finite ends the learning.
+
+    Args:
+        epochs: passes over the calibration windows.
+        batch: windows a gradient step.
+        amp: run the block's products in bfloat16 (faster where the processor has instructions for it; quantization itself
+            stays in float32).
+        steps: gradient steps instead of ``epochs``, rounded up to whole passes.
+        descent: ``"adamw"`` at constant rates, or ``"sign"``, steps along the gradient's sign at rates that fall linearly
+            to zero (SignRound, arXiv:2309.05516).
     """
 
     makers: tuple[Maker, ...]
@@ -33,8 +42,14 @@ class Learn:
     epochs: int = 20
     batch: int = 1
     amp: bool = False
+    steps: int | None = None
+    descent: Literal["adamw", "sign"] = "adamw"
 
     def __post_init__(self):
+        if self.descent not in ("adamw", "sign"):
+            raise ValueError(f"descent is 'adamw' or 'sign', found {self.descent!r}")
+        if self.steps is not None and self.steps < 0:
+            raise ValueError(f"learning takes 0 steps or more, found {self.steps}")
         if self.epochs < 0 or self.batch < 1 or not self.makers:
             raise ValueError(f"learning needs something to learn, epochs >= 0 and batch >= 1, found {self}")
 
@@ -43,7 +58,10 @@ class Learn:
         return frozenset().union(*(maker.needs for maker in self.makers))
 
     def ticks(self, windows: int, linears: int) -> int:
-        return windows * bool(self.needs) + (self.epochs + 1) * -(-windows // self.batch)
+        return windows * bool(self.needs) + (self._epochs(windows) + 1) * -(-windows // self.batch)
+
+    def _epochs(self, windows: int) -> int:
+        return self.epochs if self.steps is None else -(-self.steps // -(-windows // self.batch))
 
     def run(self, state: BlockState) -> None:
         if state.io is None or state.io.y is None:
@@ -56,18 +74,25 @@ class Learn:
         ]
         groups = [group for group in groups if group["params"]]
         if groups:
-            self._descend(state, maps, chain, torch.optim.AdamW(groups, weight_decay=0.0))
+            sign = self.descent == "sign"
+            optimizer = _SignSGD(groups) if sign else torch.optim.AdamW(groups, weight_decay=0.0)
+            total = max(1, self._epochs(len(state.io)) * -(-len(state.io) // self.batch))
+            rate = (lambda step: 1 - step / total) if sign else (lambda step: 1.0)
+            self._descend(state, maps, chain, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate))
         for each in maps:
             each.commit(state)
 
-    def _descend(self, state: BlockState, maps: list[Parametrization], chain: list[Parametrization], optimizer) -> None:
+    def _descend(
+        self, state: BlockState, maps: list[Parametrization], chain: list[Parametrization], optimizer, schedule
+    ) -> None:
         assert state.io is not None and state.io.y is not None
         base: Weights = {name: p.detach() for name, p in state.block.named_parameters()}
         order = torch.Generator().manual_seed(state.seed)
         starts = list(range(0, len(state.io), self.batch))
         best, kept = float("inf"), _snapshot(maps)
         with _ActivationQuantizers(state) as quantizers:
-            for epoch in range(self.epochs + 1):
+            epochs = self._epochs(len(state.io))
+            for epoch in range(epochs + 1):
                 total = 0.0
                 for k in torch.randperm(len(starts), generator=order).tolist() if epoch else range(len(starts)):
                     pick = slice(starts[k], starts[k] + self.batch)
@@ -77,10 +102,11 @@ class Learn:
                         optimizer.zero_grad()
                         loss.backward()
                         optimizer.step()
+                        schedule.step()
                         for each in maps:
                             each.constrain()
                     total += loss.item()
-                    state.tick(f"learning {epoch}/{self.epochs}")
+                    state.tick(f"learning {epoch}/{epochs}")
                 if not total < float("inf"):
                     state.note(f"learning stopped at epoch {epoch}: the loss is not finite; the best epoch is kept")
                     break
@@ -115,6 +141,17 @@ class Learn:
             quantizers.active = True
             loss = loss + self.objective(output, target)
         return loss
+
+
+class _SignSGD(torch.optim.SGD):
+    """Steps of the learning rate's size along the sign of the gradient."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.sign_()
+        return super().step(closure)
 
 
 def _snapshot(maps: list[Parametrization]) -> list[list[Tensor]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.architectures import Kind, ResolvedEdge, add_bias, fold, needs_bias
-from lowbit.numerics import Clipped, Statistic, tagged
+from lowbit.numerics import Affine, Clipped, Fixed, Statistic, tagged
 from lowbit.steps.rules import Midpoint, Rule, Smooth
 from lowbit.steps.simulate import fake_weight
 from lowbit.steps.state import BlockState, Stats, stored_as_OI
@@ -187,7 +187,7 @@ def rounded(state: BlockState) -> Parametrization:
 
 def quantizes(parametrization: Parametrization) -> bool:
     """Whether this map quantizes the weights itself."""
-    return isinstance(parametrization, _Clip)
+    return isinstance(parametrization, _Clip | _Rounding)
 
 
 @tagged
@@ -213,3 +213,71 @@ def _granules(state: BlockState, path: str) -> int:
     w_OI, grain = state.weight_OI(path), state.formats[path].weight.granularity
     rows, columns = grain.param_shape(tuple(w_OI.shape))
     return rows * columns
+
+
+class _Rounding(Parametrization):
+    """An offset V in steps of the grid, added before rounding, and two shares of the range for each granule."""
+
+    def __init__(self, state: BlockState):
+        super().__init__()
+        self.state, self.paths = state, list(state.formats)
+        shapes = [tuple(state.weight_OI(path).shape) for path in self.paths]
+        sizes = [_granules(state, path) for path in self.paths]
+        self.offsets = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for shape in shapes)
+        self.lower = nn.ParameterList(nn.Parameter(torch.ones(size, 1)) for size in sizes)
+        self.upper = nn.ParameterList(nn.Parameter(torch.ones(size, 1)) for size in sizes)
+
+    def _placed(self, i: int, w_OI: Tensor) -> tuple[Tensor, Affine]:
+        """Granules of the weight moved by V steps, and the grid's parameters, of the values they are stored as."""
+        spec = self.state.formats[self.paths[i]].weight
+        split = spec.granularity.split
+        w_GK = split(w_OI)
+        found = Clipped(self.lower[i], self.upper[i])(w_GK, spec.grid)  # pyright: ignore[reportArgumentType]
+        stored = spec.as_stored(Affine(*(None if p is None else p.detach() for p in found)))  # pyright: ignore[reportArgumentType]
+        scale = found.scale + (stored.scale - found.scale).detach()  # pyright: ignore[reportAttributeAccessIssue]
+        return w_GK + split(self.offsets[i]) * scale.detach(), found._replace(scale=scale)
+
+    def forward(self, weights: Weights) -> Weights:
+        changed = {}
+        for i, path in enumerate(self.paths):
+            linear, name = self.state.linear(path), f"{path}.weight"
+            spec, w_OI = self.state.formats[path].weight, stored_as_OI(linear, weights[name])
+            moved_GK, params = self._placed(i, w_OI)
+            fake_GK = spec.grid.fake(moved_GK, params)  # pyright: ignore[reportAttributeAccessIssue]
+            changed[name] = stored_as_OI(linear, spec.granularity.join(fake_GK, tuple(w_OI.shape)))
+        return {**weights, **changed}
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        for offset in self.offsets:
+            offset.clamp_(-0.5, 0.5)
+        for share in (*self.lower, *self.upper):
+            share.clamp_(SMALLEST_SCALE, 1)
+
+    @torch.no_grad()
+    def commit(self, state: BlockState) -> None:
+        for i, path in enumerate(self.paths):
+            w_OI, grain = state.weight_OI(path), state.formats[path].weight.granularity
+            moved_GK, params = self._placed(i, w_OI)
+            state.clip[path] = Fixed(params)
+            state.nudge[path] = grain.join(moved_GK, tuple(w_OI.shape)) - w_OI
+
+
+@tagged
+@dataclass(frozen=True)
+class Rounding:
+    """Learned rounding (SignRound, arXiv:2309.05516, section 3): every weight may be moved by up to half a step before it
+    is rounded, and both ends of every range may shrink. Meant for ``Learn(descent="sign")``; authors: lr is 1 over the steps.
+    """
+
+    lr: float = 5e-3
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset()
+
+    def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
+        for path, form in state.formats.items():
+            if form.weight.stats is not None:
+                raise ValueError(f"{state.full_name(path)}: learned rounding needs scales that are stored as they are")
+        return _Rounding(state)

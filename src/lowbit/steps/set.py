@@ -34,7 +34,7 @@ class Set:
     def run(self, state: BlockState) -> None:
         stats = state.collect(self.needs)
         loose = list(state.loose_ends(self.rule.kind)) if self.run_time else []
-        for edge in (*state.edges(self.at, self.rule.kind), *loose):
+        for edge in (*state.edges(self.at, self.rule.kind, note=not self.run_time), *loose):
             transform = self.rule(state, edge, stats)
             if transform is None:
                 state.note(f"edge {edge.name!r} saw no token: its {self.rule.kind.value} is not applied")

@@ -18,6 +18,7 @@ from lowbit.numerics import (
     Alternating,
     Clipped,
     Fit,
+    Fixed,
     Grid,
     KMeans,
     MinMax,
@@ -31,7 +32,7 @@ from lowbit.steps.state import BlockState
 from lowbit.transforms import ChannelTransform
 
 
-def fake_weight(w_OI: Tensor, spec: Spec, clip: Clipped | None) -> Tensor:
+def fake_weight(w_OI: Tensor, spec: Spec, clip: Clipped | Fixed | None) -> Tensor:
     """``w_OI`` as it will be restored; gradients reach the weights (straight through) and, on grids that ranges place, the
     clip shares."""
     if isinstance(spec.grid, RangeGrid):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowbit.modules import QuantLinear
 from lowbit.numerics import QTensor, Samples, Statistic, tagged
@@ -61,7 +61,8 @@ class Solve:
         if not torch.isfinite(w_OI).all():
             raise ValueError(f"{state.full_name(path)}: the weight holds NaN or Inf after the transforms before it")
         try:
-            solution = solver.solve(w_OI, form.weight, stats, state.clip.get(path))
+            target = w_OI + state.nudge[path] if path in state.nudge else w_OI
+            solution = solver.solve(target, form.weight, stats, state.clip.get(path))
         except ValueError as error:
             raise ValueError(f"{state.full_name(path)}: {error}") from error
         bias = linear._parameters.get("bias")

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbit.architectures import Kind, Port, ResolvedBlock, ResolvedEdge, add_bias, fold, needs_bias
 from lowbit.modules import ActSpec
-from lowbit.numerics import Affine, Clipped, Fisher, Spec, Statistic
+from lowbit.numerics import Affine, Clipped, Fisher, Fixed, Spec, Statistic
 from lowbit.transforms import ChannelTransform, Permute, Scale, Seeded
 
 Stats = Mapping[Statistic, Tensor]
@@ -93,7 +93,8 @@ class BlockState:
     seed: int = 0
     store_dtype: torch.dtype = torch.float32
     tick: Callable[[str], None] = lambda what: None
-    clip: dict[str, Clipped] = field(default_factory=dict)
+    clip: dict[str, Clipped | Fixed] = field(default_factory=dict)
+    nudge: dict[str, Tensor] = field(default_factory=dict)
     act_params: dict[str, Affine] = field(default_factory=dict)
     pre: dict[str, tuple[ChannelTransform, ...]] = field(default_factory=dict)
     post: dict[str, tuple[ChannelTransform, ...]] = field(default_factory=dict)
@@ -125,16 +126,16 @@ class BlockState:
 
     # Edges
 
-    def edges(self, at: Iterable[str], kind: Kind) -> Iterator[ResolvedEdge]:
+    def edges(self, at: Iterable[str], kind: Kind, *, note: bool = True) -> Iterator[ResolvedEdge]:
         """Edges whose name matches one of the patterns ``at`` and that carry ``kind``; what is left out is noted."""
         for pattern in at:
             found = [edge for edge in self.resolved.edges if fnmatch(edge.name, pattern)]
-            if not found:
+            if not found and note:
                 self.note(f"no edge {pattern!r} in this architecture: its {kind.value} is not applied")
             for edge in found:
                 if kind in edge.carries:
                     yield edge
-                else:
+                elif note:
                     self.note(f"edge {edge.name!r} cannot carry a {kind.value} here: not applied")
 
     def loose_ends(self, kind: Kind) -> Iterator[ResolvedEdge]:

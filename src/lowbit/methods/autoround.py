@@ -1,0 +1,31 @@
+"""AutoRound (SignRound): learn which way every weight is rounded, block by block, by the sign of the gradient."""
+
+from lowbit.recipe import Recipe, activation, linears, method, weight
+from lowbit.solve import Nearest
+from lowbit.steps import BlockMSE, Learn, Rounding, Solve
+
+
+@method("autoround", family="weight-only", paper="arXiv:2309.05516")
+def autoround(
+    bits: int = 4,
+    group_size: int | None = 128,
+    *,
+    symmetric: bool = False,
+    activation_bits: int | None = None,
+    steps: int = 200,
+    batch: int = 8,
+    lr: float | None = None,
+    amp: bool = True,
+) -> Recipe:
+    """Rounding offsets and ranges learned by signed gradient descent against the block's output.
+
+    symmetric: no zero point. activation_bits: also quantize each linear's input, per token, symmetric.
+    steps: gradient steps a block, rounded up to whole passes over the calibration windows. batch: windows a step.
+    lr: of offsets and ranges, falling linearly to zero; None: 1 / steps, as published. amp: products in bfloat16 while
+    learning.
+
+    The parameters after the best pass are kept, where the authors' code keeps those of the best single step.
+    """
+    learn = Learn((Rounding(lr or 1 / max(1, steps)),), BlockMSE(), batch=batch, amp=amp, steps=steps, descent="sign")
+    scheme = linears(weight(bits, group_size, symmetric=symmetric), activation(activation_bits))
+    return Recipe(name="autoround", scheme=scheme, steps=(learn, Solve(Nearest())))

@@ -1,0 +1,19 @@
+"""Generated pages are those of the code at hand."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from lowbit.recipe import METHODS
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_every_method_has_its_page_and_the_page_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("methods_pages", DOCS / "methods.py")
+    assert spec is not None and spec.loader is not None
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    found = {path.stem: path.read_text() for path in (DOCS / "methods").glob("*.md")}
+    assert found == {name: pages.page(method) for name, method in METHODS.items()}, "run `make docs`"
