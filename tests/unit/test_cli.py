@@ -21,7 +21,7 @@ from lowbit.calibrate import data
 from lowbit.cli import app, common
 from lowbit.cli.choose import byte_count, override
 
-COMMANDS = ("quantize", "evaluate", "generate", "plan", "explain", "methods", "recipes", "inspect")
+COMMANDS = ("quantize", "evaluate", "generate", "plan", "explain", "methods", "recipes", "inspect", "compare")
 WORDS = [f"w{i}" for i in range(60)]
 SHORT = ("--samples", "4", "--seq-len", "16")
 RTN = ("--method", "rtn", "--bits", "8", "--group-size", "32")
@@ -432,6 +432,7 @@ def test_sizes_are_read_with_their_units(text, count):
 INTERRUPTED = """
 import os, signal, sys
 from lowbit.calibrate.journal import Journal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it runs in the background with it ignored
 write = Journal.write
 def interrupted(self, *args):
     write(self, *args)

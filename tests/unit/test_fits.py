@@ -199,3 +199,22 @@ def test_percentiles_do_not_count_what_fills_a_short_granule():
     short = quantize(x[:, 32:].contiguous(), Spec(Int(8), PerChannel()), Percentile(0.9))
     assert isinstance(ragged.params, Affine) and isinstance(short.params, Affine)
     assert torch.equal(ragged.params.scale.view(4, 2)[:, 1], short.params.scale[:, 0])
+
+
+@pytest.mark.parametrize("span", [8, 16, 30])
+def test_k_means_bears_weights_of_very_different_size(span):
+    x, w = _values(6, 40, seed=span), 10.0 ** (span * _weights(_values(6, 40), seed=span))
+    centroids = kmeans_rows(x, w, 4)
+    assert torch.isfinite(centroids).all()
+    assert (centroids.diff(dim=1) >= 0).all()
+    again = kmeans_rows(x, w / 1e6, 4)  # only ratios of weights count
+    torch.testing.assert_close(_table_loss(x, w, again), _table_loss(x, w, centroids), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("zero", ["int", "real"])
+@pytest.mark.parametrize("fit", [HalfQuadratic(), TruncationSearch()])
+def test_one_sided_groups_do_not_collapse_under(fit, zero):
+    x = 5 + _weights(_values(8, 32))  # values from 5 to 6
+    grid = Int(4, zero=zero)
+    lost, least = _loss(x, grid, fit(x, grid)), _loss(x, grid, MinMax()(x, grid))
+    assert (lost <= 1.2 * least).all()

@@ -400,7 +400,7 @@ def test_explanations_follow_from_the_steps_and_name_no_method(models):
     solver_free = " ".join(mixed.steps).replace("Gptq(", "")
     assert not [name for name in METHODS if name in solver_free.lower().split()]
     assert "v_o" in mixed.steps[0]
-    assert "Here solver = Gptq(fit=MinMax, order=none, damp=0.01, block=128)." in mixed.steps[-1]
+    assert "Here solver = Gptq(fit=MinMax, order=none, damp=0.01, block=128, rank=diagonal" in mixed.steps[-1]
 
 
 def test_experts_are_one_edge_in_words(models):

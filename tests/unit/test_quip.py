@@ -49,15 +49,15 @@ def states(model, tokens: Tensor, skip: tuple[str, ...] = ()) -> list[BlockState
         seen = []
         hook = block.register_forward_pre_hook(lambda _, a, k, seen=seen: seen.append((a, k)), with_kwargs=True)
         with torch.no_grad():
-            logits(model, tokens) if model.dtype == torch.float64 else model(tokens)
+            for some in (tokens, tokens[:1]):  # a Call has the arguments of one window
+                logits(model, some) if model.dtype == torch.float64 else model(some)
         hook.remove()
-        args, kwargs = seen[0]
+        (args, _), (others, kwargs) = seen
         resolved = resolve(architecture, block, model.config)
         formats = {path: LinearFormat(W8) for path, role in resolved.linears.items() if role not in skip}
-        call = Call(args[1:], kwargs)
+        call = Call(others[1:], kwargs)
         with torch.no_grad(), float64_everywhere() if model.dtype == torch.float64 else nullcontext():
             y = call(block, args[0])
-        # One window of all sequences: masks and positions were made for that many.
         io = _Whole(args[0].detach(), y, call)
         found.append(BlockState(f"b{i}", block, resolved, formats, io, seed=i, store_dtype=torch.float64))
     return found

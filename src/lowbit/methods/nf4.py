@@ -18,5 +18,5 @@ def nf4(block: int = 64, *, double_quant: bool = False, activation_bits: int | N
     return Recipe(
         name="nf4",
         scheme=linears(Spec(NF4, Flat(block), second, "float32", double_quant), activation(activation_bits)),
-        steps=(Solve(Nearest()),),
+        steps=(Solve(Nearest(encode_before_storing=True)),),
     )

@@ -26,7 +26,7 @@ def owq(
 
     target_bits: stored bits a weight that each linear may take, scales, indices and kept columns counted; as many columns
     are kept as fit. Default: 0.1 over the codes and the scales of their groups. kept_columns: a count instead.
-    order: of columns by falling sensitivity, as in gptq ("act" and "group" are one without groups).
+    symmetric: no zero point. order: of columns by falling sensitivity, as in gptq ("act" and "group" are one without groups).
     mse: search the width of each range and its zero point. damp, greedy_passes, true_sequential: as in gptq.
 
     The kept columns are a buffer of their own in the packed layer (index, value), so they can be trained alone afterwards

@@ -28,7 +28,8 @@ def spqr(
     threshold: of the scaled squared error over which a weight is kept; a larger one keeps less, infinity (inf) nothing.
     simplified: no leave-one-out test of what a group's range should ignore.
     order: "act" forms groups in the order of falling Hessian diagonal, as the authors do, and stores that order (32 bits
-    an input channel); "group" stores none, and loses where a few channels dominate. damp, greedy_passes: as in gptq.
+    an input channel); "group" stores none, and loses where a few channels dominate. damp, greedy_passes,
+    true_sequential: as in gptq.
 
     Outliers are stored additively, as what is missing from the decoded code of zero, so every decoder agrees. The bits
     count what the paper's formula leaves out (row offsets, the order of columns). The authors' settings are

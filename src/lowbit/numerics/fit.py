@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lowbit.numerics.grids.base import Affine, Grid, Lut, Params, RangeGrid
+from lowbit.numerics.grids.base import OF_NOTHING, Affine, Grid, Lut, Params, RangeGrid
 from lowbit.numerics.grids.codebook import Codebook
 from lowbit.numerics.grids.int import Int
 from lowbit.numerics.kmeans import kmeans_rows
@@ -157,8 +157,9 @@ class TruncationSearch(_RangeFit):
     """The width of the range and where zero lies in it, both searched: ``sum importance * |x - q(x)|**norm`` is least.
 
     Widths are ``i / steps`` of the range of the values, ``i = 1 .. steps``, each with every code as zero point (OWQ,
-    arXiv:2306.02272, as its code has it); a grid without a zero point has only its width searched. Costs
-    ``steps * 2**bits`` evaluations.
+    arXiv:2306.02272, as its code has it). Where the zero point is a real number, zero need not be in the range, and
+    ``2**bits`` places for the window within the range of the values are tried instead; a grid without a zero point has only
+    its width searched. The range itself is among the candidates. Costs ``steps * 2**bits`` evaluations.
     """
 
     steps: int = 100
@@ -170,14 +171,18 @@ class TruncationSearch(_RangeFit):
 
     def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
         lo, hi = extremes(x_GK)
-        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-        movable = isinstance(grid, Int) and not grid.symmetric
+        real, movable = isinstance(grid, Int) and grid.real_zero, isinstance(grid, Int) and not grid.symmetric
+        if not real:
+            lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         shares = [z / (2**grid.bits - 1) for z in range(2**grid.bits)] if movable else [None]
         best, best_lo, best_hi = torch.full_like(lo, float("inf")), lo, hi
         for i in range(self.steps, 0, -1):
             width = (hi - lo) * (i / self.steps)
             for share in shares:
-                low = lo * (i / self.steps) if share is None else -share * width
+                if share is None:
+                    low = lo * (i / self.steps)
+                else:
+                    low = lo + share * (hi - lo - width) if real else -share * width
                 params = grid.from_range(low, low + width)
                 loss = (grid.decode(grid.encode(x_GK, params), params) - x_GK).abs_().pow_(self.norm)
                 loss = (loss if importance_GK is None else loss * importance_GK).sum(1, keepdim=True)
@@ -203,7 +208,7 @@ class RmsRange:
         counted = torch.ones_like(x_GK) if importance_GK is None else (importance_GK > 0).to(x_GK)
         mean = (x_GK.square() * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
         half = self.factor * mean.sqrt()
-        scale = torch.where(half > 0, 2 * half / grid.max_code, torch.ones_like(half))
+        scale = torch.where(half > 0, 2 * half / grid.max_code, torch.full_like(half, OF_NOTHING))
         return Affine(scale, torch.full_like(scale, grid.max_code / 2))
 
 
@@ -233,8 +238,7 @@ class HalfQuadratic:
     def __call__(self, x_GK: Tensor, grid: Int, importance_GK: Tensor | None = None) -> Affine:
         counted = torch.ones_like(x_GK) if importance_GK is None else (importance_GK > 0).to(x_GK)
         number = counted.sum(1, keepdim=True).clamp(min=1)
-        real = Int(grid.bits, zero="real")
-        scale, zero = real.from_range(*extremes(x_GK))
+        scale, zero = grid.from_range(*extremes(x_GK))  # which holds zero where the zero point has to be a code
         assert zero is not None
         best, best_zero, beta = torch.full_like(scale, float("inf")), zero, self.beta
         for _ in range(self.rounds + 1):

@@ -25,7 +25,8 @@ def kmeans_rows(x_GK: Tensor, weight_GK: Tensor | None, clusters: int) -> Tensor
 
     Args:
         x_GK: finite values.
-        weight_GK: at least 0; None for all ones. A value of weight 0 has no say; a row of zeros counts as all ones.
+        weight_GK: at least 0; None for all ones. A value of weight 0 has no say, nor has one below 1e-13 of its row's sum,
+            which sums in float64 could not tell apart; a row of zeros counts as all ones.
         clusters: C; a row of fewer distinct values repeats its largest centroid, and is exact.
     """
     x = x_GK.detach().to("cpu", torch.float64).numpy()
@@ -52,12 +53,13 @@ def _rows(x_GK, w_GK, out_GC):
 @numba.njit(nogil=True, cache=True)
 def _row(x_K, w_K, out_C):
     order = np.argsort(x_K)
-    everyone = w_K.sum() <= 0
-    # Distinct values with their summed weights; values of weight 0 are left out.
+    least = 1e-13 * w_K.sum()
+    everyone = least <= 0
+    # Distinct values with their summed weights; values without a say are left out.
     values, weights, n = np.empty(len(x_K)), np.empty(len(x_K)), 0
     for i in order:
         weight = 1.0 if everyone else w_K[i]
-        if weight <= 0:
+        if not everyone and weight <= least:
             continue
         if n and values[n - 1] == x_K[i]:
             weights[n - 1] += weight

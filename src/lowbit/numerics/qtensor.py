@@ -85,10 +85,18 @@ def stored_bits(spec: Spec, shape: Shape) -> int:
     return total
 
 
-def quantize(x: Tensor, spec: Spec, fit: Fit, importance: Tensor | None = None, centred: bool = False) -> QTensor:
+def quantize(
+    x: Tensor,
+    spec: Spec,
+    fit: Fit,
+    importance: Tensor | None = None,
+    centred: bool = False,
+    encode_before_storing: bool = False,
+) -> QTensor:
     """Round-to-nearest: fits parameters to ``x`` ``[..., I]``, then takes the nearest code of each element.
 
-    ``centred`` subtracts the mean of all elements first and keeps it in the result.
+    ``centred`` subtracts the mean of all elements first and keeps it in the result. ``encode_before_storing`` takes the
+    nearest codes under the parameters as fitted, and not as they will be stored.
 
     Raises:
         ValueError: NaN or Inf in ``x``, or a scale that the format cannot store.
@@ -99,7 +107,7 @@ def quantize(x: Tensor, spec: Spec, fit: Fit, importance: Tensor | None = None, 
     if mean is not None:
         x = x - mean
     raw = fit_raw(x, spec, fit, importance)
-    params = spec.as_stored(raw, spec.granularity.param_shape(tuple(x.shape))[1])
+    params = raw if encode_before_storing else spec.as_stored(raw, spec.granularity.param_shape(tuple(x.shape))[1])
     codes_GK = spec.grid.encode(spec.granularity.split(x), params)
     q = QTensor.fitted(spec.granularity.join(codes_GK, tuple(x.shape)).contiguous(), raw, spec)
     return q if mean is None else QTensor(q.codes, q.params, spec, q.second, mean)

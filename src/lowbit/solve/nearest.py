@@ -24,11 +24,15 @@ class Nearest:
         fit: places the grid on each granule.
         outliers: what stays in float16, a rule or several: see ``solve.outliers``. No grid is placed on it.
         importance: what a fit weighs elements by: ``"none"``, all the same, or ``"fisher"``.
+        encode_before_storing: choose codes under the parameters as fitted. They are nearest under the parameters as stored
+            otherwise, which loses less; with quantized statistics the codes then differ from those of code that
+            quantizes its scales afterwards.
     """
 
     fit: Fit = MinMax()
     outliers: OutlierRule | tuple[OutlierRule, ...] | None = None
     importance: Literal["none", "fisher"] = "none"
+    encode_before_storing: bool = False
 
     def __post_init__(self):
         if self.importance not in ("none", "fisher"):
@@ -57,14 +61,14 @@ class Nearest:
         importance = stats[Fisher()] if self.importance == "fisher" else None
         fit = clip or self.fit
         if self.outliers is None:
-            return Solution(quantize(w_OI, spec, fit, importance))
+            return Solution(quantize(w_OI, spec, fit, importance, encode_before_storing=self.encode_before_storing))
         if not torch.isfinite(w_OI).all():
             raise ValueError(f"cannot quantize {int((~torch.isfinite(w_OI)).sum())} weights that are NaN or Inf")
         chosen = choose(rules_of(self.outliers), w_OI, spec, fit, stats)
         out = chosen.out_of_fits(w_OI)
         shape = (w_OI.shape[0], w_OI.shape[1])
         raw = place(w_OI, spec, fit, importance, out)
-        params = spec.as_stored(raw, spec.granularity.param_shape(shape)[1])
+        params = raw if self.encode_before_storing else spec.as_stored(raw, spec.granularity.param_shape(shape)[1])
         coded = w_OI if out is None else w_OI.masked_fill(out, 0)
         codes = spec.grid.encode(spec.granularity.split(coded), params)
         q = QTensor.fitted(spec.granularity.join(codes, shape).contiguous(), raw, spec)

@@ -14,6 +14,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
+OF_NOTHING = 2.0**-100
+"""Scale of a granule of zeros, before it is stored. Any would restore them; one that is next to nothing does not move the
+scales of its neighbours where scales are themselves quantized together, and is far from underflow in a product."""
+
 
 class Affine(NamedTuple):
     """``value = scale * (level - zero)``. scale ``[G, 1]`` floating, zero ``[G, 1]`` floating or None for no zero point."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lowbit.numerics.grids.base import Affine, Field
+from lowbit.numerics.grids.base import OF_NOTHING, Affine, Field
 from lowbit.numerics.tagged import tagged
 
 
@@ -68,13 +68,13 @@ class Int:
         if self.symmetric:
             absmax = torch.maximum(lo_G1.abs(), hi_G1.abs())
             scale = absmax * 2 if self.bits == 1 else absmax / (self.max_code // 2)
-            return Affine(torch.where(scale > 0, scale, torch.ones_like(scale)))
+            return Affine(torch.where(scale > 0, scale, torch.full_like(scale, OF_NOTHING)))
         lo, hi = (lo_G1, hi_G1) if self.zero == "real" else (lo_G1.clamp(max=0), hi_G1.clamp(min=0))
         scale = (hi - lo) / self.max_code
-        # A granule of one value has no range; step = |value| (or 1) represents that value and zero exactly. So does one of
+        # A granule of one value has no range; step = |value| represents that value and zero exactly. So does one of
         # nearly one value, whose real zero point would be beyond what float16, in which it is stored, can tell apart.
         flat = scale <= (torch.maximum(lo.abs(), hi.abs()) * 2.0**-15 if self.zero == "real" else 0)
-        scale = torch.where(flat, torch.where(hi != 0, hi.abs(), torch.ones_like(hi)), scale)
+        scale = torch.where(flat, torch.where(hi != 0, hi.abs(), torch.full_like(hi, OF_NOTHING)), scale)
         zero = -lo / scale
         if self.zero == "int":
             zero = zero.round().clamp(0, self.max_code)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lowbit.numerics.grids.base import Affine, Field
+from lowbit.numerics.grids.base import OF_NOTHING, Affine, Field
 from lowbit.numerics.tagged import tagged
 
 
@@ -46,7 +45,7 @@ class _Levels:
             scale = torch.maximum(scale, hi_G1 / highest)
         if lowest < 0:
             scale = torch.maximum(scale, lo_G1 / lowest)
-        return Affine(torch.where(scale > 0, scale, torch.ones_like(scale)))
+        return Affine(torch.where(scale > 0, scale, torch.full_like(scale, OF_NOTHING)))
 
     def encode(self, x_GK: Tensor, params: Affine) -> Tensor:
         _, codes, midpoints = self._sorted(x_GK.device, params.scale.dtype)
@@ -150,7 +149,7 @@ class Table(_Levels):
         if not self.absmax:
             return super().from_range(lo_G1, hi_G1)
         scale = torch.maximum(lo_G1.abs(), hi_G1.abs()) / self.max_level
-        return Affine(torch.where(scale > 0, scale, torch.ones_like(scale)))
+        return Affine(torch.where(scale > 0, scale, torch.full_like(scale, OF_NOTHING)))
 
 
 NF4 = Table(
@@ -180,15 +179,14 @@ def _dynamic_map(exponents: int = 7) -> tuple[float, ...]:
     """Signed numbers whose spacing grows tenfold from one exponent to the next, 1, 2, 4, ... of them at each.
 
     Exponent e holds the midpoints of 2**e equal parts of [0.1, 1], times 10**(e - exponents + 1), with both signs; zero
-    and one complete the 256.
+    and one complete the 256. Computed in float32, as bitsandbytes does: in float64 some would round to a neighbour.
     """
-    values = [0.0, 1.0]
+    values = [torch.tensor([0.0, 1.0])]
     for e in range(exponents):
-        edges = [0.1 + 0.9 * i / 2**e for i in range(2**e + 1)]
-        for low, high in pairwise(edges):
-            value = (low + high) / 2 * 10.0 ** (e - exponents + 1)
-            values += [value, -value]
-    return tuple(sorted(values))
+        edges = torch.linspace(0.1, 1, 2**e + 1, dtype=torch.float32)
+        middle = 10.0 ** (e - exponents + 1) * ((edges[:-1] + edges[1:]) / 2)
+        values += [middle, -middle]
+    return tuple(torch.cat(values).sort().values.tolist())
 
 
 DYNAMIC_MAP = Table(_dynamic_map(), absmax=True)
