@@ -8,6 +8,7 @@ module is imported first, so that the functions below are what the names mean.
 """
 
 from lowbit import methods as _methods  # noqa: F401  (fills the registry of methods)
+from lowbit.allocation import Allocation, allocate
 from lowbit.api import evaluate, load, load_tokenizer, methods
 from lowbit.comparison import compare
 from lowbit.pipeline import BrokenModel, QuantizeReport, quantize
@@ -16,10 +17,12 @@ from lowbit.single import quantize_linear
 from lowbit.version import __version__
 
 __all__ = [
+    "Allocation",
     "BrokenModel",
     "QuantizeReport",
     "Recipe",
     "__version__",
+    "allocate",
     "compare",
     "evaluate",
     "load",

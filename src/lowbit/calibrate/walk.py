@@ -135,6 +135,12 @@ class Walk:
             self.fisher.remove()
         return self.records
 
+    def sensitivities(self) -> FisherPass:
+        """Fisher information of every linear that the recipe quantizes, of the original model; quantizes nothing."""
+        self._find_sensitivities(self._start())
+        assert self.fisher is not None
+        return self.fisher
+
     def _find_sensitivities(self, calls: list[Call]) -> None:
         """Fisher information of every block that is still to be quantized, into files."""
         assert self.stream is not None and self.ids is not None

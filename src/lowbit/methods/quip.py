@@ -8,9 +8,6 @@ from lowbit.solve import Gptq
 from lowbit.steps import Balance, Incoherence, Set, Solve
 
 _EDGES = ("norm_*", "v_o", "*up_down*")
-# Outermost level of the uniform grid of 2^bits levels that loses least of a standard normal distribution, which the
-# weights of a rotated matrix nearly have (J. Max, 1960).
-_NORMAL = {1: 0.798, 2: 1.494, 3: 2.051, 4: 2.514, 5: 2.916, 6: 3.278, 7: 3.611, 8: 3.922}
 
 
 @method("quip", family="weight-only", paper="arXiv:2307.13304")
@@ -42,8 +39,9 @@ def quip(
     spec = Spec(Int(bits, zero="real"), PerTensor() if group_size is None else PerGroup(group_size))
     rescale = (Set(Balance(), _EDGES, run_time=True),) if balance else ()
     rotation = (Incoherence(transform),) if transform != "none" else ()
-    fit = RmsRange(_NORMAL[bits] if rho is None else rho)
-    solver = Gptq(fit=fit, order=order, damp=damp, greedy_passes=greedy_passes, static_groups=group_size is not None)
+    solver = Gptq(
+        fit=RmsRange(rho), order=order, damp=damp, greedy_passes=greedy_passes, static_groups=group_size is not None
+    )
     return Recipe(
         name="quip",
         scheme=linears(spec, activation(activation_bits)),

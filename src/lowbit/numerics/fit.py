@@ -192,13 +192,20 @@ class TruncationSearch(_RangeFit):
         return grid.from_range(best_lo, best_hi)
 
 
+# Outermost level, in standard deviations, of the uniform grid of 2^bits levels that loses least of a normal distribution.
+_NORMAL = {1: 0.798, 2: 1.494, 3: 2.051, 4: 2.514, 5: 2.916, 6: 3.278, 7: 3.611, 8: 3.922}
+
+
 @tagged
 @dataclass(frozen=True)
 class RmsRange:
     """``factor`` times the root mean square on both sides of zero (QuIP, arXiv:2307.13304): incoherent weights have no
-    extremes worth covering. Levels lie symmetrically, none of them at zero; the zero point is the real number between."""
+    extremes worth covering. Levels lie symmetrically, none of them at zero; the zero point is the real number between.
 
-    factor: float = 2.4
+    ``factor`` None: what loses least of a normal distribution at the grid's width (J. Max, 1960); QuIP's code has 2.4.
+    """
+
+    factor: float | None = None
 
     def why_not(self, grid: Grid) -> str | None:
         fits = isinstance(grid, Int) and grid.real_zero
@@ -207,7 +214,7 @@ class RmsRange:
     def __call__(self, x_GK: Tensor, grid: Int, importance_GK: Tensor | None = None) -> Affine:
         counted = torch.ones_like(x_GK) if importance_GK is None else (importance_GK > 0).to(x_GK)
         mean = (x_GK.square() * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
-        half = self.factor * mean.sqrt()
+        half = (_NORMAL[grid.bits] if self.factor is None else self.factor) * mean.sqrt()
         scale = torch.where(half > 0, 2 * half / grid.max_code, torch.full_like(half, OF_NOTHING))
         return Affine(scale, torch.full_like(scale, grid.max_code / 2))
 

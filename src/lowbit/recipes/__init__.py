@@ -30,6 +30,7 @@ class _NamedFile(_File):
     description: str = ""
     feed: Literal["fp", "quant"] | None = None
     seed: int | None = None
+    model_steps: tuple[dict[str, Any], ...] | None = None
 
 
 class _ExplicitFile(_File):
@@ -58,7 +59,12 @@ def from_plain(data: Any) -> Recipe:
     if "steps" not in data:
         named = validated(_NamedFile, data)
         changes = {key: getattr(named, key) for key in ("feed", "seed") if getattr(named, key) is not None}
-        return rebuilt(recipe(named.method, **named.options), **changes).with_overrides(named.overrides)
+        if named.model_steps is not None:
+            changes["model_steps"] = tuple(from_dict(step) for step in named.model_steps)
+        try:
+            return rebuilt(recipe(named.method, **named.options), **changes).with_overrides(named.overrides)
+        except ValidationError as error:
+            raise ValueError(f"recipe {named.method!r}: {plain_message(error)}") from error
     explicit = validated(_ExplicitFile, data)
     rules = tuple(validated(Rule, {key: from_dict(value) for key, value in rule.items()}) for rule in explicit.scheme)
     try:

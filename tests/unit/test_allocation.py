@@ -1,0 +1,86 @@
+"""Bits go where they lower the loss most, and the budget counts everything that is stored."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+import yaml
+
+import lowbit
+from lowbit.allocation import spend
+from lowbit.formats.checkpoint import bits_report
+from lowbit.recipes import as_recipe, from_plain
+
+from helpers import random_ids, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+IDS = random_ids(4, 16)
+
+
+def test_the_greedy_allocation_of_convex_curves_is_the_best_that_there_is():
+    generator = torch.Generator().manual_seed(0)
+    scale = (3 * torch.randn(5, generator=generator)).exp().tolist()
+    losses = {str(i): {b: s * 4.0**-b for b in (2, 3, 4, 5)} for i, s in enumerate(scale)}
+    cost = {name: {b: 10.0 * b for b in (2, 3, 4, 5)} for name in losses}  # all of one size: nothing is left over
+    chosen = spend(losses, cost, 10.0 * 17)
+    assert sum(chosen.values()) == 17
+    best = min(
+        sum(losses[str(i)][b] for i, b in enumerate(widths))
+        for widths in product((2, 3, 4, 5), repeat=5)
+        if sum(widths) <= 17
+    )
+    assert sum(losses[name][b] for name, b in chosen.items()) == pytest.approx(best)
+
+
+def test_what_costs_too_much_does_not_stop_smaller_layers_from_growing():
+    losses = {"large": {2: 100.0, 3: 1.0}, "small": {2: 1.0, 3: 0.5}}
+    cost = {"large": {2: 200.0, 3: 300.0}, "small": {2: 2.0, 3: 3.0}}
+    assert spend(losses, cost, 205.0) == {"large": 2, "small": 3}
+
+
+@pytest.mark.parametrize("method", ["gptq", "quip"])
+def test_the_model_takes_what_was_asked_for_and_every_stored_bit_counts(llama, tmp_path, method):
+    found = lowbit.allocate(llama, lowbit.recipe(method, bits=4), 5.0, IDS, widths=(2, 3, 4, 6, 8))
+    assert found.bits_per_weight <= 5.0
+    widths = {form.weight.grid.bits for form in found.formats.values()}
+    assert len(widths) > 1
+    report = lowbit.quantize(llama, found.recipe, IDS, out=tmp_path / "q", max_kl=1e9)
+    assert report.bits_per_weight == pytest.approx(found.bits_per_weight, abs=1e-9)
+    assert bits_report(tmp_path / "q")["bits_per_weight"] == pytest.approx(found.bits_per_weight, abs=1e-9)
+
+
+def test_an_insensitive_layer_gets_fewer_bits(llama, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e-3)  # hardly anything of it reaches the residual stream
+    model.save_pretrained(tmp_path / "model")
+    found = lowbit.allocate(tmp_path / "model", lowbit.recipe("rtn", group_size=None), 5.0, IDS)
+    width = {name: form.weight.grid.bits for name, form in found.formats.items()}
+    assert width["model.layers.1.mlp.down_proj"] == 2 < width["model.layers.0.mlp.down_proj"]
+    assert found.loss < found.loss_before or found.bits_before < 5.0
+
+
+def test_skipped_layers_stay_skipped_and_a_file_holds_the_same_recipe(llama, tmp_path):
+    base = lowbit.recipe("rtn", group_size=16).with_overrides([{"match": "v", "skip": True}, {"match": "o", "group_size": 8}])
+    found = lowbit.allocate(llama, base, 5.5, IDS)
+    assert not any("v_proj" in name for name in found.formats)
+    assert all(form.weight.granularity.size == (8 if "o_proj" in name else 16) for name, form in found.formats.items())
+    path = tmp_path / "mixed.yaml"
+    path.write_text(yaml.safe_dump(found.to_dict()))
+    assert as_recipe(path) == found.recipe == from_plain(found.to_dict())
+
+
+def test_impossible_budgets_and_grids_without_widths_are_refused_before_any_work(llama):
+    with pytest.raises(ValueError, match=r"2\.0 bits a weight were asked for; with codes of 2 bits this recipe takes 3"):
+        lowbit.allocate(llama, lowbit.recipe("rtn", group_size=16), 2.0, IDS)
+    with pytest.raises(ValueError, match="no widths to choose from"):
+        lowbit.allocate(llama, lowbit.recipe("nf4"), 5.0, IDS)
