@@ -50,7 +50,7 @@ def states(model, tokens: Tensor, skip: tuple[str, ...] = ()) -> list[BlockState
         hook = block.register_forward_pre_hook(lambda _, a, k, seen=seen: seen.append((a, k)), with_kwargs=True)
         with torch.no_grad():
             for some in (tokens, tokens[:1]):  # a Call has the arguments of one window
-                logits(model, some) if model.dtype == torch.float64 else model(some)
+                logits(model, some) if model.dtype == torch.float64 else model(some, use_cache=False)
         hook.remove()
         (args, _), (others, kwargs) = seen
         resolved = resolve(architecture, block, model.config)

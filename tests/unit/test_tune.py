@@ -87,3 +87,10 @@ def test_a_recipe_with_steps_of_model_scope_survives_its_plain_form_and_a_mix():
 def test_tuning_settings_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="epochs"):
         Tune(epochs=0)
+
+
+def test_a_file_that_names_a_method_takes_model_steps_too():
+    data = {"method": "gptq", "options": {"bits": 3}, "model_steps": [{"type": "Tune", "epochs": 2}]}
+    assert from_plain(data) == rebuilt(lowbit.recipe("gptq", bits=3), model_steps=(Tune(epochs=2),))
+    with pytest.raises(ValueError, match="not a step of model scope"):
+        from_plain(data | {"model_steps": [{"type": "Solve", "solver": {"type": "Nearest"}}]})

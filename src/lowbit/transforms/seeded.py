@@ -205,7 +205,8 @@ class RandomHadamard(Seeded):
         left, right = 1, width // core  # core (x) Sylvester, cut in two where the sizes come closest
         while 2 * core * left <= right // 2:
             left, right = left * 2, right // 2
-        return numbers.signs(width), _Mix(torch.kron(paley(core), sylvester(left)), sylvester(right))
+        parts = sorted((torch.kron(paley(core), sylvester(left)), sylvester(right)), key=len)
+        return numbers.signs(width), _Mix(*parts)  # products with the last factor are one large one: it is the larger
 
 
 def _small_factor(n: int) -> int:
