@@ -70,7 +70,9 @@ def test_an_insensitive_layer_gets_fewer_bits(llama, tmp_path):
 
 
 def test_skipped_layers_stay_skipped_and_a_file_holds_the_same_recipe(llama, tmp_path):
-    base = lowbit.recipe("rtn", group_size=16).with_overrides([{"match": "v", "skip": True}, {"match": "o", "group_size": 8}])
+    base = lowbit.recipe("rtn", group_size=16).with_overrides(
+        [{"match": "v", "skip": True}, {"match": "o", "group_size": 8}]
+    )
     found = lowbit.allocate(llama, base, 5.5, IDS)
     assert not any("v_proj" in name for name in found.formats)
     assert all(form.weight.granularity.size == (8 if "o_proj" in name else 16) for name, form in found.formats.items())
@@ -80,7 +82,9 @@ def test_skipped_layers_stay_skipped_and_a_file_holds_the_same_recipe(llama, tmp
 
 
 def test_impossible_budgets_and_grids_without_widths_are_refused_before_any_work(llama):
-    with pytest.raises(ValueError, match=r"2\.0 bits a weight were asked for; with codes of 2 bits this recipe takes 3"):
+    with pytest.raises(
+        ValueError, match=r"2\.0 bits a weight were asked for; with codes of 2 bits this recipe takes 3"
+    ):
         lowbit.allocate(llama, lowbit.recipe("rtn", group_size=16), 2.0, IDS)
     with pytest.raises(ValueError, match="no widths to choose from"):
         lowbit.allocate(llama, lowbit.recipe("nf4"), 5.0, IDS)

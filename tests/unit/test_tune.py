@@ -94,3 +94,22 @@ def test_a_file_that_names_a_method_takes_model_steps_too():
     assert from_plain(data) == rebuilt(lowbit.recipe("gptq", bits=3), model_steps=(Tune(epochs=2),))
     with pytest.raises(ValueError, match="not a step of model scope"):
         from_plain(data | {"model_steps": [{"type": "Solve", "solver": {"type": "Nearest"}}]})
+
+
+def test_the_product_that_decodes_anew_has_the_gradients_of_one_that_does_not():
+    from lowbit.steps.tune import _Product
+
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 8, (12, 20), generator=generator).double()
+    h, scale, zero, g = (
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 5, 20), (12, 1), (12, 1), (2, 5, 12))
+    )
+
+    def dense(scale, zero):
+        return scale * (codes - zero)
+
+    wanted = torch.autograd.grad(h @ dense(scale, zero).T, (h, scale, zero), g)
+    found = torch.autograd.grad(_Product.apply(h, dense, scale, zero), (h, scale, zero), g)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 from lowbit.layouts import pack_qtensor
 from lowbit.modules import QuantLinear
@@ -90,12 +90,12 @@ class Tune:
             for epoch in range(1, self.epochs + 1):
                 for pick in torch.randperm(len(state.ids), generator=order).split(self.batch):
                     optimizer.zero_grad()
-                    for i in pick.tolist():
-                        loss = self._loss(state, i, gains) / len(pick)
-                        if not torch.isfinite(loss):
-                            raise ValueError("tuning met a loss that is NaN or Inf; use a smaller lr or leave it out")
-                        loss.backward()
-                        state.tick(f"tuning, epoch {epoch} of {self.epochs}, KL {loss.item() * len(pick):.3f}")
+                    loss = self._loss(state, pick.tolist(), gains)
+                    if not torch.isfinite(loss):
+                        raise ValueError("tuning met a loss that is NaN or Inf; use a smaller lr or leave it out")
+                    loss.backward()
+                    for _ in pick:
+                        state.tick(f"tuning, epoch {epoch} of {self.epochs}, KL {loss.item():.3f}")
                     optimizer.step()
                     schedule.step()
         with torch.no_grad():
@@ -104,15 +104,18 @@ class Tune:
             for name, gain in gains.items():
                 model.get_parameter(name).copy_(gain.value())
 
-    def _loss(self, state: ModelState, i: int, gains: dict[str, _Relative]) -> Tensor:
-        ids_1T = state.ids[i : i + 1]
+    def _loss(self, state: ModelState, windows: list[int], gains: dict[str, _Relative]) -> Tensor:
+        ids_BT = state.ids[windows]
         values = {name: gain.value() for name, gain in gains.items()}
-        with torch.autocast(ids_1T.device.type, torch.bfloat16, enabled=self.amp):
-            output = functional_call(state.model, values, kwargs={"input_ids": ids_1T, "use_cache": False})
-        found = output.logits[0].float().log_softmax(-1)
-        with torch.no_grad():
-            target = state.original(i).float().log_softmax(-1)
-        return F.kl_div(found, target, log_target=True, reduction="batchmean")
+        with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=self.amp):
+            output = functional_call(state.model, values, kwargs={"input_ids": ids_BT, "use_cache": False})
+        loss = torch.zeros(())
+        for i, logits_TV in zip(windows, output.logits, strict=True):
+            with torch.no_grad():
+                target = state.original(i).float().log_softmax(-1)
+            found = logits_TV.float().log_softmax(-1)
+            loss = loss + F.kl_div(found, target, log_target=True, reduction="batchmean") / len(windows)
+        return loss
 
 
 class _Relative:
@@ -126,6 +129,28 @@ class _Relative:
 
     def value(self) -> Tensor:
         return self.start + self.unit * self.delta
+
+
+class _Product(torch.autograd.Function):
+    """``h W^T`` of a weight ``W = dense(*parts)`` that is decoded anew in the backward pass instead of kept."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, dense: Callable[..., Tensor], *parts: Tensor) -> Tensor:
+        device = h.device.type
+        h = h.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else h
+        ctx.dense = dense
+        ctx.save_for_backward(h, *parts)
+        return h @ dense(*parts).to(h.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        h, *parts = ctx.saved_tensors
+        leaves = [part.detach().requires_grad_() for part in parts]
+        with torch.enable_grad():
+            w_OI = ctx.dense(*leaves)
+        of_weight = g.flatten(0, -2).T @ h.flatten(0, -2)
+        return g @ w_OI.detach().to(g.dtype), None, *torch.autograd.grad(w_OI, leaves, of_weight.to(w_OI.dtype))
 
 
 class _Tuned:
@@ -151,18 +176,17 @@ class _Tuned:
 
     def product(self, x: Tensor) -> Tensor:
         h = fake_activation(x, self.layer.act, self.layer.act_params)
-        y = checkpoint(self._dense, h, *(part.value() for part in self.parts.values()), use_reentrant=False)
+        y = _Product.apply(h, self._dense, *(part.value() for part in self.parts.values()))
         assert isinstance(y, Tensor)
         for term in self.layer.side:
             y = y + term.apply(x, self.layer.shape[0])
         return y
 
-    def _dense(self, h: Tensor, *parts: Tensor) -> Tensor:
+    def _dense(self, *parts: Tensor) -> Tensor:
         spec = self.layer.spec
         params = spec.grid.kind(**self.fixed, **dict(zip(self.parts, parts, strict=True)))
         codes_GK = spec.granularity.split(self.codes)
-        weight = spec.granularity.join(spec.grid.decode(codes_GK, params), self.layer.shape)
-        return F.linear(h, weight.to(h.dtype))
+        return spec.granularity.join(spec.grid.decode(codes_GK, params), self.layer.shape)
 
     @torch.no_grad()
     def commit(self) -> None:
