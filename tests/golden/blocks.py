@@ -1,0 +1,126 @@
+"""Blocks 2 and 14 of a real model, their inputs, and what a method loses there when it acts on the whole block."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+
+import platformdirs
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lowbit
+from lowbit.architectures import for_config, resolve
+from lowbit.calibrate.data import calibration_set
+from lowbit.calibrate.source import open_model
+from lowbit.calibrate.stream import Call, Stream
+from lowbit.steps import BlockIO, BlockState
+
+import layers
+
+BLOCKS = (2, 14)
+
+
+@cache
+def _model():
+    source = open_model("smollm2-135m")
+    return source, source.load_full().requires_grad_(False)
+
+
+@cache
+def _inputs() -> dict[str, Tensor]:
+    """``{block}.{split}``: the block's inputs ``[windows, 512, d]`` in the unquantized model."""
+    cache_file = Path(platformdirs.user_cache_dir("lowbit")) / "tests" / "official-block-inputs-2-14.safetensors"
+    if not cache_file.exists():
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = cache_file.with_suffix(".unfinished")
+        save_file(_gather(), unfinished)
+        unfinished.replace(cache_file)
+    return load_file(cache_file)
+
+
+def _gather() -> dict[str, Tensor]:
+    source, model = _model()
+    base = copy.copy(model.model)
+    base._modules = dict(model.model._modules)
+    base.layers = nn.ModuleList(model.model.layers[: max(BLOCKS) + 1])  # what comes later is not wanted
+    base.config = copy.copy(base.config)
+    base.config.num_hidden_layers = len(base.layers)
+    found: dict[str, Tensor] = {}
+    for split, (file, windows) in layers.SPLITS.items():
+        ids = calibration_set(str(layers.DATA / "text" / file), source.tokenizer(), windows, layers.WINDOW).ids
+        seen: dict[int, list[Tensor]] = {block: [] for block in BLOCKS}
+        hooks = [
+            base.layers[block].register_forward_pre_hook(lambda _, args, to=seen[block]: to.append(args[0]))
+            for block in BLOCKS
+        ]
+        with torch.inference_mode():
+            for window in ids:
+                base(input_ids=window[None], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        found |= {f"{block}.{split}": torch.cat(parts).clone() for block, parts in seen.items()}
+    return found
+
+
+@cache
+def _call(block: int) -> Call:
+    source, model = _model()
+    stream = Stream(model, for_config(source.config))
+    return stream.enter(torch.zeros(1, layers.WINDOW, dtype=torch.int64))[1][block]
+
+
+def _linear_inputs(module: nn.Module, block: int) -> dict[str, Tensor]:
+    """Evaluation inputs ``[tokens, I]`` of the recorded linears of ``module``, a form of that block."""
+    seen: dict[str, list[Tensor]] = {path: [] for path in layers.LINEARS}
+    hooks = [
+        module.get_submodule(path).register_forward_pre_hook(lambda _, args, to=to: to.append(args[0].flatten(0, 1)))
+        for path, to in seen.items()
+    ]
+    with torch.inference_mode():
+        for window in _inputs()[f"{block}.evaluation"]:
+            _call(block)(module, window[None])
+    for hook in hooks:
+        hook.remove()
+    return {path: torch.cat(parts) for path, parts in seen.items()}
+
+
+@cache
+def _wanted(block: int) -> dict[str, Tensor]:
+    """``X W^T`` of the recorded linears in the unquantized block."""
+    _, model = _model()
+    module = model.model.layers[block]
+    with torch.inference_mode():
+        return {path: module.get_submodule(path)(x) for path, x in _linear_inputs(module, block).items()}
+
+
+@cache
+def errors_of(method: str, block: int, **options) -> dict[str, float]:
+    """``||X W^T - q(X')||^2 / ||X W^T||^2`` of each recorded linear, q the packed layer as it runs.
+
+    X' are the inputs in the block whose transforms are folded and whose weights are not quantized yet.
+    """
+    source, model = _model()
+    recipe = lowbit.recipe(method, **options)
+    module = copy.deepcopy(model.model.layers[block])
+    resolved = resolve(for_config(source.config), module, source.config)
+    name = f"model.layers.{block}"
+    io = BlockIO(_inputs()[f"{block}.calibration"], None, _call(block))
+    state = BlockState(name, module, resolved, recipe.scheme.formats(resolved, name), io)
+    for step in recipe.steps[:-1]:
+        step.run(state)
+    moved = _linear_inputs(module, block)
+    recipe.steps[-1].run(state)
+    errors = {}
+    with torch.inference_mode():
+        for path, wanted in _wanted(block).items():
+            lost = (wanted - state.linear(path)(moved[path])).double().square().sum()
+            errors[path] = (lost / wanted.double().square().sum()).item()
+    return errors
+
+
+def place_of(record: dict) -> tuple[int, str]:
+    _, _, block, path = record["layer"].split(".", 3)
+    return int(block), path
