@@ -14,21 +14,36 @@ from lowbit.modules import ActSpec, buffer_layout
 from lowbit.modules.quant_linear import Config
 from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, from_dict
 from lowbit.plan.survey import Survey
+from lowbit.steps import Incoherence, Set
 
 
 def compatibility(found: Survey) -> dict[str, str]:
     """``yes: ...`` or ``no: ...`` by the name of a runtime or format."""
     kernels = kernel_reasons(found)
-    transform = "a column order is stored with its groups" if found.recipe.steps[-1].solver.moves_groups else ""
+    ordered = any(found.order_bytes(block, path) for block in found.blocks for path in block.formats)
+    order = "a column order is stored with its groups" if ordered else ""
+    beside = _beside(found)
     biases = "shifts add biases that the model's class does not have" if _adds_biases(found) else ""
     shapes = _shapes(found)
     return {
         "lowbit": "yes: " + "; ".join(f"kernel {name} for {roles}" for name, roles in kernels.items()),
         "transformers (import lowbit)": "yes: AutoModelForCausalLM.from_pretrained(DIR) after `import lowbit`",
-        "vLLM / compressed-tensors": _answer(biases, transform, *(_compressed_tensors(*shape) for shape in shapes)),
-        "llama.cpp GGUF": _answer(biases, transform, *(_gguf(*shape) for shape in shapes)),
-        "GPTQ format": _answer(biases, *(_gptq(*shape) for shape in shapes), _one_format(shapes)),
+        "vLLM / compressed-tensors": _answer(biases, beside, order, *(_compressed_tensors(*shape) for shape in shapes)),
+        "llama.cpp GGUF": _answer(biases, beside, order, *(_gguf(*shape) for shape in shapes)),
+        "GPTQ format": _answer(biases, beside, *(_gptq(*shape) for shape in shapes), _one_format(shapes)),
     }
+
+
+def _beside(found: Survey) -> str:
+    """What layers do or hold beside their codes that no other format has a place for."""
+    steps = found.recipe.steps
+    parts = {
+        "rotations of inputs and outputs": any(isinstance(step, Incoherence) for step in steps),
+        "scales of inputs": any(isinstance(step, Set) and step.run_time for step in steps),
+        "outliers in half precision": getattr(steps[-1].solver, "outliers", None) is not None,
+    }
+    held = [what for what, there in parts.items() if there]
+    return f"layers keep {' and '.join(held)}, for which it has no place" if held else ""
 
 
 def _answer(*problems: str) -> str:

@@ -15,7 +15,12 @@ and, where a recipe needs Fisher information, two more, with an array of activat
 P is the process itself (Python, torch, transformers: measured). A is the activations of the calibration set, three arrays
 ``[N, T, d]`` of float32, as far as they fit in the limit that the user set; the rest is in files. B is the largest block in
 float32, L its largest tensor as stored, O everything outside the blocks in float32 and E the same without the head, Q the
-packed layers, V the logits of one window in float32. What steps need:
+packed layers, V the logits of one window in float32. Where a recipe tunes the whole model afterwards, one more:
+
+    tune       P + A + 2 O + Q + C + b (8 V + n W) + 4 D
+
+with C a byte for each weight (its code), b windows a step through n blocks, and D the largest layer in float32. What steps
+need:
 
 * statistics: what each request keeps of each shared input (asked of the request itself, on the meta device), and the
   largest of them once more for the batch that is being added;
@@ -80,11 +85,32 @@ def peak_parts(found: Survey, samples: int, seq_len: int, ram_limit: int) -> dic
     logits = seq_len * found.source.config.get_text_config().vocab_size * FLOAT
     packed = sum(layout_bytes(buffer_layout(found.config(b, path))) for b in found.blocks for path in b.formats)
     fisher = _fisher_parts(found, worst, samples, seq_len, ram_limit) if found.recipe.needs_fisher else {}
-    return fisher | {
+    tune = _tune_parts(found, worst, seq_len, held, packed) if found.recipe.model_steps else {}
+    return (fisher | tune) | {
         "start": held | {"embeddings": _base_bytes(found), "block": _block_bytes(found.blocks[0])},
         "block": held | block,
         "compare": held | {"outside the blocks": outside, "logits": 8 * logits},
         "reload": held | {"outside the blocks": outside, "packed layers": packed, "logits": 6 * logits},
+    }
+
+
+def _tune_parts(
+    found: Survey, worst: SurveyedBlock, seq_len: int, held: dict[str, int], packed: int
+) -> dict[str, dict[str, int]]:
+    batch = max(getattr(step, "batch", 1) for step in found.recipe.model_steps)
+    logits = seq_len * found.source.config.get_text_config().vocab_size * FLOAT
+    weights = sum(prod(block.shape(path)) for block in found.blocks for path in block.formats)
+    kept = len(found.blocks) * _window_bytes(found, worst, seq_len)
+    return {
+        "tune": held
+        | {
+            "outside the blocks, packed and original": 2 * outside_bytes(found, FLOAT),
+            "packed layers": packed,
+            "codes": weights,
+            "logits": 8 * batch * logits,
+            "activations of a batch": int(batch * kept),
+            "decoded layer": 4 * FLOAT * max((prod(worst.shape(path)) for path in worst.formats), default=0),
+        }
     }
 
 
