@@ -1,0 +1,132 @@
+"""What each ingredient of the composed recipes gives, on text that calibration does not use.
+
+    python benchmarks/ablation.py --text wikitext2.valid.raw [--only PART]... [--bits 3]
+
+Every row quantizes SmolLM2-135M on the first 32 windows of 512 tokens of the text and measures perplexity on the next 16; rows that
+end in tuning are measured before it too. Recipes are chosen by these figures; the test text is for the tables of `lowbit
+compare` alone. Results go to benchmarks/results/ablation.{jsonl,md}; rows that are there are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import lowbit
+from lowbit.calibrate.source import open_model
+from lowbit.recipe import Recipe, rebuilt
+from lowbit.recipes import as_recipe
+from lowbit.steps import ModelState
+
+MODEL = "smollm2-135m"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+CALIBRATION, HELD, LENGTH = 32, 16, 512
+TUNE = {"type": "Tune", "epochs": 3, "amp": True}
+
+
+def recipes(bits: int) -> dict[str, Any]:
+    """Label -> recipe, each with one ingredient more or another."""
+    grouped = {"bits": bits, "group_size": 64}
+    channel = {"bits": bits, "group_size": None, "order": "act"}
+    found: dict[str, Any] = {
+        "gptq, groups of 64": {"method": "gptq", "options": grouped, "model_steps": [TUNE]},
+        "rotated gptq, groups of 64": {"method": "quip+gptq", "options": grouped},
+        "gptq, per channel": {"method": "gptq", "options": channel},
+        "rotated gptq, per channel": {"method": "quip+gptq", "options": channel, "model_steps": [TUNE]},
+    }
+    for file in sorted((HERE / "recipes").glob(f"w{bits}.*-allocated.yaml")):
+        found[f"rotated gptq, per channel, {file.stem}"] = file
+    return {f"W{bits}, {label}": recipe for label, recipe in found.items()}
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, held_NT: Tensor) -> float:
+    total = sum(cross_entropy(model(ids[None]).logits[0, :-1].float(), ids[1:]).item() for ids in held_NT)
+    return math.exp(total / len(held_NT))
+
+
+def measure(label: str, recipe: Recipe, ids_NT: Tensor, original: nn.Module) -> list[dict]:
+    """The row's lines: as quantized, and tuned where the recipe tunes."""
+    calibration, held = ids_NT[:CALIBRATION], ids_NT[CALIBRATION:]
+    with tempfile.TemporaryDirectory(dir=RESULTS) as folder:
+        start = time.perf_counter()
+        plain = rebuilt(recipe, model_steps=())
+        report = lowbit.quantize(MODEL, plain, calibration, out=Path(folder) / "q", max_kl=math.inf, allow_broken=True)
+        model = lowbit.load(Path(folder) / "q", dtype=torch.float32)
+    line = {"label": label, "recipe": recipe.to_dict(), "tuned": False, "bits": report.bits_per_weight}
+    lines = [line | {"seconds": time.perf_counter() - start, "perplexity": perplexity(model, held)}]
+    if recipe.model_steps:
+        start = time.perf_counter()
+
+        def logits(i: int) -> Tensor:
+            with torch.no_grad():
+                return original(calibration[i : i + 1]).logits[0]
+
+        for step in recipe.model_steps:
+            step.run_model(ModelState(model, calibration, logits, recipe.seed))
+        seconds = time.perf_counter() - start
+        lines.append(line | {"tuned": True, "seconds": seconds, "perplexity": perplexity(model, held)})
+    return lines
+
+
+def write(lines: list[dict], full: float) -> None:
+    rows = [
+        "# What each ingredient gives: SmolLM2-135M, perplexity on 16 windows of 512 tokens that calibration did not use",
+        "",
+        f"Written by `python benchmarks/ablation.py`. Full precision: {full:.3f}. Loss: nats a token over full precision.",
+        "",
+        "| recipe | bits per weight | perplexity | loss | seconds of this step |",
+        "|---|---|---|---|---|",
+    ]
+    for x in sorted(lines, key=lambda x: (x["label"][:2], -x["perplexity"])):
+        rows.append(
+            f"| {x['label']}{', tuned' if x['tuned'] else ''} | {x['bits']:.3f} | {x['perplexity']:.3f} | "
+            f"{math.log(x['perplexity'] / full):.4f} | {x['seconds']:.0f} |"
+        )
+    (RESULTS / "ablation.md").write_text("\n".join([*rows, ""]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--text", type=Path, required=True, help="of which the first windows calibrate and the next judge"
+    )
+    parser.add_argument("--bits", type=int, action="append", default=[], help="widths (default: 3); may be repeated")
+    parser.add_argument("--only", action="append", default=[], help="part of a label; may be repeated")
+    arguments = parser.parse_args()
+    console, file = Console(), RESULTS / "ablation.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    source = open_model(MODEL)
+    original = source.load_full().requires_grad_(False)
+    tokens = source.tokenizer()(arguments.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    ids_NT = torch.tensor(tokens[: (CALIBRATION + HELD) * LENGTH]).view(-1, LENGTH)
+    full = perplexity(original, ids_NT[CALIBRATION:])
+    console.print(f"full precision: {full:.3f}")
+    for bits in arguments.bits or [3]:
+        for label, given in recipes(bits).items():
+            recipe = as_recipe(given)
+            known = any(x["label"] == label and x["recipe"] == recipe.to_dict() for x in lines)
+            if known or (arguments.only and not any(part in label for part in arguments.only)):
+                continue
+            for line in measure(label, recipe, ids_NT, original):
+                console.print(
+                    f"{label}{', tuned' if line['tuned'] else ''}: {line['perplexity']:.3f} at {line['bits']:.3f} bits"
+                )
+                lines.append(line)
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            write(lines, full)
+
+
+if __name__ == "__main__":
+    main()
