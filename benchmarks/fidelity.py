@@ -97,7 +97,10 @@ RECIPES: dict[str, tuple[str, Callable[[str, dict], dict[str, Any] | None]]] = {
 # These act on a whole block, or on what its linears read: they run on the block, and not on one linear by itself.
 IN_BLOCKS = ("AWQ", "RTN W/A", "SmoothQuant")
 # (official method, pattern of "setting layer") -> why ours may lose more there, or take more bits.
+_NOMINAL = "the official bits are nominal, with no scale counted; the format is the same"
 REASONS: dict[tuple[str, str], str] = {
+    ("RTN W/A", ""): _NOMINAL,
+    ("SmoothQuant", ""): _NOMINAL,
     ("SpQR", r"thr\.2 damp\.01 act_order"): (
         "at most 1.02 times the error; the order of columns (32 bits an input channel) and the row offsets of outliers are stored "
         "and counted, which the formula leaves out"
