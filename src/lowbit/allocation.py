@@ -1,11 +1,9 @@
 """Bits where they count: one recipe, each linear at the width that loses least for what the whole model may take.
 
-To second order, rounding weight w of the model costs its loss about ``F_w (w - q(w))^2 / 2``, F the Fisher information. So every
-linear has a curve, what it loses at 2, 3, ... 8 bits, and the best widths under a budget are found by giving the next bit to
-whoever loses least per stored bit for it, again and again (the curves are convex, so this is optimal up to the last linear).
-On models whose key and value heads are shared, v is worth two bits more than an MLP, and so are a few down projections.
+To second order, rounding a weight by e costs the model's loss about ``e F e^T / 2``, F the Fisher information. So every linear has
+a curve, what it loses at 2, 3, ... 8 bits, and the best widths under a budget are found by giving the next bit to whoever
+loses least per stored bit for it, again and again (the curves are convex, so this is optimal up to the last linear).
 
-A column solver errs less than rounding to nearest does, but at all widths alike; only ratios matter here.
 Shapes: O output channel, I input channel.
 """
 
@@ -27,13 +25,13 @@ from torch import Tensor
 from lowbit.calibrate.data import Calibration, calibration_of
 from lowbit.calibrate.journal import Journal
 from lowbit.calibrate.walk import Walk
-from lowbit.numerics import ClipSearch, RangeGrid, Spec, quantize
+from lowbit.numerics import ClipSearch, Gram, RangeGrid, Spec, quantize
 from lowbit.plan.layers import planned_layers
 from lowbit.plan.survey import survey
 from lowbit.recipe import Recipe, Rule, Scheme, rebuilt
 from lowbit.recipes import as_recipe
-from lowbit.steps import Incoherence, LinearFormat
-from lowbit.steps.state import stored_as_OI
+from lowbit.solve.factor import inverse_factor
+from lowbit.steps import BlockState, LinearFormat
 
 WIDTHS = range(2, 9)
 _ROWS = 96
@@ -131,7 +129,10 @@ def allocate(
     if not sizes:
         raise ValueError(f"recipe {base.name!r} quantizes no linear of this model")
     total = sum(sizes.values())
-    cost = {name: {width: stored[width][name] * size for width in widths} for name, size in sizes.items()}
+    cost = {
+        name: {_width(forms[name].weight): given[name] * size} | {width: stored[width][name] * size for width in widths}
+        for name, size in sizes.items()
+    }
     least = sum(each[widths[0]] for each in cost.values())
     if least > bits * total:
         raise ValueError(
@@ -146,17 +147,10 @@ def allocate(
         journal.open()
         walk = Walk(found.source, base, text.ids, journal, ram_limit, progress=report)
         try:
-            known = walk.sensitivities()
-            for i, block in enumerate(found.blocks):
-                f_OI = known.load(i)
-                found.source.load_into(walk.model, block.name)
-                for path, form in block.formats.items():
-                    linear = walk.blocks[i].get_submodule(path)
-                    w_OI = stored_as_OI(linear, linear.get_parameter("weight").detach().float())
-                    curve = _curve(w_OI, f_OI[path], form.weight, base, {*widths, _width(form.weight)})
-                    before += curve[_width(form.weight)]
-                    curves[f"{block.name}.{path}"] = {width: curve[width] for width in widths}
-                found.source.release(walk.model, block.name)
+            for i, (state, f_OI) in enumerate(walk.originals()):
+                for path, (loss_at, least) in _curves(state, f_OI, base, widths).items():
+                    name = f"{state.name}.{path}"
+                    curves[name], before = loss_at, before + least
                 report(i + 1, len(found.blocks), f"rounding block {i + 1} at every width")
         finally:
             walk.close()
@@ -177,40 +171,79 @@ def spend(
     """The width of each name: the next one goes to who gains most per bit, as long as the budget has room for it.
 
     Args:
-        losses, cost: by name, then by width in rising order; costs rise.
+        losses: by name, then by width in rising order: the widths that the name may have.
+        cost: by name, then by width; rises with it.
     """
-    widths = list(next(iter(losses.values())))
+    widths = {name: list(curve) for name, curve in losses.items()}
     at = dict.fromkeys(losses, 0)
-    left = budget - sum(cost[name][widths[0]] for name in losses)
+    left = budget - sum(cost[name][each[0]] for name, each in widths.items())
     while True:
         best, who = 0.0, None
         for name, i in at.items():
-            if i + 1 == len(widths):
+            if i + 1 == len(widths[name]):
                 continue
-            price = cost[name][widths[i + 1]] - cost[name][widths[i]]
-            gain = (losses[name][widths[i]] - losses[name][widths[i + 1]]) / price
+            now, following = widths[name][i : i + 2]
+            price = cost[name][following] - cost[name][now]
+            gain = (losses[name][now] - losses[name][following]) / price
             if price <= left and gain > best:
                 best, who = gain, name
         if who is None:
-            return {name: widths[i] for name, i in at.items()}
-        left -= cost[who][widths[at[who] + 1]] - cost[who][widths[at[who]]]
+            return {name: widths[name][i] for name, i in at.items()}
+        now, following = widths[who][at[who] : at[who] + 2]
+        left -= cost[who][following] - cost[who][now]
         at[who] += 1
 
 
-def _curve(w_OI: Tensor, f_OI: Tensor, spec: Spec, recipe: Recipe, widths: Iterable[int]) -> dict[int, float]:
-    """What the model loses to this linear at each width: half the Fisher-weighed squared error of rounding, by a sample of
-    its output channels. A step that rotates spreads error and information evenly, so there both are averaged."""
-    rotation = next((step for step in recipe.steps if isinstance(step, Incoherence)), None)
-    if rotation is not None:
-        w_OI, f_OI = rotation.turned(w_OI), f_OI.mean().expand_as(f_OI)
+def _curves(
+    state: BlockState, f_OI: Mapping[str, Tensor], recipe: Recipe, widths: list[int]
+) -> dict[str, tuple[dict[int, float], float]]:
+    """By path: what the model loses to that linear at each width, and as the recipe was given.
+
+    Half of ``sum_o G_o e_o H e_o^T``: e the rounding error of the weight as the steps before the solver leave it, H the Gram
+    matrix of the input that it reads, and ``G_o = sum_j F_oj / sum_j H_jj`` the squared gradient of output o, by which Fisher
+    information is nearly ``G_o H``. A solver that knows H makes errors that H hardly sees: with the factors of
+    ``H = U^T D U``, its loss is ``|e_o|^2 tr(D) / I`` (arXiv:2307.13304, theorem 1).
+    """
+    gradients = {}
+    for path, stats in _grams(state).items():
+        gradients[path] = f_OI[path].sum(1) / stats.diagonal().sum().clamp(min=1e-30)
+    for step in recipe.steps[:-1]:
+        step.run(state)
+    found = {}
+    for path, H in _grams(state).items():
+        spec, w_OI, g_O = state.formats[path].weight, state.weight_OI(path), gradients[path]
+        if state.post.get(path):  # outputs are mixed, and so are their gradients
+            g_O = g_O.mean().expand_as(g_O)
+        curve = _curve(w_OI, g_O, H, spec, recipe, {*widths, _width(spec)})
+        found[path] = {width: curve[width] for width in widths}, curve[_width(spec)]
+    for path in state.formats.keys() - found.keys():  # no token came, as to an expert that was never chosen
+        found[path] = {_width(state.formats[path].weight): 0.0}, 0.0
+    return found
+
+
+def _grams(state: BlockState) -> dict[str, Tensor]:
+    """Gram matrix ``[I, I]`` of what each linear reads, by path; without those that saw no token."""
+    stats = state.collect([Gram()])
+    found = {path: state.stats_of(stats, path).get(Gram()) for path in state.formats}
+    return {path: H for path, H in found.items() if H is not None}
+
+
+def _curve(w_OI: Tensor, g_O: Tensor, H: Tensor, spec: Spec, recipe: Recipe, widths: Iterable[int]) -> dict[int, float]:
+    """By a sample of the output channels."""
+    solver = recipe.steps[-1].solver
     picked = torch.linspace(0, len(w_OI) - 1, min(_ROWS, len(w_OI))).long()
-    w, f = w_OI[picked], f_OI[picked]
+    w, g = w_OI[picked].float(), g_O[picked]
     share = len(w_OI) / len(picked) / 2
-    fit = _FIT if isinstance(spec.grid, RangeGrid) else recipe.steps[-1].solver.fit
-    return {
-        width: share * (f * (quantize(w, _at(spec, width), fit).dequantize() - w).square()).sum().item()
-        for width in widths
-    }
+    fit = _FIT if isinstance(spec.grid, RangeGrid) else solver.fit
+    U = inverse_factor(H, solver.damp)[0] if Gram() in solver.needs else None
+    kept = None if U is None else (U.diagonal() ** -2).mean().item()
+
+    def lost(width: int) -> float:
+        e = quantize(w, _at(spec, width), fit).dequantize() - w
+        rows = e.square().sum(1) * kept if kept is not None else (e @ H.to(e) * e).sum(1)
+        return share * (g * rows).sum().item()
+
+    return {width: lost(width) for width in widths}
 
 
 def _width(spec: Spec) -> int:

@@ -9,9 +9,11 @@ import torch
 import yaml
 
 import lowbit
-from lowbit.allocation import spend
+from lowbit.allocation import _curve, spend
 from lowbit.formats.checkpoint import bits_report
+from lowbit.numerics import ClipSearch, Gram, Int, PerChannel, Spec
 from lowbit.recipes import as_recipe, from_plain
+from lowbit.solve import Gptq
 
 from helpers import random_ids, tiny_llama
 
@@ -88,3 +90,43 @@ def test_impossible_budgets_and_grids_without_widths_are_refused_before_any_work
         lowbit.allocate(llama, lowbit.recipe("rtn", group_size=16), 2.0, IDS)
     with pytest.raises(ValueError, match="no widths to choose from"):
         lowbit.allocate(llama, lowbit.recipe("nf4"), 5.0, IDS)
+
+
+@pytest.mark.parametrize("feed", ["fp", "quant"])
+def test_every_block_is_judged_by_its_inputs_in_the_original_model(llama, tmp_path, feed):
+    from lowbit.calibrate.journal import Journal
+    from lowbit.calibrate.source import open_model
+    from lowbit.calibrate.walk import Walk
+    from lowbit.recipe import rebuilt
+
+    journal = Journal(tmp_path / "none", {})
+    journal.open()
+    walk = Walk(open_model(llama), rebuilt(lowbit.recipe("gptq"), feed=feed), IDS, journal, 2**30)
+    with torch.no_grad():
+        wanted = lowbit.load(llama)(input_ids=IDS, output_hidden_states=True).hidden_states
+    for i, (state, fisher) in enumerate(walk.originals()):
+        assert state.io is not None
+        torch.testing.assert_close(state.io.x, wanted[i], rtol=1e-5, atol=1e-5)
+        assert fisher.keys() == state.formats.keys()
+    walk.close()
+
+
+def test_errors_that_a_column_solver_hides_in_correlated_inputs_count_less():
+    generator = torch.Generator().manual_seed(0)
+    w, g = torch.randn(64, 64, generator=generator), torch.ones(64)
+    x = torch.randn(512, 4, generator=generator) @ torch.randn(4, 64, generator=generator)  # four directions
+    x = x + 0.05 * torch.randn(512, 64, generator=generator)
+    correlated, apart = x.T @ x, torch.eye(64) * x.square().sum() / 64
+    spec = Spec(Int(4), PerChannel())
+    ratio = {}
+    for method in ("rtn", "gptq"):
+        recipe = lowbit.recipe(method, group_size=None)
+        curves = [_curve(w, g, H, spec, recipe, [3, 4]) for H in (correlated, apart)]
+        assert all(curve[4] < curve[3] / 3 for curve in curves)
+        ratio[method] = curves[0][4] / curves[1][4]
+    assert ratio["rtn"] == pytest.approx(1, rel=0.5)
+    assert ratio["gptq"] < 0.1
+    # The prediction is of the right size: what the solver really loses, over what is predicted for one gradient.
+    solved = Gptq(ClipSearch(norm=2.0)).solve(w, spec, {Gram(): correlated}).q.dequantize() - w
+    lost = 0.5 * torch.einsum("oi,ij,oj->", solved, correlated, solved).item()
+    assert _curve(w, g, correlated, spec, lowbit.recipe("gptq"), [4])[4] == pytest.approx(lost, rel=0.5)

@@ -21,7 +21,18 @@ from lowbit.calibrate import data
 from lowbit.cli import app, common
 from lowbit.cli.choose import byte_count, override
 
-COMMANDS = ("quantize", "evaluate", "generate", "plan", "explain", "methods", "recipes", "inspect", "compare", "allocate")
+COMMANDS = (
+    "quantize",
+    "evaluate",
+    "generate",
+    "plan",
+    "explain",
+    "methods",
+    "recipes",
+    "inspect",
+    "compare",
+    "allocate",
+)
 WORDS = [f"w{i}" for i in range(60)]
 SHORT = ("--samples", "4", "--seq-len", "16")
 RTN = ("--method", "rtn", "--bits", "8", "--group-size", "32")

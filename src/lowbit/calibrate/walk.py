@@ -135,11 +135,18 @@ class Walk:
             self.fisher.remove()
         return self.records
 
-    def sensitivities(self) -> FisherPass:
-        """Fisher information of every linear that the recipe quantizes, of the original model; quantizes nothing."""
-        self._find_sensitivities(self._start())
+    def originals(self) -> Iterator[tuple[BlockState, dict[str, Tensor]]]:
+        """Each block as it is before the first step, with its inputs in the original model, and the Fisher information of
+        the linears that the recipe quantizes (by path). Quantizes nothing and writes nothing that lasts."""
+        calls = self._start()
+        self._find_sensitivities(calls)
         assert self.fisher is not None
-        return self.fisher
+        for i, call in enumerate(calls):
+            block = self._original(i, call).requires_grad_(False)
+            yield self._state(i, block, call), self.fisher.load(i)
+            for stream in ("fp", "quant"):  # whichever the recipe's steps are fed with
+                self.store[stream].copy_(self.store["next"])
+            self.blocks[i] = nn.Identity()
 
     def _find_sensitivities(self, calls: list[Call]) -> None:
         """Fisher information of every block that is still to be quantized, into files."""
@@ -165,28 +172,13 @@ class Walk:
         return self.blocks[i]
 
     def _quantize(self, i: int, call: Call | None) -> BlockRecord:
-        name = f"{self.architecture.blocks}.{i}"
-        resolved = resolve(self.architecture, self.blocks[i], self.source.config)
-        formats = self.recipe.scheme.formats(resolved, name)
-        windows = 0 if self.ids is None else len(self.ids)
-        self._expected += sum(step.ticks(windows, len(formats)) for step in self.recipe.steps)
         block = self._original(i, call).requires_grad_(False)
-        io = None
-        if call is not None:
-            fp = self.store["fp"]
-            io = BlockIO(fp if self.recipe.feed == "fp" else self.store["quant"], self.store["next"], call, x_fp=fp)
-        state = BlockState(
-            name=name,
-            block=block,
-            resolved=resolved,
-            formats=formats,
-            io=io,
-            seed=derived_seed(self.recipe.seed, i),
-            store_dtype=self.source.dtype,
-            tick=self._tick,
-            fisher={} if self.fisher is None else self.fisher.load(i),
-        )
-        for other in resolved.other_matrices:
+        state = self._state(i, block, call)
+        if self.fisher is not None:
+            state.fisher = self.fisher.load(i)
+        name, windows = state.name, 0 if self.ids is None else len(self.ids)
+        self._expected += sum(step.ticks(windows, len(state.formats)) for step in self.recipe.steps)
+        for other in state.resolved.other_matrices:
             state.note(f"{other} is a matrix that no role covers: it keeps its precision")
         for step in self.recipe.steps:
             step.run(state)
@@ -197,6 +189,24 @@ class Walk:
         record = BlockRecord(name, error, state.records, state.notes, packed)
         self.journal.write(self._shard(i), self._tensors(block, name), record.to_dict())
         return record
+
+    def _state(self, i: int, block: nn.Module, call: Call | None) -> BlockState:
+        name = f"{self.architecture.blocks}.{i}"
+        resolved = resolve(self.architecture, block, self.source.config)
+        io = None
+        if call is not None:
+            fp = self.store["fp"]
+            io = BlockIO(fp if self.recipe.feed == "fp" else self.store["quant"], self.store["next"], call, x_fp=fp)
+        return BlockState(
+            name=name,
+            block=block,
+            resolved=resolved,
+            formats=self.recipe.scheme.formats(resolved, name),
+            io=io,
+            seed=derived_seed(self.recipe.seed, i),
+            store_dtype=self.source.dtype,
+            tick=self._tick,
+        )
 
     def _resume(self, i: int, call: Call | None) -> BlockRecord:
         entry = self.journal.finished[i]

@@ -10,8 +10,6 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
-
 from lowbit.architectures import Kind
 from lowbit.modules import stored
 from lowbit.numerics import Statistic, tagged
@@ -52,12 +50,6 @@ class Incoherence:
             "pre": stored.describe("pre", [rotation(0, columns)]),
             "post": stored.describe("post", [rotation(0, rows).inverse()]),
         }
-
-    def turned(self, w_OI: Tensor) -> Tensor:
-        """A weight as some rotation of this kind leaves it: for what is the same under all of them."""
-        rows, columns = w_OI.shape
-        rotation = _KINDS[self.transform]
-        return rotation(1, rows).forward(rotation(0, columns).forward(w_OI).T).T
 
     def run(self, state: BlockState) -> None:
         rotation = _KINDS[self.transform]
