@@ -473,3 +473,29 @@ def test_ctrl_c_keeps_finished_blocks_says_so_and_the_same_command_continues(pla
     finished = run_it()
     assert finished.returncode == 0, finished.stderr
     assert (out / "config.json").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_allocate_writes_a_recipe_that_quantize_takes_and_keeps_to_the_budget(place, tmp_path):
+    out = tmp_path / "mixed.yaml"
+    asked = (
+        "--method",
+        "gptq",
+        "--group-size",
+        "channel",
+        "--target-bits",
+        "5.5",
+        "--calibration",
+        place / "text.txt",
+        *SHORT,
+    )
+    result = run("allocate", place / "model", *asked, "-o", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["bits_per_weight"] <= 5.5 and len(told["scheme"]) > 2
+    made = quantize(place, tmp_path / "q", "--json", method=("--recipe", out))
+    assert made.exit_code == 0, made.stderr
+    assert json.loads(made.stdout)["bits_per_weight"] == pytest.approx(told["bits_per_weight"])
+    assert_refused(run("allocate", place / "model", *asked, "-o", out), "mixed.yaml exists")
+    impossible = run("allocate", place / "model", *asked[:5], "1.5", *asked[6:], "-o", tmp_path / "no.yaml")
+    assert_refused(impossible, "1.5 bits a weight were asked for", "ask for more")
+    assert not (tmp_path / "no.yaml").exists()
