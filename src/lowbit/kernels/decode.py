@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.layouts import unpack, unpack_params
-from lowbit.numerics import Affine, Float, Grid, Int, Params, Spec, Table
+from lowbit.numerics import Affine, Float, Grid, Int, Normal, Params, Spec, Table
 
 
 def decode_packed(tensors: Mapping[str, Tensor], spec: Spec, shape: tuple[int, ...]) -> Tensor:
@@ -28,7 +28,7 @@ def _decode(codes_GK: Tensor, grid: Grid, params: Params) -> Tensor:
     if isinstance(grid, Int):
         assert isinstance(params, Affine)
         return codes_GK.float().sub_(grid.zero_point(params)).mul_(params.scale)
-    if isinstance(grid, Float | Table):
+    if isinstance(grid, Float | Normal | Table):
         assert isinstance(params, Affine)
         table = torch.tensor(grid.table(), device=codes_GK.device)
         return table.index_select(0, codes_GK.reshape(-1).int()).view(codes_GK.shape).mul_(params.scale)

@@ -8,7 +8,20 @@ from math import prod
 from typing import Any
 
 from lowbit.modules import ActSpec, stored_bits_of
-from lowbit.numerics import Block, Float, Grid, Int, PerChannel, PerCluster, PerGroup, PerTensor, PerToken, Spec, Table
+from lowbit.numerics import (
+    Block,
+    Float,
+    Grid,
+    Int,
+    Normal,
+    PerChannel,
+    PerCluster,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Spec,
+    Table,
+)
 from lowbit.plan.survey import Survey, SurveyedBlock, outside_names
 from lowbit.recipe import Scheme
 
@@ -121,6 +134,8 @@ def grid_text(grid: Grid) -> str:
         return f"int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}{zero}"
     if isinstance(grid, Float):
         return f"float{grid.bits} (E{grid.exponent}M{grid.mantissa})"
+    if isinstance(grid, Normal):
+        return f"normal{grid.bits}"
     return f"table of {len(grid.values)} values" if isinstance(grid, Table) else str(grid)
 
 

@@ -4,7 +4,7 @@ from lowbit.numerics.grids.base import Affine, Bases, Field, Grid, Lut, Params, 
 from lowbit.numerics.grids.binary import BinaryCoded
 from lowbit.numerics.grids.codebook import Codebook
 from lowbit.numerics.grids.int import Int
-from lowbit.numerics.grids.levels import DYNAMIC_MAP, NF4, Float, Table
+from lowbit.numerics.grids.levels import DYNAMIC_MAP, NF4, Float, Normal, Table
 
 __all__ = [
     "DYNAMIC_MAP",
@@ -18,6 +18,7 @@ __all__ = [
     "Grid",
     "Int",
     "Lut",
+    "Normal",
     "Params",
     "RangeGrid",
     "Table",

@@ -7,6 +7,7 @@ base. Nearest is decided by midpoints between neighbouring levels; a value on a 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
@@ -119,6 +120,53 @@ def _float_table(exponent: int, mantissa: int, special: str) -> tuple[float, ...
         e, m = divmod(min(code, top[special] - 1), steps)  # patterns that are not numbers repeat the largest
         positive.append((m / steps) * 2.0 ** (1 - bias) if e == 0 else (1 + m / steps) * 2.0 ** (e - bias))
     return tuple(positive) + tuple(-value for value in positive)
+
+
+@tagged
+@dataclass(frozen=True)
+class Normal(_Levels):
+    """The ``2 ** bits`` levels that lose least of a standard normal distribution (Lloyd and Max), 1 to 8 bits.
+
+    For weights that were rotated until they are nearly normal: at 2, 3, 4 and 5 bits they lose 1, 8, 18 and 28 % less of one
+    than the best integers do, and need no zero point. A code is an index, rising with its level.
+    """
+
+    bits: int  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __post_init__(self):
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"a grid of normal levels has 1 to 8 bits, found {self.bits}")
+
+    def table(self) -> tuple[float, ...]:
+        return _normal_table(self.bits)
+
+
+@lru_cache
+def _normal_table(bits: int) -> tuple[float, ...]:
+    """Levels that are the means of their cells, whose borders are the midpoints of levels; by Newton's method on the positive
+    half, from the quantiles of the density's cube root (Panter and Dite), which is near. Rounded to float32."""
+    half = 2 ** (bits - 1)
+    share = (torch.arange(half, dtype=torch.float64) + 0.5) / half
+    x = math.sqrt(3) * math.sqrt(2) * torch.erfinv(share)
+    moved = 1.0
+    while moved > 1e-12:
+        with torch.enable_grad():
+            levels = x.clone().requires_grad_()
+            rest = levels - _cell_means(levels)
+            rows = [torch.autograd.grad(r, levels, retain_graph=True)[0] for r in rest]
+        step = torch.linalg.solve(torch.stack(rows), rest.detach())
+        x, moved = x - step, step.abs().max().item()
+    positive = x.float().tolist()
+    return (*(-value for value in reversed(positive)), *positive)
+
+
+def _cell_means(levels: Tensor) -> Tensor:
+    """Mean of a standard normal variable in each cell of the positive half."""
+    zero, end = levels.new_zeros(1), levels.new_full((1,), 40.0)
+    edges = torch.cat([zero, (levels[1:] + levels[:-1]) / 2, end])
+    density = (-edges.square() / 2).exp() / math.sqrt(2 * math.pi)
+    above = torch.special.erfc(edges / math.sqrt(2)) / 2
+    return (density[:-1] - density[1:]) / (above[:-1] - above[1:])
 
 
 @tagged
