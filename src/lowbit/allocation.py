@@ -102,7 +102,6 @@ def allocate(
     widths: Iterable[int] = WIDTHS,
     ram_limit: int = 2**32,
     scratch: str | PathLike[str] | None = None,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Allocation:
     """Finds a width for every linear that ``recipe`` quantizes, so that all of them take ``bits`` a weight at most.

@@ -50,7 +50,6 @@ def command(
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 8,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     ram_limit: RamLimit = "4GiB",
-    trust_remote_code: common.Trust = False,
     threads: common.Threads = None,
     as_json: common.Json = False,
 ) -> None:
@@ -78,7 +77,6 @@ def command(
             samples=samples,
             seq_len=seq_len,
             ram_limit=limit,
-            trust_remote_code=trust_remote_code,
             progress=report,
         )
     data = found.to_dict()
