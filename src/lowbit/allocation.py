@@ -119,7 +119,7 @@ def allocate(
     Raises:
         ValueError: a budget that the narrowest width exceeds, a grid without bits, and what ``quantize`` would refuse.
     """
-    base, report = as_recipe(recipe), progress or (lambda *_: None)
+    base = as_recipe(recipe)
     widths = sorted(set(widths))
     given, stored = _bits(model, base), {width: _bits(model, _all_at(base, width)) for width in widths}
     found = survey(model, base)
@@ -144,13 +144,12 @@ def allocate(
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         journal = Journal(Path(folder) / "allocate", {})
         journal.open()
-        walk = Walk(found.source, base, text.ids, journal, ram_limit, progress=report)
+        walk = Walk(found.source, base, text.ids, journal, ram_limit, progress=progress or (lambda *_: None))
         try:
-            for i, (state, f_OI) in enumerate(walk.originals()):
+            for state, f_OI in walk.originals():
                 for path, (loss_at, least) in _curves(state, f_OI, base, widths).items():
                     name = f"{state.name}.{path}"
                     curves[name], before = loss_at, before + least
-                report(i + 1, len(found.blocks), f"rounding block {i + 1} at every width")
         finally:
             walk.close()
     chosen = spend(curves, cost, bits * total)

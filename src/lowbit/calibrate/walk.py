@@ -93,7 +93,7 @@ class Walk:
         self.records: list[BlockRecord] = []
         self.stream: Stream | None = None
         self.fisher: FisherPass | None = None
-        self._ticks, self._expected = 0, 0  # of the block at hand: done, and about how many there will be
+        self._at, self._ticks, self._expected = 0, 0, 0  # the block at hand: number, done, about how many there will be
 
     # Streams
 
@@ -124,7 +124,7 @@ class Walk:
         if calls is not None and self.recipe.needs_fisher:
             self._find_sensitivities(calls)
         for i in range(self.total):
-            self._ticks, self._expected = 0, 2 * (0 if self.ids is None else len(self.ids))
+            self._at, self._ticks, self._expected = i, 0, 2 * (0 if self.ids is None else len(self.ids))
             call = None if calls is None else calls[i]
             record = self._resume(i, call) if i < len(self.journal.finished) else self._quantize(i, call)
             self.records.append(record)
@@ -142,6 +142,7 @@ class Walk:
         self._find_sensitivities(calls)
         assert self.fisher is not None
         for i, call in enumerate(calls):
+            self._at, self._ticks, self._expected = i, 0, 3 * len(self.store["fp"])
             block = self._original(i, call).requires_grad_(False)
             yield self._state(i, block, call), self.fisher.load(i)
             for stream in ("fp", "quant"):  # whichever the recipe's steps are fed with
@@ -162,7 +163,7 @@ class Walk:
     def _tick(self, what: str) -> None:
         self._ticks += 1
         part = min(0.99, self._ticks / max(1, self._expected))
-        self.progress(len(self.records) + part, self.total, f"block {len(self.records) + 1} of {self.total}: {what}")
+        self.progress(self._at + part, self.total, f"block {self._at + 1} of {self.total}: {what}")
 
     def _original(self, i: int, call: Call | None) -> nn.Module:
         """Block i with its original weights; the original stream behind it is in ``next``."""
