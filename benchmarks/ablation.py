@@ -45,8 +45,10 @@ def recipes(bits: int) -> dict[str, Any]:
         "gptq, per channel": {"method": "gptq", "options": channel},
         "rotated gptq, per channel": {"method": "quip+gptq", "options": channel, "model_steps": [TUNE]},
     }
+    normal = as_recipe("w3-normal-tuned")
+    found["rotated gptq, normal levels, per channel"] = normal.with_overrides([{"match": "*", "bits": bits}])
     for file in sorted((HERE / "recipes").glob(f"w{bits}.*-allocated.yaml")):
-        found[f"rotated gptq, per channel, {file.stem}"] = file
+        found[f"rotated gptq, normal levels, per channel, {file.stem}"] = file
     return {f"W{bits}, {label}": recipe for label, recipe in found.items()}
 
 
