@@ -77,7 +77,9 @@ def test_the_original_reads_the_real_texts_as_its_source_says():
 def test_every_golden_row_is_reproduced(name):
     perplexity, bits = _row(name)
     golden = json.loads(GOLDEN.read_text())[name]
-    assert perplexity == pytest.approx(golden["perplexity"], rel=0.01)
+    # Processors round sums differently, and gradient steps amplify it: one commit gave 5.14 and 5.04 on two machines.
+    tolerance = 0.03 if name.startswith("omniquant") else 0.01
+    assert perplexity == pytest.approx(golden["perplexity"], rel=tolerance)
     assert bits == pytest.approx(golden["bits_per_weight"], abs=1e-4)
 
 

@@ -218,7 +218,7 @@ GRIDS = [
     (Spec(Float(2, 1), PerChannel()), ClipSearch(steps=20)),
     (Spec(Codebook(3), PerChannel()), KMeans()),
     (Spec(BinaryCoded(3), PerGroup(16)), Alternating()),
-    (Spec(Int(3, zero="real"), PerTensor()), RmsRange()),
+    (Spec(Int(3, zero="real"), PerTensor()), RmsRange(2.4)),
 ]
 
 
