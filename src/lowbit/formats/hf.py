@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.formats.description import METHOD, layer_configs, swap
+from lowbit.modules import prepare
 
 
 class LowbitConfig(QuantizationConfigMixin):
@@ -41,6 +42,10 @@ class LowbitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._packed = tuple(f"{name}." for name in swap(model, self.quantization_config.to_dict()))
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        prepare(model)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:

@@ -35,6 +35,7 @@ class PackedLinear:
         act: how the input is quantized, or None.
         act_params: static parameters of ``act``, or None where they are fitted to each call's input.
         side: terms added to the weight; they multiply the input as it comes, not its quantized form.
+        tiles: the codes once more, as the compiled kernels read them; ``tensors`` then makes its codes when asked.
     """
 
     spec: Spec
@@ -43,10 +44,11 @@ class PackedLinear:
     act: Spec | None = None
     act_params: Affine | None = None
     side: tuple[SideTerm, ...] = ()
+    tiles: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
-        return self.tensors["codes"].device
+        return self.tensors["codes"].device if self.tiles is None else self.tiles.device
 
 
 @dataclass(frozen=True)

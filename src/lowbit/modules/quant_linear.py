@@ -18,7 +18,8 @@ Shapes: O output channel, I input channel after ``pre``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from typing import Any, cast
 
@@ -99,6 +100,8 @@ class QuantLinear(nn.Module):
         self._weight_names = tuple(packed_layout(self.spec, self.shape))
         for name in buffer_layout(config):
             self.register_buffer(name, buffers[name])
+        self.tiles: Tensor | None
+        self.register_buffer("tiles", None, persistent=False)
         if config["bias"] is None:
             self.register_buffer("bias", None)
 
@@ -203,8 +206,27 @@ class QuantLinear(nn.Module):
 
     def packed(self) -> PackedLinear:
         """This layer as kernels see it."""
-        tensors = {name: self.get_buffer(name) for name in self._weight_names}
-        return PackedLinear(self.spec, self.shape, tensors, self.act and self.act.spec, self.act_params, self.side)
+        return PackedLinear(
+            self.spec, self.shape, self._tensors(), self.act and self.act.spec, self.act_params, self.side, self.tiles
+        )
+
+    def prepare(self) -> str | None:
+        """Repacks the codes for the compiled kernels of this machine, in place of the canonical ones; these are made again
+        where something asks for them (saving, decoding). Returns why not, or None where it is done (or was before)."""
+        if self.tiles is not None:
+            return None
+        packed = self.packed()
+        reason = kernels.native.why_unpackable(packed)
+        if reason is None:
+            self.tiles = kernels.native.pack(packed)
+            del self._buffers["codes"]
+        return reason
+
+    def restore(self) -> None:
+        """Undoes :meth:`prepare`: canonical codes and nothing else."""
+        if self.tiles is not None:
+            self.register_buffer("codes", self._tensors()["codes"])
+            self.tiles = None
 
     def explain(self, rows: int = 1) -> list[Reason]:
         """Which kernel runs for ``rows`` input vectors, and for each other one why it does not."""
@@ -277,15 +299,30 @@ class QuantLinear(nn.Module):
                 )
         return "; ".join(parts)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.tiles is not None:
+            destination[f"{prefix}codes"] = self._tensors()["codes"]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.restore()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        if self.tiles is not None and fn(self.tiles[:0]).device != self.tiles.device:
+            self.restore()  # tiles are for this machine's CPU; whoever moves the layer back prepares it again
+
         def keep_dtype(t: Tensor) -> Tensor:
             new = fn(t)
             return new if new.dtype == t.dtype else t.to(new.device)
 
         return super()._apply(keep_dtype, recurse)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+    def _tensors(self) -> Mapping[str, Tensor]:
+        """Every stored tensor, the codes too where they are held as tiles."""
+        if self.tiles is None:
+            return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        return _Restoring(self)
 
     def _transforms(self, place: stored.Place, dtype: torch.dtype) -> tuple[ChannelTransform, ...]:
         return stored.build(place, self._config.get(place, ()), self._tensors(), dtype)
@@ -299,6 +336,47 @@ class QuantLinear(nn.Module):
         for t in self._transforms(place, wide):
             y = t.forward(y)
         return y.to(x.dtype)
+
+
+def prepare(model: nn.Module) -> None:
+    """:meth:`QuantLinear.prepare` of every packed layer of ``model``, one after another: beside the model, one layer is in
+    memory twice. Layers that the compiled kernels do not take stay as they are. Warns where there are no such kernels."""
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    if layers and not kernels.native.instruction_sets():
+        warnings.warn(
+            "lowbit was installed without its compiled kernels: packed layers run by the torch reference, which is slow. "
+            "Install a C++ compiler (g++ 11 or newer) and reinstall lowbit",
+            stacklevel=2,
+        )
+    for layer in layers:
+        layer.prepare()
+
+
+def restore(model: nn.Module) -> None:
+    """:meth:`QuantLinear.restore` of every packed layer of ``model``: it runs by the kernels that quantized it."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.restore()
+
+
+class _Restoring(Mapping[str, Tensor]):
+    """The tensors of a prepared layer; its codes are unpacked when they are asked for, and not kept."""
+
+    def __init__(self, layer: QuantLinear):
+        self._layer = layer
+        self._held = {n: b for n, b in layer._buffers.items() if b is not None and n != "tiles"}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name == "codes":
+            assert self._layer.tiles is not None
+            return kernels.native.unpack(self._layer.tiles, self._layer.spec, self._layer.shape)
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("codes", *self._held))
+
+    def __len__(self) -> int:
+        return len(self._held) + 1
 
 
 def _short(spec: Spec) -> str:

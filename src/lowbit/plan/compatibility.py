@@ -7,9 +7,11 @@ their own packages read them (compressed-tensors 0.20, GPTQ's v2 layout, gguf 0.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from lowbit.kernels import PackedLinear, explain
+from lowbit.kernels import PackedLinear, explain, native
 from lowbit.modules import ActSpec, buffer_layout
 from lowbit.modules.quant_linear import Config
 from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, from_dict
@@ -86,6 +88,8 @@ def chosen_kernel(config: Config) -> str:
     tensors = {name: torch.zeros((), dtype=d).expand(s) for name, (s, d) in buffer_layout(config).items()}
     act = from_dict(config["act"])
     layer = PackedLinear(from_dict(config["spec"]), tuple(config["shape"]), tensors, act and act.spec)
+    if native.why_unpackable(layer) is None:  # it would be packed when it is loaded
+        layer = replace(layer, tiles=torch.empty(0, dtype=torch.uint8))
     return next(reason.kernel for reason in explain(layer, 1) if reason.why_not is None)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lowbit.layouts import pack_qtensor
-from lowbit.modules import QuantLinear
+from lowbit.modules import QuantLinear, restore
 from lowbit.numerics import QTensor, tagged
 from lowbit.steps.simulate import fake_activation
 
@@ -71,6 +71,7 @@ class Tune:
 
     def run_model(self, state: ModelState) -> None:
         model = state.model.requires_grad_(False)
+        restore(model)  # what is tuned is the stored form
         layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
         fixed = sum(layer.spec.stats is not None for layer in layers)
         if fixed:

@@ -1,0 +1,202 @@
+"""How fast packed products are: each kernel beside torch's own products and the memory's own speed, in one run.
+
+Weights are drawn at random and repeated until they are far larger than the caches, as a model's layers are. What is
+compared is measured in turns, a call of each in every round, so that what else the machine does meets all of them; a
+figure is the best of its rounds.
+
+Shapes: T token, O output channel, I input channel.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lowbit.evaluate.forward import Progress
+from lowbit.kernels import PackedLinear, native
+from lowbit.layouts import packed_layout
+from lowbit.numerics import Int, PerGroup, Spec
+
+POOL_BYTES = 256 * 2**20
+ROUNDS = 40
+# Named shapes, (out, in) of every linear of a block.
+SHAPES = {
+    "llama-7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
+    "llama-13b": ((5120, 5120), (13824, 5120), (5120, 13824)),
+    "llama-3-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+    "smollm2-135m": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
+}
+
+
+@dataclass(frozen=True)
+class KernelSpeed:
+    """One kernel on one shape.
+
+    Args:
+        bits, group_size, input: the weight, and how the float input meets it: ``fixed`` (as exact as float32), ``int8``
+            (rounded, a scale for each 128 channels) or ``int8 a token`` (a scale a token).
+        rows: tokens.
+        shape: ``OxI``.
+        us: microseconds of a call, preparing the input included.
+        gb_per_s: packed bytes over time.
+        bandwidth_share: of what reading the same bytes reaches in the same rounds.
+        speedup_bf16, speedup_fp32: over torch's ``linear`` in that type; speedup_int4: over torch's own product with
+            4-bit weights, where the weight has 4 bits.
+    """
+
+    kernel: str
+    bits: int
+    group_size: int | None
+    input: str
+    rows: int
+    shape: str
+    us: float
+    gb_per_s: float
+    bandwidth_share: float
+    speedup_bf16: float
+    speedup_fp32: float
+    speedup_int4: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, for JSON."""
+        return asdict(self)
+
+
+def shape_of(text: str) -> tuple[tuple[int, int], ...]:
+    """``4096x11008`` (out x in) or a name of :data:`SHAPES`.
+
+    Raises:
+        ValueError: neither.
+    """
+    if text in SHAPES:
+        return SHAPES[text]
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"a shape is OUTxIN such as 4096x11008, or one of {', '.join(SHAPES)}; found {text!r}")
+    return ((int(parts[0]), int(parts[1])),)
+
+
+def measure_kernels(
+    shapes: tuple[tuple[int, int], ...],
+    bits: tuple[int, ...] = (8, 4, 3, 2, 1),
+    rows: tuple[int, ...] = (1,),
+    group_size: int = 128,
+    *,
+    progress: Progress | None = None,
+) -> list[KernelSpeed]:
+    """One :class:`KernelSpeed` for each shape, number of tokens, width and way of the input.
+
+    Raises:
+        ValueError: there are no compiled kernels, or widths that no integer grid has.
+    """
+    if not native.instruction_sets():
+        raise ValueError("lowbit was installed without its compiled kernels; install a C++ compiler and reinstall it")
+    found: list[KernelSpeed] = []
+    total = len(shapes) * len(rows)
+    for done, (shape, tokens) in enumerate((s, t) for s in shapes for t in rows):
+        if progress:
+            progress(done, total, f"{shape[0]}x{shape[1]}, {tokens} tokens")
+        found += _one_shape(shape, tokens, bits, group_size)
+    if progress:
+        progress(total, total, "measured")
+    return found
+
+
+def _one_shape(shape: tuple[int, int], tokens: int, bits: tuple[int, ...], group_size: int) -> list[KernelSpeed]:
+    isa = native.instruction_sets()[0]
+    x_TI = torch.randn(tokens, shape[1])
+    halves = x_TI.bfloat16()
+    calls: dict[Any, tuple[int, Callable[[int], object]]] = {}  # key -> bytes of weight, call of the i-th round
+    for b in bits:
+        for name, grouped in (("fixed", True), ("int8", True), ("int8 a token", False)):
+            if name == "int8 a token" and b != 8:
+                continue
+            spec = Spec(Int(b, symmetric=not grouped), PerGroup(group_size if grouped else shape[1]))
+            pool = _pool(random_tiles(spec, shape))
+            size = pool[0].numel()
+            calls[(b, group_size if grouped else None, name)] = size, _packed_linear(isa, x_TI, pool, shape[0], name)
+    memory = torch.empty(POOL_BYTES, dtype=torch.uint8)
+    native.advise_large_pages(memory)
+    memory.fill_(1)
+    calls["read"] = POOL_BYTES, lambda i: native.read(isa, memory)
+    calls["fp32"] = _torch_linear(x_TI, shape)
+    calls["bf16"] = _torch_linear(halves, shape)
+    if 4 in bits and tokens <= 32 and shape[1] % group_size == 0 and shape[0] % 64 == 0:
+        calls["int4"] = _torch_int4(halves, shape, group_size)
+    best = dict.fromkeys(calls, float("inf"))
+    few = ROUNDS if tokens <= 32 else 5
+    for i in range(few):
+        for key, (_, call) in calls.items():
+            start = time.perf_counter()
+            call(i)
+            best[key] = min(best[key], time.perf_counter() - start)
+    bandwidth = POOL_BYTES / best["read"]
+    return [
+        KernelSpeed(
+            kernel=isa,
+            bits=key[0],
+            group_size=key[1],
+            input=key[2],
+            rows=tokens,
+            shape=f"{shape[0]}x{shape[1]}",
+            us=1e6 * best[key],
+            gb_per_s=calls[key][0] / best[key] / 1e9,
+            bandwidth_share=calls[key][0] / best[key] / bandwidth,
+            speedup_bf16=best["bf16"] / best[key],
+            speedup_fp32=best["fp32"] / best[key],
+            speedup_int4=best["int4"] / best[key] if key[0] == 4 and "int4" in best else None,
+        )
+        for key in calls
+        if isinstance(key, tuple)
+    ]
+
+
+def _packed_linear(isa: str, x_TI: Tensor, pool: list[Tensor], out: int, name: str) -> Callable[[int], object]:
+    if name == "int8 a token":
+        halves = x_TI.bfloat16()
+        return lambda i: native.linear(isa, halves, pool[i % len(pool)], out, act_bits=8)
+    return lambda i: native.linear(isa, x_TI, pool[i % len(pool)], out, by_segment=name == "int8")
+
+
+def random_tiles(spec: Spec, shape: tuple[int, int]) -> Tensor:
+    """A weight of random codes and scales, packed for the compiled kernels; nothing is quantized for it."""
+    tensors: dict[str, Tensor] = {}
+    for name, (size, dtype) in packed_layout(spec, shape).items():
+        if dtype == torch.uint8:
+            tensors[name] = torch.randint(256, size, dtype=torch.uint8)
+        else:
+            tensors[name] = (torch.rand(size) * 0.01 + 0.01).to(dtype)
+    return native.pack(PackedLinear(spec, shape, tensors))
+
+
+def _pool(tiles: Tensor) -> list[Tensor]:
+    """Copies of ``tiles`` in one piece of memory, many enough that none is in a cache when its turn comes."""
+    step = -(-tiles.numel() // 64) * 64
+    count = max(1, -(-POOL_BYTES // step))
+    memory = torch.empty(count * step + 64, dtype=torch.uint8)
+    native.advise_large_pages(memory)
+    start = -memory.data_ptr() % 64
+    return [memory[start + i * step :][: tiles.numel()].copy_(tiles) for i in range(count)]
+
+
+def _torch_linear(x_TI: Tensor, shape: tuple[int, int]) -> tuple[int, Callable[[int], object]]:
+    size = shape[0] * shape[1] * x_TI.element_size()
+    first = torch.randn(shape).to(x_TI.dtype)
+    pool = [first.clone() for _ in range(max(1, -(-POOL_BYTES // size)))]
+    return size, lambda i: F.linear(x_TI, pool[i % len(pool)])
+
+
+def _torch_int4(x_TI: Tensor, shape: tuple[int, int], group_size: int) -> tuple[int, Callable[[int], object]]:
+    codes = torch.randint(16, shape, dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    scales = torch.rand(shape[1] // group_size, shape[0], 2).bfloat16()
+    pool = [packed.clone() for _ in range(max(1, -(-POOL_BYTES // packed.nbytes)))]
+    return packed.nbytes, lambda i: torch.ops.aten._weight_int4pack_mm_for_cpu(
+        x_TI, pool[i % len(pool)], group_size, scales
+    )

@@ -1,0 +1,20 @@
+// AVX2, FMA and F16C.
+#include <immintrin.h>
+
+#include "tiles.h"
+
+namespace lowbit::avx2 {
+namespace {
+
+#include "avx2.inl"
+#include "kernel.inl"
+
+}  // namespace
+}  // namespace lowbit::avx2
+
+namespace lowbit {
+const Kernels* avx2_kernels() {
+  static const Kernels kernels{"avx2", avx2::prepare, avx2::multiply, avx2::decode, avx2::read};
+  return &kernels;
+}
+}  // namespace lowbit

@@ -1,0 +1,766 @@
+// The algorithm, once for all instruction sets. A file that includes this stands in a namespace of its own and defines
+// V, sixteen lanes: see portable.cpp for what V has. Nothing of the standard library is used here, for an inline function
+// compiled with wide instructions could be the one that the linker keeps for everyone.
+
+template <int N>
+struct At {
+  static constexpr int value = N;
+};
+
+// Bytes that are asked for ahead, into the second-level cache: memory answers late, and few bits are used up quickly.
+// Measured (benchmarks/kernels.py): 1.5 KB ahead into the first level loses up to a fifth at 1 and 2 bits.
+constexpr int64_t AHEAD = 12288;
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- codes ----------------------------------------------------------------------------------------------------------
+
+// Quad Q of a chunk: 16 rows by 4 columns of codes, a byte each.
+template <int BITS, int Q>
+static inline typename V::B codes(const uint8_t* chunk) {
+  if constexpr (BITS == 8) {
+    return V::load(chunk + 64 * Q);
+  } else {
+    typename V::B v{};
+    constexpr int fours = BITS & 4, twos = BITS & 2, ones = BITS & 1;
+    if constexpr (fours != 0) v = V::template field<4 * (Q % 2), 0x0f>(V::load(chunk + 64 * (Q / 2)));
+    if constexpr (twos != 0) {
+      constexpr int at = fours;  // bits below
+      auto w = V::template field<2 * (Q % 4) - at, 3 << at>(V::load(chunk + 256 * (fours / 4) + 64 * (Q / 4)));
+      v = at ? V::either(v, w) : w;
+    }
+    if constexpr (ones != 0) {
+      constexpr int at = fours + twos;
+      auto w = V::template field<Q - at, 1 << at>(V::load(chunk + 256 * (fours / 4) + 128 * (twos / 2)));
+      v = at ? V::either(v, w) : w;
+    }
+    return v;
+  }
+}
+
+// Plane P of a binary-coded chunk, bits apart.
+template <int Q>
+static inline typename V::B sign_bits(const uint8_t* unit) {
+  return V::template field<Q, 1>(V::load(unit));
+}
+
+template <int FIRST, int LAST, class F>
+static inline void unroll(F&& f) {
+  if constexpr (FIRST < LAST) {
+    f.template operator()<FIRST>();
+    unroll<FIRST + 1, LAST>(f);
+  }
+}
+
+// Sixteen numbers of one kind, one a row.
+static inline typename V::F numbers(const uint8_t* p, int32_t number) {
+  if (number == F16) return V::halves(reinterpret_cast<const uint16_t*>(p));
+  if (number == F32) return V::floats(reinterpret_cast<const float*>(p));
+  return V::bytes(p);
+}
+
+template <int D>
+static inline typename V::F joined(const typename V::I* acc) {
+  if constexpr (D == 1) return V::to_float(acc[0]);
+  auto low = V::fma(V::to_float(acc[1]), V::set(256.0f), V::to_float(acc[0]));
+  return V::fma(V::to_float(acc[2]), V::set(65536.0f), low);
+}
+
+// ---- the products of one block of 16 rows with M tokens ---------------------------------------------------------------
+
+// PART: 0 whole chunks, 1 and 2 the halves of a chunk, where a group is half of one.
+template <int BITS, int D, int M, int FIRST, int LAST>
+static inline void dots(const uint8_t* chunk, const int8_t* const* x, int64_t plane, typename V::I (*acc)[D * M]) {
+  constexpr int ACCS = D * M == 1 ? 4 : D * M <= 6 ? 2 : 1;
+  unroll<FIRST, LAST>([&]<int Q>() {
+    auto w = codes<BITS, Q>(chunk);
+    for (int m = 0; m < M; ++m)
+      for (int d = 0; d < D; ++d)
+        acc[Q % ACCS][m * D + d] = V::template dot<BITS>(acc[Q % ACCS][m * D + d], w, x[m] + d * plane + 4 * Q);
+  });
+}
+
+// Where dot products take codes of 8 bits, fields of fewer need not be moved down first: each is masked where it is and has
+// a sum of its own, a multiple of its place's power of two, which is divided out once a segment. Two instructions for 64
+// weights. The price is registers, so that only few products at once are taken this way.
+template <int BITS>
+constexpr int fields() {
+  return (BITS & 4 ? 2 : 0) + (BITS & 2 ? 4 : 0) + (BITS & 1 ? 8 : 0);
+}
+
+template <int BITS, int D, int M>
+constexpr bool in_place() {
+  return V::takes_bytes && BITS < 8 && fields<BITS>() * D * M <= 24;
+}
+
+template <int WIDTH, int N, int FIRST, int LAST>
+static inline void plane_dots(const uint8_t* plane, const int8_t* const* x, int64_t stride, int digits, typename V::I (*acc)[N]) {
+  constexpr int count = 8 / WIDTH;
+  unroll<FIRST, LAST>([&]<int Q>() {
+    constexpr int field = Q % count;
+    auto w = V::template field<0, (((1 << WIDTH) - 1) << (WIDTH * field))>(V::load(plane + 64 * (Q / count)));
+    for (int i = 0; i < N; ++i)
+      acc[field][i] = V::template dot<8>(acc[field][i], w, x[i / digits] + i % digits * stride + 4 * Q);
+  });
+}
+
+template <int BITS, int D, int M, int FIRST, int LAST>
+static inline void dots_in_place(const uint8_t* chunk, const int8_t* const* x, int64_t stride, typename V::I (*acc)[D * M]) {
+  if constexpr (BITS & 4) plane_dots<4, D * M, FIRST, LAST>(chunk, x, stride, D, acc);
+  if constexpr (BITS & 2) plane_dots<2, D * M, FIRST, LAST>(chunk + 64 * (BITS & 4), x, stride, D, acc + (BITS & 4 ? 2 : 0));
+  if constexpr (BITS & 1)
+    plane_dots<1, D * M, FIRST, LAST>(chunk + 64 * (BITS & 6), x, stride, D, acc + (BITS & 4 ? 2 : 0) + (BITS & 2 ? 4 : 0));
+}
+
+template <int WIDTH, int BELOW, int N>
+static inline void gather_plane(typename V::I (*acc)[N], typename V::I* sum) {
+  unroll<0, 8 / WIDTH>([&]<int C>() {
+    for (int i = 0; i < N; ++i) sum[i] = V::add(sum[i], V::template scaled<BELOW - WIDTH * C>(acc[C][i]));
+  });
+}
+
+template <int BITS, int N>
+static inline void gather_fields(typename V::I (*acc)[N]) {
+  typename V::I sum[N];
+  for (int i = 0; i < N; ++i) sum[i] = V::izero();
+  if constexpr (BITS & 4) gather_plane<4, 0, N>(acc, sum);
+  if constexpr (BITS & 2) gather_plane<2, (BITS & 4), N>(acc + (BITS & 4 ? 2 : 0), sum);
+  if constexpr (BITS & 1) gather_plane<1, (BITS & 6), N>(acc + (BITS & 4 ? 2 : 0) + (BITS & 2 ? 4 : 0), sum);
+  for (int i = 0; i < N; ++i) acc[0][i] = sum[i];
+}
+
+template <int BITS, int D, int M, bool HALF>
+static void uniform_block(const Job& job, const uint8_t* block, int64_t token, float* out) {
+  constexpr bool IN_PLACE = in_place<BITS, D, M>();
+  constexpr int ACCS = IN_PLACE ? fields<BITS>() : D * M == 1 ? 4 : D * M <= 6 ? 2 : 1;
+  auto multiply_add = [](auto first, auto last, const uint8_t* chunk, const int8_t* const* x, int64_t stride, auto acc) {
+    if constexpr (IN_PLACE) dots_in_place<BITS, D, M, first.value, last.value>(chunk, x, stride, acc);
+    else dots<BITS, D, M, first.value, last.value>(chunk, x, stride, acc);
+  };
+  constexpr int64_t chunk_bytes = 64 * BITS;
+  const Tiles& t = *job.tiles;
+  const int64_t plane = t.padded_cols(), segments = t.segments(), step = t.segment();
+  const uint8_t* params = block + t.codes_bytes;
+  const int zero_at = LANES * number_bytes(t.scale);
+  typename V::F sum[M];
+  for (int m = 0; m < M; ++m) sum[m] = V::set(0.0f);
+  int64_t column = 0, segment = 0;
+  for (int64_t g = 0; g < t.groups; ++g, params += t.group_bytes) {
+    typename V::F inner[M];
+    for (int m = 0; m < M; ++m) inner[m] = V::set(0.0f);
+    for (int64_t begin = 0; begin < t.padded; begin += step, ++segment) {
+      const int64_t end = least(begin + step, t.padded);
+      typename V::I acc[ACCS][D * M];
+      for (int a = 0; a < ACCS; ++a)
+        for (int i = 0; i < D * M; ++i) acc[a][i] = V::izero();
+      const int8_t* x[M];
+      if constexpr (HALF) {
+        const uint8_t* chunk = block + column / CHUNK * chunk_bytes;
+        // Quads are counted from the start of the chunk, the input from the start of the group.
+        if (column % CHUNK == 0) {
+          for (int m = 0; m < M; ++m) x[m] = job.xq + (token + m) * D * plane + column;
+          multiply_add(At<0>{}, At<4>{}, chunk, x, plane, acc);
+        } else {
+          for (int m = 0; m < M; ++m) x[m] = job.xq + (token + m) * D * plane + column - CHUNK / 2;
+          multiply_add(At<4>{}, At<8>{}, chunk, x, plane, acc);
+        }
+        column += CHUNK / 2;
+      } else {
+        for (int64_t k = begin; k < end; k += CHUNK, column += CHUNK) {
+          const uint8_t* chunk = block + column / CHUNK * chunk_bytes;
+          for (int line = 0; line < BITS; ++line) V::prefetch(chunk + AHEAD + 64 * line);
+          for (int m = 0; m < M; ++m) x[m] = job.xq + (token + m) * D * plane + column;
+          multiply_add(At<0>{}, At<8>{}, chunk, x, plane, acc);
+        }
+      }
+      if constexpr (IN_PLACE) {
+        gather_fields<BITS, D * M>(acc);
+      } else {
+        for (int a = 1; a < ACCS; ++a)
+          for (int i = 0; i < D * M; ++i) acc[0][i] = V::add(acc[0][i], acc[a][i]);
+      }
+      for (int m = 0; m < M; ++m)
+        inner[m] = V::fma(joined<D>(acc[0] + m * D), V::set(job.xs[(token + m) * segments + segment]), inner[m]);
+    }
+    auto scale = numbers(params, t.scale);
+    auto zero = t.zero == NONE ? V::set(t.zero_constant) : numbers(params + zero_at, t.zero);
+    for (int m = 0; m < M; ++m) {
+      auto centre = V::set(-job.xsum[(token + m) * t.groups + g]);
+      sum[m] = V::fma(scale, V::fma(zero, centre, inner[m]), sum[m]);
+    }
+  }
+  for (int m = 0; m < M; ++m) V::store(out + LANES * m, sum[m]);
+}
+
+// Binary coding: a plane for each base, its dot products apart; M is 1.
+template <int BITS, int D>
+static void binary_block(const Job& job, const uint8_t* block, int64_t token, float* out) {
+  constexpr int64_t chunk_bytes = 64 * BITS;
+  const Tiles& t = *job.tiles;
+  const int64_t plane = t.padded_cols(), segments = t.segments(), step = t.segment();
+  const uint8_t* params = block + t.codes_bytes;
+  const int base_bytes = LANES * number_bytes(t.scale);
+  auto sum = V::set(0.0f);
+  int64_t column = 0, segment = 0;
+  for (int64_t g = 0; g < t.groups; ++g, params += t.group_bytes) {
+    typename V::F inner[BITS];
+    for (int b = 0; b < BITS; ++b) inner[b] = V::set(0.0f);
+    for (int64_t begin = 0; begin < t.padded; begin += step, ++segment) {
+      const int64_t end = least(begin + step, t.padded);
+      typename V::I acc[BITS][D];
+      for (int b = 0; b < BITS; ++b)
+        for (int d = 0; d < D; ++d) acc[b][d] = V::izero();
+      // A group that is half a chunk starts in the middle of one every other time.
+      const bool late = column % CHUNK != 0;
+      for (int64_t k = begin; k < end; k += CHUNK) {
+        const uint8_t* chunk = block + column / CHUNK * chunk_bytes;
+        const int8_t* x = job.xq + token * D * plane + column / CHUNK * CHUNK;
+        V::prefetch(chunk + AHEAD);
+        for (int b = 0; b < BITS; ++b) {
+          auto quad = [&]<int Q>() {
+            auto w = sign_bits<Q>(chunk + 64 * b);
+            for (int d = 0; d < D; ++d) acc[b][d] = V::template dot<1>(acc[b][d], w, x + d * plane + 4 * Q);
+          };
+          if (!late) unroll<0, 4>(quad);
+          if (late || end - k > CHUNK / 2) unroll<4, 8>(quad);
+        }
+        column += least(CHUNK, end - k);
+      }
+      auto by = V::set(job.xs[token * segments + segment]);
+      for (int b = 0; b < BITS; ++b) inner[b] = V::fma(joined<D>(acc[b]), by, inner[b]);
+    }
+    auto whole = V::set(job.xsum[token * t.groups + g]);
+    for (int b = 0; b < BITS; ++b) {  // a set bit is +1, a clear one -1
+      auto signed_sum = V::fma(V::set(2.0f), inner[b], V::mul(whole, V::set(-1.0f)));
+      sum = V::fma(numbers(params + b * base_bytes, t.scale), signed_sum, sum);
+    }
+    if (t.zero != NONE) sum = V::fma(numbers(params + BITS * base_bytes, t.zero), whole, sum);
+  }
+  V::store(out, sum);
+}
+
+template <int BITS>
+static inline typename V::F looked_up(typename V::F low, const float* table, typename V::I index) {
+  if constexpr (BITS <= 4) return V::lookup(low, index);
+  return V::gather(table, index);
+}
+
+// One table for all rows, a scale a group.
+template <int BITS, int M>
+static void table_block(const Job& job, const uint8_t* block, int64_t token, float* out) {
+  constexpr int64_t chunk_bytes = 64 * BITS;
+  const Tiles& t = *job.tiles;
+  const int64_t plane = t.padded_cols();
+  const uint8_t* params = block + t.codes_bytes;
+  float start[LANES];
+  for (int i = 0; i < LANES; ++i) start[i] = i < (1 << BITS) ? job.table[i] : 0.0f;
+  const auto low = V::floats(start);
+  typename V::F sum[M];
+  for (int m = 0; m < M; ++m) sum[m] = V::set(0.0f);
+  int64_t column = 0;
+  for (int64_t g = 0; g < t.groups; ++g, params += t.group_bytes) {
+    typename V::F inner[4][M];
+    for (int j = 0; j < 4; ++j)
+      for (int m = 0; m < M; ++m) inner[j][m] = V::set(0.0f);
+    const bool late = column % CHUNK != 0;
+    const int64_t stop = column + t.padded;
+    while (column < stop) {
+      const uint8_t* chunk = block + column / CHUNK * chunk_bytes;
+      const float* x[M];
+      for (int m = 0; m < M; ++m) x[m] = job.xf + (token + m) * plane + column / CHUNK * CHUNK;
+      for (int line = 0; line < BITS; ++line) V::prefetch(chunk + AHEAD + 64 * line);
+      auto quad = [&]<int Q>() {
+        auto w = V::as_int(codes<BITS, Q>(chunk));
+        unroll<0, 4>([&]<int J>() {
+          auto value = looked_up<BITS>(low, job.table, V::template byte<J, BITS>(w));
+          for (int m = 0; m < M; ++m) inner[J][m] = V::fma(value, V::set(x[m][4 * Q + J]), inner[J][m]);
+        });
+      };
+      const int64_t left = stop - column;
+      if (!late) unroll<0, 4>(quad);
+      if (late || left > CHUNK / 2) unroll<4, 8>(quad);
+      column += least(CHUNK, left);
+    }
+    auto scale = numbers(params, t.scale);
+    for (int m = 0; m < M; ++m) {
+      auto all = V::addf(V::addf(inner[0][m], inner[1][m]), V::addf(inner[2][m], inner[3][m]));
+      sum[m] = V::fma(scale, all, sum[m]);
+    }
+  }
+  for (int m = 0; m < M; ++m) V::store(out + LANES * m, sum[m]);
+}
+
+// A table for each row; a block is one row, lanes are columns, and the one horizontal sum comes at its end.
+template <int BITS, int M>
+static void codebook_row(const Job& job, const uint8_t* block, int64_t token, float* out) {
+  constexpr int64_t chunk_bytes = 64 * BITS;
+  const Tiles& t = *job.tiles;
+  const int64_t plane = t.padded_cols() * LANES;
+  const float* table = reinterpret_cast<const float*>(block + t.codes_bytes);
+  float start[LANES];
+  for (int i = 0; i < LANES; ++i) start[i] = i < (1 << BITS) ? table[i] : 0.0f;
+  const auto low = V::floats(start);
+  typename V::F sum[4][M];
+  for (int j = 0; j < 4; ++j)
+    for (int m = 0; m < M; ++m) sum[j][m] = V::set(0.0f);
+  for (int64_t column = 0; column < t.padded; column += CHUNK) {
+    const uint8_t* chunk = block + column / CHUNK * chunk_bytes;
+    for (int line = 0; line < BITS; ++line) V::prefetch(chunk + AHEAD + 64 * line);
+    const float* x = job.xf + token * plane + column * LANES;
+    unroll<0, 8>([&]<int Q>() {
+      auto w = V::as_int(codes<BITS, Q>(chunk));
+      unroll<0, 4>([&]<int J>() {
+        auto value = looked_up<BITS>(low, table, V::template byte<J, BITS>(w));
+        for (int m = 0; m < M; ++m) sum[J][m] = V::fma(value, V::floats(x + m * plane + (4 * Q + J) * LANES), sum[J][m]);
+      });
+    });
+  }
+  for (int m = 0; m < M; ++m)
+    out[m] = V::total(V::addf(V::addf(sum[0][m], sum[1][m]), V::addf(sum[2][m], sum[3][m])));
+}
+
+// ---- numbers in and out -----------------------------------------------------------------------------------------------
+
+static inline float from_bits(uint32_t u) {
+  float f;
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+
+static inline uint32_t to_bits(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  return u;
+}
+
+// To nearest, ties to even; NaN stays NaN.
+static inline uint16_t to_bfloat(float x) {
+  const uint32_t u = to_bits(x);
+  return static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+static void read_floats(const void* source, int32_t type, int64_t offset, int64_t n, float* out) {
+  if (type == F32) {
+    __builtin_memcpy(out, static_cast<const float*>(source) + offset, n * 4);
+  } else if (type == BF16) {
+    auto p = static_cast<const uint16_t*>(source) + offset;
+    for (int64_t i = 0; i < n; ++i) out[i] = from_bits(static_cast<uint32_t>(p[i]) << 16);
+  } else {
+    auto p = static_cast<const uint16_t*>(source) + offset;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) V::store(out + i, V::halves(p + i));
+    if (i < n) {
+      uint16_t rest[LANES] = {};
+      float values[LANES];
+      __builtin_memcpy(rest, p + i, (n - i) * 2);
+      V::store(values, V::halves(rest));
+      __builtin_memcpy(out + i, values, (n - i) * 4);
+    }
+  }
+}
+
+static void write_floats(const float* source, int64_t n, void* target, int32_t type, int64_t offset) {
+  if (type == F32) {
+    __builtin_memcpy(static_cast<float*>(target) + offset, source, n * 4);
+  } else if (type == BF16) {
+    auto p = static_cast<uint16_t*>(target) + offset;
+    for (int64_t i = 0; i < n; ++i) p[i] = to_bfloat(source[i]);
+  } else {
+    auto p = static_cast<uint16_t*>(target) + offset;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) V::store_halves(p + i, V::floats(source + i));
+    if (i < n) {
+      float values[LANES] = {};
+      uint16_t rest[LANES];
+      __builtin_memcpy(values, source + i, (n - i) * 4);
+      V::store_halves(rest, V::floats(values));
+      __builtin_memcpy(p + i, rest, (n - i) * 2);
+    }
+  }
+}
+
+// ---- the input --------------------------------------------------------------------------------------------------------
+
+// Integers of one segment: digits of base 256 from -128 to 127, the least first, planes apart; their sum is returned.
+template <int D>
+static inline float integers(const float* x, int64_t n, float inverse, float low, float high, float shift, int8_t* q,
+                             int64_t plane) {
+  auto sum = V::izero();
+  const auto by = V::set(inverse);
+  for (int64_t i = 0; i < n; i += LANES) {
+    auto v = V::to_int(V::clamp(V::mul(V::floats(x + i), by), low, high));
+    if constexpr (D == 1) {
+      (void)shift;
+      V::store_bytes(q + i, v);
+      sum = V::add(sum, v);
+    } else {
+      sum = V::add(sum, v);
+      for (int d = 0; d < D; ++d) {
+        auto digit = V::signed_byte(v);
+        V::store_bytes(q + d * plane + i, digit);
+        v = V::next_byte(V::sub(v, digit));
+      }
+    }
+  }
+  return V::total(V::to_float(sum));
+}
+
+struct Extremes {
+  float low, high;
+  bool finite;
+};
+
+static inline Extremes extremes(const float* x, int64_t n) {
+  auto low = V::set(0.0f), high = V::set(0.0f), nothing = V::set(0.0f);
+  for (int64_t i = 0; i < n; i += LANES) {
+    auto v = V::floats(x + i);
+    low = V::min(low, v);
+    high = V::max(high, v);
+    nothing = V::fma(v, V::set(0.0f), nothing);  // NaN where x is NaN or infinite
+  }
+  float lows[LANES], highs[LANES];
+  V::store(lows, low);
+  V::store(highs, high);
+  Extremes e{0.0f, 0.0f, V::total(nothing) == 0.0f};
+  for (int i = 0; i < LANES; ++i) {
+    if (lows[i] < e.low) e.low = lows[i];
+    if (highs[i] > e.high) e.high = highs[i];
+  }
+  return e;
+}
+
+// The scale and zero point of the recipe, fitted as lowbit.numerics.Int fits them.
+static void fit(const Extremes& e, int bits, bool symmetric, float* scale, float* zero) {
+  const float most = static_cast<float>((1 << bits) - 1);
+  const float nothing = 7.888609052210118e-31f;  // 2**-100
+  if (symmetric) {
+    const float absmax = -e.low > e.high ? -e.low : e.high;
+    *scale = absmax / static_cast<float>(((1 << bits) - 1) / 2);
+    *zero = static_cast<float>(1 << (bits - 1));
+    if (!(*scale > 0)) *scale = nothing;
+  } else {
+    *scale = (e.high - e.low) / most;
+    if (!(*scale > 0)) *scale = nothing;
+    const float z = __builtin_rintf(-e.low / *scale);
+    *zero = z < 0 ? 0 : z > most ? most : z;
+  }
+}
+
+template <int D>
+static void prepare_dynamic(const Job& job, int64_t token) {
+  const Tiles& t = *job.tiles;
+  const int64_t plane = t.padded_cols(), segments = t.group_segments();
+  const float most = D == 1 ? 127.0f : 127.0f * 65536.0f;
+  const float* x = job.xf + token * plane;
+  int8_t* q = job.xq + token * D * plane;
+  for (int64_t g = 0; g < t.groups; ++g) {
+    float sum = 0;
+    for (int64_t s = 0; s < segments; ++s) {
+      const int64_t begin = g * t.padded + s * t.segment(), n = least(t.segment(), (g + 1) * t.padded - begin);
+      const Extremes e = extremes(x + begin, n);
+      const float absmax = -e.low > e.high ? -e.low : e.high;
+      float scale = absmax / most;
+      const bool tiny = !(scale > 1e-37f);  // its inverse would overflow: such a segment is zero next to anything
+      if (tiny) scale = 0.0f;
+      const float total = integers<D>(x + begin, n, tiny ? 0.0f : 1.0f / scale, -most, most, 0.0f, q + begin, plane);
+      if (!e.finite) scale = __builtin_nanf("");
+      job.xs[token * t.segments() + g * segments + s] = scale;
+      sum += scale * total;
+    }
+    job.xsum[token * t.groups + g] = sum;
+  }
+  job.xzero[token] = 0.0f;
+}
+
+// As the recipe says: code = clamp(round(x / scale) + zero); what is multiplied is the code minus the middle one.
+static void prepare_static(const Job& job, int64_t token) {
+  const Tiles& t = *job.tiles;
+  const int64_t plane = t.padded_cols(), segments = t.group_segments();
+  const float* x = job.xf + token * plane;
+  int8_t* q = job.xq + token * plane;
+  const float middle = static_cast<float>(1 << (job.act_bits - 1)), most = static_cast<float>((1 << job.act_bits) - 1);
+  float scale, zero;
+  const Extremes e = extremes(x, plane);
+  if (job.act_scale != nullptr) {
+    const int64_t at = job.act_shared ? 0 : token;
+    scale = job.act_scale[at];
+    zero = job.act_zero != nullptr ? job.act_zero[at] : middle;
+  } else {
+    fit(e, job.act_bits, job.act_symmetric, &scale, &zero);
+  }
+  const float kept = e.finite ? scale : __builtin_nanf("");
+  // Where the zero is the middle it is added before rounding, as the reference does: it matters at ties.
+  const auto by = V::set(scale), before = V::set(job.act_symmetric ? middle : 0.0f);
+  const auto after = V::set(job.act_symmetric ? -middle : zero - middle);
+  for (int64_t g = 0; g < t.groups; ++g) {
+    auto sum = V::izero();
+    const int64_t columns = least(t.group, t.cols - g * t.group);
+    int8_t* out = q + g * t.padded;
+    for (int64_t i = 0; i < t.padded; i += LANES) {
+      auto level = V::addf(V::round(V::addf(V::div(V::floats(x + g * t.padded + i), by), before)), after);
+      auto v = V::to_int(V::clamp(level, -middle, most - middle));
+      V::store_bytes(out + i, v);
+      sum = V::add(sum, v);
+    }
+    // Columns that only fill up are zero, not the code of zero.
+    float excess = 0;
+    for (int64_t i = columns; i < t.padded; ++i) {
+      excess += out[i];
+      out[i] = 0;
+    }
+    job.xsum[token * t.groups + g] = kept * (V::total(V::to_float(sum)) - excess);
+    for (int64_t s = 0; s < segments; ++s) job.xs[token * t.segments() + g * segments + s] = kept;
+  }
+  job.xzero[token] = kept * (zero - middle);
+}
+
+static void prepare(const Job& job, int64_t first, int64_t last) {
+  const Tiles& t = *job.tiles;
+  const int64_t plane = t.padded_cols() * (t.kind == CODEBOOK ? LANES : 1);
+  for (int64_t token = first; token < last; ++token) {
+    float* x = job.xf + token * plane;
+    if (t.kind == CODEBOOK || t.padded == t.group) {
+      read_floats(job.x, job.x_type, token * t.cols, t.cols, x);
+      for (int64_t i = t.cols; i < plane; ++i) x[i] = 0.0f;
+    } else {
+      for (int64_t g = 0; g < t.groups; ++g) {
+        const int64_t n = least(t.group, t.cols - g * t.group);
+        read_floats(job.x, job.x_type, token * t.cols + g * t.group, n, x + g * t.padded);
+        for (int64_t i = n; i < t.padded; ++i) x[g * t.padded + i] = 0.0f;
+      }
+    }
+    if (job.input == INT8 && job.act_bits) prepare_static(job, token);
+    else if (job.input == INT8) prepare_dynamic<1>(job, token);
+    else if (job.input == FIXED) prepare_dynamic<3>(job, token);
+  }
+}
+
+// ---- all tokens -------------------------------------------------------------------------------------------------------
+
+template <int BITS, int D, int M>
+static void uniform(const Job& job, const uint8_t* block, int64_t token, float* out) {
+  if (job.tiles->half()) uniform_block<BITS, D, M, true>(job, block, token, out);
+  else uniform_block<BITS, D, M, false>(job, block, token, out);
+}
+
+using Block = void (*)(const Job&, const uint8_t*, int64_t, float*);
+
+struct Choice {
+  Block by8, by4, by2, by1;  // for so many tokens at once; null where there is none
+};
+
+template <int BITS>
+static Choice choice(const Tiles& t, int32_t input) {
+#ifdef LOWBIT_SINGLE_TOKENS
+  if (t.kind == UNIFORM && input == INT8) return {nullptr, nullptr, nullptr, uniform<BITS, 1, 1>};
+  if (t.kind == UNIFORM) return {nullptr, nullptr, nullptr, uniform<BITS, 3, 1>};
+  if (t.kind == TABLE) return {nullptr, nullptr, nullptr, table_block<BITS, 1>};
+  if (t.kind == CODEBOOK) return {nullptr, nullptr, nullptr, codebook_row<BITS, 1>};
+#else
+  if (t.kind == UNIFORM && input == INT8)
+    return {uniform<BITS, 1, 8>, uniform<BITS, 1, 4>, uniform<BITS, 1, 2>, uniform<BITS, 1, 1>};
+  if (t.kind == UNIFORM) return {nullptr, uniform<BITS, 3, 4>, uniform<BITS, 3, 2>, uniform<BITS, 3, 1>};
+  if (t.kind == TABLE) return {nullptr, table_block<BITS, 4>, table_block<BITS, 2>, table_block<BITS, 1>};
+  if (t.kind == CODEBOOK) return {nullptr, codebook_row<BITS, 4>, codebook_row<BITS, 2>, codebook_row<BITS, 1>};
+#endif
+  if (input == INT8) return {nullptr, nullptr, nullptr, binary_block<BITS, 1>};
+  return {nullptr, nullptr, nullptr, binary_block<BITS, 3>};
+}
+
+static Choice choose(const Tiles& t, int32_t input) {
+  switch (t.bits) {
+    case 1: return choice<1>(t, input);
+    case 2: return choice<2>(t, input);
+    case 3: return choice<3>(t, input);
+    case 4: return choice<4>(t, input);
+    case 5: return choice<5>(t, input);
+    case 6: return choice<6>(t, input);
+    case 7: return choice<7>(t, input);
+    default: return choice<8>(t, input);
+  }
+}
+
+static void multiply(const Job& job, int64_t first, int64_t last) {
+  const Tiles& t = *job.tiles;
+  const Choice c = choose(t, job.input);
+  const int64_t height = t.kind == CODEBOOK ? 1 : LANES;
+  const float* sums = reinterpret_cast<const float*>(job.data + t.sums_offset);
+  float out[8 * LANES];
+  for (int64_t b = first; b < last; ++b) {
+    const uint8_t* block = job.data + HEADER + b * t.block_bytes;
+    const int64_t row = b * height, n = least(height, t.rows - row);
+    for (int64_t token = 0; token < job.m;) {
+      const int64_t left = job.m - token;
+      const int64_t batch = left >= 8 && c.by8 ? 8 : left >= 4 && c.by4 ? 4 : left >= 2 && c.by2 ? 2 : 1;
+      (batch == 8 ? c.by8 : batch == 4 ? c.by4 : batch == 2 ? c.by2 : c.by1)(job, block, token, out);
+      for (int64_t m = 0; m < batch; ++m) {
+        float* y = out + m * height;
+        if (job.act_bits && job.xzero[token + m] != 0.0f)
+          for (int64_t i = 0; i < n; ++i) y[i] -= job.xzero[token + m] * sums[row + i];
+        write_floats(y, n, job.y, job.y_type, (token + m) * t.rows + row);
+      }
+      token += batch;
+    }
+  }
+}
+
+// ---- back to floating point -------------------------------------------------------------------------------------------
+
+template <int BITS>
+static void decode_chunk(const uint8_t* chunk, bool binary, uint8_t (*rows)[CHUNK]) {
+  unroll<0, 8>([&]<int Q>() {
+    uint8_t quad[64];
+    if (!binary) {
+      V::store_all(quad, codes<BITS, Q>(chunk));
+    } else {
+      for (int i = 0; i < 64; ++i) {
+        int code = 0;
+        for (int b = 0; b < BITS; ++b) code |= ((chunk[64 * b + i] >> Q) & 1) << b;
+        quad[i] = static_cast<uint8_t>(code);
+      }
+    }
+    for (int r = 0; r < LANES; ++r) __builtin_memcpy(rows[r] + 4 * Q, quad + 4 * r, 4);
+  });
+}
+
+static void chunk_codes(const Tiles& t, const uint8_t* chunk, uint8_t (*rows)[CHUNK]) {
+  const bool binary = t.kind == BINARY;
+  switch (t.bits) {
+    case 1: return decode_chunk<1>(chunk, binary, rows);
+    case 2: return decode_chunk<2>(chunk, binary, rows);
+    case 3: return decode_chunk<3>(chunk, binary, rows);
+    case 4: return decode_chunk<4>(chunk, binary, rows);
+    case 5: return decode_chunk<5>(chunk, binary, rows);
+    case 6: return decode_chunk<6>(chunk, binary, rows);
+    case 7: return decode_chunk<7>(chunk, binary, rows);
+    default: return decode_chunk<8>(chunk, binary, rows);
+  }
+}
+
+// How the codes of one row and group become values: the affine map, or levels times a factor.
+struct Values {
+  int32_t kind;
+  int32_t bits;
+  float scale, zero;
+  const float* levels;
+  typename V::F low;  // the first 16 levels
+};
+
+static inline typename V::F decoded(const uint8_t* codes, const Values& v) {
+  if (v.kind == UNIFORM) return V::mul(V::subf(V::bytes(codes), V::set(v.zero)), V::set(v.scale));
+  const auto index = V::widened(codes);
+  return V::mul(v.bits <= 4 ? V::lookup(v.low, index) : V::gather(v.levels, index), V::set(v.scale));
+}
+
+static inline void put(typename V::F x, void* out, int32_t type, int64_t offset) {
+  if (type == F32) V::store(static_cast<float*>(out) + offset, x);
+  else if (type == BF16) V::store_bfloats(static_cast<uint16_t*>(out) + offset, x);
+  else V::store_halves(static_cast<uint16_t*>(out) + offset, x);
+}
+
+static inline float number(const uint8_t* p, int32_t type, int lane) {
+  float all[LANES];
+  V::store(all, numbers(p, type));
+  return all[lane];
+}
+
+static void decode_codebook(const Tiles& t, const uint8_t* block, int64_t row, float* line) {
+  const float* table = reinterpret_cast<const float*>(block + t.codes_bytes);
+  uint8_t lanes[LANES][CHUNK];
+  (void)row;
+  for (int64_t column = 0; column < t.padded; column += CHUNK) {
+    chunk_codes(t, block + column / CHUNK * 64 * t.bits, lanes);
+    for (int j = 0; j < CHUNK; ++j)
+      for (int l = 0; l < LANES; ++l) {
+        const int64_t at = (column + j) * LANES + l;
+        if (at < t.cols) line[at] = table[lanes[l][j]];
+      }
+  }
+}
+
+// Rows first..last to out [last - first, cols]; first is a multiple of LANES, or the kind a codebook.
+static void decode(const Tiles& t, const uint8_t* data, const float* table, int64_t first, int64_t last, void* out,
+                   int32_t type) {
+  const uint8_t* blocks = data + HEADER;
+  if (t.kind == CODEBOOK) {
+    float* line = static_cast<float*>(__builtin_malloc(sizeof(float) * t.cols));
+    for (int64_t r = first; r < last; ++r) {
+      decode_codebook(t, blocks + r * t.block_bytes, r, line);
+      write_floats(line, t.cols, out, type, (r - first) * t.cols);
+    }
+    __builtin_free(line);
+    return;
+  }
+  uint8_t rows[LANES][CHUNK];
+  float levels[LANES][256];
+  for (int64_t row = first; row < last; row += LANES) {
+    const uint8_t* block = blocks + row / LANES * t.block_bytes;
+    const int64_t n = least(LANES, last - row);
+    for (int64_t g = 0; g < t.groups; ++g) {
+      const uint8_t* params = block + t.codes_bytes + g * t.group_bytes;
+      const int scale_bytes = LANES * number_bytes(t.scale);
+      float scale[LANES], zero[LANES] = {};
+      V::store(scale, numbers(params, t.scale));
+      if (t.kind == BINARY) {
+        for (int r = 0; r < n; ++r)
+          for (int code = 0; code < (1 << t.bits); ++code) {
+            float v = 0;
+            for (int b = 0; b < t.bits; ++b) {
+              const float base = number(params + b * scale_bytes, t.scale, r);
+              v += (code >> b) & 1 ? base : -base;
+            }
+            levels[r][code] = t.zero == NONE ? v : v + number(params + t.bits * scale_bytes, t.zero, r);
+          }
+      } else if (t.zero != NONE) {
+        V::store(zero, numbers(params + scale_bytes, t.zero));
+      } else {
+        for (int r = 0; r < LANES; ++r) zero[r] = t.zero_constant;
+      }
+      Values values[LANES];
+      for (int r = 0; r < n; ++r) {
+        const float* own = t.kind == BINARY ? levels[r] : table;
+        values[r] = {t.kind, t.bits, t.kind == BINARY ? 1.0f : scale[r], zero[r], own, V::set(0.0f)};
+        if (own != nullptr) {
+          float start[LANES];
+          for (int i = 0; i < LANES; ++i) start[i] = i < (1 << t.bits) ? own[i] : 0.0f;
+          values[r].low = V::floats(start);
+        }
+      }
+      const int64_t columns = least(t.group, t.cols - g * t.group);
+      for (int64_t k = 0; k < columns;) {
+        const int64_t column = g * t.padded + k;
+        const int at = static_cast<int>(column % CHUNK);
+        const int64_t take = least(CHUNK - at, columns - k);
+        chunk_codes(t, block + column / CHUNK * 64 * t.bits, rows);
+        for (int r = 0; r < n; ++r) {
+          const int64_t to = (row - first + r) * t.cols + g * t.group + k;
+          if (take == CHUNK) {
+            put(decoded(rows[r], values[r]), out, type, to);
+            put(decoded(rows[r] + LANES, values[r]), out, type, to + LANES);
+          } else {
+            float some[CHUNK];
+            V::store(some, decoded(rows[r], values[r]));
+            V::store(some + LANES, decoded(rows[r] + LANES, values[r]));
+            write_floats(some + at, take, out, type, to);
+          }
+        }
+        k += take;
+      }
+    }
+  }
+}
+
+static double read(const uint8_t* data, int64_t bytes) {
+  auto a = V::as_int(V::load(data)), b = a, c = a, d = a;
+  for (int64_t i = 0; i + 256 <= bytes; i += 256) {
+    V::prefetch(data + i + AHEAD);
+    V::prefetch(data + i + AHEAD + 64);
+    V::prefetch(data + i + AHEAD + 128);
+    V::prefetch(data + i + AHEAD + 192);
+    a = V::add(a, V::as_int(V::load(data + i)));
+    b = V::add(b, V::as_int(V::load(data + i + 64)));
+    c = V::add(c, V::as_int(V::load(data + i + 128)));
+    d = V::add(d, V::as_int(V::load(data + i + 192)));
+  }
+  return V::total(V::to_float(V::add(V::add(a, b), V::add(c, d))));
+}

@@ -1,0 +1,316 @@
+"""The law of the compiled kernels: every instruction set of this CPU computes the product with the decoded weight."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+
+import lowbit
+from lowbit import kernels
+from lowbit.kernels import PackedLinear, native
+from lowbit.layouts import pack_qtensor
+from lowbit.modules import ActSpec, QuantLinear
+from lowbit.numerics import (
+    NF4,
+    Alternating,
+    BinaryCoded,
+    Block,
+    Codebook,
+    Flat,
+    Float,
+    Int,
+    KMeans,
+    MinMax,
+    Normal,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QTensor,
+    Spec,
+    fit_params,
+    quantize,
+)
+
+SETS = native.instruction_sets()
+SHAPES = [(40, 129), (17, 33), (64, 256), (3, 5)]
+GROUPS = [PerChannel(), PerGroup(16), PerGroup(48), PerGroup(64), PerTensor()]
+UNIFORM = [Spec(Int(b, s), g) for b in range(1, 9) for s in (True, False) for g in GROUPS]
+OTHERS = [
+    Spec(Int(3, zero="real"), PerGroup(32)),
+    Spec(Int(3, zero="real"), PerGroup(16), stats=Spec(Int(3), PerGroup(16))),
+    Spec(Int(4), PerGroup(32), scale_dtype="float32"),
+    Spec(Int(4), PerGroup(32), scale_dtype="bfloat16"),
+    Spec(NF4, PerGroup(64)),
+    Spec(NF4, PerGroup(16), stats=Spec(Int(8), PerGroup(256), scale_dtype="float32")),
+    Spec(Float(2, 1), PerGroup(32)),
+    Spec(Float(4, 3), PerChannel()),
+    Spec(Float(3, 2), PerGroup(16)),
+    Spec(Normal(2), PerGroup(64)),
+    Spec(Normal(3), PerChannel()),
+    *(Spec(Codebook(b), PerChannel()) for b in (1, 2, 3, 4, 5)),
+    *(Spec(BinaryCoded(b), g) for b in (1, 2, 3, 4) for g in (PerGroup(64), PerChannel(), PerGroup(16), PerGroup(20))),
+]
+# What the recipe rounds the input to; the last two are for the kernels a float input.
+INPUTS = [
+    Spec(Int(8, True), PerToken()),
+    Spec(Int(8), PerToken()),
+    Spec(Int(4), PerTensor()),
+    Spec(Int(6, True), PerTensor()),
+    Spec(Int(8), PerGroup(10)),
+    Spec(Float(4, 3), PerToken()),
+]
+
+
+@functools.cache
+def weight(spec: Spec, shape: tuple[int, int]) -> QTensor:
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.02
+    fit = {Codebook: KMeans(), BinaryCoded: Alternating()}.get(type(spec.grid), MinMax())
+    return quantize(w, spec, fit)
+
+
+def layer(spec: Spec, shape=(40, 129), act: Spec | None = None, act_params=None) -> PackedLinear:
+    packed = PackedLinear(spec, shape, pack_qtensor(weight(spec, shape)), act, act_params)
+    assert native.why_unpackable(packed) is None
+    return PackedLinear(spec, shape, packed.tensors, act, act_params, tiles=native.pack(packed))
+
+
+def inputs(rows: int, channels: int, dtype=torch.float32) -> torch.Tensor:
+    return (torch.randn(rows, channels, generator=torch.Generator().manual_seed(rows)) + 0.3).to(dtype)
+
+
+def sqnr_db(x: torch.Tensor, y: torch.Tensor) -> float:
+    x, y = x.double(), y.double()
+    return float(10 * torch.log10(x.pow(2).sum() / (x - y).pow(2).sum()))
+
+
+def test_this_cpu_has_compiled_kernels_and_the_portable_one_is_the_last():
+    assert SETS[-1] == "portable"
+    assert kernels.names() == [*SETS, "int8_torch", "reference"]
+
+
+@pytest.mark.parametrize("spec", [*UNIFORM, *OTHERS], ids=str)
+def test_tiles_are_a_bijection_of_the_codes(spec):
+    for shape in SHAPES:
+        packed = layer(spec, shape)
+        assert packed.tiles is not None
+        assert torch.equal(native.unpack(packed.tiles, spec, shape), packed.tensors["codes"])
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("spec", [*UNIFORM, *OTHERS], ids=str)
+def test_tiles_decode_to_the_bits_of_dequantize(spec, isa):
+    for shape in SHAPES:
+        tiles, exact = layer(spec, shape).tiles, weight(spec, shape).dequantize()
+        assert tiles is not None
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            found = torch.empty(shape, dtype=dtype)
+            native.decode(isa, tiles, native.table_of(spec), 0, found)
+            # Bases are summed in another order than torch's matrix product sums them.
+            summed = isinstance(spec.grid, BinaryCoded)
+            assert (
+                torch.allclose(found, exact.to(dtype), rtol=0.01, atol=1e-6)
+                if summed
+                else torch.equal(found, exact.to(dtype))
+            )
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("spec", [*UNIFORM, *OTHERS], ids=str)
+def test_a_floating_input_is_multiplied_as_in_float32(spec, isa):
+    for shape in SHAPES:
+        packed, w = layer(spec, shape), weight(spec, shape).dequantize().double()
+        for rows in (1, 2, 5, 8, 33):
+            x = inputs(rows, shape[1])
+            assert sqnr_db(x.double() @ w.T, native._run(isa, x, packed)) > 100
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_every_number_of_tokens_up_to_33_is_right(isa):
+    for spec in (Spec(Int(4), PerGroup(64)), Spec(NF4, PerGroup(64)), Spec(Codebook(3), PerChannel())):
+        packed, w = layer(spec), weight(spec, (40, 129)).dequantize().double()
+        for rows in range(34):
+            x = inputs(rows, 129)
+            y = native._run(isa, x, packed)
+            assert y.shape == (rows, 40)
+            assert rows == 0 or sqnr_db(x.double() @ w.T, y) > 100
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("act", INPUTS, ids=str)
+@pytest.mark.parametrize("spec", [*UNIFORM[::3], *OTHERS], ids=str)
+def test_a_quantized_input_gives_what_the_reference_gives(spec, act, isa):
+    packed = layer(spec, act=act)
+    for rows in (1, 4, 11):
+        x = inputs(rows, 129)
+        assert sqnr_db(kernels.ops.reference(x, packed), native._run(isa, x, packed)) > 90
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_static_ranges_clip_as_the_reference_does(symmetric, isa):
+    act = Spec(Int(8, symmetric), PerTensor(), scale_dtype="float32")
+    params = fit_params(inputs(64, 129), act, MinMax())
+    packed = layer(Spec(Int(8), PerChannel()), act=act, act_params=params)
+    x = 2 * inputs(9, 129)
+    assert sqnr_db(kernels.ops.reference(x, packed), native._run(isa, x, packed)) > 90
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_rounding_the_input_by_segments_costs_what_8_bits_cost(bits, isa):
+    spec, shape = Spec(Int(bits), PerGroup(64)), (64, 256)
+    packed, w, x = layer(spec, shape), weight(spec, shape).dequantize(), inputs(5, 256)
+    assert packed.tiles is not None
+    steps = x.view(5, 4, 64).abs().amax(2, keepdim=True) / 127
+    rounded = ((x.view(5, 4, 64) / steps).round() * steps).view(5, 256)
+    found = native.linear(isa, x, packed.tiles, 64, by_segment=True)
+    assert sqnr_db(rounded.double() @ w.double().T, found) > 90
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_types_of_input_give_their_own_type(dtype, isa):
+    spec = Spec(Int(4), PerGroup(64))
+    packed, w = layer(spec), weight(spec, (40, 129)).dequantize().double()
+    for rows in (1, 8, 50):
+        x = inputs(rows, 129, dtype)
+        y = native._run(isa, x, packed)
+        assert y.dtype == dtype
+        floor = {torch.bfloat16: 45, torch.float16: 60, torch.float64: 100}[dtype]
+        assert sqnr_db(x.double() @ w.T, y) > floor
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_an_outlier_channel_does_not_drown_the_others(isa):
+    """Massive activations are thousands of times the rest; fixed point has a scale for each 128 channels."""
+    spec, shape = Spec(Int(4), PerChannel()), (64, 512)
+    packed, w, x = layer(spec, shape), weight(spec, shape).dequantize().double(), inputs(3, 512)
+    x[:, 7] = 4000
+    exact = x.double() @ w.T - x[:, 7:8].double() * w.T[7]
+    found = native._run(isa, x, packed).double() - x[:, 7:8].double() * w.T[7]
+    assert sqnr_db(exact, found) > 60
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("act", [None, Spec(Int(8, True), PerToken())], ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_and_inf_reach_the_output_of_their_token_only(bad, act, isa):
+    for spec in (Spec(Int(4), PerGroup(64)), Spec(NF4, PerGroup(64)), Spec(BinaryCoded(2), PerGroup(64))):
+        x = inputs(3, 129)
+        x[1, 7] = bad
+        y = native._run(isa, x, layer(spec, act=act))
+        assert not torch.isfinite(y[1]).any()
+        assert torch.isfinite(y[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_zeros_tiny_and_non_contiguous_inputs_are_right(isa):
+    spec = Spec(Int(3), PerGroup(32))
+    packed, w = layer(spec), weight(spec, (40, 129)).dequantize().double()
+    assert not native._run(isa, torch.zeros(2, 129), packed).any()
+    tiny = inputs(2, 129) * 1e-25  # below 1e-30 next to nothing becomes nothing
+    assert sqnr_db(tiny.double() @ w.T, native._run(isa, tiny, packed)) > 90
+    x = inputs(129, 6).T
+    assert sqnr_db(x.double() @ w.T, native._run(isa, x, packed)) > 100
+    x = inputs(6, 129).view(2, 3, 129)
+    assert native._run(isa, x, packed).shape == (2, 3, 40)
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_the_number_of_threads_changes_nothing(isa):
+    spec, shape = Spec(Int(4), PerGroup(64)), (1024, 512)
+    packed, x, found = layer(spec, shape), inputs(8, 512), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(native._run(isa, x, packed))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_torchs_own_threads_are_used():
+    assert native._torch_pool() != 0
+
+
+def test_layers_that_cannot_be_packed_say_why():
+    def reason(spec, shape=(40, 128)):
+        return native.why_unpackable(PackedLinear(spec, shape, pack_qtensor(weight(spec, shape))))
+
+    assert reason(Spec(NF4, Flat(64))) is None
+    assert "groups within a row" in str(reason(Spec(NF4, Flat(64)), (40, 100)))
+    assert "groups within a row" in str(reason(Spec(Int(4), Block(8, 8))))
+    assert "groups within a row" in str(reason(Spec(Codebook(2), PerGroup(64))))
+
+
+def test_cut_off_tiles_and_unknown_instruction_sets_are_refused():
+    packed = layer(Spec(Int(4), PerGroup(64)))
+    assert packed.tiles is not None
+    with pytest.raises(ValueError, match="cut off"):
+        native.linear(SETS[0], inputs(1, 129), packed.tiles[:-64], 40)
+    with pytest.raises(ValueError, match="does not run avx1024"):
+        native.linear("avx1024", inputs(1, 129), packed.tiles, 40)
+
+
+# A layer that holds tiles
+
+
+def prepared(spec=Spec(Int(4), PerGroup(64)), shape=(40, 129), **kwargs) -> tuple[QuantLinear, QuantLinear]:
+    plain = QuantLinear.from_qtensor(weight(spec, shape), torch.randn(shape[0]), **kwargs)
+    packed = copy.deepcopy(plain)
+    assert packed.prepare() is None and packed.prepare() is None
+    return plain, packed
+
+
+def test_a_prepared_layer_computes_the_same_and_holds_no_second_copy():
+    plain, packed = prepared()
+    x = inputs(2, 129)
+    assert plain.explain()[-1].why_not is None and packed.explain()[0].why_not is None
+    assert sqnr_db(plain(x), packed(x)) > 100
+    assert "codes" not in dict(packed.named_buffers())
+    assert torch.equal(packed.dequantize(), plain.dequantize())
+    assert packed.stored_bits == plain.stored_bits
+
+
+def test_a_prepared_layer_is_saved_and_loaded_as_any_other():
+    plain, packed = prepared(act=ActSpec(Spec(Int(8, True), PerToken())))
+    expected = plain.state_dict()
+    found = packed.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
+    other = prepared(shape=(40, 129))[1]
+    other.load_state_dict(prepared()[0].state_dict())
+    assert other.tiles is None and torch.equal(other.dequantize(), plain.dequantize())
+    packed.restore()
+    assert packed.tiles is None and torch.equal(packed.get_buffer("codes"), plain.get_buffer("codes"))
+
+
+def test_casting_keeps_the_tiles_and_moving_away_restores_the_codes():
+    _, packed = prepared()
+    assert packed.to(torch.bfloat16).tiles is not None
+    assert packed(inputs(1, 129, torch.bfloat16)).dtype == torch.bfloat16
+    assert packed.to("meta").tiles is None and packed.get_buffer("codes").device.type == "meta"
+
+
+@pytest.mark.parametrize("act", [None, ActSpec(Spec(Int(8, True), PerToken()))], ids=str)
+def test_gradients_flow_through_a_prepared_layer(act):
+    plain, packed = prepared(act=act)
+    grads = []
+    for each in (plain, packed):
+        x = inputs(2, 129).requires_grad_()
+        each(x).square().sum().backward()
+        assert x.grad is not None
+        grads.append(x.grad)
+    assert grads[0].any() and sqnr_db(*grads) > 90
+
+
+def test_a_machine_without_compiled_kernels_says_so_once_and_runs(monkeypatch):
+    plain, _ = prepared()
+    monkeypatch.setattr(native, "_cpu", None)
+    with pytest.warns(UserWarning, match="C\\+\\+ compiler"):
+        lowbit.modules.prepare(plain)
+    assert plain.tiles is None and plain.explain()[-1].why_not is None

@@ -1,0 +1,63 @@
+"""`lowbit bench`: what it prints is there and sensible; how fast this machine is is not tested."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from typer.testing import CliRunner
+
+from lowbit.cli import app
+from lowbit.evaluate import kernels
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(kernels, "POOL_BYTES", 2**20)
+    monkeypatch.setattr(kernels, "ROUNDS", 2)
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def test_kernels_are_measured_for_every_shape_width_and_number_of_tokens(tmp_path):
+    out = tmp_path / "new" / "kernels.json"
+    result = run("--kernels", "--shapes", "64x256,96x128", "--bits", "8,3", "--rows", "1,5", "--json", "-o", str(out))
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert json.loads(out.read_text()) == found and "share of memory" in out.with_suffix(".md").read_text()
+    assert {(k["shape"], k["rows"], k["bits"]) for k in found["kernels"]} == {
+        (shape, rows, bits) for shape in ("64x256", "96x128") for rows in (1, 5) for bits in (8, 3)
+    }
+    for speed in found["kernels"]:
+        assert speed["kernel"] == found["machine"]["instruction_sets"][0]
+        for name in ("us", "gb_per_s", "bandwidth_share", "speedup_bf16", "speedup_fp32"):
+            assert speed[name] > 0 and math.isfinite(speed[name])
+
+
+def test_torchs_own_four_bits_are_compared_with_where_they_take_the_shape():
+    (four, *_) = kernels.measure_kernels(((64, 256),), (4,))
+    assert four.bits == 4 and four.speedup_int4 is not None
+    (odd, *_) = kernels.measure_kernels(((60, 250),), (4,))
+    assert odd.speedup_int4 is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kernels", "--shapes", "4096"], "a shape is OUTxIN such as 4096x11008, or one of llama-7b"),
+        (["--kernels", "--shapes", "64x64", "--bits", "4,x"], "bits are whole numbers"),
+        ([], "give a model to measure, or --kernels"),
+        (["smollm2-135m", "--kernels"], "not both"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code != 0
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_named_shape_is_every_linear_of_a_block():
+    assert kernels.shape_of("llama-7b") == ((4096, 4096), (11008, 4096), (4096, 11008))
