@@ -10,7 +10,8 @@ How the input is multiplied:
 * floating point against uniform and binary-coded weights: as 24-bit fixed point with a scale for each 128 channels, three
   integer products. It costs less than converting weights, and errs less than a float32 sum does (over 110 dB);
 * floating point against tables and codebooks: in float32;
-* many tokens of floating point: the weight is decoded by panels that stay in cache, and torch multiplies.
+* many tokens of floating point: the weight is decoded by panels that stay in cache, and torch multiplies, in float32 where it
+  has no matrix instructions for the input's dtype.
 
 Shapes: T token, O output channel, I input channel.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +60,12 @@ UNIFORM, TABLE, CODEBOOK, BINARY = range(4)
 _FLOATS, _INT8, _FIXED = 0, 1, 3
 _TYPES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 4}
 _PANEL_BYTES = 1 << 20  # of decoded weight: half of a usual second-level cache
-# Tokens up to which the packed product beats decoding the weight for torch to multiply (benchmarks/kernels.py): against
-# float32, which has no matrix instructions, always.
+# Tokens up to which the packed product beats decoding the weight for torch to multiply (benchmarks/kernels.py), where torch
+# has matrix instructions for the dtype; and where it has none.
 _FEW = {UNIFORM: 32, TABLE: 12, CODEBOOK: 12, BINARY: 8}
+_FEW_SLOW = 16
+# Instruction sets with integer dot products: three of them cost less than one product of float32, however many tokens.
+_DOTS = ("avx512", "avxvnni", "neon")
 
 
 def instruction_sets() -> list[str]:
@@ -237,8 +242,8 @@ def _by_rows(isa: str, x_TI: Tensor, layer: PackedLinear) -> Tensor:
     if act is None:
         kind = _kind(layer.spec)
         assert kind is not None
-        if len(x_TI) > _FEW[kind] and not (kind == UNIFORM and x_TI.dtype == torch.float32):
-            return _by_panels(isa, x_TI, layer)
+        if len(x_TI) > _few(isa, kind, x_TI.dtype):
+            return _by_panels(x_TI if _multiplies(x_TI.dtype) else x_TI.float(), isa, layer).to(x_TI.dtype)
         tabled = kind in (TABLE, CODEBOOK)
         return linear(isa, x_TI, layer.tiles, layer.shape[0], table_of(layer.spec), tabled=tabled)
     assert isinstance(act.grid, Int)
@@ -247,7 +252,22 @@ def _by_rows(isa: str, x_TI: Tensor, layer: PackedLinear) -> Tensor:
     return linear(isa, x_TI, layer.tiles, layer.shape[0], None, act.grid.bits, act.grid.symmetric, params)
 
 
-def _by_panels(isa: str, x_TI: Tensor, layer: PackedLinear) -> Tensor:
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of ``dtype`` faster than it does float32, or they are float32."""
+    has = torch.cpu.get_capabilities()
+    names = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fp16")}
+    return dtype == torch.float32 or any(has.get(name, False) for name in names[dtype])
+
+
+def _few(isa: str, kind: int, dtype: torch.dtype) -> float:
+    """Tokens up to which the packed product is the faster one."""
+    if not _multiplies(dtype) or dtype == torch.float32:
+        return math.inf if kind == UNIFORM and isa in _DOTS else _FEW_SLOW
+    return _FEW[kind]
+
+
+def _by_panels(x_TI: Tensor, isa: str, layer: PackedLinear) -> Tensor:
     assert layer.tiles is not None
     rows, columns = layer.shape
     step = max(16, _PANEL_BYTES // (columns * x_TI.element_size()) // 16 * 16) * torch.get_num_threads()
