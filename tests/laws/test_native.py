@@ -8,11 +8,10 @@ import functools
 import pytest
 import torch
 
-import lowbit
 from lowbit import kernels
-from lowbit.kernels import PackedLinear, native
+from lowbit.kernels import PackedLinear, native, product, reference
 from lowbit.layouts import pack_qtensor
-from lowbit.modules import ActSpec, QuantLinear
+from lowbit.modules import ActSpec, QuantLinear, prepare
 from lowbit.numerics import (
     NF4,
     Alternating,
@@ -125,7 +124,7 @@ def test_a_floating_input_is_multiplied_as_in_float32(spec, isa):
         packed, w = layer(spec, shape), weight(spec, shape).dequantize().double()
         for rows in (1, 2, 5, 8, 33):
             x = inputs(rows, shape[1])
-            assert sqnr_db(x.double() @ w.T, native._run(isa, x, packed)) > 100
+            assert sqnr_db(x.double() @ w.T, product.run(isa, x, packed)) > 100
 
 
 @pytest.mark.parametrize("isa", SETS)
@@ -134,7 +133,7 @@ def test_every_number_of_tokens_up_to_33_is_right(isa):
         packed, w = layer(spec), weight(spec, (40, 129)).dequantize().double()
         for rows in range(34):
             x = inputs(rows, 129)
-            y = native._run(isa, x, packed)
+            y = product.run(isa, x, packed)
             assert y.shape == (rows, 40)
             assert rows == 0 or sqnr_db(x.double() @ w.T, y) > 100
 
@@ -146,7 +145,7 @@ def test_a_quantized_input_gives_what_the_reference_gives(spec, act, isa):
     packed = layer(spec, act=act)
     for rows in (1, 4, 11):
         x = inputs(rows, 129)
-        assert sqnr_db(kernels.ops.reference(x, packed), native._run(isa, x, packed)) > 90
+        assert sqnr_db(reference(x, packed), product.run(isa, x, packed)) > 90
 
 
 @pytest.mark.parametrize("isa", SETS)
@@ -156,7 +155,7 @@ def test_static_ranges_clip_as_the_reference_does(symmetric, isa):
     params = fit_params(inputs(64, 129), act, MinMax())
     packed = layer(Spec(Int(8), PerChannel()), act=act, act_params=params)
     x = 2 * inputs(9, 129)
-    assert sqnr_db(kernels.ops.reference(x, packed), native._run(isa, x, packed)) > 90
+    assert sqnr_db(reference(x, packed), product.run(isa, x, packed)) > 90
 
 
 @pytest.mark.parametrize("isa", SETS)
@@ -178,7 +177,7 @@ def test_other_types_of_input_give_their_own_type(dtype, isa):
     packed, w = layer(spec), weight(spec, (40, 129)).dequantize().double()
     for rows in (1, 8, 50):
         x = inputs(rows, 129, dtype)
-        y = native._run(isa, x, packed)
+        y = product.run(isa, x, packed)
         assert y.dtype == dtype
         floor = {torch.bfloat16: 45, torch.float16: 60, torch.float64: 100}[dtype]
         assert sqnr_db(x.double() @ w.T, y) > floor
@@ -191,7 +190,7 @@ def test_an_outlier_channel_does_not_drown_the_others(isa):
     packed, w, x = layer(spec, shape), weight(spec, shape).dequantize().double(), inputs(3, 512)
     x[:, 7] = 4000
     exact = x.double() @ w.T - x[:, 7:8].double() * w.T[7]
-    found = native._run(isa, x, packed).double() - x[:, 7:8].double() * w.T[7]
+    found = product.run(isa, x, packed).double() - x[:, 7:8].double() * w.T[7]
     assert sqnr_db(exact, found) > 60
 
 
@@ -202,7 +201,7 @@ def test_nan_and_inf_reach_the_output_of_their_token_only(bad, act, isa):
     for spec in (Spec(Int(4), PerGroup(64)), Spec(NF4, PerGroup(64)), Spec(BinaryCoded(2), PerGroup(64))):
         x = inputs(3, 129)
         x[1, 7] = bad
-        y = native._run(isa, x, layer(spec, act=act))
+        y = product.run(isa, x, layer(spec, act=act))
         assert not torch.isfinite(y[1]).any()
         assert torch.isfinite(y[[0, 2]]).all()
 
@@ -211,13 +210,13 @@ def test_nan_and_inf_reach_the_output_of_their_token_only(bad, act, isa):
 def test_zeros_tiny_and_non_contiguous_inputs_are_right(isa):
     spec = Spec(Int(3), PerGroup(32))
     packed, w = layer(spec), weight(spec, (40, 129)).dequantize().double()
-    assert not native._run(isa, torch.zeros(2, 129), packed).any()
+    assert not product.run(isa, torch.zeros(2, 129), packed).any()
     tiny = inputs(2, 129) * 1e-25  # below 1e-30 next to nothing becomes nothing
-    assert sqnr_db(tiny.double() @ w.T, native._run(isa, tiny, packed)) > 90
+    assert sqnr_db(tiny.double() @ w.T, product.run(isa, tiny, packed)) > 90
     x = inputs(129, 6).T
-    assert sqnr_db(x.double() @ w.T, native._run(isa, x, packed)) > 100
+    assert sqnr_db(x.double() @ w.T, product.run(isa, x, packed)) > 100
     x = inputs(6, 129).view(2, 3, 129)
-    assert native._run(isa, x, packed).shape == (2, 3, 40)
+    assert product.run(isa, x, packed).shape == (2, 3, 40)
 
 
 @pytest.mark.parametrize("isa", SETS)
@@ -228,7 +227,7 @@ def test_the_number_of_threads_changes_nothing(isa):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(native._run(isa, x, packed))
+            found.append(product.run(isa, x, packed))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -312,5 +311,5 @@ def test_a_machine_without_compiled_kernels_says_so_once_and_runs(monkeypatch):
     plain, _ = prepared()
     monkeypatch.setattr(native, "_cpu", None)
     with pytest.warns(UserWarning, match="C\\+\\+ compiler"):
-        lowbit.modules.prepare(plain)
+        prepare(plain)
     assert plain.tiles is None and plain.explain()[-1].why_not is None

@@ -1,7 +1,7 @@
 """Code that multiplies by packed weights. Kernels see tensors and specs, never modules; importing touches no device."""
 
 from lowbit.kernels import int8_torch as _int8_torch  # noqa: F401  (registers itself)
-from lowbit.kernels import native  # registers itself, after what it is to be asked before
+from lowbit.kernels import native, product  # the latter registers itself, after what it is to be asked before
 from lowbit.kernels.activation import fake_quantize_activation, quantize_activation
 from lowbit.kernels.decode import decode_packed
 from lowbit.kernels.ops import (
@@ -11,7 +11,9 @@ from lowbit.kernels.ops import (
     add_side,
     choose,
     explain,
+    forced,
     names,
+    reference,
     register,
     run,
     with_side,
@@ -26,9 +28,12 @@ __all__ = [
     "decode_packed",
     "explain",
     "fake_quantize_activation",
+    "forced",
     "names",
     "native",
+    "product",
     "quantize_activation",
+    "reference",
     "register",
     "run",
     "with_side",

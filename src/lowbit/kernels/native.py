@@ -1,17 +1,8 @@
-"""The compiled CPU kernels (``cpu/*.cpp``): which layers they take, how these are packed for them, and how they are called.
+"""The compiled CPU code (``cpu/*.cpp``): which layers it takes, how these are packed for it, and how it is called.
 
 A weight is packed once, after loading, from its canonical codes into tiles that the kernels read as one stream; the codes
 are dropped, and made again from the tiles where something asks for them. One algorithm is compiled for each instruction
-set, and each is a kernel of its own name: ``avx512``, ``avxvnni``, ``avx2``, ``neon``, ``portable``.
-
-How the input is multiplied:
-
-* integers as the recipe quantizes them (:class:`Int` of up to 8 bits, a scale a token or one for all): one integer product;
-* floating point against uniform and binary-coded weights: as 24-bit fixed point with a scale for each 128 channels, three
-  integer products. It costs less than converting weights, and errs less than a float32 sum does (over 110 dB);
-* floating point against tables and codebooks: in float32;
-* many tokens of floating point: the weight is decoded by panels that stay in cache, and torch multiplies, in float32 where it
-  has no matrix instructions for the input's dtype.
+set: ``avx512``, ``avxvnni``, ``avx2``, ``neon``, ``portable``. :mod:`lowbit.kernels.product` makes kernels of it.
 
 Shapes: T token, O output channel, I input channel.
 """
@@ -20,17 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowbit.kernels.activation import fake_quantize_activation
-from lowbit.kernels.decode import decode_packed
-from lowbit.kernels.ops import Kernel, PackedLinear, add_side, reference, register
+from lowbit.kernels.ops import PackedLinear
 from lowbit.layouts import unpack_params
 from lowbit.numerics import (
     Affine,
@@ -41,7 +28,6 @@ from lowbit.numerics import (
     Float,
     Int,
     Lut,
-    MinMax,
     Normal,
     PerChannel,
     PerGroup,
@@ -58,14 +44,7 @@ except ImportError:  # installed where there was no compiler
 
 UNIFORM, TABLE, CODEBOOK, BINARY = range(4)
 _FLOATS, _INT8, _FIXED = 0, 1, 3
-_TYPES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 4}
-_PANEL_BYTES = 1 << 20  # of decoded weight: half of a usual second-level cache
-# Tokens up to which the packed product beats decoding the weight for torch to multiply (benchmarks/kernels.py), where torch
-# has matrix instructions for the dtype; and where it has none.
-_FEW = {UNIFORM: 32, TABLE: 12, CODEBOOK: 12, BINARY: 8}
-_FEW_SLOW = 16
-# Instruction sets with integer dot products: three of them cost less than one product of float32, however many tokens.
-_DOTS = ("avx512", "avxvnni", "neon")
+DTYPES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 4}
 
 
 def instruction_sets() -> list[str]:
@@ -73,7 +52,8 @@ def instruction_sets() -> list[str]:
     return [] if _cpu is None else _cpu.instruction_sets()
 
 
-def _kind(spec: Spec) -> int | None:
+def kind_of(spec: Spec) -> int | None:
+    """The kind of tiles that hold ``spec``: one of UNIFORM, TABLE, CODEBOOK and BINARY; None: there is none."""
     match spec.grid:
         case Int():
             return UNIFORM
@@ -101,7 +81,7 @@ def why_unpackable(layer: PackedLinear) -> str | None:
     """Why the weight cannot be packed for these kernels."""
     if _cpu is None:
         return "lowbit was installed without its compiled kernels (no C++ compiler was found)"
-    kind, group = _kind(layer.spec), _group(layer.spec, layer.shape[1])
+    kind, group = kind_of(layer.spec), _group(layer.spec, layer.shape[1])
     if kind is None:
         return f"weights are {type(layer.spec.grid).__name__}, which has no compiled kernel"
     if group is None or (kind == CODEBOOK and layer.spec.granularity != PerChannel()):
@@ -115,7 +95,7 @@ def pack(layer: PackedLinear) -> Tensor:
     """The weight of ``layer`` as one uint8 buffer of tiles; :func:`why_unpackable` has to be None."""
     spec, (rows, columns) = layer.spec, layer.shape
     params = unpack_params(layer.tensors, spec, layer.shape)
-    kind, group = _kind(spec), _group(spec, columns)
+    kind, group = kind_of(spec), _group(spec, columns)
     assert _cpu is not None and kind is not None and group is not None
     zero, constant = None, 0.0
     if isinstance(params, Affine):
@@ -164,7 +144,7 @@ def advise_large_pages(memory: Tensor) -> None:
 @functools.cache
 def table_of(spec: Spec) -> Tensor | None:
     """Values of the codes of a grid that is a table, float32 ``[2**bits]``; codes that no value has are zero."""
-    if _kind(spec) != TABLE:
+    if kind_of(spec) != TABLE:
         return None
     values = torch.tensor(spec.grid.table())  # pyright: ignore[reportAttributeAccessIssue]
     return F.pad(values, (0, 2**spec.grid.bits - len(values)))
@@ -175,7 +155,7 @@ def decode(isa: str, tiles: Tensor, table: Tensor | None, first: int, out_OI: Te
     assert _cpu is not None
     _cpu.decode(
         isa, tiles.data_ptr(), tiles.numel(), _address(table), first, first + len(out_OI),
-        out_OI.data_ptr(), _TYPES[out_OI.dtype], torch.get_num_threads(),
+        out_OI.data_ptr(), DTYPES[out_OI.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -190,97 +170,6 @@ def integer_input(layer: PackedLinear) -> bool:
         and isinstance(act.granularity, PerToken | PerTensor)
         and (isinstance(layer.spec.grid, Int) or (isinstance(layer.spec.grid, BinaryCoded) and act.grid.symmetric))
     )
-
-
-def _why_not(layer: PackedLinear, rows: int) -> str | None:
-    reason = why_unpackable(layer)
-    if reason is None and layer.tiles is None:
-        return "the weight is not packed for it; lowbit.load does, and prepare() of the layer"
-    return reason
-
-
-def _run(isa: str, x: Tensor, layer: PackedLinear) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
-        if layer.act is not None:
-            return reference(x, layer)
-        y = _Differentiable.apply(x, isa, layer)
-        assert isinstance(y, Tensor)
-    else:
-        y = _product(isa, x, layer)
-    return add_side(y, x, layer)
-
-
-class _Differentiable(torch.autograd.Function):
-    """The product of a weight that is not learned: in the backward pass it is decoded."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, isa: str, layer: PackedLinear) -> Tensor:
-        ctx.layer = layer
-        return _product(isa, x, layer)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (g,) = grads
-        weight = decode_packed(ctx.layer.tensors, ctx.layer.spec, ctx.layer.shape)
-        return g @ weight.to(g.dtype), None, None
-
-
-def _product(isa: str, x: Tensor, layer: PackedLinear) -> Tensor:
-    x_TI = x.reshape(-1, x.shape[-1])
-    if x.dtype not in _TYPES:
-        x_TI = x_TI.float()
-    y_TO = _by_rows(isa, x_TI.contiguous(), layer)
-    return y_TO.to(x.dtype).view(*x.shape[:-1], layer.shape[0])
-
-
-def _by_rows(isa: str, x_TI: Tensor, layer: PackedLinear) -> Tensor:
-    assert layer.tiles is not None
-    act, params = layer.act, layer.act_params
-    if act is not None and not integer_input(layer):
-        x_TI = fake_quantize_activation(x_TI, act, params).to(x_TI.dtype)
-        act = None
-    if act is None:
-        kind = _kind(layer.spec)
-        assert kind is not None
-        if len(x_TI) > _few(isa, kind, x_TI.dtype):
-            return _by_panels(x_TI if _multiplies(x_TI.dtype) else x_TI.float(), isa, layer).to(x_TI.dtype)
-        tabled = kind in (TABLE, CODEBOOK)
-        return linear(isa, x_TI, layer.tiles, layer.shape[0], table_of(layer.spec), tabled=tabled)
-    assert isinstance(act.grid, Int)
-    if params is None and isinstance(act.granularity, PerTensor):
-        params = MinMax()(act.granularity.split(x_TI.float()), act.grid)
-    return linear(isa, x_TI, layer.tiles, layer.shape[0], None, act.grid.bits, act.grid.symmetric, params)
-
-
-@functools.cache
-def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of ``dtype`` faster than it does float32, or they are float32."""
-    has = torch.cpu.get_capabilities()
-    names = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fp16")}
-    return dtype == torch.float32 or any(has.get(name, False) for name in names[dtype])
-
-
-def _few(isa: str, kind: int, dtype: torch.dtype) -> float:
-    """Tokens up to which the packed product is the faster one."""
-    if not _multiplies(dtype) or dtype == torch.float32:
-        return math.inf if kind == UNIFORM and isa in _DOTS else _FEW_SLOW
-    return _FEW[kind]
-
-
-def _by_panels(x_TI: Tensor, isa: str, layer: PackedLinear) -> Tensor:
-    assert layer.tiles is not None
-    rows, columns = layer.shape
-    step = max(16, _PANEL_BYTES // (columns * x_TI.element_size()) // 16 * 16) * torch.get_num_threads()
-    table = table_of(layer.spec)
-    panel = x_TI.new_empty(
-        min(step, rows), columns
-    )  # one for all: memory that is new each time costs more than decoding
-    y_TO = x_TI.new_empty(len(x_TI), rows)
-    for start in range(0, rows, step):
-        weight = panel[: rows - start]
-        decode(isa, layer.tiles, table, start, weight)
-        torch.mm(x_TI, weight.T, out=y_TO[:, start : start + step])
-    return y_TO
 
 
 def linear(
@@ -314,8 +203,8 @@ def linear(
         zero = None if act_params.zero is None else act_params.zero.float().contiguous()
     mode = _FLOATS if tabled else _INT8 if act_bits or by_segment else _FIXED
     _cpu.linear(
-        isa, tiles.data_ptr(), tiles.numel(), _address(table), x_TI.data_ptr(), _TYPES[x_TI.dtype], len(x_TI),
-        y_TO.data_ptr(), _TYPES[y_TO.dtype], mode, act_bits, act_symmetric, scale is not None and scale.numel() == 1,
+        isa, tiles.data_ptr(), tiles.numel(), _address(table), x_TI.data_ptr(), DTYPES[x_TI.dtype], len(x_TI),
+        y_TO.data_ptr(), DTYPES[y_TO.dtype], mode, act_bits, act_symmetric, scale is not None and scale.numel() == 1,
         _address(scale), _address(zero), torch.get_num_threads(),
     )  # fmt: skip
     return y_TO
@@ -343,11 +232,5 @@ def _torch_pool() -> int:
     return 0
 
 
-def _register_all() -> None:
-    for isa in reversed(instruction_sets()):
-        register(Kernel(isa, _why_not, lambda x, layer, isa=isa: _run(isa, x, layer)))
-
-
 if _cpu is not None:
     _cpu.use_pool(_torch_pool())
-_register_all()

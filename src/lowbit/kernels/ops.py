@@ -110,33 +110,37 @@ def names() -> list[str]:
     return [kernel.name for kernel in (*_KERNELS, _REFERENCE)]
 
 
+def forced() -> str | None:
+    """The kernel that the environment variable LOWBIT_KERNELS forces, if it does."""
+    return os.environ.get(ENVIRONMENT) or None
+
+
 def choose(layer: PackedLinear, rows: int) -> Kernel:
     """The kernel that runs ``layer`` for ``rows`` input vectors; the environment variable LOWBIT_KERNELS forces one.
 
     Raises:
         ValueError: LOWBIT_KERNELS names a kernel that does not exist, or that cannot run this layer.
     """
-    forced = os.environ.get(ENVIRONMENT)
-    if not forced:
+    name = forced()
+    if name is None:
         return next(kernel for kernel in (*_KERNELS, _REFERENCE) if kernel.why_not(layer, rows) is None)
-    if forced not in names():
-        raise ValueError(f"{ENVIRONMENT}={forced!r} is no kernel{nearest(forced, names())}; all: {', '.join(names())}")
-    kernel = next(kernel for kernel in (*_KERNELS, _REFERENCE) if kernel.name == forced)
+    if name not in names():
+        raise ValueError(f"{ENVIRONMENT}={name!r} is no kernel{nearest(name, names())}; all: {', '.join(names())}")
+    kernel = next(kernel for kernel in (*_KERNELS, _REFERENCE) if kernel.name == name)
     reason = kernel.why_not(layer, rows)
     if reason is not None:
-        raise ValueError(f"{ENVIRONMENT}={forced!r} cannot run this layer: {reason}; unset it or use 'reference'")
+        raise ValueError(f"{ENVIRONMENT}={name!r} cannot run this layer: {reason}; unset it or use 'reference'")
     return kernel
 
 
 def explain(layer: PackedLinear, rows: int) -> list[Reason]:
     """Every kernel in the order asked, with why it does not run; ``why_not`` is None for exactly the chosen one."""
-    chosen = choose(layer, rows).name
-    forced = os.environ.get(ENVIRONMENT)
+    chosen, given = choose(layer, rows).name, forced()
     reasons = []
     for kernel in (*_KERNELS, _REFERENCE):
         why_not = kernel.why_not(layer, rows)
         if kernel.name != chosen and why_not is None:
-            why_not = f"{ENVIRONMENT}={forced} is set" if forced else f"{chosen} is asked first"
+            why_not = f"{ENVIRONMENT}={given} is set" if given else f"{chosen} is asked first"
         reasons.append(Reason(kernel.name, why_not))
     return reasons
 

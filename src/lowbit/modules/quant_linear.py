@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
 
@@ -32,7 +33,7 @@ from lowbit.layouts import Layout, pack_qtensor, packed_layout, unpack_qtensor
 from lowbit.modules import stored
 from lowbit.modules.activation import ActSpec
 from lowbit.numerics import Affine, QTensor, SideTerm, Spec, Table, from_dict, to_dict
-from lowbit.transforms import ChannelTransform
+from lowbit.transforms import ChannelTransform, Made, Seeded
 
 Config = dict[str, Any]
 _BIAS_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -82,6 +83,15 @@ def features(config: Config) -> tuple[int, int]:
     return width, config["shape"][0]
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What a prepared layer has made once, so that a call does nothing but call: the product, and what is around it."""
+
+    product: kernels.product.Product
+    side: tuple[SideTerm, ...]
+    transforms: dict[str, tuple[ChannelTransform | Made, ...]]
+
+
 class QuantLinear(nn.Module):
     """A packed linear. Build it with :meth:`from_qtensor` or :meth:`empty`.
 
@@ -102,6 +112,7 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, buffers[name])
         self.tiles: Tensor | None
         self.register_buffer("tiles", None, persistent=False)
+        self._prepared: _Prepared | None = None
         if config["bias"] is None:
             self.register_buffer("bias", None)
 
@@ -202,7 +213,14 @@ class QuantLinear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """The part between the transforms: activation quantization, the packed weight and its side terms."""
-        return kernels.run(x, self.packed())
+        ready = self._prepared
+        if ready is None or kernels.forced() or (self.act is not None and torch.is_grad_enabled() and x.requires_grad):
+            return kernels.run(x, self.packed())
+        assert self.tiles is not None
+        y = ready.product(x, self.tiles)
+        for term in ready.side:
+            y = y + term.apply(x, self.shape[0])
+        return y
 
     def packed(self) -> PackedLinear:
         """This layer as kernels see it."""
@@ -220,13 +238,21 @@ class QuantLinear(nn.Module):
         if reason is None:
             self.tiles = kernels.native.pack(packed)
             del self._buffers["codes"]
+            made = {
+                place: tuple(
+                    t.made(torch.float32, self.tiles.device) if isinstance(t, Seeded) else t
+                    for t in self._transforms(place, torch.float32)
+                )
+                for place in ("pre", "post")
+            }
+            self._prepared = _Prepared(kernels.product.product_of(packed), packed.side, made)
         return reason
 
     def restore(self) -> None:
         """Undoes :meth:`prepare`: canonical codes and nothing else."""
         if self.tiles is not None:
             self.register_buffer("codes", self._tensors()["codes"])
-            self.tiles = None
+            self.tiles = self._prepared = None
 
     def explain(self, rows: int = 1) -> list[Reason]:
         """Which kernel runs for ``rows`` input vectors, and for each other one why it does not."""
@@ -332,8 +358,8 @@ class QuantLinear(nn.Module):
         if not self._config.get(place):
             return x
         wide = torch.promote_types(x.dtype, torch.float32)
-        y = x.to(wide)
-        for t in self._transforms(place, wide):
+        y, ready = x.to(wide), self._prepared if wide == torch.float32 else None
+        for t in self._transforms(place, wide) if ready is None else ready.transforms[place]:
             y = t.forward(y)
         return y.to(x.dtype)
 

@@ -100,6 +100,19 @@ class _Round(NamedTuple):
         return self._replace(parts=tuple(part._make(map(placed, part)) for part in self.parts))
 
 
+class Made(NamedTuple):
+    """A rotation whose matrices exist: what is run again and again, and what torch can trace."""
+
+    size: int
+    rounds: tuple[_Round, ...]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.unflatten(-1, (-1, self.size))
+        for step in self.rounds:
+            y = step.forward(y)
+        return y.flatten(-2)
+
+
 class _Numbers:
     """The sequence of a seed, and what is made of it; see the module docstring."""
 
@@ -150,11 +163,12 @@ class Seeded:
         """The transform that undoes this one."""
         return replace(self, inverted=not self.inverted)
 
+    def made(self, dtype: torch.dtype, device: torch.device) -> Made:
+        """This rotation with its matrices, for inputs of ``dtype`` on ``device``."""
+        return Made(self.size, _rounds(type(self), self.seed, self.size, self.inverted, dtype, device))
+
     def forward(self, x: Tensor) -> Tensor:
-        y = x.unflatten(-1, (-1, self.size))
-        for step in _rounds(type(self), self.seed, self.size, self.inverted, x.dtype, x.device):
-            y = step.forward(y)
-        return y.flatten(-2)
+        return self.made(x.dtype, x.device).forward(x)
 
     def fold_in(self, w_OI: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.forward(w_OI), b

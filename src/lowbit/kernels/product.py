@@ -1,0 +1,206 @@
+"""Products with packed weights by compiled code: one kernel for each instruction set, and one operator of torch's.
+
+How the input is multiplied:
+
+* integers as the recipe quantizes them (:class:`Int` of up to 8 bits, a scale a token or one for all): one integer product;
+* floating point against uniform and binary-coded weights: as 24-bit fixed point with a scale for each 128 channels, three
+  integer products. It costs less than converting weights, and errs less than a float32 sum does (over 110 dB);
+* floating point against tables and codebooks: in float32;
+* many tokens of floating point: the weight is decoded by panels that stay in cache, and torch multiplies, in float32 where it
+  has no matrix instructions for the input's dtype.
+
+Shapes: T token, O output channel, I input channel.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.kernels import native
+from lowbit.kernels.activation import fake_quantize_activation
+from lowbit.kernels.native import BINARY, CODEBOOK, TABLE, UNIFORM
+from lowbit.kernels.ops import Kernel, PackedLinear, add_side, reference, register
+from lowbit.numerics import Affine, Int, MinMax, PerTensor, Spec
+
+_PANEL_BYTES = 1 << 20  # of decoded weight: half of a usual second-level cache
+# Tokens up to which the packed product beats decoding the weight for torch to multiply (benchmarks/kernels.py), where torch
+# has matrix instructions for the dtype; and where it has none.
+_FEW = {UNIFORM: 32, TABLE: 12, CODEBOOK: 12, BINARY: 8}
+_FEW_SLOW = 16
+# Instruction sets with integer dot products: three of them cost less than one product of float32, however many tokens.
+_DOTS = ("avx512", "avxvnni", "neon")
+
+
+@dataclass(frozen=True)
+class Product:
+    """What the product of one packed layer needs to know beside its tiles; made once, called for every input.
+
+    Args:
+        kind, rows, table: of the weight, see :mod:`lowbit.kernels.native`.
+        act: how the input is quantized; ``bits``, ``symmetric`` and ``whole`` (one range for all tokens) where that is to
+            integers which multiply the codes as they are, and 0 bits where it is not.
+        params: of a static ``act``.
+    """
+
+    kind: int
+    rows: int
+    table: Tensor | None
+    act: Spec | None
+    params: Affine | None
+    bits: int = 0
+    symmetric: bool = True
+    whole: bool = False
+
+    def __call__(self, x: Tensor, tiles: Tensor, isa: str = "") -> Tensor:
+        """``Q_act(x) @ W.T`` for x ``[..., I]``, ``[..., O]`` in its dtype; an empty ``isa`` is this machine's best."""
+        params = self.params
+        if self.act is not None and not self.bits:
+            x, params = fake_quantize_activation(x, self.act, params).to(x.dtype), None
+        scale, zero = (None, None) if params is None else params
+        about = (x, tiles, self.table, scale, zero, self.kind, self.rows, self.bits, self.symmetric, self.whole, isa)
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            return torch.ops.lowbit.packed_linear(*about)
+        return multiply(*about)
+
+
+def product_of(layer: PackedLinear) -> Product:
+    """The :class:`Product` of a layer that :func:`pack` takes."""
+    kind, act = native.kind_of(layer.spec), layer.act
+    assert kind is not None
+    about = (kind, layer.shape[0], native.table_of(layer.spec), act, layer.act_params)
+    if act is None or not native.integer_input(layer):
+        return Product(*about)
+    assert isinstance(act.grid, Int)
+    return Product(*about, act.grid.bits, act.grid.symmetric, isinstance(act.granularity, PerTensor))
+
+
+def multiply(
+    x: Tensor,
+    tiles: Tensor,
+    table: Tensor | None,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    kind: int,
+    rows: int,
+    bits: int,
+    symmetric: bool,
+    whole: bool,
+    isa: str,
+) -> Tensor:
+    """The body of the operator ``lowbit::packed_linear``: x ``[..., I]`` by the fastest way for so many tokens.
+
+    Arguments as in :class:`Product`; ``scale`` and ``zero`` are its ``params``.
+    """
+    isa = isa or native.instruction_sets()[0]
+    x_TI = x.reshape(-1, x.shape[-1])
+    x_TI = (x_TI if x.dtype in native.DTYPES else x_TI.float()).contiguous()
+    if bits:
+        params = None if scale is None else Affine(scale, zero)
+        if params is None and whole:
+            params = MinMax()(PerTensor().split(x_TI.float()), Int(bits, symmetric=symmetric))
+        y_TO = native.linear(isa, x_TI, tiles, rows, None, bits, symmetric, params)
+    elif len(x_TI) > _few(isa, kind, x_TI.dtype):
+        wide = x_TI if _multiplies(x_TI.dtype) else x_TI.float()
+        y_TO = _by_panels(isa, wide, tiles, rows, table)
+    else:
+        y_TO = native.linear(isa, x_TI, tiles, rows, table, tabled=kind in (TABLE, CODEBOOK))
+    return y_TO.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+def decoded(tiles: Tensor, table: Tensor | None, rows: int, columns: int, isa: str) -> Tensor:
+    """The body of ``lowbit::packed_weight``: the weight ``[O, I]``, float32."""
+    weight_OI = torch.empty(rows, columns)
+    native.decode(isa or native.instruction_sets()[0], tiles, table, 0, weight_OI)
+    return weight_OI
+
+
+# Operators of torch's own: torch.compile keeps them whole, and gradients pass through.
+torch.library.define(
+    "lowbit::packed_linear",
+    "(Tensor x, Tensor tiles, Tensor? table, Tensor? scale, Tensor? zero, int kind, int rows, int bits, bool symmetric, "
+    "bool whole, str isa) -> Tensor",
+)
+torch.library.impl("lowbit::packed_linear", "CPU", multiply)
+
+
+torch.library.define("lowbit::packed_weight", "(Tensor tiles, Tensor? table, int rows, int columns, str isa) -> Tensor")
+torch.library.impl("lowbit::packed_weight", "CPU", decoded)
+
+
+@torch.library.register_fake("lowbit::packed_weight")
+def _weight_shape(tiles: Tensor, table: Any, rows: int, columns: int, isa: str) -> Tensor:
+    return tiles.new_empty(rows, columns, dtype=torch.float32)
+
+
+@torch.library.register_fake("lowbit::packed_linear")
+def _shape_only(x: Tensor, tiles: Tensor, table: Any, scale: Any, zero: Any, kind: int, rows: int, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, tiles, table, _, _, _, rows, bits, *_, isa = inputs
+    if bits:
+        raise NotImplementedError("an integer product has no gradient; restore() the layer to learn through it")
+    ctx.save_for_backward(tiles, table)
+    ctx.shape, ctx.isa = (rows, x.shape[-1]), isa
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    tiles, table = ctx.saved_tensors
+    weight_OI = torch.ops.lowbit.packed_weight(tiles, table, *ctx.shape, ctx.isa)
+    return g @ weight_OI.to(g.dtype), *[None] * 10
+
+
+torch.library.register_autograd("lowbit::packed_linear", _backward, setup_context=_remember)
+
+
+def _few(isa: str, kind: int, dtype: torch.dtype) -> float:
+    """Tokens up to which the packed product is the faster one."""
+    if not _multiplies(dtype) or dtype == torch.float32:
+        return math.inf if kind == UNIFORM and isa in _DOTS else _FEW_SLOW
+    return _FEW[kind]
+
+
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of ``dtype`` faster than it does float32, or they are float32."""
+    has = torch.cpu.get_capabilities()
+    names = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fp16")}
+    return dtype == torch.float32 or any(has.get(name, False) for name in names[dtype])
+
+
+def _by_panels(isa: str, x_TI: Tensor, tiles: Tensor, rows: int, table: Tensor | None) -> Tensor:
+    columns = x_TI.shape[1]
+    step = max(16, _PANEL_BYTES // (columns * x_TI.element_size()) // 16 * 16) * torch.get_num_threads()
+    # One panel for all: memory that is new each time costs more than decoding.
+    panel, y_TO = x_TI.new_empty(min(step, rows), columns), x_TI.new_empty(len(x_TI), rows)
+    for start in range(0, rows, step):
+        weight = panel[: rows - start]
+        native.decode(isa, tiles, table, start, weight)
+        torch.mm(x_TI, weight.T, out=y_TO[:, start : start + step])
+    return y_TO
+
+
+def _why_not(layer: PackedLinear, rows: int) -> str | None:
+    reason = native.why_unpackable(layer)
+    if reason is None and layer.tiles is None:
+        return "the weight is not packed for it; lowbit.load does, and prepare() of the layer"
+    return reason
+
+
+def run(isa: str, x: Tensor, layer: PackedLinear) -> Tensor:
+    """The kernel of instruction set ``isa``, see :class:`~lowbit.kernels.ops.Kernel`."""
+    if layer.act is not None and torch.is_grad_enabled() and x.requires_grad:
+        return reference(x, layer)
+    assert layer.tiles is not None
+    return add_side(product_of(layer)(x, layer.tiles, isa), x, layer)
+
+
+for _isa in reversed(native.instruction_sets()):
+    register(Kernel(_isa, _why_not, functools.partial(run, _isa)))
