@@ -6,10 +6,12 @@ import json
 import math
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from lowbit.cli import app
 from lowbit.evaluate import kernels
+from lowbit.modules import QuantLinear
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +63,41 @@ def test_what_cannot_be_measured_is_said(arguments, message):
 
 def test_a_named_shape_is_every_linear_of_a_block():
     assert kernels.shape_of("llama-7b") == ((4096, 4096), (11008, 4096), (4096, 11008))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    from lowbit.architectures import shapes
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    named = {"model_type": "llama", "vocab_size": 50, "num_key_value_heads": 2} | sizes
+    monkeypatch.setitem(shapes.SHAPES, "tiny", named)
+    return shapes.named_config("tiny")
+
+
+def test_a_random_model_has_the_sizes_and_bits_asked_for_and_runs_by_compiled_kernels(tiny):
+    from lowbit.evaluate.random_model import linear_shapes, random_model
+    from lowbit.formats.native import bits_per_weight
+
+    assert linear_shapes(tiny) == ((64, 64), (32, 64), (96, 64), (64, 96))
+    model = random_model(tiny, 3, 32)
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert len(layers) == 14 and all(layer.tiles is not None for layer in layers)
+    assert bits_per_weight(model) == pytest.approx(3 + 19 / 32, abs=0.01)
+    assert torch.isfinite(model(torch.arange(9)[None]).logits).all()
+    dense = random_model(tiny, 16)
+    assert not any(isinstance(module, QuantLinear) for module in dense.modules())
+    assert not any(parameter.is_meta for parameter in dense.parameters())
+    with pytest.raises(ValueError, match="1 to 8 bits, or 16"):
+        random_model(tiny, 12)
+
+
+def test_a_random_model_is_measured_by_its_name(tiny):
+    asked = ["--shapes", "tiny", "--bits", "4", "--group-size", "32", "--prompt-tokens", "8", "--new-tokens", "2"]
+    result = run(*asked, "--json")
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["models"]
+    assert found["bits"] == 4 and found["decode_tokens_per_s"] > 0
+    assert 0 < found["weight_memory"] < found["running_memory"]
+    result = run("--shapes", "llama-7c")
+    assert result.exit_code != 0 and "did you mean" in " ".join(result.output.replace("│", " ").split())

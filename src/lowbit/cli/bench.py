@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +21,16 @@ def command(
     ] = None,
     kernels: Annotated[bool, typer.Option("--kernels", help="Measure single products.")] = False,
     shapes: Annotated[
-        str, typer.Option(metavar="OUTxIN,...", help="Shapes of products: OUTxIN, or a model's name such as llama-7b.")
-    ] = "4096x4096,11008x4096",
-    bits: Annotated[str, typer.Option(metavar="N,...", help="Widths of the weights.")] = "8,4,3,2,1",
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="With --kernels: shapes of products, OUTxIN or the name of a model's sizes such as llama-7b. Without: "
+            "names; a model of random weights is built packed for each.",
+        ),
+    ] = None,
+    bits: Annotated[
+        str | None, typer.Option(metavar="N,...", help="Widths of the weights; for random models 16 too: not packed.")
+    ] = None,
     rows: Annotated[str, typer.Option(metavar="N,...", help="Tokens multiplied at once.")] = "1",
     group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 128,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt, for a model.")] = 256,
@@ -32,14 +41,22 @@ def command(
     threads: common.Threads = None,
     as_json: common.Json = False,
 ) -> None:
-    """Measure speed: products by kernel with --kernels, or a whole model's prefill and decode.
+    """Measure speed: products by kernel with --kernels, or a whole model's prefill and decode and its memory.
+
+    A model is a checkpoint, or with --shapes one of a known size with random weights: lowbit bench --shapes llama-7b.
 
     Products are compared with torch's own in bfloat16 and float32 and with the speed of memory, in turns in one run.
     """
     common.use_threads(threads)
-    if (model is None) == (not kernels):
-        raise typer.BadParameter("give a model to measure, or --kernels; not both")
-    result = _of_model(str(model), prompt_tokens, new_tokens) if model else _of_kernels(shapes, bits, rows, group_size)
+    if (model is not None) + kernels != 1 and (model is not None or kernels or shapes is None):
+        raise typer.BadParameter("give a model to measure, or --kernels, or --shapes with the names of sizes; not both")
+    if kernels:
+        result = _of_kernels(shapes or "4096x4096,11008x4096", bits or "8,4,3,2,1", rows, group_size)
+    elif model is not None:
+        result = {"models": [_of_model(model, prompt_tokens, new_tokens)]}
+    else:
+        widths = _numbers(bits or "16,4,3,2", "bits")
+        result = {"models": _of_sizes(str(shapes).split(","), widths, group_size, prompt_tokens, new_tokens, threads)}
     from lowbit import __version__
     from lowbit.evaluate.machine import machine
 
@@ -73,16 +90,54 @@ def _of_kernels(shapes: str, bits: str, rows: str, group_size: int) -> dict[str,
 
 def _of_model(model: str, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
     import lowbit
-    from lowbit.evaluate import measure_speed
-    from lowbit.evaluate.memory import model_bytes, peak_rss
 
     with common.progress() as report:
         report(0, 1, "loading")
-        loaded = lowbit.load(model)
-        weights = model_bytes(loaded)
-        speed = measure_speed(loaded, prompt_tokens, new_tokens, progress=report)
-    about = {"model": model, "dtype": str(loaded.dtype).removeprefix("torch.")}
-    return {"model": about | {"weight_memory": weights, "running_memory": peak_rss()} | speed.to_dict()}
+        return _timed(lowbit.load(model), {"model": model}, prompt_tokens, new_tokens, report)
+
+
+def _of_sizes(
+    names: list[str], widths: tuple[int, ...], group_size: int, prompt_tokens: int, new_tokens: int, threads: int | None
+) -> list[dict[str, Any]]:
+    from lowbit.architectures.shapes import named_config
+
+    for name in names:
+        named_config(name)
+    if len(names) * len(widths) == 1:
+        return [_of_size(names[0], widths[0], group_size, prompt_tokens, new_tokens)]
+    found = []
+    for name in names:
+        for width in widths:  # each in a process of its own, which alone tells its memory
+            common.say(f"{name}, {width} bits")
+            about = ["--shapes", name, "--bits", width, "--group-size", group_size]
+            about += ["--prompt-tokens", prompt_tokens, "--new-tokens", new_tokens, "--json"]
+            about += ["--threads", threads] if threads else []
+            run = [sys.executable, "-m", "lowbit", "bench", *map(str, about)]
+            done = subprocess.run(run, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise typer.Exit(done.returncode)
+            found += json.loads(done.stdout)["models"]
+    return found
+
+
+def _of_size(name: str, width: int, group_size: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    from lowbit.architectures.shapes import named_config
+    from lowbit.evaluate.random_model import random_model
+
+    with common.progress() as report:
+        model = random_model(named_config(name), width, group_size, progress=report)
+        about = {"model": f"{name}, random", "bits": width, "group_size": group_size if width < 16 else None}
+        return _timed(model, about, prompt_tokens, new_tokens, report)
+
+
+def _timed(model: Any, about: dict[str, Any], prompt_tokens: int, new_tokens: int, report: Any) -> dict[str, Any]:
+    from lowbit.evaluate import measure_speed
+    from lowbit.evaluate.memory import model_bytes, peak_rss
+
+    weights = model_bytes(model)
+    speed = measure_speed(model, prompt_tokens, new_tokens, progress=report)
+    about |= {"dtype": str(model.dtype).removeprefix("torch."), "weight_memory": weights}
+    return about | {"running_memory": peak_rss()} | speed.to_dict()
 
 
 def _markdown(result: dict[str, Any]) -> str:
@@ -100,13 +155,15 @@ def _markdown(result: dict[str, Any]) -> str:
                 f"{k['gb_per_s']:.1f} | {k['bandwidth_share']:.2f} | {k['speedup_bf16']:.2f} | {k['speedup_fp32']:.2f} | {int4} |"
             )
     else:
-        m = result["model"]
         lines += [
-            "| model | type | weights in memory | running memory | prefill, tokens/s | decode, tokens/s |",
-            "|---|---|---:|---:|---:|---:|",
-            f"| {m['model']} | {m['dtype']} | {common.size(m['weight_memory'])} | {common.size(m['running_memory'])} | "
-            f"{m['prefill_tokens_per_s']:.1f} | {m['decode_tokens_per_s']:.1f} |",
+            "| model | bits | type | weights in memory | running memory | prefill, tokens/s | decode, tokens/s |",
+            "|---|---:|---|---:|---:|---:|---:|",
         ]
+        for m in result["models"]:
+            lines.append(
+                f"| {m['model']} | {m.get('bits', '')} | {m['dtype']} | {common.size(m['weight_memory'])} | "
+                f"{common.size(m['running_memory'])} | {m['prefill_tokens_per_s']:.1f} | {m['decode_tokens_per_s']:.2f} |"
+            )
     about = result["machine"]
     lines += ["", f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, lowbit {result['lowbit']}"]
     return "\n".join(lines) + "\n"

@@ -18,20 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowbit.architectures.shapes import SHAPES, named_config
 from lowbit.evaluate.forward import Progress
+from lowbit.evaluate.random_model import linear_shapes, random_tensors
 from lowbit.kernels import PackedLinear, native
-from lowbit.layouts import packed_layout
 from lowbit.numerics import Int, PerGroup, Spec
 
 POOL_BYTES = 256 * 2**20
 ROUNDS = 40
-# Named shapes, (out, in) of every linear of a block.
-SHAPES = {
-    "llama-7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
-    "llama-13b": ((5120, 5120), (13824, 5120), (5120, 13824)),
-    "llama-3-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
-    "smollm2-135m": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
-}
 
 
 @dataclass(frozen=True)
@@ -69,13 +63,13 @@ class KernelSpeed:
 
 
 def shape_of(text: str) -> tuple[tuple[int, int], ...]:
-    """``4096x11008`` (out x in) or a name of :data:`SHAPES`.
+    """``4096x11008`` (out x in), or the linears of a model whose sizes have a name.
 
     Raises:
         ValueError: neither.
     """
     if text in SHAPES:
-        return SHAPES[text]
+        return linear_shapes(named_config(text))
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"a shape is OUTxIN such as 4096x11008, or one of {', '.join(SHAPES)}; found {text!r}")
@@ -166,13 +160,7 @@ def _packed_linear(isa: str, x_TI: Tensor, pool: list[Tensor], out: int, name: s
 
 def random_tiles(spec: Spec, shape: tuple[int, int]) -> Tensor:
     """A weight of random codes and scales, packed for the compiled kernels; nothing is quantized for it."""
-    tensors: dict[str, Tensor] = {}
-    for name, (size, dtype) in packed_layout(spec, shape).items():
-        if dtype == torch.uint8:
-            tensors[name] = torch.randint(256, size, dtype=torch.uint8)
-        else:
-            tensors[name] = (torch.rand(size) * 0.01 + 0.01).to(dtype)
-    return native.pack(PackedLinear(spec, shape, tensors))
+    return native.pack(PackedLinear(spec, shape, random_tensors(spec, shape)))
 
 
 def _pool(tiles: Tensor) -> list[Tensor]:

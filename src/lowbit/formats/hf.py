@@ -62,6 +62,10 @@ class LowbitQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_compileable(self) -> bool:
+        return True
+
+    @property
     def is_trainable(self) -> bool:
         return False
 
