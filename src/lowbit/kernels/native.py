@@ -6,7 +6,8 @@ set, and each is a kernel of its own name: ``avx512``, ``avxvnni``, ``avx2``, ``
 
 How the input is multiplied:
 
-* integers as the recipe quantizes them (:class:`Int` of up to 8 bits, a scale a token or one for all): one integer product;
+* integers as the recipe quantizes them (:class:`Int` of up to 8 bits, a scale a token or one for all): one integer product,
+  and where channels of the input reach a threshold one more in fixed point, of these channels alone;
 * floating point against uniform and binary-coded weights: as 24-bit fixed point with a scale for each 128 channels, three
   integer products. It costs less than converting weights, and errs less than a float32 sum does (over 110 dB);
 * floating point against tables and codebooks: in float32;
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowbit.kernels.activation import fake_quantize_activation
+from lowbit.kernels.activation import fake_quantize_activation, outlier_channels, without_outliers
 from lowbit.kernels.decode import decode_packed
 from lowbit.kernels.ops import Kernel, PackedLinear, add_side, reference, register
 from lowbit.layouts import unpack_params
@@ -237,7 +238,7 @@ def _by_rows(isa: str, x_TI: Tensor, layer: PackedLinear) -> Tensor:
     assert layer.tiles is not None
     act, params = layer.act, layer.act_params
     if act is not None and not integer_input(layer):
-        x_TI = fake_quantize_activation(x_TI, act, params).to(x_TI.dtype)
+        x_TI = fake_quantize_activation(x_TI, act, params, layer.threshold).to(x_TI.dtype)
         act = None
     if act is None:
         kind = _kind(layer.spec)
@@ -247,9 +248,31 @@ def _by_rows(isa: str, x_TI: Tensor, layer: PackedLinear) -> Tensor:
         tabled = kind in (TABLE, CODEBOOK)
         return linear(isa, x_TI, layer.tiles, layer.shape[0], table_of(layer.spec), tabled=tabled)
     assert isinstance(act.grid, Int)
+    if layer.threshold:
+        return _with_outliers(isa, x_TI, layer)
     if params is None and isinstance(act.granularity, PerTensor):
         params = MinMax()(act.granularity.split(x_TI.float()), act.grid)
     return linear(isa, x_TI, layer.tiles, layer.shape[0], None, act.grid.bits, act.grid.symmetric, params)
+
+
+def _with_outliers(isa: str, x_TI: Tensor, layer: PackedLinear) -> Tensor:
+    """The integer product of the codes, and that of the channels taken out: ``[T, O]`` in float32.
+
+    The second costs one floating row a token, or one a channel where these are fewer: rows of the identity bring out the
+    columns that are wanted.
+    """
+    assert layer.tiles is not None and layer.act is not None and isinstance(layer.act.grid, Int)
+    x_TI, act, rows = x_TI.float(), layer.act, layer.shape[0]
+    ranged, kept = without_outliers(x_TI, layer.threshold)
+    params = layer.act_params or MinMax()(act.granularity.split(ranged), act.grid)
+    y_TO = linear(isa, kept, layer.tiles, rows, None, act.grid.bits, act.grid.symmetric, params)
+    taken = outlier_channels(x_TI, layer.threshold)
+    if not len(taken):
+        return y_TO
+    if len(x_TI) <= len(taken):
+        return y_TO + linear(isa, torch.zeros_like(x_TI).index_copy_(1, taken, x_TI[:, taken]), layer.tiles, rows)
+    wanted_kI = torch.zeros(len(taken), layer.shape[1]).scatter_(1, taken[:, None], 1.0)
+    return y_TO + x_TI[:, taken] @ linear(isa, wanted_kI, layer.tiles, rows)
 
 
 @functools.cache

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit.kernels import without_outliers
 from lowbit.modules import ActSpec
 from lowbit.numerics import (
     Alternating,
@@ -53,7 +55,12 @@ def fake_activation(x: Tensor, act: ActSpec | None, params: Params | None) -> Te
     if act.static and params is not None:
         grain = act.spec.granularity
         return grain.join(act.spec.grid.fake(grain.split(x), params), tuple(x.shape))  # pyright: ignore[reportAttributeAccessIssue]
-    return fake_quantize(x, act.spec, MinMax())
+    if not act.threshold:
+        return fake_quantize(x, act.spec, MinMax())
+    grain, (ranged, kept) = act.spec.granularity, without_outliers(x, act.threshold)
+    params = MinMax()(grain.split(ranged), act.spec.grid)  # pyright: ignore[reportArgumentType]
+    rounded = grain.join(act.spec.grid.fake(grain.split(kept), params), tuple(x.shape))  # pyright: ignore[reportAttributeAccessIssue]
+    return torch.where((x.abs() >= act.threshold).flatten(0, -2).any(0), x, rounded)
 
 
 def simulated(state: BlockState, path: str, transform: ChannelTransform | None = None) -> Callable[[Tensor], Tensor]:
