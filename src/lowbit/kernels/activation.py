@@ -30,13 +30,16 @@ def outlier_channels(x: Tensor, threshold: float) -> Tensor:
     return (x.abs() >= threshold).flatten(0, -2).any(0).nonzero()[:, 0]
 
 
-def without_outliers(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """What ranges are fitted to and what is encoded, both the shape of ``x`` ``[..., I]``: zero in place of the elements
-    that reach ``threshold``, and in place of all elements of their channels. Differentiable."""
-    if not threshold:
-        return x, x
-    big = x.abs() >= threshold
-    return x.masked_fill(big, 0), x.masked_fill(big.flatten(0, -2).any(0), 0)
+def without_outliers(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What ranges are fitted to, what is encoded, and the :func:`outlier_channels`.
+
+    The first two have the shape of ``x`` ``[..., I]``, with zero in place of the elements that reach ``threshold``, and in
+    place of all elements of their channels; they are ``x`` itself where there are none. Differentiable.
+    """
+    taken = outlier_channels(x, threshold)
+    if not len(taken):
+        return x, x, taken
+    return x.masked_fill(x.abs() >= threshold, 0), x.index_fill(-1, taken, 0), taken
 
 
 def quantize_activation(
@@ -54,7 +57,7 @@ def quantize_activation(
         The codes and the parameters that decode them. Dynamic parameters of a granule that holds NaN or Inf are NaN;
         under static ones NaN cannot be seen in the codes, so kernels that use codes alone have to look for it.
     """
-    ranged, x = without_outliers(_wide(x), threshold)
+    ranged, x, _ = without_outliers(_wide(x), threshold)
     if params is None:
         ranged_GK = spec.granularity.split(ranged)
         params = MinMax()(ranged_GK, spec.grid)  # pyright: ignore[reportArgumentType]

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowbit.kernels.activation import fake_quantize_activation, outlier_channels, without_outliers
+from lowbit.kernels.activation import fake_quantize_activation, without_outliers
 from lowbit.kernels.decode import decode_packed
 from lowbit.kernels.ops import Kernel, PackedLinear, add_side, reference, register
 from lowbit.layouts import unpack_params
@@ -248,31 +248,27 @@ def _by_rows(isa: str, x_TI: Tensor, layer: PackedLinear) -> Tensor:
         tabled = kind in (TABLE, CODEBOOK)
         return linear(isa, x_TI, layer.tiles, layer.shape[0], table_of(layer.spec), tabled=tabled)
     assert isinstance(act.grid, Int)
-    if layer.threshold:
-        return _with_outliers(isa, x_TI, layer)
+    ranged, kept, taken = without_outliers(x_TI, layer.threshold)
+    if len(taken):
+        params = params or MinMax()(act.granularity.split(ranged.float()), act.grid)
+        y_TO = linear(isa, kept.float(), layer.tiles, layer.shape[0], None, act.grid.bits, act.grid.symmetric, params)
+        return y_TO + _of_channels(isa, x_TI.float(), taken, layer.tiles, layer.shape[0])
     if params is None and isinstance(act.granularity, PerTensor):
         params = MinMax()(act.granularity.split(x_TI.float()), act.grid)
     return linear(isa, x_TI, layer.tiles, layer.shape[0], None, act.grid.bits, act.grid.symmetric, params)
 
 
-def _with_outliers(isa: str, x_TI: Tensor, layer: PackedLinear) -> Tensor:
-    """The integer product of the codes, and that of the channels taken out: ``[T, O]`` in float32.
+def _of_channels(isa: str, x_TI: Tensor, taken: Tensor, tiles: Tensor, out_features: int) -> Tensor:
+    """The product of the channels ``taken`` alone, in float32 as x is.
 
-    The second costs one floating row a token, or one a channel where these are fewer: rows of the identity bring out the
-    columns that are wanted.
+    It costs a floating row a token, or one a channel where these are fewer: rows of the identity bring out the columns of
+    the weight that are wanted.
     """
-    assert layer.tiles is not None and layer.act is not None and isinstance(layer.act.grid, Int)
-    x_TI, act, rows = x_TI.float(), layer.act, layer.shape[0]
-    ranged, kept = without_outliers(x_TI, layer.threshold)
-    params = layer.act_params or MinMax()(act.granularity.split(ranged), act.grid)
-    y_TO = linear(isa, kept, layer.tiles, rows, None, act.grid.bits, act.grid.symmetric, params)
-    taken = outlier_channels(x_TI, layer.threshold)
-    if not len(taken):
-        return y_TO
     if len(x_TI) <= len(taken):
-        return y_TO + linear(isa, torch.zeros_like(x_TI).index_copy_(1, taken, x_TI[:, taken]), layer.tiles, rows)
-    wanted_kI = torch.zeros(len(taken), layer.shape[1]).scatter_(1, taken[:, None], 1.0)
-    return y_TO + x_TI[:, taken] @ linear(isa, wanted_kI, layer.tiles, rows)
+        alone = torch.zeros_like(x_TI).index_copy_(1, taken, x_TI[:, taken])
+        return linear(isa, alone, tiles, out_features)
+    wanted_kI = x_TI.new_zeros(len(taken), x_TI.shape[1]).scatter_(1, taken[:, None], 1.0)
+    return x_TI[:, taken] @ linear(isa, wanted_kI, tiles, out_features)
 
 
 @functools.cache

@@ -56,6 +56,10 @@ class SetActivationRange:
 
     skip_first: int = 0
 
+    def __post_init__(self):
+        if self.skip_first < 0:
+            raise ValueError(f"skip_first is a number of tokens, found {self.skip_first}")
+
     @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset({Range(), self._rest})
@@ -90,13 +94,18 @@ class SetActivationRange:
         largest, rest = (known[need].abs().max().item() for need in (Range(), self._rest))
         if largest <= _MASSIVE * rest:
             return
-        what = f"the first {self._rest.skip_first} tokens" if self._rest.skip_first > 1 else "the first token"
+        several = self._rest.skip_first > 1
+        what = (
+            f"the first {self._rest.skip_first} tokens of a window reach"
+            if several
+            else "the first token of a window reaches"
+        )
         state.note(
-            f"{path}: {what} of a window reach {largest:.3g}, all others {rest:.3g}; "
+            f"{path}: {what} {largest:.3g}, all others {rest:.3g}; "
             + (
-                "the static range leaves them out and clips them at run time"
+                f"the static range leaves {'them' if several else 'it'} out and clips {'them' if several else 'it'} at run time"
                 if self.skip_first
-                else "they alone set its static range, which skip_first=1 keeps them out of"
+                else "it alone sets the static range, out of which skip_first=1 keeps it"
             )
         )
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -57,10 +56,10 @@ def fake_activation(x: Tensor, act: ActSpec | None, params: Params | None) -> Te
         return grain.join(act.spec.grid.fake(grain.split(x), params), tuple(x.shape))  # pyright: ignore[reportAttributeAccessIssue]
     if not act.threshold:
         return fake_quantize(x, act.spec, MinMax())
-    grain, (ranged, kept) = act.spec.granularity, without_outliers(x, act.threshold)
+    grain, (ranged, kept, taken) = act.spec.granularity, without_outliers(x, act.threshold)
     params = MinMax()(grain.split(ranged), act.spec.grid)  # pyright: ignore[reportArgumentType]
     rounded = grain.join(act.spec.grid.fake(grain.split(kept), params), tuple(x.shape))  # pyright: ignore[reportAttributeAccessIssue]
-    return torch.where((x.abs() >= act.threshold).flatten(0, -2).any(0), x, rounded)
+    return rounded.index_copy(-1, taken, x.index_select(-1, taken).to(rounded.dtype))
 
 
 def simulated(state: BlockState, path: str, transform: ChannelTransform | None = None) -> Callable[[Tensor], Tensor]:
