@@ -76,6 +76,12 @@ def _both(setting: str) -> dict[str, Any]:
     return {"bits": int(setting[1]), "activation_bits": int(setting[1])}
 
 
+def _int8(setting: str, record: dict) -> dict[str, Any]:
+    if "row-wise only" in setting:  # of the weight; its input is not quantized
+        return {"method": "rtn", "bits": 8, "group_size": None, "symmetric": True}
+    return {"bits": 8, "threshold": float(setting.split("threshold ")[1].split()[0])}
+
+
 # Official method -> (ours, options from the setting, or None where lowbit has nothing like it).
 RECIPES: dict[str, tuple[str, Callable[[str, dict], dict[str, Any] | None]]] = {
     "RTN": ("rtn", _rtn),
@@ -93,9 +99,10 @@ RECIPES: dict[str, tuple[str, Callable[[str, dict], dict[str, Any] | None]]] = {
     "AWQ-RTN": ("rtn", _rtn),
     "RTN W/A": ("rtn", lambda s, _: _both(s) | {"group_size": None, "symmetric": True}),
     "SmoothQuant": ("smoothquant", lambda s, _: _both(s) | {"alpha": 0.5}),
+    "LLM.int8": ("llm-int8", _int8),
 }
 # These act on a whole block, or on what its linears read: they run on the block, and not on one linear by itself.
-IN_BLOCKS = ("AWQ", "RTN W/A", "SmoothQuant")
+IN_BLOCKS = ("AWQ", "RTN W/A", "SmoothQuant", "LLM.int8")
 # (official method, pattern of "setting layer") -> why ours may lose more there, or take more bits.
 _NOMINAL = "the official bits are nominal, with no scale counted; the format is the same"
 REASONS: dict[tuple[str, str], str] = {
@@ -159,7 +166,8 @@ def measure(
         assert rule.weight is not None
         shape = (tensors[f"{layer}.weight"].shape[0], tensors[f"{layer}.weight"].shape[1])
         bits = stored_bits(rule.weight, shape) / math.prod(shape)
-        return _line(record, name, options, blocks.errors_of(name, block, **options)[path], bits)
+        call = layers.WINDOW if "per window" in record["setting"] else None
+        return _line(record, name, options, blocks.errors_of(name, block, tokens_a_call=call, **options)[path], bits)
     w_OI, unseen = tensors[f"{layer}.weight"], tensors[f"{layer}.evaluation"]
     linear = nn.Linear(w_OI.shape[1], w_OI.shape[0], bias=False)
     linear.load_state_dict({"weight": w_OI})
@@ -229,7 +237,8 @@ def main() -> int:
         return 2
     wanted = records(arguments.data, arguments.only)
     console.print("gathering the inputs of the recorded layers")
-    tensors, inputs = layers.gather(), calibration_inputs()
+    alone = any(record["method"] not in IN_BLOCKS for record in wanted)
+    tensors, inputs = layers.gather(), calibration_inputs() if alone else {}
     fisher = gradients.gather() if any(r["method"] == "SqueezeLLM" for r in wanted) else {}
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / "fidelity.jsonl"

@@ -296,13 +296,18 @@ def weight(bits: int, group_size: int | None, *, symmetric: bool = False) -> Spe
 
 
 def activation(
-    bits: int | None, *, symmetric: bool = True, per: Literal["token", "tensor"] = "token", static: bool = False
+    bits: int | None,
+    *,
+    symmetric: bool = True,
+    per: Literal["token", "tensor"] = "token",
+    static: bool = False,
+    threshold: float = 0.0,
 ) -> ActSpec | None:
     """Integers of ``bits`` for a linear's input; None (no quantization) where ``bits`` is None or 16 and over."""
     if bits is None or bits >= 16:
         return None
     grain = PerToken() if per == "token" else PerTensor()
-    return ActSpec(Spec(Int(bits, symmetric=symmetric), grain, scale_dtype="float32"), static=static)
+    return ActSpec(Spec(Int(bits, symmetric=symmetric), grain, scale_dtype="float32"), static, threshold)
 
 
 def linears(weight: Spec, activation: ActSpec | None = None) -> Scheme:
@@ -391,7 +396,8 @@ def recipe(name: str, **options: Any) -> Recipe:
 def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
     """One recipe of several: all steps in order, with the Solve, the weight format and the feed of the last one.
 
-    Activations are quantized as the first recipe that does so says.
+    Activations are quantized as the first recipe that does so says; where it takes no channels out at run time and a later
+    one does, so does the mix.
 
     Raises:
         ValueError: a recipe before the last that would leave no trace, or a step that would be done twice.
@@ -407,8 +413,14 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
     for step in steps:
         if steps.count(step) > 1:
             raise ValueError(f"{name!r} would do {type(step).__name__} twice; leave one of the methods out")
-    acts = (rule.activation for each in (*firsts, last) for rule in each.scheme.rules if rule.activation is not None)
-    act = next(acts, None)
+    acts = [rule.activation for each in (*firsts, last) for rule in each.scheme.rules if rule.activation is not None]
+    act = acts[0] if acts else None
+    threshold = next((each.threshold for each in acts if each.threshold), 0.0)
+    if act is not None and threshold != act.threshold:
+        try:
+            act = replace(act, threshold=threshold)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     rules = tuple(
         rule if rule.skip else Rule(match=rule.match, weight=rule.weight, activation=act) for rule in last.scheme.rules
     )

@@ -97,10 +97,10 @@ def _wanted(block: int) -> dict[str, Tensor]:
 
 
 @cache
-def errors_of(method: str, block: int, **options) -> dict[str, float]:
+def errors_of(method: str, block: int, *, tokens_a_call: int | None = None, **options) -> dict[str, float]:
     """``||X W^T - q(X')||^2 / ||X W^T||^2`` of each recorded linear, q the packed layer as it runs.
 
-    X' are the inputs in the block whose transforms are folded and whose weights are not quantized yet.
+    It is called with all evaluation tokens at once, or with ``tokens_a_call`` of them after another. X' are the inputs in the block whose transforms are folded and whose weights are not quantized yet.
     """
     source, model = _model()
     recipe = lowbit.recipe(method, **options)
@@ -116,7 +116,9 @@ def errors_of(method: str, block: int, **options) -> dict[str, float]:
     errors = {}
     with torch.inference_mode():
         for path, wanted in _wanted(block).items():
-            lost = (wanted - state.linear(path)(moved[path])).double().square().sum()
+            x_TI = moved[path]
+            found = torch.cat([state.linear(path)(part) for part in x_TI.split(tokens_a_call or len(x_TI))])
+            lost = (wanted - found).double().square().sum()
             errors[path] = (lost / wanted.double().square().sum()).item()
     return errors
 

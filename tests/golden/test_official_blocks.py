@@ -1,6 +1,6 @@
 """Methods that act on a whole block, against what their authors' code reaches on blocks 2 and 14 of a real model.
 
-Records of round-to-nearest with quantized activations, SmoothQuant and AWQ; protocol as in ``layers.py``. Inputs of the
+Records of round-to-nearest with quantized activations, SmoothQuant, LLM.int8() and AWQ; protocol as in ``layers.py``. Inputs of the
 two blocks are gathered once and cached. A method's own error is measured with the packed layer as it will run.
 """
 
@@ -13,6 +13,7 @@ from blocks import errors_of, place_of
 
 pytestmark = pytest.mark.skipif(layers.missing() is not None, reason=layers.missing() or "")
 ACTIVATION_RECORDS = layers.official("RTN W/A", "SmoothQuant")
+INT8_RECORDS = [record for record in layers.official("LLM.int8") if "threshold" in record["setting"]]
 AWQ_RECORDS = [record for record in layers.official("AWQ") if record["setting"] == "W3 g64 auto_scale+auto_clip"]
 
 
@@ -26,6 +27,17 @@ def test_quantized_activations_lose_what_the_authors_code_loses(record):
         errors = errors_of("rtn", block, bits=bits, activation_bits=bits, group_size=None, symmetric=True)
     # Scales of weights are stored in half precision here and were not there, so that ties of codes fall differently.
     assert errors[path] == pytest.approx(record["rel_out"], rel=0.02)
+
+
+@pytest.mark.parametrize("record", INT8_RECORDS, ids=lambda r: f"{r['setting']} {r['layer']}")
+def test_channels_taken_out_at_run_time_lose_what_the_authors_code_loses(record):
+    block, path = place_of(record)
+    threshold = float(record["setting"].split("threshold ")[1].split()[0])
+    call = layers.WINDOW if "per window" in record["setting"] else None
+    errors = errors_of("llm-int8", block, tokens_a_call=call, threshold=threshold)
+    assert errors[path] == pytest.approx(
+        record["rel_out"], rel=0.02
+    )  # as above; their input is rounded to half precision
 
 
 @pytest.mark.parametrize("record", AWQ_RECORDS, ids=lambda r: r["layer"])

@@ -2,7 +2,12 @@
 
 from lowbit.kernels import int8_torch as _int8_torch  # noqa: F401  (registers itself)
 from lowbit.kernels import native, product  # the latter registers itself, after what it is to be asked before
-from lowbit.kernels.activation import fake_quantize_activation, quantize_activation
+from lowbit.kernels.activation import (
+    fake_quantize_activation,
+    outlier_channels,
+    quantize_activation,
+    without_outliers,
+)
 from lowbit.kernels.decode import decode_packed
 from lowbit.kernels.ops import (
     Kernel,
@@ -31,10 +36,12 @@ __all__ = [
     "forced",
     "names",
     "native",
+    "outlier_channels",
     "product",
     "quantize_activation",
     "reference",
     "register",
     "run",
     "with_side",
+    "without_outliers",
 ]

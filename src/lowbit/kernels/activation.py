@@ -4,6 +4,11 @@ Dynamic parameters are the extremes of each granule of this very call, in float3
 stored. Static ones were fitted before and are given. Values that are NaN stay NaN: a saturating cast would turn a
 broken model into one that looks healthy. An infinite value makes its dynamic granule NaN; a static range clips it.
 
+With a ``threshold`` (LLM.int8(), arXiv:2208.07339) the channels in which any token of the call reaches it are taken out:
+their codes are those of zero, and who multiplies adds their product in floating point. Elements that reach it are kept
+out of the ranges, one by one, so that small values of such a channel still count. Which channels these are depends on
+all tokens of the call together: a sequence may give other numbers beside another one than by itself.
+
 Shapes: G granule, K element within a granule.
 """
 
@@ -15,35 +20,65 @@ from torch import Tensor
 from lowbit.numerics import Affine, MinMax, Spec
 
 
-def quantize_activation(x: Tensor, spec: Spec, params: Affine | None = None) -> tuple[Tensor, Affine]:
+def outlier_channels(x: Tensor, threshold: float) -> Tensor:
+    """Channels of ``x`` ``[..., I]`` in which any token has at least the magnitude ``threshold``, int64 ``[k]``, rising.
+
+    None where ``threshold`` is 0, which means that there is none. NaN reaches no threshold, infinity every one.
+    """
+    if not threshold:
+        return torch.zeros(0, dtype=torch.int64, device=x.device)
+    return (x.abs() >= threshold).flatten(0, -2).any(0).nonzero()[:, 0]
+
+
+def without_outliers(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What ranges are fitted to, what is encoded, and the :func:`outlier_channels`.
+
+    The first two have the shape of ``x`` ``[..., I]``, with zero in place of the elements that reach ``threshold``, and in
+    place of all elements of their channels; they are ``x`` itself where there are none. Differentiable.
+    """
+    taken = outlier_channels(x, threshold)
+    if not len(taken):
+        return x, x, taken
+    return x.masked_fill(x.abs() >= threshold, 0), x.index_fill(-1, taken, 0), taken
+
+
+def quantize_activation(
+    x: Tensor, spec: Spec, params: Affine | None = None, threshold: float = 0.0
+) -> tuple[Tensor, Affine]:
     """Codes (uint8, the shape of ``x`` ``[..., I]``) and parameters (float32, ``[G, 1]``) of ``x``.
 
     Args:
         x: floating, of any dtype; computed in float32 (float64 stays).
         spec: grid and granularity; its ``stats`` and ``scale_dtype`` do not apply to activations.
         params: static parameters, or None to fit them to ``x``.
+        threshold: channels that reach it get the code of zero; 0: none does.
 
     Returns:
         The codes and the parameters that decode them. Dynamic parameters of a granule that holds NaN or Inf are NaN;
         under static ones NaN cannot be seen in the codes, so kernels that use codes alone have to look for it.
     """
-    x = _wide(x)
-    x_GK = spec.granularity.split(x)
+    ranged, x, _ = without_outliers(_wide(x), threshold)
     if params is None:
-        params = MinMax()(x_GK, spec.grid)  # pyright: ignore[reportArgumentType]
-        finite = torch.isfinite(x_GK).all(1, keepdim=True)
+        ranged_GK = spec.granularity.split(ranged)
+        params = MinMax()(ranged_GK, spec.grid)  # pyright: ignore[reportArgumentType]
+        finite = torch.isfinite(ranged_GK).all(1, keepdim=True)
         params = params._replace(scale=torch.where(finite, params.scale, torch.full_like(params.scale, torch.nan)))
     else:
         params = Affine(params.scale.to(x.dtype), None if params.zero is None else params.zero.to(x.dtype))
-    codes_GK = spec.grid.encode(x_GK, params)
+    codes_GK = spec.grid.encode(spec.granularity.split(x), params)
     return spec.granularity.join(codes_GK, tuple(x.shape)), params
 
 
-def fake_quantize_activation(x: Tensor, spec: Spec, params: Affine | None = None) -> Tensor:
-    """``x`` after quantization and back: decode(encode(x)), in float32 (float64 stays float64)."""
-    codes, params = quantize_activation(x, spec, params)
+def fake_quantize_activation(x: Tensor, spec: Spec, params: Affine | None = None, threshold: float = 0.0) -> Tensor:
+    """``x`` after quantization and back: decode(encode(x)), in float32 (float64 stays float64).
+
+    Channels that reach ``threshold`` come back as they are: what is multiplied beside the codes, in the same product.
+    """
+    codes, params = quantize_activation(x, spec, params, threshold)
     values_GK = spec.grid.decode(spec.granularity.split(codes), params)
     values = spec.granularity.join(values_GK, tuple(x.shape))
+    taken = outlier_channels(x, threshold)
+    values[..., taken] = x[..., taken].to(values.dtype)
     return torch.where(x.isnan(), torch.full_like(values, torch.nan), values)
 
 

@@ -5,7 +5,8 @@ With weight levels ``b = code - 128`` and input levels ``a = code - 128``, both 
     sum_I (a - za)(b - zb) = a @ b.T - za * sum_I b - zb * sum_I a + I * za * zb
 
 so one integer product serves symmetric and asymmetric grids of up to 8 bits; the sums vanish where zero is the middle.
-Everything before the final scales is exact; it agrees with the reference within float rounding.
+Everything before the final scales is exact; it agrees with the reference within float rounding. Channels that a threshold
+takes out have the code of zero there, and their decoded columns are multiplied in float32 beside it.
 
 Shapes: T token, O output channel, I input channel.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.kernels.activation import quantize_activation
+from lowbit.kernels.activation import outlier_channels, quantize_activation
 from lowbit.kernels.ops import Kernel, PackedLinear, add_side, register
 from lowbit.layouts import unpack, unpack_params
 from lowbit.numerics import Affine, Int, PerChannel, PerTensor, PerToken, Spec
@@ -54,7 +55,7 @@ def run(x: Tensor, layer: PackedLinear) -> Tensor:
     """The integer product, and the side terms in floating point: x ``[..., I]`` floating, ``[..., O]`` in its dtype."""
     assert layer.act is not None
     x_TI = x.reshape(-1, x.shape[-1])
-    codes_TI, act = quantize_activation(x_TI, layer.act, layer.act_params)
+    codes_TI, act = quantize_activation(x_TI, layer.act, layer.act_params, layer.threshold)
     codes_OI = unpack(layer.tensors["codes"], layer.spec.grid.bits, layer.shape[1])
     weight = unpack_params(layer.tensors, layer.spec, layer.shape)
     assert isinstance(weight, Affine)
@@ -67,8 +68,11 @@ def run(x: Tensor, layer: PackedLinear) -> Tensor:
         centre_O1 = b_OI.sum(1, keepdim=True, dtype=torch.int32) - layer.shape[1] * zb_O1
         y_TO = y_TO - za_T1 * centre_O1.T
     scale_T1 = torch.where(x_TI.isnan().any(1, keepdim=True), torch.nan, act.scale)
-    y = (y_TO * scale_T1 * weight.scale.T).to(x.dtype).reshape(*x.shape[:-1], layer.shape[0])
-    return add_side(y, x, layer)
+    y_TO = y_TO * scale_T1 * weight.scale.T
+    if len(taken := outlier_channels(x_TI, layer.threshold)):
+        w_Ok = layer.spec.grid.decode(codes_OI[:, taken], weight)
+        y_TO = y_TO + x_TI[:, taken].to(w_Ok.dtype) @ w_Ok.T
+    return add_side(y_TO.to(x.dtype).reshape(*x.shape[:-1], layer.shape[0]), x, layer)
 
 
 def _centred(codes: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ class PackedLinear:
         act_params: static parameters of ``act``, or None where they are fitted to each call's input.
         side: terms added to the weight; they multiply the input as it comes, not its quantized form.
         tiles: the codes once more, as the compiled kernels read them; ``tensors`` then makes its codes when asked.
+        threshold: input channels in which any token of a call reaches it multiply the decoded weight as they are, in
+            floating point (see :mod:`lowbit.kernels.activation`); 0: none do.
     """
 
     spec: Spec
@@ -45,6 +47,7 @@ class PackedLinear:
     act_params: Affine | None = None
     side: tuple[SideTerm, ...] = ()
     tiles: Tensor | None = None
+    threshold: float = 0.0
 
     @property
     def device(self) -> torch.device:
@@ -77,7 +80,7 @@ def reference(x: Tensor, layer: PackedLinear) -> Tensor:
     weight = decode_packed(layer.tensors, layer.spec, layer.shape)
     if layer.act is None:
         return F.linear(x, with_side(weight, layer.side).to(x.dtype))  # one product instead of one for each term
-    fake = fake_quantize_activation(x, layer.act, layer.act_params).to(x.dtype)
+    fake = fake_quantize_activation(x, layer.act, layer.act_params, layer.threshold).to(x.dtype)
     return add_side(F.linear(fake, weight.to(x.dtype)), x, layer)
 
 

@@ -2,7 +2,8 @@
 
 How the input is multiplied:
 
-* integers as the recipe quantizes them (:class:`Int` of up to 8 bits, a scale a token or one for all): one integer product;
+* integers as the recipe quantizes them (:class:`Int` of up to 8 bits, a scale a token or one for all): one integer product,
+  and where channels of the input reach a threshold one more in fixed point, of these channels alone;
 * floating point against uniform and binary-coded weights: as 24-bit fixed point with a scale for each 128 channels, three
   integer products. It costs less than converting weights, and errs less than a float32 sum does (over 110 dB);
 * floating point against tables and codebooks: in float32;
@@ -16,17 +17,17 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.kernels import native
-from lowbit.kernels.activation import fake_quantize_activation
+from lowbit.kernels.activation import fake_quantize_activation, without_outliers
 from lowbit.kernels.native import BINARY, CODEBOOK, TABLE, UNIFORM
 from lowbit.kernels.ops import Kernel, PackedLinear, add_side, reference, register
-from lowbit.numerics import Affine, Int, MinMax, PerTensor, Spec
+from lowbit.numerics import Affine, Int, MinMax, PerTensor, PerToken, Spec
 
 _PANEL_BYTES = 1 << 20  # of decoded weight: half of a usual second-level cache
 # Tokens up to which the packed product beats decoding the weight for torch to multiply (benchmarks/kernels.py), where torch
@@ -56,14 +57,16 @@ class Product:
     bits: int = 0
     symmetric: bool = True
     whole: bool = False
+    threshold: float = 0.0
 
     def __call__(self, x: Tensor, tiles: Tensor, isa: str = "") -> Tensor:
         """``Q_act(x) @ W.T`` for x ``[..., I]``, ``[..., O]`` in its dtype; an empty ``isa`` is this machine's best."""
         params = self.params
         if self.act is not None and not self.bits:
-            x, params = fake_quantize_activation(x, self.act, params).to(x.dtype), None
+            x, params = fake_quantize_activation(x, self.act, params, self.threshold).to(x.dtype), None
         scale, zero = (None, None) if params is None else params
-        about = (x, tiles, self.table, scale, zero, self.kind, self.rows, self.bits, self.symmetric, self.whole, isa)
+        how = (self.kind, self.rows, self.bits, self.symmetric, self.whole, self.threshold, isa)
+        about = (x, tiles, self.table, scale, zero, *how)
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             return torch.ops.lowbit.packed_linear(*about)
         return multiply(*about)
@@ -73,11 +76,12 @@ def product_of(layer: PackedLinear) -> Product:
     """The :class:`Product` of a layer that :func:`pack` takes."""
     kind, act = native.kind_of(layer.spec), layer.act
     assert kind is not None
-    about = (kind, layer.shape[0], native.table_of(layer.spec), act, layer.act_params)
+    made = Product(kind, layer.shape[0], native.table_of(layer.spec), act, layer.act_params, threshold=layer.threshold)
     if act is None or not native.integer_input(layer):
-        return Product(*about)
+        return made
     assert isinstance(act.grid, Int)
-    return Product(*about, act.grid.bits, act.grid.symmetric, isinstance(act.granularity, PerTensor))
+    whole = isinstance(act.granularity, PerTensor)
+    return replace(made, bits=act.grid.bits, symmetric=act.grid.symmetric, whole=whole)
 
 
 def multiply(
@@ -91,6 +95,7 @@ def multiply(
     bits: int,
     symmetric: bool,
     whole: bool,
+    threshold: float,
     isa: str,
 ) -> Tensor:
     """The body of the operator ``lowbit::packed_linear``: x ``[..., I]`` by the fastest way for so many tokens.
@@ -101,16 +106,49 @@ def multiply(
     x_TI = x.reshape(-1, x.shape[-1])
     x_TI = (x_TI if x.dtype in native.DTYPES else x_TI.float()).contiguous()
     if bits:
-        params = None if scale is None else Affine(scale, zero)
-        if params is None and whole:
-            params = MinMax()(PerTensor().split(x_TI.float()), Int(bits, symmetric=symmetric))
-        y_TO = native.linear(isa, x_TI, tiles, rows, None, bits, symmetric, params)
+        y_TO = _of_integers(isa, x_TI, tiles, rows, Int(bits, symmetric=symmetric), scale, zero, whole, threshold)
     elif len(x_TI) > _few(isa, kind, x_TI.dtype):
         wide = x_TI if _multiplies(x_TI.dtype) else x_TI.float()
         y_TO = _by_panels(isa, wide, tiles, rows, table)
     else:
         y_TO = native.linear(isa, x_TI, tiles, rows, table, tabled=kind in (TABLE, CODEBOOK))
     return y_TO.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+def _of_integers(
+    isa: str,
+    x_TI: Tensor,
+    tiles: Tensor,
+    rows: int,
+    grid: Int,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    whole: bool,
+    threshold: float,
+) -> Tensor:
+    params = None if scale is None else Affine(scale, zero)
+    grain = PerTensor() if whole else PerToken()
+    ranged, kept, taken = without_outliers(x_TI, threshold)
+    if len(taken):
+        params = params or MinMax()(grain.split(ranged.float()), grid)
+        y_TO = native.linear(isa, kept.float(), tiles, rows, None, grid.bits, grid.symmetric, params)
+        return y_TO + _of_channels(isa, x_TI.float(), taken, tiles, rows)
+    if params is None and whole:
+        params = MinMax()(grain.split(x_TI.float()), grid)
+    return native.linear(isa, x_TI, tiles, rows, None, grid.bits, grid.symmetric, params)
+
+
+def _of_channels(isa: str, x_TI: Tensor, taken: Tensor, tiles: Tensor, rows: int) -> Tensor:
+    """The product of the channels ``taken`` alone, in float32 as x is.
+
+    It costs a floating row a token, or one a channel where these are fewer: rows of the identity bring out the columns of
+    the weight that are wanted.
+    """
+    if len(x_TI) <= len(taken):
+        alone = torch.zeros_like(x_TI).index_copy_(1, taken, x_TI[:, taken])
+        return native.linear(isa, alone, tiles, rows)
+    wanted_kI = x_TI.new_zeros(len(taken), x_TI.shape[1]).scatter_(1, taken[:, None], 1.0)
+    return x_TI[:, taken] @ native.linear(isa, wanted_kI, tiles, rows)
 
 
 def decoded(tiles: Tensor, table: Tensor | None, rows: int, columns: int, isa: str) -> Tensor:
@@ -124,7 +162,7 @@ def decoded(tiles: Tensor, table: Tensor | None, rows: int, columns: int, isa: s
 torch.library.define(
     "lowbit::packed_linear",
     "(Tensor x, Tensor tiles, Tensor? table, Tensor? scale, Tensor? zero, int kind, int rows, int bits, bool symmetric, "
-    "bool whole, str isa) -> Tensor",
+    "bool whole, float threshold, str isa) -> Tensor",
 )
 torch.library.impl("lowbit::packed_linear", "CPU", multiply)
 
@@ -154,7 +192,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     tiles, table = ctx.saved_tensors
     weight_OI = torch.ops.lowbit.packed_weight(tiles, table, *ctx.shape, ctx.isa)
-    return g @ weight_OI.to(g.dtype), *[None] * 10
+    return g @ weight_OI.to(g.dtype), *[None] * 11
 
 
 torch.library.register_autograd("lowbit::packed_linear", _backward, setup_context=_remember)

@@ -5,7 +5,7 @@ from typing import Literal
 from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, Spec
 from lowbit.recipe import Recipe, activation, linears, method
 from lowbit.solve import Nearest
-from lowbit.steps import Set, SetActivationRange, Smooth, Solve
+from lowbit.steps import Search, Set, SetActivationRange, Smooth, SmoothPowers, Solve
 
 NORM_EDGES = ("norm_*",)
 ALL_EDGES = ("norm_*", "v_o", "*up_down*")
@@ -17,26 +17,37 @@ def smoothquant(
     activation_bits: int = 8,
     group_size: int | None = None,
     *,
-    alpha: float = 0.5,
+    alpha: float | Literal["search"] = 0.5,
     level: Literal["O1", "O2", "O3", "O1-pc"] = "O1-pc",
     all_edges: bool = False,
+    skip_first: int = 0,
+    grid: int = 20,
+    windows: int | None = None,
 ) -> Recipe:
     """Per-channel smoothing s = max|x|^alpha / max|w|^(1-alpha), then symmetric weights and activations.
 
     bits, activation_bits: of weights and of each linear's input, both symmetric. level: the paper's O1 (per-tensor weights,
-    per-token dynamic activations), O2 (per-tensor dynamic), O3 (per-tensor static), or "O1-pc" (per-channel weights, or
-    groups of group_size, and per-token activations: what its repository evaluates).
-    alpha: 0.5 for OPT and BLOOM, 0.8 to 0.9 for LLaMA-like models.
+    per-token dynamic activations), O2 (per-tensor dynamic), O3 (per-tensor static, measured after smoothing), or "O1-pc"
+    (per-channel weights, or groups of group_size, and per-token activations: what its repository evaluates). Products
+    inside attention stay floating, where the paper's kernels for OPT have 8 bits.
+    alpha: 0.5 for OPT and BLOOM, 0.8 to 0.9 for LLaMA-like models; "search": for each edge that of grid + 1 values from 0 to
+    1, or no smoothing, under which its linears lose least, judged on so many calibration windows (None: all).
     all_edges: smooth v -> o and up -> down too, which the authors' code does not.
+    skip_first: with level O3, so many tokens at the start of each calibration window are kept out of the static ranges,
+    and clipped at run time: for models whose first tokens are massive, which the report names.
     """
     if level != "O1-pc" and group_size is not None:
         raise ValueError(f"level {level} has one scale for each weight tensor; group_size goes with level 'O1-pc'")
+    if level != "O3" and skip_first:
+        raise ValueError(f"skip_first is of static ranges, which level {level} has not; it goes with level 'O3'")
     grain = PerTensor() if level != "O1-pc" else PerChannel() if group_size is None else PerGroup(group_size)
     per, static = ("token" if level in ("O1-pc", "O1") else "tensor"), level == "O3"
-    ranges = (SetActivationRange(),) if static else ()
+    edges = ALL_EDGES if all_edges else NORM_EDGES
+    smooth = Search(SmoothPowers(grid), edges, windows) if alpha == "search" else Set(Smooth(alpha), edges)
+    ranges = (SetActivationRange(skip_first),) if static else ()
     return Recipe(
         name="smoothquant",
         scheme=linears(Spec(Int(bits, symmetric=True), grain), activation(activation_bits, per=per, static=static)),
-        steps=(Set(Smooth(alpha), ALL_EDGES if all_edges else NORM_EDGES), *ranges, Solve(Nearest())),
+        steps=(smooth, *ranges, Solve(Nearest())),
         feed="fp",
     )

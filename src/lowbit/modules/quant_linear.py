@@ -224,8 +224,10 @@ class QuantLinear(nn.Module):
 
     def packed(self) -> PackedLinear:
         """This layer as kernels see it."""
+        threshold = 0.0 if self.act is None else self.act.threshold
+        act = self.act and self.act.spec
         return PackedLinear(
-            self.spec, self.shape, self._tensors(), self.act and self.act.spec, self.act_params, self.side, self.tiles
+            self.spec, self.shape, self._tensors(), act, self.act_params, self.side, self.tiles, threshold
         )
 
     def prepare(self) -> str | None:
@@ -318,6 +320,8 @@ class QuantLinear(nn.Module):
         parts.append(f"{_short(self.spec)}, {self.bits_per_weight:.3f} bits per weight")
         if self.act is not None:
             parts.append(f"act={_short(self.act.spec)}, {'static' if self.act.static else 'dynamic'}")
+            if self.act.threshold:
+                parts.append(f"channels of {self.act.threshold:g} and over in floating point")
         for place in _PLACES:
             if entries := self._config.get(place):
                 parts.append(

@@ -25,11 +25,13 @@ class Statistic:
     """A request for one statistic of an input ``[T, I]``: how a batch of tokens gives it and how two of them join.
 
     Subclasses are frozen dataclasses. ``of_input``: False where it cannot be gathered from inputs. ``paired``: its batches
-    are ``[2, T, I]``, the same tokens as the layer will read them and as the original model does.
+    are ``[2, T, I]``, the same tokens as the layer will read them and as the original model does. ``skip_first``: so many
+    positions at the start of each calibration window are left out of its batches; whoever gathers knows the positions.
     """
 
     of_input: ClassVar[bool] = True
     paired: ClassVar[bool] = False
+    skip_first = 0
 
     def merge(self, x_TI: Tensor) -> Tensor:
         """The statistic of one batch of tokens alone."""
@@ -77,7 +79,17 @@ class AbsMax(Statistic):
 @tagged
 @dataclass(frozen=True)
 class Range(Statistic):
-    """Smallest and largest value of each channel, ``[2, I]``."""
+    """Smallest and largest value of each channel, ``[2, I]``; ``skip_first`` as in :class:`Statistic`.
+
+    The first tokens of a window may carry values hundreds of times those of all others (attention sinks), which then
+    set the range of everything that shares a scale with them.
+    """
+
+    skip_first: int = 0
+
+    def __post_init__(self):
+        if self.skip_first < 0:
+            raise ValueError(f"skip_first is a number of tokens, found {self.skip_first}")
 
     def merge(self, x_TI: Tensor) -> Tensor:
         return torch.stack(torch.aminmax(x_TI, dim=0))

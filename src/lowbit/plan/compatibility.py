@@ -88,6 +88,7 @@ def chosen_kernel(config: Config) -> str:
     tensors = {name: torch.zeros((), dtype=d).expand(s) for name, (s, d) in buffer_layout(config).items()}
     act = from_dict(config["act"])
     layer = PackedLinear(from_dict(config["spec"]), tuple(config["shape"]), tensors, act and act.spec)
+    layer = replace(layer, threshold=0.0 if act is None else act.threshold)
     if native.why_unpackable(layer) is None:  # it would be packed when it is loaded
         layer = replace(layer, tiles=torch.empty(0, dtype=torch.uint8))
     return next(reason.kernel for reason in explain(layer, 1) if reason.why_not is None)
@@ -123,6 +124,8 @@ def _compressed_tensors(spec: Spec, act: ActSpec | None, shape: tuple[int, int])
         return f"its groups divide a row; {spec.granularity.size} does not divide {shape[1]}"
     if act is None:
         return ""
+    if act.threshold:
+        return "its activations are quantized whole, with no channel taken out at run time"
     both = (spec.grid, act.spec.grid)
     if not all(isinstance(grid, Int) and grid.bits == 8 for grid in both) or isinstance(spec.granularity, PerGroup):
         return "with quantized activations it has integers of 8 bits, weights per channel or tensor"

@@ -125,7 +125,8 @@ def weight_text(spec: Spec) -> str:
 def activation_text(act: ActSpec) -> str:
     """An activation's format in words: ``int8 symmetric, per token, dynamic``."""
     when = "static" if act.static else "dynamic"
-    return f"{grid_text(act.spec.grid)}, {_granularity_text(act.spec.granularity)}, {when}"
+    text = f"{grid_text(act.spec.grid)}, {_granularity_text(act.spec.granularity)}, {when}"
+    return f"{text}, channels of {act.threshold:g} and over in floating point" if act.threshold else text
 
 
 def grid_text(grid: Grid) -> str:

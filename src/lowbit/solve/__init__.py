@@ -3,7 +3,7 @@
 from lowbit.solve.base import Solution, Solver
 from lowbit.solve.gptq import Gptq
 from lowbit.solve.nearest import Nearest
-from lowbit.solve.outliers import LeaveOneOut, OutlierRule, RangeOutliers, Sensitive, WeakColumns
+from lowbit.solve.outliers import LeaveOneOut, OutlierRule, RangeOutliers, ReachingColumns, Sensitive, WeakColumns
 
 __all__ = [
     "Gptq",
@@ -11,6 +11,7 @@ __all__ = [
     "Nearest",
     "OutlierRule",
     "RangeOutliers",
+    "ReachingColumns",
     "Sensitive",
     "Solution",
     "Solver",

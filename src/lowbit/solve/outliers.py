@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics import (
+    AbsMax,
     ClipSearch,
     Fisher,
     Fit,
@@ -168,6 +169,26 @@ class _LeaveOneOut:
 
     def keep(self, e_O: Tensor) -> Tensor:
         return e_O.square() > self.tau
+
+
+@tagged
+@dataclass(frozen=True)
+class ReachingColumns(OutlierRule):
+    """Keeps the columns whose input reaches ``threshold`` on the calibration text (LLM.int8(), arXiv:2208.07339).
+
+    That method multiplies such columns by the original weight, and knows them at run time only. To have every column at
+    hand then, all would have to be stored twice; these are the ones that calibration has seen.
+    """
+
+    threshold: float = 6.0
+    needs: ClassVar[frozenset[Statistic]] = frozenset({AbsMax()})
+
+    def __post_init__(self):
+        if not self.threshold > 0:
+            raise ValueError(f"columns reach a threshold over 0, found {self.threshold}")
+
+    def columns(self, w_OI: Tensor, spec: Spec, fit: Fit, stats: Stats) -> tuple[Tensor, tuple[str, ...]]:
+        return (stats[AbsMax()] >= self.threshold).nonzero()[:, 0], ()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from lowbit.steps.learn import Learn
 from lowbit.steps.objectives import BlockMSE
 from lowbit.steps.parametrizations import ClipShares, Rounding, Scales, Shifts
 from lowbit.steps.rules import Balance, Midpoint, Ones, Smooth
-from lowbit.steps.search import MeanAbsPower, Search, SearchClip
+from lowbit.steps.search import MeanAbsPower, Search, SearchClip, SmoothPowers
 from lowbit.steps.set import Set, SetActivationRange
 from lowbit.steps.solve import Solve
 from lowbit.steps.state import BlockIO, BlockState, LayerRecord, LinearFormat
@@ -63,6 +63,7 @@ __all__ = [
     "SetActivationRange",
     "Shifts",
     "Smooth",
+    "SmoothPowers",
     "Solve",
     "Step",
     "Tune",

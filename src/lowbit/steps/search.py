@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowbit.architectures import Kind, Port, ResolvedEdge
 from lowbit.numerics import AbsSum, Clipped, Gram, PerChannel, PerGroup, Statistic, extremes, mean_abs, tagged
-from lowbit.steps.rules import guard_dead
+from lowbit.steps.rules import Smooth, guard_dead
 from lowbit.steps.simulate import simulated
 from lowbit.steps.state import BlockState, Stats
 from lowbit.transforms import ChannelTransform, Scale
@@ -55,6 +55,31 @@ class MeanAbsPower:
         mean = edge.reduce_mean(mean_abs(total))
         powers = (mean.pow(i / self.grid).clamp(min=1e-4) for i in range(self.grid))
         return [Scale(guard_dead(s / (s.max() * s.min()).sqrt(), mean)) for s in powers]
+
+
+@tagged
+@dataclass(frozen=True)
+class SmoothPowers:
+    """The identity, then ``s = max|x|**alpha / max|w|**(1 - alpha)`` with alpha = 0, 1/grid, .. 1 (SmoothQuant, arXiv:2211.10438,
+    equation 4). The authors search one alpha for the whole model; here every edge has its own."""
+
+    grid: int = 20
+    kind: ClassVar[Kind] = Kind.SCALE
+    needs: ClassVar[frozenset[Statistic]] = Smooth.needs
+
+    def __post_init__(self):
+        if self.grid < 1:
+            raise ValueError(f"a grid of alphas has at least one step, found {self.grid}")
+
+    @property
+    def count(self) -> int:
+        return self.grid + 2
+
+    def __call__(self, state: BlockState, edge: ResolvedEdge, stats: Mapping[str, Stats]) -> Sequence[Scale]:
+        scales = [Smooth(i / self.grid)(state, edge, stats) for i in range(self.grid + 1)]
+        if scales[0] is None:
+            return ()
+        return [Scale(torch.ones_like(scales[0].s)), *(scale for scale in scales if scale is not None)]
 
 
 @dataclass

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit.kernels import without_outliers
 from lowbit.modules import ActSpec
 from lowbit.numerics import (
     Alternating,
@@ -53,7 +54,12 @@ def fake_activation(x: Tensor, act: ActSpec | None, params: Params | None) -> Te
     if act.static and params is not None:
         grain = act.spec.granularity
         return grain.join(act.spec.grid.fake(grain.split(x), params), tuple(x.shape))  # pyright: ignore[reportAttributeAccessIssue]
-    return fake_quantize(x, act.spec, MinMax())
+    if not act.threshold:
+        return fake_quantize(x, act.spec, MinMax())
+    grain, (ranged, kept, taken) = act.spec.granularity, without_outliers(x, act.threshold)
+    params = MinMax()(grain.split(ranged), act.spec.grid)  # pyright: ignore[reportArgumentType]
+    rounded = grain.join(act.spec.grid.fake(grain.split(kept), params), tuple(x.shape))  # pyright: ignore[reportAttributeAccessIssue]
+    return rounded.index_copy(-1, taken, x.index_select(-1, taken).to(rounded.dtype))
 
 
 def simulated(state: BlockState, path: str, transform: ChannelTransform | None = None) -> Callable[[Tensor], Tensor]:

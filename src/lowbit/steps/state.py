@@ -271,8 +271,11 @@ class BlockState:
 
         def update(name: str, x: Tensor, paired: bool) -> None:
             for need in needs:
-                if need.paired == paired:
-                    gathered[name][need] = need.update(gathered[name].get(need), x)
+                if need.paired != paired:
+                    continue
+                counted = self._after_first(name, x, need.skip_first) if need.skip_first else x
+                if counted.shape[-2]:
+                    gathered[name][need] = need.update(gathered[name].get(need), counted)
 
         def gather(name: str, x_TI: Tensor) -> None:
             update(name, x_TI, paired=False)
@@ -298,6 +301,15 @@ class BlockState:
             if all(need in found and need.enough(found[need]) for found in gathered.values() for need in needs):
                 break
         return dict(gathered)
+
+    def _after_first(self, name: str, x_TI: Tensor, skip: int) -> Tensor:
+        """``x_TI`` of one window without its first positions. An input that is not reached by every token does not say which
+        positions its rows have: it stays whole, and that is noted."""
+        assert self.io is not None
+        if len(x_TI) == self.io.x.shape[-2]:
+            return x_TI[skip:]
+        self.note(f"{name}: only some tokens reach it, so the first {skip} of a window are not told apart there")
+        return x_TI
 
     def _run(self, first: Mapping[str, str], window: Tensor, gather: Callable[[str, Tensor], None]) -> None:
         """One window through the block: ``gather(name, x_TI)`` for each shared input that a token reaches, as it does."""
