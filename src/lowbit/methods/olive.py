@@ -36,9 +36,7 @@ def olive(
     def grids(width: int) -> tuple[Grid, ...]:
         types = (normal,) if normal != "best" else ("int", "flint") if width == 4 else ("int",)
         pairs = tuple(OutlierVictim(width, each, keep) for each in types)
-        return (
-            pairs if outliers else tuple(FLINT4 if p.normal == "flint" else Int(width, symmetric=True) for p in pairs)
-        )
+        return pairs if outliers else tuple(Int(width, symmetric=True) if p.normal == "int" else FLINT4 for p in pairs)
 
     fit = RangeSearch("sigma" if outliers else "absmax")
     choose = (ChooseGrid(grids(bits), fit),) if len(grids(bits)) > 1 else ()

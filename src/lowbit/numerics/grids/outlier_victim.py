@@ -19,6 +19,7 @@ Shapes: G granule, K element within a granule (even), P pair.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,8 +32,8 @@ from torch import Tensor
 from lowbit.numerics.grids.base import OF_NOTHING, Affine, Field
 from lowbit.numerics.tagged import tagged
 
-_FLINT4 = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
-"""Magnitudes of the 4-bit float-int hybrid (ANT, arXiv:2208.14286): integers near zero, a float far from it."""
+_NORMAL = {"int": None, "flint": (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0)}
+"""Magnitudes of the normal values; None: evenly spaced, as many as the bits tell apart. Flint is ANT's (arXiv:2208.14286)."""
 
 
 @tagged
@@ -59,9 +60,9 @@ class OutlierVictim:
     def __post_init__(self):
         if not 3 <= self.bits <= 8:
             raise ValueError(f"outlier-victim pairs have 3 to 8 bits a value, found {self.bits}")
-        if self.normal not in ("int", "flint"):
+        if self.normal not in _NORMAL:
             raise ValueError(f"normal values are 'int' or 'flint', found {self.normal!r}")
-        if self.normal == "flint" and self.bits != 4:
+        if self.normal != "int" and self.bits != 4:
             raise ValueError(f"flint has 4 bits, found {self.bits}: use normal='int'")
         if self.keep not in ("first", "nearest"):
             raise ValueError(f"keep is 'first' or 'nearest', found {self.keep!r}")
@@ -172,10 +173,10 @@ class _Levels(NamedTuple):
 
 def _magnitudes(bits: int, normal: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Magnitudes of the normal values, from zero, and of the outliers, both rising."""
-    inside = _FLINT4 if normal == "flint" else tuple(float(k) for k in range(2 ** (bits - 1)))
-    unit, mantissa = (16 if normal == "flint" else 2 ** (bits - 1)), bits - 3
+    inside, mantissa = _NORMAL[normal] or tuple(float(k) for k in range(2 ** (bits - 1))), bits - 3
+    behind = 2.0 ** math.ceil(math.log2(inside[-1]))
     parts = (divmod(i, 2**mantissa) for i in range(1, 2 ** (bits - 1)))
-    return inside, tuple(unit * 2.0**exponent * (1 + m / 2**mantissa) for exponent, m in parts)
+    return inside, tuple(behind * 2.0**exponent * (1 + m / 2**mantissa) for exponent, m in parts)
 
 
 @lru_cache
