@@ -72,6 +72,12 @@ def _quip(setting: str, record: dict) -> dict[str, Any]:
     return bits | {"method": "gptq", "group_size": None} if "no-incoh" in setting else bits
 
 
+def _olive(setting: str, record: dict) -> dict[str, Any] | None:
+    if not setting.startswith("W"):  # activations alone, the weights as they are
+        return None
+    return {"activation_bits": 4 if setting == "W4A4" else None, "outliers": record["method"] == "OliVe"}
+
+
 def _both(setting: str) -> dict[str, Any]:
     return {"bits": int(setting[1]), "activation_bits": int(setting[1])}
 
@@ -100,9 +106,12 @@ RECIPES: dict[str, tuple[str, Callable[[str, dict], dict[str, Any] | None]]] = {
     "RTN W/A": ("rtn", lambda s, _: _both(s) | {"group_size": None, "symmetric": True}),
     "SmoothQuant": ("smoothquant", lambda s, _: _both(s) | {"alpha": 0.5}),
     "LLM.int8": ("llm-int8", _int8),
+    "OliVe": ("olive", _olive),
+    "ANT(no_outlier)": ("olive", _olive),
 }
-# These act on a whole block, or on what its linears read: they run on the block, and not on one linear by itself.
-IN_BLOCKS = ("AWQ", "RTN W/A", "SmoothQuant", "LLM.int8")
+# These act on a whole block, or on what its linears read: they run on the block, and not on one linear by itself (but for
+# settings that leave activations as they are).
+IN_BLOCKS = ("AWQ", "RTN W/A", "SmoothQuant", "LLM.int8", "OliVe", "ANT(no_outlier)")
 # (official method, pattern of "setting layer") -> why ours may lose more there, or take more bits.
 _NOMINAL = "the official bits are nominal, with no scale counted; the format is the same"
 REASONS: dict[tuple[str, str], str] = {
@@ -160,7 +169,7 @@ def measure(
     if options is None:
         return None
     name, layer = options.pop("method", name), record["layer"]
-    if record["method"] in IN_BLOCKS:
+    if record["method"] in IN_BLOCKS and options.get("activation_bits", 16) is not None:
         block, path = blocks.place_of(record)
         rule = lowbit.recipe(name, **options).scheme.rules[0]
         assert rule.weight is not None

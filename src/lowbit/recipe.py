@@ -24,6 +24,7 @@ from lowbit.modules import ActSpec
 from lowbit.numerics import Fisher, Int, PerChannel, PerGroup, PerTensor, PerToken, RangeGrid, Spec, nearest, to_dict
 from lowbit.steps import (
     ClipShares,
+    FitActivation,
     Incoherence,
     Learn,
     LinearFormat,
@@ -177,8 +178,17 @@ class Recipe(_Frozen):
             except ValueError as error:
                 raise ValueError(f"{self.name}: {error}") from error
         static = any(rule.activation is not None and rule.activation.static for rule in self.scheme.rules)
-        if static and not any(isinstance(step, SetActivationRange) for step in self.steps):
-            raise ValueError(f"{self.name}: static activations need the step SetActivationRange")
+        fixed = next(
+            (i for i, step in enumerate(self.steps) if isinstance(step, SetActivationRange | FitActivation)), None
+        )
+        if static and fixed is None:
+            raise ValueError(f"{self.name}: static activations need the step SetActivationRange, or FitActivation")
+        stale = [type(step).__name__ for step in self.steps[fixed:] if _kinds(step)] if static else []
+        if stale:
+            raise ValueError(
+                f"{self.name}: {', '.join(stale)} transforms channels whose static activation ranges are fixed by then; put it "
+                "before the step that fixes them: its method first in a mix"
+            )
         rotated = next((i for i, step in enumerate(self.steps) if isinstance(step, Incoherence)), len(self.steps))
         late = [type(step).__name__ for step in self.steps[rotated + 1 :] if _kinds(step)]
         if late:

@@ -34,6 +34,7 @@ from lowbit.calibrate.stream import Call, Stream, outside
 from lowbit.modules import QuantLinear
 from lowbit.recipe import Recipe, Scheme
 from lowbit.steps import BlockIO, BlockState, LayerRecord
+from lowbit.steps.state import stored_as_OI
 
 Progress = Callable[[float, float, str], None]
 """``progress(done, total, what)``: blocks done (with fractions), blocks in all, what is being done."""
@@ -300,12 +301,20 @@ def derived_seed(seed: int, block: int) -> int:
 
 
 def check_scheme(scheme: Scheme, architecture: Architecture, model: PreTrainedModel, config: Any) -> dict[str, str]:
-    """Every linear of the model, name -> role, after checking that each rule matches one (see Scheme.check_matches)."""
-    blocks = block_modules(model, architecture)
-    linears = {
-        f"{architecture.blocks}.{i}.{path}": role
-        for i, block in enumerate(blocks)
-        for path, role in resolve(architecture, block, config).linears.items()
-    }
+    """Every linear of the model, name -> role, after checking that each rule matches one (see Scheme.check_matches) and that
+    each linear can have its format."""
+    linears: dict[str, str] = {}
+    for i, block in enumerate(block_modules(model, architecture)):
+        name, resolved = f"{architecture.blocks}.{i}", resolve(architecture, block, config)
+        linears |= {f"{name}.{path}": role for path, role in resolved.linears.items()}
+        for path, form in scheme.formats(resolved, name).items():
+            rows, columns = stored_as_OI(block.get_submodule(path), block.get_parameter(f"{path}.weight")).shape
+            try:
+                form.check_shape((rows, columns))
+            except ValueError as error:
+                raise ValueError(
+                    f"{name}.{path} ({rows} x {columns}) cannot have its format: {error}. Give it another one with an "
+                    f"override for {resolved.linears[path]!r}, or skip it"
+                ) from error
     scheme.check_matches(linears)
     return linears

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowbit import layouts
 from lowbit.kernels.ops import PackedLinear
 from lowbit.layouts import unpack_params
 from lowbit.numerics import (
@@ -29,6 +30,7 @@ from lowbit.numerics import (
     Int,
     Lut,
     Normal,
+    OutlierVictim,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -59,11 +61,19 @@ def kind_of(spec: Spec) -> int | None:
             return UNIFORM
         case Float() | Normal() | Table():
             return TABLE
+        case OutlierVictim(bits) if bits < 8:  # 8 bits have more values than a table
+            return TABLE
         case Codebook():
             return CODEBOOK
         case BinaryCoded():
             return BINARY
     return None
+
+
+def _tile_bits(spec: Spec) -> int:
+    """Width of a code in the tiles. Pairs cannot be looked up one code at a time: the tiles hold the place of each value
+    among all values instead, in one bit more."""
+    return spec.grid.bits + isinstance(spec.grid, OutlierVictim)
 
 
 def _group(spec: Spec, columns: int) -> int | None:
@@ -82,6 +92,8 @@ def why_unpackable(layer: PackedLinear) -> str | None:
     if _cpu is None:
         return "lowbit was installed without its compiled kernels (no C++ compiler was found)"
     kind, group = kind_of(layer.spec), _group(layer.spec, layer.shape[1])
+    if isinstance(layer.spec.grid, OutlierVictim) and kind is None:
+        return "weights are pairs of 8 bits, whose 509 values are more than a table of the compiled kernels holds"
     if kind is None:
         return f"weights are {type(layer.spec.grid).__name__}, which has no compiled kernel"
     if group is None or (kind == CODEBOOK and layer.spec.granularity != PerChannel()):
@@ -111,8 +123,10 @@ def pack(layer: PackedLinear) -> Tensor:
         scale, zero = scale.expand(rows, -1), None if zero is None else zero.expand(rows, -1)
     scale, zero = scale.contiguous(), None if zero is None else zero.contiguous()
     codes = layer.tensors["codes"].contiguous()
+    if isinstance(spec.grid, OutlierVictim):
+        codes = layouts.pack(spec.grid.ranks(layouts.unpack(codes, spec.grid.bits, columns)), _tile_bits(spec))
     assert kind != CODEBOOK or scale.shape == (rows, 2**spec.grid.bits)
-    about = (kind, spec.grid.bits, rows, columns, group)
+    about = (kind, _tile_bits(spec), rows, columns, group)
     tiles = torch.empty(_cpu.packed_bytes(*about, scale.data_ptr(), _address(zero)), dtype=torch.uint8)
     _cpu.pack(
         *about, codes.data_ptr(), scale.data_ptr(), _address(zero), constant,
@@ -124,8 +138,10 @@ def pack(layer: PackedLinear) -> Tensor:
 def unpack(tiles: Tensor, spec: Spec, shape: tuple[int, int]) -> Tensor:
     """The canonical codes that ``tiles`` were packed from: uint8 ``[O, ceil(I * bits / 8)]``."""
     assert _cpu is not None
-    codes = torch.empty(shape[0], -(-shape[1] * spec.grid.bits // 8), dtype=torch.uint8)
+    codes = torch.empty(shape[0], layouts.packed_width(shape[1], _tile_bits(spec)), dtype=torch.uint8)
     _cpu.unpack(tiles.data_ptr(), tiles.numel(), codes.data_ptr(), torch.get_num_threads())
+    if isinstance(spec.grid, OutlierVictim):
+        codes = layouts.pack(spec.grid.codes(layouts.unpack(codes, _tile_bits(spec), shape[1])), spec.grid.bits)
     return codes
 
 
@@ -143,11 +159,12 @@ def advise_large_pages(memory: Tensor) -> None:
 
 @functools.cache
 def table_of(spec: Spec) -> Tensor | None:
-    """Values of the codes of a grid that is a table, float32 ``[2**bits]``; codes that no value has are zero."""
+    """Values of the tiles' codes of a grid that is a table, float32 ``[2**bits]``; codes that no value has are zero."""
     if kind_of(spec) != TABLE:
         return None
-    values = torch.tensor(spec.grid.table())  # pyright: ignore[reportAttributeAccessIssue]
-    return F.pad(values, (0, 2**spec.grid.bits - len(values)))
+    grid = spec.grid
+    values = torch.tensor(grid.levels() if isinstance(grid, OutlierVictim) else grid.table())  # pyright: ignore[reportAttributeAccessIssue]
+    return F.pad(values, (0, 2 ** _tile_bits(spec) - len(values)))
 
 
 def decode(isa: str, tiles: Tensor, table: Tensor | None, first: int, out_OI: Tensor) -> None:

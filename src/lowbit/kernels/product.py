@@ -47,6 +47,7 @@ class Product:
         act: how the input is quantized; ``bits``, ``symmetric`` and ``whole`` (one range for all tokens) where that is to
             integers which multiply the codes as they are, and 0 bits where it is not.
         params: of a static ``act``.
+        threshold: see :class:`~lowbit.kernels.ops.PackedLinear`.
     """
 
     kind: int

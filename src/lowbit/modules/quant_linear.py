@@ -54,7 +54,10 @@ def buffer_layout(config: Config) -> Layout:
     spec, act, shape = from_dict(config["spec"]), from_dict(config["act"]), tuple(config["shape"])
     if config["bias"] is not None and config["bias"] not in _BIAS_DTYPES:
         raise ValueError(f"bias is stored as one of {', '.join(_BIAS_DTYPES)} or null, found {config['bias']!r}")
+    spec.check_shape(shape)
     layout = packed_layout(spec, shape)
+    if act is not None:
+        act.spec.check_shape((1, shape[1]))
     if act is not None and act.static:
         act_shape = act.spec.granularity.param_shape((1, shape[1]))
         layout["act_scale"] = act_shape, torch.float32

@@ -10,6 +10,7 @@ from lowbit.numerics.fit import (
     KMeans,
     MinMax,
     Percentile,
+    RangeSearch,
     RmsRange,
     TruncationSearch,
     extremes,
@@ -17,6 +18,7 @@ from lowbit.numerics.fit import (
 from lowbit.numerics.granularity import Block, Flat, Granularity, PerChannel, PerCluster, PerGroup, PerTensor, PerToken
 from lowbit.numerics.grids import (
     DYNAMIC_MAP,
+    FLINT4,
     NF4,
     Affine,
     Bases,
@@ -28,9 +30,11 @@ from lowbit.numerics.grids import (
     Int,
     Lut,
     Normal,
+    OutlierVictim,
     Params,
     RangeGrid,
     Table,
+    arity,
 )
 from lowbit.numerics.qtensor import QTensor, quantize, stored_bits
 from lowbit.numerics.side import KeptColumns, SideTerm, Sparse
@@ -40,6 +44,7 @@ from lowbit.numerics.tagged import from_dict, nearest, tagged, to_dict
 
 __all__ = [
     "DYNAMIC_MAP",
+    "FLINT4",
     "NF4",
     "AbsMax",
     "AbsSum",
@@ -68,6 +73,7 @@ __all__ = [
     "Lut",
     "MinMax",
     "Normal",
+    "OutlierVictim",
     "Params",
     "PerChannel",
     "PerCluster",
@@ -78,6 +84,7 @@ __all__ = [
     "QTensor",
     "Range",
     "RangeGrid",
+    "RangeSearch",
     "RmsRange",
     "Samples",
     "SideTerm",
@@ -86,6 +93,7 @@ __all__ = [
     "Statistic",
     "Table",
     "TruncationSearch",
+    "arity",
     "extremes",
     "fake_quantize",
     "fit_params",

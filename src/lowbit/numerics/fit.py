@@ -7,8 +7,9 @@ freely serve one kind of grid and say so (``why_not``).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -190,6 +191,49 @@ class TruncationSearch(_RangeFit):
                 best = torch.where(better, loss, best)
                 best_lo, best_hi = torch.where(better, low, best_lo), torch.where(better, low + width, best_hi)
         return grid.from_range(best_lo, best_hi)
+
+
+@tagged
+@dataclass(frozen=True)
+class RangeSearch(_RangeFit):
+    """The symmetric range that loses least, ``sum importance * (x - q(x))**2``, of ``r = first, first + step, ..`` below
+    ``last`` times a unit: for grids whose values reach beyond the range that places them, and for values to be clipped.
+
+    Defaults are those of the scripts of OliVe (arXiv:2304.07493).
+
+    Args:
+        unit: ``"sigma"``, the larger of ``|mean - 3 std|`` and ``|mean + 3 std|``, or ``"absmax"``, the largest magnitude.
+    """
+
+    unit: Literal["sigma", "absmax"] = "sigma"
+    first: float = 0.75
+    last: float = 2.5
+    step: float = 0.02
+
+    def __post_init__(self):
+        if self.unit not in ("sigma", "absmax"):
+            raise ValueError(f"the unit is 'sigma' or 'absmax', found {self.unit!r}")
+        if not 0 < self.first < self.last or self.step <= 0:
+            raise ValueError(f"a range search needs 0 < first < last and step > 0, found {self}")
+
+    def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
+        unit = x_GK.abs().amax(1, keepdim=True) if self.unit == "absmax" else _three_sigma(x_GK, importance_GK)
+        best, best_end = torch.full_like(unit, float("inf")), unit
+        for i in range(math.ceil((self.last - self.first) / self.step - 1e-9)):
+            end = unit * (self.first + i * self.step)
+            loss = (grid.fake(x_GK, grid.from_range(-end, end)) - x_GK).square_()
+            loss = (loss if importance_GK is None else loss * importance_GK).sum(1, keepdim=True)
+            better = loss < best
+            best, best_end = torch.where(better, loss, best), torch.where(better, end, best_end)
+        return grid.from_range(-best_end, best_end)
+
+
+def _three_sigma(x_GK: Tensor, importance_GK: Tensor | None) -> Tensor:
+    counted = torch.ones_like(x_GK) if importance_GK is None else (importance_GK > 0).to(x_GK)
+    number = counted.sum(1, keepdim=True).clamp(min=1)
+    mean = (x_GK * counted).sum(1, keepdim=True) / number
+    std = ((x_GK - mean).square() * counted).sum(1, keepdim=True).div(number).sqrt()
+    return mean.abs() + 3 * std
 
 
 # Outermost level, in standard deviations, of the uniform grid of 2^bits levels that loses least of a normal distribution.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit.numerics.fit import Fit, MinMax
 from lowbit.numerics.granularity import Granularity, Shape
-from lowbit.numerics.grids.base import Field, Grid, Params
+from lowbit.numerics.grids.base import Field, Grid, Params, arity
 from lowbit.numerics.tagged import tagged
 
 if TYPE_CHECKING:
@@ -53,6 +53,31 @@ class Spec:
     @property
     def torch_scale_dtype(self) -> torch.dtype:
         return _SCALE_DTYPES[self.scale_dtype]
+
+    def check_shape(self, shape: Shape) -> None:
+        """Raises ValueError where a tensor of ``shape`` cannot have this format: a grid codes neighbours together, and the
+        rows or granules cut one from the other."""
+        together = arity(self.grid)
+        if together == 1:
+            return
+        if shape[-1] % together:
+            raise ValueError(
+                f"{self.grid} codes {together} neighbours of a row together, and rows of {shape[-1]} leave one over; pad "
+                "them, or choose another grid"
+            )
+        place = self.granularity.split(torch.arange(2 * shape[-1], device="cpu").view(2, -1))
+        # What fills up a short granule repeats its last element, and is whole by itself.
+        whole = place.shape[1] % together == 0
+        if whole:
+            first, *others = place.reshape(-1, together).T
+            filled = torch.stack([first == other for other in others]).all(0)
+            follows = torch.stack([other == first + k for k, other in enumerate(others, 1)]).all(0)
+            whole = bool((filled | (follows & (first % together == 0))).all())
+        if not whole:
+            raise ValueError(
+                f"{self.grid} codes {together} neighbours of a row together, which {self.granularity} cuts apart; give its "
+                f"runs a multiple of {together} columns"
+            )
 
     def as_stored(self, params: Params, columns: int = 1) -> Params:
         """``params`` rounded to what will be on disk, still in their own dtype; G is rows x ``columns``, row-major.
@@ -104,6 +129,7 @@ class Spec:
 
 def fit_raw(x: Tensor, spec: Spec, fit: Fit, importance: Tensor | None = None) -> Params:
     """Parameters of ``spec`` for ``x`` before they are stored. ``importance`` has the shape of ``x``."""
+    spec.check_shape(tuple(x.shape))
     x_GK = spec.granularity.split(x)
     if importance is None and x_GK.numel() != x.numel():
         importance = torch.ones_like(x)  # what fills up short granules has none

@@ -14,6 +14,7 @@ from lowbit.numerics import (
     Grid,
     Int,
     Normal,
+    OutlierVictim,
     PerChannel,
     PerCluster,
     PerGroup,
@@ -137,6 +138,8 @@ def grid_text(grid: Grid) -> str:
         return f"float{grid.bits} (E{grid.exponent}M{grid.mantissa})"
     if isinstance(grid, Normal):
         return f"normal{grid.bits}"
+    if isinstance(grid, OutlierVictim):
+        return f"{grid.normal}{grid.bits} in outlier-victim pairs"
     return f"table of {len(grid.values)} values" if isinstance(grid, Table) else str(grid)
 
 

@@ -41,6 +41,7 @@ from lowbit.numerics import (
     QTensor,
     Spec,
     Statistic,
+    arity,
     tagged,
 )
 from lowbit.solve.base import Solution, check_weight
@@ -118,6 +119,11 @@ class Gptq:
 
     def check(self, spec: Spec, clipped: bool) -> None:
         check_weight(spec, None if clipped else self.fit)
+        if arity(spec.grid) > 1:
+            raise ValueError(
+                f"{spec.grid} codes {arity(spec.grid)} neighbours of a row together, and a column solver fixes them one after "
+                "another; use the solver Nearest, or a grid that codes each weight by itself"
+            )
         grouped = not isinstance(spec.granularity, PerChannel | PerTensor)
         if grouped and clipped and self.moves_groups:
             raise ValueError(

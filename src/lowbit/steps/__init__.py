@@ -3,6 +3,7 @@
 from typing import Protocol, runtime_checkable
 
 from lowbit.numerics import Statistic
+from lowbit.steps.formats import ChooseGrid, FitActivation
 from lowbit.steps.incoherence import Incoherence
 from lowbit.steps.learn import Learn
 from lowbit.steps.objectives import BlockMSE
@@ -45,7 +46,9 @@ __all__ = [
     "BlockIO",
     "BlockMSE",
     "BlockState",
+    "ChooseGrid",
     "ClipShares",
+    "FitActivation",
     "Incoherence",
     "LayerRecord",
     "Learn",

@@ -32,6 +32,12 @@ class LinearFormat:
     weight: Spec
     act: ActSpec | None = None
 
+    def check_shape(self, shape: tuple[int, int]) -> None:
+        """Raises ValueError where a linear ``[O, I]`` of that shape cannot have this format."""
+        self.weight.check_shape(shape)
+        if self.act is not None:
+            self.act.spec.check_shape((1, shape[1]))
+
 
 @dataclass
 class BlockIO:

@@ -1,13 +1,15 @@
 """Grids: which numbers a format has. One contract (:mod:`base`), a file a family."""
 
-from lowbit.numerics.grids.base import Affine, Bases, Field, Grid, Lut, Params, RangeGrid
+from lowbit.numerics.grids.base import Affine, Bases, Field, Grid, Lut, Params, RangeGrid, arity
 from lowbit.numerics.grids.binary import BinaryCoded
 from lowbit.numerics.grids.codebook import Codebook
 from lowbit.numerics.grids.int import Int
-from lowbit.numerics.grids.levels import DYNAMIC_MAP, NF4, Float, Normal, Table
+from lowbit.numerics.grids.levels import DYNAMIC_MAP, FLINT4, NF4, Float, Normal, Table
+from lowbit.numerics.grids.outlier_victim import OutlierVictim
 
 __all__ = [
     "DYNAMIC_MAP",
+    "FLINT4",
     "NF4",
     "Affine",
     "Bases",
@@ -19,7 +21,9 @@ __all__ = [
     "Int",
     "Lut",
     "Normal",
+    "OutlierVictim",
     "Params",
     "RangeGrid",
     "Table",
+    "arity",
 ]

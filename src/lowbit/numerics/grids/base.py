@@ -86,6 +86,11 @@ class Grid(Protocol):
         ...
 
 
+def arity(grid: Grid) -> int:
+    """How many neighbours of a granule are coded together; 1 where a grid has no attribute ``arity``."""
+    return getattr(grid, "arity", 1)
+
+
 @runtime_checkable
 class RangeGrid(Grid, Protocol):
     """A grid that a range ``[lo, hi]`` places."""

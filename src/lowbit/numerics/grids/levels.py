@@ -222,6 +222,9 @@ NF4 = Table(
 )
 """NormalFloat 4 (QLoRA, arXiv:2305.14314): 7 negative levels, zero, 8 positive; the values bitsandbytes writes."""
 
+FLINT4 = Table((-16.0, -8.0, -6.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0))
+"""The 4-bit float-int hybrid of ANT (arXiv:2208.14286) with both signs: integers near zero, a float far from it."""
+
 
 def _dynamic_map(exponents: int = 7) -> tuple[float, ...]:
     """Signed numbers whose spacing grows tenfold from one exponent to the next, 1, 2, 4, ... of them at each.

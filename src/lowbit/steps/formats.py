@@ -1,0 +1,119 @@
+"""Formats chosen by what they lose: which grid a weight or an activation gets, and where a static activation's grid lies.
+
+A recipe's scheme says what is stored before any weight is seen; these steps may change the grid of one linear's format
+for another of the same size, and what is packed, reported and written is then that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowbit.numerics import Fit, Grid, MinMax, Params, RangeSearch, Samples, Spec, Statistic, fit_params, tagged
+from lowbit.steps.state import BlockState, LinearFormat
+
+
+def _check_grids(grids: tuple[Grid, ...], fit: Fit) -> None:
+    for grid in grids:
+        if (grid.bits, grid.fields) != (grids[0].bits, grids[0].fields):
+            raise ValueError(f"grids to choose from take the same storage, found {grids[0]} and {grid}")
+        why_not = fit.why_not(grid)
+        if why_not is not None:
+            raise ValueError(f"{why_not}; choose another fit or another grid")
+
+
+def _best(x: Tensor, spec: Spec, grids: tuple[Grid, ...], fit: Fit) -> tuple[Spec, Params]:
+    """``spec`` with the grid of ``grids`` (none: its own) whose total squared error of ``x`` is least, and its parameters."""
+    best, found = float("inf"), None
+    for grid in grids or (spec.grid,):
+        tried = replace(spec, grid=grid)
+        params = fit_params(x, tried, fit)
+        x_GK = spec.granularity.split(x)
+        restored = spec.granularity.join(grid.decode(grid.encode(x_GK, params), params), tuple(x.shape))
+        loss = (restored - x).double().square().sum().item()
+        if found is None or loss < best:
+            best, found = loss, (tried, params)
+    assert found is not None
+    return found
+
+
+@tagged
+@dataclass(frozen=True)
+class ChooseGrid:
+    """Gives each weight the one of ``grids`` that loses least of it: the least squared error, summed over the tensor, with each
+    grid placed by ``fit`` (the numeric types of ANT, arXiv:2208.14286).
+
+    Only formats whose grid is one of ``grids`` are changed, so that rules for other linears, and a mix that stores something
+    else, keep what they say. A weight whose range was chosen before keeps the grid that it was chosen for.
+    """
+
+    grids: tuple[Grid, ...]
+    fit: Fit = RangeSearch()
+
+    def __post_init__(self):
+        if not self.grids:
+            raise ValueError("there is no grid to choose from")
+        _check_grids(self.grids, self.fit)
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset()
+
+    def ticks(self, windows: int, linears: int) -> int:
+        return linears
+
+    @torch.no_grad()
+    def run(self, state: BlockState) -> None:
+        for path, form in state.formats.items():
+            if form.weight.grid in self.grids and path not in state.clip:
+                spec, _ = _best(state.weight_OI(path), form.weight, self.grids, self.fit)
+                state.formats[path] = LinearFormat(spec, form.act)
+            state.tick("choosing grids")
+
+
+@tagged
+@dataclass(frozen=True)
+class FitActivation:
+    """Fixes every static activation by ``fit`` on the first ``tokens`` calibration tokens, as the block is now.
+
+    grids: where the format has one of these, it gets the one that loses least of those tokens; none: it stays what it is.
+    """
+
+    fit: Fit = RangeSearch()
+    grids: tuple[Grid, ...] = ()
+    tokens: int = 1024
+
+    def __post_init__(self):
+        if self.tokens < 1:
+            raise ValueError(f"a static activation needs at least one calibration token, found {self.tokens}")
+        _check_grids(self.grids, self.fit)
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset({Samples(self.tokens)})
+
+    def ticks(self, windows: int, linears: int) -> int:
+        return windows + linears
+
+    @torch.no_grad()
+    def run(self, state: BlockState) -> None:
+        stats = state.collect(self.needs)
+        for shared in state.resolved.shared_inputs:
+            known: dict[Spec, tuple[Spec, Params]] = {}  # linears that read one input fix it alike
+            for path in (reader for reader in shared.readers if reader in state.formats):
+                form = state.formats[path]
+                if form.act is None or not form.act.static:
+                    continue
+                x_TI, spec = stats.get(shared.name, {}).get(Samples(self.tokens)), form.act.spec
+                if x_TI is None:
+                    state.note(f"{path} saw no token: its static activation range is unknown, [-1, 1] is stored")
+                    x_TI = torch.tensor([[-1.0, 1.0]])
+                    known[spec] = spec, fit_params(x_TI, spec, MinMax())
+                if spec not in known:
+                    grids = self.grids if spec.grid in self.grids else ()
+                    known[spec] = _best(x_TI.float(), spec, grids, self.fit)
+                chosen, state.act_params[path] = known[spec]  # pyright: ignore[reportArgumentType]
+                state.formats[path] = LinearFormat(form.weight, replace(form.act, spec=chosen))
+                state.tick("fixing activations")
