@@ -14,9 +14,20 @@ from lowbit.numerics.fit import (
     TruncationSearch,
     extremes,
 )
-from lowbit.numerics.granularity import Block, Flat, Granularity, PerChannel, PerCluster, PerGroup, PerTensor, PerToken
+from lowbit.numerics.granularity import (
+    Block,
+    Flat,
+    Granularity,
+    PerChannel,
+    PerCluster,
+    PerGroup,
+    PerInput,
+    PerTensor,
+    PerToken,
+)
 from lowbit.numerics.grids import (
     DYNAMIC_MAP,
+    FP4,
     NF4,
     Affine,
     Bases,
@@ -31,6 +42,7 @@ from lowbit.numerics.grids import (
     Params,
     RangeGrid,
     Table,
+    powers_of_two,
 )
 from lowbit.numerics.qtensor import QTensor, quantize, stored_bits
 from lowbit.numerics.side import KeptColumns, SideTerm, Sparse
@@ -40,6 +52,7 @@ from lowbit.numerics.tagged import from_dict, nearest, tagged, to_dict
 
 __all__ = [
     "DYNAMIC_MAP",
+    "FP4",
     "NF4",
     "AbsMax",
     "AbsSum",
@@ -72,6 +85,7 @@ __all__ = [
     "PerChannel",
     "PerCluster",
     "PerGroup",
+    "PerInput",
     "PerTensor",
     "PerToken",
     "Percentile",
@@ -93,6 +107,7 @@ __all__ = [
     "from_dict",
     "mean_abs",
     "nearest",
+    "powers_of_two",
     "quantize",
     "stored_bits",
     "tagged",

@@ -17,6 +17,7 @@ from lowbit.numerics import (
     PerChannel,
     PerCluster,
     PerGroup,
+    PerInput,
     PerTensor,
     PerToken,
     Spec,
@@ -133,7 +134,7 @@ def grid_text(grid: Grid) -> str:
         zero = " with real zero points" if not grid.symmetric and grid.zero == "real" else ""
         return f"int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}{zero}"
     if isinstance(grid, Float):
-        return f"float{grid.bits} (E{grid.exponent}M{grid.mantissa})"
+        return f"float{grid.bits} ({grid.name}{', shared exponents' if grid.shared_exponent else ''})"
     if isinstance(grid, Normal):
         return f"normal{grid.bits}"
     return f"table of {len(grid.values)} values" if isinstance(grid, Table) else str(grid)
@@ -151,6 +152,8 @@ def _granularity_text(granularity: Any) -> str:
             return "per channel"
         case PerToken():
             return "per token"
+        case PerInput():
+            return "per input channel"
         case PerTensor():
             return "per tensor"
     return str(granularity)

@@ -50,10 +50,15 @@ def fake_activation(x: Tensor, act: ActSpec | None, params: Params | None) -> Te
     """``x`` as a linear quantized with ``act`` will see it; the static range where one is known, else the call's own."""
     if act is None:
         return x
-    if act.static and params is not None:
-        grain = act.spec.granularity
-        return grain.join(act.spec.grid.fake(grain.split(x), params), tuple(x.shape))  # pyright: ignore[reportAttributeAccessIssue]
-    return fake_quantize(x, act.spec, MinMax())
+    spec, shape = act.spec, tuple(x.shape)
+    x_GK = spec.granularity.split(x)
+    if not act.static or params is None:
+        params = MinMax()(x_GK, spec.grid)  # pyright: ignore[reportArgumentType]
+        if spec.stats is not None:  # straight through the rounding of scales
+            raw = params._make(None if p is None else p.detach().nan_to_num() for p in params)
+            stored = spec.as_stored(raw, spec.granularity.param_shape(shape)[1])
+            params = params._replace(scale=params.scale + (stored[0] - params.scale).detach())
+    return spec.granularity.join(spec.grid.fake(x_GK, params), shape)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def simulated(state: BlockState, path: str, transform: ChannelTransform | None = None) -> Callable[[Tensor], Tensor]:

@@ -4,10 +4,11 @@ from lowbit.numerics.grids.base import Affine, Bases, Field, Grid, Lut, Params, 
 from lowbit.numerics.grids.binary import BinaryCoded
 from lowbit.numerics.grids.codebook import Codebook
 from lowbit.numerics.grids.int import Int
-from lowbit.numerics.grids.levels import DYNAMIC_MAP, NF4, Float, Normal, Table
+from lowbit.numerics.grids.levels import DYNAMIC_MAP, FP4, NF4, Float, Normal, Table, powers_of_two
 
 __all__ = [
     "DYNAMIC_MAP",
+    "FP4",
     "NF4",
     "Affine",
     "Bases",
@@ -22,4 +23,5 @@ __all__ = [
     "Params",
     "RangeGrid",
     "Table",
+    "powers_of_two",
 ]
