@@ -21,7 +21,19 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_
 
 from lowbit.architectures import Kind, ResolvedBlock
 from lowbit.modules import ActSpec
-from lowbit.numerics import Fisher, Int, PerChannel, PerGroup, PerTensor, PerToken, RangeGrid, Spec, nearest, to_dict
+from lowbit.numerics import (
+    Fisher,
+    Float,
+    Int,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    RangeGrid,
+    Spec,
+    nearest,
+    to_dict,
+)
 from lowbit.steps import (
     ClipShares,
     FitActivation,
@@ -31,6 +43,7 @@ from lowbit.steps import (
     ModelStep,
     Rounding,
     SearchClip,
+    SearchFloat,
     SetActivationRange,
     Solve,
     Step,
@@ -169,26 +182,16 @@ class Recipe(_Frozen):
     def _check_combination(self) -> None:
         solver = self.steps[-1].solver
         clipped = any(isinstance(step, SearchClip) or _learns_clip(step) for step in self.steps)
+        places_floats = any(isinstance(step, SearchFloat) for step in self.steps)
         for rule in self.scheme.rules:
             try:
                 if rule.weight is not None:
                     if clipped and not isinstance(rule.weight.grid, RangeGrid):
                         raise ValueError(f"a clipping is chosen, and {rule.weight.grid} is not placed by a range")
-                    solver.check(rule.weight, clipped)
+                    solver.check(rule.weight, clipped or (places_floats and isinstance(rule.weight.grid, Float)))
             except ValueError as error:
                 raise ValueError(f"{self.name}: {error}") from error
-        static = any(rule.activation is not None and rule.activation.static for rule in self.scheme.rules)
-        fixed = next(
-            (i for i, step in enumerate(self.steps) if isinstance(step, SetActivationRange | FitActivation)), None
-        )
-        if static and fixed is None:
-            raise ValueError(f"{self.name}: static activations need the step SetActivationRange, or FitActivation")
-        stale = [type(step).__name__ for step in self.steps[fixed:] if _kinds(step)] if static else []
-        if stale:
-            raise ValueError(
-                f"{self.name}: {', '.join(stale)} transforms channels whose static activation ranges are fixed by then; put it "
-                "before the step that fixes them: its method first in a mix"
-            )
+        self._check_static()
         rotated = next((i for i, step in enumerate(self.steps) if isinstance(step, Incoherence)), len(self.steps))
         late = [type(step).__name__ for step in self.steps[rotated + 1 :] if _kinds(step)]
         if late:
@@ -201,6 +204,27 @@ class Recipe(_Frozen):
             raise ValueError(
                 f"{self.name}: Solve needs Fisher information, which is known for every weight by itself and is lost when "
                 f"a step shifts or rotates channels, as {', '.join(mixing)} does here. Leave it out, or solve by another method"
+            )
+
+    def _check_static(self) -> None:
+        """Static ranges have to be chosen, and no step may transform the channels afterwards."""
+        static = [
+            rule.activation for rule in self.scheme.rules if rule.activation is not None and rule.activation.static
+        ]
+        searched = all(isinstance(act.spec.grid, Float) for act in static)
+        choosers = (SetActivationRange, FitActivation, SearchFloat)[: 3 if searched else 2]
+        chosen = [i for i, step in enumerate(self.steps) if isinstance(step, choosers)]
+        if not static:
+            return
+        if not chosen:
+            raise ValueError(
+                f"{self.name}: static activations need the step {', or '.join(c.__name__ for c in choosers)}"
+            )
+        late = [type(step).__name__ for step in self.steps[chosen[-1] + 1 :] if _kinds(step)]
+        if late:
+            raise ValueError(
+                f"{self.name}: {', '.join(late)} transforms channels whose static activation ranges are fixed by then; put it "
+                "before the step that fixes them: its method first in a mix"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -294,6 +318,10 @@ class Override(_Frozen):
 
 
 def _with_bits(act: ActSpec, bits: int) -> ActSpec | None:
+    if bits < 16 and not isinstance(act.spec.grid, Int):
+        raise ValueError(
+            f"activation_bits cannot be changed to {bits}, the recipe's activations have the grid {act.spec.grid}"
+        )
     return None if bits >= 16 else replace(act, spec=replace(act.spec, grid=replace(act.spec.grid, bits=bits)))  # pyright: ignore[reportArgumentType]
 
 

@@ -84,6 +84,8 @@ SPECS = [
     *(Spec(NF4, granularity, scale_dtype="float32") for granularity in GRANULARITIES),
     Spec(Float(2, 1), PerGroup(16), scale_dtype="bfloat16"),
     Spec(Float(4, 3, "fn"), PerChannel()),
+    Spec(Float(2, 1, shared_exponent=True), PerGroup(16), scale_dtype="float8_e8m0fnu"),
+    Spec(Float(2, 1), PerGroup(16), Spec(Float(4, 3, "fn"), PerTensor(), scale_dtype="float32"), "float32"),
     Spec(Int(3), PerGroup(16), stats=Spec(Int(3), PerGroup(16))),
     Spec(Int(3), PerGroup(7), stats=Spec(Int(8), PerGroup(5), scale_dtype="float32")),
     Spec(Int(4, zero="real"), PerGroup(16), stats=Spec(Int(8), PerGroup(4))),

@@ -48,6 +48,8 @@ OTHERS = [
     Spec(Float(2, 1), PerGroup(32)),
     Spec(Float(4, 3), PerChannel()),
     Spec(Float(3, 2), PerGroup(16)),
+    Spec(Float(2, 1, shared_exponent=True), PerGroup(32), scale_dtype="float8_e8m0fnu"),
+    Spec(Float(2, 1), PerGroup(16), Spec(Float(4, 3, "fn"), PerTensor(), scale_dtype="float32"), "float32"),
     Spec(Normal(2), PerGroup(64)),
     Spec(Normal(3), PerChannel()),
     *(Spec(Codebook(b), PerChannel()) for b in (1, 2, 3, 4, 5)),
@@ -61,6 +63,7 @@ INPUTS = [
     Spec(Int(6, True), PerTensor()),
     Spec(Int(8), PerGroup(10)),
     Spec(Float(4, 3), PerToken()),
+    Spec(Float(2, 1), PerGroup(16), Spec(Float(4, 3, "fn"), PerTensor(), scale_dtype="float32")),
 ]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics import (
+    FP4,
     NF4,
     AbsMax,
     AbsSum,
@@ -26,6 +27,7 @@ from lowbit.numerics import (
     PerChannel,
     PerCluster,
     PerGroup,
+    PerInput,
     PerTensor,
     PerToken,
     Range,
@@ -46,7 +48,7 @@ E2M1, E4M3, E5M2 = Float(2, 1), Float(4, 3, "fn"), Float(5, 2, "ieee")
 INTS = [
     Int(b, symmetric, zero) for b in range(1, 9) for symmetric, zero in ((False, "int"), (False, "real"), (True, "int"))
 ]
-TABLES = [NF4, Table((-1.0, 1.0)), Table((-1.0, 0.0, 0.1, 1.0)), Table((0.0, 1.0, 2.0, 4.0))]
+TABLES = [NF4, FP4, Table((-1.0, 1.0)), Table((-1.0, 0.0, 0.1, 1.0)), Table((0.0, 1.0, 2.0, 4.0))]
 NORMALS = [Normal(bits) for bits in (1, 2, 3, 4, 8)]
 GRIDS = [*INTS, E2M1, Float(3, 2), E4M3, E5M2, Float(1, 2), *NORMALS, *TABLES]
 GRANULARITIES = [
@@ -61,6 +63,7 @@ GRANULARITIES = [
     Block(5, 7),
     Block(100, 3),
     PerCluster((10, 1, 29)),
+    PerInput(),
 ]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit import kernels
-from lowbit.kernels import native
+from lowbit.kernels import native, product
 from lowbit.layouts import pack, pack_qtensor, unpack_qtensor
 from lowbit.modules import QuantLinear
 from lowbit.numerics import (
@@ -461,7 +461,7 @@ def test_tiles_hold_each_value_in_one_bit_more_and_decode_to_the_same_bits(grid,
         assert torch.equal(found, q.dequantize())
         x = torch.randn(3, shape[1], generator=torch.Generator().manual_seed(2))
         packed = kernels.PackedLinear(spec, shape, layer.tensors, tiles=tiles)
-        assert sqnr_db(x.double() @ q.dequantize().double().T, native._run(isa, x, packed)) > 100
+        assert sqnr_db(x.double() @ q.dequantize().double().T, product.run(isa, x, packed)) > 100
 
 
 @pytest.mark.skipif(not native.instruction_sets(), reason="no compiled kernels")

@@ -20,12 +20,14 @@ from lowbit.numerics import (
     PerChannel,
     PerCluster,
     PerGroup,
+    PerInput,
     PerTensor,
     PerToken,
     Sparse,
     Spec,
     fit_params,
     from_dict,
+    powers_of_two,
     quantize,
     to_dict,
 )
@@ -61,6 +63,8 @@ TRANSFORMS = {
     ),
 }
 
+HALVED = Spec(powers_of_two(3), PerTensor(), scale_dtype="float32")
+E4M3_OF_TENSOR = Spec(Float(4, 3, "fn"), PerTensor(), scale_dtype="float32")
 ACTS = {
     "none": None,
     "per token": ActSpec(Spec(Int(8), PerToken())),
@@ -70,13 +74,18 @@ ACTS = {
     "static": ActSpec(Spec(Int(8, True), PerTensor()), static=True),
     "static asymmetric": ActSpec(Spec(Int(8), PerTensor()), static=True),
     "static clusters": ActSpec(Spec(Int(8), PerCluster((10, 25, 5))), static=True),
+    "static channels": ActSpec(Spec(Float(4, 3), PerInput()), static=True),
+    "static channels, powers of two": ActSpec(Spec(Float(4, 3), PerInput(), HALVED, "float32"), static=True),
+    "scales of 8 bits": ActSpec(Spec(Float(2, 1), PerGroup(16), E4M3_OF_TENSOR, "float32")),
+    "shared exponents": ActSpec(Spec(Float(4, 3, "fn", shared_exponent=True), PerGroup(16))),
 }
 
 
 def static_params(act: ActSpec | None) -> Affine | None:
     if act is None or not act.static:
         return None
-    return fit_params(random(64, I, seed=9), Spec(act.spec.grid, act.spec.granularity, scale_dtype="float32"), MinMax())
+    spec = Spec(act.spec.grid, act.spec.granularity, act.spec.stats, "float32")
+    return fit_params(random(64, I, seed=9), spec, MinMax())
 
 
 def layer(spec: Spec = W4, act: str = "none", bias: bool = True, pre: tuple = ()) -> QuantLinear:
@@ -213,7 +222,7 @@ def test_descriptions_and_parts_that_do_not_fit_are_refused():
 def test_activation_formats_round_trip_through_plain_data_and_refuse_static_ranges_a_token():
     for act in ACTS.values():
         assert from_dict(json.loads(json.dumps(to_dict(act)))) == act
-    with pytest.raises(ValueError, match="static activation ranges are per tensor or per cluster"):
+    with pytest.raises(ValueError, match="static activation ranges are per tensor, per cluster or per input channel"):
         ActSpec(Spec(Int(8), PerToken()), static=True)
     with pytest.raises(ValueError, match="needs its calibrated parameters"):
         quantize_activation(random(2, I), ACTS["static"])

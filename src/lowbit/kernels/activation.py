@@ -1,7 +1,7 @@
 """Quantization of activations at run time.
 
-Dynamic parameters are the extremes of each granule of this very call, in float32 and never rounded, for nothing is
-stored. Static ones were fitted before and are given. Values that are NaN stay NaN: a saturating cast would turn a
+Dynamic parameters are the extremes of each granule of this very call, in float32; nothing is stored, so they are rounded
+only where the format quantizes its scales (``stats``), as its hardware does. Static ones were fitted before and are given. Values that are NaN stay NaN: a saturating cast would turn a
 broken model into one that looks healthy. An infinite value makes its dynamic granule NaN; a static range clips it.
 
 With a ``threshold`` (LLM.int8(), arXiv:2208.07339) the channels in which any token of the call reaches it are taken out:
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics import Affine, MinMax, Spec
+from lowbit.numerics.grids.base import OF_NOTHING
 
 
 def outlier_channels(x: Tensor, threshold: float) -> Tensor:
@@ -49,7 +50,7 @@ def quantize_activation(
 
     Args:
         x: floating, of any dtype; computed in float32 (float64 stays).
-        spec: grid and granularity; its ``stats`` and ``scale_dtype`` do not apply to activations.
+        spec: grid, granularity and ``stats``; its ``scale_dtype`` does not apply to activations.
         params: static parameters, or None to fit them to ``x``.
         threshold: channels that reach it get the code of zero; 0: none does.
 
@@ -62,6 +63,10 @@ def quantize_activation(
         ranged_GK = spec.granularity.split(ranged)
         params = MinMax()(ranged_GK, spec.grid)  # pyright: ignore[reportArgumentType]
         finite = torch.isfinite(ranged_GK).all(1, keepdim=True)
+        if spec.stats is not None and len(ranged_GK):  # NaN and Inf are out of sight of the second level's own range
+            seen = params._make(None if p is None else p.where(finite, OF_NOTHING) for p in params)
+            stored = spec.as_stored(seen, spec.granularity.param_shape(tuple(x.shape))[1])
+            params = params._replace(scale=stored[0])
         params = params._replace(scale=torch.where(finite, params.scale, torch.full_like(params.scale, torch.nan)))
     else:
         params = Affine(params.scale.to(x.dtype), None if params.zero is None else params.zero.to(x.dtype))

@@ -1,22 +1,34 @@
 """NF4: the base that QLoRA trains adapters on, sixteen levels at the quantiles of a normal distribution."""
 
-from lowbit.numerics import DYNAMIC_MAP, NF4, Flat, Spec
+from typing import Literal
+
+from lowbit.numerics import DYNAMIC_MAP, FP4, NF4, Flat, Spec
 from lowbit.recipe import Recipe, activation, linears, method
 from lowbit.solve import Nearest
 from lowbit.steps import Solve
 
 
 @method("nf4", family="weight-only", paper="arXiv:2305.14314")
-def nf4(block: int = 64, *, double_quant: bool = False, activation_bits: int | None = None) -> Recipe:
+def nf4(
+    block: int = 64,
+    *,
+    levels: Literal["nf4", "fp4"] = "nf4",
+    double_quant: bool = False,
+    activation_bits: int | None = None,
+) -> Recipe:
     """Every block of the flattened weight takes the nearest of 16 levels, scaled by its largest magnitude; no data.
 
     block: elements that share a scale, across the borders of rows as in bitsandbytes, whose codes these are.
+    levels: "nf4", or "fp4", the floating table that bitsandbytes has beside it.
     double_quant: keep the scales themselves in 8 bits (mean subtracted, bitsandbytes' dynamic map, blocks of 256).
     activation_bits: also quantize each linear's input, per token, symmetric.
     """
     second = Spec(DYNAMIC_MAP, Flat(256), scale_dtype="float32") if double_quant else None
     return Recipe(
         name="nf4",
-        scheme=linears(Spec(NF4, Flat(block), second, "float32", double_quant), activation(activation_bits)),
+        scheme=linears(
+            Spec(NF4 if levels == "nf4" else FP4, Flat(block), second, "float32", double_quant),
+            activation(activation_bits),
+        ),
         steps=(Solve(Nearest(encode_before_storing=True)),),
     )

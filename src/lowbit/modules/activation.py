@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lowbit import kernels
-from lowbit.numerics import Affine, PerCluster, PerTensor, Spec, tagged
+from lowbit.layouts import Layout, pack_qtensor, packed_layout, unpack_qtensor
+from lowbit.numerics import Affine, PerCluster, PerInput, PerTensor, Spec, tagged
 from lowbit.numerics.grids import RangeGrid
 
 
@@ -18,8 +21,8 @@ class ActSpec:
     """The format of an activation ``[..., I]``.
 
     Args:
-        spec: grid and granularity. Nothing is stored of a dynamic activation, so ``stats`` and ``scale_dtype`` do not
-            apply; static parameters are stored in float32.
+        spec: grid and granularity. Scales are rounded as ``stats`` says, where it says anything; static ones are then
+            stored so, and in float32 otherwise. ``scale_dtype`` does not apply.
         static: parameters are fixed before (calibrated) and stored; otherwise the extremes of each call's granules.
         threshold: channels in which any token of a call has at least this magnitude are not quantized in that call, and
             their elements over it are in no range (LLM.int8(), arXiv:2208.07339); 0: none are.
@@ -36,9 +39,9 @@ class ActSpec:
     def __post_init__(self):
         if not isinstance(self.spec, Spec) or not isinstance(self.spec.grid, RangeGrid):
             raise ValueError(f"an activation needs a Spec with a grid that a range places, found {self.spec!r}")
-        if self.static and not isinstance(self.spec.granularity, PerTensor | PerCluster):
+        if self.static and not isinstance(self.spec.granularity, PerTensor | PerCluster | PerInput):
             raise ValueError(
-                f"static activation ranges are per tensor or per cluster, found {self.spec.granularity}: "
+                f"static activation ranges are per tensor, per cluster or per input channel, found {self.spec.granularity}: "
                 "it has a range for each token, which only a dynamic activation can"
             )
         if not 0 <= self.threshold < math.inf:
@@ -61,6 +64,52 @@ def fake_quantize_activation(x: Tensor, act: ActSpec, params: Affine | None = No
     NaN stays NaN. Not differentiable; learning has :func:`lowbit.numerics.fake_quantize`.
     """
     return kernels.fake_quantize_activation(x, act.spec, _given(act, params), act.threshold)
+
+
+# Static parameters as buffers: act_scale, act_zero; act_scale_codes, act_scale_scale, ... where the spec quantizes scales
+
+
+def static_layout(act: ActSpec | None, columns: int) -> Layout:
+    """Shape and dtype of each buffer in which the static parameters for inputs of ``columns`` channels are stored."""
+    if act is None or not act.static:
+        return {}
+    high, wide = act.spec.granularity.param_shape((1, columns))
+    of_zero: Layout = {"act_zero": ((high, wide), torch.float32)} if len(act.spec.grid.fields) > 1 else {}
+    if act.spec.stats is None:
+        return {"act_scale": ((high, wide), torch.float32)} | of_zero
+    return packed_layout(act.spec.stats, (wide, high), "act_scale_") | of_zero
+
+
+def pack_static(act: ActSpec, params: Affine, columns: int) -> dict[str, Tensor]:
+    """Static parameters (leading axis G) as the buffers of :func:`static_layout`.
+
+    Raises:
+        ValueError: scales that ``act.spec.stats`` does not hold (they were not passed through ``Spec.as_stored``).
+    """
+    spec = act.spec
+    shape = spec.granularity.param_shape((1, columns))
+    zero = {} if params.zero is None else {"act_zero": params.zero.float().reshape(shape).clone()}
+    scale = params.scale.float()
+    if spec.stats is None:
+        return {"act_scale": scale.reshape(shape).clone()} | zero
+    second = spec.second_level(scale.reshape(-1, 1), shape[1])
+    if not torch.equal(spec.from_second(second, spec.grid.fields[0]), scale.reshape(-1, 1)):
+        raise ValueError(
+            "static activation scales are not as the format stores them; pass them through Spec.as_stored first"
+        )
+    return pack_qtensor(second, "act_scale_") | zero
+
+
+def unpack_static(act: ActSpec | None, tensors: Mapping[str, Tensor], columns: int) -> Affine | None:
+    """What :func:`pack_static` stored, float32 ``[G, 1]``; None where the activation is not static."""
+    if act is None or not act.static:
+        return None
+    zero = tensors["act_zero"].reshape(-1, 1) if "act_zero" in tensors else None
+    if act.spec.stats is None:
+        return Affine(tensors["act_scale"].reshape(-1, 1), zero)
+    high, wide = act.spec.granularity.param_shape((1, columns))
+    second = unpack_qtensor(tensors, act.spec.stats, (wide, high), "act_scale_")
+    return Affine(act.spec.from_second(second, act.spec.grid.fields[0]), zero)
 
 
 def _given(act: ActSpec, params: Affine | None) -> Affine | None:

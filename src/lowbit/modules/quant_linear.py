@@ -31,7 +31,7 @@ from lowbit import kernels
 from lowbit.kernels import PackedLinear, Reason
 from lowbit.layouts import Layout, pack_qtensor, packed_layout, unpack_qtensor
 from lowbit.modules import stored
-from lowbit.modules.activation import ActSpec
+from lowbit.modules.activation import ActSpec, pack_static, static_layout, unpack_static
 from lowbit.numerics import Affine, QTensor, SideTerm, Spec, Table, from_dict, to_dict
 from lowbit.transforms import ChannelTransform, Made, Seeded
 
@@ -58,11 +58,7 @@ def buffer_layout(config: Config) -> Layout:
     layout = packed_layout(spec, shape)
     if act is not None:
         act.spec.check_shape((1, shape[1]))
-    if act is not None and act.static:
-        act_shape = act.spec.granularity.param_shape((1, shape[1]))
-        layout["act_scale"] = act_shape, torch.float32
-        if len(act.spec.grid.fields) > 1:
-            layout["act_zero"] = act_shape, torch.float32
+    layout |= static_layout(act, shape[1])
     for place in _PLACES:
         layout |= stored.layout(place, config.get(place, ()))
     if config["bias"] is not None:
@@ -158,11 +154,8 @@ class QuantLinear(nn.Module):
                 config[place] = stored.describe(place, values)
         if act is not None and act.static != (act_params is not None):
             raise ValueError("act_params are given exactly when act is static")
-        if act_params is not None:
-            rows_columns = _layout(config, "act_scale")
-            buffers["act_scale"] = act_params.scale.float().reshape(rows_columns).clone()
-            if act_params.zero is not None:
-                buffers["act_zero"] = act_params.zero.float().reshape(rows_columns).clone()
+        if act is not None and act_params is not None:
+            buffers |= pack_static(act, act_params, q.shape[-1])
         if bias is not None:
             buffers["bias"] = bias
         _check(config, buffers)
@@ -197,10 +190,8 @@ class QuantLinear(nn.Module):
     @property
     def act_params(self) -> Affine | None:
         """Static parameters of the input, float32 ``[G, 1]``."""
-        if self.act is None or not self.act.static:
-            return None
-        zero = self._buffers.get("act_zero")
-        return Affine(self.get_buffer("act_scale").reshape(-1, 1), None if zero is None else zero.reshape(-1, 1))
+        held = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        return unpack_static(self.act, held, self.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]`` in the dtype of x.
@@ -415,10 +406,6 @@ class _Restoring(Mapping[str, Tensor]):
 def _short(spec: Spec) -> str:
     grid = f"Table({len(spec.grid.values)} values)" if isinstance(spec.grid, Table) else str(spec.grid)
     return f"{grid} {spec.granularity}"
-
-
-def _layout(config: Config, name: str) -> tuple[int, ...]:
-    return buffer_layout(config)[name][0]
 
 
 def _check(config: Config, buffers: Mapping[str, Tensor]) -> None:

@@ -15,10 +15,21 @@ from lowbit.numerics.fit import (
     TruncationSearch,
     extremes,
 )
-from lowbit.numerics.granularity import Block, Flat, Granularity, PerChannel, PerCluster, PerGroup, PerTensor, PerToken
+from lowbit.numerics.granularity import (
+    Block,
+    Flat,
+    Granularity,
+    PerChannel,
+    PerCluster,
+    PerGroup,
+    PerInput,
+    PerTensor,
+    PerToken,
+)
 from lowbit.numerics.grids import (
     DYNAMIC_MAP,
     FLINT4,
+    FP4,
     NF4,
     Affine,
     Bases,
@@ -35,6 +46,7 @@ from lowbit.numerics.grids import (
     RangeGrid,
     Table,
     arity,
+    powers_of_two,
 )
 from lowbit.numerics.qtensor import QTensor, quantize, stored_bits
 from lowbit.numerics.side import KeptColumns, SideTerm, Sparse
@@ -45,6 +57,7 @@ from lowbit.numerics.tagged import from_dict, nearest, tagged, to_dict
 __all__ = [
     "DYNAMIC_MAP",
     "FLINT4",
+    "FP4",
     "NF4",
     "AbsMax",
     "AbsSum",
@@ -78,6 +91,7 @@ __all__ = [
     "PerChannel",
     "PerCluster",
     "PerGroup",
+    "PerInput",
     "PerTensor",
     "PerToken",
     "Percentile",
@@ -101,6 +115,7 @@ __all__ = [
     "from_dict",
     "mean_abs",
     "nearest",
+    "powers_of_two",
     "quantize",
     "stored_bits",
     "tagged",

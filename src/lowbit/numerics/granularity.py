@@ -95,6 +95,25 @@ class PerChannel(_PerRow):
 
 @tagged
 @dataclass(frozen=True)
+class PerInput:
+    """A granule an input channel, shared by all rows: static activations whose channels have scales of their own.
+
+    No integer product can be taken with such scales; where each is one scale times a power of two, the power moves into
+    the weights' exponents and costs nothing (LLM-FP4, arXiv:2310.16836).
+    """
+
+    def param_shape(self, shape: Shape) -> tuple[int, int]:
+        return shape[-1], 1
+
+    def split(self, x: Tensor, *, fill_zero: bool = False) -> Tensor:
+        return x.reshape(-1, x.shape[-1]).T
+
+    def join(self, x_GK: Tensor, shape: Shape) -> Tensor:
+        return x_GK.T.reshape(shape)
+
+
+@tagged
+@dataclass(frozen=True)
 class PerGroup:
     """Runs of ``size`` consecutive elements of a row; the last run of a row may be shorter (ragged)."""
 

@@ -17,7 +17,12 @@ from lowbit.numerics.tagged import tagged
 if TYPE_CHECKING:
     from lowbit.numerics.qtensor import QTensor
 
-_SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_SCALE_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float8_e8m0fnu": torch.float8_e8m0fnu,
+}
 
 
 @tagged
@@ -32,7 +37,7 @@ class Spec:
             scales (and whatever else of the parameters is floating) are quantized. They are laid out ``[columns, rows]``
             for this, so that a granule of the second level lies within one column of groups: a solver that fixes the
             groups column by column can finish each at once.
-        scale_dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``.
+        scale_dtype: ``"float16"``, ``"bfloat16"``, ``"float32"``, or ``"float8_e8m0fnu"``, which holds powers of two.
         stats_centred: the mean of all scales is subtracted before ``stats`` quantizes them, and stored in float32.
     """
 

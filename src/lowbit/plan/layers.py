@@ -18,6 +18,7 @@ from lowbit.numerics import (
     PerChannel,
     PerCluster,
     PerGroup,
+    PerInput,
     PerTensor,
     PerToken,
     Spec,
@@ -135,7 +136,7 @@ def grid_text(grid: Grid) -> str:
         zero = " with real zero points" if not grid.symmetric and grid.zero == "real" else ""
         return f"int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}{zero}"
     if isinstance(grid, Float):
-        return f"float{grid.bits} (E{grid.exponent}M{grid.mantissa})"
+        return f"float{grid.bits} ({grid.name}{', shared exponents' if grid.shared_exponent else ''})"
     if isinstance(grid, Normal):
         return f"normal{grid.bits}"
     if isinstance(grid, OutlierVictim):
@@ -155,6 +156,8 @@ def _granularity_text(granularity: Any) -> str:
             return "per channel"
         case PerToken():
             return "per token"
+        case PerInput():
+            return "per input channel"
         case PerTensor():
             return "per tensor"
     return str(granularity)

@@ -10,6 +10,7 @@ from lowbit.steps.objectives import BlockMSE
 from lowbit.steps.parametrizations import ClipShares, Rounding, Scales, Shifts
 from lowbit.steps.rules import Balance, Midpoint, Ones, Smooth
 from lowbit.steps.search import MeanAbsPower, Search, SearchClip, SmoothPowers
+from lowbit.steps.search_float import SearchFloat
 from lowbit.steps.set import Set, SetActivationRange
 from lowbit.steps.solve import Solve
 from lowbit.steps.state import BlockIO, BlockState, LayerRecord, LinearFormat
@@ -62,6 +63,7 @@ __all__ = [
     "Scales",
     "Search",
     "SearchClip",
+    "SearchFloat",
     "Set",
     "SetActivationRange",
     "Shifts",

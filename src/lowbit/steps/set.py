@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowbit.numerics import Range, Statistic, tagged
+from lowbit.numerics import Range, Statistic, extremes, tagged
 from lowbit.steps.rules import Rule
 from lowbit.steps.state import BlockState, Stats
 
@@ -83,10 +83,11 @@ class SetActivationRange:
                 state.note(
                     f"{path} saw no token{self._but_first}: its static activation range is unknown, [-1, 1] is stored"
                 )
-                bounds = torch.tensor([-1.0, 1.0])
-            spec = form.act.spec
-            lo, hi = bounds.min().view(1, 1), bounds.max().view(1, 1)
-            state.act_params[path] = spec.as_stored(spec.grid.from_range(lo, hi))  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+                bounds = torch.tensor([[-1.0], [1.0]])
+            spec, inputs = form.act.spec, state.weight_OI(path).shape[1]
+            lo, hi = extremes(spec.granularity.split(bounds.expand(2, inputs)))
+            columns = spec.granularity.param_shape((1, inputs))[1]
+            state.act_params[path] = spec.as_stored(spec.grid.from_range(lo, hi), columns)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
     def _note_massive(self, state: BlockState, path: str, known: Stats) -> None:
         if Range() not in known or self._rest not in known:

@@ -51,14 +51,18 @@ def fake_activation(x: Tensor, act: ActSpec | None, params: Params | None) -> Te
     """``x`` as a linear quantized with ``act`` will see it; the static range where one is known, else the call's own."""
     if act is None:
         return x
-    if act.static and params is not None:
-        grain = act.spec.granularity
-        return grain.join(act.spec.grid.fake(grain.split(x), params), tuple(x.shape))  # pyright: ignore[reportAttributeAccessIssue]
-    if not act.threshold:
-        return fake_quantize(x, act.spec, MinMax())
-    grain, (ranged, kept, taken) = act.spec.granularity, without_outliers(x, act.threshold)
-    params = MinMax()(grain.split(ranged), act.spec.grid)  # pyright: ignore[reportArgumentType]
-    rounded = grain.join(act.spec.grid.fake(grain.split(kept), params), tuple(x.shape))  # pyright: ignore[reportAttributeAccessIssue]
+    spec, shape = act.spec, tuple(x.shape)
+    ranged, kept, taken = without_outliers(x, act.threshold)
+    if not act.static or params is None:
+        params = MinMax()(spec.granularity.split(ranged), spec.grid)  # pyright: ignore[reportArgumentType]
+        if spec.stats is not None:  # straight through the rounding of scales
+            raw = params._make(None if p is None else p.detach().nan_to_num() for p in params)
+            stored = spec.as_stored(raw, spec.granularity.param_shape(shape)[1])
+            params = params._replace(scale=params.scale + (stored[0] - params.scale).detach())
+    fake = spec.grid.fake(spec.granularity.split(kept), params)  # pyright: ignore[reportAttributeAccessIssue]
+    rounded = spec.granularity.join(fake, shape)
+    if not len(taken):
+        return rounded
     return rounded.index_copy(-1, taken, x.index_select(-1, taken).to(rounded.dtype))
 
 

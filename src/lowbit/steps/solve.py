@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.modules import QuantLinear
-from lowbit.numerics import QTensor, Samples, Statistic, tagged
+from lowbit.modules import ActSpec, QuantLinear
+from lowbit.numerics import Affine, PerInput, QTensor, Samples, Statistic, tagged
 from lowbit.solve import Nearest, Solver
 from lowbit.steps.simulate import usual_fit
 from lowbit.steps.state import BlockState, LayerRecord, Stats, set_module
-from lowbit.transforms import ChannelTransform
+from lowbit.transforms import ChannelTransform, Permute
 
 _CHECK = Samples(256, stride=2)  # tokens on which each layer's output error is measured for the report
 
@@ -70,8 +70,12 @@ class Solve:
 
         post = (*solution.post, *state.post.get(path, ()))
 
+        try:
+            act_params = _behind(solution.pre, form.act, state.act_params.get(path))
+        except ValueError as error:
+            raise ValueError(f"{state.full_name(path)}: {error}") from error
+
         def pack(pre: tuple[ChannelTransform, ...]) -> QuantLinear:
-            act_params = state.act_params.get(path)
             return QuantLinear.from_qtensor(solution.q, bias, form.act, act_params, pre, post, solution.side)
 
         error = _output_error(state, path, pack(solution.pre), stats)
@@ -91,6 +95,18 @@ class Solve:
                 (*notes, *solution.notes),
             )
         )
+
+
+def _behind(pre: tuple[ChannelTransform, ...], act: ActSpec | None, params: Affine | None) -> Affine | None:
+    """Static parameters of an input as they are after ``pre``, which the solver chose: scales of channels move with them."""
+    if act is None or params is None or not isinstance(act.spec.granularity, PerInput):
+        return params
+    for transform in pre:
+        if not isinstance(transform, Permute):
+            raise ValueError(f"a {type(transform).__name__} mixes input channels that have static scales of their own")
+        index = transform.index
+        params = Affine(params.scale[index], None if params.zero is None else params.zero[index])
+    return params
 
 
 def _zeroed(w_OI: Tensor, q: QTensor) -> float:

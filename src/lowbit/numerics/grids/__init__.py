@@ -4,12 +4,13 @@ from lowbit.numerics.grids.base import Affine, Bases, Field, Grid, Lut, Params, 
 from lowbit.numerics.grids.binary import BinaryCoded
 from lowbit.numerics.grids.codebook import Codebook
 from lowbit.numerics.grids.int import Int
-from lowbit.numerics.grids.levels import DYNAMIC_MAP, FLINT4, NF4, Float, Normal, Table
+from lowbit.numerics.grids.levels import DYNAMIC_MAP, FLINT4, FP4, NF4, Float, Normal, Table, powers_of_two
 from lowbit.numerics.grids.outlier_victim import OutlierVictim
 
 __all__ = [
     "DYNAMIC_MAP",
     "FLINT4",
+    "FP4",
     "NF4",
     "Affine",
     "Bases",
@@ -26,4 +27,5 @@ __all__ = [
     "RangeGrid",
     "Table",
     "arity",
+    "powers_of_two",
 ]

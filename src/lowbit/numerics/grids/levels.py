@@ -2,13 +2,15 @@
 
 Both are the same act: scale the granule so that its largest magnitude meets the largest level, then take the nearest
 level. They differ in where the levels come from and in what a code means (a bit pattern; an index), so both share this
-base. Nearest is decided by midpoints between neighbouring levels; a value on a midpoint goes to the lower level.
+base. Nearest is decided by midpoints between neighbouring levels; a value on a midpoint goes to the lower level of a
+table, and to the even code of a floating format, as processors round.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -24,6 +26,7 @@ class _Levels:
 
     bits: int
     kind: ClassVar[Any] = Affine
+    ties_to_even: ClassVar[bool] = False
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -67,7 +70,11 @@ class _Levels:
         """Levels in rising order, the code of each, and the midpoints between neighbours."""
         levels, codes = _sorted_levels(self.table())
         values = torch.tensor(levels, dtype=dtype, device=device)
-        return values, torch.tensor(codes, dtype=torch.uint8, device=device), (values[1:] + values[:-1]) / 2
+        ranked = torch.tensor(codes, dtype=torch.uint8, device=device)
+        midpoints = (values[1:] + values[:-1]) / 2
+        if self.ties_to_even:  # of two neighbours one is even; below the midpoint by nothing but itself, a tie goes up
+            midpoints = torch.where(ranked[:-1] % 2 == 1, midpoints.nextafter(values[:1] - 1), midpoints)
+        return values, ranked, midpoints
 
 
 @lru_cache
@@ -83,16 +90,25 @@ def _sorted_levels(table: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[i
 class Float(_Levels):
     """A floating format of 1 sign, ``exponent`` and ``mantissa`` bits with subnormals; a code is the bit pattern.
 
+    A real exponent bias b (LLM-FP4, arXiv:2310.16836) is a scale: it multiplies every number, subnormal ones too, by
+    ``2**(2**(exponent-1) - 1 - b)``. So there is one way to place a format, and a search for the bias is one for the
+    largest number ``(2 - 2**-mantissa) * 2**(2**exponent - 1 - b)``.
+
     Args:
         exponent: 1 to 5 exponent bits; the bias is ``2**(exponent-1) - 1``.
         mantissa: mantissa bits; 1 + exponent + mantissa is at most 8.
         special: which patterns are not numbers: ``"none"`` (E2M1 and small formats), ``"fn"`` (only the all-ones
             pattern: E4M3FN, largest 448) or ``"ieee"`` (the top exponent: E5M2, largest 57344).
+        shared_exponent: the scale is a power of two, ``2**(floor(log2 absmax) - top)`` with top the exponent of the largest
+            number (OCP Microscaling, arXiv:2310.10537). The largest magnitude comes into the highest binade, of which the
+            part beyond the largest number is clipped.
     """
 
     exponent: int
     mantissa: int
     special: Literal["none", "fn", "ieee"] = "none"
+    shared_exponent: bool = False
+    ties_to_even: ClassVar[bool] = True
 
     def __post_init__(self):
         if not (1 <= self.exponent <= 5 and self.mantissa >= 0 and self.exponent + self.mantissa <= 7):
@@ -109,6 +125,43 @@ class Float(_Levels):
 
     def table(self) -> tuple[float, ...]:
         return _float_table(self.exponent, self.mantissa, self.special)
+
+    @staticmethod
+    def of(bits: int, name: str | None = None) -> Float:
+        """The format of ``bits`` called ``name`` (``"E2M1"``), all of whose patterns are numbers; None: half of them exponent.
+
+        Raises:
+            ValueError: a name that is none, or is of another number of bits.
+        """
+        if name is None:
+            return Float(bits // 2, bits - 1 - bits // 2)
+        found = re.fullmatch(r"E(\d)M(\d)", name)
+        if found is None or int(found[1]) + int(found[2]) + 1 != bits:
+            raise ValueError(
+                f"a floating format of {bits} bits is called such as {Float.of(bits).name}, found {name!r}"
+            )
+        return Float(int(found[1]), int(found[2]))
+
+    @property
+    def name(self) -> str:
+        """``"E2M1"``."""
+        return f"E{self.exponent}M{self.mantissa}"
+
+    def splits(self) -> tuple[Float, ...]:
+        """This format and all others of its bits, each with 1 to 5 exponent bits: this first, then by falling range."""
+        widths = range(min(5, self.bits - 1), 0, -1)
+        others = (replace(self, exponent=e, mantissa=self.bits - 1 - e) for e in widths if e != self.exponent)
+        return (self, *others)
+
+    def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Affine:
+        (scale, _) = super().from_range(lo_G1, hi_G1)
+        if not self.shared_exponent:
+            return Affine(scale)
+        with torch.no_grad():
+            _, above = torch.frexp(torch.maximum(lo_G1.abs(), hi_G1.abs()))  # absmax < 2**above, at most twice it
+            power = torch.ldexp(torch.ones_like(scale), above - 1 - (math.frexp(self.max_level)[1] - 1))
+            power = torch.where((scale > OF_NOTHING) & (power > 0), power, torch.full_like(scale, OF_NOTHING))
+        return Affine(scale + (power - scale).detach())  # exactly the power: it is within a factor of two of the scale
 
 
 @lru_cache
@@ -224,6 +277,16 @@ NF4 = Table(
 
 FLINT4 = Table((-16.0, -8.0, -6.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0))
 """The 4-bit float-int hybrid of ANT (arXiv:2208.14286) with both signs: integers near zero, a float far from it."""
+
+
+FP4 = Table(tuple(v / 12 for v in (0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3)))
+"""The 4-bit floating table of bitsandbytes, in the order of its codes: E2M1 but for the smallest number, 1/192 of the
+largest where E2M1 has 1/12."""
+
+
+def powers_of_two(bits: int) -> Table:
+    """``1, 1/2, 1/4, ...``, a code being the exponent: what scales of which each is the largest, halved so often, are kept in."""
+    return Table(tuple(2.0**-k for k in range(2**bits)))
 
 
 def _dynamic_map(exponents: int = 7) -> tuple[float, ...]:

@@ -1,0 +1,189 @@
+"""Search of floating formats and their ranges: how many bits are exponent, and where the largest number lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowbit.modules import ActSpec, fake_quantize_activation
+from lowbit.numerics import AbsMax, Affine, Clipped, Fixed, Float, PerInput, Samples, Spec, Statistic, quantize, tagged
+from lowbit.steps.simulate import fake_activation, usual_fit
+from lowbit.steps.state import BlockState, LinearFormat, Stats
+
+_SMALLEST = 2.0**-60  # range of an input that is zero on every calibration token
+
+
+@tagged
+@dataclass(frozen=True)
+class SearchFloat:
+    """For every linear the floating formats and ranges, of its weight and of its static input, that hurt its output least.
+
+    In rounds: for each format of the weight, each output channel takes the share of its range with the least squared error
+    of its output, and the format with the least sum is chosen; then format and range of the input likewise, with the
+    weight as it is now. Every choice is among the one before, so no round is worse (LLM-FP4, arXiv:2310.16836, section
+    3.2). Range shares are multiples of the largest magnitude; the authors multiply the exponent bias, which means the
+    opposite where the bias is negative. Where weights or inputs are not floating, or inputs not static, those are left.
+
+    A static input per input channel (``PerInput``) gets scales that are the tensor's, halved up to as often as its stored
+    statistics and the ``2**exponent - 1`` of its format allow: the paper's pre-shifted exponent bias. Beside the nearest
+    power of two, as published, the next one that covers the channel is tried: at 8 bits clipping costs more than it gains.
+
+    Args:
+        weight_format, activation_format: choose between all splits of the same bits into exponent and mantissa; otherwise
+            the scheme's own format is placed.
+        rounds: of both searches; 0: both ranges are the extremes, in the scheme's formats.
+        grid: how many shares of the range are tried, evenly from 0.3 to 1.2, and 1.
+        tokens: samples that the output is judged by.
+    """
+
+    weight_format: bool = True
+    activation_format: bool = True
+    rounds: int = 3
+    grid: int = 19
+    tokens: int = 2048
+
+    def __post_init__(self):
+        if self.rounds < 0 or self.grid < 1 or self.tokens < 1:
+            raise ValueError(f"a search needs rounds of 0 or more, grid and tokens of at least 1, found {self}")
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset({AbsMax(), self._samples} if self.rounds else {AbsMax()})
+
+    @property
+    def _samples(self) -> Samples:
+        return Samples(self.tokens, stride=4)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Multiples of the largest magnitude that are tried, 1 first."""
+        even = (0.3 + 0.9 * i / max(1, self.grid - 1) for i in range(self.grid))
+        return (1.0, *(share for share in even if abs(share - 1) > 1e-9))
+
+    def _ranges(self, spec: Spec) -> Iterator[tuple[float, bool]]:
+        of_channels = isinstance(spec.granularity, PerInput)
+        yield from (
+            (share, covering) for covering in ((False, True) if of_channels else (False,)) for share in self.shares
+        )
+
+    def ticks(self, windows: int, linears: int) -> int:
+        return windows + linears * max(1, self.rounds)
+
+    @torch.no_grad()
+    def run(self, state: BlockState) -> None:
+        stats = state.collect(self.needs)
+        for path in list(state.formats):
+            self._place(state, path, state.stats_of(stats, path))
+
+    def _place(self, state: BlockState, path: str, stats: Stats) -> None:
+        form, absmax_I, w_OI = state.formats[path], stats.get(AbsMax()), state.weight_OI(path)
+        act = form.act if form.act is not None and form.act.static and isinstance(form.act.spec.grid, Float) else None
+        floating = isinstance(form.weight.grid, Float)
+        if absmax_I is None:
+            state.note(f"{path} saw no token: its formats are not searched, and a static input reaches from -1 to 1")
+            absmax_I = torch.ones(w_OI.shape[1])
+        if act is not None:
+            state.act_params[path] = input_range(act.spec, absmax_I, 1.0)
+        x_TI = stats.get(self._samples)
+        if x_TI is None or not self.rounds or not (floating or act):
+            state.tick("searching")
+            return
+        x_TI = x_TI.float()
+        y_TO = x_TI @ w_OI.T
+        for _ in range(self.rounds if floating and act is not None else 1):
+            before = state.formats[path], state.clip.get(path), state.act_params.get(path)
+            if floating:
+                seen_TI = fake_activation(x_TI, form.act, state.act_params.get(path))
+                spec, state.clip[path] = self._best_weight(w_OI, form.weight, seen_TI, y_TO)
+                form = replace(form, weight=spec)
+            if act is not None:
+                restored_OI = _restored(w_OI, form.weight, state.clip.get(path))
+                act, state.act_params[path] = self._best_input(x_TI, act, absmax_I, restored_OI, y_TO)
+                form = replace(form, act=act)
+            state.formats[path] = form
+            state.tick("searching")
+            if _same(before, (form, state.clip.get(path), state.act_params.get(path))):
+                break
+
+    def _best_weight(self, w_OI: Tensor, spec: Spec, seen_TI: Tensor, y_TO: Tensor) -> tuple[Spec, Clipped]:
+        best, found = float("inf"), (spec, Clipped(*[torch.ones(1, 1)] * 2))
+        rows, columns = spec.granularity.param_shape((w_OI.shape[0], w_OI.shape[1]))
+        for grid in _formats(spec, self.weight_format):
+            here, lost_O, share_O = replace(spec, grid=grid), None, torch.ones(len(w_OI))
+            for share in self.shares:
+                error_O = (seen_TI @ _restored(w_OI, here, _clip(share)).T - y_TO).square().sum(0)
+                if rows != len(w_OI):  # rows share ranges: one share for all
+                    error_O = error_O.sum().expand_as(error_O)
+                better = torch.ones_like(error_O, dtype=torch.bool) if lost_O is None else error_O < lost_O
+                lost_O = error_O if lost_O is None else error_O.where(better, lost_O)
+                share_O = share_O.masked_fill(better, share)
+            assert lost_O is not None
+            lost = lost_O.double().sum().item() if rows == len(w_OI) else lost_O[0].item()
+            if lost < best:
+                of_granules = share_O[:rows].repeat_interleave(columns)[:, None]
+                best, found = lost, (here, Clipped(of_granules, of_granules))
+        return found
+
+    def _best_input(
+        self, x_TI: Tensor, act: ActSpec, absmax_I: Tensor, w_OI: Tensor, y_TO: Tensor
+    ) -> tuple[ActSpec, Affine]:
+        best, found = float("inf"), (act, input_range(act.spec, absmax_I, 1.0))
+        for grid in _formats(act.spec, self.activation_format):
+            here = replace(act, spec=replace(act.spec, grid=grid))
+            for share, covering in self._ranges(here.spec):
+                params = input_range(here.spec, absmax_I, share, covering)
+                lost = (fake_quantize_activation(x_TI, here, params) @ w_OI.T - y_TO).double().square().sum().item()
+                if lost < best:
+                    best, found = lost, (here, params)
+        return found
+
+
+def input_range(spec: Spec, absmax_I: Tensor, share: float, covering: bool = False) -> Affine:
+    """Static parameters for a floating ``spec`` that reach ``share`` of the largest magnitude, as they will be stored.
+
+    Per input channel: the end of the tensor's range halved k times, k nearest to ``log2(end / absmax)`` of the channel in
+    ``0 .. 2**exponent - 1``, and no larger than the table of ``spec.stats`` has entries. Nearest, as published, clips a
+    channel by up to a factor of 1.41; ``covering`` takes the next lower k instead, which clips none for itself.
+    """
+    assert isinstance(spec.grid, Float)
+    end = (share * absmax_I.float().amax()).clamp(min=_SMALLEST)
+    if isinstance(spec.granularity, PerInput):
+        most = 2 ** min(spec.grid.exponent, spec.stats.grid.bits if spec.stats is not None else 5) - 1
+        k_I = (end / absmax_I.float()).log2()
+        k_I = (k_I.floor() if covering else k_I.round()).clamp(0, most)
+        ends_G1 = torch.ldexp(end, -k_I)[:, None]
+    else:
+        ends_G1 = end.expand(spec.granularity.param_shape((1, len(absmax_I)))).reshape(-1, 1)
+    params = spec.as_stored(spec.grid.from_range(-ends_G1, ends_G1))
+    assert isinstance(params, Affine)
+    return params
+
+
+def _formats(spec: Spec, searched: bool) -> Iterator[Float]:
+    assert isinstance(spec.grid, Float)
+    yield from spec.grid.splits() if searched else (spec.grid,)
+
+
+def _clip(share: float) -> Clipped:
+    each = torch.full((1, 1), share)
+    return Clipped(each, each)
+
+
+def _restored(w_OI: Tensor, spec: Spec, clip: Clipped | Fixed | None) -> Tensor:
+    """The weight as rounding to nearest will store it."""
+    return quantize(w_OI, spec, clip or usual_fit(spec.grid)).dequantize().to(w_OI.dtype)
+
+
+_Choice = tuple[LinearFormat, Clipped | Fixed | None, Affine | None]
+
+
+def _same(a: _Choice, b: _Choice) -> bool:
+    """Whether a round changed nothing, so that no further one will."""
+    clips = [clip.lo_share_G1 if isinstance(clip, Clipped) else None for _, clip, _ in (a, b)]
+    scales = [None if params is None else params.scale for _, _, params in (a, b)]
+    return a[0] == b[0] and all(
+        x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in (clips, scales)
+    )
