@@ -76,6 +76,12 @@ def _both(setting: str) -> dict[str, Any]:
     return {"bits": int(setting[1]), "activation_bits": int(setting[1])}
 
 
+def _osplus(setting: str, record: dict) -> dict[str, Any]:
+    # As it was driven: every site on the inputs of the unquantized model, qkv as plain linears.
+    search = {"by": "linears", "in_turn": False, "scale": "scale search" in setting}
+    return _both(setting) | search
+
+
 # Official method -> (ours, options from the setting, or None where lowbit has nothing like it).
 RECIPES: dict[str, tuple[str, Callable[[str, dict], dict[str, Any] | None]]] = {
     "RTN": ("rtn", _rtn),
@@ -93,9 +99,10 @@ RECIPES: dict[str, tuple[str, Callable[[str, dict], dict[str, Any] | None]]] = {
     "AWQ-RTN": ("rtn", _rtn),
     "RTN W/A": ("rtn", lambda s, _: _both(s) | {"group_size": None, "symmetric": True}),
     "SmoothQuant": ("smoothquant", lambda s, _: _both(s) | {"alpha": 0.5}),
+    "OS+": ("outlier-suppression-plus", _osplus),
 }
 # These act on a whole block, or on what its linears read: they run on the block, and not on one linear by itself.
-IN_BLOCKS = ("AWQ", "RTN W/A", "SmoothQuant")
+IN_BLOCKS = ("AWQ", "RTN W/A", "SmoothQuant", "OS+")
 # (official method, pattern of "setting layer") -> why ours may lose more there, or take more bits.
 _NOMINAL = "the official bits are nominal, with no scale counted; the format is the same"
 REASONS: dict[tuple[str, str], str] = {

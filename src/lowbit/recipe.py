@@ -23,12 +23,14 @@ from lowbit.architectures import Kind, ResolvedBlock
 from lowbit.modules import ActSpec
 from lowbit.numerics import Fisher, Int, PerChannel, PerGroup, PerTensor, PerToken, RangeGrid, Spec, nearest, to_dict
 from lowbit.steps import (
+    ActivationSteps,
     ClipShares,
     Incoherence,
     Learn,
     LinearFormat,
     ModelStep,
     Rounding,
+    SearchActivationRange,
     SearchClip,
     SetActivationRange,
     Solve,
@@ -177,8 +179,17 @@ class Recipe(_Frozen):
             except ValueError as error:
                 raise ValueError(f"{self.name}: {error}") from error
         static = any(rule.activation is not None and rule.activation.static for rule in self.scheme.rules)
-        if static and not any(isinstance(step, SetActivationRange) for step in self.steps):
-            raise ValueError(f"{self.name}: static activations need the step SetActivationRange")
+        ranged = next((i for i, step in enumerate(self.steps) if _fixes_ranges(step)), len(self.steps))
+        if static and not any(isinstance(step, SetActivationRange | SearchActivationRange) for step in self.steps):
+            raise ValueError(
+                f"{self.name}: static activations need the step SetActivationRange or SearchActivationRange"
+            )
+        moved = [type(s).__name__ for s in self.steps[ranged:] if _kinds(s) or isinstance(s, Incoherence)]
+        if static and moved:
+            raise ValueError(
+                f"{self.name}: {', '.join(moved)} transforms channels whose static activation range is fixed by then; put "
+                "the steps that fix ranges after it"
+            )
         rotated = next((i for i, step in enumerate(self.steps) if isinstance(step, Incoherence)), len(self.steps))
         late = [type(step).__name__ for step in self.steps[rotated + 1 :] if _kinds(step)]
         if late:
@@ -237,6 +248,12 @@ def _check_types(value: Any, where: str) -> None:
 
 def _learns_clip(step: Any) -> bool:
     return isinstance(step, Learn) and any(isinstance(maker, ClipShares | Rounding) for maker in step.makers)
+
+
+def _fixes_ranges(step: Any) -> bool:
+    """Whether the step chooses ranges of static activations, which is true of the block as it is then."""
+    refines = isinstance(step, Learn) and all(isinstance(maker, ActivationSteps) for maker in step.makers)
+    return refines or isinstance(step, SetActivationRange | SearchActivationRange)
 
 
 def _kinds(value: Any) -> set[Kind]:
@@ -352,13 +369,18 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
+ALIASES: dict[str, str] = {}
+"""Short names of methods; none may hold a ``+``, which mixes."""
 
 
-def method(name: str, *, family: str, paper: str):
+def method(name: str, *, family: str, paper: str, alias: str | None = None):
     """Decorator that registers a function from options to a recipe; its options are validated by their annotations."""
 
     def register(build: Callable[..., Recipe]) -> Callable[..., Recipe]:
         assert name not in METHODS, f"two methods are called {name}"
+        if alias is not None:
+            assert alias not in METHODS and alias not in ALIASES, f"two methods are called {alias}"
+            ALIASES[alias] = name
         summary = (inspect.getdoc(build) or "").split("\n")[0]
         METHODS[name] = Method(name, family, paper, summary, validate_call(build))
         return METHODS[name].build
@@ -375,9 +397,10 @@ def recipe(name: str, **options: Any) -> Recipe:
         ValueError: an unknown method or option (with the nearest known), a value of the wrong type, a mix that cannot be.
     """
     parts = []
+    name = "+".join(ALIASES.get(part, part) for part in name.split("+"))
     for part in name.split("+"):
         if part not in METHODS:
-            raise ValueError(f"no method {part!r}{nearest(part, list(METHODS))}")
+            raise ValueError(f"no method {part!r}{nearest(part, [*METHODS, *ALIASES])}")
         parts.append(METHODS[part])
     if len(parts) == 1:
         return parts[0].recipe(**options)
@@ -391,7 +414,7 @@ def recipe(name: str, **options: Any) -> Recipe:
 def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
     """One recipe of several: all steps in order, with the Solve, the weight format and the feed of the last one.
 
-    Activations are quantized as the first recipe that does so says.
+    Steps that fix ranges of static activations come after all others, which may still transform the channels. Activations are quantized as the first recipe that does so says.
 
     Raises:
         ValueError: a recipe before the last that would leave no trace, or a step that would be done twice.
@@ -403,7 +426,8 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
                 f"{each.name!r} only says how weights are rounded, and in {name!r} {last.name!r} does that: leave "
                 f"{each.name!r} out, or put it last"
             )
-    steps = tuple(step for recipe in firsts for step in recipe.steps[:-1]) + last.steps
+    before = [step for recipe in (*firsts, last) for step in recipe.steps[:-1]]
+    steps = (*sorted(before, key=_fixes_ranges), last.steps[-1])
     for step in steps:
         if steps.count(step) > 1:
             raise ValueError(f"{name!r} would do {type(step).__name__} twice; leave one of the methods out")

@@ -7,8 +7,9 @@ from lowbit.steps.incoherence import Incoherence
 from lowbit.steps.learn import Learn
 from lowbit.steps.objectives import BlockMSE
 from lowbit.steps.parametrizations import ClipShares, Rounding, Scales, Shifts
-from lowbit.steps.rules import Balance, Midpoint, Ones, Smooth
-from lowbit.steps.search import MeanAbsPower, Search, SearchClip
+from lowbit.steps.ranges import ActivationSteps, SearchActivationRange
+from lowbit.steps.rules import Balance, Midpoint, Ones, OwnGain, Smooth
+from lowbit.steps.search import MeanAbsPower, Search, SearchClip, Thresholds
 from lowbit.steps.set import Set, SetActivationRange
 from lowbit.steps.solve import Solve
 from lowbit.steps.state import BlockIO, BlockState, LayerRecord, LinearFormat
@@ -41,6 +42,7 @@ class ModelStep(Protocol):
 
 
 __all__ = [
+    "ActivationSteps",
     "Balance",
     "BlockIO",
     "BlockMSE",
@@ -55,9 +57,11 @@ __all__ = [
     "ModelState",
     "ModelStep",
     "Ones",
+    "OwnGain",
     "Rounding",
     "Scales",
     "Search",
+    "SearchActivationRange",
     "SearchClip",
     "Set",
     "SetActivationRange",
@@ -65,5 +69,6 @@ __all__ = [
     "Smooth",
     "Solve",
     "Step",
+    "Thresholds",
     "Tune",
 ]
