@@ -1,7 +1,8 @@
 """Methods that act on a whole block, against what their authors' code reaches on blocks 2 and 14 of a real model.
 
-Records of round-to-nearest with quantized activations, SmoothQuant, Outlier Suppression+ and AWQ; protocol as in ``layers.py``. Inputs of the
-two blocks are gathered once and cached. A method's own error is measured with the packed layer as it will run.
+Records of round-to-nearest with quantized activations, SmoothQuant, Outlier Suppression+ and AWQ; protocol as in
+``layers.py``. Inputs of the two blocks are gathered once and cached. A method's own error is measured with the packed layer as
+it will run.
 """
 
 from __future__ import annotations

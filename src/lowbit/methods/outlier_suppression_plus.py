@@ -35,9 +35,11 @@ def outlier_suppression_plus(
     in_turn: search each edge behind the quantized linears before it, or (false) in the block as it was.
 
     Authors: symmetric=true, per="tensor", static=true at 8 bits on OPT; the defaults are those on LLaMA at 6 and 4 bits.
-    Differs from their code: channels' ranges are of all calibration windows, and not of one; attention is judged behind its
-    output projection and gate and up behind down; ReLU's fc1 -> fc2 is searched too. 1/s is folded into up before it is
-    quantized: with a scale for each row or group that gives the same codes as dividing its scales afterwards, as they do.
+    Differs from their code: channels' ranges are of all calibration windows, and not of one, and shifts are measured on the
+    block before anything in it is quantized; where a tenth of the largest magnitude is under smallest, t ends there; attention
+    is judged behind its output projection, gate and up behind down; ReLU's fc1 -> fc2 is searched too. 1/s is folded into up
+    before it is quantized: with a scale for each row or group that gives the codes they have, who divide its scales
+    afterwards, up to the rounding of stored scales. Norms whose output is the residual stream are left alone.
     """
     shifts = (Set(Midpoint(), ("norm_*",)),) if shift else ()
     scales = (Search(Thresholds(grid, smallest), ("norm_*", "*up_down*"), windows, by, in_turn),) if scale else ()
