@@ -96,6 +96,12 @@ def _llm_fp4(setting: str, record: dict) -> dict[str, Any]:
     return {"bits": int(bits), "activation_bits": int(act_bits)} | formats
 
 
+def _osplus(setting: str, record: dict) -> dict[str, Any]:
+    # As it was driven: every site on the inputs of the unquantized model, qkv as plain linears.
+    search = {"by": "linears", "in_turn": False, "scale": "scale search" in setting}
+    return _both(setting) | search
+
+
 # Official method -> (ours, options from the setting, or None where lowbit has nothing like it).
 RECIPES: dict[str, tuple[str, Callable[[str, dict], dict[str, Any] | None]]] = {
     "RTN": ("rtn", _rtn),
@@ -120,10 +126,11 @@ RECIPES: dict[str, tuple[str, Callable[[str, dict], dict[str, Any] | None]]] = {
     "OliVe": ("olive", _olive),
     "ANT(no_outlier)": ("olive", _olive),
     "LLM-FP4 MinMax": ("llm-fp4", _llm_fp4),
+    "OS+": ("outlier-suppression-plus", _osplus),
 }
 # These act on a whole block, or on what its linears read: they run on the block, and not on one linear by itself (but for
 # settings that leave activations as they are).
-IN_BLOCKS = ("AWQ", "RTN W/A", "SmoothQuant", "LLM.int8", "OliVe", "ANT(no_outlier)", "LLM-FP4 MinMax")
+IN_BLOCKS = ("AWQ", "RTN W/A", "SmoothQuant", "LLM.int8", "OliVe", "ANT(no_outlier)", "LLM-FP4 MinMax", "OS+")
 # (official method, pattern of "setting layer") -> why ours may lose more there, or take more bits.
 _NOMINAL = "the official bits are nominal, with no scale counted; the format is the same"
 REASONS: dict[tuple[str, str], str] = {

@@ -35,6 +35,7 @@ from lowbit.numerics import (
     to_dict,
 )
 from lowbit.steps import (
+    ActivationSteps,
     ClipShares,
     FitActivation,
     Incoherence,
@@ -42,6 +43,7 @@ from lowbit.steps import (
     LinearFormat,
     ModelStep,
     Rounding,
+    SearchActivationRange,
     SearchClip,
     SearchFloat,
     SetActivationRange,
@@ -211,20 +213,20 @@ class Recipe(_Frozen):
         static = [
             rule.activation for rule in self.scheme.rules if rule.activation is not None and rule.activation.static
         ]
-        searched = all(isinstance(act.spec.grid, Float) for act in static)
-        choosers = (SetActivationRange, FitActivation, SearchFloat)[: 3 if searched else 2]
-        chosen = [i for i, step in enumerate(self.steps) if isinstance(step, choosers)]
         if not static:
             return
+        searched = all(isinstance(act.spec.grid, Float) for act in static)
+        choosers = (SetActivationRange, SearchActivationRange, FitActivation, SearchFloat)[: 4 if searched else 3]
+        chosen = [i for i, step in enumerate(self.steps) if isinstance(step, choosers)]
         if not chosen:
             raise ValueError(
-                f"{self.name}: static activations need the step {', or '.join(c.__name__ for c in choosers)}"
+                f"{self.name}: static activations need the step {' or '.join(c.__name__ for c in choosers)}"
             )
-        late = [type(step).__name__ for step in self.steps[chosen[-1] + 1 :] if _kinds(step)]
+        late = [type(s).__name__ for s in self.steps[chosen[-1] + 1 :] if _kinds(s) or isinstance(s, Incoherence)]
         if late:
             raise ValueError(
                 f"{self.name}: {', '.join(late)} transforms channels whose static activation ranges are fixed by then; put it "
-                "before the step that fixes them: its method first in a mix"
+                "before the step that fixes them"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -271,6 +273,12 @@ def _check_types(value: Any, where: str) -> None:
 
 def _learns_clip(step: Any) -> bool:
     return isinstance(step, Learn) and any(isinstance(maker, ClipShares | Rounding) for maker in step.makers)
+
+
+def _fixes_ranges(step: Any) -> bool:
+    """Whether the step chooses ranges of static activations, which is true of the block as it is then."""
+    refines = isinstance(step, Learn) and all(isinstance(maker, ActivationSteps) for maker in step.makers)
+    return refines or isinstance(step, SetActivationRange | SearchActivationRange)
 
 
 def _kinds(value: Any) -> set[Kind]:
@@ -395,13 +403,18 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
+ALIASES: dict[str, str] = {}
+"""Short names of methods; none may hold a ``+``, which mixes."""
 
 
-def method(name: str, *, family: str, paper: str):
+def method(name: str, *, family: str, paper: str, alias: str | None = None):
     """Decorator that registers a function from options to a recipe; its options are validated by their annotations."""
 
     def register(build: Callable[..., Recipe]) -> Callable[..., Recipe]:
         assert name not in METHODS, f"two methods are called {name}"
+        if alias is not None:
+            assert alias not in METHODS and alias not in ALIASES, f"two methods are called {alias}"
+            ALIASES[alias] = name
         summary = (inspect.getdoc(build) or "").split("\n")[0]
         METHODS[name] = Method(name, family, paper, summary, validate_call(build))
         return METHODS[name].build
@@ -418,9 +431,10 @@ def recipe(name: str, **options: Any) -> Recipe:
         ValueError: an unknown method or option (with the nearest known), a value of the wrong type, a mix that cannot be.
     """
     parts = []
+    name = "+".join(ALIASES.get(part, part) for part in name.split("+"))
     for part in name.split("+"):
         if part not in METHODS:
-            raise ValueError(f"no method {part!r}{nearest(part, list(METHODS))}")
+            raise ValueError(f"no method {part!r}{nearest(part, [*METHODS, *ALIASES])}")
         parts.append(METHODS[part])
     if len(parts) == 1:
         return parts[0].recipe(**options)
@@ -434,8 +448,9 @@ def recipe(name: str, **options: Any) -> Recipe:
 def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
     """One recipe of several: all steps in order, with the Solve, the weight format and the feed of the last one.
 
-    Activations are quantized as the first recipe that does so says; where it takes no channels out at run time and a later
-    one does, so does the mix.
+    Steps that fix ranges of static activations come after all others, which may still transform the channels. Activations are
+    quantized as the first recipe that does so says; where it takes no channels out at run time and a later one does, so
+    does the mix.
 
     Raises:
         ValueError: a recipe before the last that would leave no trace, or a step that would be done twice.
@@ -447,7 +462,8 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
                 f"{each.name!r} only says how weights are rounded, and in {name!r} {last.name!r} does that: leave "
                 f"{each.name!r} out, or put it last"
             )
-    steps = tuple(step for recipe in firsts for step in recipe.steps[:-1]) + last.steps
+    before = [step for recipe in (*firsts, last) for step in recipe.steps[:-1]]
+    steps = (*sorted(before, key=_fixes_ranges), last.steps[-1])
     for step in steps:
         if steps.count(step) > 1:
             raise ValueError(f"{name!r} would do {type(step).__name__} twice; leave one of the methods out")

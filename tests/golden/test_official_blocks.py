@@ -1,7 +1,8 @@
 """Methods that act on a whole block, against what their authors' code reaches on blocks 2 and 14 of a real model.
 
-Records of round-to-nearest with quantized activations, SmoothQuant, LLM.int8() and AWQ; protocol as in ``layers.py``. Inputs of the
-two blocks are gathered once and cached. A method's own error is measured with the packed layer as it will run.
+Records of round-to-nearest with quantized activations, SmoothQuant, LLM.int8(), Outlier Suppression+ and AWQ; protocol as in
+``layers.py``. Inputs of the two blocks are gathered once and cached. A method's own error is measured with the packed layer as
+it will run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from blocks import errors_of, place_of
 pytestmark = pytest.mark.skipif(layers.missing() is not None, reason=layers.missing() or "")
 ACTIVATION_RECORDS = layers.official("RTN W/A", "SmoothQuant")
 INT8_RECORDS = [record for record in layers.official("LLM.int8") if "threshold" in record["setting"]]
+OSPLUS_RECORDS = [record for record in layers.official("OS+") if record["setting"].startswith("W4A4 scale search")]
 AWQ_RECORDS = [record for record in layers.official("AWQ") if record["setting"] == "W3 g64 auto_scale+auto_clip"]
 
 
@@ -44,4 +46,12 @@ def test_channels_taken_out_at_run_time_lose_what_the_authors_code_loses(record)
 def test_searched_scales_and_clipping_lose_no_more_than_the_authors_code(record):
     block, path = place_of(record)
     errors = errors_of("awq", block, bits=3, group_size=64)
+    assert errors[path] <= 1.02 * record["rel_out"]
+
+
+@pytest.mark.parametrize("record", OSPLUS_RECORDS, ids=lambda r: r["layer"])
+def test_searched_thresholds_lose_no_more_than_the_authors_code(record):
+    block, path = place_of(record)
+    # The records judge queries, keys and values as plain linears, on the inputs of the unquantized block.
+    errors = errors_of("outlier-suppression-plus", block, bits=4, activation_bits=4, by="linears", in_turn=False)
     assert errors[path] <= 1.02 * record["rel_out"]

@@ -34,6 +34,7 @@ from lowbit.numerics import (
     Samples,
     Spec,
     Table,
+    TokenRange,
     extremes,
     fake_quantize,
     fit_params,
@@ -474,7 +475,7 @@ def test_impossible_specs_are_refused(make):
 
 # ------------------------------------------------------------------------------------------------------- statistics
 
-STATISTICS = [Gram(), AbsMax(), Range(), AbsSum(), Samples(count=50), Samples(count=500)]
+STATISTICS = [Gram(), AbsMax(), Range(), TokenRange(), AbsSum(), Samples(count=50), Samples(count=500)]
 
 
 @pytest.mark.parametrize("statistic", STATISTICS, ids=str)
@@ -501,6 +502,7 @@ def test_statistics_are_what_they_say():
     torch.testing.assert_close(Gram().update(None, x), x.T @ x)
     assert torch.equal(AbsMax().update(None, x), x.abs().amax(0))
     assert torch.equal(Range().update(None, x), torch.stack([x.amin(0), x.amax(0)]))
+    assert torch.equal(TokenRange().update(None, x), torch.stack([x.amin(1), x.amax(1)]))
     torch.testing.assert_close(mean_abs(AbsSum().update(None, x)), x.abs().mean(0))
     assert torch.equal(Samples(3, stride=2).update(None, x), x[:6:2])
 

@@ -51,7 +51,19 @@ from lowbit.numerics.grids import (
 from lowbit.numerics.qtensor import QTensor, quantize, stored_bits
 from lowbit.numerics.side import KeptColumns, SideTerm, Sparse
 from lowbit.numerics.spec import Spec, fake_quantize, fit_params, fit_raw
-from lowbit.numerics.statistics import AbsMax, AbsSum, CrossGram, Fisher, Gram, Range, Samples, Statistic, mean_abs
+from lowbit.numerics.statistics import (
+    AbsMax,
+    AbsSum,
+    CrossGram,
+    Fisher,
+    Gram,
+    Range,
+    Samples,
+    Statistic,
+    TokenRange,
+    clipped_tokens,
+    mean_abs,
+)
 from lowbit.numerics.tagged import from_dict, nearest, tagged, to_dict
 
 __all__ = [
@@ -106,8 +118,10 @@ __all__ = [
     "Spec",
     "Statistic",
     "Table",
+    "TokenRange",
     "TruncationSearch",
     "arity",
+    "clipped_tokens",
     "extremes",
     "fake_quantize",
     "fit_params",

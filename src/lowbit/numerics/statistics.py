@@ -100,6 +100,42 @@ class Range(Statistic):
 
 @tagged
 @dataclass(frozen=True)
+class TokenRange(Statistic):
+    """Smallest and largest value of each token, ``[2, T]``; :func:`clipped_tokens` makes a range of them."""
+
+    def merge(self, x_TI: Tensor) -> Tensor:
+        return torch.stack(torch.aminmax(x_TI, dim=1))
+
+    def join(self, old: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([old, new], dim=1)
+
+
+def clipped_tokens(bounds_2T: Tensor, share: float) -> Tensor:
+    """The range ``[2]`` that clips whole tokens (Outlier Suppression, arXiv:2209.13325, section 4.2).
+
+    With U the ``share`` quantile (linear) of ``|largest value of a token|`` the range ends at the largest of these values that
+    is not above U; its lower end likewise. A share of 1 is the range of all values, and a smaller share a range within it.
+
+    Raises:
+        ValueError: a share that is not above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"the share of tokens that a range is made of is above 0 and at most 1, found {share}")
+    smallest, largest = bounds_2T
+    return torch.stack([-_up_to(-smallest, share), _up_to(largest, share)])
+
+
+def _up_to(values_T: Tensor, share: float) -> Tensor:
+    """The largest of ``values_T`` that is at most the quantile of their magnitudes."""
+    ordered = values_T.abs().sort().values  # torch.quantile refuses more than 2**24 elements
+    at = share * (len(ordered) - 1)
+    below = int(at)
+    bound = ordered[below].lerp(ordered[min(below + 1, len(ordered) - 1)], at - below)
+    return values_T[values_T <= bound].max()
+
+
+@tagged
+@dataclass(frozen=True)
 class AbsSum(Statistic):
     """``sum_t |x_t|`` and the number of tokens, ``[I + 1]`` in float64; :func:`mean_abs` divides."""
 

@@ -201,11 +201,15 @@ def _judged_width(found: Survey, block: SurveyedBlock, step: Search) -> float:
     """Values a token that a search keeps: inputs and outputs of the modules it judges by."""
     hidden = found.source.config.get_text_config().hidden_size
     width = 0.0
-    for judge in {edge.judge for edge in _legal(block, step)}:
+    for judge in {path for edge in _legal(block, step) for path in _judges(block, step, edge)}:
         width += _share(found, block, judge) * (
             sum(block.shape(judge)) if judge in block.resolved.linears else 2 * hidden
         )
     return width
+
+
+def _judges(block: SurveyedBlock, step: Search, edge: ResolvedEdge) -> list[str]:
+    return [edge.judge] if step.by == "judge" else [p.module for p in edge.consumers if p.module in block.formats]
 
 
 def _legal(block: SurveyedBlock, step: Any) -> list[ResolvedEdge]:

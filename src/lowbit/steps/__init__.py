@@ -8,8 +8,9 @@ from lowbit.steps.incoherence import Incoherence
 from lowbit.steps.learn import Learn
 from lowbit.steps.objectives import BlockMSE
 from lowbit.steps.parametrizations import ClipShares, Rounding, Scales, Shifts
-from lowbit.steps.rules import Balance, Midpoint, Ones, Smooth
-from lowbit.steps.search import MeanAbsPower, Search, SearchClip, SmoothPowers
+from lowbit.steps.ranges import ActivationSteps, SearchActivationRange
+from lowbit.steps.rules import Balance, Midpoint, Ones, OwnGain, Smooth
+from lowbit.steps.search import MeanAbsPower, Search, SearchClip, SmoothPowers, Thresholds
 from lowbit.steps.search_float import SearchFloat
 from lowbit.steps.set import Set, SetActivationRange
 from lowbit.steps.solve import Solve
@@ -43,6 +44,7 @@ class ModelStep(Protocol):
 
 
 __all__ = [
+    "ActivationSteps",
     "Balance",
     "BlockIO",
     "BlockMSE",
@@ -59,9 +61,11 @@ __all__ = [
     "ModelState",
     "ModelStep",
     "Ones",
+    "OwnGain",
     "Rounding",
     "Scales",
     "Search",
+    "SearchActivationRange",
     "SearchClip",
     "SearchFloat",
     "Set",
@@ -71,5 +75,6 @@ __all__ = [
     "SmoothPowers",
     "Solve",
     "Step",
+    "Thresholds",
     "Tune",
 ]

@@ -126,6 +126,7 @@ class Learn:
         weights = base
         for each in chain:
             weights = each(weights)
+        quantizers.params = state.act_params | {k: v for each in chain for k, v in each.activations().items()}
         x = state.io.x[pick].float()
 
         def run(values: Weights):
@@ -169,7 +170,7 @@ class _ActivationQuantizers:
     """While open, every linear quantizes its input as it will at run time, differentiably; ``active`` switches it."""
 
     def __init__(self, state: BlockState):
-        self.state, self.active, self.stack = state, True, ExitStack()
+        self.state, self.params, self.active, self.stack = state, state.act_params, True, ExitStack()
 
     def __enter__(self) -> _ActivationQuantizers:
         for path, form in self.state.formats.items():
@@ -181,5 +182,5 @@ class _ActivationQuantizers:
         self.stack.close()
 
     def _hook(self, path: str):
-        act, params = self.state.formats[path].act, self.state.act_params.get(path)
-        return lambda _, args: (fake_activation(args[0], act, params),) if self.active else None
+        act = self.state.formats[path].act
+        return lambda _, args: (fake_activation(args[0], act, self.params.get(path)),) if self.active else None

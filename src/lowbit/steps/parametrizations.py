@@ -30,6 +30,10 @@ class Parametrization(nn.Module):
     def forward(self, weights: Weights) -> Weights:
         raise NotImplementedError
 
+    def activations(self) -> dict[str, Affine]:
+        """Parameters of static activations by linear, where this map has any to learn."""
+        return {}
+
     def constrain(self) -> None:
         """Brings parameters back into their legal region after a gradient step."""
 

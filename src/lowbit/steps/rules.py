@@ -105,6 +105,32 @@ class Ones:
 
 @tagged
 @dataclass(frozen=True)
+class OwnGain:
+    """``s`` = the gain of the norm in front: its gain becomes 1, and what it amplified is the weights' to represent.
+
+    Gamma migration (Outlier Suppression, arXiv:2209.13325, section 4.1). A channel whose gain is not above ``floor`` times the
+    largest keeps it: the norm's bias is divided by it.
+    """
+
+    floor: float = 1e-4
+    kind: ClassVar[Kind] = Kind.SCALE
+    needs: ClassVar[frozenset[Statistic]] = frozenset()
+
+    def __call__(self, state: BlockState, edge: ResolvedEdge, stats: Mapping[str, Stats]) -> Scale:
+        norms = [port for port in edge.producers if port.norm]
+        if len(norms) != 1 or norms[0].expand is not None:
+            found = [port.module for port in edge.producers]
+            raise ValueError(
+                f"edge {edge.name!r} has no norm of its own whose gain could move, its producers are {found}; name edges "
+                "behind norms, such as 'norm_*'"
+            )
+        gain = state.block.get_parameter(norms[0].weight).detach() + norms[0].gain_offset
+        alive = gain.abs() > self.floor * gain.abs().max()
+        return Scale(torch.where(alive, gain, torch.ones_like(gain)))
+
+
+@tagged
+@dataclass(frozen=True)
 class Midpoint:
     """``d = (max + min) / 2`` of each channel: centres its range (Outlier Suppression+, arXiv:2304.09145)."""
 

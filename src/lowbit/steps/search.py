@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.architectures import Kind, Port, ResolvedEdge
-from lowbit.numerics import AbsSum, Clipped, Gram, PerChannel, PerGroup, Statistic, extremes, mean_abs, tagged
+from lowbit.numerics import AbsSum, Clipped, Gram, PerChannel, PerGroup, Range, Statistic, extremes, mean_abs, tagged
 from lowbit.steps.rules import Smooth, guard_dead
 from lowbit.steps.simulate import simulated
 from lowbit.steps.state import BlockState, Stats
@@ -82,6 +82,45 @@ class SmoothPowers:
         return [Scale(torch.ones_like(scales[0].s)), *(scale for scale in scales if scale is not None)]
 
 
+@tagged
+@dataclass(frozen=True)
+class Thresholds:
+    """``s = max(1, max|x| / t)``: only channels beyond the threshold t are scaled (Outlier Suppression+, arXiv:2304.09145).
+
+    t goes from the largest magnitude of all channels, which scales none, down to ``smallest`` in equal steps: ``grid`` of
+    them, or more where a step would be wider than ``widest`` (section 4.2, and the authors' code, whose ``smallest`` is 1.0
+    for OPT and BLOOM and 0.1 for LLaMA). Where a tenth of the largest magnitude is less than ``smallest``, it ends there.
+    """
+
+    grid: int = 100
+    smallest: float = 0.1
+    widest: float = 0.5
+    kind: ClassVar[Kind] = Kind.SCALE
+    needs: ClassVar[frozenset[Statistic]] = frozenset({Range()})
+
+    def __post_init__(self):
+        if self.grid < 1 or self.smallest <= 0 or self.widest <= 0:
+            raise ValueError(f"thresholds need grid >= 1, smallest > 0 and widest > 0, found {self}")
+
+    @property
+    def count(self) -> int:
+        return self.grid + 1
+
+    def __call__(self, state: BlockState, edge: ResolvedEdge, stats: Mapping[str, Stats]) -> Sequence[Scale]:
+        bounds = state.edge_stat(edge, stats, Range())
+        if bounds is None:
+            return ()
+        lo, hi = edge.reduce_min(bounds[0]).float(), edge.reduce_max(bounds[1]).float()
+        magnitude = torch.maximum(-lo, hi).clamp(min=0)
+        largest = float(magnitude.max())
+        if largest == 0:
+            return [Scale(torch.ones_like(magnitude))]
+        number = max(self.grid, int(largest / self.widest))
+        last = min(self.smallest, largest / 10)
+        thresholds = (largest - i * (largest - last) / number for i in range(number + 1))
+        return [Scale((magnitude / t).clamp(min=1)) for t in thresholds]
+
+
 @dataclass
 class _Calls:
     """Calls of one module during calibration and what it answered."""
@@ -95,32 +134,60 @@ class _Calls:
 class Search:
     """Tries ``candidates`` at every edge in ``at``; judges by the output error of the edge's judge module.
 
-    Every edge is searched on the unchanged block and the winners are folded at the end, each as AWQ's reference does.
+    Every edge is searched on the unchanged block and the winners are folded at the end, each as AWQ's reference does; with
+    ``in_turn`` edges are searched in the order in which they are computed, each folded at once, and what is measured at an
+    edge passes through the linears before it as they will be quantized.
+
     The error is the mean squared difference of the module's output over the first ``windows`` calibration windows (None:
-    all), with the edge's consumers quantized as they will be, activations included.
+    all), with the edge's consumers quantized as they will be, activations included (static ones by the range that all
+    calibration windows will give). ``by="linears"``: the error of the quantized consumers' own outputs instead.
     """
 
     candidates: Candidates
     at: tuple[str, ...]
     windows: int | None = None
+    by: Literal["judge", "linears"] = "judge"
+    in_turn: bool = False
+
+    def __post_init__(self):
+        if self.by not in ("judge", "linears"):
+            raise ValueError(f"a search judges by 'judge' or 'linears', found {self.by!r}")
 
     @property
     def needs(self) -> frozenset[Statistic]:
         return self.candidates.needs
 
     def ticks(self, windows: int, linears: int) -> int:
-        return windows + self.candidates.count * len(self.at)
+        return windows * (len(self.at) if self.in_turn else 1) + self.candidates.count * len(self.at)
 
     @torch.no_grad()
     def run(self, state: BlockState) -> None:
-        stats = state.collect(self.needs)
         edges = [edge for edge in state.edges(self.at, self.candidates.kind) if edge.consumers]
-        heard = _listen(state, {edge.judge for edge in edges}, self.windows)
+        if not self.in_turn:
+            self._search(state, edges)
+            return
+        for edge in sorted(edges, key=lambda edge: _stage(state, edge)):
+            before = (path for stage in state.resolved.stages[: _stage(state, edge)] for path in stage)
+            forwards = {path: simulated(state, path) for path in before if path in state.formats}
+            self._search(state, [edge], forwards)
+
+    def _search(
+        self,
+        state: BlockState,
+        edges: list[ResolvedEdge],
+        before: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> None:
+        """The best transform of each edge, folded when all are found; ``before``: what other linears compute meanwhile."""
+        static = any(form.act is not None and form.act.static for form in state.formats.values())
+        with state.replaced(before or {}):
+            stats = state.collect(self.needs | ({Range()} if static else frozenset()))
+            heard = _listen(state, {path for edge in edges for path in self._judges(state, edge)}, self.windows)
         winners = []
         for edge in edges:
             tried = self.candidates(state, edge, stats)
-            losses = [self._loss(state, edge, transform, heard[edge.judge]) for transform in tried]
-            if not losses or not heard[edge.judge].calls:
+            calls = {path: heard[path] for path in self._judges(state, edge)}
+            losses = [self._loss(state, edge, transform, stats, calls) for transform in tried]
+            if not losses or not any(each.calls for each in calls.values()):
                 state.note(f"edge {edge.name!r} saw no token: nothing was searched there")
                 continue
             best = min(range(len(losses)), key=lambda i: (not losses[i] >= 0, losses[i]))  # NaN last, first of equals
@@ -128,18 +195,40 @@ class Search:
         for edge, transform in winners:
             state.commit(edge, transform, self.candidates.kind)
 
-    def _loss(self, state: BlockState, edge: ResolvedEdge, transform: ChannelTransform, heard: _Calls) -> float:
+    def _judges(self, state: BlockState, edge: ResolvedEdge) -> list[str]:
+        if self.by == "judge":
+            return [edge.judge]
+        return [port.module for port in edge.consumers if port.module in state.formats]
+
+    def _loss(
+        self,
+        state: BlockState,
+        edge: ResolvedEdge,
+        transform: ChannelTransform,
+        stats: Mapping[str, Stats],
+        heard: Mapping[str, _Calls],
+    ) -> float:
         forwards = {
-            port.module: simulated(state, port.module, at_port(transform, port))
+            port.module: simulated(
+                state, port.module, at_port(transform, port), state.stats_of(stats, port.module).get(Range())
+            )
             for port in edge.consumers
             if port.module in state.formats
         }
-        judge, total = state.block.get_submodule(edge.judge), 0.0
+        total = 0.0
         with state.replaced(forwards):
-            for (args, kwargs), answer in zip(heard.calls, heard.answers, strict=True):
-                total += (_hidden(judge(*args, **kwargs)) - answer).square().sum().item()
+            for path, each in heard.items():
+                judge = state.block.get_submodule(path)
+                for (args, kwargs), answer in zip(each.calls, each.answers, strict=True):
+                    total += (_hidden(judge(*args, **kwargs)) - answer).square().sum().item()
         state.tick("searching")
         return total
+
+
+def _stage(state: BlockState, edge: ResolvedEdge) -> int:
+    """Where in the block's order of computation the edge's first consumer stands; routers stand nowhere."""
+    paths = {port.module for port in edge.consumers}
+    return next(i for i, stage in enumerate(state.resolved.stages) if paths & set(stage))
 
 
 def at_port(transform: ChannelTransform, port: Port) -> ChannelTransform:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lowbit.kernels import without_outliers
 from lowbit.modules import ActSpec
 from lowbit.numerics import (
+    Affine,
     Alternating,
     Clipped,
     Fit,
@@ -26,6 +27,7 @@ from lowbit.numerics import (
     Params,
     RangeGrid,
     Spec,
+    extremes,
     fake_quantize,
     quantize,
 )
@@ -66,16 +68,31 @@ def fake_activation(x: Tensor, act: ActSpec | None, params: Params | None) -> Te
     return rounded.index_copy(-1, taken, x.index_select(-1, taken).to(rounded.dtype))
 
 
-def simulated(state: BlockState, path: str, transform: ChannelTransform | None = None) -> Callable[[Tensor], Tensor]:
-    """What linear ``path`` will compute from its present input once ``transform`` is folded in and it is quantized."""
+def static_params(act: ActSpec, bounds_2I: Tensor) -> Affine:
+    """Parameters of a static activation, as they are stored, for an input whose channels have these extremes."""
+    lo, hi = extremes(act.spec.granularity.split(bounds_2I.float()))
+    return act.spec.as_stored(act.spec.grid.from_range(lo, hi))  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+
+
+def simulated(
+    state: BlockState, path: str, transform: ChannelTransform | None = None, bounds_2I: Tensor | None = None
+) -> Callable[[Tensor], Tensor]:
+    """What linear ``path`` will compute from its present input once ``transform`` is folded in and it is quantized.
+
+    bounds_2I: the extremes of its present input's channels. A static activation whose range is not set yet is quantized by the
+    range that they will have then; without them, by that of each call.
+    """
     linear, form = state.linear(path), state.formats[path]
     w, b = state.weight_OI(path), linear.bias
     if transform is not None:
         w, b = transform.fold_in(w, b)  # pyright: ignore[reportArgumentType]
     w = fake_weight(w, form.weight, state.clip.get(path))
+    foreseen = None
+    if bounds_2I is not None and form.act is not None and form.act.static:
+        foreseen = static_params(form.act, bounds_2I if transform is None else transform.forward(bounds_2I))
 
     def forward(x: Tensor) -> Tensor:
         x = x if transform is None else transform.forward(x)
-        return F.linear(fake_activation(x, form.act, state.act_params.get(path)), w, b)  # pyright: ignore[reportArgumentType]
+        return F.linear(fake_activation(x, form.act, state.act_params.get(path, foreseen)), w, b)  # pyright: ignore[reportArgumentType]
 
     return forward

@@ -1,0 +1,47 @@
+"""Outlier Suppression: take the gain out of the norms, which amplifies outliers, and clip what few tokens stretch."""
+
+from lowbit.recipe import Recipe, activation, linears, method, weight
+from lowbit.solve import Nearest
+from lowbit.steps import ActivationSteps, BlockMSE, Learn, OwnGain, SearchActivationRange, Set, Solve
+
+
+@method("outlier-suppression", family="weight-activation", paper="arXiv:2209.13325")
+def outlier_suppression(
+    bits: int = 8,
+    activation_bits: int = 8,
+    group_size: int | None = None,
+    *,
+    migrate: bool = True,
+    span: float | None = None,
+    windows: int | None = None,
+    epochs: int = 3,
+    lr: float = 5e-3,
+) -> Recipe:
+    """Gamma migration, then one static range for each activation that clips whole tokens, searched and refined by gradients.
+
+    bits, group_size: of weights, symmetric, per channel where group_size is None. activation_bits: of each linear's input,
+    one static range with a zero point. migrate: move the gain of every norm into the weights behind it.
+    span: share of the tokens up to which may be clipped; None: 0.1 from 8 bits on, 0.3 from 6, else 0.9, as the authors have it.
+    windows: how many calibration windows the clipping is searched on (None: all).
+    epochs, lr: of the gradient stage, which learns steps and zero points; lr is relative to the step. epochs=0: none.
+
+    Differs from the authors' code, which is for BERT, where its walk is block by block: one share of the tokens for each block
+    instead of the model, against the block's output instead of the model's, with weights rounded. Quantiles are over all
+    calibration tokens, not averaged over batches; Adam has a constant, relative rate, and the best epoch is kept. Norms whose
+    output is also the residual stream (OPT-350m, some BLOOMs) keep their gain, which the report says; attention's own
+    products are not quantized.
+    """
+    share = span if span is not None else 0.1 if activation_bits >= 8 else 0.3 if activation_bits >= 6 else 0.9
+    return Recipe(
+        name="outlier-suppression",
+        scheme=linears(
+            weight(bits, group_size, symmetric=True),
+            activation(activation_bits, symmetric=False, per="tensor", static=True),
+        ),
+        steps=(
+            *((Set(OwnGain(), ("norm_*",)),) if migrate else ()),
+            SearchActivationRange(share, windows=windows),
+            *((Learn((ActivationSteps(lr),), BlockMSE(), epochs),) if epochs else ()),
+            Solve(Nearest()),
+        ),
+    )

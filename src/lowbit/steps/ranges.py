@@ -1,0 +1,176 @@
+"""Static activation ranges that are judged by what the block then computes: a search, and steps that gradients refine.
+
+Where nothing may be clipped, :class:`~lowbit.steps.SetActivationRange` is enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.modules import ActSpec
+from lowbit.numerics import Affine, PerTensor, Statistic, TokenRange, clipped_tokens, tagged
+from lowbit.numerics.grids.int import round_ste
+from lowbit.steps.objectives import BlockMSE, Objective
+from lowbit.steps.parametrizations import SMALLEST_SCALE, Parametrization, Weights
+from lowbit.steps.simulate import simulated, static_params
+from lowbit.steps.state import BlockState, Stats
+
+
+def static_linears(state: BlockState) -> dict[str, ActSpec]:
+    """The activation format of every linear whose input has a static range, by path."""
+    return {path: form.act for path, form in state.formats.items() if form.act is not None and form.act.static}
+
+
+@tagged
+@dataclass(frozen=True)
+class SearchActivationRange:
+    """Fixes the range of every static activation by its tokens, of which the loudest may be clipped whole.
+
+    Token-wise clipping, coarse stage (Outlier Suppression, arXiv:2209.13325, section 4.2). One share of the tokens serves all
+    linears of the block: of ``1, 1 - step, ..``, as many as ``span`` has steps, the one under which ``objective`` of the
+    block's output is least, with weights rounded to nearest and activations quantized. The first is the range of all values.
+    Shares are tried on the first ``windows`` calibration windows (None: all); the ranges come from all of them.
+
+    The authors choose one share for the whole model by its last output; a walk block by block has each block's.
+    """
+
+    span: float = 0.1
+    step: float = 0.01
+    windows: int | None = None
+    objective: Objective = BlockMSE()
+
+    def __post_init__(self):
+        if not 0 < self.step <= self.span <= 1:
+            raise ValueError(f"token-wise clipping needs 0 < step <= span <= 1, found {self}")
+        if self.windows is not None and self.windows < 1:
+            raise ValueError(f"a search judges by one window or more, found windows={self.windows}")
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset({TokenRange()})
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        return tuple(1 - k * self.step for k in range(round(self.span / self.step)))
+
+    def ticks(self, windows: int, linears: int) -> int:
+        return windows + len(self.shares)
+
+    @torch.no_grad()
+    def run(self, state: BlockState) -> None:
+        static = static_linears(state)
+        if not static:
+            return
+        if state.io is None or state.io.y is None:
+            raise ValueError("a search for activation ranges needs calibration text; none was given")
+        bounds = self._bounds(state, static)
+        forwards = {path: simulated(state, path) for path in state.formats}
+        losses = []
+        for share in self.shares:
+            self._fix(state, static, bounds, share)
+            losses.append(self._loss(state, forwards))
+            state.tick("searching")
+        best = min(range(len(losses)), key=lambda i: (not losses[i] >= 0, losses[i]))  # NaN last, first of equals
+        self._fix(state, static, bounds, self.shares[best])
+
+    def _bounds(self, state: BlockState, static: dict[str, ActSpec]) -> dict[str, Tensor]:
+        stats, found = state.collect(self.needs), {}
+        for path, act in static.items():
+            if not isinstance(act.spec.granularity, PerTensor):
+                raise ValueError(
+                    f"{state.full_name(path)}: tokens are clipped where one range serves the whole input, not "
+                    f"{act.spec.granularity}; use PerTensor() or SetActivationRange"
+                )
+            seen = state.stats_of(stats, path).get(TokenRange())
+            if seen is None:
+                state.note(f"{path} saw no token: its static activation range is unknown, [-1, 1] is stored")
+                seen = torch.tensor([[-1.0], [1.0]])
+            found[path] = seen
+        return found
+
+    def _fix(self, state: BlockState, static: dict[str, ActSpec], bounds: dict[str, Tensor], share: float) -> None:
+        for path, act in static.items():
+            state.act_params[path] = static_params(act, clipped_tokens(bounds[path], share).view(2, 1))
+
+    def _loss(self, state: BlockState, forwards) -> float:
+        assert state.io is not None and state.io.y is not None
+        count = len(state.io) if self.windows is None else min(self.windows, len(state.io))
+        with state.replaced(forwards):
+            return sum(
+                self.objective(state.io.call(state.block, state.io.window(i)), state.io.y[i : i + 1]).item()
+                for i in range(count)
+            )
+
+
+class _ActivationSteps(Parametrization):
+    """A factor of the step and an offset of the zero point (a share of all codes) for every static input.
+
+    Linears that read one input in one format share them. Gradients reach both straight through the rounding, as in LSQ+.
+    """
+
+    def __init__(self, state: BlockState):
+        super().__init__()
+        inputs: dict[tuple[str, ActSpec], list[str]] = {}
+        for path, act in static_linears(state).items():
+            name = next(shared.name for shared in state.resolved.shared_inputs if path in shared.readers)
+            inputs.setdefault((name, act), []).append(path)
+        self.inputs = [(act, tuple(paths)) for (_, act), paths in inputs.items()]
+        for _, paths in self.inputs:
+            if paths[0] not in state.act_params:
+                raise ValueError(
+                    f"{state.full_name(paths[0])}: steps of activations are learned from a range that is set before; put "
+                    "SearchActivationRange or SetActivationRange first"
+                )
+        self.starts = [state.act_params[paths[0]] for _, paths in self.inputs]
+        self.factors = nn.ParameterList(nn.Parameter(torch.ones_like(start.scale)) for start in self.starts)
+        self.offsets = nn.ParameterList(
+            nn.Parameter(torch.zeros_like(start.scale), requires_grad=start.zero is not None) for start in self.starts
+        )
+
+    def forward(self, weights: Weights) -> Weights:
+        return weights
+
+    def activations(self) -> dict[str, Affine]:
+        return {path: self._params(i) for i, (_, paths) in enumerate(self.inputs) for path in paths}
+
+    def _params(self, i: int) -> Affine:
+        start, grid = self.starts[i], self.inputs[i][0].spec.grid
+        scale = start.scale * self.factors[i]
+        if start.zero is None:
+            return Affine(scale)
+        last = 2**grid.bits - 1
+        zero = start.zero + self.offsets[i] * last
+        whole = any(field.name == "zero" and field.bits is not None for field in grid.fields)
+        return Affine(scale, round_ste(zero.clamp(0, last)) if whole else zero)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        for factor in self.factors:
+            factor.clamp_(min=SMALLEST_SCALE)
+
+    @torch.no_grad()
+    def commit(self, state: BlockState) -> None:
+        for i, (act, paths) in enumerate(self.inputs):
+            for path in paths:
+                state.act_params[path] = act.spec.as_stored(self._params(i))  # pyright: ignore[reportArgumentType]
+
+
+@tagged
+@dataclass(frozen=True)
+class ActivationSteps:
+    """Learned steps and zero points of static activations (Outlier Suppression, arXiv:2209.13325, section 4.2, fine stage; LSQ+).
+
+    They start from the ranges that a step before has set. ``lr`` is relative: of the step, and of the number of codes.
+    """
+
+    lr: float = 5e-3
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset()
+
+    def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
+        return _ActivationSteps(state)
