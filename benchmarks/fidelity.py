@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import statistics
 import sys
@@ -27,7 +26,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.numerics.qtensor import stored_bits
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "golden"))
 import blocks
@@ -76,6 +74,12 @@ def _both(setting: str) -> dict[str, Any]:
     return {"bits": int(setting[1]), "activation_bits": int(setting[1])}
 
 
+def _qllm(setting: str, record: dict) -> dict[str, Any]:
+    # Its code was driven with the input of the output projection among those that are reassembled.
+    ratio = float(setting.rpartition("ratio")[2]) if "ratio" in setting else 0.0
+    return _both(setting) | {"channel_ratio": ratio, "attention_output": True, "rank": 0}
+
+
 # Official method -> (ours, options from the setting, or None where lowbit has nothing like it).
 RECIPES: dict[str, tuple[str, Callable[[str, dict], dict[str, Any] | None]]] = {
     "RTN": ("rtn", _rtn),
@@ -93,9 +97,10 @@ RECIPES: dict[str, tuple[str, Callable[[str, dict], dict[str, Any] | None]]] = {
     "AWQ-RTN": ("rtn", _rtn),
     "RTN W/A": ("rtn", lambda s, _: _both(s) | {"group_size": None, "symmetric": True}),
     "SmoothQuant": ("smoothquant", lambda s, _: _both(s) | {"alpha": 0.5}),
+    "QLLM": ("qllm", _qllm),
 }
 # These act on a whole block, or on what its linears read: they run on the block, and not on one linear by itself.
-IN_BLOCKS = ("AWQ", "RTN W/A", "SmoothQuant")
+IN_BLOCKS = ("AWQ", "RTN W/A", "SmoothQuant", "QLLM")
 # (official method, pattern of "setting layer") -> why ours may lose more there, or take more bits.
 _NOMINAL = "the official bits are nominal, with no scale counted; the format is the same"
 REASONS: dict[tuple[str, str], str] = {
@@ -155,11 +160,8 @@ def measure(
     name, layer = options.pop("method", name), record["layer"]
     if record["method"] in IN_BLOCKS:
         block, path = blocks.place_of(record)
-        rule = lowbit.recipe(name, **options).scheme.rules[0]
-        assert rule.weight is not None
-        shape = (tensors[f"{layer}.weight"].shape[0], tensors[f"{layer}.weight"].shape[1])
-        bits = stored_bits(rule.weight, shape) / math.prod(shape)
-        return _line(record, name, options, blocks.errors_of(name, block, **options)[path], bits)
+        errors, bits = blocks.errors_of(name, block, **options), blocks.bits_of(name, block, **options)
+        return _line(record, name, options, errors[path], bits[path])
     w_OI, unseen = tensors[f"{layer}.weight"], tensors[f"{layer}.evaluation"]
     linear = nn.Linear(w_OI.shape[1], w_OI.shape[0], bias=False)
     linear.load_state_dict({"weight": w_OI})

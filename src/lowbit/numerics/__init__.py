@@ -33,7 +33,7 @@ from lowbit.numerics.grids import (
     Table,
 )
 from lowbit.numerics.qtensor import QTensor, quantize, stored_bits
-from lowbit.numerics.side import KeptColumns, SideTerm, Sparse
+from lowbit.numerics.side import KeptColumns, LowRank, SideTerm, Sparse
 from lowbit.numerics.spec import Spec, fake_quantize, fit_params, fit_raw
 from lowbit.numerics.statistics import AbsMax, AbsSum, CrossGram, Fisher, Gram, Range, Samples, Statistic, mean_abs
 from lowbit.numerics.tagged import from_dict, nearest, tagged, to_dict
@@ -65,6 +65,7 @@ __all__ = [
     "Int",
     "KMeans",
     "KeptColumns",
+    "LowRank",
     "Lut",
     "MinMax",
     "Normal",

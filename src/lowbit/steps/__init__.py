@@ -3,10 +3,12 @@
 from typing import Protocol, runtime_checkable
 
 from lowbit.numerics import Statistic
+from lowbit.steps.correction import LowRankCorrection, NormsAndBiases
 from lowbit.steps.incoherence import Incoherence
 from lowbit.steps.learn import Learn
 from lowbit.steps.objectives import BlockMSE
 from lowbit.steps.parametrizations import ClipShares, Rounding, Scales, Shifts
+from lowbit.steps.reassembly import SearchReassembly
 from lowbit.steps.rules import Balance, Midpoint, Ones, Smooth
 from lowbit.steps.search import MeanAbsPower, Search, SearchClip
 from lowbit.steps.set import Set, SetActivationRange
@@ -50,15 +52,18 @@ __all__ = [
     "LayerRecord",
     "Learn",
     "LinearFormat",
+    "LowRankCorrection",
     "MeanAbsPower",
     "Midpoint",
     "ModelState",
     "ModelStep",
+    "NormsAndBiases",
     "Ones",
     "Rounding",
     "Scales",
     "Search",
     "SearchClip",
+    "SearchReassembly",
     "Set",
     "SetActivationRange",
     "Shifts",

@@ -69,10 +69,11 @@ class Solve:
         bias = None if bias is None else bias.detach().to(state.store_dtype)
 
         post = (*solution.post, *state.post.get(path, ()))
+        side = (*solution.side, *state.side.get(path, ()))
 
         def pack(pre: tuple[ChannelTransform, ...]) -> QuantLinear:
             act_params = state.act_params.get(path)
-            return QuantLinear.from_qtensor(solution.q, bias, form.act, act_params, pre, post, solution.side)
+            return QuantLinear.from_qtensor(solution.q, bias, form.act, act_params, pre, post, side)
 
         error = _output_error(state, path, pack(solution.pre), stats)
         packed = pack((*state.pre.get(path, ()), *solution.pre))
@@ -85,7 +86,7 @@ class Solve:
                 name,
                 role,
                 packed.bits_per_weight,
-                w_OI.numel(),
+                packed.in_features * packed.out_features,
                 error,
                 _zeroed(w_OI, solution.q),
                 (*notes, *solution.notes),
