@@ -32,10 +32,15 @@ SMALL = {
     "steps": 2,
     "grid": 3,
     "windows": 1,
+    "threshold_steps": 3,
     "batch": 2,
     "target_bits": 9.0,
 }
-OWN = {"smoothquant": {"bits": 8, "activation_bits": 8}, "omniquant": {"activation_bits": 8}}
+OWN = {
+    "smoothquant": {"bits": 8, "activation_bits": 8},
+    "omniquant": {"activation_bits": 8},
+    "qllm": {"activation_bits": 8},
+}
 PAIR_OPTIONS = {"clip": False}  # a searched clipping has its own cell, under the method itself
 MIXED_ON = "llama grouped"
 FLOOR = 6.0  # dB of the logits, at 4 bits on random weights; what does not work at all is below 3

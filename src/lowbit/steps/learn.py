@@ -182,10 +182,9 @@ class _ActivationQuantizers:
             linear, terms = self.state.linear(path), self._terms(path)
             seen: list[Tensor] = []
             if terms:
-                keep = linear.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-                add = linear.register_forward_hook(self._adding(terms, seen), prepend=True)  # before ``post``
-                self.stack.callback(keep.remove)
-                self.stack.callback(add.remove)
+                self.stack.callback(linear.register_forward_pre_hook(self._keeping(seen)).remove)
+                adding = self._adding(terms, seen)
+                self.stack.callback(linear.register_forward_hook(adding, prepend=True).remove)  # before ``post``
             if form.act is not None:
                 self.stack.callback(linear.register_forward_pre_hook(self._hook(path)).remove)
         return self
@@ -197,6 +196,9 @@ class _ActivationQuantizers:
         rows = self.state.weight_OI(path).shape[0]
         fixed = [partial(term.apply, out_features=rows) for term in self.state.side.get(path, ())]
         return [*fixed, *(term for each in self.maps if (term := each.beside(path)) is not None)]
+
+    def _keeping(self, seen: list[Tensor]) -> Callable[[nn.Module, tuple], None]:
+        return lambda _, args: seen.append(args[0])
 
     def _adding(self, terms: list[Callable[[Tensor], Tensor]], seen: list[Tensor]) -> Callable:
         def add(_: nn.Module, args: tuple, y: Tensor) -> Tensor:

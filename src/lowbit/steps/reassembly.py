@@ -282,12 +282,17 @@ def _keeping(state: BlockState, site: _Site, path: str, calls: list[_Call]) -> I
 def _watched(state: BlockState, site: _Site, path: str) -> Iterator[list[Tensor]]:
     """While open, what the site is judged by is appended to a list at each call of module ``path``."""
     seen: list[Tensor] = []
+
+    def on_output(_: nn.Module, args: tuple, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    def on_input(_: nn.Module, args: tuple) -> None:
+        seen.append(args[0])
+
     if site.behind is None:
-        hook = state.block.get_submodule(path).register_forward_hook(
-            lambda _, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
-        )
+        hook = state.block.get_submodule(path).register_forward_hook(on_output)
     else:
-        hook = state.linear(site.behind).register_forward_pre_hook(lambda _, args: seen.append(args[0]), prepend=True)
+        hook = state.linear(site.behind).register_forward_pre_hook(on_input, prepend=True)
     try:
         yield seen
     finally:

@@ -214,7 +214,7 @@ class BlockState:
             assert path not in self.side and path not in self.nudge, f"{path}: a decision is for its input as it was"
             linear = self.linear(path)
             w_OI, _ = transform.fold_in(self.weight_OI(path), None)
-            linear.weight = nn.Parameter(stored_as_OI(linear, w_OI).contiguous(), linear.weight.requires_grad)
+            linear.weight = nn.Parameter(stored_as_OI(linear, w_OI).contiguous(), requires_grad=False)
             self._run_on_input(path, transform)
 
     def output(self, path: str, y: Tensor) -> Tensor:
