@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import statistics
 import sys
@@ -27,7 +26,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.numerics.qtensor import stored_bits
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "golden"))
 import blocks
@@ -102,6 +100,12 @@ def _osplus(setting: str, record: dict) -> dict[str, Any]:
     return _both(setting) | search
 
 
+def _qllm(setting: str, record: dict) -> dict[str, Any]:
+    # Its code was driven with the input of the output projection among those that are reassembled.
+    ratio = float(setting.rpartition("ratio")[2]) if "ratio" in setting else 0.0
+    return _both(setting) | {"channel_ratio": ratio, "attention_output": True, "rank": 0}
+
+
 # Official method -> (ours, options from the setting, or None where lowbit has nothing like it).
 RECIPES: dict[str, tuple[str, Callable[[str, dict], dict[str, Any] | None]]] = {
     "RTN": ("rtn", _rtn),
@@ -127,10 +131,11 @@ RECIPES: dict[str, tuple[str, Callable[[str, dict], dict[str, Any] | None]]] = {
     "ANT(no_outlier)": ("olive", _olive),
     "LLM-FP4 MinMax": ("llm-fp4", _llm_fp4),
     "OS+": ("outlier-suppression-plus", _osplus),
+    "QLLM": ("qllm", _qllm),
 }
 # These act on a whole block, or on what its linears read: they run on the block, and not on one linear by itself (but for
 # settings that leave activations as they are).
-IN_BLOCKS = ("AWQ", "RTN W/A", "SmoothQuant", "LLM.int8", "OliVe", "ANT(no_outlier)", "LLM-FP4 MinMax", "OS+")
+IN_BLOCKS = ("AWQ", "RTN W/A", "SmoothQuant", "LLM.int8", "OliVe", "ANT(no_outlier)", "LLM-FP4 MinMax", "OS+", "QLLM")
 # (official method, pattern of "setting layer") -> why ours may lose more there, or take more bits.
 _NOMINAL = "the official bits are nominal, with no scale counted; the format is the same"
 REASONS: dict[tuple[str, str], str] = {
@@ -194,12 +199,9 @@ def measure(
     name, layer = options.pop("method", name), record["layer"]
     if record["method"] in IN_BLOCKS and options.get("activation_bits", 16) is not None:
         block, path = blocks.place_of(record)
-        rule = lowbit.recipe(name, **options).scheme.rules[0]
-        assert rule.weight is not None
-        shape = (tensors[f"{layer}.weight"].shape[0], tensors[f"{layer}.weight"].shape[1])
-        bits = stored_bits(rule.weight, shape) / math.prod(shape)
-        call = layers.WINDOW if "per window" in record["setting"] else None
-        return _line(record, name, options, blocks.errors_of(name, block, tokens_a_call=call, **options)[path], bits)
+        options |= {"tokens_a_call": layers.WINDOW} if "per window" in record["setting"] else {}
+        errors, bits = blocks.errors_of(name, block, **options), blocks.bits_of(name, block, **options)
+        return _line(record, name, options, errors[path], bits[path])
     w_OI, unseen = tensors[f"{layer}.weight"], tensors[f"{layer}.evaluation"]
     linear = nn.Linear(w_OI.shape[1], w_OI.shape[0], bias=False)
     linear.load_state_dict({"weight": w_OI})

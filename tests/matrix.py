@@ -32,6 +32,7 @@ SMALL = {
     "steps": 2,
     "grid": 3,
     "windows": 1,
+    "threshold_steps": 3,
     "batch": 2,
     "target_bits": 9.0,
 }
@@ -40,6 +41,7 @@ OWN = {
     "llm-int8": {"bits": 8},
     "omniquant": {"activation_bits": 8},
     "olive": {"activation_bits": 8},
+    "qllm": {"activation_bits": 8},
 }
 PAIR_OPTIONS = {"clip": False}  # a searched clipping has its own cell, under the method itself
 MIXED_ON = "llama grouped"

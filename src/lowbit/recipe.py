@@ -41,11 +41,13 @@ from lowbit.steps import (
     Incoherence,
     Learn,
     LinearFormat,
+    LowRankCorrection,
     ModelStep,
     Rounding,
     SearchActivationRange,
     SearchClip,
     SearchFloat,
+    SearchReassembly,
     SetActivationRange,
     Solve,
     Step,
@@ -201,6 +203,7 @@ class Recipe(_Frozen):
                 f"{self.name}: {', '.join(late)} transforms channels that Incoherence has mixed by then; put it first, as in "
                 "'awq+quip'"
             )
+        self._check_inputs_kept()
         mixing = [type(step).__name__ for step in self.steps if _kinds(step) & {Kind.SHIFT, Kind.ROTATE, Kind.SPLIT}]
         if self.needs_fisher and mixing:
             raise ValueError(
@@ -228,6 +231,29 @@ class Recipe(_Frozen):
                 f"{self.name}: {', '.join(late)} transforms channels whose static activation ranges are fixed by then; put it "
                 "before the step that fixes them"
             )
+
+    def _check_inputs_kept(self) -> None:
+        """What is decided for a linear and its input holds while later steps leave that input and its weight alone."""
+        for i, step in enumerate(self.steps):
+            later = [each for each in self.steps[i + 1 :] if _kinds(each)]
+            if isinstance(step, SearchReassembly):
+                for each in (each for each in later if not isinstance(each, Incoherence)):
+                    raise ValueError(
+                        f"{self.name}: {type(each).__name__} transforms channels that SearchReassembly has split and merged by "
+                        "then; put it first"
+                    )
+            if isinstance(step, Learn) and any(isinstance(m, LowRankCorrection) and not m.fold for m in step.makers):
+                for each in later:
+                    raise ValueError(
+                        f"{self.name}: {type(each).__name__} transforms the inputs that the low-rank corrections before it were "
+                        "learned for; put it first, or learn no correction (rank 0)"
+                    )
+            if isinstance(step, Learn) and any(isinstance(maker, Rounding) for maker in step.makers):
+                for each in (each for each in later if isinstance(each, SearchReassembly)):
+                    raise ValueError(
+                        f"{self.name}: Learn decides how each weight is rounded, and {type(each).__name__} changes weights after "
+                        "it; put it first"
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that :func:`from_plain` reads back to an equal recipe."""

@@ -16,7 +16,7 @@ from lowbit.architectures import for_config, resolve
 from lowbit.calibrate.data import calibration_set
 from lowbit.calibrate.source import open_model
 from lowbit.calibrate.stream import Call, Stream
-from lowbit.steps import BlockIO, BlockState
+from lowbit.steps import BlockIO, BlockState, SearchReassembly
 
 import layers
 
@@ -76,7 +76,9 @@ def _linear_inputs(module: nn.Module, block: int) -> dict[str, Tensor]:
     """Evaluation inputs ``[tokens, I]`` of the recorded linears of ``module``, a form of that block."""
     seen: dict[str, list[Tensor]] = {path: [] for path in layers.LINEARS}
     hooks = [
-        module.get_submodule(path).register_forward_pre_hook(lambda _, args, to=to: to.append(args[0].flatten(0, 1)))
+        module.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, to=to: to.append(args[0].flatten(0, 1)), prepend=True
+        )
         for path, to in seen.items()
     ]
     with torch.inference_mode():
@@ -96,12 +98,25 @@ def _wanted(block: int) -> dict[str, Tensor]:
         return {path: module.get_submodule(path)(x) for path, x in _linear_inputs(module, block).items()}
 
 
-@cache
-def errors_of(method: str, block: int, *, tokens_a_call: int | None = None, **options) -> dict[str, float]:
+def errors_of(method: str, block: int, **options) -> dict[str, float]:
     """``||X W^T - q(X')||^2 / ||X W^T||^2`` of each recorded linear, q the packed layer as it runs.
 
-    It is called with all evaluation tokens at once, or with ``tokens_a_call`` of them after another. X' are the inputs in the block whose transforms are folded and whose weights are not quantized yet.
+    It is called with all evaluation tokens at once, or with ``tokens_a_call`` of them after another. X' are the inputs in the
+    block whose transforms are folded and whose weights are not quantized yet; what a packed layer does to its input is done
+    by the layer.
     """
+    return _measured(method, block, **options)[0]
+
+
+def bits_of(method: str, block: int, **options) -> dict[str, float]:
+    """Stored bits a weight of each recorded linear."""
+    return _measured(method, block, **options)[1]
+
+
+@cache
+def _measured(
+    method: str, block: int, tokens_a_call: int | None = None, **options
+) -> tuple[dict[str, float], dict[str, float]]:
     source, model = _model()
     recipe = lowbit.recipe(method, **options)
     module = copy.deepcopy(model.model.layers[block])
@@ -109,18 +124,21 @@ def errors_of(method: str, block: int, *, tokens_a_call: int | None = None, **op
     name = f"model.layers.{block}"
     io = BlockIO(_inputs()[f"{block}.calibration"], None, _call(block))
     state = BlockState(name, module, resolved, recipe.scheme.formats(resolved, name), io)
+    moved = None
     for step in recipe.steps[:-1]:
+        if isinstance(step, SearchReassembly):  # inexact, and not folded: its error is each layer's own
+            moved = _linear_inputs(module, block)
         step.run(state)
-    moved = _linear_inputs(module, block)
+    moved = moved or _linear_inputs(module, block)
     recipe.steps[-1].run(state)
-    errors = {}
+    errors, bits = {}, {path: state.linear(path).bits_per_weight for path in layers.LINEARS}
     with torch.inference_mode():
         for path, wanted in _wanted(block).items():
             x_TI = moved[path]
             found = torch.cat([state.linear(path)(part) for part in x_TI.split(tokens_a_call or len(x_TI))])
             lost = (wanted - found).double().square().sum()
             errors[path] = (lost / wanted.double().square().sum()).item()
-    return errors
+    return errors, bits
 
 
 def place_of(record: dict) -> tuple[int, str]:

@@ -1,7 +1,7 @@
 """Methods that act on a whole block, against what their authors' code reaches on blocks 2 and 14 of a real model.
 
-Records of round-to-nearest with quantized activations, SmoothQuant, LLM.int8(), Outlier Suppression+ and AWQ; protocol as in
-``layers.py``. Inputs of the two blocks are gathered once and cached. A method's own error is measured with the packed layer as
+Records of round-to-nearest with quantized activations, SmoothQuant, LLM.int8(), Outlier Suppression+, AWQ and QLLM; protocol as
+in ``layers.py``. Inputs of the two blocks are gathered once and cached. A method's own error is measured with the packed layer as
 it will run.
 """
 
@@ -10,13 +10,15 @@ from __future__ import annotations
 import pytest
 
 import layers
-from blocks import errors_of, place_of
+from blocks import bits_of, errors_of, place_of
 
 pytestmark = pytest.mark.skipif(layers.missing() is not None, reason=layers.missing() or "")
 ACTIVATION_RECORDS = layers.official("RTN W/A", "SmoothQuant")
 INT8_RECORDS = [record for record in layers.official("LLM.int8") if "threshold" in record["setting"]]
 OSPLUS_RECORDS = [record for record in layers.official("OS+") if record["setting"].startswith("W4A4 scale search")]
 AWQ_RECORDS = [record for record in layers.official("AWQ") if record["setting"] == "W3 g64 auto_scale+auto_clip"]
+
+QLLM_RECORDS = [record for record in layers.official("QLLM") if record["setting"].startswith("W4A4")]
 
 
 @pytest.mark.parametrize("record", ACTIVATION_RECORDS, ids=lambda r: f"{r['method']} {r['setting'][:4]} {r['layer']}")
@@ -55,3 +57,13 @@ def test_searched_thresholds_lose_no_more_than_the_authors_code(record):
     # The records judge queries, keys and values as plain linears, on the inputs of the unquantized block.
     errors = errors_of("outlier-suppression-plus", block, bits=4, activation_bits=4, by="linears", in_turn=False)
     assert errors[path] <= 1.02 * record["rel_out"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("record", QLLM_RECORDS, ids=lambda r: f"{r['setting'][5:13]} {r['layer']}")
+def test_reassembled_channels_lose_no_more_than_the_authors_code(record):
+    block, path = place_of(record)
+    share = 0.1 if "ratio.1" in record["setting"] else 0.0
+    options = {"bits": 4, "activation_bits": 4, "rank": 0, "channel_ratio": share, "attention_output": True}
+    assert errors_of("qllm", block, **options)[path] <= 1.02 * record["rel_out"]
+    assert bits_of("qllm", block, **options)[path] <= record["bits_per_weight"]

@@ -12,6 +12,7 @@ from lowbit.transforms import (
     Merge,
     Permute,
     RandomHadamard,
+    Reassembly,
     Rotate,
     Scale,
     Seeded,
@@ -50,7 +51,8 @@ EXACT: dict[str, ChannelTransform] = {
     "random hadamard inverse in runs": RandomHadamard(11, 6, inverted=True),
 }
 MERGE = Merge(torch.randperm(I, generator=_generator(9)) % 9)
-ALL = EXACT | {"merge": MERGE}
+REASSEMBLY = Reassembly(I, *(torch.tensor(each, dtype=torch.int16) for each in ([4, 9, 20], [6, 6, 20], [0, 0, 3])))
+ALL = EXACT | {"merge": MERGE, "reassembly": REASSEMBLY}
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -90,7 +92,7 @@ def test_dual_keeps_inner_products(name: str) -> None:
     torch.testing.assert_close((t.forward(x) * t.dual().forward(y)).sum(-1), (x * y).sum(-1), **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["shift", "split", "merge"])
+@pytest.mark.parametrize("name", ["shift", "split", "merge", "reassembly"])
 def test_transforms_without_a_dual_say_so(name: str) -> None:
     with pytest.raises(ValueError, match="no dual"):
         ALL[name].dual()

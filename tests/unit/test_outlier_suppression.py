@@ -485,7 +485,7 @@ def test_a_transform_behind_a_fixed_range_is_refused(late):
 def test_the_authors_settings_follow_the_bits():
     spans = {bits: recipe_of("outlier-suppression", activation_bits=bits).steps[1].span for bits in (8, 6, 4)}
     assert spans == {8: 0.1, 6: 0.3, 4: 0.9}
-    with pytest.raises(ValueError, match="per tensor or per cluster"):
+    with pytest.raises(ValueError, match="per tensor, per cluster"):
         recipe_of("osplus", static=True)
     static = recipe_of("osplus", static=True, per="tensor", symmetric=True)
     assert isinstance(static.steps[-2], SetActivationRange)

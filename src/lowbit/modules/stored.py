@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from lowbit.layouts import Layout
-from lowbit.numerics import KeptColumns, SideTerm, Sparse, nearest
+from lowbit.numerics import KeptColumns, LowRank, SideTerm, Sparse, nearest
 from lowbit.transforms import (
     ChannelTransform,
     Kronecker,
     Merge,
     Permute,
     RandomHadamard,
+    Reassembly,
     Rotate,
     Scale,
     Shift,
@@ -38,9 +39,9 @@ alone is a tensor of the first version of the format: float32, or int32 for chan
 
 _KEEP_WIDTH = (Scale, Shift, Permute, Rotate, Kronecker, RandomHadamard)
 _TYPES: dict[Place, dict[str, type[Any]]] = {
-    "pre": {cls.__name__: cls for cls in (*_KEEP_WIDTH, Split, Merge)},
+    "pre": {cls.__name__: cls for cls in (*_KEEP_WIDTH, Split, Merge, Reassembly)},
     "post": {cls.__name__: cls for cls in _KEEP_WIDTH},
-    "side": {cls.__name__: cls for cls in (Sparse, KeptColumns)},
+    "side": {cls.__name__: cls for cls in (Sparse, KeptColumns, LowRank)},
 }
 _DTYPES = {
     str(d).removeprefix("torch."): d

@@ -49,7 +49,7 @@ from lowbit.numerics.grids import (
     powers_of_two,
 )
 from lowbit.numerics.qtensor import QTensor, quantize, stored_bits
-from lowbit.numerics.side import KeptColumns, SideTerm, Sparse
+from lowbit.numerics.side import KeptColumns, LowRank, SideTerm, Sparse
 from lowbit.numerics.spec import Spec, fake_quantize, fit_params, fit_raw
 from lowbit.numerics.statistics import (
     AbsMax,
@@ -95,6 +95,7 @@ __all__ = [
     "Int",
     "KMeans",
     "KeptColumns",
+    "LowRank",
     "Lut",
     "MinMax",
     "Normal",

@@ -7,7 +7,7 @@ Terms are ADDITIVE: whoever keeps a weight w in one writes ``code = encode(0)`` 
 also on grids without an exact zero. The field's other convention, "replace where the sparse value is not zero", makes
 the result depend on the decoder.
 
-Values are stored in float16 and meant to be read so; ``of`` rounds to it. Shapes: O output channel, I input channel.
+Values are stored in float16 and meant to be read so; ``of`` rounds to it. Shapes: O output channel, I input channel, R rank.
 """
 
 from __future__ import annotations
@@ -96,6 +96,31 @@ class KeptColumns:
 
     def apply(self, x: Tensor, out_features: int) -> Tensor:
         return x[..., self.index.long()] @ self.value.to(x.dtype).T
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A correction ``b @ a``. a: float16 ``[R, I]``; b: float16 ``[O, R]``."""
+
+    a: Tensor
+    b: Tensor
+
+    @staticmethod
+    def of(a_RI: Tensor, b_OR: Tensor) -> LowRank:
+        """The factors rounded to float16.
+
+        Raises:
+            ValueError: a value beyond float16, or factors of different ranks.
+        """
+        if a_RI.shape[0] != b_OR.shape[1]:
+            raise ValueError(f"factors are [R, I] and [O, R], found {list(a_RI.shape)} and {list(b_OR.shape)}")
+        return LowRank(_half(a_RI).contiguous(), _half(b_OR).contiguous())
+
+    def dense(self, shape: tuple[int, int]) -> Tensor:
+        return self.b.float() @ self.a.float()
+
+    def apply(self, x: Tensor, out_features: int) -> Tensor:
+        return (x @ self.a.to(x.dtype).T) @ self.b.to(x.dtype).T
 
 
 def _half(value: Tensor) -> Tensor:

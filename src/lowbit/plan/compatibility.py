@@ -16,7 +16,7 @@ from lowbit.modules import ActSpec, buffer_layout
 from lowbit.modules.quant_linear import Config
 from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, from_dict
 from lowbit.plan.survey import Survey
-from lowbit.steps import Incoherence, Set
+from lowbit.steps import Incoherence, Learn, LowRankCorrection, SearchReassembly, Set
 
 
 def compatibility(found: Survey) -> dict[str, str]:
@@ -42,6 +42,13 @@ def _beside(found: Survey) -> str:
     parts = {
         "rotations of inputs and outputs": any(isinstance(step, Incoherence) for step in steps),
         "scales of inputs": any(isinstance(step, Set) and step.run_time for step in steps),
+        "copies and means of input channels": any(isinstance(step, SearchReassembly) and step.ratio for step in steps),
+        "low-rank corrections": any(
+            isinstance(maker, LowRankCorrection) and not maker.fold
+            for step in steps
+            if isinstance(step, Learn)
+            for maker in step.makers
+        ),
         "outliers in half precision": getattr(steps[-1].solver, "outliers", None) is not None,
     }
     held = [what for what, there in parts.items() if there]

@@ -25,7 +25,7 @@ class Plan:
         layers: every matrix of the model, quantized or not, with why not.
         bytes_in: of all tensors of the original checkpoint.
         bytes_out: of all tensors that will be written; file headers, a few KiB a block, come on top. Exact but for what
-            a solver decides: a column order that it may store is counted, and so are the biases that a shift adds to
+            a solver or a search decides: a column order or copied channels that may be stored are counted, and so are the biases that a shift adds to
             experts even if no calibration token reaches them.
         bits_per_weight: all stored bits of the quantized linears over their weights, counted the same.
         peak_ram_bytes: an estimate, see :mod:`lowbit.plan.peak`; ``peak_ram_parts`` are its terms by moment of the run.
@@ -117,6 +117,8 @@ def _warnings(found: Survey, layers: tuple[PlannedLayer, ...], samples: int, seq
     orders = sum(found.order_bytes(block, path) for block in found.blocks for path in block.formats)
     if orders:
         warnings.append(f"the solver stores a column order with each layer: up to {orders} bytes, counted in bytes_out")
+    if found.searched_channels:
+        warnings.append("a search decides how many channels are copied; bytes_out counts as many as it may choose")
     if found.recipe.needs_calibration and samples < 1:
         warnings.append(f"recipe {found.recipe.name!r} needs calibration text, but samples is {samples}")
     if not any(not layer.reason for layer in layers):

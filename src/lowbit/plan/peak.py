@@ -25,7 +25,7 @@ need:
 * statistics: what each request keeps of each shared input (asked of the request itself, on the meta device), and the
   largest of them once more for the batch that is being added;
 * a search keeps the inputs and outputs of the modules that it judges by, over its calibration windows, and works on
-  three copies of the weights behind one edge;
+  three copies of the weights behind one edge; one of channels to split and merge, on four matrices of an input's width;
 * learning keeps, for the backward pass, eight copies of the weights and of one batch's activations;
 * a solver that needs a matrix of each input (a Gram matrix) works on six float64 copies of one, and on four float32
   copies of the weight; every solver, on three.
@@ -46,12 +46,12 @@ from lowbit.architectures import ResolvedEdge
 from lowbit.modules import buffer_layout
 from lowbit.numerics import Samples, Statistic
 from lowbit.plan.survey import Survey, SurveyedBlock, edge_uses, edges_of, layout_bytes, outside_bytes
-from lowbit.steps import Learn, Search, Solve
+from lowbit.steps import Learn, Search, SearchReassembly, Solve
 
 PROCESS = 420 * 2**20
 """Bytes of a process that has imported everything and run a tiny model."""
 FLOAT = 4
-_LEARN_COPIES, _FACTOR_COPIES, _SOLVER_COPIES, _SEARCH_COPIES = 8, 6, 4, 3
+_LEARN_COPIES, _FACTOR_COPIES, _SOLVER_COPIES, _SEARCH_COPIES, _DISTANCE_COPIES = 8, 6, 4, 3, 4
 _CHECKED_TOKENS = Samples(256)  # of every input, on which the walk measures each layer's error
 
 
@@ -155,6 +155,11 @@ def _step_bytes(found: Survey, block: SurveyedBlock, step: Any, samples: int, se
     if isinstance(step, Search):
         heard = tokens if step.windows is None else min(step.windows, samples) * seq_len
         size += heard * _judged_width(found, block, step) * FLOAT + _SEARCH_COPIES * _edge_bytes(block, step)
+    if isinstance(step, SearchReassembly):
+        heard = (samples if step.windows is None else min(step.windows, samples)) * seq_len
+        read = [(block.shape(path)[1], _share(found, block, path)) for path in _first_readers(block)]
+        size += 2 * heard * sum(width * share for width, share in read) * FLOAT
+        size += _DISTANCE_COPIES * max((width for width, _ in read), default=0) ** 2 * FLOAT
     if isinstance(step, Learn):
         weights = sum(prod(block.shape(path)) for path in block.formats)
         size += _LEARN_COPIES * (weights * FLOAT + step.batch * window)
@@ -172,12 +177,15 @@ def statistics_bytes(block: SurveyedBlock, needs: Iterable[Statistic], tokens: i
     """What is kept of the block's shared inputs, and the largest item once more. Nothing without tokens."""
     if not tokens:
         return 0
-    inputs = [
-        shared for shared in block.resolved.shared_inputs if any(path in block.formats for path in shared.readers)
-    ]
-    widths = [block.shape(shared.readers[0])[1] for shared in inputs]
+    widths = [block.shape(path)[1] for path in _first_readers(block)]
     sizes = [_statistic_bytes(need, tokens, width) for need in needs for width in widths]
     return sum(sizes) + max(sizes, default=0)
+
+
+def _first_readers(block: SurveyedBlock) -> list[str]:
+    """The first linear to be quantized of each shared input that has one."""
+    inputs = ([path for path in shared.readers if path in block.formats] for shared in block.resolved.shared_inputs)
+    return [readers[0] for readers in inputs if readers]
 
 
 def _statistic_bytes(need: Statistic, tokens: int, width: int) -> int:

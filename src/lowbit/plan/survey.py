@@ -38,7 +38,7 @@ from lowbit.modules.quant_linear import Config
 from lowbit.numerics import to_dict
 from lowbit.recipe import Recipe
 from lowbit.recipes import as_recipe
-from lowbit.steps import Incoherence, LinearFormat
+from lowbit.steps import Incoherence, Learn, LinearFormat, LowRankCorrection, SearchReassembly
 from lowbit.steps.parametrizations import Maker
 
 
@@ -86,7 +86,8 @@ class Survey:
         return {f"{block.name}.{path}": role for block in self.blocks for path, role in block.resolved.linears.items()}
 
     def config(self, block: SurveyedBlock, path: str) -> Config:
-        """The description of the packed linear that will be stored, but for a column order that its solver may add."""
+        """The description of the packed linear that will be stored, but for a column order that its solver may add; with
+        as many channels copied as a search may choose."""
         form, linear = block.formats[path], block.module.get_submodule(path)
         dtype = torch.float32 if self.source.dtype == torch.float64 else self.source.dtype
         biased = getattr(linear, "bias", None) is not None or path in self.new_biases(block)
@@ -96,12 +97,29 @@ class Survey:
             "bias": str(dtype).removeprefix("torch.") if biased else None,
             "act": to_dict(form.act),
             "pre": [],
-        } | {
-            place: entries
-            for step in self.recipe.steps
-            if isinstance(step, Incoherence)
-            for place, entries in step.described(*block.shape(path)).items()
-        }
+        } | self._beside(block, path)
+
+    def _beside(self, block: SurveyedBlock, path: str) -> Config:
+        """What steps add to a description: transforms run by the layer, and the width they give it; side terms."""
+        (rows, columns), pre, gained = block.shape(path), [], {}
+        for step in self.recipe.steps:
+            if isinstance(step, SearchReassembly):
+                more, columns = step.described(block.resolved, path, columns)
+                pre += more
+            elif isinstance(step, Incoherence):
+                said = step.described(rows, columns)
+                pre += said["pre"]
+                gained["post"] = said["post"]
+            elif isinstance(step, Learn):
+                for maker in step.makers:
+                    if isinstance(maker, LowRankCorrection) and not maker.fold:
+                        gained["side"] = gained.get("side", []) + maker.described(rows, columns)
+        return gained | {"pre": pre, "shape": [rows, columns]}
+
+    @property
+    def searched_channels(self) -> bool:
+        """Whether a search decides how many channels layers copy, so that less may be stored than is described."""
+        return any(isinstance(step, SearchReassembly) and step.ratio for step in self.recipe.steps)
 
     def new_biases(self, block: SurveyedBlock) -> set[str]:
         """Paths of the linears that a shift gives a bias."""

@@ -3,12 +3,14 @@
 from typing import Protocol, runtime_checkable
 
 from lowbit.numerics import Statistic
+from lowbit.steps.correction import LowRankCorrection, NormsAndBiases
 from lowbit.steps.formats import ChooseGrid, FitActivation
 from lowbit.steps.incoherence import Incoherence
 from lowbit.steps.learn import Learn
 from lowbit.steps.objectives import BlockMSE
 from lowbit.steps.parametrizations import ClipShares, Rounding, Scales, Shifts
 from lowbit.steps.ranges import ActivationSteps, SearchActivationRange
+from lowbit.steps.reassembly import SearchReassembly
 from lowbit.steps.rules import Balance, Midpoint, Ones, OwnGain, Smooth
 from lowbit.steps.search import MeanAbsPower, Search, SearchClip, SmoothPowers, Thresholds
 from lowbit.steps.search_float import SearchFloat
@@ -56,10 +58,12 @@ __all__ = [
     "LayerRecord",
     "Learn",
     "LinearFormat",
+    "LowRankCorrection",
     "MeanAbsPower",
     "Midpoint",
     "ModelState",
     "ModelStep",
+    "NormsAndBiases",
     "Ones",
     "OwnGain",
     "Rounding",
@@ -68,6 +72,7 @@ __all__ = [
     "SearchActivationRange",
     "SearchClip",
     "SearchFloat",
+    "SearchReassembly",
     "Set",
     "SetActivationRange",
     "Shifts",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from lowbit.numerics import Statistic, tagged
@@ -35,6 +37,7 @@ class Learn:
         steps: gradient steps instead of ``epochs``, rounded up to whole passes.
         descent: ``"adamw"`` at constant rates, or ``"sign"``, steps along the gradient's sign at rates that fall linearly
             to zero (SignRound, arXiv:2309.05516).
+        decay: the rates of ``"adamw"`` fall linearly to zero too.
     """
 
     makers: tuple[Maker, ...]
@@ -44,6 +47,7 @@ class Learn:
     amp: bool = False
     steps: int | None = None
     descent: Literal["adamw", "sign"] = "adamw"
+    decay: bool = False
 
     def __post_init__(self):
         if self.descent not in ("adamw", "sign"):
@@ -68,7 +72,8 @@ class Learn:
             raise ValueError("learning needs calibration text; none was given")
         stats = state.collect(self.needs)
         maps = [maker.make(state, stats) for maker in self.makers]  # pyright: ignore[reportArgumentType]
-        chain = maps if any(quantizes(each) for each in maps) else [*maps, rounded(state)]
+        chain = sorted(maps, key=quantizes)  # what changes weights comes before what rounds them
+        chain = chain if any(quantizes(each) for each in maps) else [*chain, rounded(state)]
         groups = [
             {"params": list(each.parameters()), "lr": maker.lr} for each, maker in zip(maps, self.makers, strict=True)
         ]
@@ -77,7 +82,7 @@ class Learn:
             sign = self.descent == "sign"
             optimizer = _SignSGD(groups) if sign else torch.optim.AdamW(groups, weight_decay=0.0)
             total = max(1, self._epochs(len(state.io)) * -(-len(state.io) // self.batch))
-            rate = (lambda step: 1 - step / total) if sign else (lambda step: 1.0)
+            rate = (lambda step: 1 - step / total) if sign or self.decay else (lambda step: 1.0)
             self._descend(state, maps, chain, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate))
         for each in maps:
             each.commit(state)
@@ -90,7 +95,7 @@ class Learn:
         order = torch.Generator().manual_seed(state.seed)
         starts = list(range(0, len(state.io), self.batch))
         best, kept = float("inf"), _snapshot(maps)
-        with _ActivationQuantizers(state) as quantizers:
+        with _ActivationQuantizers(state, maps) as quantizers:
             epochs = self._epochs(len(state.io))
             for epoch in range(epochs + 1):
                 total = 0.0
@@ -167,19 +172,42 @@ def _restore(maps: list[Parametrization], kept: list[list[Tensor]]) -> None:
 
 
 class _ActivationQuantizers:
-    """While open, every linear quantizes its input as it will at run time, differentiably; ``active`` switches it."""
+    """While open, every linear quantizes its input as it will at run time, differentiably, and adds its side terms, those
+    of ``maps`` among them; ``active`` switches it."""
 
-    def __init__(self, state: BlockState):
-        self.state, self.params, self.active, self.stack = state, state.act_params, True, ExitStack()
+    def __init__(self, state: BlockState, maps: list[Parametrization]):
+        self.state, self.maps, self.active, self.stack = state, maps, True, ExitStack()
+        self.params = state.act_params
 
     def __enter__(self) -> _ActivationQuantizers:
         for path, form in self.state.formats.items():
+            linear, terms = self.state.linear(path), self._terms(path)
+            seen: list[Tensor] = []
+            if terms:
+                self.stack.callback(linear.register_forward_pre_hook(self._keeping(seen)).remove)
+                adding = self._adding(terms, seen)
+                self.stack.callback(linear.register_forward_hook(adding, prepend=True).remove)  # before ``post``
             if form.act is not None:
-                self.stack.callback(self.state.linear(path).register_forward_pre_hook(self._hook(path)).remove)
+                self.stack.callback(linear.register_forward_pre_hook(self._hook(path)).remove)
         return self
 
     def __exit__(self, *_) -> None:
         self.stack.close()
+
+    def _terms(self, path: str) -> list[Callable[[Tensor], Tensor]]:
+        rows = self.state.weight_OI(path).shape[0]
+        fixed = [partial(term.apply, out_features=rows) for term in self.state.side.get(path, ())]
+        return [*fixed, *(term for each in self.maps if (term := each.beside(path)) is not None)]
+
+    def _keeping(self, seen: list[Tensor]) -> Callable[[nn.Module, tuple], None]:
+        return lambda _, args: seen.append(args[0])
+
+    def _adding(self, terms: list[Callable[[Tensor], Tensor]], seen: list[Tensor]) -> Callable:
+        def add(_: nn.Module, args: tuple, y: Tensor) -> Tensor:
+            x = seen.pop()
+            return sum((term(x) for term in terms), y) if self.active else y
+
+        return add
 
     def _hook(self, path: str):
         act = self.state.formats[path].act

@@ -7,6 +7,7 @@ very same ``fold``. A recipe names them by their makers (frozen values: :class:`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -33,6 +34,10 @@ class Parametrization(nn.Module):
     def activations(self) -> dict[str, Affine]:
         """Parameters of static activations by linear, where this map has any to learn."""
         return {}
+
+    def beside(self, path: str) -> Callable[[Tensor], Tensor] | None:
+        """What linear ``path`` adds to its quantized product, of its input before that is quantized; None: nothing."""
+        return None
 
     def constrain(self) -> None:
         """Brings parameters back into their legal region after a gradient step."""

@@ -69,6 +69,7 @@ class Solve:
         bias = None if bias is None else bias.detach().to(state.store_dtype)
 
         post = (*solution.post, *state.post.get(path, ()))
+        side = (*solution.side, *state.side.get(path, ()))
 
         try:
             act_params = _behind(solution.pre, form.act, state.act_params.get(path))
@@ -76,7 +77,7 @@ class Solve:
             raise ValueError(f"{state.full_name(path)}: {error}") from error
 
         def pack(pre: tuple[ChannelTransform, ...]) -> QuantLinear:
-            return QuantLinear.from_qtensor(solution.q, bias, form.act, act_params, pre, post, solution.side)
+            return QuantLinear.from_qtensor(solution.q, bias, form.act, act_params, pre, post, side)
 
         error = _output_error(state, path, pack(solution.pre), stats)
         packed = pack((*state.pre.get(path, ()), *solution.pre))
@@ -89,7 +90,7 @@ class Solve:
                 name,
                 role,
                 packed.bits_per_weight,
-                w_OI.numel(),
+                packed.in_features * packed.out_features,
                 error,
                 _zeroed(w_OI, solution.q),
                 (*notes, *solution.notes),

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbit.architectures import Kind, Port, ResolvedBlock, ResolvedEdge, add_bias, fold, needs_bias
 from lowbit.modules import ActSpec
-from lowbit.numerics import Affine, Clipped, Fisher, Fixed, Spec, Statistic
+from lowbit.numerics import Affine, Clipped, Fisher, Fixed, SideTerm, Spec, Statistic
 from lowbit.transforms import ChannelTransform, Permute, Scale, Seeded
 
 Stats = Mapping[Statistic, Tensor]
@@ -87,8 +87,9 @@ class BlockState:
     ``store_dtype`` is the dtype in which unquantized parameters (norm gains) will be saved; a commit rounds to it, so
     that later steps see what the saved model will have. ``fisher``: Fisher information ``[O, I]`` of the linears' weights as
     they are now, by path; empty where no step of the recipe needs it. ``pre``, ``post``: what each linear does itself to its
-    input and its output at run time, in the order it is done; until a linear is packed, its hooks do it. ``originals``: what
-    packed linears replaced, kept where paired statistics are still to be gathered.
+    input and its output at run time, in the order it is done; until a linear is packed, its hooks do it. ``side``: terms that
+    packed linears will have beside their codes; what is not packed yet does without. ``originals``: what packed linears
+    replaced, kept where paired statistics are still to be gathered.
     """
 
     name: str
@@ -104,6 +105,7 @@ class BlockState:
     act_params: dict[str, Affine] = field(default_factory=dict)
     pre: dict[str, tuple[ChannelTransform, ...]] = field(default_factory=dict)
     post: dict[str, tuple[ChannelTransform, ...]] = field(default_factory=dict)
+    side: dict[str, tuple[SideTerm, ...]] = field(default_factory=dict)
     fisher: dict[str, Tensor] = field(default_factory=dict)
     originals: dict[str, nn.Module] = field(default_factory=dict)
     records: list[LayerRecord] = field(default_factory=list)
@@ -204,6 +206,22 @@ class BlockState:
             return _before_bias(of_output.inverse(), module, y)
 
         linear.register_forward_hook(undo, prepend=True)  # what was rotated last is undone first
+
+    def transform_inputs(self, paths: Iterable[str], transform: ChannelTransform) -> None:
+        """Each named linear applies ``transform`` to its input at run time; its weight reads the result. The width of the
+        weight may change.
+
+        Raises:
+            ValueError: a later step needs Fisher information, which does not follow.
+        """
+        for path in paths:
+            if path in self.fisher:
+                raise ValueError(f"{self.full_name(path)}: {_NO_FISHER.format(type(transform).__name__)}")
+            assert path not in self.side and path not in self.nudge, f"{path}: a decision is for its input as it was"
+            linear = self.linear(path)
+            w_OI, _ = transform.fold_in(self.weight_OI(path), None)
+            linear.weight = nn.Parameter(stored_as_OI(linear, w_OI).contiguous(), requires_grad=False)
+            self._run_on_input(path, transform)
 
     def output(self, path: str, y: Tensor) -> Tensor:
         """What linear ``path``, not packed yet, makes of what its product and bias gave: ``post`` comes between the two."""

@@ -20,7 +20,7 @@ from lowbit.transforms.rotate import Rotate
 from lowbit.transforms.scale import Scale
 from lowbit.transforms.seeded import Kronecker, Made, RandomHadamard, Seeded
 from lowbit.transforms.shift import Shift
-from lowbit.transforms.split_merge import Merge, Split
+from lowbit.transforms.split_merge import Merge, Reassembly, Split
 
 __all__ = [
     "ChannelTransform",
@@ -29,6 +29,7 @@ __all__ = [
     "Merge",
     "Permute",
     "RandomHadamard",
+    "Reassembly",
     "Rotate",
     "Scale",
     "Seeded",

@@ -1,0 +1,133 @@
+"""What is learned beside the weights to make good what rounding lost: low-rank corrections, norms and biases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.modules import stored
+from lowbit.numerics import LowRank, Statistic, tagged
+from lowbit.steps.parametrizations import Parametrization, Weights
+from lowbit.steps.state import BlockState, Stats, stored_as_OI
+
+
+class _LowRank(Parametrization):
+    """``B A / r`` for every linear, A uniform as a linear layer begins, B zero: it starts as no correction at all."""
+
+    def __init__(self, state: BlockState, rank: int, fold: bool):
+        super().__init__()
+        self.state, self.fold, self.paths = state, fold, list(state.formats)
+        generator = torch.Generator().manual_seed(state.seed)
+        self.a, self.b = nn.ParameterList(), nn.ParameterList()
+        for path in self.paths:
+            rows, columns = state.weight_OI(path).shape
+            r = min(rank, rows, columns)
+            uniform = torch.rand(r, columns, generator=generator) * 2 - 1
+            self.a.append(nn.Parameter(uniform * columns**-0.5))
+            self.b.append(nn.Parameter(torch.zeros(rows, r)))
+
+    def factors(self, path: str) -> tuple[Tensor, Tensor]:
+        """``a`` ``[R, I]`` and ``b`` ``[O, R]``, whose product is the correction."""
+        i = self.paths.index(path)
+        return self.a[i], self.b[i] / self.b[i].shape[1]
+
+    def beside(self, path: str) -> Callable[[Tensor], Tensor] | None:
+        if self.fold:
+            return None
+
+        def correction(x: Tensor) -> Tensor:
+            a_RI, b_OR = self.factors(path)
+            return (x @ a_RI.T) @ b_OR.T
+
+        return correction
+
+    def forward(self, weights: Weights) -> Weights:
+        return {**weights, **{f"{path}.weight": self._moved(path, weights) for path in self.paths if self.fold}}
+
+    def _moved(self, path: str, weights: Weights) -> Tensor:
+        a_RI, b_OR = self.factors(path)
+        return weights[f"{path}.weight"] + stored_as_OI(self.state.linear(path), b_OR @ a_RI)
+
+    @torch.no_grad()
+    def commit(self, state: BlockState) -> None:
+        for path in self.paths:
+            a_RI, b_OR = self.factors(path)
+            if self.fold:
+                linear = state.linear(path)
+                linear.get_parameter("weight").add_(stored_as_OI(linear, b_OR @ a_RI))
+            else:
+                state.side[path] = (*state.side.get(path, ()), LowRank.of(a_RI, b_OR))
+        where = "added to the weights before these were rounded" if self.fold else "kept beside the codes, in float16"
+        state.note(f"low-rank corrections are {where}")
+
+
+@tagged
+@dataclass(frozen=True)
+class LowRankCorrection:
+    """A correction ``B A`` of ``rank`` for every linear (QLLM, arXiv:2310.08041, section 4.3).
+
+    Kept: it stays beside the codes in float16, costs ``16 rank (in + out)`` bits, and multiplies the input before that is
+    quantized. ``fold``: it is added to the weight, which is then rounded; learned so too, straight through the rounding. (The
+    authors learn it beside the rounded weight and fold it afterwards, where what is under half a step of the grid is lost.)
+    """
+
+    rank: int = 4
+    lr: float = 5e-4
+    fold: bool = False
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"a correction has a rank of 1 or more, found {self.rank}")
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset()
+
+    def described(self, rows: int, columns: int) -> list[dict]:
+        """What the description of a packed linear of that shape gains as its side terms."""
+        rank = min(self.rank, rows, columns)
+        half = torch.zeros((), dtype=torch.float16)
+        return (
+            [] if self.fold else stored.describe("side", [LowRank(half.expand(rank, columns), half.expand(rows, rank))])
+        )
+
+    def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
+        return _LowRank(state, self.rank, self.fold)
+
+
+class _Vectors(Parametrization):
+    """A change of every vector among the block's parameters."""
+
+    def __init__(self, state: BlockState):
+        super().__init__()
+        vectors = {name: p for name, p in state.block.named_parameters() if p.dim() == 1}
+        self.names = list(vectors)
+        self.changes = nn.ParameterList(nn.Parameter(torch.zeros_like(p)) for p in vectors.values())
+
+    def forward(self, weights: Weights) -> Weights:
+        moved = zip(self.names, self.changes, strict=True)
+        return {**weights, **{name: weights[name] + change for name, change in moved}}
+
+    @torch.no_grad()
+    def commit(self, state: BlockState) -> None:
+        for name, change in zip(self.names, self.changes, strict=True):
+            parameter = state.block.get_parameter(name)
+            parameter.copy_((parameter + change).to(state.store_dtype))
+
+
+@tagged
+@dataclass(frozen=True)
+class NormsAndBiases:
+    """The gains of norms and all biases of the block, which are stored as they are anyway: learning them costs no bits."""
+
+    lr: float = 5e-4
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset()
+
+    def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
+        return _Vectors(state)

@@ -1,0 +1,316 @@
+"""Reassembly: channels with outliers are split into several, and others make room for the copies.
+
+A linear gives the same output for T equal channels x / T as for one channel x, so an outlier can be divided until it no
+longer sets the range of every token (QLLM, arXiv:2310.08041). The copies need places: pairs of like channels are averaged,
+or channels that matter least are dropped, or the layer grows. No neighbour can absorb any of that; the linears that
+read the input do it themselves, at run time.
+
+Distances come from Gram matrices of inputs and weights, over all calibration tokens: no token is kept for them.
+Shapes: I channel, C a channel that could leave or be merged with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.architectures import Kind, ResolvedBlock, ResolvedInput
+from lowbit.modules import stored
+from lowbit.numerics import AbsMax, Gram, Statistic, tagged
+from lowbit.steps.simulate import simulated
+from lowbit.steps.state import BlockState, Stats
+from lowbit.transforms import ChannelTransform, Reassembly, Split
+
+Assembly = Literal["merge", "prune", "none"]
+NEGLIGIBLE = 1e-12
+"""Of the median energy that a channel adds to the output: what adds less is nothing."""
+
+
+def thresholds(largest_I: Tensor, copies: int) -> Tensor:
+    """For e = 0 .. ``copies`` the smallest threshold that adds at most e channels, ``[copies + 1]`` float64, falling.
+
+    A threshold just below M / k splits a channel with the largest magnitude M into k + 1, so the e-th is the (e + 1)-th
+    largest of all M / k.
+    """
+    top = largest_I.double().sort(descending=True).values[: copies + 1]
+    parts = top[:, None] / torch.arange(1, copies + 2, device=top.device)
+    return parts.flatten().sort(descending=True).values[: copies + 1]
+
+
+def disassembly(largest_I: Tensor, threshold: float) -> Tensor:
+    """``T = max(1, ceil(M / threshold))``, int64 ``[I]``: into how many channels each is split."""
+    if not threshold > 0:
+        return torch.ones_like(largest_I, dtype=torch.int64)
+    parts = largest_I.double() / threshold
+    return (parts - 1e-9).ceil().clamp(min=1).long()  # a threshold M / k has to give k, whatever the division rounds to
+
+
+def merge_distances(gram_II: Tensor, weight_gram_II: Tensor) -> Tensor:
+    """``D_ij = |x_i - x_j|^2 |w_i - w_j|^2 / 4``, ``[I, I]``: the squared error of the output if i and j are averaged.
+
+    The error is ``x_i (w_i - w_j) / 2 + x_j (w_j - w_i) / 2 = (x_i - x_j)(w_i - w_j) / 2``, of rank one, so that its
+    energy over all tokens and rows is a product. The authors' code ranks by ``|x_i - x_j| (sum w_i + sum w_j)`` instead, in
+    which columns of opposite signs cancel.
+
+    Args:
+        gram_II: ``sum_t x_t x_t^T``. weight_gram_II: ``W^T W``, of all consumers together.
+    """
+    return _squared_distances(gram_II).mul_(_squared_distances(weight_gram_II)).mul_(0.25)
+
+
+def _squared_distances(gram_II: Tensor) -> Tensor:
+    energy = gram_II.diagonal()
+    return (energy[:, None] + energy - 2 * gram_II).clamp_(min=0)
+
+
+def assembled(counts_I: Tensor, distance_II: Tensor, energy_I: Tensor, merge: bool) -> Reassembly | None:
+    """The reassembly that makes room for ``counts_I``; None where fewer channels can leave than copies come.
+
+    Merging is bipartite: of the channels that are not split every second one may leave, each is averaged with the one of
+    the others that is nearest, and those with the smallest distances go. Several may go to one. Channels that add
+    nothing to the output are dropped before any is merged: a mean with one would halve its partner. Without ``merge``,
+    those that add least are dropped.
+
+    Args:
+        distance_II: see :func:`merge_distances`. energy_I: ``|x_i|^2 |w_i|^2``, the squared error if i is dropped.
+    """
+    size, copies = len(counts_I), int(counts_I.sum()) - len(counts_I)
+    whole_C = (counts_I == 1).nonzero()[:, 0]
+    whole_C = whole_C[energy_I[whole_C].argsort(stable=True)]
+    dead = int((energy_I[whole_C] <= NEGLIGIBLE * energy_I.median()).sum()) if merge else len(whole_C)
+    dropped = whole_C[: min(copies, dead)]
+    slot, into = _merged(whole_C[dead:].sort().values, distance_II, copies - len(dropped))
+    slot, into = torch.cat([dropped, slot]), torch.cat([dropped, into])
+    if len(slot) < copies:
+        return None
+    copied = torch.arange(size, device=slot.device).repeat_interleave(counts_I - 1)
+    return Reassembly(size, *(_narrow(each, size) for each in (slot, into, copied)))
+
+
+def _merged(whole_C: Tensor, distance_II: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+    """The channels that leave, at most ``wanted``, and the one that each is averaged with."""
+    leaving, staying = whole_C[0::2], whole_C[1::2]
+    if not wanted or not len(staying):
+        return whole_C[:0], whole_C[:0]
+    nearest, partner = distance_II[leaving][:, staying].min(1)
+    first = nearest.argsort(stable=True)[:wanted]
+    return leaving[first], staying[partner[first]]
+
+
+def _narrow(numbers: Tensor, size: int) -> Tensor:
+    return numbers.to(torch.int16 if size <= 2**15 else torch.int32)
+
+
+@tagged
+@dataclass(frozen=True)
+class SearchReassembly:
+    """Splits the outlier channels of every input and lets others make room, at the threshold that hurts least.
+
+    A channel whose largest calibrated magnitude is M becomes ``ceil(M / threshold)`` channels. Thresholds are tried from
+    the largest M (nothing changes) down to that which adds ``ratio`` of the channels; judged is what the linears make
+    together, with their weights and inputs quantized as they will be: the input of the linear behind them in the same
+    module (attention before its output projection, the hidden layer of an MLP), else their own output. Every input is
+    searched on the unchanged block, and the winners are applied at the end.
+
+    Args:
+        ratio: share of the channels that may be added, 0 to 1/2.
+        assembly: ``"merge"`` averages pairs of like channels, ``"prune"`` drops channels, ``"none"`` lets layers grow.
+        steps: how many thresholds are tried beside the largest, at even steps of the channels that they add.
+        windows: calibration windows that the thresholds are judged by (None: all); magnitudes and distances come from all.
+        skip: patterns of the shared inputs to leave alone.
+    """
+
+    ratio: float = 0.2
+    assembly: Assembly = "merge"
+    steps: int = 20
+    windows: int | None = 4
+    skip: tuple[str, ...] = ("attention_out",)
+    kind: ClassVar[Kind] = Kind.SPLIT
+
+    def __post_init__(self):
+        if not 0 <= self.ratio <= 0.5:
+            raise ValueError(f"the share of channels that may be added is 0 to 0.5, found {self.ratio}")
+        if self.assembly not in ("merge", "prune", "none"):
+            raise ValueError(f"channels make room by 'merge', 'prune' or 'none', found {self.assembly!r}")
+        if self.steps < 1 or (self.windows is not None and self.windows < 1):
+            raise ValueError(f"a search takes at least one step and one window, found {self}")
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset({AbsMax()} if self.assembly == "none" else {AbsMax(), Gram()})
+
+    def ticks(self, windows: int, linears: int) -> int:
+        return windows + 3 * (1 + self.steps)
+
+    def described(self, resolved: ResolvedBlock, path: str, columns: int) -> tuple[list[dict[str, Any]], int]:
+        """What the description of a packed linear gains in front of it by this step, at most, and how wide it becomes."""
+        shared = next(each for each in resolved.shared_inputs if path in each.readers)
+        copies = int(self.ratio * columns)
+        if not copies or self._skips(shared):
+            return [], columns
+        numbers = _narrow(torch.zeros(copies), columns)
+        if self.assembly == "none":
+            return stored.describe("pre", [Split(_narrow(torch.ones(columns), columns))]), columns + copies
+        return stored.describe("pre", [Reassembly(columns, numbers, numbers, numbers)]), columns
+
+    def _skips(self, shared: ResolvedInput) -> bool:
+        return any(fnmatch(shared.name, pattern) for pattern in self.skip)
+
+    @torch.no_grad()
+    def run(self, state: BlockState) -> None:
+        every = (_site(state, shared) for shared in state.resolved.shared_inputs if not self._skips(shared))
+        sites = [site for site in every if site.readers and self.ratio]
+        stats = state.collect(self.needs, {site.shared.name for site in sites})
+        heard = _listen(state, sites, self.windows)
+        winners = []
+        for site in sites:
+            found, calls = stats.get(site.shared.name, {}), heard[site.shared.name]
+            if not found or not calls:
+                state.note(f"{site.shared.name} saw no token: its channels stay as they are")
+                continue
+            best, least = None, _loss(state, site, None, calls)
+            for transform in self._candidates(state, site, found):
+                loss = _loss(state, site, transform, calls)
+                if loss < least or not least >= 0:
+                    best, least = transform, loss
+            if best is not None:
+                winners.append((site, best))
+        for site, transform in winners:
+            state.transform_inputs(site.readers, transform)
+
+    def _candidates(self, state: BlockState, site: _Site, stats: Stats) -> Iterator[ChannelTransform]:
+        largest = stats[AbsMax()]
+        limit = int(self.ratio * len(largest))
+        if not limit:
+            return
+        distance = energy = None
+        if Gram() in self.needs:
+            gram, weight_gram = stats[Gram()].float(), _weight_gram(state, site.readers)
+            energy = gram.diagonal() * weight_gram.diagonal()
+            distance = merge_distances(gram, weight_gram)
+        levels, tried = thresholds(largest, limit).tolist(), set()
+        for step in range(1, self.steps + 1):
+            counts = disassembly(largest, levels[round(step * limit / self.steps)])
+            copies = int(counts.sum()) - len(counts)
+            if not 0 < copies <= limit or copies in tried:
+                continue
+            tried.add(copies)
+            if distance is None or energy is None:
+                yield Split(_narrow(counts, len(counts)))
+            elif (transform := assembled(counts, distance, energy, self.assembly == "merge")) is not None:
+                yield transform
+
+
+@dataclass(frozen=True)
+class _Site:
+    """An input, the linears to be quantized that read it, and what judges them: modules to run, and what of them to look at.
+
+    ``behind``: the linear whose input is looked at; None: the output of the module that runs.
+    """
+
+    shared: ResolvedInput
+    readers: tuple[str, ...]
+    runs: tuple[str, ...]
+    behind: str | None
+
+
+def _site(state: BlockState, shared: ResolvedInput) -> _Site:
+    readers = tuple(path for path in shared.readers if path in state.formats)
+    for edge in state.resolved.edges:
+        if {port.module for port in edge.consumers} == set(shared.readers):
+            later = [path for path in state.resolved.linears if path.startswith(f"{edge.judge}.")]
+            later = [path for path in later if path not in shared.readers]
+            return _Site(shared, readers, (edge.judge,), later[0] if len(later) == 1 else None)
+    return _Site(shared, readers, readers, None)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a module during calibration, and what was seen of it."""
+
+    module: str
+    args: tuple
+    kwargs: dict[str, Any]
+    answer: Tensor
+
+
+def _listen(state: BlockState, sites: list[_Site], windows: int | None) -> dict[str, list[_Call]]:
+    """Runs the block over calibration windows and keeps the calls that judge each site, by the name of its input."""
+    assert state.io is not None
+    heard: dict[str, list[_Call]] = {site.shared.name: [] for site in sites}
+    with ExitStack() as stack:
+        for site in sites:
+            for path in site.runs:
+                stack.enter_context(_keeping(state, site, path, heard[site.shared.name]))
+        for i in range(len(state.io) if windows is None else min(windows, len(state.io))):
+            state.io.call(state.block, state.io.window(i))
+    return heard
+
+
+@contextmanager
+def _keeping(state: BlockState, site: _Site, path: str, calls: list[_Call]) -> Iterator[None]:
+    """While open, calls of module ``path`` are kept; those without a token are not."""
+    asked: list[tuple[tuple, dict]] = []
+    module = state.block.get_submodule(path)
+
+    def on_call(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        asked.append((args, kwargs))
+
+    def on_answer(*_: Any) -> None:
+        (args, kwargs), answer = asked.pop(), seen.pop()
+        if answer.numel():
+            calls.append(_Call(path, args, kwargs, answer))
+
+    with _watched(state, site, path) as seen:
+        # Arguments from before the module's own transforms, which a repeated call does again.
+        before = module.register_forward_pre_hook(on_call, with_kwargs=True, prepend=True)
+        after = module.register_forward_hook(on_answer)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+
+@contextmanager
+def _watched(state: BlockState, site: _Site, path: str) -> Iterator[list[Tensor]]:
+    """While open, what the site is judged by is appended to a list at each call of module ``path``."""
+    seen: list[Tensor] = []
+
+    def on_output(_: nn.Module, args: tuple, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    def on_input(_: nn.Module, args: tuple) -> None:
+        seen.append(args[0])
+
+    if site.behind is None:
+        hook = state.block.get_submodule(path).register_forward_hook(on_output)
+    else:
+        hook = state.linear(site.behind).register_forward_pre_hook(on_input, prepend=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def _loss(state: BlockState, site: _Site, transform: ChannelTransform | None, calls: list[_Call]) -> float:
+    forwards = {path: simulated(state, path, transform) for path in site.readers}
+    total = 0.0
+    with state.replaced(forwards):
+        for call in calls:
+            with _watched(state, site, call.module) as seen:
+                state.block.get_submodule(call.module)(*call.args, **call.kwargs)
+            total += (seen.pop() - call.answer).square().sum().item()
+    state.tick("searching")
+    return total
+
+
+def _weight_gram(state: BlockState, readers: tuple[str, ...]) -> Tensor:
+    w_OI = torch.cat([state.weight_OI(path).float() for path in readers])
+    return w_OI.T @ w_OI
