@@ -23,6 +23,7 @@ def fp8(
 
     group_size: None, a scale for each output channel. activations: each linear's input: "none", not quantized; "token" and
     "tensor", a scale found at run time for each token or for a whole call; "static", one scale, calibrated.
+    weight_format, activation_format: which of the two.
     """
     act = None
     if activations != "none":
