@@ -123,7 +123,7 @@ def _linear_int8(x_TI: Tensor, y_TO: Tensor, layer: PackedLinear) -> None:
 
 
 def quantize(x_TI: Tensor, act: Spec, given: Affine | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``x_TI`` by ``act``, an :class:`Int` with a range for each token or one for all, in one pass over memory.
+    """``x_TI`` by ``act``, an :class:`Int` with a range for each token or one for all, without a copy in float32.
 
     Returns:
         codes int8 ``[T, I]``, less the middle of the grid; their scales float32 ``[T]``, NaN for tokens that must be; zero
