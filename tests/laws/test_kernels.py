@@ -97,8 +97,9 @@ def test_the_integer_product_does_not_overflow_at_its_widest():
 )
 def test_every_layer_the_integer_product_cannot_run_has_a_reason_and_runs_by_the_reference(spec, act, reason):
     packed = layer(spec, act=act)
-    *compiled, first, last = kernels.explain(packed, 4)
+    *compiled, on_gpu, first, last = kernels.explain(packed, 4)
     assert all("not packed for it" in found.why_not for found in compiled)
+    assert on_gpu.kernel == "triton" and "the layer is on cpu" in on_gpu.why_not
     assert first.kernel == "int8_torch" and first.why_not and reason in first.why_not
     assert last.kernel == "reference" and last.why_not is None
     assert kernels.choose(packed, 4).name == "reference"

@@ -91,7 +91,7 @@ def sqnr_db(x: torch.Tensor, y: torch.Tensor) -> float:
 
 def test_this_cpu_has_compiled_kernels_and_the_portable_one_is_the_last():
     assert SETS[-1] == "portable"
-    assert kernels.names() == [*SETS, "int8_torch", "reference"]
+    assert kernels.names() == [*SETS, "triton", "int8_torch", "reference"]
 
 
 @pytest.mark.parametrize("spec", [*UNIFORM, *OTHERS], ids=str)

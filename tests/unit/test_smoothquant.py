@@ -119,7 +119,9 @@ def test_a_searched_alpha_is_the_best_of_the_grid_at_each_edge_by_the_output_of_
     with torch.no_grad():
         for edge in edges:
             tried = candidates(s, edge, stats)
-            losses[edge.name] = [search._loss(s, edge, transform, stats, {edge.judge: heard[edge.judge]}) for transform in tried]
+            losses[edge.name] = [
+                search._loss(s, edge, transform, stats, {edge.judge: heard[edge.judge]}) for transform in tried
+            ]
             best[edge.name] = tried[losses[edge.name].index(min(losses[edge.name]))]
     assert len({losses[name].index(min(losses[name])) for name in losses}) > 1  # no one alpha is best everywhere
     committed = {}

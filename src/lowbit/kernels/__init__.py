@@ -1,6 +1,9 @@
 """Code that multiplies by packed weights. Kernels see tensors and specs, never modules; importing touches no device."""
 
 from lowbit.kernels import int8_torch as _int8_torch  # noqa: F401  (registers itself)
+from lowbit.kernels import triton as _triton  # noqa: F401  (registers itself)
+
+# isort: split
 from lowbit.kernels import native, product  # the latter registers itself, after what it is to be asked before
 from lowbit.kernels.activation import (
     fake_quantize_activation,
