@@ -187,11 +187,18 @@ class Recipe(_Frozen):
         solver = self.steps[-1].solver
         clipped = any(isinstance(step, SearchClip) or _learns_clip(step) for step in self.steps)
         places_floats = any(isinstance(step, SearchFloat) for step in self.steps)
+        rounds = any(
+            isinstance(maker, Rounding) for step in self.steps if isinstance(step, Learn) for maker in step.makers
+        )
         for rule in self.scheme.rules:
             try:
                 if rule.weight is not None:
                     if clipped and not isinstance(rule.weight.grid, RangeGrid):
                         raise ValueError(f"a clipping is chosen, and {rule.weight.grid} is not placed by a range")
+                    if rounds and rule.weight.stats is not None:
+                        raise ValueError(
+                            "learned rounding needs scales that are stored as they are, not quantized again"
+                        )
                     solver.check(rule.weight, clipped or (places_floats and isinstance(rule.weight.grid, Float)))
             except ValueError as error:
                 raise ValueError(f"{self.name}: {error}") from error
@@ -224,6 +231,12 @@ class Recipe(_Frozen):
         if not chosen:
             raise ValueError(
                 f"{self.name}: static activations need the step {' or '.join(c.__name__ for c in choosers)}"
+            )
+        grains = {str(act.spec.granularity) for act in static if not isinstance(act.spec.granularity, PerTensor)}
+        if grains and any(isinstance(step, SearchActivationRange) for step in self.steps):
+            raise ValueError(
+                f"{self.name}: SearchActivationRange clips tokens where one range serves the whole input, not {', '.join(grains)}; "
+                "use PerTensor() or SetActivationRange"
             )
         late = [type(s).__name__ for s in self.steps[chosen[-1] + 1 :] if _kinds(s) or isinstance(s, Incoherence)]
         if late:
