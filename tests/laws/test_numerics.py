@@ -29,6 +29,7 @@ from lowbit.numerics import (
     PerTensor,
     PerToken,
     Range,
+    RowBands,
     Samples,
     Spec,
     Table,
@@ -48,7 +49,8 @@ INTS = [
 ]
 TABLES = [NF4, Table((-1.0, 1.0)), Table((-1.0, 0.0, 0.1, 1.0)), Table((0.0, 1.0, 2.0, 4.0))]
 NORMALS = [Normal(bits) for bits in (1, 2, 3, 4, 8)]
-GRIDS = [*INTS, E2M1, Float(3, 2), E4M3, E5M2, Float(1, 2), *NORMALS, *TABLES]
+FULL = [Int(b, symmetric=True, full=True) for b in (2, 4, 8)]
+GRIDS = [*INTS, *FULL, E2M1, Float(3, 2), E4M3, E5M2, Float(1, 2), *NORMALS, *TABLES]
 GRANULARITIES = [
     PerTensor(),
     PerToken(),
@@ -61,6 +63,9 @@ GRANULARITIES = [
     Block(5, 7),
     Block(100, 3),
     PerCluster((10, 1, 29)),
+    RowBands(1),
+    RowBands(4),
+    RowBands(100),
 ]
 
 
@@ -279,7 +284,8 @@ def test_granules_are_laid_out_row_major():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: PerGroup(0), lambda: Block(0, 3), lambda: PerCluster(()), lambda: PerCluster((3, 0))]
+    "make",
+    [lambda: PerGroup(0), lambda: Block(0, 3), lambda: PerCluster(()), lambda: PerCluster((3, 0)), lambda: RowBands(0)],
 )
 def test_impossible_granularities_are_refused(make):
     with pytest.raises(ValueError, match="found"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.numerics import Affine, MinMax, Spec
+from lowbit.numerics import Affine, MinMax, PerCluster, Spec
 
 
 def quantize_activation(x: Tensor, spec: Spec, params: Affine | None = None) -> tuple[Tensor, Affine]:
@@ -28,23 +28,39 @@ def quantize_activation(x: Tensor, spec: Spec, params: Affine | None = None) -> 
         under static ones NaN cannot be seen in the codes, so kernels that use codes alone have to look for it.
     """
     x = _wide(x)
+    if params is not None and isinstance(spec.granularity, PerCluster):
+        return spec.grid.encode(x, _of_channels(spec.granularity, params, x.dtype)), _as(params, x.dtype)
     x_GK = spec.granularity.split(x)
     if params is None:
         params = MinMax()(x_GK, spec.grid)  # pyright: ignore[reportArgumentType]
         finite = torch.isfinite(x_GK).all(1, keepdim=True)
         params = params._replace(scale=torch.where(finite, params.scale, torch.full_like(params.scale, torch.nan)))
     else:
-        params = Affine(params.scale.to(x.dtype), None if params.zero is None else params.zero.to(x.dtype))
+        params = _as(params, x.dtype)
     codes_GK = spec.grid.encode(x_GK, params)
     return spec.granularity.join(codes_GK, tuple(x.shape)), params
 
 
 def fake_quantize_activation(x: Tensor, spec: Spec, params: Affine | None = None) -> Tensor:
     """``x`` after quantization and back: decode(encode(x)), in float32 (float64 stays float64)."""
+    given = params is not None
     codes, params = quantize_activation(x, spec, params)
-    values_GK = spec.grid.decode(spec.granularity.split(codes), params)
-    values = spec.granularity.join(values_GK, tuple(x.shape))
+    if given and isinstance(spec.granularity, PerCluster):
+        values = spec.grid.decode(codes, _of_channels(spec.granularity, params, params.scale.dtype))
+    else:
+        values_GK = spec.grid.decode(spec.granularity.split(codes), params)
+        values = spec.granularity.join(values_GK, tuple(x.shape))
     return torch.where(x.isnan(), torch.full_like(values, torch.nan), values)
+
+
+def _as(params: Affine, dtype: torch.dtype) -> Affine:
+    return Affine(params.scale.to(dtype), None if params.zero is None else params.zero.to(dtype))
+
+
+def _of_channels(clusters: PerCluster, params: Affine, dtype: torch.dtype) -> Affine:
+    """Parameters at every channel, ``[I]``: grids act on each element alone, so the codes are those of the clusters."""
+    zero = None if params.zero is None else clusters.spread(params.zero)
+    return _as(Affine(clusters.spread(params.scale), zero), dtype)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ from lowbit.methods import (
     omniquant,
     owq,
     quip,
+    rptq,
     rtn,
     smoothquant,
     spqr,
     squeezellm,
+    zeroquant,
 )
 
 __all__ = [
@@ -26,8 +28,10 @@ __all__ = [
     "omniquant",
     "owq",
     "quip",
+    "rptq",
     "rtn",
     "smoothquant",
     "spqr",
     "squeezellm",
+    "zeroquant",
 ]

@@ -14,7 +14,17 @@ from lowbit.numerics.fit import (
     TruncationSearch,
     extremes,
 )
-from lowbit.numerics.granularity import Block, Flat, Granularity, PerChannel, PerCluster, PerGroup, PerTensor, PerToken
+from lowbit.numerics.granularity import (
+    Block,
+    Flat,
+    Granularity,
+    PerChannel,
+    PerCluster,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    RowBands,
+)
 from lowbit.numerics.grids import (
     DYNAMIC_MAP,
     NF4,
@@ -35,7 +45,18 @@ from lowbit.numerics.grids import (
 from lowbit.numerics.qtensor import QTensor, quantize, stored_bits
 from lowbit.numerics.side import KeptColumns, SideTerm, Sparse
 from lowbit.numerics.spec import Spec, fake_quantize, fit_params, fit_raw
-from lowbit.numerics.statistics import AbsMax, AbsSum, CrossGram, Fisher, Gram, Range, Samples, Statistic, mean_abs
+from lowbit.numerics.statistics import (
+    AbsMax,
+    AbsSum,
+    CrossGram,
+    Fisher,
+    Gram,
+    MovingRange,
+    Range,
+    Samples,
+    Statistic,
+    mean_abs,
+)
 from lowbit.numerics.tagged import from_dict, nearest, tagged, to_dict
 
 __all__ = [
@@ -67,6 +88,7 @@ __all__ = [
     "KeptColumns",
     "Lut",
     "MinMax",
+    "MovingRange",
     "Normal",
     "Params",
     "PerChannel",
@@ -79,6 +101,7 @@ __all__ = [
     "Range",
     "RangeGrid",
     "RmsRange",
+    "RowBands",
     "Samples",
     "SideTerm",
     "Sparse",

@@ -3,10 +3,11 @@
 from typing import Protocol, runtime_checkable
 
 from lowbit.numerics import Statistic
+from lowbit.steps.cluster import Cluster
 from lowbit.steps.incoherence import Incoherence
 from lowbit.steps.learn import Learn
 from lowbit.steps.objectives import BlockMSE
-from lowbit.steps.parametrizations import ClipShares, Rounding, Scales, Shifts
+from lowbit.steps.parametrizations import AllWeights, ClipShares, Rounding, Scales, Shifts
 from lowbit.steps.rules import Balance, Midpoint, Ones, Smooth
 from lowbit.steps.search import MeanAbsPower, Search, SearchClip
 from lowbit.steps.set import Set, SetActivationRange
@@ -41,11 +42,13 @@ class ModelStep(Protocol):
 
 
 __all__ = [
+    "AllWeights",
     "Balance",
     "BlockIO",
     "BlockMSE",
     "BlockState",
     "ClipShares",
+    "Cluster",
     "Incoherence",
     "LayerRecord",
     "Learn",

@@ -23,6 +23,7 @@ from lowbit.numerics import (
     KMeans,
     MinMax,
     Params,
+    PerCluster,
     RangeGrid,
     Spec,
     fake_quantize,
@@ -52,6 +53,9 @@ def fake_activation(x: Tensor, act: ActSpec | None, params: Params | None) -> Te
         return x
     if act.static and params is not None:
         grain = act.spec.granularity
+        if isinstance(grain, PerCluster):
+            at_channels = params._make(None if p is None else grain.spread(p) for p in params)  # pyright: ignore[reportArgumentType]
+            return act.spec.grid.fake(x, at_channels)  # pyright: ignore[reportAttributeAccessIssue]
         return grain.join(act.spec.grid.fake(grain.split(x), params), tuple(x.shape))  # pyright: ignore[reportAttributeAccessIssue]
     return fake_quantize(x, act.spec, MinMax())
 
