@@ -131,7 +131,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("SmoothQuant", ""): _NOMINAL,
     ("ZeroQuant(DS)", r"W4 Asym per-channel"): (
         "asymmetric grids here reach both ends of the range, with a step of (max - min) / 15; the authors' step is a sixteenth of it "
-        "and the top is clipped, which at 4 bits and in long rows loses up to a tenth less. With zero points no wider than "
+        "and the top is clipped, which at 4 bits and in long rows loses up to an eighth less (their dialect on these weights gives their error of weights to four digits). With zero points no wider than "
         "codes, ours stores fewer bits. The method's own default, symmetric, has their step here too"
     ),
     ("RPTQ", r"A8 static 32 clusters minmax .*\.2\.mlp"): (

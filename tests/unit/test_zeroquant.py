@@ -8,8 +8,10 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import lowbit
+from lowbit.architectures import ROLE_GROUPS, for_config
 from lowbit.modules import QuantLinear
 from lowbit.numerics import Int, MinMax, PerChannel, RowBands, Spec, quantize
 from lowbit.recipe import activation
@@ -18,6 +20,7 @@ from lowbit.solve import Nearest
 from lowbit.steps import AllWeights, BlockIO, BlockState, Learn, LinearFormat, Solve
 
 from helpers import random_ids, sqnr_db, tiny_llama
+from laws.test_architectures import CASES
 
 BANDS = Spec(Int(4, symmetric=True, full=True), RowBands(8))
 
@@ -203,3 +206,14 @@ def test_a_run_that_was_stopped_continues_to_the_same_bytes(method, tmp_path):
     for name in files:
         whole, continued = ((tmp_path / run / name).read_bytes() for run in ("whole", "stopped"))
         assert hashlib.sha256(whole).digest() == hashlib.sha256(continued).digest(), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_role_of_a_table_is_of_attention_or_of_the_mlp_and_behind_a_norm_where_its_edge_says_so(case):
+    model_type, options = CASES[case]
+    table = for_config(AutoConfig.for_model(model_type, **options))
+    roles = {linear.role for linear in table.linears}
+    assert {role for role in roles if (role in ROLE_GROUPS["attention"]) != (role in ROLE_GROUPS["mlp"])} == roles
+    read = {end.role for edge in table.edges if edge.name.startswith("norm_") for end in edge.consumers} & roles
+    assert read <= ROLE_GROUPS["behind_norm"]
+    assert not ROLE_GROUPS["behind_norm"] & {"o", "down", "fc2", "expert_down", "shared_down"}
