@@ -19,7 +19,7 @@ from typing import Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator, validate_call
 
-from lowbit.architectures import Kind, ResolvedBlock
+from lowbit.architectures import ROLE_GROUPS, Kind, ResolvedBlock
 from lowbit.modules import ActSpec
 from lowbit.numerics import (
     Fisher,
@@ -37,6 +37,7 @@ from lowbit.numerics import (
 from lowbit.steps import (
     ActivationSteps,
     ClipShares,
+    Cluster,
     FitActivation,
     Incoherence,
     Learn,
@@ -59,7 +60,8 @@ class _Frozen(BaseModel):
 
 
 class Rule(_Frozen):
-    """Formats for the linears that ``match``: ``*``, a role (``down``), a name pattern, or ``re:`` and a regex.
+    """Formats for the linears that ``match``: ``*``, a role (``down``), a group of roles (``attention``, ``mlp``,
+    ``behind_norm``), a name pattern, or ``re:`` and a regex.
 
     ``skip`` leaves them as they are. Where several rules match, the last one counts.
     """
@@ -72,7 +74,7 @@ class Rule(_Frozen):
     def matches(self, name: str, role: str) -> bool:
         if self.match.startswith("re:"):
             return re.search(self.match[3:], name) is not None
-        return self.match in ("*", role) or fnmatch(name, self.match)
+        return self.match in ("*", role) or role in ROLE_GROUPS.get(self.match, ()) or fnmatch(name, self.match)
 
     @field_validator("match")
     @classmethod
@@ -203,6 +205,7 @@ class Recipe(_Frozen):
             except ValueError as error:
                 raise ValueError(f"{self.name}: {error}") from error
         self._check_static()
+        self._check_clusters()
         rotated = next((i for i, step in enumerate(self.steps) if isinstance(step, Incoherence)), len(self.steps))
         late = [type(step).__name__ for step in self.steps[rotated + 1 :] if _kinds(step)]
         if late:
@@ -267,6 +270,34 @@ class Recipe(_Frozen):
                         f"{self.name}: Learn decides how each weight is rounded, and {type(each).__name__} changes weights after "
                         "it; put it first"
                     )
+
+
+    def _check_clusters(self) -> None:
+        """What an order by clusters needs of the steps around it."""
+        sorts = next((i for i, step in enumerate(self.steps) if isinstance(step, Cluster)), None)
+        if sorts is None:
+            return
+        if not any(rule.activation is not None and rule.activation.static for rule in self.scheme.rules):
+            raise ValueError(
+                f"{self.name}: Cluster gives static activations a range for each cluster, and activations here are dynamic or "
+                "not quantized; make them static, or leave it out"
+            )
+        early = [
+            type(step).__name__ for step in self.steps[:sorts] if isinstance(step, SearchClip) or _learns_clip(step)
+        ]
+        if early:
+            raise ValueError(
+                f"{self.name}: {', '.join(early)} chooses a range for every row or group, and Cluster then changes the order "
+                "of rows and columns; put it behind Cluster, or leave it out"
+            )
+        if self.steps[-1].solver.moves_groups and any(
+            rule.weight is not None and not isinstance(rule.weight.granularity, PerChannel | PerTensor)
+            for rule in self.scheme.rules
+        ):
+            raise ValueError(
+                f"{self.name}: Cluster puts input channels in an order, and Solve, with order='act', in another; use "
+                "order='group' or static_groups=true"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that :func:`from_plain` reads back to an equal recipe."""
@@ -507,22 +538,51 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
         if steps.count(step) > 1:
             raise ValueError(f"{name!r} would do {type(step).__name__} twice; leave one of the methods out")
     acts = [rule.activation for each in (*firsts, last) for rule in each.scheme.rules if rule.activation is not None]
-    act = acts[0] if acts else None
     threshold = next((each.threshold for each in acts if each.threshold), 0.0)
-    if act is not None and threshold != act.threshold:
-        try:
-            act = replace(act, threshold=threshold)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    rules = tuple(
-        rule if rule.skip else Rule(match=rule.match, weight=rule.weight, activation=act) for rule in last.scheme.rules
-    )
     whole = tuple(step for recipe in (*firsts, last) for step in recipe.model_steps)
-    scheme = Scheme(rules=rules)
+    quantized = next((each for each in (*firsts, last) if each.scheme.quantizes_activations), last)
+    try:
+        inputs = tuple(_taking_out(rule, threshold) for rule in quantized.scheme.rules)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    scheme = Scheme(rules=_joined(name, last.scheme.rules, inputs))
     try:
         return Recipe(name=name, scheme=scheme, steps=steps, feed=last.feed, seed=last.seed, model_steps=whole)
     except ValidationError as error:
         raise ValueError(plain_message(error)) from error
+
+
+def _taking_out(rule: Rule, threshold: float) -> Rule:
+    """``rule`` whose activations take out the channels over ``threshold``, where they do not take out any yet."""
+    act = rule.activation
+    if rule.skip or act is None or act.threshold or not threshold:
+        return rule
+    return Rule(match=rule.match, weight=rule.weight, activation=replace(act, threshold=threshold))
+
+
+def _joined(name: str, weights: tuple[Rule, ...], activations: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Rules with the weight formats of the first and the activation formats of the second; of each, the last match counts."""
+    if weights == activations:
+        return weights
+    inputs = [("*", None), *((rule.match, rule.activation) for rule in activations if not rule.skip)]
+    first = max(i for i, (match, _) in enumerate(inputs) if match == "*")  # nothing before it is ever looked at
+    return tuple(
+        rule if rule.skip else Rule(match=_both(name, rule.match, match), weight=rule.weight, activation=activation)
+        for rule in weights
+        for match, activation in (inputs[first:] if not rule.skip else inputs[:1])
+    )
+
+
+def _both(name: str, a: str, b: str) -> str:
+    """A match for what both match."""
+    if b == "*" or a == b:
+        return a
+    if a != "*":
+        raise ValueError(
+            f"{name!r} has one recipe's weight formats for {a!r} and another's activation formats for {b!r}, which no one rule "
+            "can say; write the rules into a recipe file"
+        )
+    return b
 
 
 def validated(model: type[Any], data: Mapping[str, Any]) -> Any:

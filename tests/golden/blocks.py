@@ -16,6 +16,7 @@ from lowbit.architectures import for_config, resolve
 from lowbit.calibrate.data import calibration_set
 from lowbit.calibrate.source import open_model
 from lowbit.calibrate.stream import Call, Stream
+from lowbit.modules import fake_quantize_activation
 from lowbit.steps import BlockIO, BlockState, SearchReassembly
 
 import layers
@@ -139,6 +140,29 @@ def _measured(
             lost = (wanted - found).double().square().sum()
             errors[path] = (lost / wanted.double().square().sum()).item()
     return errors, bits
+
+
+@cache
+def input_errors_of(method: str, block: int, **options) -> dict[str, float]:
+    """``||X W^T - Qx(X') W'^T||^2 / ||X W^T||^2`` of each recorded linear: what rounding the inputs alone loses."""
+    source, model = _model()
+    recipe = lowbit.recipe(method, **options)
+    module = copy.deepcopy(model.model.layers[block])
+    resolved = resolve(for_config(source.config), module, source.config)
+    name = f"model.layers.{block}"
+    io = BlockIO(_inputs()[f"{block}.calibration"], None, _call(block))
+    state = BlockState(name, module, resolved, recipe.scheme.formats(resolved, name), io)
+    for step in recipe.steps[:-1]:
+        step.run(state)
+    errors = {}
+    with torch.inference_mode():
+        for path, x in _linear_inputs(module, block).items():
+            act, wanted = state.formats[path].act, _wanted(block)[path]
+            assert act is not None
+            rounded = fake_quantize_activation(x, act, state.act_params.get(path))
+            lost = (wanted - rounded @ state.weight_OI(path).T).double().square().sum()
+            errors[path] = (lost / wanted.double().square().sum()).item()
+    return errors
 
 
 def place_of(record: dict) -> tuple[int, str]:

@@ -29,6 +29,7 @@ from lowbit.numerics import (
     PerTensor,
     PerToken,
     QTensor,
+    RowBands,
     Spec,
     fit_params,
     quantize,
@@ -40,6 +41,8 @@ GROUPS = [PerChannel(), PerGroup(16), PerGroup(48), PerGroup(64), PerTensor()]
 UNIFORM = [Spec(Int(b, s), g) for b in range(1, 9) for s in (True, False) for g in GROUPS]
 OTHERS = [
     Spec(Int(3, zero="real"), PerGroup(32)),
+    Spec(Int(4, symmetric=True, full=True), RowBands(6)),
+    Spec(Int(8), RowBands(100)),
     Spec(Int(3, zero="real"), PerGroup(16), stats=Spec(Int(3), PerGroup(16))),
     Spec(Int(4), PerGroup(32), scale_dtype="float32"),
     Spec(Int(4), PerGroup(32), scale_dtype="bfloat16"),
@@ -55,7 +58,7 @@ OTHERS = [
     *(Spec(Codebook(b), PerChannel()) for b in (1, 2, 3, 4, 5)),
     *(Spec(BinaryCoded(b), g) for b in (1, 2, 3, 4) for g in (PerGroup(64), PerChannel(), PerGroup(16), PerGroup(20))),
 ]
-# What the recipe rounds the input to; the last two are for the kernels a float input.
+# What the recipe rounds the input to; the last three are for the kernels a float input.
 INPUTS = [
     Spec(Int(8, True), PerToken()),
     Spec(Int(8), PerToken()),
@@ -64,6 +67,7 @@ INPUTS = [
     Spec(Int(8), PerGroup(10)),
     Spec(Float(4, 3), PerToken()),
     Spec(Float(2, 1), PerGroup(16), Spec(Float(4, 3, "fn"), PerTensor(), scale_dtype="float32")),
+    Spec(Int(8, symmetric=True, full=True), PerToken()),  # not the dialect that the kernels compute themselves
 ]
 
 

@@ -31,6 +31,7 @@ from lowbit.numerics import (
     PerTensor,
     PerToken,
     Range,
+    RowBands,
     Samples,
     Spec,
     Table,
@@ -51,7 +52,8 @@ INTS = [
 ]
 TABLES = [NF4, FP4, Table((-1.0, 1.0)), Table((-1.0, 0.0, 0.1, 1.0)), Table((0.0, 1.0, 2.0, 4.0))]
 NORMALS = [Normal(bits) for bits in (1, 2, 3, 4, 8)]
-GRIDS = [*INTS, E2M1, Float(3, 2), E4M3, E5M2, Float(1, 2), *NORMALS, *TABLES]
+FULL = [Int(b, symmetric=True, full=True) for b in (2, 4, 8)]
+GRIDS = [*INTS, *FULL, E2M1, Float(3, 2), E4M3, E5M2, Float(1, 2), *NORMALS, *TABLES]
 GRANULARITIES = [
     PerTensor(),
     PerToken(),
@@ -65,6 +67,9 @@ GRANULARITIES = [
     Block(100, 3),
     PerCluster((10, 1, 29)),
     PerInput(),
+    RowBands(1),
+    RowBands(4),
+    RowBands(100),
 ]
 
 
@@ -127,7 +132,7 @@ def test_fake_quantization_is_exactly_decode_of_encode(grid, dtype):
     assert torch.equal(grid.fake(x, params), grid.decode(grid.encode(x, params), params))
 
 
-@pytest.mark.parametrize("grid", [g for g in GRIDS if g != Table((0.0, 1.0, 2.0, 4.0))], ids=str)
+@pytest.mark.parametrize("grid", [g for g in GRIDS if g not in (Table((0.0, 1.0, 2.0, 4.0)), *FULL)], ids=str)
 def test_a_fitted_grid_reaches_the_extremes(grid):
     x = _normal(G, K)
     params = _placed(grid, x)
@@ -153,7 +158,9 @@ def test_a_constant_granule_is_kept_or_at_least_finite(grid, value):
     back = grid.decode(grid.encode(x, _placed(grid, x)), _placed(grid, x))
     assert torch.isfinite(back).all()
     has_value = value == 0 or grid.bits > 1 or not getattr(grid, "symmetric", True)
-    if has_value and grid not in TABLES and grid != Int(1, symmetric=True):
+    if grid in FULL and value > 0:  # the one value that it clips
+        torch.testing.assert_close(back, x * (1 - 2.0 ** (1 - grid.bits)), rtol=0, atol=1e-12)
+    elif has_value and grid not in TABLES and grid != Int(1, symmetric=True):
         torch.testing.assert_close(back, x, rtol=0, atol=1e-12)
 
 
@@ -283,7 +290,8 @@ def test_granules_are_laid_out_row_major():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: PerGroup(0), lambda: Block(0, 3), lambda: PerCluster(()), lambda: PerCluster((3, 0))]
+    "make",
+    [lambda: PerGroup(0), lambda: Block(0, 3), lambda: PerCluster(()), lambda: PerCluster((3, 0)), lambda: RowBands(0)],
 )
 def test_impossible_granularities_are_refused(make):
     with pytest.raises(ValueError, match="found"):

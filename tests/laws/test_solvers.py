@@ -30,6 +30,7 @@ from lowbit.numerics import (
     PerTensor,
     PerToken,
     QTensor,
+    RowBands,
     Spec,
     from_dict,
     to_dict,
@@ -65,6 +66,7 @@ SPECS = [
     Spec(Int(4), Block(8, 16)),
     Spec(Int(4), Block(3, 9)),
     Spec(Int(4), PerCluster((3, 17, 20))),
+    Spec(Int(4, symmetric=True, full=True), RowBands(6)),
     Spec(NF4, PerGroup(16)),
     Spec(Float(2, 1), PerGroup(16)),
 ]
@@ -630,6 +632,7 @@ def test_a_hopeless_gram_matrix_gives_round_to_nearest_and_says_so(solver, h, no
         (Block(3, 2), 3, [0, 0, 1, 1, 2, 2]),
         (Block(9, 9), 4, [0, 0, 0, 0, 0, 0]),
         (PerCluster((1, 3, 2)), 4, [0, 1, 1, 1, 2, 2]),
+        (RowBands(3), 2, [0, 0, 0, 0, 0, 0]),
     ],
 )
 def test_a_granularity_is_a_tiling_of_the_weight(granularity, height, band):

@@ -16,9 +16,10 @@ from lowbit.architectures.experts import UnfusedExperts, unfuse_experts
 from lowbit.architectures.fold import add_bias, fold, needs_bias
 from lowbit.architectures.resolve import block_modules, resolve
 from lowbit.architectures.resolved import Port, ResolvedBlock, ResolvedEdge, ResolvedInput
-from lowbit.architectures.table import Architecture, Kind
+from lowbit.architectures.table import ROLE_GROUPS, Architecture, Kind
 
 __all__ = [
+    "ROLE_GROUPS",
     "Architecture",
     "Kind",
     "Port",

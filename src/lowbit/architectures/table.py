@@ -39,6 +39,21 @@ class Axis(Enum):
     """Rotary frequencies, shared by all heads: the gains of query and key norms."""
 
 
+ROLE_GROUPS: dict[str, frozenset[str]] = {
+    "attention": frozenset({"q", "k", "v", "qkv", "o"}),
+    "mlp": frozenset(
+        {"gate", "up", "gate_up", "down", "fc1", "fc2"}
+        | {f"{expert}_{role}" for expert in ("expert", "shared") for role in ("gate", "up", "down")}
+    ),
+    "behind_norm": frozenset(
+        {"q", "k", "v", "qkv", "gate", "up", "gate_up", "fc1"}
+        | {f"{expert}_{role}" for expert in ("expert", "shared") for role in ("gate", "up")}
+    ),
+}
+"""Names for several roles at once, whatever roles a model has: rules match by them. A model whose table was discovered has
+none of these roles, as what its linears are is not known."""
+
+
 @dataclass(frozen=True)
 class LinearRole:
     """A quantizable linear: `role` is the name users and recipes give it, `path` its place in the block.

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.numerics import Affine, MinMax, Spec
+from lowbit.numerics import Affine, MinMax, PerCluster, Spec
 from lowbit.numerics.grids.base import OF_NOTHING
 
 
@@ -59,6 +59,8 @@ def quantize_activation(
         under static ones NaN cannot be seen in the codes, so kernels that use codes alone have to look for it.
     """
     ranged, x, _ = without_outliers(_wide(x), threshold)
+    if params is not None and isinstance(spec.granularity, PerCluster):
+        return spec.grid.encode(x, _of_channels(spec.granularity, params, x.dtype)), _as(params, x.dtype)
     if params is None:
         ranged_GK = spec.granularity.split(ranged)
         params = MinMax()(ranged_GK, spec.grid)  # pyright: ignore[reportArgumentType]
@@ -69,7 +71,7 @@ def quantize_activation(
             params = params._replace(scale=stored[0])
         params = params._replace(scale=torch.where(finite, params.scale, torch.full_like(params.scale, torch.nan)))
     else:
-        params = Affine(params.scale.to(x.dtype), None if params.zero is None else params.zero.to(x.dtype))
+        params = _as(params, x.dtype)
     codes_GK = spec.grid.encode(spec.granularity.split(x), params)
     return spec.granularity.join(codes_GK, tuple(x.shape)), params
 
@@ -79,12 +81,26 @@ def fake_quantize_activation(x: Tensor, spec: Spec, params: Affine | None = None
 
     Channels that reach ``threshold`` come back as they are: what is multiplied beside the codes, in the same product.
     """
+    given = params is not None
     codes, params = quantize_activation(x, spec, params, threshold)
-    values_GK = spec.grid.decode(spec.granularity.split(codes), params)
-    values = spec.granularity.join(values_GK, tuple(x.shape))
+    if given and isinstance(spec.granularity, PerCluster):
+        values = spec.grid.decode(codes, _of_channels(spec.granularity, params, params.scale.dtype))
+    else:
+        values_GK = spec.grid.decode(spec.granularity.split(codes), params)
+        values = spec.granularity.join(values_GK, tuple(x.shape))
     taken = outlier_channels(x, threshold)
     values[..., taken] = x[..., taken].to(values.dtype)
     return torch.where(x.isnan(), torch.full_like(values, torch.nan), values)
+
+
+def _as(params: Affine, dtype: torch.dtype) -> Affine:
+    return Affine(params.scale.to(dtype), None if params.zero is None else params.zero.to(dtype))
+
+
+def _of_channels(clusters: PerCluster, params: Affine, dtype: torch.dtype) -> Affine:
+    """Parameters at every channel, ``[I]``: grids act on each element alone, so the codes are those of the clusters."""
+    zero = None if params.zero is None else clusters.spread(params.zero)
+    return _as(Affine(clusters.spread(params.scale), zero), dtype)
 
 
 def _wide(x: Tensor) -> Tensor:

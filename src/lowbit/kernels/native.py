@@ -35,6 +35,7 @@ from lowbit.numerics import (
     PerGroup,
     PerTensor,
     PerToken,
+    RowBands,
     Spec,
     Table,
 )
@@ -78,7 +79,7 @@ def _tile_bits(spec: Spec) -> int:
 
 def _group(spec: Spec, columns: int) -> int | None:
     match spec.granularity:
-        case PerChannel() | PerTensor():
+        case PerChannel() | PerTensor() | RowBands():
             return columns
         case PerGroup(size):
             return min(size, columns)
@@ -121,6 +122,10 @@ def pack(layer: PackedLinear) -> Tensor:
         scale = params.values
     if isinstance(spec.granularity, PerTensor):
         scale, zero = scale.expand(rows, -1), None if zero is None else zero.expand(rows, -1)
+    if isinstance(spec.granularity, RowBands):  # one set for several rows: the tiles have one for each
+        height = spec.granularity.height(layer.shape)
+        scale = scale.repeat_interleave(height, 0)[:rows]
+        zero = None if zero is None else zero.repeat_interleave(height, 0)[:rows]
     scale, zero = scale.contiguous(), None if zero is None else zero.contiguous()
     codes = layer.tensors["codes"].contiguous()
     if isinstance(spec.grid, OutlierVictim):
@@ -184,6 +189,7 @@ def integer_input(layer: PackedLinear) -> bool:
         and isinstance(act.grid, Int)
         and act.grid.bits > 1
         and not act.grid.real_zero
+        and not act.grid.full
         and isinstance(act.granularity, PerToken | PerTensor)
         and (isinstance(layer.spec.grid, Int) or (isinstance(layer.spec.grid, BinaryCoded) and act.grid.symmetric))
     )

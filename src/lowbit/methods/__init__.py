@@ -19,10 +19,12 @@ from lowbit.methods import (
     owq,
     qllm,
     quip,
+    rptq,
     rtn,
     smoothquant,
     spqr,
     squeezellm,
+    zeroquant,
 )
 
 __all__ = [
@@ -44,8 +46,10 @@ __all__ = [
     "owq",
     "qllm",
     "quip",
+    "rptq",
     "rtn",
     "smoothquant",
     "spqr",
     "squeezellm",
+    "zeroquant",
 ]

@@ -25,6 +25,7 @@ from lowbit.numerics.granularity import (
     PerInput,
     PerTensor,
     PerToken,
+    RowBands,
 )
 from lowbit.numerics.grids import (
     DYNAMIC_MAP,
@@ -57,6 +58,7 @@ from lowbit.numerics.statistics import (
     CrossGram,
     Fisher,
     Gram,
+    MovingRange,
     Range,
     Samples,
     Statistic,
@@ -98,6 +100,7 @@ __all__ = [
     "LowRank",
     "Lut",
     "MinMax",
+    "MovingRange",
     "Normal",
     "OutlierVictim",
     "Params",
@@ -113,6 +116,7 @@ __all__ = [
     "RangeGrid",
     "RangeSearch",
     "RmsRange",
+    "RowBands",
     "Samples",
     "SideTerm",
     "Sparse",

@@ -191,6 +191,37 @@ class Block:
 
 @tagged
 @dataclass(frozen=True)
+class RowBands:
+    """Bands of whole rows of equal height, ``count`` of them at most (ZeroQuant, arXiv:2206.01861, whose code counts groups).
+
+    The height is the least with which ``count`` bands cover all rows; the last band may be lower. Where there are fewer rows
+    than that, each is a band of its own: :class:`PerChannel`.
+    """
+
+    count: int
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"a weight has at least one band of rows, found {self.count}")
+
+    def height(self, shape: Shape) -> int:
+        """Rows of a band, the last aside."""
+        return max(1, -(-_rows(shape) // self.count))
+
+    def param_shape(self, shape: Shape) -> tuple[int, int]:
+        return -(-_rows(shape) // self.height(shape)), 1
+
+    def split(self, x: Tensor, *, fill_zero: bool = False) -> Tensor:
+        shape = tuple(x.shape)
+        high, width = self.height(shape), shape[-1]
+        return _fill(x.reshape(1, -1), self.param_shape(shape)[0] * high * width, fill_zero).reshape(-1, high * width)
+
+    def join(self, x_GK: Tensor, shape: Shape) -> Tensor:
+        return x_GK.reshape(-1)[: prod(shape)].reshape(shape)
+
+
+@tagged
+@dataclass(frozen=True)
 class PerCluster:
     """Consecutive columns in clusters of the given ``sizes``, shared by all rows: static activations after a reorder."""
 
@@ -221,3 +252,9 @@ class PerCluster:
         rows = _rows(shape)
         parts = [row[: size * rows].reshape(size, rows) for row, size in zip(x_GK, self.sizes, strict=True)]
         return torch.cat(parts).T.reshape(shape)
+
+    def spread(self, params_G1: Tensor) -> Tensor:
+        """Parameters of the clusters at each column, ``[I]``: they then act on ``[..., I]`` as it is, without the filling that
+        clusters of very unequal sizes cost :meth:`split`."""
+        sizes = torch.tensor(self.sizes, device=params_G1.device)
+        return params_G1.reshape(-1).repeat_interleave(sizes)

@@ -6,7 +6,8 @@ get one accumulation. Nothing here keeps tokens except :class:`Samples`, which k
 
 One request is of another kind: :class:`Fisher` is about the weights, and takes a backward pass over the whole model.
 
-Law: the result does not depend on how the tokens were cut into batches (:class:`Samples` with an even ``stride`` aside).
+Law: the result does not depend on how the tokens were cut into batches (:class:`Samples` with an even ``stride`` and
+:class:`MovingRange` aside).
 Shapes: T token, I input channel.
 """
 
@@ -132,6 +133,26 @@ def _up_to(values_T: Tensor, share: float) -> Tensor:
     below = int(at)
     bound = ordered[below].lerp(ordered[min(below + 1, len(ordered) - 1)], at - below)
     return values_T[values_T <= bound].max()
+
+
+@tagged
+@dataclass(frozen=True)
+class MovingRange(Range):
+    """Like :class:`Range`, but each end is a moving average of the windows' ends: ``decay * old + (1 - decay) * new``.
+
+    What a single window reaches is forgotten, so a range fixed by it clips rare extremes (RPTQ, arXiv:2304.01089). The one
+    statistic that depends on the order of the windows and on how tokens are cut into them.
+    """
+
+    decay: float = 0.99
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"the decay of a moving average is at least 0 and below 1, found {self.decay}")
+
+    def update(self, old: Tensor | None, x_TI: Tensor) -> Tensor:
+        new = self.merge(x_TI)
+        return new if old is None else old * self.decay + new * (1 - self.decay)
 
 
 @tagged

@@ -16,7 +16,7 @@ from lowbit.modules import ActSpec, buffer_layout
 from lowbit.modules.quant_linear import Config
 from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, from_dict
 from lowbit.plan.survey import Survey
-from lowbit.steps import Incoherence, Learn, LowRankCorrection, SearchReassembly, Set
+from lowbit.steps import Cluster, Incoherence, Learn, LowRankCorrection, SearchReassembly, Set
 
 
 def compatibility(found: Survey) -> dict[str, str]:
@@ -49,6 +49,7 @@ def _beside(found: Survey) -> str:
             if isinstance(step, Learn)
             for maker in step.makers
         ),
+        "orders of inputs": any(isinstance(step, Cluster) for step in steps) and any(b.gathers for b in found.blocks),
         "outliers in half precision": getattr(steps[-1].solver, "outliers", None) is not None,
     }
     held = [what for what, there in parts.items() if there]

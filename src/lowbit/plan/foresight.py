@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.modules import buffer_layout
+from lowbit.numerics import PerCluster
 from lowbit.plan.compatibility import compatibility, kernel_reasons
 from lowbit.plan.layers import PlannedLayer, planned_layers, ragged_groups
 from lowbit.plan.peak import peak_disk_bytes, peak_parts
@@ -109,6 +110,11 @@ def _warnings(found: Survey, layers: tuple[PlannedLayer, ...], samples: int, seq
         warnings.append(
             f"activations are quantized, but no fast kernel computes {slow} with them: they are rounded and multiplied in "
             "floating point, which shows the accuracy and saves no time"
+        )
+    if any(isinstance(act.spec.granularity, PerCluster) for act in acts):
+        warnings.append(
+            "inputs have a range for each cluster of channels, which no integer kernel sums: they are rounded at run time and "
+            "multiplied in floating point, which saves memory for weights and no time"
         )
     if any(act.static for act in acts):
         warnings.append(

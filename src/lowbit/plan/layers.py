@@ -21,6 +21,7 @@ from lowbit.numerics import (
     PerInput,
     PerTensor,
     PerToken,
+    RowBands,
     Spec,
     Table,
 )
@@ -150,6 +151,8 @@ def _granularity_text(granularity: Any) -> str:
             return f"groups of {size}"
         case Block(rows, cols):
             return f"blocks of {rows} x {cols}"
+        case RowBands(count):
+            return f"{count} bands of rows"
         case PerCluster(sizes):
             return f"{len(sizes)} clusters of channels"
         case PerChannel():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from math import prod
 from os import PathLike
@@ -33,12 +33,12 @@ from lowbit.architectures import (
 )
 from lowbit.calibrate.source import ModelSource, open_model
 from lowbit.layouts import Layout
-from lowbit.modules import buffer_layout
+from lowbit.modules import buffer_layout, stored
 from lowbit.modules.quant_linear import Config
 from lowbit.numerics import to_dict
 from lowbit.recipe import Recipe
 from lowbit.recipes import as_recipe
-from lowbit.steps import Incoherence, Learn, LinearFormat, LowRankCorrection, SearchReassembly
+from lowbit.steps import Cluster, Incoherence, Learn, LinearFormat, LowRankCorrection, SearchReassembly
 from lowbit.steps.parametrizations import Maker
 
 
@@ -57,12 +57,14 @@ class EdgeUse:
 
 @dataclass(frozen=True, eq=False)
 class SurveyedBlock:
-    """One block on the meta device. ``formats``: of the linears to be quantized, by path in the block."""
+    """One block on the meta device. ``formats``: of the linears to be quantized, by path in the block; ``gathers``: what those
+    describe that put the channels of their input in another order."""
 
     name: str
     module: nn.Module
     resolved: ResolvedBlock
     formats: dict[str, LinearFormat]
+    gathers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def shape(self, path: str) -> tuple[int, int]:
         """``(O, I)`` of a linear."""
@@ -101,7 +103,7 @@ class Survey:
 
     def _beside(self, block: SurveyedBlock, path: str) -> Config:
         """What steps add to a description: transforms run by the layer, and the width they give it; side terms."""
-        (rows, columns), pre, gained = block.shape(path), [], {}
+        (rows, columns), pre, gained = block.shape(path), list(block.gathers.get(path, [])), {}
         for step in self.recipe.steps:
             if isinstance(step, SearchReassembly):
                 more, columns = step.described(block.resolved, path, columns)
@@ -148,13 +150,23 @@ def survey(model: str | PathLike[str], recipe: Recipe | str | Path | dict[str, A
     blocks = []
     for i, module in enumerate(block_modules(skeleton, architecture)):
         name, resolved = f"{architecture.blocks}.{i}", resolve(architecture, module, source.config)
-        blocks.append(SurveyedBlock(name, module, resolved, recipe.scheme.formats(resolved, name)))
+        block = SurveyedBlock(name, module, resolved, recipe.scheme.formats(resolved, name))
+        blocks.append(_with_clusters(block, recipe))
     found = Survey(source, recipe, architecture, skeleton, tuple(blocks))
     recipe.scheme.check_matches(found.linears)
     for block in found.blocks:
         for path in block.formats:
             _check_format(found, block, path)
     return found
+
+
+def _with_clusters(block: SurveyedBlock, recipe: Recipe) -> SurveyedBlock:
+    for step in (step for step in recipe.steps if isinstance(step, Cluster)):
+        widths = {path: block.shape(path)[1] for path in block.formats}
+        formats, gathers = step.foreseen(block.resolved, block.formats, widths)
+        described = {path: stored.describe("pre", [order]) for path, order in gathers.items()}
+        block = replace(block, formats=formats, gathers=described)
+    return block
 
 
 def _refuse_quantized(source: ModelSource) -> None:

@@ -3,12 +3,13 @@
 from typing import Protocol, runtime_checkable
 
 from lowbit.numerics import Statistic
+from lowbit.steps.cluster import Cluster
 from lowbit.steps.correction import LowRankCorrection, NormsAndBiases
 from lowbit.steps.formats import ChooseGrid, FitActivation
 from lowbit.steps.incoherence import Incoherence
 from lowbit.steps.learn import Learn
 from lowbit.steps.objectives import BlockMSE
-from lowbit.steps.parametrizations import ClipShares, Rounding, Scales, Shifts
+from lowbit.steps.parametrizations import AllWeights, ClipShares, Rounding, Scales, Shifts
 from lowbit.steps.ranges import ActivationSteps, SearchActivationRange
 from lowbit.steps.reassembly import SearchReassembly
 from lowbit.steps.rules import Balance, Midpoint, Ones, OwnGain, Smooth
@@ -47,12 +48,14 @@ class ModelStep(Protocol):
 
 __all__ = [
     "ActivationSteps",
+    "AllWeights",
     "Balance",
     "BlockIO",
     "BlockMSE",
     "BlockState",
     "ChooseGrid",
     "ClipShares",
+    "Cluster",
     "FitActivation",
     "Incoherence",
     "LayerRecord",

@@ -31,13 +31,16 @@ class Learn:
 
     Args:
         epochs: passes over the calibration windows.
-        batch: windows a gradient step.
+        batch: windows that pass through the block at once, and with ``accumulate`` 1 a gradient step.
         amp: run the block's products in bfloat16 (faster where the processor has instructions for it; quantization itself
             stays in float32).
         steps: gradient steps instead of ``epochs``, rounded up to whole passes.
         descent: ``"adamw"`` at constant rates, or ``"sign"``, steps along the gradient's sign at rates that fall linearly
             to zero (SignRound, arXiv:2309.05516).
         decay: the rates of ``"adamw"`` fall linearly to zero too.
+        verify: measure the loss once more at the end, and take the start back where that is no lower: a mean over an epoch is
+            not the loss behind its last step.
+        accumulate: batches whose gradients make one step: the step of a larger batch in the memory of a small one.
     """
 
     makers: tuple[Maker, ...]
@@ -48,14 +51,18 @@ class Learn:
     steps: int | None = None
     descent: Literal["adamw", "sign"] = "adamw"
     decay: bool = False
+    accumulate: int = 1
+    verify: bool = False
 
     def __post_init__(self):
         if self.descent not in ("adamw", "sign"):
             raise ValueError(f"descent is 'adamw' or 'sign', found {self.descent!r}")
         if self.steps is not None and self.steps < 0:
             raise ValueError(f"learning takes 0 steps or more, found {self.steps}")
-        if self.epochs < 0 or self.batch < 1 or not self.makers:
-            raise ValueError(f"learning needs something to learn, epochs >= 0 and batch >= 1, found {self}")
+        if self.epochs < 0 or self.batch < 1 or self.accumulate < 1 or not self.makers:
+            raise ValueError(
+                f"learning needs something to learn, epochs >= 0, batch >= 1 and accumulate >= 1, found {self}"
+            )
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -65,7 +72,10 @@ class Learn:
         return windows * bool(self.needs) + (self._epochs(windows) + 1) * -(-windows // self.batch)
 
     def _epochs(self, windows: int) -> int:
-        return self.epochs if self.steps is None else -(-self.steps // -(-windows // self.batch))
+        return self.epochs if self.steps is None else -(-self.steps // self._steps_an_epoch(windows))
+
+    def _steps_an_epoch(self, windows: int) -> int:
+        return -(-windows // (self.batch * self.accumulate))
 
     def run(self, state: BlockState) -> None:
         if state.io is None or state.io.y is None:
@@ -81,7 +91,7 @@ class Learn:
         if groups:
             sign = self.descent == "sign"
             optimizer = _SignSGD(groups) if sign else torch.optim.AdamW(groups, weight_decay=0.0)
-            total = max(1, self._epochs(len(state.io)) * -(-len(state.io) // self.batch))
+            total = max(1, self._epochs(len(state.io)) * self._steps_an_epoch(len(state.io)))
             rate = (lambda step: 1 - step / total) if sign or self.decay else (lambda step: 1.0)
             self._descend(state, maps, chain, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate))
         for each in maps:
@@ -95,29 +105,42 @@ class Learn:
         order = torch.Generator().manual_seed(state.seed)
         starts = list(range(0, len(state.io), self.batch))
         best, kept = float("inf"), _snapshot(maps)
+        first, before = best, kept
         with _ActivationQuantizers(state, maps) as quantizers:
             epochs = self._epochs(len(state.io))
             for epoch in range(epochs + 1):
                 total = 0.0
-                for k in torch.randperm(len(starts), generator=order).tolist() if epoch else range(len(starts)):
+                visits = torch.randperm(len(starts), generator=order).tolist() if epoch else range(len(starts))
+                for i, k in enumerate(visits):
                     pick = slice(starts[k], starts[k] + self.batch)
                     with torch.set_grad_enabled(epoch > 0):
                         loss = self._loss(state, base, chain, pick, quantizers)
                     if epoch:
-                        optimizer.zero_grad()
-                        loss.backward()
-                        optimizer.step()
-                        schedule.step()
-                        for each in maps:
-                            each.constrain()
+                        together = min(self.accumulate, len(starts) - i // self.accumulate * self.accumulate)
+                        if i % self.accumulate == 0:
+                            optimizer.zero_grad()
+                        (loss / together).backward()
+                        if i % self.accumulate == together - 1:
+                            optimizer.step()
+                            schedule.step()
+                            for each in maps:
+                                each.constrain()
                     total += loss.item()
                     state.tick(f"learning {epoch}/{epochs}")
                 if not total < float("inf"):
                     state.note(f"learning stopped at epoch {epoch}: the loss is not finite; the best epoch is kept")
                     break
+                first = total if epoch == 0 else first
                 if total < best:
                     best, kept = total, _snapshot(maps)
-        _restore(maps, kept)
+            _restore(maps, kept)
+            if self.verify and best < first:
+                with torch.no_grad():
+                    picks = (slice(start, start + self.batch) for start in starts)
+                    last = sum(self._loss(state, base, chain, pick, quantizers).item() for pick in picks)
+                if not last < first:
+                    state.note("learning lowered the loss at no epoch's end: what was there before is kept")
+                    _restore(maps, before)
 
     def _loss(
         self,

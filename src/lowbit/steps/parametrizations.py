@@ -2,7 +2,7 @@
 
 The same map is used while learning and at commit: ``forward(weights)`` for a loss, ``commit(state)`` folds with the
 very same ``fold``. A recipe names them by their makers (frozen values: :class:`Scales`, :class:`Shifts`,
-:class:`ClipShares`); a maker builds the module for one block and drops the edges where its kind is not legal.
+:class:`ClipShares`, ..); a maker builds the module for one block and drops the edges where its kind is not legal.
 """
 
 from __future__ import annotations
@@ -290,3 +290,43 @@ class Rounding:
             if form.weight.stats is not None:
                 raise ValueError(f"{state.full_name(path)}: learned rounding needs scales that are stored as they are")
         return _Rounding(state)
+
+
+class _AllWeights(Parametrization):
+    """A difference to be added to each parameter of the block: zero at the start."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        named = {name: p for name, p in block.named_parameters() if p.is_floating_point()}
+        self.names = list(named)
+        self.deltas = nn.ParameterList(nn.Parameter(torch.zeros_like(p)) for p in named.values())
+
+    def forward(self, weights: Weights) -> Weights:
+        moved = {name: weights[name] + delta for name, delta in zip(self.names, self.deltas, strict=True)}
+        return {**weights, **moved}
+
+    @torch.no_grad()
+    def commit(self, state: BlockState) -> None:
+        parameters, packed = state.weights(), {f"{path}.weight" for path in state.formats}
+        for name, delta in zip(self.names, self.deltas, strict=True):
+            value = parameters[name] + delta
+            # What is not packed is stored as it is, so later steps have to see it rounded.
+            parameters[name].copy_(value if name in packed else value.to(state.store_dtype).to(value.dtype))
+
+
+@tagged
+@dataclass(frozen=True)
+class AllWeights:
+    """Every parameter of the block: weights, biases and norms (layer-by-layer distillation, ZeroQuant, arXiv:2206.01861).
+
+    What the report says of a single linear is then its distance from what was learned, not from the original.
+    """
+
+    lr: float = 5e-6
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset()
+
+    def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
+        return _AllWeights(state.block)

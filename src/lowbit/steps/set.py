@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from lowbit.numerics import Range, Statistic, extremes, tagged
+from lowbit.modules import ActSpec, fake_quantize_activation
+from lowbit.numerics import MovingRange, Range, Samples, Statistic, extremes, tagged
 from lowbit.steps.rules import Rule
 from lowbit.steps.state import BlockState, Stats
 
@@ -52,17 +54,33 @@ class SetActivationRange:
     skip_first: so many tokens at the start of each calibration window are left out. Where first tokens are massive, a range
     that holds them leaves no levels for the others; without them it clips them at run time. Inputs whose first tokens are
     over ten times all others are noted, whether they are left out or not.
+    decay: None, the extremes of all tokens; or the decay of a moving average of each window's extremes, channel by channel
+    (:class:`~lowbit.numerics.MovingRange`), whose own extremes then make the range: it clips what few windows reach.
+    shrinks: how many equal steps the range of every granule is shrunk by, at both ends, to where sampled tokens lose least:
+    ``sum over tokens and channels of (x - q(x))^2 |w_channel|^2``, w the linear's weights; 1: not at all.
     """
 
     skip_first: int = 0
+    decay: float | None = None
+    shrinks: int = 1
 
     def __post_init__(self):
         if self.skip_first < 0:
             raise ValueError(f"skip_first is a number of tokens, found {self.skip_first}")
+        if self.shrinks < 1:
+            raise ValueError(f"a range is tried as it is at least: shrinks is 1 or more, found {self.shrinks}")
+        if self.skip_first and self.decay is not None:
+            raise ValueError("a moving average has all tokens of a window in it; leave out skip_first or decay")
+
+    @property
+    def _need(self) -> Statistic:
+        if self.decay is not None:
+            return MovingRange(decay=self.decay)
+        return self._rest if self.skip_first else Range()
 
     @property
     def needs(self) -> frozenset[Statistic]:
-        return frozenset({Range(), self._rest})
+        return frozenset({Range(), self._rest, self._need} | ({_TRIED} if self.shrinks > 1 else set()))
 
     @property
     def _rest(self) -> Range:
@@ -78,7 +96,7 @@ class SetActivationRange:
                 continue
             known = state.stats_of(stats, path)
             self._note_massive(state, path, known)
-            bounds = known.get(self._rest if self.skip_first else Range())
+            bounds = known.get(self._need)
             if bounds is None:
                 state.note(
                     f"{path} saw no token{self._but_first}: its static activation range is unknown, [-1, 1] is stored"
@@ -86,6 +104,10 @@ class SetActivationRange:
                 bounds = torch.tensor([[-1.0], [1.0]])
             spec, inputs = form.act.spec, state.weight_OI(path).shape[1]
             lo, hi = extremes(spec.granularity.split(bounds.expand(2, inputs)))
+            tried = known.get(_TRIED)
+            if self.shrinks > 1 and tried is not None:
+                share = self._share(tried, state.weight_OI(path), form.act, lo, hi)
+                lo, hi = lo * share, hi * share
             columns = spec.granularity.param_shape((1, inputs))[1]
             state.act_params[path] = spec.as_stored(spec.grid.from_range(lo, hi), columns)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
@@ -113,3 +135,20 @@ class SetActivationRange:
     @property
     def _but_first(self) -> str:
         return f" but the first {self.skip_first} of each window" if self.skip_first else ""
+
+    def _share(self, x_TI: Tensor, w_OI: Tensor, act: ActSpec, lo_G1: Tensor, hi_G1: Tensor) -> Tensor:
+        """What is left of each granule's range, ``[G, 1]``: the first of the best."""
+        spec, weight_I = act.spec, w_OI.square().sum(0)
+        best, chosen = torch.full_like(lo_G1, float("inf")), torch.ones_like(lo_G1)
+        for i in range(self.shrinks):
+            share = 1 - i / self.shrinks
+            params = spec.as_stored(spec.grid.from_range(lo_G1 * share, hi_G1 * share))  # pyright: ignore[reportAttributeAccessIssue]
+            lost_I = (fake_quantize_activation(x_TI, act, params) - x_TI).square().sum(0) * weight_I  # pyright: ignore[reportArgumentType]
+            lost_G1 = spec.granularity.split(lost_I[None], fill_zero=True).sum(1, keepdim=True)
+            better = lost_G1 < best
+            best = torch.where(better, lost_G1, best)
+            chosen = torch.where(better, torch.full_like(chosen, share), chosen)
+        return chosen
+
+
+_TRIED = Samples(2048, stride=8)

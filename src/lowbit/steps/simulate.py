@@ -25,6 +25,7 @@ from lowbit.numerics import (
     KMeans,
     MinMax,
     Params,
+    PerCluster,
     RangeGrid,
     Spec,
     extremes,
@@ -61,6 +62,9 @@ def fake_activation(x: Tensor, act: ActSpec | None, params: Params | None) -> Te
             raw = params._make(None if p is None else p.detach().nan_to_num() for p in params)
             stored = spec.as_stored(raw, spec.granularity.param_shape(shape)[1])
             params = params._replace(scale=params.scale + (stored[0] - params.scale).detach())
+    if act.static and isinstance(spec.granularity, PerCluster) and params.scale.shape[0] == len(spec.granularity.sizes):
+        at_channels = params._make(None if p is None else spec.granularity.spread(p) for p in params)  # pyright: ignore[reportArgumentType]
+        return spec.grid.fake(x, at_channels)  # pyright: ignore[reportAttributeAccessIssue]
     fake = spec.grid.fake(spec.granularity.split(kept), params)  # pyright: ignore[reportAttributeAccessIssue]
     rounded = spec.granularity.join(fake, shape)
     if not len(taken):

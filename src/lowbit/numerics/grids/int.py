@@ -2,8 +2,8 @@
 
 Dialects differ in the field. This one: asymmetric as GPTQ's reference code, range forced to contain zero, step
 ``(hi - lo) / (2**b - 1)``, ``code = clamp(round(w / step) + zero)`` with an integer zero in the code range; symmetric as
-SmoothQuant's, step ``absmax / (2**(b-1) - 1)``, so that both extremes are representable. Rounding is half to even.
-A one-bit symmetric grid is ``{-absmax, +absmax}``.
+SmoothQuant's, step ``absmax / (2**(b-1) - 1)``, so that both extremes are representable, or, with ``full``, as
+DeepSpeed's, step ``absmax / 2**(b-1)``. Rounding is half to even. A one-bit symmetric grid is ``{-absmax, +absmax}``.
 """
 
 from __future__ import annotations
@@ -33,11 +33,14 @@ class Int:
         symmetric: levels mirror around zero and no zero point is stored.
         zero: ``"int"``, a zero point that is a code (b bits stored), or ``"real"``, a real number (floating, or
             quantized by the spec's ``stats``); ignored when symmetric.
+        full: symmetric only, from 2 bits: the lowest code is ``-absmax``, so that no code is left unused and the step is
+            smaller; what is over ``absmax * (1 - 2**(1-b))`` is clipped to that.
     """
 
     bits: int
     symmetric: bool = False
     zero: Literal["int", "real"] = "int"
+    full: bool = False
     kind: ClassVar[Any] = Affine
 
     def __post_init__(self):
@@ -45,6 +48,8 @@ class Int:
             raise ValueError(f"an integer grid has 1 to 8 bits, found {self.bits}")
         if self.zero not in ("int", "real"):
             raise ValueError(f"zero is 'int' or 'real', found {self.zero!r}")
+        if self.full and (not self.symmetric or self.bits == 1):
+            raise ValueError(f"full belongs to symmetric grids of 2 bits and more, found {self}")
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -67,7 +72,7 @@ class Int:
     def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Affine:
         if self.symmetric:
             absmax = torch.maximum(lo_G1.abs(), hi_G1.abs())
-            scale = absmax * 2 if self.bits == 1 else absmax / (self.max_code // 2)
+            scale = absmax * 2 if self.bits == 1 else absmax / (self.max_code // 2 + self.full)
             return Affine(torch.where(scale > 0, scale, torch.full_like(scale, OF_NOTHING)))
         lo, hi = (lo_G1, hi_G1) if self.zero == "real" else (lo_G1.clamp(max=0), hi_G1.clamp(min=0))
         scale = (hi - lo) / self.max_code

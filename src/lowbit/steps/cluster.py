@@ -1,0 +1,142 @@
+"""Cluster: input channels of like range side by side, each cluster with a range of its own.
+
+A static range for all channels is as wide as the widest of them, and one for each channel would have to leave the integer
+sum. Between the two lie clusters of channels; they are contiguous once the channels are permuted, and a permutation is free
+where the weights before the input can take it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit.architectures import Kind, ResolvedBlock, ResolvedEdge
+from lowbit.modules import ActSpec
+from lowbit.numerics import PerCluster, Range, Statistic, tagged
+from lowbit.numerics.kmeans import kmeans_points
+from lowbit.steps.state import BlockState, LinearFormat
+from lowbit.transforms import Permute
+
+
+@tagged
+@dataclass(frozen=True)
+class Cluster:
+    """Sorts the channels of every static activation into clusters of like (max, min), each with its own range (RPTQ,
+    arXiv:2304.01089).
+
+    k-means over the extremes of each channel on the calibration tokens. The order is folded into the weights on both sides
+    of an edge that carries a permutation (v -> o inside each key-value head, the MLP's inner channels). Behind a norm nothing
+    can take it, since the residual stream has one order: there each linear gathers its own input, which costs 32 bits a channel.
+
+    Args:
+        count: clusters of an input, or one for each channel where there are fewer channels.
+        head_count: clusters in each head, where channels cannot leave it.
+    """
+
+    count: int = 32
+    head_count: int = 4
+    kind: ClassVar[Kind] = Kind.PERMUTE
+
+    def __post_init__(self):
+        if self.count < 1 or self.head_count < 1:
+            raise ValueError(
+                f"an input has at least one cluster, found {self.count} and {self.head_count} in each head"
+            )
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset({Range()})
+
+    def ticks(self, windows: int, linears: int) -> int:
+        return windows
+
+    def run(self, state: BlockState) -> None:
+        stats = state.collect(self.needs)
+        gathered = set(_gathered(state.resolved, state.formats))
+        loose = [edge for edge in state.loose_ends(self.kind) if gathered & {port.module for port in edge.consumers}]
+        for edge in (*_folded(state.resolved, state.formats), *loose):
+            bounds = state.edge_stat(edge, stats, Range())
+            if bounds is None:
+                state.note(f"edge {edge.name!r} saw no token: its channels are clustered as they come")
+                bounds = torch.arange(state.weight_OI(edge.consumers[0].module).shape[1]).expand(2, -1).float()
+            sizes, order = self._sorted(edge, bounds, state.seed)
+            state.commit(edge, Permute(order), self.kind)
+            for port in edge.consumers:
+                if _static(state.formats.get(port.module)):
+                    state.formats[port.module] = _clustered(state.formats[port.module], sizes)
+
+    def _sorted(self, edge: ResolvedEdge, bounds: Tensor, seed: int) -> tuple[tuple[int, ...], Tensor]:
+        """Sizes of the clusters at the consumers, and the order of the free channels ``[C]`` that makes them contiguous."""
+        points = torch.stack([edge.reduce_max(bounds[1]), edge.reduce_min(bounds[0])], 1)
+        run = edge.within or edge.channels
+        clusters = self._in_run(run, edge.within is not None)
+        labels = torch.cat(
+            [
+                kmeans_points(part, clusters, seed) + i * clusters
+                for i, part in enumerate(points.split(run))  # heads never mix
+            ]
+        )
+        order = labels.argsort(stable=True)
+        at_consumer = edge.spread(labels[order])
+        change = at_consumer.diff() != 0
+        change[run - 1 :: run] = True  # query heads that share a key-value head have clusters of their own
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), change.nonzero()[:, 0].cpu() + 1])
+        ends = torch.cat([starts[1:], torch.tensor([len(at_consumer)])])
+        return tuple((ends - starts).tolist()), order
+
+    def _in_run(self, channels: int, in_head: bool) -> int:
+        return min(self.head_count if in_head else self.count, channels)
+
+    def foreseen(
+        self, resolved: ResolvedBlock, formats: Mapping[str, LinearFormat], widths: Mapping[str, int]
+    ) -> tuple[dict[str, LinearFormat], dict[str, Permute]]:
+        """What :meth:`run` will make of ``formats``, sizes of clusters aside (those here are even), and what each linear that
+        gathers its input will gather it by, the order itself aside. ``widths``: of the linears' inputs."""
+        changed, gathers = dict(formats), {}
+        for edge in _folded(resolved, formats):
+            for path in (port.module for port in edge.consumers if _static(formats.get(port.module))):
+                run = edge.within or edge.channels
+                number = self._in_run(run, edge.within is not None) * (widths[path] // run)
+                changed[path] = _clustered(formats[path], _even(widths[path], number))
+        for path in _gathered(resolved, formats):
+            width = widths[path]
+            gathers[path] = Permute(torch.arange(width))
+            if _static(formats[path]):
+                changed[path] = _clustered(formats[path], _even(width, self._in_run(width, False)))
+        return changed, gathers
+
+
+def _static(form: LinearFormat | None) -> bool:
+    return form is not None and form.act is not None and form.act.static
+
+
+def _any_static(paths: Iterable[str], formats: Mapping[str, LinearFormat]) -> bool:
+    return any(_static(formats.get(path)) for path in paths)
+
+
+def _folded(resolved: ResolvedBlock, formats: Mapping[str, LinearFormat]) -> Iterator[ResolvedEdge]:
+    """Edges whose weights take the permutation of an input that is to be clustered."""
+    for edge in resolved.edges:
+        if Kind.PERMUTE in edge.carries and _any_static((port.module for port in edge.consumers), formats):
+            yield edge
+
+
+def _gathered(resolved: ResolvedBlock, formats: Mapping[str, LinearFormat]) -> Iterator[str]:
+    """Linears to be quantized whose input no edge with a permutation leads to, where one of its readers is clustered."""
+    carried = {name for edge in resolved.edges if Kind.PERMUTE in edge.carries for name in edge.inputs}
+    for shared in resolved.shared_inputs:
+        if shared.name not in carried and _any_static(shared.readers, formats):
+            yield from (path for path in shared.readers if path in formats)
+
+
+def _clustered(form: LinearFormat, sizes: tuple[int, ...]) -> LinearFormat:
+    assert form.act is not None
+    return replace(form, act=ActSpec(replace(form.act.spec, granularity=PerCluster(sizes)), static=True))
+
+
+def _even(width: int, number: int) -> tuple[int, ...]:
+    return tuple(width // number + (i < width % number) for i in range(number))
