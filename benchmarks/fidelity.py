@@ -161,7 +161,18 @@ RECIPES: dict[str, tuple[str, Callable[[str, dict], dict[str, Any] | None]]] = {
 }
 # These act on a whole block, or on what its linears read: they run on the block, and not on one linear by itself (but for
 # settings that leave activations as they are).
-IN_BLOCKS = ("AWQ", "RTN W/A", "SmoothQuant", "LLM.int8", "OliVe", "ANT(no_outlier)", "LLM-FP4 MinMax", "OS+", "QLLM", "ZeroQuant(DS)")
+IN_BLOCKS = (
+    "AWQ",
+    "RTN W/A",
+    "SmoothQuant",
+    "LLM.int8",
+    "OliVe",
+    "ANT(no_outlier)",
+    "LLM-FP4 MinMax",
+    "OS+",
+    "QLLM",
+    "ZeroQuant(DS)",
+)
 # Of these the records have rounded inputs and weights as they were.
 INPUTS_ONLY = ("RPTQ",)
 # (official method, pattern of "setting layer") -> why ours may lose more there, or take more bits.

@@ -271,7 +271,6 @@ class Recipe(_Frozen):
                         "it; put it first"
                     )
 
-
     def _check_clusters(self) -> None:
         """What an order by clusters needs of the steps around it."""
         sorts = next((i for i, step in enumerate(self.steps) if isinstance(step, Cluster)), None)

@@ -13,7 +13,7 @@ from lowbit.architectures import for_config, resolve
 from lowbit.calibrate.source import open_model
 from lowbit.calibrate.stream import Stream
 from lowbit.modules import ActSpec
-from lowbit.numerics import AbsMax, Int, PerChannel, PerTensor, PerToken, Range, Spec
+from lowbit.numerics import AbsMax, Int, LaterRange, PerChannel, PerTensor, PerToken, Range, Spec
 from lowbit.recipe import activation
 from lowbit.steps import BlockIO, BlockState, LinearFormat, Search, Set, SetActivationRange, Smooth, SmoothPowers
 from lowbit.steps.search import _listen
@@ -162,18 +162,18 @@ def test_what_alpha_may_be_is_a_share_or_search():
 
 def test_ranges_can_leave_out_the_first_tokens_of_every_window(state):
     s = state(first=1000.0)
-    stats = s.stats_of(s.collect([Range(), Range(1), Range(31), Range(32)]), "mlp.down_proj")
+    stats = s.stats_of(s.collect([Range(), LaterRange(1), LaterRange(31), LaterRange(32)]), "mlp.down_proj")
     seen = []
     s.linear("mlp.down_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
     with torch.no_grad():
         for i in range(len(s.io)):
             s.io.call(s.block, s.io.window(i))
-    for skip, need in ((0, Range()), (1, Range(1)), (31, Range(31))):
+    for skip, need in ((0, Range()), (1, LaterRange(1)), (31, LaterRange(31))):
         kept = torch.cat([x_TI[skip:] for x_TI in seen])
         assert torch.equal(stats[need], torch.stack([kept.amin(0), kept.amax(0)]))
-    assert Range(32) not in stats  # nothing is left
-    with pytest.raises(ValueError, match="a number of tokens, found -1"):
-        Range(-1)
+    assert LaterRange(32) not in stats  # nothing is left
+    with pytest.raises(ValueError, match="at least 1, found 0"):
+        LaterRange(0)
 
 
 def test_the_report_names_inputs_whose_static_range_is_set_by_the_first_token(state):

@@ -49,7 +49,7 @@ def rptq(
         scheme=Scheme(rules=rules),
         steps=(
             Cluster(clusters, head_clusters),
-            SetActivationRange(0.99 if ranges == "ema" else None, shrinks=40 if ranges == "search" else 1),
+            SetActivationRange(decay=0.99 if ranges == "ema" else None, shrinks=40 if ranges == "search" else 1),
             Solve(by),
         ),
     )

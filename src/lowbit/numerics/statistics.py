@@ -80,17 +80,7 @@ class AbsMax(Statistic):
 @tagged
 @dataclass(frozen=True)
 class Range(Statistic):
-    """Smallest and largest value of each channel, ``[2, I]``; ``skip_first`` as in :class:`Statistic`.
-
-    The first tokens of a window may carry values hundreds of times those of all others (attention sinks), which then
-    set the range of everything that shares a scale with them.
-    """
-
-    skip_first: int = 0
-
-    def __post_init__(self):
-        if self.skip_first < 0:
-            raise ValueError(f"skip_first is a number of tokens, found {self.skip_first}")
+    """Smallest and largest value of each channel, ``[2, I]``."""
 
     def merge(self, x_TI: Tensor) -> Tensor:
         return torch.stack(torch.aminmax(x_TI, dim=0))
@@ -153,6 +143,22 @@ class MovingRange(Range):
     def update(self, old: Tensor | None, x_TI: Tensor) -> Tensor:
         new = self.merge(x_TI)
         return new if old is None else old * self.decay + new * (1 - self.decay)
+
+
+@tagged
+@dataclass(frozen=True)
+class LaterRange(Range):
+    """:class:`Range` without the first ``skip_first`` tokens of every window.
+
+    They may carry values hundreds of times those of all others (attention sinks), which then set the range of everything
+    that shares a scale with them.
+    """
+
+    skip_first: int = 1
+
+    def __post_init__(self):
+        if self.skip_first < 1:
+            raise ValueError(f"skip_first is a number of tokens, at least 1, found {self.skip_first}")
 
 
 @tagged

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.modules import ActSpec, fake_quantize_activation
-from lowbit.numerics import MovingRange, Range, Samples, Statistic, extremes, tagged
+from lowbit.numerics import LaterRange, MovingRange, Range, Samples, Statistic, extremes, tagged
 from lowbit.steps.rules import Rule
 from lowbit.steps.state import BlockState, Stats
 
@@ -83,8 +83,8 @@ class SetActivationRange:
         return frozenset({Range(), self._rest, self._need} | ({_TRIED} if self.shrinks > 1 else set()))
 
     @property
-    def _rest(self) -> Range:
-        return Range(skip_first=max(1, self.skip_first))
+    def _rest(self) -> LaterRange:
+        return LaterRange(max(1, self.skip_first))
 
     def ticks(self, windows: int, linears: int) -> int:
         return windows

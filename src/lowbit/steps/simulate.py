@@ -55,6 +55,9 @@ def fake_activation(x: Tensor, act: ActSpec | None, params: Params | None) -> Te
     if act is None:
         return x
     spec, shape = act.spec, tuple(x.shape)
+    if act.static and params is not None and isinstance(spec.granularity, PerCluster):
+        at_channels = params._make(None if p is None else spec.granularity.spread(p) for p in params)  # pyright: ignore[reportArgumentType]
+        return spec.grid.fake(x, at_channels)  # pyright: ignore[reportAttributeAccessIssue]
     ranged, kept, taken = without_outliers(x, act.threshold)
     if not act.static or params is None:
         params = MinMax()(spec.granularity.split(ranged), spec.grid)  # pyright: ignore[reportArgumentType]
@@ -62,9 +65,6 @@ def fake_activation(x: Tensor, act: ActSpec | None, params: Params | None) -> Te
             raw = params._make(None if p is None else p.detach().nan_to_num() for p in params)
             stored = spec.as_stored(raw, spec.granularity.param_shape(shape)[1])
             params = params._replace(scale=params.scale + (stored[0] - params.scale).detach())
-    if act.static and isinstance(spec.granularity, PerCluster) and params.scale.shape[0] == len(spec.granularity.sizes):
-        at_channels = params._make(None if p is None else spec.granularity.spread(p) for p in params)  # pyright: ignore[reportArgumentType]
-        return spec.grid.fake(x, at_channels)  # pyright: ignore[reportAttributeAccessIssue]
     fake = spec.grid.fake(spec.granularity.split(kept), params)  # pyright: ignore[reportAttributeAccessIssue]
     rounded = spec.granularity.join(fake, shape)
     if not len(taken):
