@@ -98,7 +98,7 @@ __all__ = [
     "Int",
     "KMeans",
     "KeptColumns",
-    LaterRange,
+    "LaterRange",
     "LowRank",
     "Lut",
     "MinMax",
