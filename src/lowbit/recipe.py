@@ -31,6 +31,7 @@ from lowbit.numerics import (
     PerToken,
     RangeGrid,
     Spec,
+    arity,
     nearest,
     to_dict,
 )
@@ -280,6 +281,24 @@ class Recipe(_Frozen):
             raise ValueError(
                 f"{self.name}: Cluster gives static activations a range for each cluster, and activations here are dynamic or "
                 "not quantized; make them static, or leave it out"
+            )
+        pairs = {
+            str(rule.activation.spec.grid)
+            for rule in self.scheme.rules
+            if rule.activation is not None and arity(rule.activation.spec.grid) > 1
+        }
+        ranges = [type(step).__name__ for step in self.steps if isinstance(step, SearchActivationRange | FitActivation)]
+        if pairs or ranges:
+            raise ValueError(
+                f"{self.name}: Cluster gives every cluster of channels a range of its own, which {', '.join([*pairs, *ranges])} cannot; "
+                "leave one of the two out"
+            )
+        moved = [
+            type(step).__name__ for step in self.steps[sorts + 1 :] if _kinds(step) or isinstance(step, Incoherence)
+        ]
+        if moved:
+            raise ValueError(
+                f"{self.name}: {', '.join(moved)} transforms channels that Cluster has put in order by then; put it first"
             )
         early = [
             type(step).__name__ for step in self.steps[:sorts] if isinstance(step, SearchClip) or _learns_clip(step)
