@@ -103,5 +103,6 @@ def test_the_floating_table_of_bitsandbytes_loses_what_it_loses_there(record):
     rest = w_OI - q.effective_weight()
     assert (rest.square().sum() / w_OI.square().sum()).item() == pytest.approx(record["rel_w"], rel=5e-4)
     lost = layers.output_energy(rest, unseen) / layers.output_energy(w_OI, unseen)
-    assert lost == pytest.approx(record["rel_out"], rel=5e-3 if "double" in record["setting"] else 5e-4)
+    # Weights half way between two levels go either way, by the last bit of their scale.
+    assert lost == pytest.approx(record["rel_out"], rel=5e-3 if "double" in record["setting"] else 1e-3)
     assert q.bits_per_weight == pytest.approx(record["bits_per_weight"], abs=2e-3)

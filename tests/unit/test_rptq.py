@@ -285,7 +285,11 @@ def test_a_mix_keeps_the_inputs_formats_of_the_roles():
     ("steps", "act", "reason"),
     [
         ((Cluster(), Solve()), activation(8), "activations here are dynamic"),
-        ((SetActivationRange(), Cluster(), Solve()), STATIC, "Cluster transforms channels whose static activation ranges"),
+        (
+            (SetActivationRange(), Cluster(), Solve()),
+            STATIC,
+            "Cluster transforms channels whose static activation ranges",
+        ),
         ((Cluster(), SetActivationRange(), Solve(Gptq(order="act"))), STATIC, "order='group'"),
         ((SearchClip(), Cluster(), SetActivationRange(), Solve()), STATIC, "SearchClip chooses a range"),
     ],
