@@ -45,7 +45,7 @@ from lowbit.modules import QuantLinear
 
 MODEL = "smollm2-135m"
 BITS, GROUP = 4, 64
-SAMPLES, SEQ_LEN = 32, 512  # of the calibration text
+SAMPLES, SEQ_LEN = 24, 512  # of the calibration text
 WINDOWS, WINDOW = 10, 1024  # of the held-out text
 SPEED_SECONDS = 15.0
 PROMPT = "Explain in one sentence why the sky is blue."
