@@ -50,7 +50,11 @@ KINDS = [
     Spec(Codebook(3), PerChannel()),
     Spec(BinaryCoded(2, offset=True), PerGroup(32)),
 ]
-INTEGERS = [act for act in INPUTS if isinstance(act.grid, Int) and not isinstance(act.granularity, PerGroup)]
+INTEGERS = [
+    act
+    for act in INPUTS
+    if isinstance(act.grid, Int) and not act.grid.full and not isinstance(act.granularity, PerGroup)
+]
 
 
 def layer(spec: Spec, shape=(40, 129), act: Spec | None = None, act_params: Affine | None = None) -> PackedLinear:

@@ -35,6 +35,7 @@ from lowbit.numerics import (
     PerChannel,
     PerGroup,
     PerTensor,
+    RowBands,
     Spec,
     Table,
 )
@@ -63,6 +64,8 @@ def shared_by(spec: Spec, shape: tuple[int, int]) -> tuple[int, int] | None:
             return 1, size
         case Block(rows, columns):
             return rows, columns
+        case RowBands():
+            return spec.granularity.height(shape), shape[1]
     return None
 
 
