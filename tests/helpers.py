@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from lowbit.architectures import ResolvedBlock, for_config, resolve
+from lowbit.calibrate.source import open_model
+from lowbit.calibrate.stream import Stream
+from lowbit.steps import BlockIO
 
 VOCABULARY = 128
 
@@ -40,6 +45,20 @@ def tiny_llama(path: Path, *, blocks: int = 2, seed: int = 0, dtype: torch.dtype
 
 def random_ids(windows: int, tokens: int, seed: int = 1) -> Tensor:
     return torch.randint(0, VOCABULARY, (windows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def first_block(place: Path) -> tuple[nn.Module, ResolvedBlock, BlockIO]:
+    """The first block of the model in ``place``, its table, and its inputs and outputs for 4 windows of 32 random tokens."""
+    source = open_model(place)
+    model = source.load_full()
+    architecture = for_config(source.config)
+    stream = Stream(model, architecture)
+    entered = [stream.enter(window[None]) for window in random_ids(4, 32)]
+    x, call = torch.cat([hidden for hidden, _ in entered]), entered[0][1][0]
+    block = model.model.layers[0].requires_grad_(False)
+    with torch.no_grad():
+        y = torch.cat([call(block, window[None]) for window in x])
+    return block, resolve(architecture, block, source.config), BlockIO(x, y, call)
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:

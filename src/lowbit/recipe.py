@@ -19,41 +19,21 @@ from typing import Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator, validate_call
 
-from lowbit.architectures import ROLE_GROUPS, Kind, ResolvedBlock
+from lowbit.architectures import ROLE_GROUPS, ResolvedBlock
 from lowbit.modules import ActSpec
 from lowbit.numerics import (
     Fisher,
-    Float,
     Int,
     PerChannel,
     PerGroup,
     PerTensor,
     PerToken,
-    RangeGrid,
     Spec,
-    arity,
     nearest,
     to_dict,
 )
-from lowbit.steps import (
-    ActivationSteps,
-    ClipShares,
-    Cluster,
-    FitActivation,
-    Incoherence,
-    Learn,
-    LinearFormat,
-    LowRankCorrection,
-    ModelStep,
-    Rounding,
-    SearchActivationRange,
-    SearchClip,
-    SearchFloat,
-    SearchReassembly,
-    SetActivationRange,
-    Solve,
-    Step,
-)
+from lowbit.steps import Learn, LinearFormat, ModelStep, Solve, Step
+from lowbit.steps.combination import check_combination, fixes_ranges
 
 
 class _Frozen(BaseModel):
@@ -174,7 +154,12 @@ class Recipe(_Frozen):
         return steps
 
     def model_post_init(self, _: Any) -> None:
-        self._check_combination()
+        weights = [rule.weight for rule in self.scheme.rules if rule.weight is not None]
+        activations = [rule.activation for rule in self.scheme.rules if rule.activation is not None]
+        try:
+            check_combination(weights, activations, self.steps)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
 
     @property
     def needs_calibration(self) -> bool:
@@ -185,137 +170,6 @@ class Recipe(_Frozen):
     def needs_fisher(self) -> bool:
         """Whether a step asks for Fisher information, which takes a backward pass over the whole model first."""
         return any(Fisher() in step.needs for step in self.steps)
-
-    def _check_combination(self) -> None:
-        solver = self.steps[-1].solver
-        clipped = any(isinstance(step, SearchClip) or _learns_clip(step) for step in self.steps)
-        places_floats = any(isinstance(step, SearchFloat) for step in self.steps)
-        rounds = any(
-            isinstance(maker, Rounding) for step in self.steps if isinstance(step, Learn) for maker in step.makers
-        )
-        for rule in self.scheme.rules:
-            try:
-                if rule.weight is not None:
-                    if clipped and not isinstance(rule.weight.grid, RangeGrid):
-                        raise ValueError(f"a clipping is chosen, and {rule.weight.grid} is not placed by a range")
-                    if rounds and rule.weight.stats is not None:
-                        raise ValueError(
-                            "learned rounding needs scales that are stored as they are, not quantized again"
-                        )
-                    solver.check(rule.weight, clipped or (places_floats and isinstance(rule.weight.grid, Float)))
-            except ValueError as error:
-                raise ValueError(f"{self.name}: {error}") from error
-        self._check_static()
-        self._check_clusters()
-        rotated = next((i for i, step in enumerate(self.steps) if isinstance(step, Incoherence)), len(self.steps))
-        late = [type(step).__name__ for step in self.steps[rotated + 1 :] if _kinds(step)]
-        if late:
-            raise ValueError(
-                f"{self.name}: {', '.join(late)} transforms channels that Incoherence has mixed by then; put it first, as in "
-                "'awq+quip'"
-            )
-        self._check_inputs_kept()
-        mixing = [type(step).__name__ for step in self.steps if _kinds(step) & {Kind.SHIFT, Kind.ROTATE, Kind.SPLIT}]
-        if self.needs_fisher and mixing:
-            raise ValueError(
-                f"{self.name}: Solve needs Fisher information, which is known for every weight by itself and is lost when "
-                f"a step shifts or rotates channels, as {', '.join(mixing)} does here. Leave it out, or solve by another method"
-            )
-
-    def _check_static(self) -> None:
-        """Static ranges have to be chosen, and no step may transform the channels afterwards."""
-        static = [
-            rule.activation for rule in self.scheme.rules if rule.activation is not None and rule.activation.static
-        ]
-        if not static:
-            return
-        searched = all(isinstance(act.spec.grid, Float) for act in static)
-        choosers = (SetActivationRange, SearchActivationRange, FitActivation, SearchFloat)[: 4 if searched else 3]
-        chosen = [i for i, step in enumerate(self.steps) if isinstance(step, choosers)]
-        if not chosen:
-            raise ValueError(
-                f"{self.name}: static activations need the step {' or '.join(c.__name__ for c in choosers)}"
-            )
-        grains = {str(act.spec.granularity) for act in static if not isinstance(act.spec.granularity, PerTensor)}
-        if grains and any(isinstance(step, SearchActivationRange) for step in self.steps):
-            raise ValueError(
-                f"{self.name}: SearchActivationRange clips tokens where one range serves the whole input, not {', '.join(grains)}; "
-                "use PerTensor() or SetActivationRange"
-            )
-        late = [type(s).__name__ for s in self.steps[chosen[-1] + 1 :] if _kinds(s) or isinstance(s, Incoherence)]
-        if late:
-            raise ValueError(
-                f"{self.name}: {', '.join(late)} transforms channels whose static activation ranges are fixed by then; put it "
-                "before the step that fixes them"
-            )
-
-    def _check_inputs_kept(self) -> None:
-        """What is decided for a linear and its input holds while later steps leave that input and its weight alone."""
-        for i, step in enumerate(self.steps):
-            later = [each for each in self.steps[i + 1 :] if _kinds(each)]
-            if isinstance(step, SearchReassembly):
-                for each in (each for each in later if not isinstance(each, Incoherence)):
-                    raise ValueError(
-                        f"{self.name}: {type(each).__name__} transforms channels that SearchReassembly has split and merged by "
-                        "then; put it first"
-                    )
-            if isinstance(step, Learn) and any(isinstance(m, LowRankCorrection) and not m.fold for m in step.makers):
-                for each in later:
-                    raise ValueError(
-                        f"{self.name}: {type(each).__name__} transforms the inputs that the low-rank corrections before it were "
-                        "learned for; put it first, or learn no correction (rank 0)"
-                    )
-            if isinstance(step, Learn) and any(isinstance(maker, Rounding) for maker in step.makers):
-                for each in (each for each in later if isinstance(each, SearchReassembly)):
-                    raise ValueError(
-                        f"{self.name}: Learn decides how each weight is rounded, and {type(each).__name__} changes weights after "
-                        "it; put it first"
-                    )
-
-    def _check_clusters(self) -> None:
-        """What an order by clusters needs of the steps around it."""
-        sorts = next((i for i, step in enumerate(self.steps) if isinstance(step, Cluster)), None)
-        if sorts is None:
-            return
-        if not any(rule.activation is not None and rule.activation.static for rule in self.scheme.rules):
-            raise ValueError(
-                f"{self.name}: Cluster gives static activations a range for each cluster, and activations here are dynamic or "
-                "not quantized; make them static, or leave it out"
-            )
-        pairs = {
-            str(rule.activation.spec.grid)
-            for rule in self.scheme.rules
-            if rule.activation is not None and arity(rule.activation.spec.grid) > 1
-        }
-        ranges = [type(step).__name__ for step in self.steps if isinstance(step, SearchActivationRange | FitActivation)]
-        if pairs or ranges:
-            raise ValueError(
-                f"{self.name}: Cluster gives every cluster of channels a range of its own, which {', '.join([*pairs, *ranges])} cannot; "
-                "leave one of the two out"
-            )
-        moved = [
-            type(step).__name__ for step in self.steps[sorts + 1 :] if _kinds(step) or isinstance(step, Incoherence)
-        ]
-        if moved:
-            raise ValueError(
-                f"{self.name}: {', '.join(moved)} transforms channels that Cluster has put in order by then; put it first"
-            )
-        early = [
-            type(step).__name__ for step in self.steps[:sorts] if isinstance(step, SearchClip) or _learns_clip(step)
-        ]
-        if early:
-            raise ValueError(
-                f"{self.name}: {', '.join(early)} chooses a range for every row or group, and Cluster then changes the order "
-                "of rows and columns; put it behind Cluster, or leave it out"
-            )
-        if self.steps[-1].solver.moves_groups and any(
-            rule.weight is not None and not isinstance(rule.weight.granularity, PerChannel | PerTensor)
-            for rule in self.scheme.rules
-        ):
-            raise ValueError(
-                f"{self.name}: Cluster puts input channels in an order, and Solve, with order='act', in another; use "
-                "order='group' or static_groups=true"
-            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that :func:`from_plain` reads back to an equal recipe."""
@@ -357,27 +211,6 @@ def _check_types(value: Any, where: str) -> None:
         for part in item if isinstance(item, tuple) else (item,):
             if dataclasses.is_dataclass(part):
                 _check_types(part, f"{name}.{type(part).__name__}")
-
-
-def _learns_clip(step: Any) -> bool:
-    return isinstance(step, Learn) and any(isinstance(maker, ClipShares | Rounding) for maker in step.makers)
-
-
-def _fixes_ranges(step: Any) -> bool:
-    """Whether the step chooses ranges of static activations, which is true of the block as it is then."""
-    refines = isinstance(step, Learn) and all(isinstance(maker, ActivationSteps) for maker in step.makers)
-    return refines or isinstance(step, SetActivationRange | SearchActivationRange)
-
-
-def _kinds(value: Any) -> set[Kind]:
-    """The kinds of transform that a step, or a value in its fields, declares."""
-    kinds = {value.kind} if isinstance(getattr(value, "kind", None), Kind) else set()
-    for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
-        for part in item if isinstance(item, tuple) else (item,):
-            if dataclasses.is_dataclass(part):
-                kinds |= _kinds(part)
-    return kinds
 
 
 def rebuilt(recipe: Recipe, **changes: Any) -> Recipe:
@@ -551,7 +384,7 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
                 f"{each.name!r} out, or put it last"
             )
     before = [step for recipe in (*firsts, last) for step in recipe.steps[:-1]]
-    steps = (*sorted(before, key=_fixes_ranges), last.steps[-1])
+    steps = (*sorted(before, key=fixes_ranges), last.steps[-1])
     for step in steps:
         if steps.count(step) > 1:
             raise ValueError(f"{name!r} would do {type(step).__name__} twice; leave one of the methods out")

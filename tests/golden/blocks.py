@@ -17,7 +17,7 @@ from lowbit.calibrate.data import calibration_set
 from lowbit.calibrate.source import open_model
 from lowbit.calibrate.stream import Call, Stream
 from lowbit.modules import fake_quantize_activation
-from lowbit.steps import BlockIO, BlockState, SearchReassembly
+from lowbit.steps import BlockIO, BlockState, SearchReassembly, Step
 
 import layers
 
@@ -114,24 +114,30 @@ def bits_of(method: str, block: int, **options) -> dict[str, float]:
     return _measured(method, block, **options)[1]
 
 
-@cache
-def _measured(
-    method: str, block: int, tokens_a_call: int | None = None, **options
-) -> tuple[dict[str, float], dict[str, float]]:
+def _begun(method: str, block: int, **options) -> tuple[BlockState, tuple[Step, ...]]:
+    """A copy of the block before the first step of the method, and the steps."""
     source, model = _model()
     recipe = lowbit.recipe(method, **options)
     module = copy.deepcopy(model.model.layers[block])
     resolved = resolve(for_config(source.config), module, source.config)
     name = f"model.layers.{block}"
     io = BlockIO(_inputs()[f"{block}.calibration"], None, _call(block))
-    state = BlockState(name, module, resolved, recipe.scheme.formats(resolved, name), io)
+    return BlockState(name, module, resolved, recipe.scheme.formats(resolved, name), io), recipe.steps
+
+
+@cache
+def _measured(
+    method: str, block: int, tokens_a_call: int | None = None, **options
+) -> tuple[dict[str, float], dict[str, float]]:
+    state, steps = _begun(method, block, **options)
+    module = state.block
     moved = None
-    for step in recipe.steps[:-1]:
+    for step in steps[:-1]:
         if isinstance(step, SearchReassembly):  # inexact, and not folded: its error is each layer's own
             moved = _linear_inputs(module, block)
         step.run(state)
     moved = moved or _linear_inputs(module, block)
-    recipe.steps[-1].run(state)
+    steps[-1].run(state)
     errors, bits = {}, {path: state.linear(path).bits_per_weight for path in layers.LINEARS}
     with torch.inference_mode():
         for path, wanted in _wanted(block).items():
@@ -145,18 +151,12 @@ def _measured(
 @cache
 def input_errors_of(method: str, block: int, **options) -> dict[str, float]:
     """``||X W^T - Qx(X') W'^T||^2 / ||X W^T||^2`` of each recorded linear: what rounding the inputs alone loses."""
-    source, model = _model()
-    recipe = lowbit.recipe(method, **options)
-    module = copy.deepcopy(model.model.layers[block])
-    resolved = resolve(for_config(source.config), module, source.config)
-    name = f"model.layers.{block}"
-    io = BlockIO(_inputs()[f"{block}.calibration"], None, _call(block))
-    state = BlockState(name, module, resolved, recipe.scheme.formats(resolved, name), io)
-    for step in recipe.steps[:-1]:
+    state, steps = _begun(method, block, **options)
+    for step in steps[:-1]:
         step.run(state)
     errors = {}
     with torch.inference_mode():
-        for path, x in _linear_inputs(module, block).items():
+        for path, x in _linear_inputs(state.block, block).items():
             act, wanted = state.formats[path].act, _wanted(block)[path]
             assert act is not None
             rounded = fake_quantize_activation(x, act, state.act_params.get(path))

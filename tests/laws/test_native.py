@@ -320,3 +320,13 @@ def test_a_machine_without_compiled_kernels_says_so_once_and_runs(monkeypatch):
     with pytest.warns(UserWarning, match="C\\+\\+ compiler"):
         prepare(plain)
     assert plain.tiles is None and plain.explain()[-1].why_not is None
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_value_that_is_not_finite_spoils_every_token_that_shares_its_range(isa, bad):
+    x = inputs(3, 129)
+    x[1, 7] = bad
+    packed = layer(Spec(Int(8, True), PerChannel()), act=Spec(Int(8, True), PerTensor()))
+    assert reference(x, packed).isnan().all()
+    assert product.run(isa, x, packed).isnan().all()

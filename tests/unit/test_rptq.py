@@ -9,9 +9,6 @@ import pytest
 import torch
 
 import lowbit
-from lowbit.architectures import for_config, resolve
-from lowbit.calibrate.source import open_model
-from lowbit.calibrate.stream import Stream
 from lowbit.kernels import fake_quantize_activation
 from lowbit.modules import ActSpec
 from lowbit.numerics import Affine, Int, MovingRange, PerChannel, PerCluster, PerTensor, Range, Samples, Spec
@@ -19,9 +16,10 @@ from lowbit.numerics.kmeans import kmeans_points
 from lowbit.plan import plan
 from lowbit.recipe import Recipe, activation, linears
 from lowbit.solve import Gptq
-from lowbit.steps import BlockIO, BlockState, Cluster, LinearFormat, SearchClip, SetActivationRange, Solve
+from lowbit.steps import BlockState, Cluster, LinearFormat, SearchClip, SetActivationRange, Solve
 from lowbit.transforms import Permute
 
+import helpers
 from helpers import random_ids, sqnr_db, tiny_llama
 
 W8 = Spec(Int(8), PerChannel())
@@ -35,16 +33,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first_block(place):
-    source = open_model(place)
-    model = source.load_full()
-    architecture = for_config(source.config)
-    stream = Stream(model, architecture)
-    entered = [stream.enter(window[None]) for window in random_ids(4, 32)]
-    x, call = torch.cat([hidden for hidden, _ in entered]), entered[0][1][0]
-    block = model.model.layers[0].requires_grad_(False)
-    with torch.no_grad():
-        y = torch.cat([call(block, window[None]) for window in x])
-    return block, resolve(architecture, block, source.config), BlockIO(x, y, call)
+    return helpers.first_block(place)
 
 
 @pytest.fixture

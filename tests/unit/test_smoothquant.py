@@ -9,16 +9,14 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit.architectures import for_config, resolve
-from lowbit.calibrate.source import open_model
-from lowbit.calibrate.stream import Stream
 from lowbit.modules import ActSpec
 from lowbit.numerics import AbsMax, Int, LaterRange, PerChannel, PerTensor, PerToken, Range, Spec
 from lowbit.recipe import activation
-from lowbit.steps import BlockIO, BlockState, LinearFormat, Search, Set, SetActivationRange, Smooth, SmoothPowers
+from lowbit.steps import BlockState, LinearFormat, Search, Set, SetActivationRange, Smooth, SmoothPowers
 from lowbit.steps.search import _listen
 
-from helpers import random_ids, sqnr_db, tiny_llama
+import helpers
+from helpers import sqnr_db, tiny_llama
 from matrix import save_model
 
 W8 = Spec(Int(8, symmetric=True), PerChannel())
@@ -28,16 +26,7 @@ STATIC = activation(8, per="tensor", static=True)
 @pytest.fixture(scope="module")
 def first_block(tmp_path_factory):
     """The first block of a tiny llama and its calibration windows."""
-    source = open_model(tiny_llama(tmp_path_factory.mktemp("model")))
-    model = source.load_full()
-    architecture = for_config(source.config)
-    stream = Stream(model, architecture)
-    entered = [stream.enter(window[None]) for window in random_ids(4, 32)]
-    x, call = torch.cat([hidden for hidden, _ in entered]), entered[0][1][0]
-    block = model.model.layers[0].requires_grad_(False)
-    with torch.no_grad():
-        y = torch.cat([call(block, window[None]) for window in x])
-    return block, resolve(architecture, block, source.config), BlockIO(x, y, call)
+    return helpers.first_block(tiny_llama(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture

@@ -8,16 +8,13 @@ from fnmatch import fnmatch
 import pytest
 import torch
 
-from lowbit.architectures import for_config, resolve
-from lowbit.calibrate.source import open_model
-from lowbit.calibrate.stream import Call, Stream
+from lowbit.calibrate.stream import Call
 from lowbit.modules import QuantLinear
 from lowbit.numerics import AbsMax, AbsSum, Clipped, Gram, Int, MinMax, PerChannel, PerGroup, Samples, Spec, fit_params
 from lowbit.recipe import activation
 from lowbit.recipe import recipe as recipe_of
 from lowbit.solve import Nearest
 from lowbit.steps import (
-    BlockIO,
     BlockMSE,
     BlockState,
     ClipShares,
@@ -33,7 +30,8 @@ from lowbit.steps import (
     Solve,
 )
 
-from helpers import random_ids, sqnr_db, tiny_llama
+import helpers
+from helpers import sqnr_db, tiny_llama
 
 W4 = Spec(Int(4), PerGroup(32))
 W3 = Spec(Int(3), PerGroup(32))
@@ -42,17 +40,7 @@ W3 = Spec(Int(3), PerGroup(32))
 @pytest.fixture(scope="module")
 def first_block(tmp_path_factory):
     """The first block of a tiny llama, its calibration windows and its own outputs for them."""
-    source = open_model(tiny_llama(tmp_path_factory.mktemp("model")))
-    model = source.load_full()
-    architecture = for_config(source.config)
-    stream = Stream(model, architecture)
-    ids = random_ids(4, 32)
-    entered = [stream.enter(window[None]) for window in ids]
-    x, call = torch.cat([hidden for hidden, _ in entered]), entered[0][1][0]
-    block = model.model.layers[0].requires_grad_(False)
-    with torch.no_grad():
-        y = torch.cat([call(block, window[None]) for window in x])
-    return block, resolve(architecture, block, source.config), BlockIO(x, y, call)
+    return helpers.first_block(tiny_llama(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture

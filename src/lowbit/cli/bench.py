@@ -48,7 +48,7 @@ def command(
     Products are compared with torch's own in bfloat16 and float32 and with the speed of memory, in turns in one run.
     """
     common.use_threads(threads)
-    if (model is not None) + kernels != 1 and (model is not None or kernels or shapes is None):
+    if [model is not None, kernels, shapes is not None and not kernels].count(True) != 1:
         raise typer.BadParameter("give a model to measure, or --kernels, or --shapes with the names of sizes; not both")
     if kernels:
         result = _of_kernels(shapes or "4096x4096,11008x4096", bits or "8,4,3,2,1", rows, group_size)

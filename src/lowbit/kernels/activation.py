@@ -43,6 +43,19 @@ def without_outliers(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tenso
     return x.masked_fill(x.abs() >= threshold, 0), x.index_fill(-1, taken, 0), taken
 
 
+def dynamic_params(x: Tensor, spec: Spec) -> Affine:
+    """Parameters ``[G, 1]`` that reach the extremes of every granule of ``x`` ``[..., I]``; a NaN scale where it holds NaN or
+    infinity."""
+    x_GK = spec.granularity.split(x)
+    params = MinMax()(x_GK, spec.grid)  # pyright: ignore[reportArgumentType]
+    finite = torch.isfinite(x_GK).all(1, keepdim=True)
+    if spec.stats is not None and len(x_GK):  # NaN and Inf are out of sight of the second level's own range
+        seen = params._make(None if p is None else p.where(finite, OF_NOTHING) for p in params)
+        stored = spec.as_stored(seen, spec.granularity.param_shape(tuple(x.shape))[1])
+        params = params._replace(scale=stored[0])
+    return params._replace(scale=torch.where(finite, params.scale, torch.full_like(params.scale, torch.nan)))
+
+
 def quantize_activation(
     x: Tensor, spec: Spec, params: Affine | None = None, threshold: float = 0.0
 ) -> tuple[Tensor, Affine]:
@@ -62,14 +75,7 @@ def quantize_activation(
     if params is not None and isinstance(spec.granularity, PerCluster):
         return spec.grid.encode(x, _of_channels(spec.granularity, params, x.dtype)), _as(params, x.dtype)
     if params is None:
-        ranged_GK = spec.granularity.split(ranged)
-        params = MinMax()(ranged_GK, spec.grid)  # pyright: ignore[reportArgumentType]
-        finite = torch.isfinite(ranged_GK).all(1, keepdim=True)
-        if spec.stats is not None and len(ranged_GK):  # NaN and Inf are out of sight of the second level's own range
-            seen = params._make(None if p is None else p.where(finite, OF_NOTHING) for p in params)
-            stored = spec.as_stored(seen, spec.granularity.param_shape(tuple(x.shape))[1])
-            params = params._replace(scale=stored[0])
-        params = params._replace(scale=torch.where(finite, params.scale, torch.full_like(params.scale, torch.nan)))
+        params = dynamic_params(ranged, spec)
     else:
         params = _as(params, x.dtype)
     codes_GK = spec.grid.encode(spec.granularity.split(x), params)

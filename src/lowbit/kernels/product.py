@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels import native
-from lowbit.kernels.activation import fake_quantize_activation, without_outliers
+from lowbit.kernels.activation import dynamic_params, fake_quantize_activation, without_outliers
 from lowbit.kernels.native import BINARY, CODEBOOK, TABLE, UNIFORM
 from lowbit.kernels.ops import Kernel, PackedLinear, add_side, reference, register
-from lowbit.numerics import Affine, Int, MinMax, PerTensor, PerToken, Spec
+from lowbit.numerics import Affine, Int, PerTensor, PerToken, Spec
 
 _PANEL_BYTES = 1 << 20  # of decoded weight: half of a usual second-level cache
 # Tokens up to which the packed product beats decoding the weight for torch to multiply (benchmarks/kernels.py), where torch
@@ -128,15 +128,14 @@ def _of_integers(
     threshold: float,
 ) -> Tensor:
     params = None if scale is None else Affine(scale, zero)
-    grain = PerTensor() if whole else PerToken()
+    spec = Spec(grid, PerTensor() if whole else PerToken())
     ranged, kept, taken = without_outliers(x_TI, threshold)
-    if len(taken):
-        params = params or MinMax()(grain.split(ranged.float()), grid)
-        y_TO = native.linear(isa, kept.float(), tiles, rows, None, grid.bits, grid.symmetric, params)
-        return y_TO + _of_channels(isa, x_TI.float(), taken, tiles, rows)
-    if params is None and whole:
-        params = MinMax()(grain.split(x_TI.float()), grid)
-    return native.linear(isa, x_TI, tiles, rows, None, grid.bits, grid.symmetric, params)
+    if params is None and (whole or len(taken)):  # without either, the compiled code fits each token's own
+        params = dynamic_params(ranged.float(), spec)
+    if not len(taken):
+        return native.linear(isa, x_TI, tiles, rows, None, grid.bits, grid.symmetric, params)
+    y_TO = native.linear(isa, kept.float(), tiles, rows, None, grid.bits, grid.symmetric, params)
+    return y_TO + _of_channels(isa, x_TI.float(), taken, tiles, rows)
 
 
 def _of_channels(isa: str, x_TI: Tensor, taken: Tensor, tiles: Tensor, rows: int) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lowbit.modules import ActSpec, fake_quantize_activation
-from lowbit.numerics import LaterRange, MovingRange, Range, Samples, Statistic, extremes, tagged
+from lowbit.numerics import LaterRange, MovingRange, Range, Samples, Statistic, tagged
 from lowbit.steps.rules import Rule
+from lowbit.steps.simulate import static_params
 from lowbit.steps.state import BlockState, Stats
 
 _MASSIVE = 10.0  # times all other tokens: first tokens that do what no other does, not the luck of one window
@@ -102,14 +103,11 @@ class SetActivationRange:
                     f"{path} saw no token{self._but_first}: its static activation range is unknown, [-1, 1] is stored"
                 )
                 bounds = torch.tensor([[-1.0], [1.0]])
-            spec, inputs = form.act.spec, state.weight_OI(path).shape[1]
-            lo, hi = extremes(spec.granularity.split(bounds.expand(2, inputs)))
-            tried = known.get(_TRIED)
+            bounds = bounds.expand(2, state.weight_OI(path).shape[1])
+            tried, share = known.get(_TRIED), 1.0
             if self.shrinks > 1 and tried is not None:
-                share = self._share(tried, state.weight_OI(path), form.act, lo, hi)
-                lo, hi = lo * share, hi * share
-            columns = spec.granularity.param_shape((1, inputs))[1]
-            state.act_params[path] = spec.as_stored(spec.grid.from_range(lo, hi), columns)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+                share = self._share(tried, state.weight_OI(path), form.act, bounds)
+            state.act_params[path] = static_params(form.act, bounds, share)
 
     def _note_massive(self, state: BlockState, path: str, known: Stats) -> None:
         if Range() not in known or self._rest not in known:
@@ -136,18 +134,16 @@ class SetActivationRange:
     def _but_first(self) -> str:
         return f" but the first {self.skip_first} of each window" if self.skip_first else ""
 
-    def _share(self, x_TI: Tensor, w_OI: Tensor, act: ActSpec, lo_G1: Tensor, hi_G1: Tensor) -> Tensor:
+    def _share(self, x_TI: Tensor, w_OI: Tensor, act: ActSpec, bounds_2I: Tensor) -> Tensor:
         """What is left of each granule's range, ``[G, 1]``: the first of the best."""
-        spec, weight_I = act.spec, w_OI.square().sum(0)
-        best, chosen = torch.full_like(lo_G1, float("inf")), torch.ones_like(lo_G1)
+        weight_I, best, chosen = w_OI.square().sum(0), torch.tensor(torch.inf), torch.tensor(1.0)
         for i in range(self.shrinks):
             share = 1 - i / self.shrinks
-            params = spec.as_stored(spec.grid.from_range(lo_G1 * share, hi_G1 * share))  # pyright: ignore[reportAttributeAccessIssue]
-            lost_I = (fake_quantize_activation(x_TI, act, params) - x_TI).square().sum(0) * weight_I  # pyright: ignore[reportArgumentType]
-            lost_G1 = spec.granularity.split(lost_I[None], fill_zero=True).sum(1, keepdim=True)
-            better = lost_G1 < best
-            best = torch.where(better, lost_G1, best)
-            chosen = torch.where(better, torch.full_like(chosen, share), chosen)
+            rounded = fake_quantize_activation(x_TI, act, static_params(act, bounds_2I, share))
+            lost_I = (rounded - x_TI).square().sum(0) * weight_I
+            lost_G1 = act.spec.granularity.split(lost_I[None], fill_zero=True).sum(1, keepdim=True)
+            chosen = torch.where(lost_G1 < best, share, chosen)
+            best = torch.minimum(lost_G1, best)
         return chosen
 
 

@@ -72,10 +72,13 @@ def fake_activation(x: Tensor, act: ActSpec | None, params: Params | None) -> Te
     return rounded.index_copy(-1, taken, x.index_select(-1, taken).to(rounded.dtype))
 
 
-def static_params(act: ActSpec, bounds_2I: Tensor) -> Affine:
-    """Parameters of a static activation, as they are stored, for an input whose channels have these extremes."""
-    lo, hi = extremes(act.spec.granularity.split(bounds_2I.float()))
-    return act.spec.as_stored(act.spec.grid.from_range(lo, hi))  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+def static_params(act: ActSpec, bounds_2I: Tensor, share_G1: Tensor | float = 1.0) -> Affine:
+    """Parameters of a static activation, as they are stored, for an input whose channels have these extremes, of which every
+    granule's range reaches ``share_G1``."""
+    spec = act.spec
+    lo, hi = extremes(spec.granularity.split(bounds_2I.float()))
+    columns = spec.granularity.param_shape((1, bounds_2I.shape[1]))[1]
+    return spec.as_stored(spec.grid.from_range(lo * share_G1, hi * share_G1), columns)  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
 
 
 def simulated(

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels import native
-from lowbit.kernels.activation import fake_quantize_activation
+from lowbit.kernels.activation import dynamic_params, fake_quantize_activation
 from lowbit.kernels.ops import PackedLinear, add_side
 from lowbit.kernels.triton import device, shared_by
 from lowbit.layouts import packed_width, unpack_params
-from lowbit.numerics import Affine, Int, MinMax, PerChannel, PerTensor, Spec
+from lowbit.numerics import Affine, Int, PerChannel, PerTensor, Spec
 from lowbit.numerics.grids.base import OF_NOTHING
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -131,8 +131,7 @@ def quantize(x_TI: Tensor, act: Spec, given: Affine | None) -> tuple[Tensor, Ten
     """
     assert isinstance(act.grid, Int)
     if given is None and isinstance(act.granularity, PerTensor):
-        given = MinMax()(act.granularity.split(x_TI.float()), act.grid)
-        given = given._replace(scale=torch.where(x_TI.isfinite().all(), given.scale, torch.nan))
+        given = dynamic_params(x_TI.float(), act)
     codes_TI = torch.empty(x_TI.shape, dtype=torch.int8, device=x_TI.device)
     scale_T = torch.empty(len(x_TI), device=x_TI.device)
     zero_T, sum_T = torch.empty(2, len(x_TI), dtype=torch.int32, device=x_TI.device)
