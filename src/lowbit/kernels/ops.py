@@ -59,12 +59,14 @@ class Kernel:
     """A name, a predicate and a function.
 
     Where ``why_not(layer, rows)`` is None, ``rows`` the number of vectors in x, ``run(x, layer)`` gives
-    ``Q_act(x) @ W.T + x @ (sum of side).T`` for x ``[..., I]``, in the dtype of x.
+    ``Q_act(x) @ W.T + x @ (sum of side).T`` for x ``[..., I]``, in the dtype of x. A ``tiled`` kernel reads tiles, which a
+    layer does not have while a run is still making it: the reference then stands in, even where the kernel is forced.
     """
 
     name: str
     why_not: Callable[[PackedLinear, int], str | None]
     run: Callable[[Tensor, PackedLinear], Tensor]
+    tiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ def choose(layer: PackedLinear, rows: int) -> Kernel:
     if name not in names():
         raise ValueError(f"{ENVIRONMENT}={name!r} is no kernel{nearest(name, names())}; all: {', '.join(names())}")
     kernel = next(kernel for kernel in (*_KERNELS, _REFERENCE) if kernel.name == name)
+    if kernel.tiled and layer.tiles is None:
+        return _REFERENCE
     reason = kernel.why_not(layer, rows)
     if reason is not None:
         raise ValueError(f"{ENVIRONMENT}={name!r} cannot run this layer: {reason}; unset it or use 'reference'")

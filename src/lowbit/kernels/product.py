@@ -241,4 +241,4 @@ def run(isa: str, x: Tensor, layer: PackedLinear) -> Tensor:
 
 
 for _isa in reversed(native.instruction_sets()):
-    register(Kernel(_isa, _why_not, functools.partial(run, _isa)))
+    register(Kernel(_isa, _why_not, functools.partial(run, _isa), tiled=True))

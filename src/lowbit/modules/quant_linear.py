@@ -207,11 +207,12 @@ class QuantLinear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """The part between the transforms: activation quantization, the packed weight and its side terms."""
-        ready = self._prepared
-        if ready is None or kernels.forced() or (self.act is not None and torch.is_grad_enabled() and x.requires_grad):
+        ready, forced = self._prepared, kernels.forced()
+        compiled = forced is None or forced in kernels.native.instruction_sets()
+        if ready is None or not compiled or (self.act is not None and torch.is_grad_enabled() and x.requires_grad):
             return kernels.run(x, self.packed())
         assert self.tiles is not None
-        y = ready.product(x, self.tiles)
+        y = ready.product(x, self.tiles, forced or "")
         for term in ready.side:
             y = y + term.apply(x, self.shape[0])
         return y
