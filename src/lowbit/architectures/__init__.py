@@ -11,6 +11,13 @@ from typing import Any
 import torch
 
 from lowbit.architectures import bloom, falcon, gemma, gpt2, gpt_neox, llama, moe, opt, phi3, qwen3
+from lowbit.architectures.attention import (
+    IMPLEMENTATION,
+    attention_modules,
+    attention_spec,
+    check_attention,
+    quantize_attention,
+)
 from lowbit.architectures.discover import discover
 from lowbit.architectures.experts import UnfusedExperts, unfuse_experts
 from lowbit.architectures.fold import add_bias, fold, needs_bias
@@ -19,6 +26,7 @@ from lowbit.architectures.resolved import Port, ResolvedBlock, ResolvedEdge, Res
 from lowbit.architectures.table import ROLE_GROUPS, Architecture, Kind
 
 __all__ = [
+    "IMPLEMENTATION",
     "ROLE_GROUPS",
     "Architecture",
     "Kind",
@@ -28,12 +36,16 @@ __all__ = [
     "ResolvedInput",
     "UnfusedExperts",
     "add_bias",
+    "attention_modules",
+    "attention_spec",
     "block_modules",
+    "check_attention",
     "discover",
     "fold",
     "for_config",
     "model_types",
     "needs_bias",
+    "quantize_attention",
     "resolve",
     "unfuse_experts",
 ]

@@ -25,13 +25,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowbit.architectures import Architecture, block_modules, for_config, resolve
+from lowbit.architectures import (
+    IMPLEMENTATION,
+    Architecture,
+    attention_modules,
+    block_modules,
+    check_attention,
+    for_config,
+    quantize_attention,
+    resolve,
+)
 from lowbit.calibrate.fisher import FisherPass
 from lowbit.calibrate.journal import Journal
 from lowbit.calibrate.source import ModelSource, return_free_memory
 from lowbit.calibrate.store import ActivationStore
 from lowbit.calibrate.stream import Call, Stream, outside
-from lowbit.modules import QuantLinear
+from lowbit.modules import AttentionSpec, QuantLinear
 from lowbit.recipe import Recipe, Scheme
 from lowbit.steps import BlockIO, BlockState, LayerRecord
 from lowbit.steps.state import stored_as_OI
@@ -86,7 +95,8 @@ class Walk:
     progress: Progress = lambda done, total, what: None
 
     def __post_init__(self):
-        self.model: PreTrainedModel = self.source.skeleton(unfuse=True)
+        attends = None if self.recipe.scheme.attention is None else IMPLEMENTATION
+        self.model: PreTrainedModel = self.source.skeleton(unfuse=True, attn_implementation=attends)
         self.architecture: Architecture = for_config(self.source.config)
         self.blocks = block_modules(self.model, self.architecture)
         self.total = len(self.blocks)
@@ -171,6 +181,9 @@ class Walk:
         self.source.load_into(self.model, f"{self.architecture.blocks}.{i}")
         if call is not None:
             self._advance(call, self.blocks[i], self.store["fp"], self.store["next"])
+        if self.recipe.scheme.attention is not None:  # from here on, for the steps and for what comes behind them
+            for path in attention_modules(resolve(self.architecture, self.blocks[i], self.source.config)):
+                quantize_attention(self.blocks[i].get_submodule(path), self.recipe.scheme.attention)
         return self.blocks[i]
 
     def _quantize(self, i: int, call: Call | None) -> BlockRecord:
@@ -191,6 +204,16 @@ class Walk:
         record = BlockRecord(name, error, state.records, state.notes, packed)
         self.journal.write(self._shard(i), self._tensors(block, name), record.to_dict())
         return record
+
+    @property
+    def attention(self) -> dict[str, AttentionSpec]:
+        """The formats of attention's operands, by name of the module that attends."""
+        spec, found = self.recipe.scheme.attention, {}
+        if spec is not None:
+            for i, block in enumerate(block_modules(self.source.skeleton(), self.architecture)):
+                paths = attention_modules(resolve(self.architecture, block, self.source.config))
+                found |= {f"{self.architecture.blocks}.{i}.{path}": spec for path in paths}
+        return found
 
     def _state(self, i: int, block: nn.Module, call: Call | None) -> BlockState:
         name = f"{self.architecture.blocks}.{i}"
@@ -316,5 +339,9 @@ def check_scheme(scheme: Scheme, architecture: Architecture, model: PreTrainedMo
                     f"{name}.{path} ({rows} x {columns}) cannot have its format: {error}. Give it another one with an "
                     f"override for {resolved.linears[path]!r}, or skip it"
                 ) from error
+        if scheme.attention is not None and not attention_modules(resolved):
+            raise ValueError(f"{name} has no module that is known to attend; leave attention_bits out")
     scheme.check_matches(linears)
+    if scheme.attention is not None:
+        check_attention(model)
     return linears

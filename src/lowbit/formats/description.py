@@ -2,13 +2,14 @@
 
     {"quant_method": "lowbit", "version": 1,
      "schemes": [description of a packed linear, ...], "layers": {module name: index into schemes, ...},
-     "unfused_experts": true}                                  (only where experts were taken apart)
+     "unfused_experts": true,                                  (only where experts were taken apart)
+     "attention": [[formats of its operands, [module that attends, ...]], ...]}      (only where they are quantized)
 
 It says what is stored, never how it was chosen. Blocks repeat, so a model of hundreds of layers has a handful of
 schemes. Everything is written in sorted order: the same model gives the same bytes.
 
-Version 2 is version 1 with layers that transform their output or have side terms, which a reader of version 1 would pass
-over; where no layer does, version 1 is written.
+Version 2 is version 1 with layers that transform their output or have side terms, version 3 has attention as well: what a
+reader of an older version would pass over. The oldest that says everything is written.
 """
 
 from __future__ import annotations
@@ -21,19 +22,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.modules import QuantLinear, buffer_layout, features
+from lowbit.architectures import quantize_attention
+from lowbit.modules import AttentionSpec, QuantLinear, buffer_layout, features
 from lowbit.modules.quant_linear import Config
+from lowbit.numerics import from_dict, to_dict
 
 METHOD = "lowbit"
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 
 
 def quantization_config(
-    layers: nn.Module | Mapping[str, QuantLinear] | Mapping[str, Config], *, unfused_experts: bool = False
+    layers: nn.Module | Mapping[str, QuantLinear] | Mapping[str, Config],
+    *,
+    unfused_experts: bool = False,
+    attention: Mapping[str, AttentionSpec] | None = None,
 ) -> dict[str, Any]:
     """The description of a model, or of layers (or only their :meth:`QuantLinear.config`) by module name.
 
-    ``unfused_experts``: the checkpoint's names are those of a model whose experts were taken apart.
+    ``unfused_experts``: the checkpoint's names are those of a model whose experts were taken apart. ``attention``: formats of
+    attention's operands by name of the module that attends.
 
     Raises:
         ValueError: nothing is quantized.
@@ -50,11 +57,15 @@ def quantization_config(
         numbers[name] = schemes.setdefault(scheme, len(schemes))
     written = {
         "quant_method": METHOD,
-        "version": 2 if any(_extended(json.loads(s)) for s in schemes) else 1,
+        "version": 3 if attention else 2 if any(_extended(json.loads(s)) for s in schemes) else 1,
         "schemes": [json.loads(s) for s in schemes],
         "layers": numbers,
     }
-    return written | ({"unfused_experts": True} if unfused_experts else {})
+    written |= {"unfused_experts": True} if unfused_experts else {}
+    by_spec: dict[AttentionSpec, list[str]] = {}
+    for name in sorted(attention or {}, key=_natural):
+        by_spec.setdefault((attention or {})[name], []).append(name)
+    return written | ({"attention": [[to_dict(spec), names] for spec, names in by_spec.items()]} if attention else {})
 
 
 def _extended(config: Config) -> bool:
@@ -72,7 +83,7 @@ def layer_configs(description: Mapping[str, Any]) -> dict[str, Config]:
     if description.get("version") not in VERSIONS:
         raise ValueError(
             f"the checkpoint is of version {description.get('version')!r} of the native format, this lowbit reads "
-            f"versions {' and '.join(map(str, VERSIONS))}; use a lowbit that wrote such checkpoints"
+            f"versions {VERSIONS[0]} to {VERSIONS[-1]}; use a lowbit that wrote such checkpoints"
         )
     schemes, layers = description.get("schemes"), description.get("layers")
     if not isinstance(schemes, list | tuple) or not isinstance(layers, Mapping) or not layers:
@@ -83,6 +94,21 @@ def layer_configs(description: Mapping[str, Any]) -> dict[str, Config]:
         if not isinstance(number, int) or not 0 <= number < len(schemes):
             raise ValueError(f"quantization_config is damaged: {name} has scheme {number!r} of {len(schemes)}")
     return {name: schemes[number] for name, number in layers.items()}
+
+
+def attention_specs(description: Mapping[str, Any]) -> dict[str, AttentionSpec]:
+    """The formats of attention's operands, by name of the module that attends. Raises ValueError where they are damaged."""
+    found: dict[str, AttentionSpec] = {}
+    for entry in description.get("attention", ()):
+        if not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[1], list | tuple):
+            raise ValueError(
+                f"quantization_config is damaged: expected [formats, [names]] of attention, found {entry!r}"
+            )
+        spec = from_dict(entry[0])
+        if not isinstance(spec, AttentionSpec):
+            raise ValueError(f"quantization_config is damaged: {entry[0]!r} is no format of attention's operands")
+        found |= dict.fromkeys(entry[1], spec)
+    return found
 
 
 def swap(model: nn.Module, description: Mapping[str, Any]) -> dict[str, QuantLinear]:
@@ -107,6 +133,8 @@ def swap(model: nn.Module, description: Mapping[str, Any]) -> dict[str, QuantLin
         layer = QuantLinear.empty(config, device).train(old.training)
         setattr(model.get_submodule(parent), leaf, layer)
         swapped[name] = layer
+    for written, spec in attention_specs(description).items():
+        quantize_attention(_find(model, written)[1], spec)
     return swapped
 
 

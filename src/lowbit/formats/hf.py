@@ -18,7 +18,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowbit.formats.description import METHOD, layer_configs, swap
+from lowbit.architectures import IMPLEMENTATION
+from lowbit.formats.description import METHOD, attention_specs, layer_configs, swap
 from lowbit.modules import prepare
 
 
@@ -31,6 +32,7 @@ class LowbitConfig(QuantizationConfigMixin):
 
     def __init__(self, **description: Any):
         layer_configs(description)
+        attention_specs(description)
         self.__dict__.update(description)
 
 
@@ -45,6 +47,8 @@ class LowbitQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if attention_specs(self.quantization_config.to_dict()):
+            model.set_attn_implementation(IMPLEMENTATION)
         prepare(model)
         return model
 

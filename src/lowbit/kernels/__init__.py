@@ -12,6 +12,7 @@ from lowbit.kernels.activation import (
     without_outliers,
 )
 from lowbit.kernels.decode import decode_packed
+from lowbit.kernels.int8_torch import integer_product
 from lowbit.kernels.ops import (
     Kernel,
     PackedLinear,
@@ -37,6 +38,7 @@ __all__ = [
     "explain",
     "fake_quantize_activation",
     "forced",
+    "integer_product",
     "names",
     "native",
     "outlier_channels",

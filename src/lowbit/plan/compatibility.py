@@ -50,6 +50,7 @@ def _beside(found: Survey) -> str:
             for maker in step.makers
         ),
         "orders of inputs": any(isinstance(step, Cluster) for step in steps) and any(b.gathers for b in found.blocks),
+        "integer operands of attention": found.recipe.scheme.attention is not None,
         "outliers in half precision": getattr(steps[-1].solver, "outliers", None) is not None,
     }
     held = [what for what, there in parts.items() if there]
