@@ -35,6 +35,10 @@ SMALL = {
     "threshold_steps": 3,
     "batch": 2,
     "target_bits": 9.0,
+    "mse": False,
+    "ranges": "minmax",
+    "rounds": 1,
+    "tokens": 24,
 }
 OWN = {
     "smoothquant": {"bits": 8, "activation_bits": 8},
