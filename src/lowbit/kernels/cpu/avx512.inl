@@ -5,6 +5,7 @@ struct V {
   using I = __m512i;
   using F = __m512;
   static constexpr bool takes_bytes = true;
+  static constexpr bool fuses = true;
 
   static B load(const void* p) { return _mm512_loadu_si512(p); }
   static void store_all(uint8_t* p, B b) { _mm512_storeu_si512(p, b); }

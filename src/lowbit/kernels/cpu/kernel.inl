@@ -9,10 +9,6 @@ struct At {
   static constexpr int value = N;
 };
 
-// Bytes that are asked for ahead, into the second-level cache: memory answers late, and few bits are used up quickly.
-// Measured (benchmarks/kernels.py): 1.5 KB ahead into the first level loses up to a fifth at 1 and 2 bits.
-constexpr int64_t AHEAD = 12288;
-
 template <int D>
 static inline typename V::F joined(const typename V::I* acc) {
   if constexpr (D == 1) return V::to_float(acc[0]);

@@ -63,11 +63,24 @@ void run_blocks(int64_t n, int threads, int64_t bytes, const std::function<void(
   run_parallel(pieces, threads, [&](int64_t i) { blocks(n * i / pieces, n * (i + 1) / pieces); });
 }
 
+// Pages of 2 MiB for what lies between its borders; worth a fifth of the speed of memory where the system gives them.
+void advise([[maybe_unused]] uintptr_t memory, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = 1 << 21, begin = (memory + page - 1) / page * page, end = (memory + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // ---- a product --------------------------------------------------------------------------------------------------------
 
 template <class T>
 T* workspace(std::vector<T>& store, int64_t n) {
-  if (static_cast<int64_t>(store.size()) < n) store.resize(n);
+  if (static_cast<int64_t>(store.size()) < n) {
+    store.clear();
+    store.reserve(n);
+    advise(reinterpret_cast<uintptr_t>(store.data()), n * sizeof(T));
+    store.resize(n);
+  }
   return store.data();
 }
 
@@ -204,14 +217,6 @@ Canonical canonical(int kind, int bits, int64_t rows, int64_t cols, int64_t grou
   if (kind < UNIFORM || kind > BINARY || bits < 1 || bits > 8 || rows < 1 || cols < 1 || group < 1 || group > cols)
     throw std::invalid_argument("no weight has this kind, width or shape");
   return {kind, bits, rows, cols, group, at<uint8_t>(codes), at<float>(scale), at<float>(zero), zero_constant};
-}
-
-// Pages of 2 MiB for what lies between its borders; worth a fifth of the speed of memory where the system gives them.
-void advise([[maybe_unused]] uintptr_t memory, [[maybe_unused]] int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const uintptr_t page = 1 << 21, begin = (memory + page - 1) / page * page, end = (memory + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 void pack_into(int kind, int bits, int64_t rows, int64_t cols, int64_t group, uintptr_t codes, uintptr_t scale,
