@@ -169,12 +169,14 @@ def test_static_ranges_clip_as_the_reference_does(symmetric, isa):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_rounding_the_input_by_segments_costs_what_8_bits_cost(bits, isa):
     spec, shape = Spec(Int(bits), PerGroup(64)), (64, 256)
-    packed, w, x = layer(spec, shape), weight(spec, shape).dequantize(), inputs(5, 256)
+    packed, w = layer(spec, shape), weight(spec, shape).dequantize()
     assert packed.tiles is not None
-    steps = x.view(5, 4, 64).abs().amax(2, keepdim=True) / 127
-    rounded = ((x.view(5, 4, 64) / steps).round() * steps).view(5, 256)
-    found = native.linear(isa, x, packed.tiles, 64, by_segment=True)
-    assert sqnr_db(rounded.double() @ w.double().T, found) > 90
+    for rows in (5, 21):
+        x = inputs(rows, 256)
+        steps = x.view(rows, 4, 64).abs().amax(2, keepdim=True) / 127
+        rounded = ((x.view(rows, 4, 64) / steps).round() * steps).view(rows, 256)
+        found = native.linear(isa, x, packed.tiles, 64, by_segment=True)
+        assert sqnr_db(rounded.double() @ w.double().T, found) > 90
 
 
 @pytest.mark.parametrize("isa", SETS)
@@ -229,15 +231,96 @@ def test_zeros_tiny_and_non_contiguous_inputs_are_right(isa):
 @pytest.mark.parametrize("isa", SETS)
 def test_the_number_of_threads_changes_nothing(isa):
     spec, shape = Spec(Int(4), PerGroup(64)), (1024, 512)
-    packed, x, found = layer(spec, shape), inputs(8, 512), []
+    packed = layer(spec, shape)
     before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(product.run(isa, x, packed))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    for x in (inputs(8, 512), inputs(40, 512), inputs(40, 512, torch.bfloat16)):
+        found = []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                found.append(product.run(isa, x, packed))
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+# Matrix tiles: from 16 tokens on
+
+
+TILED = [isa for isa in SETS if isa in native.MATRIX_TILES]
+
+
+@pytest.mark.parametrize("isa", TILED)
+@pytest.mark.parametrize("spec", [*UNIFORM, *OTHERS], ids=str)
+def test_matrix_tiles_multiply_integers_as_lanes_do(spec, isa):
+    for act in (INPUTS[1], INPUTS[3]):
+        for shape, rows in (((40, 129), 16), ((17, 33), 33), ((100, 200), 50)):
+            packed, x = layer(spec, shape, act), inputs(rows, shape[1])
+            found = product.run(isa, x, packed)
+            assert sqnr_db(product.run(native.MATRIX_TILES[isa], x, packed), found) > 110
+            assert sqnr_db(reference(x, packed), found) > 90
+
+
+@pytest.mark.parametrize("isa", TILED)
+@pytest.mark.parametrize("spec", [*UNIFORM, *OTHERS], ids=str)
+def test_matrix_tiles_multiply_bfloat16_by_the_rounded_weight(spec, isa):
+    for shape, rows in (((40, 129), 16), ((17, 33), 33), ((3, 5), 17), ((100, 200), 48)):
+        packed, x = layer(spec, shape), inputs(rows, shape[1], torch.bfloat16)
+        assert packed.tiles is not None
+        exact = x.double() @ weight(spec, shape).dequantize().bfloat16().double().T
+        y = product.run(isa, x, packed)
+        assert y.dtype == torch.bfloat16 and sqnr_db(exact, y) > 50
+
+
+@pytest.mark.parametrize("isa", TILED)
+def test_matrix_tiles_take_every_number_of_tokens_and_those_apart_in_memory(isa):
+    for act, dtype in ((None, torch.float32), (None, torch.bfloat16), (INPUTS[1], torch.float32)):
+        packed = layer(Spec(Int(4), PerGroup(64)), act=act)
+        whole = inputs(129, 70, dtype).T
+        expected = product.run(isa, whole, packed)
+        for rows in (*range(16, 50), 63, 64, 65):  # a token's result is the same whichever others there are
+            assert torch.equal(product.run(isa, whole[:rows], packed), expected[:rows])
+        assert product.run(isa, whole[:0], packed).shape == (0, 40)
+        assert product.run(isa, whole[:48].reshape(2, 24, 129), packed).shape == (2, 24, 40)
+        assert not product.run(isa, torch.zeros(20, 129, dtype=dtype), packed).any()
+
+
+@pytest.mark.parametrize("isa", TILED)
+def test_matrix_tiles_take_static_ranges_and_more_columns_than_stay_in_cache(isa):
+    act = Spec(Int(8, symmetric=False), PerTensor(), scale_dtype="float32")
+    params = fit_params(inputs(64, 70000), act, MinMax())
+    for columns in (40000, 70000):  # the latter are too many for one sum of tiles
+        for spec in (Spec(Int(8), PerChannel()), Spec(Int(2), PerGroup(128))):
+            packed, x = layer(spec, (35, columns), act, params), 2 * inputs(19, columns)
+            assert sqnr_db(reference(x, packed), product.run(isa, x, packed)) > 90
+
+
+@pytest.mark.parametrize("isa", TILED)
+@pytest.mark.parametrize("act", [None, Spec(Int(8, True), PerToken())], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_inf_stay_with_their_token_in_a_matrix_tile(dtype, act, isa):
+    for spec in (Spec(Int(4), PerGroup(64)), Spec(Int(8), PerChannel()), Spec(NF4, PerGroup(64))):
+        x = inputs(37, 129, dtype)
+        x[5, 7], x[33, 128] = torch.nan, torch.inf
+        y = product.run(isa, x, layer(spec, act=act))
+        spoilt = torch.zeros(37, dtype=torch.bool)
+        spoilt[[5, 33]] = True
+        assert not torch.isfinite(y[spoilt]).any() and torch.isfinite(y[~spoilt]).all()
+
+
+def test_matrix_tiles_that_fail_their_self_test_are_not_offered():
+    assert native._cpu.spoiled_instruction_sets() == [isa for isa in SETS if isa not in native.MATRIX_TILES]
+
+
+@pytest.mark.parametrize("isa", TILED)
+def test_few_tokens_are_left_to_lanes_even_where_matrix_tiles_are_forced(isa, monkeypatch):
+    packed, lanes = layer(Spec(Int(4), PerGroup(64))), native.MATRIX_TILES[isa]
+    monkeypatch.setenv("LOWBIT_KERNELS", isa)
+    assert kernels.choose(packed, 16).name == isa and kernels.choose(packed, 15).name == lanes
+    why_not = {reason.kernel: reason.why_not for reason in kernels.explain(packed, 15)}
+    assert why_not[isa] == f"a matrix tile holds 16 rows, the input has 15; {lanes} runs it" and why_not[lanes] is None
+    assert torch.equal(kernels.run(inputs(15, 129), packed), product.run(lanes, inputs(15, 129), packed))
+    assert kernels.choose(layer(Spec(Codebook(3), PerChannel())), 16).name == lanes
 
 
 def test_torchs_own_threads_are_used():
@@ -276,7 +359,7 @@ def prepared(spec=Spec(Int(4), PerGroup(64)), shape=(40, 129), **kwargs) -> tupl
 def test_a_prepared_layer_computes_the_same_and_holds_no_second_copy():
     plain, packed = prepared()
     x = inputs(2, 129)
-    assert plain.explain()[-1].why_not is None and packed.explain()[0].why_not is None
+    assert plain.explain(16)[-1].why_not is None and packed.explain(16)[0].why_not is None
     assert sqnr_db(plain(x), packed(x)) > 100
     assert "codes" not in dict(packed.named_buffers())
     assert torch.equal(packed.dequantize(), plain.dequantize())

@@ -91,7 +91,7 @@ def test_the_integer_kernel_multiplies_what_the_transform_gives():
     layer = packed(MOVED, w, activation(8, symmetric=False))
     wanted = layer(x)
     if layer.prepare() is None:
-        assert layer.explain()[0].why_not is None
+        assert layer.explain(16)[0].why_not is None
         torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
     assert sqnr_db(linear(MOVED.forward(x), MOVED.fold_in(w, None)[0]), wanted) > 30
 

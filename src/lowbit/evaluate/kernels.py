@@ -133,7 +133,7 @@ def _one_shape(shape: tuple[int, int], tokens: int, bits: tuple[int, ...], group
     bandwidth = POOL_BYTES / best["read"]
     return [
         KernelSpeed(
-            kernel=isa,
+            kernel=native.MATRIX_TILES.get(isa, isa) if tokens < native.TILE_ROWS else isa,
             bits=key[0],
             group_size=key[1],
             input=key[2],

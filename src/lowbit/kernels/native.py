@@ -2,7 +2,8 @@
 
 A weight is packed once, after loading, from its canonical codes into tiles that the kernels read as one stream; the codes
 are dropped, and made again from the tiles where something asks for them. One algorithm is compiled for each instruction
-set: ``avx512``, ``avxvnni``, ``avx2``, ``neon``, ``portable``. :mod:`lowbit.kernels.product` makes kernels of it.
+set: ``avx512``, ``avxvnni``, ``avx2``, ``neon``, ``portable``. ``amx`` is another one, by matrix tiles, for inputs of many
+tokens; ``avx512`` does what it does not take. :mod:`lowbit.kernels.product` makes kernels of them.
 
 Shapes: T token, O output channel, I input channel.
 """
@@ -46,7 +47,9 @@ except ImportError:  # installed where there was no compiler
     _cpu = None
 
 UNIFORM, TABLE, CODEBOOK, BINARY = range(4)
-_FLOATS, _INT8, _FIXED = 0, 1, 3
+_FLOATS, _INT8, _HALVES, _FIXED = range(4)
+MATRIX_TILES = {"amx": "avx512"}  # instruction sets of matrix tiles, and who does what these do not take
+TILE_ROWS = 16  # tokens that fill a tile
 DTYPES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 4}
 
 
@@ -101,6 +104,16 @@ def why_unpackable(layer: PackedLinear) -> str | None:
         return f"parameters are {layer.spec.granularity}, compiled kernels take groups within a row"
     if layer.device.type != "cpu":
         return f"compiled for CPUs, the layer is on {layer.device.type}"
+    return None
+
+
+def why_no_matrix_tiles(layer: PackedLinear, rows: int) -> str | None:
+    """Why a product of ``rows`` tokens is none for :data:`MATRIX_TILES`, of a layer that :func:`pack` takes."""
+    if rows < TILE_ROWS:
+        return f"a matrix tile holds {TILE_ROWS} rows, the input has {rows}"
+    kind = kind_of(layer.spec)
+    if kind == CODEBOOK or (kind == BINARY and integer_input(layer)):
+        return f"{type(layer.spec.grid).__name__} weights are not multiplied by matrix tiles"
     return None
 
 
@@ -206,6 +219,7 @@ def linear(
     act_params: Affine | None = None,
     tabled: bool = False,
     by_segment: bool = False,
+    halves: bool = False,
 ) -> Tensor:
     """``x @ W.T``, x ``[T, I]`` contiguous in float32, bfloat16 or float16, ``[T, O]`` in its dtype.
 
@@ -217,6 +231,7 @@ def linear(
         act_params: of all of x, where they are not fitted to each token.
         tabled: the weight is a table or a codebook.
         by_segment: x is rounded to 8 bits with a scale for each 128 channels: quicker than fixed point, an error of 1 %.
+        halves: x is bfloat16 and multiplied as it is, the weight rounded to bfloat16; of :data:`MATRIX_TILES` only.
     """
     assert _cpu is not None
     y_TO = x_TI.new_empty(len(x_TI), out_features)
@@ -224,7 +239,7 @@ def linear(
     if act_params is not None:
         scale = act_params.scale.float().contiguous()
         zero = None if act_params.zero is None else act_params.zero.float().contiguous()
-    mode = _FLOATS if tabled else _INT8 if act_bits or by_segment else _FIXED
+    mode = _HALVES if halves else _FLOATS if tabled else _INT8 if act_bits or by_segment else _FIXED
     _cpu.linear(
         isa, tiles.data_ptr(), tiles.numel(), _address(table), x_TI.data_ptr(), DTYPES[x_TI.dtype], len(x_TI),
         y_TO.data_ptr(), DTYPES[y_TO.dtype], mode, act_bits, act_symmetric, scale is not None and scale.numel() == 1,

@@ -61,12 +61,14 @@ class Kernel:
     Where ``why_not(layer, rows)`` is None, ``rows`` the number of vectors in x, ``run(x, layer)`` gives
     ``Q_act(x) @ W.T + x @ (sum of side).T`` for x ``[..., I]``, in the dtype of x. A ``tiled`` kernel reads tiles, which a
     layer does not have while a run is still making it: the reference then stands in, even where the kernel is forced.
+    So does the kernel that ``leaves_to`` names, for layers and numbers of rows that this one is not made for.
     """
 
     name: str
     why_not: Callable[[PackedLinear, int], str | None]
     run: Callable[[Tensor, PackedLinear], Tensor]
     tiled: bool = False
+    leaves_to: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,13 +133,20 @@ def choose(layer: PackedLinear, rows: int) -> Kernel:
         return next(kernel for kernel in (*_KERNELS, _REFERENCE) if kernel.why_not(layer, rows) is None)
     if name not in names():
         raise ValueError(f"{ENVIRONMENT}={name!r} is no kernel{nearest(name, names())}; all: {', '.join(names())}")
-    kernel = next(kernel for kernel in (*_KERNELS, _REFERENCE) if kernel.name == name)
+    kernel = _called(name)
     if kernel.tiled and layer.tiles is None:
         return _REFERENCE
     reason = kernel.why_not(layer, rows)
+    if reason is not None and kernel.leaves_to:
+        kernel = _called(kernel.leaves_to)
+        reason = kernel.why_not(layer, rows)
     if reason is not None:
         raise ValueError(f"{ENVIRONMENT}={name!r} cannot run this layer: {reason}; unset it or use 'reference'")
     return kernel
+
+
+def _called(name: str) -> Kernel:
+    return next(kernel for kernel in (*_KERNELS, _REFERENCE) if kernel.name == name)
 
 
 def explain(layer: PackedLinear, rows: int) -> list[Reason]:

@@ -7,8 +7,9 @@ How the input is multiplied:
 * floating point against uniform and binary-coded weights: as 24-bit fixed point with a scale for each 128 channels, three
   integer products. It costs less than converting weights, and errs less than a float32 sum does (over 110 dB);
 * floating point against tables and codebooks: in float32;
-* many tokens of floating point: the weight is decoded by panels that stay in cache, and torch multiplies, in float32 where it
-  has no matrix instructions for the input's dtype.
+* many tokens of bfloat16, where there are matrix tiles: as they are, by weights decoded to bfloat16 in cache;
+* many tokens of floating point otherwise: the weight is decoded by panels that stay in cache, and torch multiplies, in float32
+  where it has no matrix instructions for the input's dtype.
 
 Shapes: T token, O output channel, I input channel.
 """
@@ -35,7 +36,7 @@ _PANEL_BYTES = 1 << 20  # of decoded weight: half of a usual second-level cache
 _FEW = {UNIFORM: 32, TABLE: 12, CODEBOOK: 12, BINARY: 8}
 _FEW_SLOW = 16
 # Instruction sets with integer dot products: three of them cost less than one product of float32, however many tokens.
-_DOTS = ("avx512", "avxvnni", "neon")
+_DOTS = ("amx", "avx512", "avxvnni", "neon")
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,11 @@ def multiply(
     isa = isa or native.instruction_sets()[0]
     x_TI = x.reshape(-1, x.shape[-1])
     x_TI = (x_TI if x.dtype in native.DTYPES else x_TI.float()).contiguous()
+    tiled = isa in native.MATRIX_TILES and kind != CODEBOOK and x_TI.dtype == torch.bfloat16
     if bits:
         y_TO = _of_integers(isa, x_TI, tiles, rows, Int(bits, symmetric=symmetric), scale, zero, whole, threshold)
+    elif tiled and len(x_TI) >= native.TILE_ROWS:
+        y_TO = native.linear(isa, x_TI, tiles, rows, table, halves=True)
     elif len(x_TI) > _few(isa, kind, x_TI.dtype):
         wide = x_TI if _multiplies(x_TI.dtype) else x_TI.float()
         y_TO = _by_panels(isa, wide, tiles, rows, table)
@@ -225,10 +229,12 @@ def _by_panels(isa: str, x_TI: Tensor, tiles: Tensor, rows: int, table: Tensor |
     return y_TO
 
 
-def _why_not(layer: PackedLinear, rows: int) -> str | None:
+def _why_not(isa: str, layer: PackedLinear, rows: int) -> str | None:
     reason = native.why_unpackable(layer)
     if reason is None and layer.tiles is None:
         return "the weight is not packed for it; lowbit.load does, and prepare() of the layer"
+    if reason is None and isa in native.MATRIX_TILES and (other := native.why_no_matrix_tiles(layer, rows)):
+        return f"{other}; {native.MATRIX_TILES[isa]} runs it"
     return reason
 
 
@@ -241,4 +247,12 @@ def run(isa: str, x: Tensor, layer: PackedLinear) -> Tensor:
 
 
 for _isa in reversed(native.instruction_sets()):
-    register(Kernel(_isa, _why_not, functools.partial(run, _isa), tiled=True))
+    register(
+        Kernel(
+            _isa,
+            functools.partial(_why_not, _isa),
+            functools.partial(run, _isa),
+            tiled=True,
+            leaves_to=native.MATRIX_TILES.get(_isa, ""),
+        )
+    )

@@ -1,4 +1,10 @@
 // What Python sees: addresses and sizes in, nothing owned. Checks that tensors fit each other are made here, once.
+#if defined(__x86_64__) && defined(__linux__)
+#define LOWBIT_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #include <dlfcn.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -7,6 +13,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <stdexcept>
@@ -20,32 +27,6 @@ namespace nb = nanobind;
 using namespace lowbit;
 
 namespace {
-
-// ---- instruction sets -------------------------------------------------------------------------------------------------
-
-// Widest first.
-std::vector<const Kernels*> available() {
-  std::vector<const Kernels*> found;
-#if defined(__x86_64__) || defined(_M_X64)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
-    found.push_back(avx512_kernels());
-  if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(avxvnni_kernels());
-  if (avx2) found.push_back(avx2_kernels());
-#elif defined(__aarch64__)
-  found.push_back(neon_kernels());
-#endif
-  found.push_back(portable_kernels());
-  return found;
-}
-
-const Kernels* kernels_called(const std::string& name) {
-  for (const Kernels* k : available())
-    if (name.empty() || name == k->name) return k;
-  throw std::invalid_argument("this CPU does not run " + name);
-}
 
 // ---- threads ----------------------------------------------------------------------------------------------------------
 
@@ -82,6 +63,148 @@ void run_blocks(int64_t n, int threads, int64_t bytes, const std::function<void(
   run_parallel(pieces, threads, [&](int64_t i) { blocks(n * i / pieces, n * (i + 1) / pieces); });
 }
 
+// Pages of 2 MiB for what lies between its borders; worth a fifth of the speed of memory where the system gives them.
+void advise([[maybe_unused]] uintptr_t memory, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = 1 << 21, begin = (memory + page - 1) / page * page, end = (memory + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// ---- a product --------------------------------------------------------------------------------------------------------
+
+template <class T>
+T* workspace(std::vector<T>& store, int64_t n) {
+  if (static_cast<int64_t>(store.size()) < n) {
+    store.clear();
+    store.reserve(n);
+    advise(reinterpret_cast<uintptr_t>(store.data()), n * sizeof(T));
+    store.resize(n);
+  }
+  return store.data();
+}
+
+// Who does what `k` is asked for.
+const Kernels* runs(const Kernels* k, const Job& job) {
+  return k->takes && !k->takes(*job.tiles, job.input, job.m) ? k->otherwise : k;
+}
+
+// Fills job.y; the workspace is made here.
+void multiply(const Kernels* k, Job job, int threads) {
+  k = runs(k, job);
+  const Tiles& t = *job.tiles;
+  const int64_t m = job.m, plane = t.padded_cols() * (t.kind == CODEBOOK ? LANES : 1);
+  const int64_t planes = job.input == FLOATS ? 0 : job.input, floats = k->takes ? 0 : m * plane;
+  static thread_local std::vector<float> numbers;
+  static thread_local std::vector<int8_t> integers;
+  job.xf = workspace(numbers, floats + m * (t.segments() + t.groups + 1));
+  job.xs = job.xf + floats;
+  job.xsum = job.xs + m * t.segments();
+  job.xzero = job.xsum + m * t.groups;
+  job.xq = workspace(integers, k->takes ? k->input_bytes(t, job.input, m) : m * planes * plane);
+  run_blocks(m, m < 4 ? 1 : threads, m * plane * 4, [&](int64_t first, int64_t last) { k->prepare(job, first, last); });
+  run_blocks(t.blocks, threads, t.total_bytes * (m + 7) / 8, [&](int64_t first, int64_t last) { k->multiply(job, first, last); });
+}
+
+// ---- instruction sets -------------------------------------------------------------------------------------------------
+
+// Matrix tiles of bytes and of bfloat16: the processor has them, the system saves them, and lets this process use them.
+bool has_matrix_tiles() {
+#ifdef LOWBIT_AMX
+  unsigned a, b, c, d, e;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !__get_cpuid_count(7, 1, &e, &b, &c, &b)) return false;
+  const unsigned bfloat_tiles = 1u << 22, tiles = 1u << 24, byte_tiles = 1u << 25, avx512_bf16 = 1u << 5;
+  if ((d & (bfloat_tiles | tiles | byte_tiles)) != (bfloat_tiles | tiles | byte_tiles) || !(e & avx512_bf16)) return false;
+  unsigned saved, high;
+  __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  const unsigned configuration_and_data = 3u << 17;
+  if ((saved & configuration_and_data) != configuration_and_data) return false;
+  const long request = 0x1023, data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request, data) == 0;
+#else
+  return false;
+#endif
+}
+
+// Whether `k` computes a small product as the portable kernels do, from a weight of 4 bits and 40 x 200 whose products are
+// exact in every way of the input. An emulator or a compiler may break tiles where the processor says that it has them.
+// `spoil` changes one code before `k` sees it.
+bool agrees(const Kernels* k, bool spoil) {
+  constexpr int64_t rows = 40, cols = 200, group = 64, groups = 4, tokens = 17;
+  uint32_t state = 1;
+  auto next = [&](uint32_t n) { return (state = state * 1664525 + 1013904223) >> 16 & (n - 1); };
+  std::vector<uint8_t> codes(rows * cols / 2);
+  std::vector<float> scale(rows * groups), zero(rows * groups), x(tokens * cols);
+  for (uint8_t& byte : codes) byte = static_cast<uint8_t>(next(256));
+  for (float& s : scale) s = 1.0f / static_cast<float>(1 + next(2));
+  for (float& z : zero) z = static_cast<float>(next(16));
+  for (float& v : x) v = static_cast<float>(next(128)) - 64.0f;
+  for (int64_t i = 0; i < tokens; ++i) x[i * cols + i] = 127.0f;  // so that a step of 8 bits is one
+  std::vector<uint16_t> halves(x.size());
+  for (size_t i = 0; i < x.size(); ++i) std::memcpy(&halves[i], reinterpret_cast<char*>(&x[i]) + 2, 2);
+  const Canonical from{UNIFORM, 4, rows, cols, group, codes.data(), scale.data(), zero.data(), 0.0f};
+  const Tiles t = describe(from);
+  std::vector<uint8_t> data(t.total_bytes);
+  write_header(t, data.data());
+  pack(from, t, data.data(), 0, t.blocks);
+  for (const int32_t input : {INT8, HALVES, FIXED}) {
+    Job job{};
+    job.tiles = &t;
+    job.data = data.data();
+    job.x_type = job.y_type = F32;
+    job.m = tokens;
+    job.input = input == HALVES ? FIXED : input;
+    job.act_bits = input == INT8 ? 8 : 0;
+    job.act_symmetric = true;
+    std::vector<float> expected(tokens * rows), found(tokens * rows);
+    job.x = x.data();
+    job.y = expected.data();
+    multiply(portable_kernels(), job, 1);
+    if (spoil) data[HEADER] ^= 1;
+    if (input == HALVES) job.x = halves.data(), job.x_type = BF16;
+    job.input = input;
+    job.y = found.data();
+    multiply(k, job, 1);
+    if (spoil) data[HEADER] ^= 1;
+    for (size_t i = 0; i < found.size(); ++i)
+      if (!(std::abs(found[i] - expected[i]) < 0.1f)) return false;  // sums are multiples of a half, fixed point is near
+  }
+  return true;
+}
+
+// Widest first.
+std::vector<const Kernels*> look(bool spoil) {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__) || defined(_M_X64)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
+#ifdef LOWBIT_AMX
+    if (has_matrix_tiles() && agrees(amx_kernels(), spoil)) found.push_back(amx_kernels());
+#endif
+    found.push_back(avx512_kernels());
+  }
+  if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(avxvnni_kernels());
+  if (avx2) found.push_back(avx2_kernels());
+#elif defined(__aarch64__)
+  found.push_back(neon_kernels());
+#endif
+  found.push_back(portable_kernels());
+  return found;
+}
+
+const std::vector<const Kernels*>& available() {
+  static const std::vector<const Kernels*> found = look(false);
+  return found;
+}
+
+const Kernels* kernels_called(const std::string& name) {
+  for (const Kernels* k : available())
+    if (name.empty() || name == k->name) return k;
+  throw std::invalid_argument("this CPU does not run " + name);
+}
+
 // ---- entry points -----------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -94,14 +217,6 @@ Canonical canonical(int kind, int bits, int64_t rows, int64_t cols, int64_t grou
   if (kind < UNIFORM || kind > BINARY || bits < 1 || bits > 8 || rows < 1 || cols < 1 || group < 1 || group > cols)
     throw std::invalid_argument("no weight has this kind, width or shape");
   return {kind, bits, rows, cols, group, at<uint8_t>(codes), at<float>(scale), at<float>(zero), zero_constant};
-}
-
-// Pages of 2 MiB for what lies between its borders; worth a fifth of the speed of memory where the system gives them.
-void advise([[maybe_unused]] uintptr_t memory, [[maybe_unused]] int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const uintptr_t page = 1 << 21, begin = (memory + page - 1) / page * page, end = (memory + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 void pack_into(int kind, int bits, int64_t rows, int64_t cols, int64_t group, uintptr_t codes, uintptr_t scale,
@@ -127,12 +242,6 @@ void unpack_into(uintptr_t tiles, int64_t bytes, uintptr_t codes, int threads) {
   run_blocks(t.blocks, threads, bytes, [&](int64_t first, int64_t last) { unpack(t, data, at<uint8_t>(codes), first, last); });
 }
 
-template <class T>
-T* workspace(std::vector<T>& store, int64_t n) {
-  if (static_cast<int64_t>(store.size()) < n) store.resize(n);
-  return store.data();
-}
-
 void linear(const std::string& isa, uintptr_t tiles, int64_t bytes, uintptr_t table, uintptr_t x, int x_type, int64_t m,
             uintptr_t y, int y_type, int input, int act_bits, bool act_symmetric, bool act_shared, uintptr_t act_scale,
             uintptr_t act_zero, int threads) {
@@ -140,10 +249,6 @@ void linear(const std::string& isa, uintptr_t tiles, int64_t bytes, uintptr_t ta
   const Tiles t = header(data, bytes);
   const Kernels* k = kernels_called(isa);
   if (m == 0) return;
-  const int64_t plane = t.padded_cols() * (t.kind == CODEBOOK ? LANES : 1), planes = input == FLOATS ? 0 : input;
-  static thread_local std::vector<float> floats;
-  static thread_local std::vector<int8_t> integers;
-  float* f = workspace(floats, m * (plane + t.segments() + t.groups + 1));
   Job job{};
   job.tiles = &t;
   job.data = data;
@@ -159,14 +264,10 @@ void linear(const std::string& isa, uintptr_t tiles, int64_t bytes, uintptr_t ta
   job.act_shared = act_shared;
   job.act_scale = at<float>(act_scale);
   job.act_zero = at<float>(act_zero);
-  job.xf = f;
-  job.xs = f + m * plane;
-  job.xsum = job.xs + m * t.segments();
-  job.xzero = job.xsum + m * t.groups;
-  job.xq = workspace(integers, m * planes * plane);
+  if (input == HALVES && (x_type != BF16 || !runs(k, job)->takes))
+    throw std::invalid_argument("only matrix tiles multiply bfloat16 as it is");
   nb::gil_scoped_release release;
-  run_blocks(m, m < 4 ? 1 : threads, m * plane * 4, [&](int64_t first, int64_t last) { k->prepare(job, first, last); });
-  run_blocks(t.blocks, threads, bytes * (m + 7) / 8, [&](int64_t first, int64_t last) { k->multiply(job, first, last); });
+  multiply(k, job, threads);
 }
 
 void decode(const std::string& isa, uintptr_t tiles, int64_t bytes, uintptr_t table, int64_t first, int64_t last,
@@ -200,11 +301,13 @@ double read_memory(const std::string& isa, uintptr_t data, int64_t bytes, int th
 
 NB_MODULE(_cpu, m) {
   m.doc() = "Products with packed weights on CPUs; called by lowbit.kernels.native only.";
-  m.def("instruction_sets", [] {
+  auto names_of = [](const std::vector<const Kernels*>& found) {
     std::vector<std::string> names;
-    for (const Kernels* k : available()) names.emplace_back(k->name);
+    for (const Kernels* k : found) names.emplace_back(k->name);
     return names;
-  });
+  };
+  m.def("instruction_sets", [=] { return names_of(available()); });
+  m.def("spoiled_instruction_sets", [=] { return names_of(look(true)); });
   m.def("use_pool", [](uintptr_t address) { pool = reinterpret_cast<Parallel>(address); });
   m.def("advise", &advise);
   m.def("packed_bytes", &packed_bytes);

@@ -11,6 +11,7 @@ struct V {
   struct I { int32x4_t v[4]; };
   struct F { float32x4_t v[4]; };
   static constexpr bool takes_bytes = false;  // codes are read as signed bytes, see dot()
+  static constexpr bool fuses = true;
 
   static B load(const void* p) {
     const auto* q = static_cast<const uint8_t*>(p);

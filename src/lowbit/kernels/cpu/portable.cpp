@@ -9,6 +9,7 @@ struct V {
   struct I { int32_t v[16]; };
   struct F { float v[16]; };
   static constexpr bool takes_bytes = false;  // whether dot() is as quick for codes of 8 bits as for shorter ones
+  static constexpr bool fuses = false;  // whether fma() rounds once
 
   static B load(const void* p) { B b; __builtin_memcpy(b.v, p, 64); return b; }
   static void store_all(uint8_t* p, B b) { __builtin_memcpy(p, b.v, 64); }

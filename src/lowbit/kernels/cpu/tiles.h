@@ -57,6 +57,7 @@ static_assert(sizeof(Tiles) <= HEADER);
 enum Input : int32_t {
   FLOATS = 0,   // as it is, in float32: tables
   INT8 = 1,     // integers of 8 bits: one dot product
+  HALVES = 2,   // bfloat16 as it is, the weight rounded to bfloat16: matrix tiles
   FIXED = 3,    // fixed point of 24 bits a segment, in three dot products: float32 for all purposes
 };
 
@@ -90,6 +91,10 @@ struct Kernels {
   void (*multiply)(const Job&, int64_t first, int64_t last);
   void (*decode)(const Tiles&, const uint8_t* data, const float* table, int64_t first, int64_t last, void* out, int32_t type);
   double (*read)(const uint8_t* data, int64_t bytes);  // a pass over memory at this instruction set's widest load
+  // Kernels of matrix tiles only: what they take, who runs all else, and the bytes of a job's xq. They use no xf.
+  bool (*takes)(const Tiles&, int32_t input, int64_t m) = nullptr;
+  const Kernels* otherwise = nullptr;
+  int64_t (*input_bytes)(const Tiles&, int32_t input, int64_t m) = nullptr;
 };
 
 const Kernels* portable_kernels();
@@ -97,6 +102,7 @@ const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avxvnni_kernels();
 const Kernels* avx512_kernels();
+const Kernels* amx_kernels();
 #elif defined(__aarch64__)
 const Kernels* neon_kernels();
 #endif
