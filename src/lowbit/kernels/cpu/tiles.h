@@ -83,6 +83,8 @@ struct Job {
   float* xzero;
 };
 
+struct StepKernels;
+
 // What an instruction set provides. Ranges are of tokens, of blocks and of rows.
 struct Kernels {
   const char* name;
@@ -90,6 +92,7 @@ struct Kernels {
   void (*multiply)(const Job&, int64_t first, int64_t last);
   void (*decode)(const Tiles&, const uint8_t* data, const float* table, int64_t first, int64_t last, void* out, int32_t type);
   double (*read)(const uint8_t* data, int64_t bytes);  // a pass over memory at this instruction set's widest load
+  const StepKernels* step;
 };
 
 const Kernels* portable_kernels();
