@@ -8,8 +8,7 @@ compiled code itself.
 
 from __future__ import annotations
 
-import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,31 +18,26 @@ from transformers import PreTrainedModel
 
 from lowbit import kernels
 from lowbit.architectures import Architecture, for_config
-from lowbit.decoding.cache import Growing
+from lowbit.decoding.cache import Room
 from lowbit.kernels.native import DTYPES
+from lowbit.kernels.ops import ENVIRONMENT
 from lowbit.kernels.step import Block, Linear, ModelStep, RmsNorm, why_not
 from lowbit.modules import QuantLinear
-
-_LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
-_NORMS = ("attention_norm", "mlp_norm")
-_HEAD_NORMS = ("q_norm", "k_norm")
 
 
 class _NotDescribed(Exception):
     """Why a model does not fit the step."""
 
 
-@dataclass
 class _Watch:
     """What a description was made from, and whether it is still there."""
 
-    places: list[dict[str, Any]] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    found: list[Any] = field(default_factory=list)
-    tensors: list[Tensor] = field(default_factory=list)
-    hooks: list[dict[Any, Any]] = field(default_factory=list)
-    addresses: list[int] = field(default_factory=list)
-    _seen: set[tuple[int, str]] = field(default_factory=set)
+    def __init__(self) -> None:
+        self._entries = kernels.step.watch()
+        self._seen: set[tuple[int, str]] = set()
+        self._hooks: list[dict[Any, Any]] = []
+        self._parameters: list[Tensor] = []
+        self._addresses: list[int] = []
 
     def module(self, parent: nn.Module, path: str) -> nn.Module:
         """The module at ``path``, this and those on the way watched."""
@@ -53,7 +47,9 @@ class _Watch:
                 raise _NotDescribed(f"there is no module {path}")
             self.see(parent._modules, name)
             if self.see(inner.__dict__, "forward"):
-                self.hooks += [inner._forward_hooks, inner._forward_pre_hooks]
+                for hooks in (inner._forward_hooks, inner._forward_pre_hooks):
+                    self._hooks.append(hooks)
+                    self._entries.empty(hooks)
             if "forward" in inner.__dict__:
                 raise _NotDescribed(f"the forward of {path} was replaced")
             parent = inner
@@ -61,44 +57,36 @@ class _Watch:
 
     def tensor(self, module: nn.Module, name: str) -> Tensor | None:
         """A parameter or buffer, watched."""
-        held = module._parameters if name in module._parameters else module._buffers
+        parameter = name in module._parameters
+        held = module._parameters if parameter else module._buffers
         self.see(held, name)
         tensor = held.get(name)
-        if tensor is not None:
-            if tensor.dtype not in DTYPES or tensor.device.type != "cpu" or not tensor.is_contiguous():
-                raise _NotDescribed(f"a {name} is {tensor.dtype} on {tensor.device}")
-            self.tensors.append(tensor)
-            self.addresses.append(tensor.data_ptr())
+        if tensor is None:
+            return None
+        if tensor.dtype not in DTYPES or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise _NotDescribed(f"a {name} is {tensor.dtype} on {tensor.device}")
+        if parameter:  # casts and moves give a parameter other memory, and a buffer's place another buffer
+            self._parameters.append(tensor)
+            self._addresses.append(tensor.data_ptr())
         return tensor
-
-    def attribute(self, module: nn.Module, name: str) -> Any:
-        """Something else that a module holds, watched."""
-        self.see(module.__dict__, name)
-        return module.__dict__.get(name)
 
     def current(self) -> bool:
         """Whether everything is still what and where it was, and nobody else listens."""
-        now = map(dict.get, self.places, self.names)
-        return (
-            all(map(operator.is_, now, self.found))
-            and [t.data_ptr() for t in self.tensors] == self.addresses
-            and not self.heard()
-        )
+        there = [p.data_ptr() for p in self._parameters] == self._addresses
+        return there and self._entries.same() and not self.heard()
 
     def heard(self) -> bool:
         """Whether a hook would miss what passes."""
-        return torch_modules._has_any_global_hook() or (
-            any(self.hooks) and any(_listens(hook) for hooks in self.hooks for hook in hooks.values())
-        )
+        if torch_modules._has_any_global_hook():
+            return True
+        return not self._entries.all_empty() and any(_listens(hook) for hooks in self._hooks for hook in hooks.values())
 
     def see(self, place: dict[str, Any], name: str) -> bool:
         """Watches ``place[name]``, which may be absent; False: it was watched before."""
         if (id(place), name) in self._seen:
             return False
         self._seen.add((id(place), name))
-        self.places.append(place)
-        self.names.append(name)
-        self.found.append(place.get(name))
+        self._entries.entry(place, name, place.get(name), name in place)
         return True
 
 
@@ -128,18 +116,14 @@ class Described:
         """Whether the model is still the one that was described."""
         return self._watch.current()
 
-    def run(self, ids: Tensor, layers: list[Growing], position: int) -> Tensor:
-        """Logits ``[V]`` after the token ``ids`` ``[1, 1]``, whose keys and values ``layers`` then hold."""
+    def run(self, ids: Tensor, room: Room, position: int) -> Tensor:
+        """Logits ``[V]`` after the token ``ids`` ``[1, 1]``, whose keys and values ``room`` then holds."""
+        length = room.lengths[0]
+        room.reserve(length + 1)
         cos, sin = self._turned(position)
-        keys, values = zip(*(layer.addresses() for layer in layers), strict=True)
-        x = self._embed(ids).view(-1).contiguous()
-        first = layers[0]
-        dtype = self.cache[-1]
-        logits = self._step(
-            x, list(keys), list(values), dtype, first.capacity, first.get_seq_length(), cos[position], sin[position]
-        )
-        for layer in layers:
-            layer.written(1)
+        x = self._embed(ids).view(-1)
+        logits = self._step(x, *room.addresses(), self.cache[-1], room.capacity, length, cos[position], sin[position])
+        room.advance()
         return logits
 
     def _turned(self, position: int) -> tuple[Tensor, Tensor]:
@@ -181,7 +165,7 @@ def _describe(model: PreTrainedModel, isa: str, watch: _Watch) -> Described:
     if not kernels.native.instruction_sets():
         raise _NotDescribed("lowbit was installed without its compiled kernels")
     if isa not in kernels.native.instruction_sets():
-        raise _NotDescribed(f"{kernels.ops.ENVIRONMENT}={isa} is set")
+        raise _NotDescribed(f"{ENVIRONMENT}={isa} is set")
     table = for_config(model.config)
     said = table.token_step
     if isinstance(said, str):
@@ -214,18 +198,31 @@ def _describe(model: PreTrainedModel, isa: str, watch: _Watch) -> Described:
 def _block(watch: _Watch, block: nn.Module, table: Architecture) -> Block:
     paths = {entry.role: entry.path for entry in table.linears}
     norms = {entry.role: entry for entry in table.norms}
-    found = {role: _linear(watch, watch.module(block, paths[role]), role) for role in _LINEARS}
-    gains = {role: _norm(watch, watch.module(block, norms[role].path), norms[role].gain_offset) for role in _NORMS}
-    of_heads = {
-        role: _norm(watch, watch.module(block, norms[role].path), norms[role].gain_offset) if role in norms else None
-        for role in _HEAD_NORMS
-    }
-    return Block(**found, **gains, **of_heads)
+
+    def linear(role: str) -> Linear:
+        return _linear(watch, watch.module(block, paths[role]), role)
+
+    def norm(role: str) -> RmsNorm:
+        return _norm(watch, watch.module(block, norms[role].path), norms[role].gain_offset)
+
+    return Block(
+        attention_norm=norm("attention_norm"),
+        q=linear("q"),
+        k=linear("k"),
+        v=linear("v"),
+        q_norm=norm("q_norm") if "q_norm" in norms else None,
+        k_norm=norm("k_norm") if "k_norm" in norms else None,
+        o=linear("o"),
+        mlp_norm=norm("mlp_norm"),
+        gate=linear("gate"),
+        up=linear("up"),
+        down=linear("down"),
+    )
 
 
 def _norm(watch: _Watch, norm: nn.Module, gain_offset: float) -> RmsNorm:
     gain = watch.tensor(norm, "weight")
-    eps = next((watch.attribute(norm, name) for name in ("variance_epsilon", "eps") if name in norm.__dict__), None)
+    eps = next((norm.__dict__[name] for name in ("variance_epsilon", "eps") if name in norm.__dict__), None)
     if gain is None or eps is None:
         raise _NotDescribed(f"a norm is {type(norm).__name__}")
     return RmsNorm(gain, eps, gain_offset)
@@ -237,8 +234,7 @@ def _linear(watch: _Watch, layer: nn.Module, role: str) -> Linear:
         return Linear(weight=watch.tensor(layer, "weight"), bias=bias)
     if not isinstance(layer, QuantLinear):
         raise _NotDescribed(f"{role} is a {type(layer).__name__}")
-    ready = watch.attribute(layer, "_prepared")
-    tiles = layer.tiles
+    ready, tiles = layer.prepared, layer.tiles
     watch.see(layer._buffers, "tiles")
     if ready is None or tiles is None:
         raise _NotDescribed(f"{role} is not packed for the compiled kernels")

@@ -80,15 +80,15 @@ class _Stepping:
         described = self._described()
         if isinstance(described, Refused):
             return None
-        layers = adopt(cache, *described.cache)
-        if isinstance(layers, str):
+        room = adopt(cache, *described.cache)
+        if isinstance(room, str):
             return None
-        length = layers[0].get_seq_length()
+        length = room.lengths[0]
         mask, position = inputs.get("attention_mask"), inputs.get("position_ids")
         if mask is not None and (mask.shape != (1, length + 1) or not bool(mask.all())):
             return None
         at = length if position is None else int(position.reshape(-1)[-1])
-        logits = described.run(ids, layers, at)
+        logits = described.run(ids, room, at)
         return CausalLMOutputWithPast(logits=logits.view(1, 1, -1), past_key_values=cache)  # pyright: ignore[reportArgumentType]
 
 

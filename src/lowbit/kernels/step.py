@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,13 @@ class Block:
     gate: Linear
     up: Linear
     down: Linear
+
+
+def watch() -> Any:
+    """Entries of dictionaries to be compared quickly: ``entry(place, name, value, present)``, ``empty(place)``, and what they
+    ask, ``same()`` and ``all_empty()``."""
+    assert native._cpu is not None
+    return native._cpu.Watch()
 
 
 def why_not(linear: Linear) -> str | None:

@@ -58,7 +58,7 @@ class Barrier {
       return;
     }
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins < 4096) pause_briefly();
+      if (spins < 1024) pause_briefly();
       else std::this_thread::yield();  // more threads than cores: the one that is awaited may need this one's
     }
   }
@@ -450,6 +450,40 @@ class Step {
   std::vector<std::unique_ptr<Own>> own_;
 };
 
+// ---- what a description was made from ---------------------------------------------------------------------------------
+
+// Entries of Python dictionaries that have to be the same objects, and dictionaries that have to be empty: a thousand look-ups
+// for each token, which Python itself would take a quarter of a millisecond for.
+class Watch {
+ public:
+  void entry(nb::dict place, nb::str name, nb::object value, bool present) {
+    entries_.push_back({std::move(place), std::move(name), present ? std::move(value) : nb::object()});
+  }
+  void empty(nb::dict place) { empty_.push_back(std::move(place)); }
+
+  bool same() const {
+    for (const Entry& e : entries_) {
+      PyObject* now = PyDict_GetItemWithError(e.place.ptr(), e.name.ptr());
+      if (now != e.value.ptr()) return false;
+    }
+    return true;
+  }
+  bool all_empty() const {
+    for (const nb::dict& d : empty_)
+      if (PyDict_Size(d.ptr()) > 0) return false;
+    return true;
+  }
+
+ private:
+  struct Entry {
+    nb::dict place;
+    nb::str name;
+    nb::object value;  // null: absent
+  };
+  std::vector<Entry> entries_;
+  std::vector<nb::dict> empty_;
+};
+
 }  // namespace
 
 void bind_step(nb::module_& m, const Kernels* (*kernels_called)(const std::string&)) {
@@ -459,6 +493,12 @@ void bind_step(nb::module_& m, const Kernels* (*kernels_called)(const std::strin
     team_size = reinterpret_cast<Count>(size);
     own_number = reinterpret_cast<Count>(number);
   });
+  nb::class_<Watch>(m, "Watch")
+      .def(nb::init<>())
+      .def("entry", &Watch::entry, nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
+      .def("empty", &Watch::empty)
+      .def("same", &Watch::same)
+      .def("all_empty", &Watch::all_empty);
   nb::class_<Step>(m, "Step")
       .def("__init__", [kernels_called](Step* self, const std::string& isa, int64_t hidden, int64_t heads, int64_t groups,
                                         int64_t dim, int64_t rotary, float scaling) {
