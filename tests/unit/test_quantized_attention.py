@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 import lowbit
+from lowbit import decoding
 from lowbit.architectures import attention_spec
 from lowbit.formats import native
 from lowbit.modules import AttentionSpec, restore
@@ -36,6 +37,7 @@ def test_the_loaded_model_attends_with_quantized_operands_and_generates(quantize
     assert description["attention"] == [[{"type": "AttentionSpec", "bits": 8, "probability_bits": 8}, names]]
     model, ids = lowbit.load(quantized / "out", dtype=torch.float32), random_ids(1, 24, seed=3)
     assert [name for name, module in model.named_modules() if attention_spec(module) == SPEC] == names
+    assert "queries, keys and values are quantized" in decoding.explain(model)
     restore(model)
     found = model(ids).logits
     plain = lowbit.load(quantized / "out", dtype=torch.float32)

@@ -23,7 +23,7 @@ from lowbit.architectures.experts import UnfusedExperts, unfuse_experts
 from lowbit.architectures.fold import add_bias, fold, needs_bias
 from lowbit.architectures.resolve import block_modules, resolve
 from lowbit.architectures.resolved import Port, ResolvedBlock, ResolvedEdge, ResolvedInput
-from lowbit.architectures.table import ROLE_GROUPS, Architecture, Kind
+from lowbit.architectures.table import ROLE_GROUPS, Architecture, Kind, TokenStep
 
 __all__ = [
     "IMPLEMENTATION",
@@ -34,6 +34,7 @@ __all__ = [
     "ResolvedBlock",
     "ResolvedEdge",
     "ResolvedInput",
+    "TokenStep",
     "UnfusedExperts",
     "add_bias",
     "attention_modules",

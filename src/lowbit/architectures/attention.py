@@ -17,7 +17,8 @@ from lowbit.architectures.resolved import ResolvedBlock
 from lowbit.modules import AttentionSpec, attend
 
 IMPLEMENTATION = "lowbit"
-_SPEC = "lowbit_attention"
+SPEC = "lowbit_attention"
+"""The attribute of a module that attends in which its formats are."""
 
 
 def attention_modules(resolved: ResolvedBlock) -> tuple[str, ...]:
@@ -36,12 +37,12 @@ def check_attention(model: PreTrainedModel) -> None:
 
 def quantize_attention(module: nn.Module, spec: AttentionSpec | None) -> None:
     """From now on ``module``, which attends, quantizes its operands as ``spec`` says; None: no longer."""
-    setattr(module, _SPEC, spec)
+    setattr(module, SPEC, spec)
 
 
 def attention_spec(module: nn.Module) -> AttentionSpec | None:
     """What :func:`quantize_attention` said last."""
-    return getattr(module, _SPEC, None)
+    return getattr(module, SPEC, None)
 
 
 def _attention(

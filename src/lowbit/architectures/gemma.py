@@ -11,14 +11,22 @@ from typing import Any
 from lowbit.architectures.parts import decoder
 from lowbit.architectures.table import Architecture
 
+_NORMS_AFTER = "norms follow its attention and MLP"
+
 
 def gemma(config: Any) -> Architecture:
-    return decoder(config, name="gemma", model_types=("gemma",), gain_offset=1.0)
+    step = "its embeddings are scaled and its gate is GELU"
+    return decoder(config, name="gemma", model_types=("gemma",), gain_offset=1.0, token_step=step)
 
 
 def gemma2(config: Any) -> Architecture:
     return decoder(
-        config, name="gemma2", model_types=("gemma2",), gain_offset=1.0, mlp_norm="pre_feedforward_layernorm"
+        config,
+        name="gemma2",
+        model_types=("gemma2",),
+        gain_offset=1.0,
+        mlp_norm="pre_feedforward_layernorm",
+        token_step=_NORMS_AFTER,
     )
 
 
@@ -30,6 +38,7 @@ def gemma3(config: Any) -> Architecture:
         gain_offset=1.0,
         mlp_norm="pre_feedforward_layernorm",
         query_key_norms=True,
+        token_step=_NORMS_AFTER,
     )
 
 

@@ -62,18 +62,23 @@ def _together(*mlps: Mlp) -> Mlp:
     )
 
 
+_EXPERTS = "every token chooses its experts"
+
+
 def mixtral(config: Any) -> Architecture:
-    return decoder(config, name="mixtral", model_types=("mixtral",), mlp=EXPERT_MLP)
+    return decoder(config, name="mixtral", model_types=("mixtral",), mlp=EXPERT_MLP, token_step=_EXPERTS)
 
 
 def qwen2_moe(config: Any) -> Architecture:
     mlp = _together(GATED_MLP, SHARED_EXPERT, EXPERT_MLP)
-    return decoder(config, name="qwen2_moe", model_types=("qwen2_moe",), mlp=mlp)
+    return decoder(config, name="qwen2_moe", model_types=("qwen2_moe",), mlp=mlp, token_step=_EXPERTS)
 
 
 def qwen3_moe(config: Any) -> Architecture:
     mlp = _together(GATED_MLP, EXPERT_MLP)
-    return decoder(config, name="qwen3_moe", model_types=("qwen3_moe",), mlp=mlp, query_key_norms=True)
+    return decoder(
+        config, name="qwen3_moe", model_types=("qwen3_moe",), mlp=mlp, query_key_norms=True, token_step=_EXPERTS
+    )
 
 
 TABLES = {"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe}

@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lowbit.architectures.table import Architecture, Axis, Edge, End, Heads, Kind, LinearRole, Norm, SharedInput
+from lowbit.architectures.table import (
+    Architecture,
+    Axis,
+    Edge,
+    End,
+    Heads,
+    Kind,
+    LinearRole,
+    Norm,
+    SharedInput,
+    TokenStep,
+)
 
 SCALE_SHIFT = frozenset({Kind.SCALE, Kind.SHIFT})
 HEAD_KINDS = frozenset({Kind.SCALE, Kind.PERMUTE, Kind.ROTATE})
@@ -103,12 +114,13 @@ def decoder(
     mlp_norm: str = "post_attention_layernorm",
     gain_offset: float = 0.0,
     query_key_norms: bool = False,
+    token_step: TokenStep | str = "its blocks do more than the step knows",
 ) -> Architecture:
     """The commonest decoder: split projections, RMSNorm before attention and MLP, rotary embedding.
 
     mlp_norm: the norm that feeds the MLP. gain_offset: 1.0 where norms store their gain minus one. query_key_norms:
     norms on each head of queries and keys, before the rotary embedding; their gains then carry the query/key edge,
-    because a norm forgets the scale of the projection before it.
+    because a norm forgets the scale of the projection before it. token_step: see `Architecture`.
     """
     heads = rotary_heads(config)
     norms = (Norm("attention_norm", "input_layernorm", gain_offset), Norm("mlp_norm", mlp_norm, gain_offset))
@@ -141,7 +153,21 @@ def decoder(
         embed=("model.embed_tokens",),
         final_norm="model.norm",
         head="lm_head",
+        token_step=token_step,
     )
+
+
+def plain_token_step(config: Any) -> TokenStep | str:
+    """The compiled step of the commonest decoder, or what in `config` it does not know."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if config.hidden_act != "silu":
+        return f"the gate is {config.hidden_act}, it knows silu"
+    if rope.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
+        return f"rotary frequencies ({rope['rope_type']}) change with the length of the text"
+    types = set(getattr(config, "layer_types", None) or ())
+    if types - {"full_attention"} or (not types and getattr(config, "sliding_window", None) is not None):
+        return "attention sees a sliding window of the text, it knows all of it"
+    return TokenStep(rotary="model.rotary_emb")
 
 
 def fused_attention(path: str, output: str, layout: str) -> tuple[LinearRole, ...]:

@@ -45,6 +45,7 @@ def build(config: Any) -> Architecture:
         embed=("model.embed_tokens",),
         final_norm="model.norm",
         head="lm_head",
+        token_step="its projections are fused",
     )
 
 

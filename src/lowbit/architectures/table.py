@@ -137,13 +137,29 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class TokenStep:
+    """Says that a model is exactly what the compiled step of one token computes:
+
+        h += o(attention(turn(q(norm h)), turn(k(norm h)), v(norm h)))
+        h += down(silu(gate(norm h)) * up(norm h))
+
+    and after the blocks the final norm and the head. Norms are RMSNorm; queries and keys pass the norms `q_norm` and `k_norm`
+    first where the table lists them; attention sees all earlier tokens, its scores divided by the root of the head dim.
+
+    `rotary`: the path of the module that gives cosines and sines of positions, which depend on nothing else.
+    """
+
+    rotary: str
+
+
+@dataclass(frozen=True)
 class Architecture:
     """The table of one model: module paths of the whole model, then roles, inputs and edges within a block.
 
     `blocks` is the path of the ModuleList of decoder blocks; `embed` the modules with weights before the first block;
     `final_norm`, `after` (rare projections) and `head` those after the last, where the model has them. `routers` choose
     experts and are never quantized, but read what the experts read, so transforms fold into them. `warnings` names what
-    is not available for this model.
+    is not available for this model. `token_step`: whether one token has a compiled step, or why not.
     """
 
     name: str
@@ -160,3 +176,4 @@ class Architecture:
     after: tuple[str, ...] = ()
     head: str | None = None
     warnings: tuple[str, ...] = ()
+    token_step: TokenStep | str = "only blocks of RMSNorm, rotary heads and a gated MLP are described to it"

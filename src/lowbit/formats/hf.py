@@ -18,6 +18,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lowbit import decoding
 from lowbit.architectures import IMPLEMENTATION
 from lowbit.formats.description import METHOD, attention_specs, layer_configs, swap
 from lowbit.modules import prepare
@@ -50,6 +51,7 @@ class LowbitQuantizer(HfQuantizer):
         if attention_specs(self.quantization_config.to_dict()):
             model.set_attn_implementation(IMPLEMENTATION)
         prepare(model)
+        decoding.install(model)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
