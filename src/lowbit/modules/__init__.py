@@ -2,15 +2,21 @@
 
 from lowbit.modules.activation import ActSpec, fake_quantize_activation, quantize_activation
 from lowbit.modules.quant_linear import QuantLinear, buffer_layout, features, prepare, restore, stored_bits_of
+from lowbit.modules.residual import described_residual, residual_of, rotation_of, turn_residual, turned
 
 __all__ = [
     "ActSpec",
     "QuantLinear",
     "buffer_layout",
+    "described_residual",
     "fake_quantize_activation",
     "features",
     "prepare",
     "quantize_activation",
+    "residual_of",
     "restore",
+    "rotation_of",
     "stored_bits_of",
+    "turn_residual",
+    "turned",
 ]
