@@ -46,6 +46,7 @@ OWN = {
     "omniquant": {"activation_bits": 8},
     "olive": {"activation_bits": 8},
     "qllm": {"activation_bits": 8},
+    "quarot": {"activation_bits": 8},
 }
 PAIR_OPTIONS = {"clip": False}  # a searched clipping has its own cell, under the method itself
 MIXED_ON = "llama grouped"

@@ -325,7 +325,9 @@ def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tenso
     modules = {name: config for block in report.blocks for name, config in block.modules.items()}
     final = sorted(directory.glob("model-*.safetensors"))
     shards = [shard.name for shard in final]
-    native.write_checkpoint(directory, job.source.config, modules, shards, job.source.dtype, walk.attention)
+    native.write_checkpoint(
+        directory, job.source.config, modules, shards, job.source.dtype, walk.attention, walk.residual
+    )
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(directory)
     generation = job.source.path / "generation_config.json"

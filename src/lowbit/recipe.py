@@ -33,7 +33,7 @@ from lowbit.numerics import (
     to_dict,
 )
 from lowbit.steps import Learn, LinearFormat, ModelStep, Solve, Step
-from lowbit.steps.combination import check_combination, fixes_ranges
+from lowbit.steps.combination import check_combination, in_order
 
 
 class _Frozen(BaseModel):
@@ -384,8 +384,9 @@ def recipe(name: str, **options: Any) -> Recipe:
 def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
     """One recipe of several: all steps in order, with the Solve, the weight format and the feed of the last one.
 
-    Steps that fix ranges of static activations come after all others, which may still transform the channels. Activations are
-    quantized, and attention's operands are, as the first recipe that does so says; where it takes no channels out at run time and a later one does, so
+    Steps that fix ranges of static activations come after all others, which may still transform the channels, and rotations
+    that linears run themselves after all that is folded. Activations are quantized, and attention's operands are, as the first
+    recipe that does so says; where it takes no channels out at run time and a later one does, so
     does the mix.
 
     Raises:
@@ -399,7 +400,7 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
                 f"{each.name!r} out, or put it last"
             )
     before = [step for recipe in (*firsts, last) for step in recipe.steps[:-1]]
-    steps = (*sorted(before, key=fixes_ranges), last.steps[-1])
+    steps = (*in_order(before), last.steps[-1])
     for step in steps:
         if steps.count(step) > 1:
             raise ValueError(f"{name!r} would do {type(step).__name__} twice; leave one of the methods out")

@@ -1,7 +1,7 @@
 """Norm gains of 1 + weight. From the second generation on, norms also follow attention and MLP.
 
-The norms after attention and MLP feed only the residual stream, so they carry nothing; the MLP's input norm is then
-`pre_feedforward_layernorm`. The third generation adds norms on queries and keys.
+The norms after attention and MLP feed only the residual stream, so they carry nothing, and keep it from being rotated; the
+MLP's input norm is then `pre_feedforward_layernorm`. The third generation adds norms on queries and keys.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def gemma2(config: Any) -> Architecture:
         model_types=("gemma2",),
         gain_offset=1.0,
         mlp_norm="pre_feedforward_layernorm",
+        output_norms=True,
         token_step=_NORMS_AFTER,
     )
 
@@ -38,6 +39,7 @@ def gemma3(config: Any) -> Architecture:
         gain_offset=1.0,
         mlp_norm="pre_feedforward_layernorm",
         query_key_norms=True,
+        output_norms=True,
         token_step=_NORMS_AFTER,
     )
 

@@ -19,6 +19,7 @@ EXPERT_MLP = Mlp(
         SharedInput("expert_hidden", ("expert_down",)),
     ),
     readers=("router", "expert_gate", "expert_up"),
+    writers=("expert_down",),
     edges=(
         gated_edge(
             End("expert_gate"),
@@ -38,6 +39,7 @@ SHARED_EXPERT = Mlp(
         SharedInput("shared_hidden", ("shared_down",)),
     ),
     readers=("shared_router", "shared_gate", "shared_up"),
+    writers=("shared_down",),
     edges=(
         gated_edge(
             End("shared_gate"),
@@ -57,6 +59,7 @@ def _together(*mlps: Mlp) -> Mlp:
         linears=tuple(x for mlp in mlps for x in mlp.linears),
         shared_inputs=tuple(x for mlp in mlps for x in mlp.shared_inputs),
         readers=tuple(x for mlp in mlps for x in mlp.readers),
+        writers=tuple(x for mlp in mlps for x in mlp.writers),
         edges=tuple(x for mlp in mlps for x in mlp.edges),
         routers=tuple(x for mlp in mlps for x in mlp.routers),
     )

@@ -14,6 +14,7 @@ from lowbit.architectures.table import (
     Kind,
     LinearRole,
     Norm,
+    Residual,
     SharedInput,
     TokenStep,
 )
@@ -25,6 +26,10 @@ SCALE_PERMUTE = frozenset({Kind.SCALE, Kind.PERMUTE})
 
 HOMOGENEOUS_ACTIVATIONS = frozenset({"relu", "leaky_relu"})
 """f(s x) == s f(x) for s > 0, so a positive scale passes through."""
+
+NORM_EDGES = ("norm_qkv", "norm_mlp")
+
+CENTRED = Residual(fixed="LayerNorm subtracts the mean of its channels, which a rotation of them changes")
 
 
 def ends(*roles: str) -> tuple[End, ...]:
@@ -88,11 +93,13 @@ def plain_mlp_edge(up: str, down: str, activation: str, *, judge: str) -> Edge:
 
 @dataclass(frozen=True)
 class Mlp:
-    """The MLP half of a decoder's table; `readers` are the roles that read the norm before it, routers included."""
+    """The MLP half of a decoder's table; `readers` are the roles that read the norm before it, routers included, and
+    `writers` those whose output is added to the residual stream."""
 
     linears: tuple[LinearRole, ...]
     shared_inputs: tuple[SharedInput, ...]
     readers: tuple[str, ...]
+    writers: tuple[str, ...]
     edges: tuple[Edge, ...]
     routers: tuple[LinearRole, ...] = ()
 
@@ -101,6 +108,7 @@ GATED_MLP = Mlp(
     linears=tuple(LinearRole(role, f"mlp.{role}_proj") for role in ("gate", "up", "down")),
     shared_inputs=(SharedInput("mlp_in", ("gate", "up")), SharedInput("mlp_hidden", ("down",))),
     readers=("gate", "up"),
+    writers=("down",),
     edges=(gated_edge(End("gate"), End("up"), "down", judge="mlp.down_proj"),),
 )
 
@@ -114,14 +122,23 @@ def decoder(
     mlp_norm: str = "post_attention_layernorm",
     gain_offset: float = 0.0,
     query_key_norms: bool = False,
+    output_norms: bool = False,
     token_step: TokenStep | str = "its blocks do more than the step knows",
 ) -> Architecture:
     """The commonest decoder: split projections, RMSNorm before attention and MLP, rotary embedding.
 
     mlp_norm: the norm that feeds the MLP. gain_offset: 1.0 where norms store their gain minus one. query_key_norms:
     norms on each head of queries and keys, before the rotary embedding; their gains then carry the query/key edge,
-    because a norm forgets the scale of the projection before it. token_step: see `Architecture`.
+    because a norm forgets the scale of the projection before it. output_norms: norms behind attention and MLP too, whose
+    gains are of channels of the residual stream and fold into nothing. token_step: see `Architecture`.
     """
+    residual = (
+        Residual(
+            fixed="norms behind attention and MLP have a gain for each of its channels, with no weight behind them"
+        )
+        if output_norms
+        else Residual(NORM_EDGES, ("o", *mlp.writers))
+    )
     heads = rotary_heads(config)
     norms = (Norm("attention_norm", "input_layernorm", gain_offset), Norm("mlp_norm", mlp_norm, gain_offset))
     if query_key_norms:
@@ -150,6 +167,7 @@ def decoder(
             *mlp.edges,
         ),
         heads=heads,
+        residual=residual,
         embed=("model.embed_tokens",),
         final_norm="model.norm",
         head="lm_head",

@@ -203,6 +203,7 @@ def integer_input(layer: PackedLinear) -> bool:
         and act.grid.bits > 1
         and not act.grid.real_zero
         and not act.grid.full
+        and act.grid.reach == 1
         and isinstance(act.granularity, PerToken | PerTensor)
         and (isinstance(layer.spec.grid, Int) or (isinstance(layer.spec.grid, BinaryCoded) and act.grid.symmetric))
     )

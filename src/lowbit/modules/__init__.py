@@ -3,6 +3,7 @@
 from lowbit.modules.activation import ActSpec, fake_quantize_activation, quantize_activation
 from lowbit.modules.attention import AttentionSpec, attend
 from lowbit.modules.quant_linear import QuantLinear, buffer_layout, features, prepare, restore, stored_bits_of
+from lowbit.modules.residual import described_residual, residual_of, rotation_of, turn_residual, turned
 
 __all__ = [
     "ActSpec",
@@ -10,10 +11,15 @@ __all__ = [
     "QuantLinear",
     "attend",
     "buffer_layout",
+    "described_residual",
     "fake_quantize_activation",
     "features",
     "prepare",
     "quantize_activation",
+    "residual_of",
     "restore",
+    "rotation_of",
     "stored_bits_of",
+    "turn_residual",
+    "turned",
 ]
