@@ -233,6 +233,7 @@ def run(
         model = None
         if job.recipe.model_steps:
             model, notes = run_model_steps(walk, journal, progress)
+            restore(model)  # as the reload that it is compared with
             job.warnings.extend(notes)
         kl, agreement, reference = _measure(walk, model, progress)
         del model
