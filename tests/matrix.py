@@ -35,6 +35,10 @@ SMALL = {
     "threshold_steps": 3,
     "batch": 2,
     "target_bits": 9.0,
+    "mse": False,
+    "ranges": "minmax",
+    "rounds": 1,
+    "tokens": 24,
 }
 OWN = {
     "smoothquant": {"bits": 8, "activation_bits": 8},
@@ -42,6 +46,7 @@ OWN = {
     "omniquant": {"activation_bits": 8},
     "olive": {"activation_bits": 8},
     "qllm": {"activation_bits": 8},
+    "quarot": {"activation_bits": 8},
 }
 PAIR_OPTIONS = {"clip": False}  # a searched clipping has its own cell, under the method itself
 MIXED_ON = "llama grouped"

@@ -75,7 +75,7 @@ class Allocation:
             Rule(match=f"re:^{pattern.replace('{}', '|'.join(numbers))}$", weight=form.weight, activation=form.act)
             for (pattern, form), numbers in groups.items()
         ]
-        return rebuilt(self.base, scheme=Scheme(rules=(*self.base.scheme.rules, *rules)))
+        return rebuilt(self.base, scheme=self.base.scheme.with_rules(*rules))
 
     def by_width(self) -> dict[int, list[str]]:
         """Names of the linears of each width, the widest first."""
@@ -259,7 +259,7 @@ def _all_at(base: Recipe, width: int) -> Recipe:
         rule if rule.weight is None else rule.model_copy(update={"weight": _at(rule.weight, width)})
         for rule in base.scheme.rules
     )
-    return rebuilt(base, scheme=Scheme(rules=tuple(rules)))
+    return rebuilt(base, scheme=Scheme(rules=tuple(rules), attention=base.scheme.attention))
 
 
 def _bits(model: str | PathLike[str], recipe: Recipe) -> dict[str, float]:

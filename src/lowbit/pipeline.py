@@ -239,7 +239,7 @@ def run(
         report = _report(job, walk, kl, agreement, max_kl)
         if report.problems and not allow_broken:
             raise BrokenModel(_refusal(job, report), report)
-        return _finish(job, journal, report, reference)
+        return _finish(job, walk, report, reference)
     finally:
         walk.close()
 
@@ -319,14 +319,15 @@ def _refusal(job: Job, report: QuantizeReport) -> str:
     )
 
 
-def _finish(
-    job: Job, journal: Journal, report: QuantizeReport, reference: tuple[Tensor, Tensor] | None
-) -> QuantizeReport:
+def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tensor, Tensor] | None) -> QuantizeReport:
     """Config, index, card and tokenizer into the partial directory; reload and compare there; then the rename."""
-    directory = journal.directory
+    journal, directory = walk.journal, walk.journal.directory
     modules = {name: config for block in report.blocks for name, config in block.modules.items()}
     final = sorted(directory.glob("model-*.safetensors"))
-    native.write_checkpoint(directory, job.source.config, modules, [shard.name for shard in final], job.source.dtype)
+    shards = [shard.name for shard in final]
+    native.write_checkpoint(
+        directory, job.source.config, modules, shards, job.source.dtype, walk.attention, walk.residual
+    )
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(directory)
     generation = job.source.path / "generation_config.json"

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_type_hints
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator, validate_call
 
 from lowbit.architectures import ROLE_GROUPS, ResolvedBlock
-from lowbit.modules import ActSpec
+from lowbit.modules import ActSpec, AttentionSpec
 from lowbit.numerics import (
     Fisher,
     Int,
@@ -33,7 +33,7 @@ from lowbit.numerics import (
     to_dict,
 )
 from lowbit.steps import Learn, LinearFormat, ModelStep, Solve, Step
-from lowbit.steps.combination import check_combination, fixes_ranges
+from lowbit.steps.combination import check_combination, in_order
 
 
 class _Frozen(BaseModel):
@@ -69,9 +69,11 @@ class Rule(_Frozen):
 
 
 class Scheme(_Frozen):
-    """What is stored: rules for linears, later ones over earlier ones."""
+    """What is stored and how it runs: rules for linears, later ones over earlier ones, and ``attention``, the formats of the
+    operands of every block's attention (None: floating)."""
 
     rules: tuple[Rule, ...]
+    attention: AttentionSpec | None = None
 
     def format(self, name: str, role: str) -> LinearFormat | None:
         """The format of one linear, or None where it stays as it is."""
@@ -94,6 +96,10 @@ class Scheme(_Frozen):
         for rule in self.rules:
             if not any(rule.matches(name, role) for name, role in linears.items()):
                 raise ValueError(f"rule {rule.match!r} matches no layer{_nearest_layer(rule.match, linears)}")
+
+    def with_rules(self, *added: Rule) -> Scheme:
+        """This scheme with rules after its own."""
+        return Scheme(rules=(*self.rules, *added), attention=self.attention)
 
     @property
     def quantizes_activations(self) -> bool:
@@ -184,7 +190,9 @@ class Recipe(_Frozen):
                 for rule in self.scheme.rules
             ],
             "steps": [to_dict(step) for step in self.steps],
-        } | ({"model_steps": [to_dict(step) for step in self.model_steps]} if self.model_steps else {})
+            **({"attention": to_dict(self.scheme.attention)} if self.scheme.attention else {}),
+            **({"model_steps": [to_dict(step) for step in self.model_steps]} if self.model_steps else {}),
+        }
 
     def with_overrides(self, overrides: Iterable[Mapping[str, Any]]) -> Recipe:
         """This recipe with rules added; see :class:`Override` for their keys."""
@@ -192,7 +200,7 @@ class Recipe(_Frozen):
         if base is None:
             raise ValueError(f"{self.name}: no rule of the scheme has a weight format, so nothing would be quantized")
         added = tuple(validated(Override, entry).rule(base) for entry in overrides)
-        return self if not added else rebuilt(self, scheme=Scheme(rules=(*self.scheme.rules, *added)))
+        return self if not added else rebuilt(self, scheme=self.scheme.with_rules(*added))
 
 
 def _check_types(value: Any, where: str) -> None:
@@ -277,9 +285,16 @@ def activation(
     return ActSpec(Spec(Int(bits, symmetric=symmetric), grain, scale_dtype="float32"), static, threshold)
 
 
-def linears(weight: Spec, activation: ActSpec | None = None) -> Scheme:
+def attention(bits: int | None, *, symmetric: bool = True, probabilities: bool = True) -> AttentionSpec | None:
+    """Integers of ``bits`` for queries, keys and values, and for ``probabilities``; None where ``bits`` is None or 16 and over."""
+    if bits is None or bits >= 16:
+        return None
+    return AttentionSpec(bits, symmetric, bits if probabilities else None)
+
+
+def linears(weight: Spec, activation: ActSpec | None = None, attention: AttentionSpec | None = None) -> Scheme:
     """One format for every linear of every block."""
-    return Scheme(rules=(Rule(weight=weight, activation=activation),))
+    return Scheme(rules=(Rule(weight=weight, activation=activation),), attention=attention)
 
 
 # The registry of methods
@@ -369,8 +384,9 @@ def recipe(name: str, **options: Any) -> Recipe:
 def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
     """One recipe of several: all steps in order, with the Solve, the weight format and the feed of the last one.
 
-    Steps that fix ranges of static activations come after all others, which may still transform the channels. Activations are
-    quantized as the first recipe that does so says; where it takes no channels out at run time and a later one does, so
+    Steps that fix ranges of static activations come after all others, which may still transform the channels, and rotations
+    that linears run themselves after all that is folded. Activations are quantized, and attention's operands are, as the first
+    recipe that does so says; where it takes no channels out at run time and a later one does, so
     does the mix.
 
     Raises:
@@ -384,7 +400,7 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
                 f"{each.name!r} out, or put it last"
             )
     before = [step for recipe in (*firsts, last) for step in recipe.steps[:-1]]
-    steps = (*sorted(before, key=fixes_ranges), last.steps[-1])
+    steps = (*in_order(before), last.steps[-1])
     for step in steps:
         if steps.count(step) > 1:
             raise ValueError(f"{name!r} would do {type(step).__name__} twice; leave one of the methods out")
@@ -396,7 +412,8 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
         inputs = tuple(_taking_out(rule, threshold) for rule in quantized.scheme.rules)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    scheme = Scheme(rules=_joined(name, last.scheme.rules, inputs))
+    attends = next((each.scheme.attention for each in (*firsts, last) if each.scheme.attention), None)
+    scheme = Scheme(rules=_joined(name, last.scheme.rules, inputs), attention=attends)
     try:
         return Recipe(name=name, scheme=scheme, steps=steps, feed=last.feed, seed=last.seed, model_steps=whole)
     except ValidationError as error:

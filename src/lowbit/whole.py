@@ -38,7 +38,8 @@ def run_model_steps(walk: Walk, journal: Journal, progress: Progress | None) -> 
 
 def _load(walk: Walk, journal: Journal, shards: list[str]) -> nn.Module:
     modules = {name: config for block in walk.records for name, config in block.modules.items()}
-    native.write_checkpoint(journal.directory, walk.source.config, modules, shards, walk.source.dtype)
+    rest = walk.source.dtype, walk.attention, walk.residual
+    native.write_checkpoint(journal.directory, walk.source.config, modules, shards, *rest)
     return native.load(journal.directory, dtype=torch.float32, unfinished=True)
 
 
@@ -54,7 +55,7 @@ def _run(walk: Walk, model: nn.Module, progress: Progress | None) -> list[str]:
             progress(min(done, expected), expected, what)
 
     def original(i: int) -> Tensor:
-        return stream.logits(ids[i : i + 1], walk.store["fp"][i : i + 1])
+        return walk.logits_of(ids[i : i + 1], walk.store["fp"][i : i + 1])
 
     with stream.loaded_outside(walk.source):
         state = ModelState(model, ids, original, walk.recipe.seed, tick)

@@ -1,4 +1,7 @@
-"""Blocks 2 and 14 of a real model, their inputs, and what a method loses there when it acts on the whole block."""
+"""Blocks 2 and 14 of a real model, their inputs, and what a method loses there when it acts on the whole block.
+
+Whole blocks take long, so the tests look at the records of block 14 alone; `make fidelity` looks at both.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from lowbit.steps import BlockIO, BlockState, SearchReassembly, Step
 
 import layers
 
-BLOCKS = (2, 14)
+TESTED = ".14."  # in the names of layers whose records the tests look at
 
 
 @cache
@@ -31,38 +34,34 @@ def _model():
 
 
 @cache
-def _inputs() -> dict[str, Tensor]:
-    """``{block}.{split}``: the block's inputs ``[windows, 512, d]`` in the unquantized model."""
-    cache_file = Path(platformdirs.user_cache_dir("lowbit")) / "tests" / "official-block-inputs-2-14.safetensors"
+def _inputs(block: int) -> dict[str, Tensor]:
+    """For each split the block's inputs ``[windows, 512, d]`` in the unquantized model."""
+    cache_file = Path(platformdirs.user_cache_dir("lowbit")) / "tests" / f"official-inputs-of-block-{block}.safetensors"
     if not cache_file.exists():
         cache_file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = cache_file.with_suffix(".unfinished")
-        save_file(_gather(), unfinished)
+        save_file(_gather(block), unfinished)
         unfinished.replace(cache_file)
     return load_file(cache_file)
 
 
-def _gather() -> dict[str, Tensor]:
+def _gather(block: int) -> dict[str, Tensor]:
     source, model = _model()
     base = copy.copy(model.model)
     base._modules = dict(model.model._modules)
-    base.layers = nn.ModuleList(model.model.layers[: max(BLOCKS) + 1])  # what comes later is not wanted
+    base.layers = nn.ModuleList(model.model.layers[: block + 1])  # what comes later is not wanted
     base.config = copy.copy(base.config)
     base.config.num_hidden_layers = len(base.layers)
     found: dict[str, Tensor] = {}
     for split, (file, windows) in layers.SPLITS.items():
         ids = calibration_set(str(layers.DATA / "text" / file), source.tokenizer(), windows, layers.WINDOW).ids
-        seen: dict[int, list[Tensor]] = {block: [] for block in BLOCKS}
-        hooks = [
-            base.layers[block].register_forward_pre_hook(lambda _, args, to=seen[block]: to.append(args[0]))
-            for block in BLOCKS
-        ]
+        seen: list[Tensor] = []
+        hook = base.layers[block].register_forward_pre_hook(lambda _, args, to=seen: to.append(args[0]))
         with torch.inference_mode():
             for window in ids:
                 base(input_ids=window[None], use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        found |= {f"{block}.{split}": torch.cat(parts).clone() for block, parts in seen.items()}
+        hook.remove()
+        found[split] = torch.cat(seen).clone()
     return found
 
 
@@ -83,7 +82,7 @@ def _linear_inputs(module: nn.Module, block: int) -> dict[str, Tensor]:
         for path, to in seen.items()
     ]
     with torch.inference_mode():
-        for window in _inputs()[f"{block}.evaluation"]:
+        for window in _inputs(block)["evaluation"]:
             _call(block)(module, window[None])
     for hook in hooks:
         hook.remove()
@@ -121,7 +120,7 @@ def _begun(method: str, block: int, **options) -> tuple[BlockState, tuple[Step, 
     module = copy.deepcopy(model.model.layers[block])
     resolved = resolve(for_config(source.config), module, source.config)
     name = f"model.layers.{block}"
-    io = BlockIO(_inputs()[f"{block}.calibration"], None, _call(block))
+    io = BlockIO(_inputs(block)["calibration"], None, _call(block))
     return BlockState(name, module, resolved, recipe.scheme.formats(resolved, name), io), recipe.steps
 
 

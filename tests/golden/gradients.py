@@ -18,23 +18,26 @@ from torch import Tensor
 import layers
 
 
-def gather() -> dict[str, Tensor]:
-    """``{layer}``: float32 ``[O, I]`` for each of ``layers.LAYERS``."""
-    cache = (
-        Path(platformdirs.user_cache_dir("lowbit")) / "tests" / "official-fisher-smollm2-135m-2-14-32x512.safetensors"
-    )
+def gather(where: str = "") -> dict[str, Tensor]:
+    """``{layer}``: float32 ``[O, I]`` for each of ``layers.LAYERS`` whose name holds ``where``.
+
+    The backward pass goes no further down than the first of them.
+    """
+    wanted = [layer for layer in layers.LAYERS if where in layer]
+    name = f"official-fisher-smollm2-135m{where.replace('.', '-')}-32x512.safetensors"
+    cache = Path(platformdirs.user_cache_dir("lowbit")) / "tests" / name
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
         unfinished = cache.with_suffix(".unfinished")
-        save_file(_run_model(), unfinished)
+        save_file(_run_model(wanted), unfinished)
         unfinished.replace(cache)
     return load_file(cache)
 
 
-def _run_model() -> dict[str, Tensor]:
+def _run_model(wanted: list[str]) -> dict[str, Tensor]:
     model, tokenizer = layers.model_and_tokenizer()
     model.requires_grad_(False)
-    weights = {layer: model.get_parameter(f"{layer}.weight").requires_grad_() for layer in layers.LAYERS}
+    weights = {layer: model.get_parameter(f"{layer}.weight").requires_grad_() for layer in wanted}
     fisher = {layer: torch.zeros_like(weight) for layer, weight in weights.items()}
     for window in layers.windows_of("calibration", tokenizer):
         logits = model(window[None], use_cache=False).logits[0]

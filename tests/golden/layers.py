@@ -41,10 +41,11 @@ def missing() -> str | None:
     return None
 
 
-def official(*methods: str) -> list[dict]:
-    """The records of ``methods``; empty where the file is absent."""
+def official(*methods: str, where: str = "") -> list[dict]:
+    """The records of ``methods`` whose layer's name holds ``where``; empty where the file is absent."""
     path = DATA / "official.json"
-    return [r for r in json.loads(path.read_text()) if r["method"] in methods] if path.exists() else []
+    records = json.loads(path.read_text()) if path.exists() else []
+    return [r for r in records if r["method"] in methods and where in r["layer"]]
 
 
 def gather() -> dict[str, Tensor]:
@@ -110,7 +111,7 @@ def _grams(model, batches: Tensor) -> dict[str, Tensor]:
     hooks = [watch(layer) for layer in LAYERS]
     with torch.inference_mode():
         for window in batches:
-            model(window[None], use_cache=False)
+            model.model(window[None], use_cache=False)  # without the head, which is not recorded
     for hook in hooks:
         hook.remove()
     return {layer: gram.clone() for layer, gram in grams.items()}

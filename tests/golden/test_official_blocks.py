@@ -1,7 +1,7 @@
-"""Methods that act on a whole block, against what their authors' code reaches on blocks 2 and 14 of a real model.
+"""Methods that act on a whole block, against what their authors' code reaches on a block of a real model.
 
 Records of round-to-nearest with quantized activations, SmoothQuant, LLM.int8(), Outlier Suppression+, AWQ, QLLM,
-ZeroQuant and RPTQ; protocol as in ``layers.py``. Inputs of the two blocks are gathered once and cached. A method's own error is measured with the packed layer as
+ZeroQuant and RPTQ; protocol as in ``layers.py``. Inputs of the block are gathered once and cached. A method's own error is measured with the packed layer as
 it will run.
 """
 
@@ -10,17 +10,25 @@ from __future__ import annotations
 import pytest
 
 import layers
-from blocks import bits_of, errors_of, input_errors_of, place_of
+from blocks import TESTED, bits_of, errors_of, input_errors_of, place_of
 
 pytestmark = pytest.mark.skipif(layers.missing() is not None, reason=layers.missing() or "")
-ACTIVATION_RECORDS = layers.official("RTN W/A", "SmoothQuant")
-INT8_RECORDS = [record for record in layers.official("LLM.int8") if "threshold" in record["setting"]]
-OSPLUS_RECORDS = [record for record in layers.official("OS+") if record["setting"].startswith("W4A4 scale search")]
-TOKEN_RECORDS = [r for r in layers.official("ZeroQuant(DS)") if r["setting"] == "W4 Sym g64 A8 per-token Sym"]
-CLUSTER_RECORDS = [r for r in layers.official("RPTQ") if r["setting"] == "A4 static 32 clusters ema_minmax W16"]
-AWQ_RECORDS = [record for record in layers.official("AWQ") if record["setting"] == "W3 g64 auto_scale+auto_clip"]
+ACTIVATION_RECORDS = layers.official("RTN W/A", "SmoothQuant", where=TESTED)
+INT8_RECORDS = [record for record in layers.official("LLM.int8", where=TESTED) if "threshold" in record["setting"]]
+OSPLUS_RECORDS = [
+    record for record in layers.official("OS+", where=TESTED) if record["setting"].startswith("W4A4 scale search")
+]
+TOKEN_RECORDS = [
+    r for r in layers.official("ZeroQuant(DS)", where=TESTED) if r["setting"] == "W4 Sym g64 A8 per-token Sym"
+]
+CLUSTER_RECORDS = [
+    r for r in layers.official("RPTQ", where=TESTED) if r["setting"] == "A4 static 32 clusters ema_minmax W16"
+]
+AWQ_RECORDS = [
+    record for record in layers.official("AWQ", where=TESTED) if record["setting"] == "W3 g64 auto_scale+auto_clip"
+]
 
-QLLM_RECORDS = [record for record in layers.official("QLLM") if record["setting"].startswith("W4A4")]
+QLLM_RECORDS = [record for record in layers.official("QLLM", where=TESTED) if record["setting"].startswith("W4A4")]
 
 
 @pytest.mark.parametrize("record", ACTIVATION_RECORDS, ids=lambda r: f"{r['method']} {r['setting'][:4]} {r['layer']}")

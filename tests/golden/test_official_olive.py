@@ -14,10 +14,10 @@ from torch import nn
 import lowbit
 
 import layers
-from blocks import errors_of, place_of
+from blocks import TESTED, errors_of, place_of
 
 pytestmark = pytest.mark.skipif(layers.missing() is not None, reason=layers.missing() or "")
-RECORDS = [r for r in layers.official("OliVe", "ANT(no_outlier)") if r["setting"] != "A4 only"]
+RECORDS = [r for r in layers.official("OliVe", "ANT(no_outlier)", where=TESTED) if r["setting"] != "A4 only"]
 
 
 def _name(record: dict) -> str:

@@ -373,6 +373,20 @@ def test_a_prepared_layer_computes_the_same_and_holds_no_second_copy():
     assert packed.stored_bits == plain.stored_bits
 
 
+@pytest.mark.parametrize("isa", native.instruction_sets())
+def test_a_forced_instruction_set_waits_for_tiles_and_then_runs(isa, monkeypatch):
+    plain, packed = prepared()
+    rows = 20 if isa in native.MATRIX_TILES else 2
+    x = inputs(rows, 129)
+    monkeypatch.setenv("LOWBIT_KERNELS", "reference")
+    by_reference = plain(x)
+    monkeypatch.setenv("LOWBIT_KERNELS", isa)
+    assert torch.equal(plain(x), by_reference)
+    forced = packed(x)
+    assert not torch.equal(forced, by_reference) and sqnr_db(by_reference, forced) > 90
+    assert [r.kernel for r in packed.explain(rows) if r.why_not is None] == [isa]
+
+
 def test_a_prepared_layer_is_saved_and_loaded_as_any_other():
     plain, packed = prepared(act=ActSpec(Spec(Int(8, True), PerToken())))
     expected = plain.state_dict()

@@ -349,7 +349,7 @@ def test_other_missing_and_unexpected_tensors_are_named(saved, copy):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 3}, "version 3 of the native format, this lowbit reads versions 1 and 2"),
+        ({"version": 4}, "version 4 of the native format, this lowbit reads versions 1 to 3"),
         ({"schemes": []}, "has scheme 1 of 0|has scheme 0 of 0"),
         ({"schemes": None}, "damaged: expected a list 'schemes'"),
         ({"layers": {}}, "damaged"),

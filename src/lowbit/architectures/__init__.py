@@ -1,7 +1,8 @@
 """Model architectures as tables: where a model's linears are, what they share, and what commutes across which edge.
 
 `for_config` picks the table of a model type, or discovers blocks and linears where there is none; `resolve` puts it on
-one block; `fold` moves a transform's parameter into that block's weights. README.md says how to add a model.
+one block; `fold` moves a transform's parameter into that block's weights,
+`rotate_residual` the stream between the blocks into another basis. README.md says how to add a model.
 """
 
 from __future__ import annotations
@@ -11,14 +12,23 @@ from typing import Any
 import torch
 
 from lowbit.architectures import bloom, falcon, gemma, gpt2, gpt_neox, llama, moe, opt, phi3, qwen3
+from lowbit.architectures.attention import (
+    IMPLEMENTATION,
+    attention_modules,
+    attention_spec,
+    check_attention,
+    quantize_attention,
+)
 from lowbit.architectures.discover import discover
 from lowbit.architectures.experts import UnfusedExperts, unfuse_experts
 from lowbit.architectures.fold import add_bias, fold, needs_bias
+from lowbit.architectures.residual import rotate_residual
 from lowbit.architectures.resolve import block_modules, resolve
-from lowbit.architectures.resolved import Port, ResolvedBlock, ResolvedEdge, ResolvedInput
-from lowbit.architectures.table import ROLE_GROUPS, Architecture, Kind
+from lowbit.architectures.resolved import Port, ResolvedBlock, ResolvedEdge, ResolvedInput, ResolvedResidual
+from lowbit.architectures.table import ROLE_GROUPS, Architecture, Kind, TokenStep
 
 __all__ = [
+    "IMPLEMENTATION",
     "ROLE_GROUPS",
     "Architecture",
     "Kind",
@@ -26,15 +36,22 @@ __all__ = [
     "ResolvedBlock",
     "ResolvedEdge",
     "ResolvedInput",
+    "ResolvedResidual",
+    "TokenStep",
     "UnfusedExperts",
     "add_bias",
+    "attention_modules",
+    "attention_spec",
     "block_modules",
+    "check_attention",
     "discover",
     "fold",
     "for_config",
     "model_types",
     "needs_bias",
+    "quantize_attention",
     "resolve",
+    "rotate_residual",
     "unfuse_experts",
 ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from lowbit.architectures.parts import (
+    CENTRED,
     FUSED_INPUTS,
     ends,
     fused_attention,
@@ -44,6 +45,7 @@ def build(config: Any) -> Architecture:
             plain_mlp_edge("fc1", "fc2", "gelu", judge="mlp.dense_4h_to_h"),
         ),
         heads=heads,
+        residual=CENTRED,
         embed=("transformer.word_embeddings", "transformer.word_embeddings_layernorm"),
         final_norm="transformer.ln_f",
         head="lm_head",

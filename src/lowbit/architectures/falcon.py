@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from lowbit.architectures.parts import (
+    CENTRED,
     FUSED_INPUTS,
     ends,
     fused_attention,
@@ -47,6 +48,7 @@ def build(config: Any) -> Architecture:
             plain_mlp_edge("fc1", "fc2", config.activation, judge="mlp.dense_4h_to_h"),
         ),
         heads=heads,
+        residual=CENTRED,
         embed=("transformer.word_embeddings",),
         final_norm="transformer.ln_f",
         head="lm_head",

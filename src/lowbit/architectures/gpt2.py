@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lowbit.architectures.parts import (
+    CENTRED,
     FUSED_INPUTS,
     ends,
     fused_attention,
@@ -38,6 +39,7 @@ def build(config: Any) -> Architecture:
             plain_mlp_edge("fc1", "fc2", config.activation_function, judge="mlp.c_proj"),
         ),
         heads=heads,
+        residual=CENTRED,
         embed=("transformer.wte", "transformer.wpe"),
         final_norm="transformer.ln_f",
         head="lm_head",

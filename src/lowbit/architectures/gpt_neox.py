@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from lowbit.architectures.parts import (
+    CENTRED,
     FUSED_INPUTS,
     ends,
     fused_attention,
@@ -41,6 +42,7 @@ def build(config: Any) -> Architecture:
             plain_mlp_edge("fc1", "fc2", config.hidden_act, judge="mlp.dense_4h_to_h"),
         ),
         heads=heads,
+        residual=CENTRED,
         embed=("gpt_neox.embed_in",),
         final_norm="gpt_neox.final_layer_norm",
         head="lm_head",

@@ -19,6 +19,7 @@ EXPERT_MLP = Mlp(
         SharedInput("expert_hidden", ("expert_down",)),
     ),
     readers=("router", "expert_gate", "expert_up"),
+    writers=("expert_down",),
     edges=(
         gated_edge(
             End("expert_gate"),
@@ -38,6 +39,7 @@ SHARED_EXPERT = Mlp(
         SharedInput("shared_hidden", ("shared_down",)),
     ),
     readers=("shared_router", "shared_gate", "shared_up"),
+    writers=("shared_down",),
     edges=(
         gated_edge(
             End("shared_gate"),
@@ -57,23 +59,29 @@ def _together(*mlps: Mlp) -> Mlp:
         linears=tuple(x for mlp in mlps for x in mlp.linears),
         shared_inputs=tuple(x for mlp in mlps for x in mlp.shared_inputs),
         readers=tuple(x for mlp in mlps for x in mlp.readers),
+        writers=tuple(x for mlp in mlps for x in mlp.writers),
         edges=tuple(x for mlp in mlps for x in mlp.edges),
         routers=tuple(x for mlp in mlps for x in mlp.routers),
     )
 
 
+_EXPERTS = "every token chooses its experts"
+
+
 def mixtral(config: Any) -> Architecture:
-    return decoder(config, name="mixtral", model_types=("mixtral",), mlp=EXPERT_MLP)
+    return decoder(config, name="mixtral", model_types=("mixtral",), mlp=EXPERT_MLP, token_step=_EXPERTS)
 
 
 def qwen2_moe(config: Any) -> Architecture:
     mlp = _together(GATED_MLP, SHARED_EXPERT, EXPERT_MLP)
-    return decoder(config, name="qwen2_moe", model_types=("qwen2_moe",), mlp=mlp)
+    return decoder(config, name="qwen2_moe", model_types=("qwen2_moe",), mlp=mlp, token_step=_EXPERTS)
 
 
 def qwen3_moe(config: Any) -> Architecture:
     mlp = _together(GATED_MLP, EXPERT_MLP)
-    return decoder(config, name="qwen3_moe", model_types=("qwen3_moe",), mlp=mlp, query_key_norms=True)
+    return decoder(
+        config, name="qwen3_moe", model_types=("qwen3_moe",), mlp=mlp, query_key_norms=True, token_step=_EXPERTS
+    )
 
 
 TABLES = {"mixtral": mixtral, "qwen2_moe": qwen2_moe, "qwen3_moe": qwen3_moe}

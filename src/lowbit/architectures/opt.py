@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowbit.architectures.parts import ends, norm_edge, plain_heads, plain_mlp_edge, query_key_edges, value_edge
+from lowbit.architectures.parts import (
+    CENTRED,
+    ends,
+    norm_edge,
+    plain_heads,
+    plain_mlp_edge,
+    query_key_edges,
+    value_edge,
+)
 from lowbit.architectures.table import Architecture, End, LinearRole, Norm, SharedInput
 
 
@@ -43,6 +51,7 @@ def build(config: Any) -> Architecture:
             plain_mlp_edge("fc1", "fc2", config.activation_function, judge="fc2"),
         ),
         heads=heads,
+        residual=CENTRED,
         embed=(
             "model.decoder.embed_tokens",
             "model.decoder.embed_positions",

@@ -5,7 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lowbit.architectures.table import Architecture, Axis, Edge, End, Heads, Kind, LinearRole, Norm, SharedInput
+from lowbit.architectures.table import (
+    Architecture,
+    Axis,
+    Edge,
+    End,
+    Heads,
+    Kind,
+    LinearRole,
+    Norm,
+    Residual,
+    SharedInput,
+    TokenStep,
+)
 
 SCALE_SHIFT = frozenset({Kind.SCALE, Kind.SHIFT})
 HEAD_KINDS = frozenset({Kind.SCALE, Kind.PERMUTE, Kind.ROTATE})
@@ -14,6 +26,10 @@ SCALE_PERMUTE = frozenset({Kind.SCALE, Kind.PERMUTE})
 
 HOMOGENEOUS_ACTIVATIONS = frozenset({"relu", "leaky_relu"})
 """f(s x) == s f(x) for s > 0, so a positive scale passes through."""
+
+NORM_EDGES = ("norm_qkv", "norm_mlp")
+
+CENTRED = Residual(fixed="LayerNorm subtracts the mean of its channels, which a rotation of them changes")
 
 
 def ends(*roles: str) -> tuple[End, ...]:
@@ -77,11 +93,13 @@ def plain_mlp_edge(up: str, down: str, activation: str, *, judge: str) -> Edge:
 
 @dataclass(frozen=True)
 class Mlp:
-    """The MLP half of a decoder's table; `readers` are the roles that read the norm before it, routers included."""
+    """The MLP half of a decoder's table; `readers` are the roles that read the norm before it, routers included, and
+    `writers` those whose output is added to the residual stream."""
 
     linears: tuple[LinearRole, ...]
     shared_inputs: tuple[SharedInput, ...]
     readers: tuple[str, ...]
+    writers: tuple[str, ...]
     edges: tuple[Edge, ...]
     routers: tuple[LinearRole, ...] = ()
 
@@ -90,6 +108,7 @@ GATED_MLP = Mlp(
     linears=tuple(LinearRole(role, f"mlp.{role}_proj") for role in ("gate", "up", "down")),
     shared_inputs=(SharedInput("mlp_in", ("gate", "up")), SharedInput("mlp_hidden", ("down",))),
     readers=("gate", "up"),
+    writers=("down",),
     edges=(gated_edge(End("gate"), End("up"), "down", judge="mlp.down_proj"),),
 )
 
@@ -103,13 +122,23 @@ def decoder(
     mlp_norm: str = "post_attention_layernorm",
     gain_offset: float = 0.0,
     query_key_norms: bool = False,
+    output_norms: bool = False,
+    token_step: TokenStep | str = "its blocks do more than the step knows",
 ) -> Architecture:
     """The commonest decoder: split projections, RMSNorm before attention and MLP, rotary embedding.
 
     mlp_norm: the norm that feeds the MLP. gain_offset: 1.0 where norms store their gain minus one. query_key_norms:
     norms on each head of queries and keys, before the rotary embedding; their gains then carry the query/key edge,
-    because a norm forgets the scale of the projection before it.
+    because a norm forgets the scale of the projection before it. output_norms: norms behind attention and MLP too, whose
+    gains are of channels of the residual stream and fold into nothing. token_step: see `Architecture`.
     """
+    residual = (
+        Residual(
+            fixed="norms behind attention and MLP have a gain for each of its channels, with no weight behind them"
+        )
+        if output_norms
+        else Residual(NORM_EDGES, ("o", *mlp.writers))
+    )
     heads = rotary_heads(config)
     norms = (Norm("attention_norm", "input_layernorm", gain_offset), Norm("mlp_norm", mlp_norm, gain_offset))
     if query_key_norms:
@@ -138,10 +167,25 @@ def decoder(
             *mlp.edges,
         ),
         heads=heads,
+        residual=residual,
         embed=("model.embed_tokens",),
         final_norm="model.norm",
         head="lm_head",
+        token_step=token_step,
     )
+
+
+def plain_token_step(config: Any) -> TokenStep | str:
+    """The compiled step of the commonest decoder, or what in `config` it does not know."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if config.hidden_act != "silu":
+        return f"the gate is {config.hidden_act}, it knows silu"
+    if rope.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
+        return f"rotary frequencies ({rope['rope_type']}) change with the length of the text"
+    types = set(getattr(config, "layer_types", None) or ())
+    if types - {"full_attention"} or (not types and getattr(config, "sliding_window", None) is not None):
+        return "attention sees a sliding window of the text, it knows all of it"
+    return TokenStep(rotary="model.rotary_emb")
 
 
 def fused_attention(path: str, output: str, layout: str) -> tuple[LinearRole, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lowbit.architectures.parts import (
+    NORM_EDGES,
     ends,
     fused_attention,
     gated_edge,
@@ -13,7 +14,7 @@ from lowbit.architectures.parts import (
     rotary_heads,
     value_edge,
 )
-from lowbit.architectures.table import Architecture, End, LinearRole, Norm, SharedInput
+from lowbit.architectures.table import Architecture, End, LinearRole, Norm, Residual, SharedInput
 
 
 def build(config: Any) -> Architecture:
@@ -42,9 +43,11 @@ def build(config: Any) -> Architecture:
             gated_edge(End("gate_up", "gate"), End("gate_up", "up"), "down", judge="mlp.down_proj"),
         ),
         heads=heads,
+        residual=Residual(NORM_EDGES, ("o", "down")),
         embed=("model.embed_tokens",),
         final_norm="model.norm",
         head="lm_head",
+        token_step="its projections are fused",
     )
 
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbit.architectures.channels import axis_channels, axis_ports, part_rows
 from lowbit.architectures.experts import is_fused
-from lowbit.architectures.resolved import Port, ResolvedBlock, ResolvedEdge, ResolvedInput
+from lowbit.architectures.resolved import Port, ResolvedBlock, ResolvedEdge, ResolvedInput, ResolvedResidual
 from lowbit.architectures.table import Architecture, Axis, Edge, End, Kind, LinearRole, Norm, SharedInput
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
@@ -37,14 +37,15 @@ def resolve(architecture: Architecture, block: nn.Module, config: Any = None) ->
     found = _Found.search(architecture, block)
     found.require_every_linear()
     inputs, stages = _resolve_inputs(architecture.shared_inputs, found)
-    edges = [resolved for edge in architecture.edges for resolved in _resolve_edge(edge, found, inputs)]
+    edges = tuple(resolved for edge in architecture.edges for resolved in _resolve_edge(edge, found, inputs))
     roles = {place.path: linear.role for linear in architecture.linears for place in found.places[linear.role]}
     routers = {place.path: router.role for router in architecture.routers for place in found.places[router.role]}
     linears = {path: roles[path] for stage in stages for path in stage}
     missing = sorted(set(roles) - set(linears))
     if missing:
         raise ValueError(f"The {architecture.name!r} table gives no shared input to {missing}; add one.")
-    return ResolvedBlock(linears, inputs, stages, tuple(edges), routers, found.other_matrices())
+    residual = _resolve_residual(edges, found, inputs)
+    return ResolvedBlock(linears, inputs, stages, edges, routers, found.other_matrices(), residual)
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,24 @@ def _resolve_edge(edge: Edge, found: _Found, inputs: tuple[ResolvedInput, ...]) 
         if any(port.norm and getattr(found.modules[port.module], "weight", None) is None for port in outs):
             continue  # a norm without a gain has nothing to fold into
         yield _assemble(edge, expert, (*outs, *ins), found, inputs)
+
+
+def _resolve_residual(
+    edges: tuple[ResolvedEdge, ...], found: _Found, inputs: tuple[ResolvedInput, ...]
+) -> ResolvedResidual:
+    residual = found.architecture.residual
+    if residual.fixed:
+        return ResolvedResidual(fixed=residual.fixed)
+    here = tuple(edge for edge in edges if edge.name in residual.edges)
+    missing = sorted(set(residual.edges) - {edge.name for edge in here})
+    if missing:
+        return ResolvedResidual(fixed=f"a block has no edge {', '.join(missing)} to fold the gains of its norms across")
+    readers = {port.module for edge in here for port in edge.consumers}
+    read = frozenset(shared.name for shared in inputs if not readers.isdisjoint(shared.readers))
+    writers = tuple(
+        _port(End(role), "out", Axis.HIDDEN, place, found) for role in residual.writers for place in found.places[role]
+    )
+    return ResolvedResidual(here, read, writers)
 
 
 def _assemble(

@@ -133,12 +133,24 @@ class ResolvedInput:
 
 
 @dataclass(frozen=True, eq=False)
+class ResolvedResidual:
+    """The residual stream of one block: the edges from the norms that read it, the shared inputs that are the stream behind
+    one of these norms, and the linears that write to it. `fixed`: why it cannot be rotated; empty where it can.
+    """
+
+    edges: tuple[ResolvedEdge, ...] = ()
+    inputs: frozenset[str] = frozenset()
+    writers: tuple[Port, ...] = ()
+    fixed: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class ResolvedBlock:
     """One block: linears path -> role, shared inputs and stages in execution order, edges, routers path -> role.
 
     `stages` groups the linears for true-sequential quantization: each is calibrated with the earlier ones quantized.
     `other_matrices` names the parameters of two or more dimensions that no role covers (convolutions, say): they keep
-    their precision, and a report must say so.
+    their precision, and a report must say so. `residual`: how the stream between the blocks rotates.
     """
 
     linears: dict[str, str]
@@ -147,6 +159,7 @@ class ResolvedBlock:
     edges: tuple[ResolvedEdge, ...]
     routers: dict[str, str]
     other_matrices: tuple[str, ...] = ()
+    residual: ResolvedResidual = ResolvedResidual(fixed="there is none")
 
     def edge(self, name: str) -> ResolvedEdge:
         """The edge of that name, or ValueError with the names there are."""

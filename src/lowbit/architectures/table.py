@@ -137,13 +137,44 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class TokenStep:
+    """Says that a model is exactly what the compiled step of one token computes:
+
+        h += o(attention(turn(q(norm h)), turn(k(norm h)), v(norm h)))
+        h += down(silu(gate(norm h)) * up(norm h))
+
+    and after the blocks the final norm and the head. Norms are RMSNorm; queries and keys pass the norms `q_norm` and `k_norm`
+    first where the table lists them; attention sees all earlier tokens, its scores divided by the root of the head dim.
+
+    `rotary`: the path of the module that gives cosines and sines of positions, which depend on nothing else.
+    """
+
+    rotary: str
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Where the residual stream is read and written, so that all of the model may move to another orthogonal basis.
+
+    `edges` names those from the norms that read the stream to all that reads these norms, `writers` the roles whose output
+    is added to it. `fixed`: why the stream cannot be rotated; empty where it can: every norm on it is an RMSNorm, which an
+    orthogonal matrix commutes with once its gain is in the weights behind it.
+    """
+
+    edges: tuple[str, ...] = ()
+    writers: tuple[str, ...] = ()
+    fixed: str = ""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """The table of one model: module paths of the whole model, then roles, inputs and edges within a block.
 
     `blocks` is the path of the ModuleList of decoder blocks; `embed` the modules with weights before the first block;
     `final_norm`, `after` (rare projections) and `head` those after the last, where the model has them. `routers` choose
-    experts and are never quantized, but read what the experts read, so transforms fold into them. `warnings` names what
-    is not available for this model.
+    experts and are never quantized, but read what the experts read, so transforms fold into them. `residual` says whether
+    and how the stream between the blocks rotates. `warnings` names what is not available for this model. `token_step`:
+    whether one token has a compiled step, or why not.
     """
 
     name: str
@@ -155,8 +186,10 @@ class Architecture:
     norms: tuple[Norm, ...] = ()
     routers: tuple[LinearRole, ...] = ()
     heads: Heads | None = None
+    residual: Residual = Residual(fixed="nothing is known of the norms that read it")
     embed: tuple[str, ...] = ()
     final_norm: str | None = None
     after: tuple[str, ...] = ()
     head: str | None = None
     warnings: tuple[str, ...] = ()
+    token_step: TokenStep | str = "only blocks of RMSNorm, rotary heads and a gated MLP are described to it"

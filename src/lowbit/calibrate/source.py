@@ -175,8 +175,10 @@ class ModelSource:
         `unfuse` gives every expert of a mixture linears of its own, `<experts>.<i>.{gate,up,down}_proj`.
         """
         from accelerate import init_empty_weights
+        from transformers.initialization import no_init_weights
 
-        with init_empty_weights(include_buffers=False):
+        # Random numbers for parameters without memory are most of the time that this takes.
+        with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(self.config),  # from_config writes the dtype into it
                 dtype=torch.float32,

@@ -6,6 +6,9 @@ A recipe that needs Fisher information begins with a pass of its own (:mod:`lowb
 ``fp``, the original model's hidden states, and ``quant``, those of the blocks quantized so far. A recipe's ``feed`` says
 which of them its steps see; the difference of the two is the damage done so far, measured at every block.
 
+A recipe may rotate the residual stream (``RotateResidual``). Then both streams hold it rotated, and every block is folded
+as soon as it is loaded: what steps, journal and comparison see is a model like any other.
+
 A finished block is on disk before the next begins. On a repeated run finished blocks are not solved again: they are
 read back and both streams pass through them, with the same operations in the same order, so that the rest of the run
 (and its bytes) cannot differ.
@@ -25,16 +28,28 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowbit.architectures import Architecture, block_modules, for_config, resolve
+from lowbit.architectures import (
+    IMPLEMENTATION,
+    Architecture,
+    attention_modules,
+    block_modules,
+    check_attention,
+    for_config,
+    quantize_attention,
+    resolve,
+    rotate_residual,
+)
 from lowbit.calibrate.fisher import FisherPass
 from lowbit.calibrate.journal import Journal
 from lowbit.calibrate.source import ModelSource, return_free_memory
 from lowbit.calibrate.store import ActivationStore
 from lowbit.calibrate.stream import Call, Stream, outside
-from lowbit.modules import QuantLinear
+from lowbit.modules import AttentionSpec, QuantLinear, described_residual, turned
 from lowbit.recipe import Recipe, Scheme
 from lowbit.steps import BlockIO, BlockState, LayerRecord
+from lowbit.steps.rotation import residual_step
 from lowbit.steps.state import stored_as_OI
+from lowbit.transforms import Seeded
 
 Progress = Callable[[float, float, str], None]
 """``progress(done, total, what)``: blocks done (with fractions), blocks in all, what is being done."""
@@ -86,15 +101,29 @@ class Walk:
     progress: Progress = lambda done, total, what: None
 
     def __post_init__(self):
-        self.model: PreTrainedModel = self.source.skeleton(unfuse=True)
+        attends = None if self.recipe.scheme.attention is None else IMPLEMENTATION
+        self.model: PreTrainedModel = self.source.skeleton(unfuse=True, attn_implementation=attends)
         self.architecture: Architecture = for_config(self.source.config)
         self.blocks = block_modules(self.model, self.architecture)
         self.total = len(self.blocks)
+        self.rotation = self._rotation()
         self.store = ActivationStore(self.ram_limit, self.scratch or self.journal.directory / "scratch")
         self.records: list[BlockRecord] = []
         self.stream: Stream | None = None
         self.fisher: FisherPass | None = None
         self._at, self._ticks, self._expected = 0, 0, 0  # the block at hand: number, done, about how many there will be
+
+    def _rotation(self) -> Seeded | None:
+        """That of the residual stream, where the recipe asks for one and the architecture has it."""
+        resolved = (resolve(self.architecture, block, self.source.config) for block in self.blocks)
+        step = residual_step(self.recipe.steps, (block.residual for block in resolved))
+        width = self.source.config.get_text_config().hidden_size
+        return None if step is None else step.rotation(width, self.recipe.seed)
+
+    @property
+    def residual(self) -> dict[str, Any] | None:
+        """What the checkpoint says of the rotation."""
+        return None if self.rotation is None else described_residual(self.architecture.blocks, self.rotation)
 
     # Streams
 
@@ -111,6 +140,12 @@ class Walk:
             self.store["fp"][w] = self.store["quant"][w] = hidden[0]
         return calls
 
+    def _turn_streams(self) -> None:
+        """Both streams, as the first block was to read them, rotated."""
+        if self.rotation is not None:
+            for w in range(len(self.store["fp"])):
+                self.store["fp"][w] = self.store["quant"][w] = turned(self.store["fp"][w], self.rotation)
+
     @torch.no_grad()
     def _advance(self, call: Call, block: nn.Module, source: Tensor, target: Tensor) -> None:
         for w in range(len(source)):
@@ -124,6 +159,8 @@ class Walk:
         calls = None if self.ids is None else self._start()
         if calls is not None and self.recipe.needs_fisher:
             self._find_sensitivities(calls)
+        if calls is not None:
+            self._turn_streams()
         for i in range(self.total):
             self._at, self._ticks, self._expected = i, 0, 2 * (0 if self.ids is None else len(self.ids))
             call = None if calls is None else calls[i]
@@ -141,6 +178,7 @@ class Walk:
         the linears that the recipe quantizes (by path). Quantizes nothing and writes nothing that lasts."""
         calls = self._start()
         self._find_sensitivities(calls)
+        self._turn_streams()
         assert self.fisher is not None
         for i, call in enumerate(calls):
             self._at, self._ticks, self._expected = i, 0, 3 * len(self.store["fp"])
@@ -167,11 +205,26 @@ class Walk:
         self.progress(self._at + part, self.total, f"block {self._at + 1} of {self.total}: {what}")
 
     def _original(self, i: int, call: Call | None) -> nn.Module:
-        """Block i with its original weights; the original stream behind it is in ``next``."""
+        """Block i with its original weights, in the basis of the stream; the original stream behind it is in ``next``."""
         self.source.load_into(self.model, f"{self.architecture.blocks}.{i}")
+        if self.rotation is not None:
+            self._fold(i, self.rotation)
         if call is not None:
             self._advance(call, self.blocks[i], self.store["fp"], self.store["next"])
+        if self.recipe.scheme.attention is not None:  # from here on, for the steps and for what comes behind them
+            for path in attention_modules(resolve(self.architecture, self.blocks[i], self.source.config)):
+                quantize_attention(self.blocks[i].get_submodule(path), self.recipe.scheme.attention)
         return self.blocks[i]
+
+    def _fold(self, i: int, rotation: Seeded) -> None:
+        """Rotates the residual stream of block i. What stays unquantized is rounded as it will be stored."""
+        block, name = self.blocks[i], f"{self.architecture.blocks}.{i}"
+        resolved = resolve(self.architecture, block, self.source.config)
+        packed = {f"{path}.weight" for path in self.recipe.scheme.formats(resolved, name)}
+        parameters = dict(block.named_parameters())
+        with torch.no_grad():
+            for key, value in rotate_residual(resolved.residual, rotation, parameters).items():
+                parameters[key].copy_(value if key in packed else value.to(self.source.dtype))
 
     def _quantize(self, i: int, call: Call | None) -> BlockRecord:
         block = self._original(i, call).requires_grad_(False)
@@ -192,6 +245,16 @@ class Walk:
         self.journal.write(self._shard(i), self._tensors(block, name), record.to_dict())
         return record
 
+    @property
+    def attention(self) -> dict[str, AttentionSpec]:
+        """The formats of attention's operands, by name of the module that attends."""
+        spec, found = self.recipe.scheme.attention, {}
+        if spec is not None:
+            for i, block in enumerate(block_modules(self.source.skeleton(), self.architecture)):
+                paths = attention_modules(resolve(self.architecture, block, self.source.config))
+                found |= {f"{self.architecture.blocks}.{i}.{path}": spec for path in paths}
+        return found
+
     def _state(self, i: int, block: nn.Module, call: Call | None) -> BlockState:
         name = f"{self.architecture.blocks}.{i}"
         resolved = resolve(self.architecture, block, self.source.config)
@@ -208,6 +271,7 @@ class Walk:
             seed=derived_seed(self.recipe.seed, i),
             store_dtype=self.source.dtype,
             tick=self._tick,
+            rotated=self.rotation is not None,
         )
 
     def _resume(self, i: int, call: Call | None) -> BlockRecord:
@@ -271,7 +335,14 @@ class Walk:
             for w in range(min(windows, len(self.ids))):
                 fp, quant = self.store["fp"][w : w + 1], self.store["quant"][w : w + 1]
                 ids = self.ids[w : w + 1]
-                yield ids[0], self.stream.logits(ids, fp), self.stream.logits(ids, quant)
+                yield ids[0], self.logits_of(ids, fp), self.logits_of(ids, quant)
+
+    def logits_of(self, ids_1T: Tensor, hidden_1Td: Tensor) -> Tensor:
+        """Logits ``[T, V]`` of one window from a stream behind the last block; what is outside the blocks must be loaded."""
+        assert self.stream is not None
+        if self.rotation is not None:
+            hidden_1Td = turned(hidden_1Td, self.rotation.inverse())
+        return self.stream.logits(ids_1T, hidden_1Td)
 
     def close(self) -> None:
         self.store.close()
@@ -316,5 +387,9 @@ def check_scheme(scheme: Scheme, architecture: Architecture, model: PreTrainedMo
                     f"{name}.{path} ({rows} x {columns}) cannot have its format: {error}. Give it another one with an "
                     f"override for {resolved.linears[path]!r}, or skip it"
                 ) from error
+        if scheme.attention is not None and not attention_modules(resolved):
+            raise ValueError(f"{name} has no module that is known to attend; leave attention_bits out")
     scheme.check_matches(linears)
+    if scheme.attention is not None:
+        check_attention(model)
     return linears

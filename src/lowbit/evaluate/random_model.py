@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lowbit import decoding
 from lowbit.architectures import block_modules, for_config, resolve
 from lowbit.evaluate.forward import Progress
 from lowbit.layouts import packed_layout
@@ -71,6 +72,7 @@ def random_model(
         _fill(block)
     _fill(model)
     model.tie_weights()  # what was filled is new
+    decoding.install(model)
     return model.eval().requires_grad_(False)
 
 

@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lowbit.architectures import attention_spec
 from lowbit.calibrate.shards import INDEX, ModelError, TensorHeader, read_headers, read_json, read_shard_header
 from lowbit.formats.description import METHOD, layer_configs, quantization_config
-from lowbit.modules import QuantLinear, buffer_layout, features, stored_bits_of
+from lowbit.modules import AttentionSpec, QuantLinear, buffer_layout, features, residual_of, stored_bits_of
 from lowbit.modules.quant_linear import Config
 
 CONFIG = "config.json"
@@ -78,6 +79,8 @@ def write_checkpoint(
     layers: Mapping[str, QuantLinear] | Mapping[str, Config],
     shard_files: Iterable[str],
     dtype: torch.dtype,
+    attention: Mapping[str, AttentionSpec] | None = None,
+    residual: Mapping[str, Any] | None = None,
 ) -> None:
     """:func:`write_checkpoint_index` with the parts that a quantization run has at its end.
 
@@ -86,12 +89,15 @@ def write_checkpoint(
         config: the transformers config of the original.
         layers: the packed layers, or their descriptions, by module name.
         dtype: of what is not packed.
+        attention: the formats of attention's operands, by name of the module that attends.
+        residual: the rotation of the stream between the blocks, as :func:`lowbit.modules.described_residual` says it.
     """
     directory, shard_files = Path(directory), sorted(shard_files)
     names = {
         name for shard in shard_files if (directory / shard).is_file() for name in read_shard_header(directory / shard)
     }
-    description = quantization_config(layers, unfused_experts=any(_OF_EXPERT.search(name) for name in names))
+    unfused = any(_OF_EXPERT.search(name) for name in names)
+    description = quantization_config(layers, unfused_experts=unfused, attention=attention, residual=residual)
     plain = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
     dtype_name = str(dtype).removeprefix("torch.")
     write_checkpoint_index(directory, shard_files, plain | {"dtype": dtype_name, "quantization_config": description})
@@ -119,7 +125,9 @@ def save(model: Any, directory: str | os.PathLike[str], *, shard_bytes: int = 4 
         save_file(tensors, directory / name, metadata=SHARD_METADATA)
     if model.can_generate():
         model.generation_config.save_pretrained(directory)
-    write_checkpoint(directory, model.config, layers, names, model.dtype)
+    specs = {name: attention_spec(module) for name, module in model.named_modules()}
+    attention = {name: spec for name, spec in specs.items() if spec is not None}
+    write_checkpoint(directory, model.config, layers, names, model.dtype, attention, residual_of(model))
 
 
 def _untied(model: Any) -> dict[str, Tensor]:

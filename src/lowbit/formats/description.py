@@ -2,13 +2,16 @@
 
     {"quant_method": "lowbit", "version": 1,
      "schemes": [description of a packed linear, ...], "layers": {module name: index into schemes, ...},
-     "unfused_experts": true}                                  (only where experts were taken apart)
+     "unfused_experts": true,                                  (only where experts were taken apart)
+     "attention": [[formats of its operands, [module that attends, ...]], ...],       (only where they are quantized)
+     "residual": {"type": "RandomHadamard", "seed": 1, "size": 576, "blocks": "model.layers"}}  (only where it is rotated)
 
 It says what is stored, never how it was chosen. Blocks repeat, so a model of hundreds of layers has a handful of
 schemes. Everything is written in sorted order: the same model gives the same bytes.
 
-Version 2 is version 1 with layers that transform their output or have side terms, which a reader of version 1 would pass
-over; where no layer does, version 1 is written.
+Version 2 is version 1 with layers that transform their output or have side terms. Version 3 is of models whose attention
+quantizes its operands, or whose residual stream is rotated between their first block and their last. Readers of an older
+version would pass these over, so the oldest that says everything is written.
 """
 
 from __future__ import annotations
@@ -21,24 +24,43 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.modules import QuantLinear, buffer_layout, features
+from lowbit.architectures import attention_spec, quantize_attention
+from lowbit.modules import (
+    AttentionSpec,
+    QuantLinear,
+    buffer_layout,
+    features,
+    residual_of,
+    rotation_of,
+    turn_residual,
+)
 from lowbit.modules.quant_linear import Config
+from lowbit.numerics import from_dict, to_dict
 
 METHOD = "lowbit"
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 
 
 def quantization_config(
-    layers: nn.Module | Mapping[str, QuantLinear] | Mapping[str, Config], *, unfused_experts: bool = False
+    layers: nn.Module | Mapping[str, QuantLinear] | Mapping[str, Config],
+    *,
+    unfused_experts: bool = False,
+    attention: Mapping[str, AttentionSpec] | None = None,
+    residual: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The description of a model, or of layers (or only their :meth:`QuantLinear.config`) by module name.
 
-    ``unfused_experts``: the checkpoint's names are those of a model whose experts were taken apart.
+    ``unfused_experts``: the checkpoint's names are those of a model whose experts were taken apart. ``attention``: formats of
+    attention's operands by name of the module that attends. ``residual``: the rotation of the stream between the blocks, as
+    :func:`lowbit.modules.described_residual` says it. Both are a model's own where ``layers`` is one.
 
     Raises:
         ValueError: nothing is quantized.
     """
     if isinstance(layers, nn.Module):
+        residual = residual_of(layers)
+        specs = {name: attention_spec(module) for name, module in layers.named_modules()}
+        attention = {name: spec for name, spec in specs.items() if spec is not None}
         layers = {name: module for name, module in layers.named_modules() if isinstance(module, QuantLinear)}
     if not layers:
         raise ValueError("no layer is quantized; expected at least one QuantLinear")
@@ -50,11 +72,16 @@ def quantization_config(
         numbers[name] = schemes.setdefault(scheme, len(schemes))
     written = {
         "quant_method": METHOD,
-        "version": 2 if any(_extended(json.loads(s)) for s in schemes) else 1,
+        "version": 3 if attention or residual else 2 if any(_extended(json.loads(s)) for s in schemes) else 1,
         "schemes": [json.loads(s) for s in schemes],
         "layers": numbers,
     }
-    return written | ({"unfused_experts": True} if unfused_experts else {})
+    written |= {"unfused_experts": True} if unfused_experts else {}
+    by_spec: dict[AttentionSpec, list[str]] = {}
+    for name in sorted(attention or {}, key=_natural):
+        by_spec.setdefault((attention or {})[name], []).append(name)
+    written |= {"attention": [[to_dict(spec), names] for spec, names in by_spec.items()]} if attention else {}
+    return written | ({"residual": dict(residual)} if residual else {})
 
 
 def _extended(config: Config) -> bool:
@@ -72,17 +99,34 @@ def layer_configs(description: Mapping[str, Any]) -> dict[str, Config]:
     if description.get("version") not in VERSIONS:
         raise ValueError(
             f"the checkpoint is of version {description.get('version')!r} of the native format, this lowbit reads "
-            f"versions {' and '.join(map(str, VERSIONS))}; use a lowbit that wrote such checkpoints"
+            f"versions {VERSIONS[0]} to {VERSIONS[-1]}; use a lowbit that wrote such checkpoints"
         )
     schemes, layers = description.get("schemes"), description.get("layers")
     if not isinstance(schemes, list | tuple) or not isinstance(layers, Mapping) or not layers:
         raise ValueError("quantization_config is damaged: expected a list 'schemes' and an object 'layers'")
     for scheme in schemes:
         buffer_layout(scheme)  # raises where no layer is like that
+    if "residual" in description:
+        rotation_of(description["residual"])
     for name, number in layers.items():
         if not isinstance(number, int) or not 0 <= number < len(schemes):
             raise ValueError(f"quantization_config is damaged: {name} has scheme {number!r} of {len(schemes)}")
     return {name: schemes[number] for name, number in layers.items()}
+
+
+def attention_specs(description: Mapping[str, Any]) -> dict[str, AttentionSpec]:
+    """The formats of attention's operands, by name of the module that attends. Raises ValueError where they are damaged."""
+    found: dict[str, AttentionSpec] = {}
+    for entry in description.get("attention", ()):
+        if not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[1], list | tuple):
+            raise ValueError(
+                f"quantization_config is damaged: expected [formats, [names]] of attention, found {entry!r}"
+            )
+        spec = from_dict(entry[0])
+        if not isinstance(spec, AttentionSpec):
+            raise ValueError(f"quantization_config is damaged: {entry[0]!r} is no format of attention's operands")
+        found |= dict.fromkeys(entry[1], spec)
+    return found
 
 
 def swap(model: nn.Module, description: Mapping[str, Any]) -> dict[str, QuantLinear]:
@@ -107,6 +151,10 @@ def swap(model: nn.Module, description: Mapping[str, Any]) -> dict[str, QuantLin
         layer = QuantLinear.empty(config, device).train(old.training)
         setattr(model.get_submodule(parent), leaf, layer)
         swapped[name] = layer
+    for written, spec in attention_specs(description).items():
+        quantize_attention(_find(model, written)[1], spec)
+    if (residual := description.get("residual")) is not None:
+        turn_residual(model, _find(model, residual["blocks"])[0], rotation_of(residual))
     return swapped
 
 
@@ -118,7 +166,7 @@ def _find(model: nn.Module, name: str) -> tuple[str, nn.Module]:
         except AttributeError:
             continue
     raise ValueError(
-        f"the checkpoint quantizes {name}, which {type(model).__name__} does not have: another model's checkpoint"
+        f"the checkpoint changes {name}, which {type(model).__name__} does not have: another model's checkpoint"
     )
 
 

@@ -18,7 +18,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowbit.formats.description import METHOD, layer_configs, swap
+from lowbit import decoding
+from lowbit.architectures import IMPLEMENTATION
+from lowbit.formats.description import METHOD, attention_specs, layer_configs, swap
 from lowbit.modules import prepare
 
 
@@ -31,6 +33,7 @@ class LowbitConfig(QuantizationConfigMixin):
 
     def __init__(self, **description: Any):
         layer_configs(description)
+        attention_specs(description)
         self.__dict__.update(description)
 
 
@@ -45,7 +48,10 @@ class LowbitQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if attention_specs(self.quantization_config.to_dict()):
+            model.set_attn_implementation(IMPLEMENTATION)
         prepare(model)
+        decoding.install(model)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:

@@ -4,7 +4,7 @@ from lowbit.kernels import int8_torch as _int8_torch  # noqa: F401  (registers i
 from lowbit.kernels import triton as _triton  # noqa: F401  (registers itself)
 
 # isort: split
-from lowbit.kernels import native, product  # the latter registers itself, after what it is to be asked before
+from lowbit.kernels import native, product, step  # the latter registers itself, after what it is to be asked before
 from lowbit.kernels.activation import (
     fake_quantize_activation,
     outlier_channels,
@@ -12,6 +12,7 @@ from lowbit.kernels.activation import (
     without_outliers,
 )
 from lowbit.kernels.decode import decode_packed
+from lowbit.kernels.int8_torch import integer_product
 from lowbit.kernels.ops import (
     Kernel,
     PackedLinear,
@@ -37,6 +38,7 @@ __all__ = [
     "explain",
     "fake_quantize_activation",
     "forced",
+    "integer_product",
     "names",
     "native",
     "outlier_channels",
@@ -45,6 +47,7 @@ __all__ = [
     "reference",
     "register",
     "run",
+    "step",
     "with_side",
     "without_outliers",
 ]

@@ -59,20 +59,29 @@ def run(x: Tensor, layer: PackedLinear) -> Tensor:
     codes_OI = unpack(layer.tensors["codes"], layer.spec.grid.bits, layer.shape[1])
     weight = unpack_params(layer.tensors, layer.spec, layer.shape)
     assert isinstance(weight, Affine)
-    a_TI, b_OI = _centred(codes_TI), _centred(codes_OI)
-    za_T1, zb_O1 = _zero(layer.act, act.zero), _zero(layer.spec, weight.zero)
-    y_TO = torch._int_mm(a_TI, b_OI.T)
-    if isinstance(zb_O1, Tensor) or zb_O1:
-        y_TO = y_TO - a_TI.sum(1, keepdim=True, dtype=torch.int32) * _row(zb_O1)
-    if isinstance(za_T1, Tensor) or za_T1:
-        centre_O1 = b_OI.sum(1, keepdim=True, dtype=torch.int32) - layer.shape[1] * zb_O1
-        y_TO = y_TO - za_T1 * centre_O1.T
-    scale_T1 = torch.where(x_TI.isnan().any(1, keepdim=True), torch.nan, act.scale)
-    y_TO = y_TO * scale_T1 * weight.scale.T
+    act = act._replace(scale=torch.where(x_TI.isnan().any(1, keepdim=True), torch.nan, act.scale))
+    y_TO = integer_product(codes_TI, layer.act, act, codes_OI, layer.spec, weight)
     if len(taken := outlier_channels(x_TI, layer.threshold)):
         w_Ok = layer.spec.grid.decode(codes_OI[:, taken], weight)
         y_TO = y_TO + x_TI[:, taken].to(w_Ok.dtype) @ w_Ok.T
     return add_side(y_TO.to(x.dtype).reshape(*x.shape[:-1], layer.shape[0]), x, layer)
+
+
+def integer_product(codes_TI: Tensor, a_spec: Spec, a: Affine, codes_OI: Tensor, b_spec: Spec, b: Affine) -> Tensor:
+    """The decoded ``[T, I]`` times the decoded ``[O, I]``, transposed: float32 ``[T, O]`` by one integer product.
+
+    Codes uint8; scales and zero points ``[1, 1]``, or one a row: ``[T, 1]`` of the first, ``[O, 1]`` of the second. Both grids
+    are integers with integer zero points.
+    """
+    a_TI, b_OI = _centred(codes_TI), _centred(codes_OI)
+    za_T1, zb_O1 = _zero(a_spec, a.zero), _zero(b_spec, b.zero)
+    y_TO = torch._int_mm(a_TI, b_OI.T)
+    if isinstance(zb_O1, Tensor) or zb_O1:
+        y_TO = y_TO - a_TI.sum(1, keepdim=True, dtype=torch.int32) * _row(zb_O1)
+    if isinstance(za_T1, Tensor) or za_T1:
+        centre_O1 = b_OI.sum(1, keepdim=True, dtype=torch.int32) - codes_OI.shape[1] * zb_O1
+        y_TO = y_TO - za_T1 * centre_O1.T
+    return y_TO * a.scale * b.scale.T
 
 
 def _centred(codes: Tensor) -> Tensor:

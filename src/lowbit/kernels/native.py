@@ -203,6 +203,7 @@ def integer_input(layer: PackedLinear) -> bool:
         and act.grid.bits > 1
         and not act.grid.real_zero
         and not act.grid.full
+        and act.grid.reach == 1
         and isinstance(act.granularity, PerToken | PerTensor)
         and (isinstance(layer.spec.grid, Int) or (isinstance(layer.spec.grid, BinaryCoded) and act.grid.symmetric))
     )
@@ -239,7 +240,7 @@ def linear(
     if act_params is not None:
         scale = act_params.scale.float().contiguous()
         zero = None if act_params.zero is None else act_params.zero.float().contiguous()
-    mode = _HALVES if halves else _FLOATS if tabled else _INT8 if act_bits or by_segment else _FIXED
+    mode = _HALVES if halves else input_mode(tabled, bool(act_bits) or by_segment)
     _cpu.linear(
         isa, tiles.data_ptr(), tiles.numel(), _address(table), x_TI.data_ptr(), DTYPES[x_TI.dtype], len(x_TI),
         y_TO.data_ptr(), DTYPES[y_TO.dtype], mode, act_bits, act_symmetric, scale is not None and scale.numel() == 1,
@@ -248,12 +249,19 @@ def linear(
     return y_TO
 
 
+def input_mode(tabled: bool, rounded: bool) -> int:
+    """How the compiled code takes an input: as it is where the weight is looked up, in 8 bits where it is ``rounded``, or
+    in fixed point."""
+    return _FLOATS if tabled else _INT8 if rounded else _FIXED
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _torch_pool() -> int:
-    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch runs on; 0 where it is not to be found.
+def _torch_pool() -> tuple[int, int, int]:
+    """Addresses of ``GOMP_parallel``, ``omp_get_num_threads`` and ``omp_get_thread_num`` in the OpenMP runtime that torch
+    runs on; zeros where it is not to be found.
 
     LLVM's and Intel's runtimes offer the same entry. Only a library that is loaded already is looked at.
     """
@@ -263,12 +271,15 @@ def _torch_pool() -> int:
     for name in candidates:
         try:
             library = ctypes.CDLL(name, mode=getattr(ctypes, "RTLD_NOLOAD", 4) if name else ctypes.DEFAULT_MODE)
-            entry = library.GOMP_parallel
+            entries = library.GOMP_parallel, library.omp_get_num_threads, library.omp_get_thread_num
         except (OSError, AttributeError):
             continue
-        return ctypes.cast(entry, ctypes.c_void_p).value or 0
-    return 0
+        parallel, size, number = (ctypes.cast(entry, ctypes.c_void_p).value or 0 for entry in entries)
+        return parallel, size, number
+    return 0, 0, 0
 
 
 if _cpu is not None:
-    _cpu.use_pool(_torch_pool())
+    _pool = _torch_pool()
+    _cpu.use_pool(_pool[0])
+    _cpu.use_team(*_pool)

@@ -1,6 +1,6 @@
 """OmniQuant: learn the clipping of weights and the equivalent transform of activations, block by block."""
 
-from lowbit.recipe import Recipe, activation, linears, method, weight
+from lowbit.recipe import Recipe, activation, attention, linears, method, weight
 from lowbit.solve import Nearest
 from lowbit.steps import BlockMSE, ClipShares, Learn, Midpoint, Scales, Shifts, Smooth, Solve
 
@@ -13,6 +13,7 @@ def omniquant(
     group_size: int | None = None,
     *,
     activation_bits: int | None = None,
+    attention_bits: int | None = None,
     transform: bool | None = None,
     epochs: int = 20,
     alpha: float = 0.5,
@@ -24,7 +25,8 @@ def omniquant(
 ) -> Recipe:
     """Learned weight clipping, and with quantized activations a learned equivalent transformation.
 
-    activation_bits: quantize each linear's input, per token, with a zero point.
+    activation_bits: quantize each linear's input, per token, with a zero point. attention_bits: queries, keys and values as
+    well, per token of each head (the authors: as many bits as activations have).
     transform: learn scales and shifts at the edges; None: only where activations are quantized, as the authors' LLaMA
     scripts. clip_lr, transform_lr: learning rates. batch: windows a gradient step. alpha: of the smoothing that scales start from. epochs: passes over the calibration windows (authors: 20;
     40 at 2 bits). augment: the authors' second loss term. amp: products in bfloat16 while learning.
@@ -33,7 +35,11 @@ def omniquant(
     transforms = (Shifts(("norm_*", "v_o"), Midpoint(), transform_lr), Scales(EDGES, Smooth(alpha), transform_lr))
     return Recipe(
         name="omniquant",
-        scheme=linears(weight(bits, group_size), activation(activation_bits, symmetric=False)),
+        scheme=linears(
+            weight(bits, group_size),
+            activation(activation_bits, symmetric=False),
+            attention(attention_bits, symmetric=False, probabilities=False),
+        ),
         steps=(
             Learn((*(transforms if moves else ()), ClipShares(lr=clip_lr)), BlockMSE(augment), epochs, batch, amp),
             Solve(Nearest()),

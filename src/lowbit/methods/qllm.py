@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from lowbit.recipe import Recipe, activation, linears, method, weight
+from lowbit.recipe import Recipe, activation, attention, linears, method, weight
 from lowbit.solve import Nearest
 from lowbit.steps import BlockMSE, Learn, LowRankCorrection, NormsAndBiases, SearchReassembly, Solve
 
@@ -13,6 +13,7 @@ def qllm(
     activation_bits: int | None = 4,
     group_size: int | None = None,
     *,
+    attention_bits: int | None = None,
     channel_ratio: float = 0.2,
     assembly: Literal["merge", "prune", "none"] = "merge",
     threshold_steps: int = 20,
@@ -28,7 +29,8 @@ def qllm(
 ) -> Recipe:
     """Outlier channels split in front of their linears, others averaged to make room, and a learned low-rank correction.
 
-    activation_bits: of each linear's input, per token, with a zero point. channel_ratio: share of the channels that may be
+    activation_bits: of each linear's input, per token, with a zero point. attention_bits: of queries, keys and values, per
+    token of each head (the authors: as many as activations have). channel_ratio: share of the channels that may be
     added (0: none); how many are is searched for each input. assembly: room is made by averaging pairs of channels
     ("merge"), by dropping channels ("prune"), or the layers grow ("none").
     threshold_steps: how many thresholds are tried. windows: calibration windows to judge them by (None: all; authors: 1).
@@ -38,8 +40,7 @@ def qllm(
     learning, at rates that fall to zero.
 
     Differs from the authors' code: one block is learned at a time (theirs: four together, and the final norm at the end);
-    like channels are those of the paper's distance, not the code's; a folded correction is learned through the rounding;
-    queries, keys and values themselves are not quantized.
+    like channels are those of the paper's distance, not the code's; a folded correction is learned through the rounding.
     """
     steps = (
         SearchReassembly(
@@ -49,5 +50,6 @@ def qllm(
     makers = (LowRankCorrection(rank, lr, fold),) if rank else ()
     makers += (NormsAndBiases(lr),) if rank and norms else ()
     learn = (Learn(makers, BlockMSE(), epochs, batch, amp, decay=True),) if makers else ()
-    scheme = linears(weight(bits, group_size), activation(activation_bits, symmetric=False))
+    operands = attention(attention_bits, symmetric=False, probabilities=False)
+    scheme = linears(weight(bits, group_size), activation(activation_bits, symmetric=False), operands)
     return Recipe(name="qllm", scheme=scheme, steps=(*steps, *learn, Solve(Nearest())))

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, Spec
-from lowbit.recipe import Recipe, activation, linears, method
+from lowbit.recipe import Recipe, activation, attention, linears, method
 from lowbit.solve import Nearest
 from lowbit.steps import Search, Set, SetActivationRange, Smooth, SmoothPowers, Solve
 
@@ -17,6 +17,7 @@ def smoothquant(
     activation_bits: int = 8,
     group_size: int | None = None,
     *,
+    attention_bits: int | None = None,
     alpha: float | Literal["search"] = 0.5,
     level: Literal["O1", "O2", "O3", "O1-pc"] = "O1-pc",
     all_edges: bool = False,
@@ -28,8 +29,9 @@ def smoothquant(
 
     bits, activation_bits: of weights and of each linear's input, both symmetric. level: the paper's O1 (per-tensor weights,
     per-token dynamic activations), O2 (per-tensor dynamic), O3 (per-tensor static, measured after smoothing), or "O1-pc"
-    (per-channel weights, or groups of group_size, and per-token activations: what its repository evaluates). Products
-    inside attention stay floating, where the paper's kernels for OPT have 8 bits.
+    (per-channel weights, or groups of group_size, and per-token activations: what its repository evaluates).
+    attention_bits: of the operands of attention's two products, as the paper's kernels for OPT have (8); theirs have one
+    static range a tensor, these one for each token of each head. None: floating.
     alpha: 0.5 for OPT and BLOOM, 0.8 to 0.9 for LLaMA-like models; "search": for each edge that of grid + 1 values from 0 to
     1, or no smoothing, under which its linears lose least, judged on so many calibration windows (None: all).
     all_edges: smooth v -> o and up -> down too, which the authors' code does not.
@@ -47,7 +49,11 @@ def smoothquant(
     ranges = (SetActivationRange(skip_first),) if static else ()
     return Recipe(
         name="smoothquant",
-        scheme=linears(Spec(Int(bits, symmetric=True), grain), activation(activation_bits, per=per, static=static)),
+        scheme=linears(
+            Spec(Int(bits, symmetric=True), grain),
+            activation(activation_bits, per=per, static=static),
+            attention(attention_bits),
+        ),
         steps=(smooth, *ranges, Solve(Nearest())),
         feed="fp",
     )

@@ -83,7 +83,7 @@ def features(config: Config) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """What a prepared layer has made once, so that a call does nothing but call: the product, and what is around it."""
 
     product: kernels.product.Product
@@ -111,7 +111,7 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, buffers[name])
         self.tiles: Tensor | None
         self.register_buffer("tiles", None, persistent=False)
-        self._prepared: _Prepared | None = None
+        self._prepared: Prepared | None = None
         if config["bias"] is None:
             self.register_buffer("bias", None)
 
@@ -242,8 +242,13 @@ class QuantLinear(nn.Module):
                 )
                 for place in ("pre", "post")
             }
-            self._prepared = _Prepared(kernels.product.product_of(packed), packed.side, made)
+            self._prepared = Prepared(kernels.product.product_of(packed), packed.side, made)
         return reason
+
+    @property
+    def prepared(self) -> Prepared | None:
+        """What :meth:`prepare` made; it is made anew whenever ``tiles`` are."""
+        return self._prepared
 
     def restore(self) -> None:
         """Undoes :meth:`prepare`: canonical codes and nothing else."""

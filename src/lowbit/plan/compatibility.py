@@ -16,7 +16,15 @@ from lowbit.modules import ActSpec, buffer_layout
 from lowbit.modules.quant_linear import Config
 from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, from_dict
 from lowbit.plan.survey import Survey
-from lowbit.steps import Cluster, Incoherence, Learn, LowRankCorrection, SearchReassembly, Set
+from lowbit.steps import (
+    Cluster,
+    Incoherence,
+    Learn,
+    LowRankCorrection,
+    RotateInputs,
+    SearchReassembly,
+    Set,
+)
 
 
 def compatibility(found: Survey) -> dict[str, str]:
@@ -41,6 +49,7 @@ def _beside(found: Survey) -> str:
     steps = found.recipe.steps
     parts = {
         "rotations of inputs and outputs": any(isinstance(step, Incoherence) for step in steps),
+        "rotations of inputs": any(isinstance(step, RotateInputs) for step in steps),
         "scales of inputs": any(isinstance(step, Set) and step.run_time for step in steps),
         "copies and means of input channels": any(isinstance(step, SearchReassembly) and step.ratio for step in steps),
         "low-rank corrections": any(
@@ -50,6 +59,7 @@ def _beside(found: Survey) -> str:
             for maker in step.makers
         ),
         "orders of inputs": any(isinstance(step, Cluster) for step in steps) and any(b.gathers for b in found.blocks),
+        "integer operands of attention": found.recipe.scheme.attention is not None,
         "outliers in half precision": getattr(steps[-1].solver, "outliers", None) is not None,
     }
     held = [what for what, there in parts.items() if there]

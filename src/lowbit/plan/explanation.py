@@ -34,13 +34,24 @@ def explain(recipe: Recipe | str | Path | dict[str, Any], model: str | PathLike[
     """What ``recipe`` would do to each layer of ``model``, without reading a weight. Raises as :func:`lowbit.plan.plan`."""
     found = survey(model, recipe)
     steps = tuple(" ".join(_sentences(found, step)) for step in found.recipe.steps)
-    return Explanation(steps, planned_layers(found), (*_feed(found), *found.architecture.warnings, *_left_out(found)))
+    notes = (*_feed(found), *_attention(found), *found.architecture.warnings, *_left_out(found))
+    return Explanation(steps, planned_layers(found), notes)
 
 
 def _feed(found: Survey) -> Iterator[str]:
     if found.recipe.needs_calibration:
         whose = "the original model gives" if found.recipe.feed == "fp" else "the quantized blocks before it give"
         yield f"every block sees the hidden states that {whose} for the calibration text (feed: {found.recipe.feed})"
+
+
+def _attention(found: Survey) -> Iterator[str]:
+    spec = found.recipe.scheme.attention
+    if spec is not None:
+        floating, bits = spec.probability_bits is None, spec.probability_bits
+        yield (
+            f"attention multiplies queries, keys and values of {spec.bits} bits, a range for each token of each head; its "
+            f"probabilities are {'floating' if floating else f'of {bits} bits'}"
+        )
 
 
 def _left_out(found: Survey) -> list[str]:

@@ -38,8 +38,9 @@ from lowbit.modules.quant_linear import Config
 from lowbit.numerics import to_dict
 from lowbit.recipe import Recipe
 from lowbit.recipes import as_recipe
-from lowbit.steps import Cluster, Incoherence, Learn, LinearFormat, LowRankCorrection, SearchReassembly
+from lowbit.steps import Cluster, Incoherence, Learn, LinearFormat, LowRankCorrection, RotateInputs, SearchReassembly
 from lowbit.steps.parametrizations import Maker
+from lowbit.steps.rotation import residual_step
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ class Survey:
             if isinstance(step, SearchReassembly):
                 more, columns = step.described(block.resolved, path, columns)
                 pre += more
+            elif isinstance(step, RotateInputs):
+                pre += step.described(block.resolved, path, columns, block.formats, self.rotated)
             elif isinstance(step, Incoherence):
                 said = step.described(rows, columns)
                 pre += said["pre"]
@@ -117,6 +120,11 @@ class Survey:
                     if isinstance(maker, LowRankCorrection) and not maker.fold:
                         gained["side"] = gained.get("side", []) + maker.described(rows, columns)
         return gained | {"pre": pre, "shape": [rows, columns]}
+
+    @property
+    def rotated(self) -> bool:
+        """Whether the residual stream is rotated."""
+        return residual_step(self.recipe.steps, (block.resolved.residual for block in self.blocks)) is not None
 
     @property
     def searched_channels(self) -> bool:

@@ -38,6 +38,7 @@ class _ExplicitFile(_File):
 
     name: str
     scheme: tuple[dict[str, Any], ...]
+    attention: dict[str, Any] | None = None
     steps: tuple[dict[str, Any], ...]
     overrides: tuple[dict[str, Any], ...] = ()
     description: str = ""
@@ -70,7 +71,7 @@ def from_plain(data: Any) -> Recipe:
     try:
         built = Recipe(
             name=explicit.name,
-            scheme=Scheme(rules=rules),
+            scheme=Scheme(rules=rules, attention=from_dict(explicit.attention)),
             steps=tuple(from_dict(step) for step in explicit.steps),
             feed=explicit.feed,
             seed=explicit.seed,

@@ -12,6 +12,7 @@ from lowbit.steps.objectives import BlockMSE
 from lowbit.steps.parametrizations import AllWeights, ClipShares, Rounding, Scales, Shifts
 from lowbit.steps.ranges import ActivationSteps, SearchActivationRange
 from lowbit.steps.reassembly import SearchReassembly
+from lowbit.steps.rotation import RotateInputs, RotateResidual
 from lowbit.steps.rules import Balance, Midpoint, Ones, OwnGain, Smooth
 from lowbit.steps.search import MeanAbsPower, Search, SearchClip, SmoothPowers, Thresholds
 from lowbit.steps.search_float import SearchFloat
@@ -69,6 +70,8 @@ __all__ = [
     "NormsAndBiases",
     "Ones",
     "OwnGain",
+    "RotateInputs",
+    "RotateResidual",
     "Rounding",
     "Scales",
     "Search",

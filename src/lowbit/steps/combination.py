@@ -21,6 +21,8 @@ from lowbit.steps import (
     Incoherence,
     Learn,
     LowRankCorrection,
+    RotateInputs,
+    RotateResidual,
     Rounding,
     SearchActivationRange,
     SearchClip,
@@ -46,9 +48,19 @@ def check_combination(weights: Sequence[Spec], activations: Sequence[ActSpec], s
         _check_static(static, steps)
     _check_clusters(weights, activations, steps)
     for i, step in enumerate(steps):
-        if isinstance(step, Incoherence) and (late := _transforming(steps[i + 1 :])):
+        if isinstance(step, Incoherence | RotateInputs) and (late := _transforming(steps[i + 1 :])):
             raise ValueError(
-                f"{_named(late)} transforms channels that Incoherence has mixed by then; put it first, as in 'awq+quip'"
+                f"{_named(late)} transforms channels that {_name(step)} has mixed by then; put it first, as in 'awq+quip'"
+            )
+        if isinstance(step, RotateResidual) and i:
+            raise ValueError(
+                f"RotateResidual changes the model that every step works on, and {_named(steps[:i])} would come before it; put "
+                "it first, as in 'quarot+gptq'"
+            )
+        if isinstance(step, RotateInputs) and (early := [each for each in steps[:i] if _clips(each)]):
+            raise ValueError(
+                f"{_named(early)} chooses a range for every row or group, and RotateInputs then mixes their channels; leave one of "
+                "the two out"
             )
         _check_inputs_kept(step, _transforming(steps[i + 1 :]))
     mixing = [step for step in steps if _kinds(step) & {Kind.SHIFT, Kind.ROTATE, Kind.SPLIT}]
@@ -57,6 +69,17 @@ def check_combination(weights: Sequence[Spec], activations: Sequence[ActSpec], s
             "Solve needs Fisher information, which is known for every weight by itself and is lost when a step shifts or "
             f"rotates channels, as {_named(mixing)} does here. Leave it out, or solve by another method"
         )
+
+
+def in_order(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """The steps of several recipes, but for the last, in an order in which what one decides holds for those behind it.
+
+    As they come, but that linears rotate their inputs once all that can be folded is, and that static ranges are fixed last.
+    """
+    late = [step for step in steps if isinstance(step, RotateInputs)]
+    others = sorted((step for step in steps if step not in late), key=fixes_ranges)
+    at = max((i + 1 for i, step in enumerate(others) if _kinds(step)), default=0)
+    return (*others[:at], *late, *others[at:])
 
 
 def fixes_ranges(step: Step) -> bool:
@@ -132,7 +155,7 @@ def _check_clusters(weights: Sequence[Spec], activations: Sequence[ActSpec], ste
 def _check_inputs_kept(step: Step, later: Sequence[Step]) -> None:
     """What ``step`` decides for a linear and its input holds while ``later`` steps leave that input and its weight alone."""
     for each in later:
-        if isinstance(step, SearchReassembly) and not isinstance(each, Incoherence):
+        if isinstance(step, SearchReassembly) and not isinstance(each, Incoherence | RotateInputs):
             raise ValueError(
                 f"{_name(each)} transforms channels that SearchReassembly has split and merged by then; put it first"
             )

@@ -1,18 +1,18 @@
 """Incoherence: rotations at run time on both sides of a linear, so that no weight and no input channel stands out.
 
-A rotation of the residual stream would have to be shared by the whole model; one between two linears of a block is legal at
-few edges. Here each linear runs its own, stored as seeds: 128 bits a linear, at any width.
+A rotation of the residual stream is shared by the whole model, and one between two linears of a block is legal at few edges
+(:mod:`lowbit.steps.rotation`). Here each linear runs its own, stored as seeds: 128 bits a linear, at any width.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from lowbit.architectures import Kind
 from lowbit.modules import stored
 from lowbit.numerics import Statistic, tagged
+from lowbit.steps.rotation import seed_of
 from lowbit.steps.state import BlockState
 from lowbit.transforms import Kronecker, RandomHadamard, Seeded
 
@@ -56,10 +56,5 @@ class Incoherence:
         for shared in state.resolved.shared_inputs:
             for path in (reader for reader in shared.readers if reader in state.formats):
                 rows, columns = state.weight_OI(path).shape
-                of_input = rotation(_seed(state.seed, "input", shared.name), columns)
-                state.rotate(path, of_input, rotation(_seed(state.seed, "output", path), rows))
-
-
-def _seed(block: int, side: str, name: str) -> int:
-    """63 bits that differ for every block, side and name."""
-    return int.from_bytes(hashlib.sha256(f"{block}/{side}/{name}".encode()).digest()[:8], "big") >> 1
+                of_input = rotation(seed_of(state.seed, "input", shared.name), columns)
+                state.rotate(path, of_input, rotation(seed_of(state.seed, "output", path), rows))

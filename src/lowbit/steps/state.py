@@ -89,7 +89,8 @@ class BlockState:
     they are now, by path; empty where no step of the recipe needs it. ``pre``, ``post``: what each linear does itself to its
     input and its output at run time, in the order it is done; until a linear is packed, its hooks do it. ``side``: terms that
     packed linears will have beside their codes; what is not packed yet does without. ``originals``: what packed linears
-    replaced, kept where paired statistics are still to be gathered.
+    replaced, kept where paired statistics are still to be gathered. ``rotated``: the block reads and writes a residual stream
+    that was rotated, as ``io`` holds it.
     """
 
     name: str
@@ -108,6 +109,7 @@ class BlockState:
     side: dict[str, tuple[SideTerm, ...]] = field(default_factory=dict)
     fisher: dict[str, Tensor] = field(default_factory=dict)
     originals: dict[str, nn.Module] = field(default_factory=dict)
+    rotated: bool = False
     records: list[LayerRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

@@ -1,6 +1,7 @@
 // AVX2, FMA and F16C.
 #include <immintrin.h>
 
+#include "step.h"
 #include "tiles.h"
 
 namespace lowbit::avx2 {
@@ -8,13 +9,14 @@ namespace {
 
 #include "avx2.inl"
 #include "kernel.inl"
+#include "step.inl"
 
 }  // namespace
 }  // namespace lowbit::avx2
 
 namespace lowbit {
 const Kernels* avx2_kernels() {
-  static const Kernels kernels{"avx2", avx2::prepare, avx2::multiply, avx2::decode, avx2::read};
+  static const Kernels kernels{"avx2", avx2::prepare, avx2::multiply, avx2::decode, avx2::read, &avx2::step_kernels};
   return &kernels;
 }
 }  // namespace lowbit

@@ -126,6 +126,13 @@ struct V {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
             _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
   }
+  static F bfloats(const uint16_t* p) {
+    const auto widened = [](const uint16_t* q) {
+      const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+      return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    };
+    return {widened(p), widened(p + 8)};
+  }
   static __m256i half_bfloats(__m256 f) {
     const __m256i u = _mm256_castps_si256(f), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);

@@ -1,6 +1,7 @@
 // AVX-512 with VNNI.
 #include <immintrin.h>
 
+#include "step.h"
 #include "tiles.h"
 
 namespace lowbit::avx512 {
@@ -8,13 +9,14 @@ namespace {
 
 #include "avx512.inl"
 #include "kernel.inl"
+#include "step.inl"
 
 }  // namespace
 }  // namespace lowbit::avx512
 
 namespace lowbit {
 const Kernels* avx512_kernels() {
-  static const Kernels kernels{"avx512", avx512::prepare, avx512::multiply, avx512::decode, avx512::read};
+  static const Kernels kernels{"avx512", avx512::prepare, avx512::multiply, avx512::decode, avx512::read, &avx512::step_kernels};
   return &kernels;
 }
 }  // namespace lowbit

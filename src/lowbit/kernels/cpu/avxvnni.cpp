@@ -1,6 +1,7 @@
 // AVX2 with the dot products of AVX-VNNI.
 #include <immintrin.h>
 
+#include "step.h"
 #include "tiles.h"
 
 #define LOWBIT_VNNI
@@ -9,13 +10,14 @@ namespace {
 
 #include "avx2.inl"
 #include "kernel.inl"
+#include "step.inl"
 
 }  // namespace
 }  // namespace lowbit::avxvnni
 
 namespace lowbit {
 const Kernels* avxvnni_kernels() {
-  static const Kernels kernels{"avxvnni", avxvnni::prepare, avxvnni::multiply, avxvnni::decode, avxvnni::read};
+  static const Kernels kernels{"avxvnni", avxvnni::prepare, avxvnni::multiply, avxvnni::decode, avxvnni::read, &avxvnni::step_kernels};
   return &kernels;
 }
 }  // namespace lowbit

@@ -26,6 +26,10 @@
 namespace nb = nanobind;
 using namespace lowbit;
 
+namespace lowbit {
+void bind_step(nb::module_& m, const Kernels* (*kernels_called)(const std::string&));  // step.cpp
+}
+
 namespace {
 
 // ---- threads ----------------------------------------------------------------------------------------------------------
@@ -318,4 +322,5 @@ NB_MODULE(_cpu, m) {
   m.def("linear", &linear);
   m.def("decode", &decode);
   m.def("read", &read_memory);
+  bind_step(m, &kernels_called);
 }

@@ -1,6 +1,7 @@
 // Arm with dot products (Armv8.2): sixteen lanes are four registers. Written by the book and not yet run on an Arm machine.
 #include <arm_neon.h>
 
+#include "step.h"
 #include "tiles.h"
 
 namespace lowbit::neon {
@@ -121,6 +122,11 @@ struct V {
     for (int i = 0; i < 4; ++i) f.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
     return f;
   }
+  static F bfloats(const uint16_t* p) {
+    F f;
+    for (int i = 0; i < 4; ++i) f.v[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16));
+    return f;
+  }
   static void store_halves(uint16_t* p, F f) {
     for (int i = 0; i < 4; ++i) vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(f.v[i])));
   }
@@ -133,13 +139,14 @@ struct V {
 };
 
 #include "kernel.inl"
+#include "step.inl"
 
 }  // namespace
 }  // namespace lowbit::neon
 
 namespace lowbit {
 const Kernels* neon_kernels() {
-  static const Kernels kernels{"neon", neon::prepare, neon::multiply, neon::decode, neon::read};
+  static const Kernels kernels{"neon", neon::prepare, neon::multiply, neon::decode, neon::read, &neon::step_kernels};
   return &kernels;
 }
 }  // namespace lowbit

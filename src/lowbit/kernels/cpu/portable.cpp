@@ -1,4 +1,5 @@
 // Plain C++: what V has to provide, said in loops. Runs everywhere, and is what the others are checked against.
+#include "step.h"
 #include "tiles.h"
 
 namespace lowbit::portable {
@@ -92,6 +93,14 @@ struct V {
     return sign | static_cast<uint16_t>((u - (112u << 23)) >> 13);
   }
   static F halves(const uint16_t* p) { F f; for (int i = 0; i < 16; ++i) f.v[i] = half(p[i]); return f; }
+  static F bfloats(const uint16_t* p) {
+    F f;
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t u = static_cast<uint32_t>(p[i]) << 16;
+      __builtin_memcpy(f.v + i, &u, 4);
+    }
+    return f;
+  }
   static void store_bfloats(uint16_t* p, F f) {  // decoded weights: finite
     uint32_t u[16];
     __builtin_memcpy(u, f.v, 64);
@@ -102,13 +111,14 @@ struct V {
 
 #define LOWBIT_SINGLE_TOKENS  // compiled in seconds rather than minutes; nobody is in a hurry here
 #include "kernel.inl"
+#include "step.inl"
 
 }  // namespace
 }  // namespace lowbit::portable
 
 namespace lowbit {
 const Kernels* portable_kernels() {
-  static const Kernels kernels{"portable", portable::prepare, portable::multiply, portable::decode, portable::read};
+  static const Kernels kernels{"portable", portable::prepare, portable::multiply, portable::decode, portable::read, &portable::step_kernels};
   return &kernels;
 }
 }  // namespace lowbit

@@ -84,6 +84,8 @@ struct Job {
   float* xzero;
 };
 
+struct StepKernels;
+
 // What an instruction set provides. Ranges are of tokens, of blocks and of rows.
 struct Kernels {
   const char* name;
@@ -91,6 +93,7 @@ struct Kernels {
   void (*multiply)(const Job&, int64_t first, int64_t last);
   void (*decode)(const Tiles&, const uint8_t* data, const float* table, int64_t first, int64_t last, void* out, int32_t type);
   double (*read)(const uint8_t* data, int64_t bytes);  // a pass over memory at this instruction set's widest load
+  const StepKernels* step = nullptr;
   // Kernels of matrix tiles only: what they take, who runs all else, and the bytes of a job's xq. They use no xf.
   bool (*takes)(const Tiles&, int32_t input, int64_t m) = nullptr;
   const Kernels* otherwise = nullptr;

@@ -35,12 +35,14 @@ class Int:
             quantized by the spec's ``stats``); ignored when symmetric.
         full: symmetric only, from 2 bits: the lowest code is ``-absmax``, so that no code is left unused and the step is
             smaller; what is over ``absmax * (1 - 2**(1-b))`` is clipped to that.
+        reach: share of a range that the levels span, over 0 and up to 1; what lies beyond is clipped.
     """
 
     bits: int
     symmetric: bool = False
     zero: Literal["int", "real"] = "int"
     full: bool = False
+    reach: float = 1.0
     kind: ClassVar[Any] = Affine
 
     def __post_init__(self):
@@ -50,6 +52,9 @@ class Int:
             raise ValueError(f"zero is 'int' or 'real', found {self.zero!r}")
         if self.full and (not self.symmetric or self.bits == 1):
             raise ValueError(f"full belongs to symmetric grids of 2 bits and more, found {self}")
+
+        if not 0 < self.reach <= 1:
+            raise ValueError(f"levels reach a share of the range over 0 and up to 1, found {self.reach}")
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -70,6 +75,8 @@ class Int:
         return 0.5 if self.bits == 1 else 2.0 ** (self.bits - 1)
 
     def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Affine:
+        if self.reach != 1:
+            lo_G1, hi_G1 = lo_G1 * self.reach, hi_G1 * self.reach
         if self.symmetric:
             absmax = torch.maximum(lo_G1.abs(), hi_G1.abs())
             scale = absmax * 2 if self.bits == 1 else absmax / (self.max_code // 2 + self.full)

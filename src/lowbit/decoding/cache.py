@@ -1,0 +1,180 @@
+"""Keys and values with room for more, as layers of transformers' own dynamic cache.
+
+transformers appends a token by copying all tokens. Here buffers have room, which doubles when it is used up, and the compiled
+step writes into them. The layers are otherwise transformers': what sets one's keys or values (reordering, selection,
+cropping) makes it an ordinary layer again, until :func:`adopt` takes it back.
+
+Shapes: H key-value head, C capacity, D dim of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+LEAST_ROOM = 256
+"""Tokens of the smallest buffer; all others have a power of two as many."""
+
+
+class Room:
+    """The buffers ``[2, H, C, D]`` of all layers of a cache, for one sequence.
+
+    Args:
+        layers: ordinary layers (batch 1) of equal length, whose tokens are copied.
+    """
+
+    def __init__(self, layers: list[Any]):
+        self.lengths = [layer.get_seq_length() for layer in layers]
+        """Tokens of each layer; -1: it has left."""
+        self.capacity = _capacity(max(self.lengths) + 1)
+        self.buffers: list[Tensor] = []
+        for layer, length in zip(layers, self.lengths, strict=True):
+            buffer = _buffer(layer.keys, self.capacity)
+            buffer[0, :, :length] = layer.keys[0]
+            buffer[1, :, :length] = layer.values[0]
+            self.buffers.append(buffer)
+
+    def reserve(self, tokens: int) -> None:
+        """Room for at least so many tokens in every layer."""
+        if tokens <= self.capacity:
+            return
+        self.capacity = _capacity(tokens)
+        for i, old in enumerate(self.buffers):
+            length = max(self.lengths[i], 0)
+            self.buffers[i] = _buffer(old, self.capacity)
+            self.buffers[i][:, :, :length] = old[:, :, :length]
+
+    def addresses(self) -> tuple[list[int], list[int]]:
+        """Of the keys and of the values of each layer, ``[H, C, D]``."""
+        keys = [buffer.data_ptr() for buffer in self.buffers]
+        half = self.buffers[0].nbytes // 2
+        return keys, [address + half for address in keys]
+
+    def advance(self) -> None:
+        """A token more is in every layer."""
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def holds(self, layers: list[Any]) -> bool:
+        """Whether ``layers`` are all of these, and equally long."""
+        lengths = self.lengths
+        here = all(type(layer) is Growing and layer.is_in(self, i) for i, layer in enumerate(layers))
+        return here and len(layers) == len(lengths) == lengths.count(lengths[0]) and lengths[0] > 0
+
+
+class Growing(DynamicLayer):
+    """A layer whose tokens are in a :class:`Room`, or that has left it and is as its base class."""
+
+    def __init__(self, room: Room, index: int):
+        self._room: Room | None = None
+        self._alone: dict[str, Tensor | None] = {}
+        super().__init__()
+        self._room, self._index = room, index
+        buffer = room.buffers[index]
+        self.dtype, self.device, self.is_initialized = buffer.dtype, buffer.device, True
+
+    @property
+    def room(self) -> Room | None:
+        """Where the tokens are."""
+        return self._room
+
+    def is_in(self, room: Room, index: int) -> bool:
+        """Whether its tokens are at that place of ``room``."""
+        return self._room is room and self._index == index
+
+    @property
+    def keys(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """``[1, H, tokens, D]``."""
+        return self._get("keys")
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._set("keys", value)
+
+    @property
+    def values(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """``[1, H, tokens, D]``."""
+        return self._get("values")
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._set("values", value)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends states ``[1, H, tokens, D]`` and returns all of them."""
+        room, i = self._room, self._index
+        plain = len(key_states) > 1 or key_states.dtype != self.dtype or key_states.device != self.device
+        if room is None or plain or key_states.requires_grad or value_states.requires_grad:
+            return super().update(key_states, value_states, *args, **kwargs)
+        start = room.lengths[i]
+        end = start + key_states.shape[2]
+        room.reserve(end)
+        room.buffers[i][0, :, start:end] = key_states[0]
+        room.buffers[i][1, :, start:end] = value_states[0]
+        room.lengths[i] = end
+        return self._view(0), self._view(1)
+
+    def get_seq_length(self) -> int:
+        """Tokens that are held."""
+        return super().get_seq_length() if self._room is None else self._room.lengths[self._index]
+
+    def _view(self, which: int) -> Tensor:
+        assert self._room is not None
+        return self._room.buffers[self._index][which, None, :, : self._room.lengths[self._index]]
+
+    def _get(self, name: str) -> Tensor | None:
+        return self._alone.get(name) if self._room is None else self._view(int(name == "values"))
+
+    def _set(self, name: str, value: Tensor | None) -> None:
+        if self._room is not None:
+            self._alone = {"keys": self._view(0), "values": self._view(1)}
+            self._room.lengths[self._index] = -1
+            self._room = None
+        self._alone[name] = value
+
+
+def adopt(cache: Any, layers: int, heads: int, dim: int, dtype: torch.dtype) -> Room | str:
+    """The room of the layers of ``cache``, all of one length; or why there is none.
+
+    Ordinary layers of the cache are replaced by :class:`Growing` ones of the same tokens.
+
+    Args:
+        cache: what a model's forward was given.
+        layers, heads, dim, dtype: of the keys and values that the model makes.
+    """
+    if type(cache) is not DynamicCache or cache.offloading:
+        return f"the cache is a {type(cache).__name__}, not a DynamicCache in memory"
+    found: list[Any] = cache.layers
+    if len(found) != layers:
+        return f"the cache has {len(found)} of {layers} layers"
+    room = found[0].room if type(found[0]) is Growing else None
+    if room is None or not room.holds(found):
+        for layer in found:
+            if type(layer) not in (Growing, DynamicLayer):
+                return f"the cache has a {type(layer).__name__}, not a DynamicLayer"
+            if layer.get_seq_length() == 0 or layer.get_seq_length() != found[0].get_seq_length():
+                return "the cache is empty or uneven"
+            if len(layer.keys) > 1 or layer.keys.device.type != "cpu":
+                return f"the cache holds {len(layer.keys)} sequences on {layer.keys.device}"
+        room = Room(found)
+        found[:] = [Growing(room, i) for i in range(layers)]
+    if any((b.shape[1], b.shape[3], b.dtype) != (heads, dim, dtype) for b in (room.buffers[0], room.buffers[-1])):
+        return "the cache is another model's"
+    return room
+
+
+def _capacity(tokens: int) -> int:
+    room = LEAST_ROOM
+    while room < tokens:
+        room *= 2
+    return room
+
+
+def _buffer(like: Tensor, capacity: int) -> Tensor:
+    """Empty, with heads, dim and dtype of ``like`` ``[..., H, tokens, D]``."""
+    shape = (2, like.shape[-3], capacity, like.shape[-1])
+    with torch.inference_mode(False):  # it is written to again in any mode
+        return torch.empty(shape, dtype=like.dtype, device=like.device)

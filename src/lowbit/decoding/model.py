@@ -1,0 +1,131 @@
+"""A transformers model whose forward runs one new token by the compiled step, where that computes the same.
+
+:func:`install` gives a model a class of its own, a child of its class that differs in ``forward`` alone. Generation, sampling,
+streaming and caches stay transformers'. Where anything asks for more than the next token's logits of one sequence, or
+the model is not what the step was described from, the ordinary forward runs; :func:`explain` says which it is, and why.
+
+A replaced forward on the instance would be simpler, but is a reference of the model to itself, which keeps large models in
+memory until Python looks for such; and a copy of the model would run the original.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from lowbit import kernels
+from lowbit.decoding.cache import adopt
+from lowbit.decoding.description import Described, Refused, describe
+
+_UNDERSTOOD = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+)
+
+
+def install(model: PreTrainedModel) -> None:
+    """Lets ``model`` run single tokens by the compiled step, whenever it can; see :func:`explain`."""
+    if not isinstance(model, _Stepping):
+        model.__class__ = _stepping(type(model))
+
+
+def explain(model: nn.Module) -> str:
+    """Whether one new token runs by the compiled step, and if not why, as one sentence."""
+    if not isinstance(model, _Stepping):
+        return "No compiled step of one token: the model was not loaded as a lowbit checkpoint."
+    found = model._described()
+    if isinstance(found, Refused):
+        return f"No compiled step of one token: {found.reason}."
+    return f"One new token of one sequence runs as one compiled step ({found.isa}, {torch.get_num_threads()} threads)."
+
+
+class _Kept:
+    """The description of one model, or why there is none; a copy of the model makes its own."""
+
+    def __init__(self) -> None:
+        self.described: Described | Refused | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Kept, ()
+
+
+class _Stepping:
+    """What :func:`install` adds to a model's class."""
+
+    def _described(self: Any) -> Described | Refused:
+        kept = self.__dict__.setdefault("_lowbit_step", _Kept())
+        isa = kernels.forced() or next(iter(kernels.native.instruction_sets()), "")
+        now = kept.described
+        if now is None or now.isa != isa or not now.current():
+            now = kept.described = describe(self, isa)
+        return now
+
+    def _step(self: Any, inputs: dict[str, Any]) -> CausalLMOutputWithPast | None:
+        """The output for one new token, or None where the ordinary forward has to make it."""
+        ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        if cache is None or not isinstance(ids, Tensor) or ids.shape != (1, 1):
+            return None
+        if self.training or torch.is_grad_enabled() or _asks_more(inputs, self.config):
+            return None
+        described = self._described()
+        if isinstance(described, Refused):
+            return None
+        room = adopt(cache, *described.cache)
+        if isinstance(room, str):
+            return None
+        length = room.lengths[0]
+        mask, position = inputs.get("attention_mask"), inputs.get("position_ids")
+        if mask is not None and (mask.shape != (1, length + 1) or not bool(mask.all())):
+            return None
+        at = length if position is None else int(position.reshape(-1)[-1])
+        logits = described.run(ids, room, at)
+        return CausalLMOutputWithPast(logits=logits.view(1, 1, -1), past_key_values=cache)  # pyright: ignore[reportArgumentType]
+
+
+def _asks_more(inputs: dict[str, Any], config: Any) -> bool:
+    """Whether an input asks for anything but logits of the last token."""
+    if inputs.get("use_cache") is False or inputs.get("return_dict") is False:
+        return True
+    if not config.return_dict or config.output_attentions or config.output_hidden_states:
+        return True
+    keep = inputs.get("logits_to_keep", 0)
+    if isinstance(keep, Tensor) or keep not in (0, 1):
+        return True
+    return any(value is not None and value is not False for name, value in inputs.items() if name not in _UNDERSTOOD)
+
+
+@functools.cache
+def _stepping(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """``cls`` with the compiled step before its forward, under the same name."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Positional arguments but the first are nobody's way to call a model.
+        if not torch.compiler.is_compiling() and len(args) < 2:
+            inputs = {"input_ids": args[0], **kwargs} if args else kwargs
+            if (output := self._step(inputs)) is not None:
+                return output
+        return cls.forward(self, *args, **kwargs)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return (_revive, (cls,), *object.__reduce_ex__(self, protocol)[2:])
+
+    names = ("__module__", "__qualname__", "__doc__")
+    same = {name: getattr(cls, name) for name in names}
+    return type(cls.__name__, (_Stepping, cls), {**same, "forward": forward, "__reduce_ex__": reduce})
+
+
+def _revive(cls: type[PreTrainedModel]) -> Any:
+    """An empty model of the class that :func:`install` makes of ``cls``: for copies and pickles."""
+    made = _stepping(cls)
+    return made.__new__(made)

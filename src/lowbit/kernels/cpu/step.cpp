@@ -1,0 +1,525 @@
+// One token through a whole model in one call, by one team of threads: what a token costs beside its products is then a
+// few barriers, not the calls of a thousand operators.
+//
+// A block is five phases with a barrier after each: q, k and v; attention; o; gate and up; down. What is short and needed
+// by all (norms, the prepared input of a product) every thread computes for itself, which costs less than to wait for one
+// that does. Everything between weights is float32; keys and values are rounded to the type of their cache.
+#include "step.h"
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "pack.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace nb = nanobind;
+
+namespace lowbit {
+namespace {
+
+// ---- the team ---------------------------------------------------------------------------------------------------------
+
+// torch's own pool, see module.cpp. It may give fewer threads than were asked for, so that a team counts itself.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using Count = int (*)();
+Parallel pool = nullptr;
+Count team_size = nullptr, own_number = nullptr;
+
+inline void pause_briefly() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+class Barrier {
+ public:
+  void wait(int threads) {
+    const int32_t phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+      if (spins < 1024) pause_briefly();
+      else std::this_thread::yield();  // more threads than cores: the one that is awaited may need this one's
+    }
+  }
+
+ private:
+  alignas(64) std::atomic<int32_t> arrived_{0};
+  alignas(64) std::atomic<int32_t> phase_{0};
+};
+
+// Memory on lines of its own.
+template <class T>
+class Aligned {
+ public:
+  void reserve(int64_t n) {
+    if (n <= size_) return;
+    data_.reset(static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))));
+    std::fill_n(data_.get(), n, T{});
+    size_ = n;
+  }
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<T, Free> data_;
+  int64_t size_ = 0;
+};
+
+// ---- the model --------------------------------------------------------------------------------------------------------
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+struct Matrix {
+  int64_t rows, cols;
+  Job job{};                       // packed: what is the same for every token; its tiles are `tiles`
+  Tiles tiles{};
+  bool packed = false;
+  const void* dense = nullptr;     // not packed: [rows, cols]
+  int32_t dense_type = NONE;
+  const void* bias = nullptr;
+  int32_t bias_type = NONE;
+
+  int64_t plane() const { return tiles.padded_cols() * (tiles.kind == CODEBOOK ? LANES : 1); }
+  int64_t planes() const { return job.input == FLOATS ? 0 : job.input; }
+
+  // Whether an input prepared for `other` is prepared for this one.
+  bool reads_as(const Matrix& other) const {
+    if (!packed || !other.packed) return packed == other.packed;
+    const Job &a = job, &b = other.job;
+    return tiles.cols == other.tiles.cols && tiles.group == other.tiles.group && tiles.padded == other.tiles.padded &&
+           (tiles.kind == CODEBOOK) == (other.tiles.kind == CODEBOOK) && a.input == b.input && a.act_bits == b.act_bits &&
+           a.act_symmetric == b.act_symmetric && a.act_scale == b.act_scale && a.act_zero == b.act_zero;
+  }
+};
+
+struct Norm {
+  const void* gain;
+  int32_t type;
+  int64_t size;
+  float offset, eps;
+};
+
+struct Block {
+  int attention_norm, mlp_norm, q_norm, k_norm;  // the last two may be -1: none
+  int q, k, v, o, gate, up, down;
+};
+
+// An input that a product has prepared.
+struct Prepared {
+  Aligned<float> floats;
+  Aligned<int8_t> integers;
+};
+
+// What a thread has for itself.
+struct Own {
+  Aligned<float> x, normed;        // the residual stream, and what is read from it
+  Aligned<float> heads;            // queries of a group, a key, a value
+  Aligned<float> scores, row;
+  Prepared inputs[3];
+};
+
+struct Token {
+  const void* x;
+  int32_t x_type;
+  std::vector<uintptr_t> keys, values;  // a layer's cache, [key-value heads, capacity, dim]
+  int32_t cache_type;
+  int64_t capacity, length;             // tokens before this one
+  const float *cos, *sin;               // [rotary]
+  void* logits;
+  int32_t logits_type;
+};
+
+class Step {
+ public:
+  Step(const Kernels* kernels, int64_t hidden, int64_t heads, int64_t groups, int64_t dim, int64_t rotary, float scaling)
+      : k_(*kernels), s_(*kernels->step), hidden_(hidden), heads_(heads), groups_(groups), dim_(dim), rotary_(rotary),
+        scaling_(scaling) {
+    if (hidden < 1 || groups < 1 || heads % groups || dim < 1 || rotary < 0 || rotary > dim || rotary % 2)
+      throw std::invalid_argument("no attention has these heads");
+  }
+
+  int packed(uintptr_t tiles, int64_t bytes, uintptr_t table, int input, int act_bits, bool act_symmetric,
+             uintptr_t act_scale, uintptr_t act_zero, uintptr_t bias, int bias_type) {
+    Matrix m{};
+    m.tiles = header(at<uint8_t>(tiles), bytes);
+    m.rows = m.tiles.rows;
+    m.cols = m.tiles.cols;
+    m.packed = true;
+    m.job.data = at<uint8_t>(tiles);
+    m.job.table = at<float>(table);
+    m.job.x_type = m.job.y_type = F32;
+    m.job.m = 1;
+    m.job.input = input;
+    m.job.act_bits = act_bits;
+    m.job.act_symmetric = act_symmetric;
+    m.job.act_shared = true;
+    m.job.act_scale = at<float>(act_scale);
+    m.job.act_zero = at<float>(act_zero);
+    return keep(m, bias, bias_type);
+  }
+
+  int dense(uintptr_t weight, int type, int64_t rows, int64_t cols, uintptr_t bias, int bias_type) {
+    Matrix m{};
+    m.rows = rows;
+    m.cols = cols;
+    m.dense = at<void>(weight);
+    m.dense_type = type;
+    return keep(m, bias, bias_type);
+  }
+
+  int norm(uintptr_t gain, int type, int64_t size, float offset, float eps) {
+    norms_.push_back({at<void>(gain), type, size, offset, eps});
+    return static_cast<int>(norms_.size()) - 1;
+  }
+
+  void block(int attention_norm, int q, int k, int v, int q_norm, int k_norm, int o, int mlp_norm, int gate, int up, int down) {
+    const int64_t width = heads_ * dim_, shared = groups_ * dim_;
+    expect(q, width, hidden_);
+    expect(k, shared, hidden_);
+    expect(v, shared, hidden_);
+    expect(o, hidden_, width);
+    expect(gate, matrices_.at(up).rows, hidden_);
+    expect(up, matrices_.at(up).rows, hidden_);
+    expect(down, hidden_, matrices_.at(up).rows);
+    for (int n : {attention_norm, mlp_norm}) expect_norm(n, hidden_);
+    for (int n : {q_norm, k_norm})
+      if (n >= 0) expect_norm(n, dim_);
+    blocks_.push_back({attention_norm, mlp_norm, q_norm, k_norm, q, k, v, o, gate, up, down});
+    inner_ = std::max(inner_, matrices_.at(up).rows);
+  }
+
+  void finish(int norm, int head) {
+    expect_norm(norm, hidden_);
+    expect(head, matrices_.at(head).rows, hidden_);
+    final_norm_ = norm;
+    head_ = head;
+    qkv_.reserve((heads_ + 2 * groups_) * dim_ + 3 * LANES);
+    attended_.reserve(heads_ * dim_);
+    out_.reserve(hidden_ + LANES);
+    mlp_.reserve(2 * (inner_ + LANES));
+    logits_.reserve(matrices_.at(head).rows + LANES);
+    next_ = std::vector<std::atomic<int64_t>>(5 * blocks_.size() + 1);
+  }
+
+  void run(Token& token, int threads) {
+    const std::lock_guard<std::mutex> lock(busy_);
+    threads = pool == nullptr ? 1 : std::max(threads, 1);
+    while (static_cast<int>(own_.size()) < threads) own_.emplace_back(std::make_unique<Own>());
+    for (int i = 0; i < threads; ++i) make_room(*own_[i], token);
+    for (auto& n : next_) n.store(0, std::memory_order_relaxed);
+    struct Work {
+      Step* step;
+      Token* token;
+    } work{this, &token};
+    if (threads == 1) return walk(token, *own_[0], 0, 1);
+    pool(
+        [](void* p) {
+          auto* w = static_cast<Work*>(p);
+          const int number = own_number();
+          w->step->walk(*w->token, *w->step->own_[number], number, team_size());
+        },
+        &work, static_cast<unsigned>(threads), 0);
+  }
+
+  int64_t blocks() const { return static_cast<int64_t>(blocks_.size()); }
+  int64_t vocabulary() const { return matrices_[head_].rows; }
+
+ private:
+  int keep(Matrix& m, uintptr_t bias, int bias_type) {
+    m.bias = at<void>(bias);
+    m.bias_type = bias_type;
+    matrices_.push_back(m);
+    return static_cast<int>(matrices_.size()) - 1;
+  }
+
+  void expect(int matrix, int64_t rows, int64_t cols) const {
+    const Matrix& m = matrices_.at(matrix);
+    if (m.rows != rows || m.cols != cols) throw std::invalid_argument("the matrices of a block do not fit each other");
+  }
+
+  void expect_norm(int norm, int64_t size) const {
+    if (norms_.at(norm).size != size) throw std::invalid_argument("a norm does not fit what it normalizes");
+  }
+
+  void make_room(Own& own, const Token& token) {
+    const int64_t group = heads_ / groups_;
+    own.x.reserve(hidden_);
+    own.normed.reserve(std::max(hidden_, dim_));
+    own.heads.reserve((group + 2) * dim_);
+    own.row.reserve(dim_ + LANES);
+    own.scores.reserve(group * token.capacity);
+    for (auto& input : own.inputs) {
+      input.floats.reserve(floats_());
+      input.integers.reserve(integers_());
+    }
+  }
+
+  int64_t floats_() const {
+    int64_t most = 1;
+    for (const Matrix& m : matrices_)
+      if (m.packed) most = std::max(most, m.plane() + m.tiles.segments() + m.tiles.groups + 1);
+    return most;
+  }
+  int64_t integers_() const {
+    int64_t most = 1;
+    for (const Matrix& m : matrices_)
+      if (m.packed) most = std::max(most, m.plane() * m.planes());
+    return most;
+  }
+
+  // ---- products ----
+
+  Job job_of(const Matrix& m, const float* x, const Prepared& input) const {
+    Job job = m.job;
+    job.tiles = &m.tiles;
+    job.x = x;
+    job.xf = input.floats.get();
+    job.xs = job.xf + m.plane();
+    job.xsum = job.xs + m.tiles.segments();
+    job.xzero = job.xsum + m.tiles.groups;
+    job.xq = input.integers.get();
+    return job;
+  }
+
+  void rows(const Matrix& m, const Job& job, const float* x, int64_t first, int64_t last, float* y) const {
+    if (m.packed) {
+      Job there = job;
+      there.y = y;
+      const int64_t height = m.tiles.kind == CODEBOOK ? 1 : LANES;
+      k_.multiply(there, first / height, (last + height - 1) / height);
+    } else {
+      s_.dense(m.dense, m.dense_type, m.cols, x, first, last, y);
+    }
+    if (m.bias != nullptr) s_.add_typed(y + first, m.bias, m.bias_type, first, last - first);
+  }
+
+  // Products of one input with `count` matrices, all of them cut into pieces of whole blocks; `piece` is called with each
+  // piece of each matrix that this thread is to do. Where they are `paired`, with the same rows of all of them in turn.
+  template <class After>
+  void products(const int* which, int count, bool paired, const float* x, float* const* y, Own& own, int threads, int phase,
+                const After& after) {
+    Job jobs[3];
+    int slots[3];
+    int64_t blocks[3], total = 0;
+    for (int i = 0; i < count; ++i) {
+      const Matrix& m = matrices_[which[i]];
+      slots[i] = i;
+      for (int j = i - 1; j >= 0; --j)
+        if (m.reads_as(matrices_[which[j]])) slots[i] = slots[j];
+      if (m.packed) {
+        jobs[i] = job_of(m, x, own.inputs[slots[i]]);
+        if (slots[i] == i) k_.prepare(jobs[i], 0, 1);
+      }
+      blocks[i] = (m.rows + LANES - 1) / LANES;
+      total = paired ? blocks[i] : total + blocks[i];
+    }
+    const int64_t pieces = std::min<int64_t>(total, threads == 1 ? 1 : 4 * threads);
+    for (int64_t p; (p = next_[phase].fetch_add(1, std::memory_order_relaxed)) < pieces;) {
+      int64_t first = total * p / pieces, last = total * (p + 1) / pieces;
+      for (int i = 0; i < count; ++i) {
+        const Matrix& m = matrices_[which[i]];
+        const int64_t a = std::max<int64_t>(first, 0), b = std::min(last, blocks[i]);
+        if (a < b) rows(m, jobs[i], x, a * LANES, std::min(b * LANES, m.rows), y[i]);
+        if (!paired) first -= blocks[i], last -= blocks[i];
+      }
+      if (paired) after(first * LANES, std::min(last * LANES, matrices_[which[0]].rows));
+    }
+  }
+
+  // ---- attention ----
+
+  void turn(float* head, const Token& token) const {
+    const int64_t half = rotary_ / 2;
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = head[i], b = head[i + half];
+      head[i] = a * token.cos[i] - b * token.sin[i];
+      head[i + half] = b * token.cos[i + half] + a * token.sin[i + half];
+    }
+  }
+
+  void head(const float* from, int norm, const Token& token, float* to) const {
+    if (norm < 0) std::copy_n(from, dim_, to);
+    else normalize(norm, from, to);
+    turn(to, token);
+  }
+
+  void attention(const Block& b, int64_t layer, const Token& token, Own& own, int64_t g) const {
+    const int64_t group = heads_ / groups_, at_token = (g * token.capacity + token.length) * dim_;
+    const float *q = qkv_.get() + g * group * dim_, *k = keys_of_token() + g * dim_, *v = values_of_token() + g * dim_;
+    float *queries = own.heads.get(), *key = queries + group * dim_;
+    head(k, b.k_norm, token, key);
+    s_.write(key, dim_, at<void>(token.keys[layer]), token.cache_type, at_token);
+    s_.write(v, dim_, at<void>(token.values[layer]), token.cache_type, at_token);
+    for (int64_t i = 0; i < group; ++i) {
+      head(q + i * dim_, b.q_norm, token, queries + i * dim_);
+      for (int64_t d = 0; d < dim_; ++d) queries[i * dim_ + d] *= scaling_;
+    }
+    const int64_t skip = g * token.capacity * dim_ * (token.cache_type == F32 ? 4 : 2);
+    s_.attend({queries, at<char>(token.keys[layer]) + skip, at<char>(token.values[layer]) + skip, token.cache_type, group,
+               dim_, token.length + 1, own.scores.get(), own.row.get(), attended_.get() + g * group * dim_});
+  }
+
+  float* keys_of_token() const { return qkv_.get() + heads_ * dim_ + LANES; }
+  float* values_of_token() const { return keys_of_token() + groups_ * dim_ + LANES; }
+
+  // ---- the walk ----
+
+  void normalize(int norm, const float* x, float* out) const {
+    const Norm& n = norms_[norm];
+    s_.norm(x, n.size, n.gain, n.type, n.offset, n.eps, out);
+  }
+
+  void walk(const Token& token, Own& own, int number, int threads) {
+    (void)number;
+    const auto nothing = [](int64_t, int64_t) {};
+    float *x = own.x.get(), *normed = own.normed.get(), *out = out_.get();
+    float *gate = mlp_.get(), *up = gate + inner_ + LANES;
+    int phase = 0;
+    s_.read(token.x, token.x_type, 0, hidden_, x);
+    for (int64_t layer = 0; layer < blocks(); ++layer) {
+      const Block& b = blocks_[layer];
+      const auto product = [&](int which, const float* input, float* y) {
+        products(&which, 1, false, input, &y, own, threads, phase++, nothing);
+        barrier_.wait(threads);
+        s_.add(x, out, hidden_);
+      };
+      normalize(b.attention_norm, x, normed);
+      const int qkv[] = {b.q, b.k, b.v};
+      float* const to[] = {qkv_.get(), keys_of_token(), values_of_token()};
+      products(qkv, 3, false, normed, to, own, threads, phase++, nothing);
+      barrier_.wait(threads);
+      for (int64_t g; (g = next_[phase].fetch_add(1, std::memory_order_relaxed)) < groups_;)
+        attention(b, layer, token, own, g);
+      ++phase;
+      barrier_.wait(threads);
+      product(b.o, attended_.get(), out);
+      normalize(b.mlp_norm, x, normed);
+      const int gated[] = {b.gate, b.up};
+      float* const both[] = {gate, up};
+      products(gated, 2, true, normed, both, own, threads, phase++,
+               [&](int64_t first, int64_t last) { s_.gate(gate + first, up + first, last - first); });
+      barrier_.wait(threads);
+      product(b.down, gate, out);
+    }
+    normalize(final_norm_, x, normed);
+    float* const logits[] = {logits_.get()};
+    products(&head_, 1, true, normed, logits, own, threads, phase, [&](int64_t first, int64_t last) {
+      s_.write(logits_.get() + first, last - first, token.logits, token.logits_type, first);
+    });
+  }
+
+  const Kernels& k_;
+  const StepKernels& s_;
+  int64_t hidden_, heads_, groups_, dim_, rotary_, inner_ = 0;
+  float scaling_;
+  std::vector<Matrix> matrices_;
+  std::vector<Norm> norms_;
+  std::vector<Block> blocks_;
+  int final_norm_ = -1, head_ = -1;
+
+  std::mutex busy_;
+  Barrier barrier_;
+  std::vector<std::atomic<int64_t>> next_;  // the next piece of each phase
+  Aligned<float> qkv_, attended_, out_, mlp_, logits_;
+  std::vector<std::unique_ptr<Own>> own_;
+};
+
+// ---- what a description was made from ---------------------------------------------------------------------------------
+
+// Entries of Python dictionaries that have to be the same objects, and dictionaries that have to be empty: a thousand look-ups
+// for each token, which Python itself would take a quarter of a millisecond for.
+class Watch {
+ public:
+  void entry(nb::dict place, nb::str name, nb::object value, bool present) {
+    entries_.push_back({std::move(place), std::move(name), present ? std::move(value) : nb::object()});
+  }
+  void empty(nb::dict place) { empty_.push_back(std::move(place)); }
+
+  bool same() const {
+    for (const Entry& e : entries_) {
+      PyObject* now = PyDict_GetItemWithError(e.place.ptr(), e.name.ptr());
+      if (now != e.value.ptr()) return false;
+    }
+    return true;
+  }
+  bool all_empty() const {
+    for (const nb::dict& d : empty_)
+      if (PyDict_Size(d.ptr()) > 0) return false;
+    return true;
+  }
+
+ private:
+  struct Entry {
+    nb::dict place;
+    nb::str name;
+    nb::object value;  // null: absent
+  };
+  std::vector<Entry> entries_;
+  std::vector<nb::dict> empty_;
+};
+
+}  // namespace
+
+void bind_step(nb::module_& m, const Kernels* (*kernels_called)(const std::string&)) {
+  m.def("use_team", [](uintptr_t parallel, uintptr_t size, uintptr_t number) {
+    const bool all = parallel && size && number;
+    pool = all ? reinterpret_cast<Parallel>(parallel) : nullptr;
+    team_size = reinterpret_cast<Count>(size);
+    own_number = reinterpret_cast<Count>(number);
+  });
+  nb::class_<Watch>(m, "Watch")
+      .def(nb::init<>())
+      .def("entry", &Watch::entry, nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
+      .def("empty", &Watch::empty)
+      .def("same", &Watch::same)
+      .def("all_empty", &Watch::all_empty);
+  nb::class_<Step>(m, "Step")
+      .def("__init__", [kernels_called](Step* self, const std::string& isa, int64_t hidden, int64_t heads, int64_t groups,
+                                        int64_t dim, int64_t rotary, float scaling) {
+        const Kernels* k = kernels_called(isa);
+        new (self) Step(k->otherwise ? k->otherwise : k, hidden, heads, groups, dim, rotary, scaling);
+      })
+      .def("packed", &Step::packed)
+      .def("dense", &Step::dense)
+      .def("norm", &Step::norm)
+      .def("block", &Step::block)
+      .def("finish", &Step::finish)
+      .def("run", [](Step& self, uintptr_t x, int x_type, std::vector<uintptr_t> keys, std::vector<uintptr_t> values,
+                     int cache_type, int64_t capacity, int64_t length, uintptr_t cos, uintptr_t sin, uintptr_t logits,
+                     int logits_type, int threads) {
+        if (static_cast<int64_t>(keys.size()) != self.blocks() || keys.size() != values.size() || length >= capacity)
+          throw std::invalid_argument("the cache has no room for the token");
+        Token token{at<void>(x), x_type, std::move(keys), std::move(values), cache_type, capacity, length,
+                    at<float>(cos), at<float>(sin), at<void>(logits), logits_type};
+        nb::gil_scoped_release release;
+        self.run(token, threads);
+      });
+}
+
+}  // namespace lowbit

@@ -1,0 +1,159 @@
+"""One token through a whole model by one call of the compiled code (``cpu/step.cpp``).
+
+A token of a small model costs less arithmetic than the calls around it: transformers makes some thirty for each block, and
+a thousand for a model of 135 million weights. Here a model is described once, as addresses of its tensors, and a call
+runs all of it. The products are those of :mod:`lowbit.kernels.product`, with the same arithmetic; what is between them is
+float32. Nothing of a model is copied: a tensor that changes in place is seen, one that is replaced is not, and whoever
+describes a model watches for that (:mod:`lowbit.decoding`).
+
+Shapes: O output channel, I input channel, D dim of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.kernels import native
+from lowbit.kernels.native import CODEBOOK, DTYPES, TABLE
+from lowbit.kernels.product import Product
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear of the model: ``product`` and its ``tiles``, or a dense ``weight`` ``[O, I]``; and a ``bias`` ``[O]``."""
+
+    product: Product | None = None
+    tiles: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """``x / rms(x) * (gain + gain_offset)``."""
+
+    gain: Tensor
+    eps: float
+    gain_offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Block:
+    """The parts of one block; ``q_norm`` and ``k_norm`` are of each head, and may be absent."""
+
+    attention_norm: RmsNorm
+    q: Linear
+    k: Linear
+    v: Linear
+    q_norm: RmsNorm | None
+    k_norm: RmsNorm | None
+    o: Linear
+    mlp_norm: RmsNorm
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+def watch() -> Any:
+    """Entries of dictionaries to be compared quickly: ``entry(place, name, value, present)``, ``empty(place)``, and what they
+    ask, ``same()`` and ``all_empty()``."""
+    assert native._cpu is not None
+    return native._cpu.Watch()
+
+
+def why_not(linear: Linear) -> str | None:
+    """Why the step cannot multiply by ``linear``, where its product says."""
+    product = linear.product
+    if product is None:
+        return None
+    if product.act is not None and not product.bits:
+        return "its input is quantized to what no integer product takes"
+    if product.threshold:
+        return "channels of its input that reach a threshold are multiplied apart"
+    return None
+
+
+class ModelStep:
+    """A model, described to the compiled code.
+
+    Args:
+        isa: one of :func:`~lowbit.kernels.native.instruction_sets`.
+        hidden: width of the residual stream.
+        heads, kv_heads, head_dim: of attention; query heads that share a key-value head are neighbours.
+        rotary: leading channels of a head that positions turn, channel i with channel i + rotary / 2.
+        blocks, norm, head: :func:`why_not` is None for every linear of them. Contiguous, of the dtypes of
+            :data:`~lowbit.kernels.native.DTYPES`.
+
+    Raises:
+        ValueError: parts that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        isa: str,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rotary: int,
+        blocks: Sequence[Block],
+        norm: RmsNorm,
+        head: Linear,
+    ):
+        assert native._cpu is not None
+        self._step = native._cpu.Step(isa, hidden, heads, kv_heads, head_dim, rotary, head_dim**-0.5)
+        self._kept: list[object] = [tuple(blocks), norm, head]  # their memory is read
+        for b in blocks:
+            self._step.block(
+                self._norm(b.attention_norm), self._linear(b.q), self._linear(b.k), self._linear(b.v),
+                self._norm(b.q_norm), self._norm(b.k_norm), self._linear(b.o), self._norm(b.mlp_norm),
+                self._linear(b.gate), self._linear(b.up), self._linear(b.down),
+            )  # fmt: skip
+        self._step.finish(self._norm(norm), self._linear(head))
+        self._vocabulary = head.product.rows if head.product is not None else len(head.weight)  # pyright: ignore[reportArgumentType]
+
+    def __call__(
+        self, x: Tensor, keys: list[int], values: list[int], dtype: torch.dtype, capacity: int, length: int,
+        cos: Tensor, sin: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Logits ``[V]`` of the next token, in the dtype of x; writes the token's keys and values.
+
+        Args:
+            x: ``[hidden]``, the token's embedding.
+            keys, values: for each block the address of its cache ``[kv_heads, capacity, head_dim]`` of ``dtype``.
+            length: tokens in the cache, fewer than ``capacity``.
+            cos, sin: float32 ``[rotary]``, of the token's position.
+        """
+        logits = x.new_empty(self._vocabulary)
+        self._step.run(
+            x.data_ptr(), DTYPES[x.dtype], keys, values, DTYPES[dtype], capacity, length, cos.data_ptr(), sin.data_ptr(),
+            logits.data_ptr(), DTYPES[logits.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+        return logits
+
+    def _norm(self, norm: RmsNorm | None) -> int:
+        if norm is None:
+            return -1
+        gain = norm.gain
+        return self._step.norm(gain.data_ptr(), DTYPES[gain.dtype], len(gain), norm.gain_offset, norm.eps)
+
+    def _linear(self, linear: Linear) -> int:
+        bias = (0, 0) if linear.bias is None else (linear.bias.data_ptr(), DTYPES[linear.bias.dtype])
+        if linear.product is None:
+            weight = linear.weight
+            assert weight is not None and weight.is_contiguous()
+            return self._step.dense(weight.data_ptr(), DTYPES[weight.dtype], *weight.shape, *bias)
+        p, tiles = linear.product, linear.tiles
+        assert tiles is not None and why_not(linear) is None
+        params = [None if t is None else t.float().contiguous() for t in p.params or (None, None)]
+        self._kept.append(params)
+        mode = native.input_mode(p.kind in (TABLE, CODEBOOK), bool(p.bits))
+        addresses = [0 if t is None else t.data_ptr() for t in (p.table, *params)]
+        return self._step.packed(
+            tiles.data_ptr(), tiles.numel(), addresses[0], mode, p.bits, p.symmetric, *addresses[1:], *bias
+        )

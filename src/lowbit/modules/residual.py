@@ -1,0 +1,86 @@
+"""Where a rotated residual stream begins and ends: two hooks, on the first block and on the last.
+
+Between the two every block works in the rotated basis; its weights were folded (:mod:`lowbit.architectures.residual`).
+Folding the two ends as well, into embeddings and head, would save two products of a few thousand multiplications a token and
+cost a second copy of the embeddings wherever head and embeddings are one matrix, and rounding them anew everywhere. As hooks
+they work for whatever lies before and behind the blocks: positions, scaled embeddings, projections.
+
+Hidden states that a caller asks for between the blocks (``output_hidden_states``) are in the rotated basis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.transforms import Kronecker, RandomHadamard, Seeded
+
+_KINDS: dict[str, type[Seeded]] = {cls.__name__: cls for cls in (Kronecker, RandomHadamard)}
+
+
+def turned(x: Tensor, rotation: Seeded) -> Tensor:
+    """``x`` ``[..., d]`` rotated, in its dtype; computed in float32 (float64 stays)."""
+    return rotation.forward(x if x.dtype == torch.float64 else x.float()).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class _Enter:
+    blocks: str
+    rotation: Seeded
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if args:
+            return (turned(args[0], self.rotation), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": turned(kwargs["hidden_states"], self.rotation)}
+
+
+@dataclass(frozen=True)
+class _Leave:
+    rotation: Seeded
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return turned(output[0], self.rotation.inverse()), *output[1:]
+        return turned(output, self.rotation.inverse())
+
+
+def turn_residual(model: nn.Module, blocks: str, rotation: Seeded) -> None:
+    """Turns what enters the first of the blocks at the path ``blocks`` by ``rotation``, and what leaves the last back."""
+    listed = model.get_submodule(blocks)
+    assert isinstance(listed, nn.ModuleList) and len(listed), f"{blocks!r} is not a list of blocks"
+    listed[0].register_forward_pre_hook(_Enter(blocks, rotation), with_kwargs=True)
+    listed[-1].register_forward_hook(_Leave(rotation))
+
+
+def residual_of(model: nn.Module) -> dict[str, Any] | None:
+    """What :func:`turn_residual` did to a model, as plain data; None where it did nothing."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _Enter):
+                return described_residual(hook.blocks, hook.rotation)
+    return None
+
+
+def described_residual(blocks: str, rotation: Seeded) -> dict[str, Any]:
+    """Plain data that :func:`rotation_of` reads."""
+    return {"type": type(rotation).__name__, "seed": rotation.seed, "size": rotation.size, "blocks": blocks}
+
+
+def rotation_of(said: Mapping[str, Any]) -> Seeded:
+    """The rotation that is described.
+
+    Raises:
+        ValueError: not such a description.
+    """
+    kind = _KINDS.get(str(said.get("type")))
+    if set(said) != {"type", "seed", "size", "blocks"} or kind is None:
+        raise ValueError(
+            f"a rotation of the residual stream has a type ({', '.join(_KINDS)}), seed, size and blocks, found {said}"
+        )
+    if not all(isinstance(said[key], int) for key in ("seed", "size")) or not isinstance(said["blocks"], str):
+        raise ValueError(f"the rotation of the residual stream is damaged: {said}")
+    return kind(said["seed"], said["size"])

@@ -1,0 +1,498 @@
+"""The law of the compiled step: one token through it is one token through transformers' forward of the same packed model."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DynamicCache,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    StaticCache,
+    TextStreamer,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from lowbit import decoding
+from lowbit.architectures import block_modules, for_config, model_types, resolve
+from lowbit.decoding import cache as caches
+from lowbit.decoding.description import Described
+from lowbit.kernels import native
+from lowbit.modules import ActSpec, QuantLinear, prepare, restore
+from lowbit.numerics import (
+    NF4,
+    Alternating,
+    BinaryCoded,
+    Codebook,
+    Float,
+    Int,
+    KeptColumns,
+    Lut,
+    MinMax,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QTensor,
+    Spec,
+    fit_params,
+    quantize,
+)
+from lowbit.transforms import Scale
+
+from helpers import sqnr_db
+
+SETS = native.instruction_sets()
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 72,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "max_position_embeddings": 512,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "llama with biases, tied, llama3 rope": LlamaConfig(
+        **SIZES | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "qwen2, biases": Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
+    "qwen3, head norms": Qwen3Config(**SIZES),
+}
+W4 = Spec(Int(4), PerGroup(32))
+PROMPT = torch.randint(0, 131, (1, 7), generator=torch.Generator().manual_seed(3))
+TOKENS = [5, 77, 130, 0, 42]
+
+
+def original(config) -> type[PreTrainedModel]:
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def quantized(weight: Tensor, spec: Spec) -> QTensor:
+    if isinstance(spec.grid, Codebook):  # to be fast, levels of a row are drawn, not found
+        params = Lut(torch.randn(len(weight), 2**spec.grid.bits).sort(1).values * weight.shape[1] ** -0.5)
+        return QTensor.fitted(spec.grid.encode(weight, params), params, spec)
+    return quantize(weight, spec, Alternating() if isinstance(spec.grid, BinaryCoded) else MinMax())
+
+
+def packed(
+    config=CONFIGS["llama"], spec=W4, act: ActSpec | None = None, dtype=torch.float32, **options
+) -> PreTrainedModel:
+    """A random model whose block linears are packed, ready to run as one that was loaded."""
+    torch.manual_seed(1)
+    model = original(config)(config).eval().requires_grad_(False)
+    for p in model.parameters():
+        p.copy_(torch.rand_like(p) + 0.5 if p.dim() == 1 else torch.randn_like(p) * p.shape[-1] ** -0.5)
+    model.to(dtype)
+    for block in block_modules(model, for_config(config)):
+        for path in resolve(for_config(config), block).linears:
+            linear = block.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            static = fit_params(torch.linspace(-4, 4, 64), act.spec, MinMax()) if act and act.static else None
+            q = quantized(linear.weight.float(), spec)
+            block.set_submodule(path, QuantLinear.from_qtensor(q, linear.bias, act, static, **options))
+    prepare(model)
+    decoding.install(model)
+    return model
+
+
+def ordinary(model: PreTrainedModel, ids: Tensor, cache: DynamicCache, **inputs) -> Tensor:
+    """Logits by transformers' own forward."""
+    return original(model.config).forward(model, ids, past_key_values=cache, use_cache=True, **inputs).logits
+
+
+@torch.no_grad()
+def both_ways(model: PreTrainedModel, tokens=TOKENS, prompt=PROMPT) -> tuple[Tensor, Tensor]:
+    """Logits of ``tokens`` one by one after ``prompt``: by transformers' forward, and by the installed one."""
+    theirs, ours = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    ordinary(model, prompt, theirs), ordinary(model, prompt, ours)
+    ids = [torch.tensor([[token]]) for token in tokens]
+    a = [ordinary(model, one, theirs) for one in ids]
+    b = [model(input_ids=one, past_key_values=ours, use_cache=True).logits for one in ids]
+    assert ours.get_seq_length() == theirs.get_seq_length() == prompt.shape[1] + len(tokens)
+    return torch.cat(a), torch.cat(b)
+
+
+@pytest.fixture
+def steps(monkeypatch) -> Callable[[], int]:
+    """How many tokens the compiled step has run since it was asked last."""
+    count, run = [0], Described.run
+
+    def counted(*args):
+        count[0] += 1
+        return run(*args)
+
+    def taken() -> int:
+        found, count[0] = count[0], 0
+        return found
+
+    monkeypatch.setattr(Described, "run", counted)
+    return taken
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_gives_the_logits_of_the_ordinary_forward(name, isa, monkeypatch, steps):
+    monkeypatch.setenv("LOWBIT_KERNELS", isa)
+    theirs, ours = both_ways(packed(CONFIGS[name]))
+    assert steps() == len(TOKENS)
+    assert sqnr_db(theirs, ours) > 90
+
+
+SPECS = [
+    *(Spec(Int(b), PerGroup(16)) for b in (1, 2, 3, 5)),
+    Spec(Int(8, symmetric=True), PerChannel()),
+    Spec(Int(3, zero="real"), PerGroup(48)),
+    Spec(NF4, PerGroup(64)),
+    Spec(Float(4, 3), PerChannel()),
+    Spec(Codebook(3), PerChannel()),
+    Spec(BinaryCoded(2), PerGroup(64)),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_every_kind_of_tiles_runs_in_a_step(spec, steps):
+    theirs, ours = both_ways(packed(spec=spec))
+    assert steps() == len(TOKENS)
+    assert sqnr_db(theirs, ours) > 90
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        ActSpec(Spec(Int(8), PerToken())),
+        ActSpec(Spec(Int(8, symmetric=True), PerToken())),
+        ActSpec(Spec(Int(8), PerTensor())),
+        ActSpec(Spec(Int(8), PerTensor()), static=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_inputs_quantized_to_integers_run_in_a_step(act, bits, steps):
+    theirs, ours = both_ways(packed(spec=Spec(Int(bits, symmetric=True), PerChannel()), act=act))
+    assert steps() == len(TOKENS)
+    # An input in the middle between two integers may become the other one, in 1 of 10 such tokens: a step of 8 bits.
+    agreement = sorted(sqnr_db(a, b) for a, b in zip(theirs, ours, strict=True))
+    assert agreement[0] > 40 and agreement[1] > 90
+
+
+def test_a_linear_that_is_not_packed_runs_in_a_step(steps):
+    model = packed()
+    block = block_modules(model, for_config(model.config))[1]
+    for role in ("gate", "down"):
+        layer = block.get_submodule(f"mlp.{role}_proj")
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=True)
+        setattr(block.mlp, f"{role}_proj", dense)
+    theirs, ours = both_ways(model)
+    assert steps() == len(TOKENS) and sqnr_db(theirs, ours) > 90
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_in_16_bits_is_nearer_to_float32_than_the_ordinary_forward_is(dtype, steps):
+    narrow = packed(dtype=dtype)
+    theirs, ours = both_ways(narrow)
+    assert steps() == len(TOKENS) and ours.dtype == dtype
+    exact, _ = both_ways(copy.deepcopy(narrow).float())
+    assert sqnr_db(exact, ours) > sqnr_db(exact, theirs) > 30
+
+
+def test_threads_do_not_change_a_bit():
+    model, threads, found = packed(), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(both_ways(model)[1])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@torch.no_grad()
+def test_a_cache_grows_and_holds_what_the_ordinary_one_holds(monkeypatch, steps):
+    monkeypatch.setattr(caches, "LEAST_ROOM", 4)
+    model = packed()
+    theirs, ours = DynamicCache(), DynamicCache()
+    ordinary(model, PROMPT, theirs), model(PROMPT, past_key_values=ours)
+    for token in range(20):
+        one = torch.tensor([[token]])
+        a, b = ordinary(model, one, theirs), model(one, past_key_values=ours).logits
+        assert sqnr_db(a, b) > 90
+    assert steps() == 20 and ours.layers[0].room.capacity == 32
+    for mine, plain in zip(ours.layers, theirs.layers, strict=True):
+        assert sqnr_db(plain.keys, mine.keys) > 90 and sqnr_db(plain.values, mine.values) > 90
+
+
+@torch.no_grad()
+def test_several_tokens_after_steps_and_steps_after_them_go_on_in_one_cache(monkeypatch, steps):
+    monkeypatch.setattr(caches, "LEAST_ROOM", 8)
+    model = packed(CONFIGS["qwen3, head norms"])
+    theirs, ours = DynamicCache(), DynamicCache()
+    for ids in (PROMPT, *torch.tensor([[[4]], [[9]]]), PROMPT + 1, *torch.tensor([[[6]], [[7]]])):
+        assert sqnr_db(ordinary(model, ids, theirs), model(ids, past_key_values=ours).logits) > 90
+    assert steps() == 4
+
+
+@torch.no_grad()
+def test_a_cropped_reordered_or_copied_cache_goes_on(steps):
+    model, one = packed(), torch.tensor([[8]])
+    theirs, ours = DynamicCache(), DynamicCache()
+    ordinary(model, PROMPT, theirs), model(PROMPT, past_key_values=ours)
+    ordinary(model, one, theirs), model(one, past_key_values=ours)
+    for cache in (theirs, ours):
+        cache.crop(-3)
+        cache.reorder_cache(torch.tensor([0]))
+    branch = copy.deepcopy(ours)
+    model(one + 1, past_key_values=branch)
+    again = copy.deepcopy(branch)
+    model(one + 2, past_key_values=again)
+    assert (ours.get_seq_length(), branch.get_seq_length(), again.get_seq_length()) == (5, 6, 7)
+    assert sqnr_db(ordinary(model, one, theirs), model(one, past_key_values=ours).logits) > 90
+    assert steps() == 4
+
+
+@torch.no_grad()
+def test_what_a_step_does_not_do_is_left_to_the_ordinary_forward(steps):
+    model, one = packed(), torch.tensor([[8]])
+
+    def filled(prompt=PROMPT) -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        model(prompt, past_key_values=cache)
+        return cache
+
+    holes = torch.ones(1, 8, dtype=torch.int64)
+    holes[0, 2] = 0
+    expected = ordinary(model, one, filled(), attention_mask=holes)
+    assert torch.equal(model(one, past_key_values=filled(), attention_mask=holes).logits, expected)
+    assert torch.equal(model(one, past_key_values=DynamicCache()).logits, ordinary(model, one, DynamicCache()))
+    pair = model(one.repeat(2, 1), past_key_values=filled(PROMPT.repeat(2, 1)))
+    assert pair.logits.shape == (2, 1, 131)
+    assert model(one, past_key_values=filled(), output_hidden_states=True).hidden_states is not None
+    assert isinstance(model(one, past_key_values=filled(), return_dict=False), tuple)
+    assert model(one, past_key_values=filled(), labels=one).loss is not None
+    model(one, past_key_values=filled(), use_cache=False)
+    model(inputs_embeds=torch.zeros(1, 1, 72), past_key_values=filled())
+    model(one, past_key_values=StaticCache(config=model.config, max_cache_len=16))
+    with torch.enable_grad():
+        model(one, past_key_values=filled())
+    model.train()
+    model(one, past_key_values=filled())
+    model.eval()
+    assert steps() == 0
+    ones = torch.ones_like(holes)
+    for inputs in ({}, {"attention_mask": ones}, {"position_ids": torch.tensor([[7]])}, {"logits_to_keep": 1}):
+        assert (
+            sqnr_db(ordinary(model, one, filled(), **inputs), model(one, past_key_values=filled(), **inputs).logits)
+            > 90
+        )
+    assert steps() == 4
+
+
+@torch.no_grad()
+def test_a_position_turns_a_token_as_it_says(steps):
+    model, one, where = packed(), torch.tensor([[8]]), torch.tensor([[700]])
+    theirs, ours = DynamicCache(), DynamicCache()
+    ordinary(model, PROMPT, theirs), ordinary(model, PROMPT, ours)
+    a, b = ordinary(model, one, theirs, position_ids=where), model(one, past_key_values=ours, position_ids=where).logits
+    assert steps() == 1 and sqnr_db(a, b) > 90
+
+
+def changes() -> dict[str, Callable[[PreTrainedModel], object]]:
+    def other_layer(model: PreTrainedModel) -> None:
+        model.model.layers[1].mlp.up_proj = copy.deepcopy(model.model.layers[0].mlp.up_proj)
+
+    def other_block(model: PreTrainedModel) -> None:
+        model.model.layers[0] = copy.deepcopy(model.model.layers[1])
+        model.model.layers[0].self_attn.layer_idx = 0
+
+    def other_memory(model: PreTrainedModel) -> None:
+        model.model.norm.weight.data = torch.linspace(0.1, 2, 72)
+
+    return {
+        "a replaced layer": other_layer,
+        "a swapped block": other_block,
+        "a parameter changed in place": lambda m: m.model.layers[0].input_layernorm.weight.mul_(1.7),
+        "a parameter's other memory": other_memory,
+        "an embedding trained in place": lambda m: m.model.embed_tokens.weight.add_(0.3),
+        "a new head": lambda m: m.set_submodule("lm_head", nn.Linear(72, 131, bias=True).requires_grad_(False)),
+        "a cast": lambda m: m.to(torch.float64).to(torch.float32),
+        "restored and prepared again": lambda m: (restore(m), prepare(m)),
+        "a bias that is given": lambda m: setattr(m.model.layers[0].mlp.up_proj, "bias", torch.ones(112)),
+    }
+
+
+@pytest.mark.parametrize("what", changes())
+def test_a_step_never_runs_a_model_of_before(what, steps):
+    model = packed()
+    before = both_ways(model)[1]
+    changes()[what](model)
+    theirs, ours = both_ways(model)
+    assert steps() == 2 * len(TOKENS) and sqnr_db(theirs, ours) > 90
+    assert torch.equal(before, ours) == (what in ("a cast", "restored and prepared again"))
+
+
+def test_a_step_stops_where_a_layer_is_restored_a_forward_replaced_or_a_hook_listens(steps):
+    model, heard = packed(), []
+    restore(model)
+    both_ways(model)
+    assert steps() == 0 and "not packed" in decoding.explain(model)
+    prepare(model)
+    hook = model.model.layers[1].mlp.register_forward_hook(lambda *_: heard.append(1))
+    both_ways(model)
+    assert steps() == 0 and len(heard) == 12 and "hook" in decoding.explain(model)
+    hook.remove()
+    layer = model.model.layers[0].mlp
+    layer.forward = type(layer).forward.__get__(layer)
+    both_ways(model)
+    assert steps() == 0 and "replaced" in decoding.explain(model)
+    del layer.forward
+    both_ways(model)
+    assert steps() == len(TOKENS)
+    with torch.no_grad():
+        model(PROMPT, output_hidden_states=True)  # after which transformers leaves hooks of its own behind, asleep
+    both_ways(model)
+    assert steps() == len(TOKENS)
+
+
+@torch.no_grad()
+def test_copies_and_pickles_run_steps_of_their_own(steps):
+    model = packed()
+    before = both_ways(model)[1]
+    twin, again = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    twin.model.norm.weight.mul_(2)
+    assert type(twin) is type(model) and isinstance(model, original(model.config))
+    steps()
+    assert torch.equal(both_ways(model)[1], before) and torch.equal(both_ways(again)[1], before)
+    assert sqnr_db(*both_ways(twin)) > 90 and not torch.equal(both_ways(twin)[1], before)
+    assert steps() == 4 * len(TOKENS)
+
+
+def test_a_model_and_a_cache_are_freed_without_the_garbage_collector(steps):
+    model = packed()
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(PROMPT, past_key_values=cache)
+        model(torch.tensor([[1]]), past_key_values=cache)
+    assert steps() == 1
+    gc.collect()
+    gc.disable()
+    try:
+        watched = [weakref.ref(model), weakref.ref(cache.layers[0].room)]
+        del model, cache
+        assert [ref() for ref in watched] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_generation_writes_the_same_text_with_and_without_steps(steps, monkeypatch):
+    model = packed()
+    for how in ({"do_sample": False}, {"do_sample": True, "temperature": 1.5}, {"num_beams": 3, "do_sample": False}):
+        texts = []
+        for kernel in (SETS[0], "off"):
+            monkeypatch.setattr(decoding.model, "adopt", caches.adopt if kernel != "off" else lambda *_: "not now")
+            torch.manual_seed(0)
+            texts.append(
+                model.generate(
+                    PROMPT,
+                    attention_mask=torch.ones_like(PROMPT),
+                    max_new_tokens=20,
+                    pad_token_id=0,
+                    eos_token_id=None,
+                    **how,
+                )
+            )
+            assert steps() == (19 if kernel != "off" and "num_beams" not in how else 0)
+        assert texts[0].shape == (1, 27) and torch.equal(*texts)
+
+
+def test_text_streams_while_steps_run(steps):
+    class Words:
+        def decode(self, ids, **_):
+            return "".join(f"{i} " for i in torch.as_tensor(ids).flatten().tolist())
+
+    class Heard(TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            pieces.append(text)
+
+    pieces: list[str] = []
+    model = packed()
+    out = model.generate(
+        PROMPT, max_new_tokens=9, do_sample=False, eos_token_id=None, streamer=Heard(Words(), skip_prompt=True)
+    )
+    assert steps() == 8 and len(pieces) > 5
+    assert "".join(pieces).split() == [str(i) for i in out[0, 7:].tolist()]
+
+
+def test_explain_says_whether_a_step_runs_and_if_not_why(monkeypatch):
+    assert decoding.explain(packed()).startswith("One new token of one sequence runs as one compiled step")
+    plain = original(CONFIGS["llama"])(CONFIGS["llama"])
+    assert "not loaded as a lowbit checkpoint" in decoding.explain(plain)
+    decoding.install(plain)
+    assert "no layer is packed" in decoding.explain(plain)
+    for act, why in (
+        (ActSpec(Spec(Float(4, 3), PerToken())), "quantized to what no integer product takes"),
+        (ActSpec(Spec(Int(8), PerToken()), threshold=6.0), "threshold"),
+    ):
+        assert why in decoding.explain(packed(act=act))
+    monkeypatch.setenv("LOWBIT_KERNELS", "reference")
+    assert "LOWBIT_KERNELS=reference is set" in decoding.explain(packed())
+    monkeypatch.delenv("LOWBIT_KERNELS")
+    assert "float64" in decoding.explain(packed().double())
+
+
+def test_what_stands_beside_a_layer_keeps_its_model_from_steps():
+    model = packed()
+    layer = model.model.layers[0].mlp.up_proj
+    q, width = layer.qtensor(), layer.in_features
+    for options, why in (
+        ({"pre": (Scale(torch.full((width,), 2.0)),)}, "transforms"),
+        ({"side": (KeptColumns(torch.tensor([1]), torch.ones(112, 1)),)}, "side terms"),
+    ):
+        model.model.layers[0].mlp.up_proj = QuantLinear.from_qtensor(q, **options)
+        prepare(model)
+        assert why in decoding.explain(model)
+
+
+def test_every_table_has_a_step_or_a_reason():
+    reasons = {
+        "another gate": LlamaConfig(**SIZES, hidden_act="gelu"),
+        "a sliding window": MistralConfig(**SIZES, sliding_window=16),
+        "frequencies by length": LlamaConfig(
+            **SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+        ),
+        "scaled embeddings": GemmaConfig(**SIZES),
+    }
+    for config in reasons.values():
+        model = original(config)(config)
+        decoding.install(model)
+        assert decoding.explain(model).startswith("No compiled step of one token: ")
+    assert {"llama", "mistral", "qwen2", "qwen3"} <= set(model_types())
+
+
+@torch.no_grad()
+def test_torch_compiles_a_model_with_a_step_whole(steps):
+    model = packed()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(PROMPT, use_cache=False).logits, model(PROMPT, use_cache=False).logits)
+    assert steps() == 0

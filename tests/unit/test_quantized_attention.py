@@ -1,0 +1,102 @@
+"""Recipes that quantize attention's operands, from the walk to the loaded model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
+
+import lowbit
+from lowbit import decoding
+from lowbit.architectures import attention_spec
+from lowbit.formats import native
+from lowbit.modules import AttentionSpec, restore
+from lowbit.plan import explain, plan
+from lowbit.recipes import from_plain
+
+from helpers import random_ids, sqnr_db, tiny_llama
+
+SPEC = AttentionSpec(8, probability_bits=8)
+RECIPE = lowbit.recipe("smoothquant", attention_bits=8)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    place = tmp_path_factory.mktemp("attention")
+    lowbit.quantize(tiny_llama(place / "model"), RECIPE, random_ids(4, 32), out=place / "out")
+    return place
+
+
+@torch.no_grad()
+def test_the_loaded_model_attends_with_quantized_operands_and_generates(quantized):
+    description = json.loads((quantized / "out/config.json").read_text())["quantization_config"]
+    assert description["version"] == 3
+    names = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert description["attention"] == [[{"type": "AttentionSpec", "bits": 8, "probability_bits": 8}, names]]
+    model, ids = lowbit.load(quantized / "out", dtype=torch.float32), random_ids(1, 24, seed=3)
+    assert [name for name, module in model.named_modules() if attention_spec(module) == SPEC] == names
+    assert "queries, keys and values are quantized" in decoding.explain(model)
+    restore(model)
+    found = model(ids).logits
+    plain = lowbit.load(quantized / "out", dtype=torch.float32)
+    restore(plain)
+    plain.set_attn_implementation("sdpa")  # linears as they are, attention floating
+    assert 15 < sqnr_db(plain(ids).logits, found) < 60
+    steps = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(steps[:, 24], found[:, -1].argmax(-1)) and steps.shape == (1, 28)
+
+
+@torch.no_grad()
+def test_transformers_loads_it_and_saving_keeps_it(quantized, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(quantized / "out", dtype=torch.float32)
+    ids = random_ids(1, 24, seed=3)
+    native.save(model, tmp_path / "again")
+    again = lowbit.load(tmp_path / "again", dtype=torch.float32)
+    assert torch.equal(model(ids).logits, again(ids).logits)
+    assert (tmp_path / "again/config.json").read_text().count("AttentionSpec") == 1
+
+
+def test_learning_and_mixes_quantize_it_too_and_steps_see_it(tmp_path):
+    model = tiny_llama(tmp_path / "model")
+    learned = lowbit.recipe("omniquant", bits=6, activation_bits=6, attention_bits=6, epochs=1)
+    assert learned.scheme.attention == AttentionSpec(6, symmetric=False)
+    report = lowbit.quantize(model, learned, random_ids(4, 32), out=tmp_path / "a")
+    floating = lowbit.recipe("omniquant", bits=6, activation_bits=6, epochs=1)
+    other = lowbit.quantize(model, floating, random_ids(4, 32), out=tmp_path / "b")
+    assert report.kl != other.kl and report.bits_per_weight == other.bits_per_weight
+    mixed = lowbit.recipe("smoothquant+gptq", bits=8, activation_bits=8, group_size=None, attention_bits=8)
+    assert mixed.scheme.attention == SPEC
+
+
+def test_explain_and_plan_say_so(tmp_path):
+    place = tiny_llama(tmp_path / "model")
+    told = "queries, keys and values of 8 bits, a range for each token of each head; its probabilities are of 8 bits"
+    assert any(told in note for note in explain(RECIPE, place).notes)
+    (answer,) = (a for name, a in plan(place, RECIPE).compatibility.items() if name.startswith("vLLM"))
+    assert "integer operands of attention, for which it has no place" in answer
+
+
+def test_recipes_with_it_are_plain_data_and_overrides_keep_it():
+    assert from_plain(RECIPE.to_dict()) == RECIPE
+    assert RECIPE.with_overrides([{"match": "down", "skip": True}]).scheme.attention == SPEC
+    assert lowbit.recipe("smoothquant", attention_bits=16).scheme.attention is None
+    assert "attention" not in lowbit.recipe("smoothquant").to_dict()
+
+
+def test_models_that_attend_by_code_of_their_own_are_refused_before_any_work(tmp_path):
+    config = BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4)
+    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    with pytest.raises(ValueError, match="BloomForCausalLM does not attend through transformers' attention interface"):
+        lowbit.quantize(tmp_path / "bloom", RECIPE, random_ids(2, 16), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", [[["x"]], [[{"type": "PerToken"}, ["model.layers.0.self_attn"]]], [{"bits": 8}], [[{"type": "No"}, []]]]
+)
+def test_a_damaged_description_of_it_is_refused(quantized, tmp_path, damage):
+    config = json.loads((quantized / "out/config.json").read_text())["quantization_config"]
+    with pytest.raises(ValueError, match=r"damaged|No"):
+        lowbit.formats.description.attention_specs(config | {"attention": damage})
