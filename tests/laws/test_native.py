@@ -264,7 +264,7 @@ def test_matrix_tiles_multiply_integers_as_lanes_do(spec, isa):
 @pytest.mark.parametrize("isa", TILED)
 @pytest.mark.parametrize("spec", [*UNIFORM, *OTHERS], ids=str)
 def test_matrix_tiles_multiply_bfloat16_by_the_rounded_weight(spec, isa):
-    for shape, rows in (((40, 129), 16), ((17, 33), 33), ((3, 5), 17), ((100, 200), 48)):
+    for shape, rows in (((40, 129), 25), ((17, 33), 33), ((3, 5), 31), ((100, 200), 48)):  # fewer may be fixed point
         packed, x = layer(spec, shape), inputs(rows, shape[1], torch.bfloat16)
         assert packed.tiles is not None
         exact = x.double() @ weight(spec, shape).dequantize().bfloat16().double().T
@@ -275,10 +275,17 @@ def test_matrix_tiles_multiply_bfloat16_by_the_rounded_weight(spec, isa):
 @pytest.mark.parametrize("isa", TILED)
 def test_matrix_tiles_take_every_number_of_tokens_and_those_apart_in_memory(isa):
     for act, dtype in ((None, torch.float32), (None, torch.bfloat16), (INPUTS[1], torch.float32)):
-        packed = layer(Spec(Int(4), PerGroup(64)), act=act)
+        packed, w = (
+            layer(Spec(Int(4), PerGroup(64)), act=act),
+            weight(Spec(Int(4), PerGroup(64)), (40, 129)).dequantize(),
+        )
         whole = inputs(129, 70, dtype).T
         expected = product.run(isa, whole, packed)
-        for rows in (*range(16, 50), 63, 64, 65):  # a token's result is the same whichever others there are
+        assert sqnr_db(whole.double() @ w.double().T, expected) > (
+            100 if dtype == torch.float32 and act is None else 35
+        )
+        first = 25 if dtype == torch.bfloat16 else 16  # fewer of bfloat16 are fixed point
+        for rows in (*range(first, 50), 63, 64, 65):  # a token's result is the same whichever others there are
             assert torch.equal(product.run(isa, whole[:rows], packed), expected[:rows])
         assert product.run(isa, whole[:0], packed).shape == (0, 40)
         assert product.run(isa, whole[:48].reshape(2, 24, 129), packed).shape == (2, 24, 40)

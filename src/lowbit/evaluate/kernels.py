@@ -22,10 +22,12 @@ from lowbit.architectures.shapes import SHAPES, named_config
 from lowbit.evaluate.forward import Progress
 from lowbit.evaluate.random_model import linear_shapes, random_tensors
 from lowbit.kernels import PackedLinear, native
+from lowbit.kernels.product import Product
 from lowbit.numerics import Int, PerGroup, Spec
 
 POOL_BYTES = 256 * 2**20
 ROUNDS = 40
+MANY = 32  # tokens; more of them are measured in fewer rounds
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class KernelSpeed:
 
     Args:
         bits, group_size, input: the weight, and how the float input meets it: ``fixed`` (as exact as float32), ``int8``
-            (rounded, a scale for each 128 channels) or ``int8 a token`` (a scale a token).
+            (rounded, a scale for each 128 channels), ``int8 a token`` (a scale a token) or, of many tokens, ``bf16`` (as it
+            is, by the way that is taken for it).
         rows: tokens.
         shape: ``OxI``.
         us: microseconds of a call, preparing the input included.
@@ -108,8 +111,8 @@ def _one_shape(shape: tuple[int, int], tokens: int, bits: tuple[int, ...], group
     halves = x_TI.bfloat16()
     calls: dict[Any, tuple[int, Callable[[int], object]]] = {}  # key -> bytes of weight, call of the i-th round
     for b in bits:
-        for name, grouped in (("fixed", True), ("int8", True), ("int8 a token", False)):
-            if name == "int8 a token" and b != 8:
+        for name, grouped in (("fixed", True), ("bf16", True), ("int8", True), ("int8 a token", False)):
+            if (name == "int8 a token" and b != 8) or (name == "bf16" and tokens <= MANY):
                 continue
             spec = Spec(Int(b, symmetric=not grouped), PerGroup(group_size if grouped else shape[1]))
             pool = _pool(random_tiles(spec, shape))
@@ -121,11 +124,10 @@ def _one_shape(shape: tuple[int, int], tokens: int, bits: tuple[int, ...], group
     calls["read"] = POOL_BYTES, lambda i: native.read(isa, memory)
     calls["fp32"] = _torch_linear(x_TI, shape)
     calls["bf16"] = _torch_linear(halves, shape)
-    if 4 in bits and tokens <= 32 and shape[1] % group_size == 0 and shape[0] % 64 == 0:
+    if 4 in bits and tokens <= MANY and shape[1] % group_size == 0 and shape[0] % 64 == 0:
         calls["int4"] = _torch_int4(halves, shape, group_size)
     best = dict.fromkeys(calls, float("inf"))
-    few = ROUNDS if tokens <= 32 else 5
-    for i in range(few):
+    for i in range(ROUNDS if tokens <= MANY else 5):
         for key, (_, call) in calls.items():
             start = time.perf_counter()
             call(i)
@@ -152,6 +154,9 @@ def _one_shape(shape: tuple[int, int], tokens: int, bits: tuple[int, ...], group
 
 
 def _packed_linear(isa: str, x_TI: Tensor, pool: list[Tensor], out: int, name: str) -> Callable[[int], object]:
+    if name == "bf16":
+        x, any_way = x_TI.bfloat16(), Product(native.UNIFORM, out, None, None, None)
+        return lambda i: any_way(x, pool[i % len(pool)])
     if name == "int8 a token":
         halves = x_TI.bfloat16()
         return lambda i: native.linear(isa, halves, pool[i % len(pool)], out, act_bits=8)

@@ -7,7 +7,7 @@ How the input is multiplied:
 * floating point against uniform and binary-coded weights: as 24-bit fixed point with a scale for each 128 channels, three
   integer products. It costs less than converting weights, and errs less than a float32 sum does (over 110 dB);
 * floating point against tables and codebooks: in float32;
-* many tokens of bfloat16, where there are matrix tiles: as they are, by weights decoded to bfloat16 in cache;
+* many tokens of bfloat16, where there are matrix tiles: as they are, by weights rounded to bfloat16 in cache;
 * many tokens of floating point otherwise: the weight is decoded by panels that stay in cache, and torch multiplies, in float32
   where it has no matrix instructions for the input's dtype.
 
@@ -35,6 +35,8 @@ _PANEL_BYTES = 1 << 20  # of decoded weight: half of a usual second-level cache
 # has matrix instructions for the dtype; and where it has none.
 _FEW = {UNIFORM: 32, TABLE: 12, CODEBOOK: 12, BINARY: 8}
 _FEW_SLOW = 16
+# Of bfloat16, where there are matrix tiles: fixed point, or else lanes, up to here.
+_FEW_TILED = {UNIFORM: 24, TABLE: native.TILE_ROWS - 1, BINARY: native.TILE_ROWS - 1}
 # Instruction sets with integer dot products: three of them cost less than one product of float32, however many tokens.
 _DOTS = ("amx", "avx512", "avxvnni", "neon")
 
@@ -110,7 +112,7 @@ def multiply(
     tiled = isa in native.MATRIX_TILES and kind != CODEBOOK and x_TI.dtype == torch.bfloat16
     if bits:
         y_TO = _of_integers(isa, x_TI, tiles, rows, Int(bits, symmetric=symmetric), scale, zero, whole, threshold)
-    elif tiled and len(x_TI) >= native.TILE_ROWS:
+    elif tiled and len(x_TI) > _FEW_TILED[kind]:
         y_TO = native.linear(isa, x_TI, tiles, rows, table, halves=True)
     elif len(x_TI) > _few(isa, kind, x_TI.dtype):
         wide = x_TI if _multiplies(x_TI.dtype) else x_TI.float()

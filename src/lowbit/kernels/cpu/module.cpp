@@ -77,15 +77,17 @@ void advise([[maybe_unused]] uintptr_t memory, [[maybe_unused]] int64_t bytes) {
 
 // ---- a product --------------------------------------------------------------------------------------------------------
 
+// At the start of a cache line: the row of a tile is one.
 template <class T>
 T* workspace(std::vector<T>& store, int64_t n) {
-  if (static_cast<int64_t>(store.size()) < n) {
+  constexpr int64_t line = 64, spare = line / sizeof(T);
+  if (static_cast<int64_t>(store.size()) < n + spare) {
     store.clear();
-    store.reserve(n);
+    store.reserve(n + spare);
     advise(reinterpret_cast<uintptr_t>(store.data()), n * sizeof(T));
-    store.resize(n);
+    store.resize(n + spare);
   }
-  return store.data();
+  return store.data() + -reinterpret_cast<uintptr_t>(store.data()) % line / sizeof(T);
 }
 
 // Who does what `k` is asked for.
