@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -62,6 +63,8 @@ def main() -> None:
     parser.add_argument("--original", default="smollm2-135m", help="the model it was made from")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    started = {"commit": commit, "load_average": [os.getloadavg()[0]]}
     types = {"bf16": torch.bfloat16, "fp32": torch.float32}
     rows: dict[str, tuple[Any, Callable[[Any], float]]] = {}
     for name, dtype in types.items():
@@ -75,15 +78,16 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name, (model, measure) in rows.items():
             speeds[name].append(measure(model))
-    write(arguments, {name: median(found) for name, found in speeds.items()}, next(iter(rows.values()))[0])
+    write(arguments, {name: median(found) for name, found in speeds.items()}, next(iter(rows.values()))[0], started)
 
 
-def write(arguments: argparse.Namespace, speeds: dict[str, float], packed: Any) -> None:
+def write(arguments: argparse.Namespace, speeds: dict[str, float], packed: Any, started: dict[str, Any]) -> None:
     """The table, on the screen, as JSON and as Markdown."""
     about = machine()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit, loads = started["commit"], [*started["load_average"], os.getloadavg()[0]]
     result = {"packed": Path(arguments.packed).name, "original": arguments.original, "rounds": arguments.rounds}
     result |= {"prompt_tokens": PROMPT, "new_tokens": NEW, "tokens_per_s": speeds, "machine": about, "commit": commit}
+    result["load_average"] = loads
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "decode.json").write_text(json.dumps(result, indent=1) + "\n")
     rows = []
@@ -95,7 +99,8 @@ def write(arguments: argparse.Namespace, speeds: dict[str, float], packed: Any) 
         "",
         f"Written by `python benchmarks/decode.py`: {PROMPT} prompt and {NEW} new tokens, medians of {arguments.rounds} rounds in "
         "turns.",
-        f"{decoding.explain(packed)}",
+        f"{decoding.explain(packed)} Load average of the machine, before and after: {loads[0]:.1f} and {loads[1]:.1f}; where",
+        "others were running, ratios are off too: many short parallel regions wait for cores more often than one long one does.",
         "",
         "| | tokens/s | x transformers bf16 |",
         "|---|---:|---:|",
