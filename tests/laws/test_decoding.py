@@ -405,12 +405,12 @@ def test_a_model_and_a_cache_are_freed_without_the_garbage_collector(steps):
         gc.enable()
 
 
-def test_generation_writes_the_same_text_with_and_without_steps(steps, monkeypatch):
+def test_generation_writes_the_same_text_with_and_without_steps(steps):
     model = packed()
     for how in ({"do_sample": False}, {"do_sample": True, "temperature": 1.5}, {"num_beams": 3, "do_sample": False}):
         texts = []
-        for kernel in (SETS[0], "off"):
-            monkeypatch.setattr(decoding.model, "adopt", caches.adopt if kernel != "off" else lambda *_: "not now")
+        for on in (True, False):
+            (decoding.install if on else decoding.uninstall)(model)
             torch.manual_seed(0)
             texts.append(
                 model.generate(
@@ -422,7 +422,7 @@ def test_generation_writes_the_same_text_with_and_without_steps(steps, monkeypat
                     **how,
                 )
             )
-            assert steps() == (19 if kernel != "off" and "num_beams" not in how else 0)
+            assert steps() == (19 if on and "num_beams" not in how else 0)
         assert texts[0].shape == (1, 27) and torch.equal(*texts)
 
 

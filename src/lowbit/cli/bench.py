@@ -131,12 +131,14 @@ def _of_size(name: str, width: int, group_size: int, prompt_tokens: int, new_tok
 
 
 def _timed(model: Any, about: dict[str, Any], prompt_tokens: int, new_tokens: int, report: Any) -> dict[str, Any]:
+    from lowbit import decoding
     from lowbit.evaluate import measure_speed
     from lowbit.evaluate.memory import model_bytes, peak_rss
 
     weights = model_bytes(model)
     speed = measure_speed(model, prompt_tokens, new_tokens, progress=report)
     about |= {"dtype": str(model.dtype).removeprefix("torch."), "weight_memory": weights}
+    about |= {"token_step": decoding.explain(model)}
     return about | {"running_memory": peak_rss()} | speed.to_dict()
 
 
@@ -164,6 +166,7 @@ def _markdown(result: dict[str, Any]) -> str:
                 f"| {m['model']} | {m.get('bits', '')} | {m['dtype']} | {common.size(m['weight_memory'])} | "
                 f"{common.size(m['running_memory'])} | {m['prefill_tokens_per_s']:.1f} | {m['decode_tokens_per_s']:.2f} |"
             )
+        lines += ["", *dict.fromkeys(m["token_step"] for m in result["models"])]
     about = result["machine"]
     lines += ["", f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, lowbit {result['lowbit']}"]
     return "\n".join(lines) + "\n"

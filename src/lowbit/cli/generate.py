@@ -28,11 +28,13 @@ def command(
     """
     common.use_threads(threads)
     import lowbit
+    from lowbit import decoding
     from lowbit.evaluate import generate_text
 
     common.say(f"loading {model}")
     tokenizer = lowbit.load_tokenizer(model, trust_remote_code=trust_remote_code)
     loaded = lowbit.load(model, trust_remote_code=trust_remote_code)
+    common.say(decoding.explain(loaded))
     text = generate_text(
         loaded,
         tokenizer,

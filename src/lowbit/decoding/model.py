@@ -39,6 +39,12 @@ def install(model: PreTrainedModel) -> None:
         model.__class__ = _stepping(type(model))
 
 
+def uninstall(model: PreTrainedModel) -> None:
+    """Undoes :func:`install`: every token runs by the ordinary forward."""
+    if isinstance(model, _Stepping):
+        model.__class__ = type(model).__bases__[1]
+
+
 def explain(model: nn.Module) -> str:
     """Whether one new token runs by the compiled step, and if not why, as one sentence."""
     if not isinstance(model, _Stepping):
