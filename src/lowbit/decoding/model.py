@@ -52,7 +52,8 @@ def explain(model: nn.Module) -> str:
     found = model._described()
     if isinstance(found, Refused):
         return f"No compiled step of one token: {found.reason}."
-    return f"One new token of one sequence runs as one compiled step ({found.isa}, {torch.get_num_threads()} threads)."
+    isa = kernels.native.MATRIX_TILES.get(found.isa, found.isa)  # one token is too few for tiles
+    return f"One new token of one sequence runs as one compiled step ({isa}, {torch.get_num_threads()} threads)."
 
 
 class _Kept:
