@@ -15,6 +15,7 @@ from lowbit.formats import native
 from lowbit.modules import AttentionSpec, restore
 from lowbit.plan import explain, plan
 from lowbit.recipes import from_plain
+from lowbit.steps import Learn
 
 from helpers import random_ids, sqnr_db, tiny_llama
 
@@ -58,13 +59,17 @@ def test_transformers_loads_it_and_saving_keeps_it(quantized, tmp_path):
     assert (tmp_path / "again/config.json").read_text().count("AttentionSpec") == 1
 
 
-def test_learning_and_mixes_quantize_it_too_and_steps_see_it(tmp_path):
-    model = tiny_llama(tmp_path / "model")
+def test_learning_and_mixes_quantize_it_too_and_steps_see_it(tmp_path, monkeypatch):
+    model, seen, run = tiny_llama(tmp_path / "model"), [], Learn.run
+    spied = lambda step, state: (seen.append(attention_spec(state.block.self_attn)), run(step, state))[1]  # noqa: E731
+    monkeypatch.setattr(Learn, "run", spied)
     learned = lowbit.recipe("omniquant", bits=6, activation_bits=6, attention_bits=6, epochs=1)
     assert learned.scheme.attention == AttentionSpec(6, symmetric=False)
     report = lowbit.quantize(model, learned, random_ids(4, 32), out=tmp_path / "a")
+    assert seen == [learned.scheme.attention] * 2
     floating = lowbit.recipe("omniquant", bits=6, activation_bits=6, epochs=1)
     other = lowbit.quantize(model, floating, random_ids(4, 32), out=tmp_path / "b")
+    assert seen[2:] == [None] * 2
     assert report.kl != other.kl and report.bits_per_weight == other.bits_per_weight
     mixed = lowbit.recipe("smoothquant+gptq", bits=8, activation_bits=8, group_size=None, attention_bits=8)
     assert mixed.scheme.attention == SPEC
