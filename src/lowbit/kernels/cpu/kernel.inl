@@ -4,11 +4,6 @@
 
 #include "common.inl"
 
-template <int N>
-struct At {
-  static constexpr int value = N;
-};
-
 template <int D>
 static inline typename V::F joined(const typename V::I* acc) {
   if constexpr (D == 1) return V::to_float(acc[0]);
@@ -18,15 +13,14 @@ static inline typename V::F joined(const typename V::I* acc) {
 
 // ---- the products of one block of 16 rows with M tokens ---------------------------------------------------------------
 
-// PART: 0 whole chunks, 1 and 2 the halves of a chunk, where a group is half of one.
-template <int BITS, int D, int M, int FIRST, int LAST>
-static inline void dots(const uint8_t* chunk, const int8_t* const* x, int64_t plane, typename V::I (*acc)[D * M]) {
-  constexpr int ACCS = D * M == 1 ? 4 : D * M <= 6 ? 2 : 1;
+// Codes of a chunk times the input, N products of it at once: integers of the chunk's columns, the next `stride` further.
+template <int BITS, int N, int FIRST, int LAST>
+static inline void dots(const uint8_t* chunk, const int8_t* x, int64_t stride, typename V::I (*acc)[N]) {
+  constexpr int ACCS = N == 1 ? 4 : N <= 6 ? 2 : 1;
   unroll<FIRST, LAST>([&]<int Q>() {
     auto w = codes<BITS, Q>(chunk);
-    for (int m = 0; m < M; ++m)
-      for (int d = 0; d < D; ++d)
-        acc[Q % ACCS][m * D + d] = V::template dot<BITS>(acc[Q % ACCS][m * D + d], w, x[m] + d * plane + 4 * Q);
+    for (int i = 0; i < N; ++i)
+      acc[Q % ACCS][i] = V::template dot<BITS>(acc[Q % ACCS][i], w, x + i * stride + 4 * Q);
   });
 }
 
@@ -38,28 +32,27 @@ constexpr int fields() {
   return (BITS & 4 ? 2 : 0) + (BITS & 2 ? 4 : 0) + (BITS & 1 ? 8 : 0);
 }
 
-template <int BITS, int D, int M>
+template <int BITS, int N>
 constexpr bool in_place() {
-  return V::takes_bytes && BITS < 8 && fields<BITS>() * D * M <= 24;
+  return V::takes_bytes && BITS < 8 && fields<BITS>() * N <= 24;
 }
 
 template <int WIDTH, int N, int FIRST, int LAST>
-static inline void plane_dots(const uint8_t* plane, const int8_t* const* x, int64_t stride, int digits, typename V::I (*acc)[N]) {
+static inline void plane_dots(const uint8_t* plane, const int8_t* x, int64_t stride, typename V::I (*acc)[N]) {
   constexpr int count = 8 / WIDTH;
   unroll<FIRST, LAST>([&]<int Q>() {
     constexpr int field = Q % count;
     auto w = V::template field<0, (((1 << WIDTH) - 1) << (WIDTH * field))>(V::load(plane + 64 * (Q / count)));
-    for (int i = 0; i < N; ++i)
-      acc[field][i] = V::template dot<8>(acc[field][i], w, x[i / digits] + i % digits * stride + 4 * Q);
+    for (int i = 0; i < N; ++i) acc[field][i] = V::template dot<8>(acc[field][i], w, x + i * stride + 4 * Q);
   });
 }
 
-template <int BITS, int D, int M, int FIRST, int LAST>
-static inline void dots_in_place(const uint8_t* chunk, const int8_t* const* x, int64_t stride, typename V::I (*acc)[D * M]) {
-  if constexpr (BITS & 4) plane_dots<4, D * M, FIRST, LAST>(chunk, x, stride, D, acc);
-  if constexpr (BITS & 2) plane_dots<2, D * M, FIRST, LAST>(chunk + 64 * (BITS & 4), x, stride, D, acc + (BITS & 4 ? 2 : 0));
-  if constexpr (BITS & 1)
-    plane_dots<1, D * M, FIRST, LAST>(chunk + 64 * (BITS & 6), x, stride, D, acc + (BITS & 4 ? 2 : 0) + (BITS & 2 ? 4 : 0));
+template <int BITS, int N, int FIRST, int LAST>
+static inline void dots_in_place(const uint8_t* chunk, const int8_t* x, int64_t stride, typename V::I (*acc)[N]) {
+  constexpr int twos = BITS & 4 ? 2 : 0, ones = twos + (BITS & 2 ? 4 : 0);
+  if constexpr (BITS & 4) plane_dots<4, N, FIRST, LAST>(chunk, x, stride, acc);
+  if constexpr (BITS & 2) plane_dots<2, N, FIRST, LAST>(chunk + 64 * (BITS & 4), x, stride, acc + twos);
+  if constexpr (BITS & 1) plane_dots<1, N, FIRST, LAST>(chunk + 64 * (BITS & 6), x, stride, acc + ones);
 }
 
 template <int WIDTH, int BELOW, int N>
@@ -81,63 +74,65 @@ static inline void gather_fields(typename V::I (*acc)[N]) {
 
 template <int BITS, int D, int M, bool HALF>
 static void uniform_block(const Job& job, const uint8_t* block, int64_t token, float* out) {
-  constexpr bool IN_PLACE = in_place<BITS, D, M>();
-  constexpr int ACCS = IN_PLACE ? fields<BITS>() : D * M == 1 ? 4 : D * M <= 6 ? 2 : 1;
-  auto multiply_add = [](auto first, auto last, const uint8_t* chunk, const int8_t* const* x, int64_t stride, auto acc) {
-    if constexpr (IN_PLACE) dots_in_place<BITS, D, M, first.value, last.value>(chunk, x, stride, acc);
-    else dots<BITS, D, M, first.value, last.value>(chunk, x, stride, acc);
-  };
+  constexpr int N = D * M;
+  constexpr bool IN_PLACE = in_place<BITS, N>();
+  constexpr int ACCS = IN_PLACE ? fields<BITS>() : N == 1 ? 4 : N <= 6 ? 2 : 1;
   constexpr int64_t chunk_bytes = 64 * BITS;
+  auto multiply_add = []<int FIRST, int LAST>(const uint8_t* chunk, const int8_t* x, int64_t stride, auto acc) {
+    if constexpr (IN_PLACE) dots_in_place<BITS, N, FIRST, LAST>(chunk, x, stride, acc);
+    else dots<BITS, N, FIRST, LAST>(chunk, x, stride, acc);
+  };
   const Tiles& t = *job.tiles;
-  const int64_t plane = t.padded_cols(), segments = t.segments(), step = t.segment();
+  const int64_t plane = t.padded_cols(), segments = t.segments(), groups = t.groups, padded = t.padded;
+  const int64_t group_bytes = t.group_bytes, next = t.block_bytes, params_bytes = t.block_bytes - t.codes_bytes;
+  const int32_t scale_kind = t.scale, zero_kind = t.zero;
+  const int zero_at = LANES * number_bytes(scale_kind);
+  // The input goes by as the codes do: a chunk, a segment and a group further each time.
+  const int8_t* x = job.xq + token * D * plane;
+  const float* by = job.xs + token * segments;
+  const float* whole = job.xsum + token * groups;
+  const uint8_t* chunk = block;
   const uint8_t* params = block + t.codes_bytes;
-  const int zero_at = LANES * number_bytes(t.scale);
+  // From here on what is AHEAD lies behind this block's parameters, which the block before has asked for.
+  const uint8_t* late = params - AHEAD;
   typename V::F sum[M];
   for (int m = 0; m < M; ++m) sum[m] = V::set(0.0f);
-  int64_t column = 0, segment = 0;
-  for (int64_t g = 0; g < t.groups; ++g, params += t.group_bytes) {
+  for (int64_t g = 0; g < groups; ++g, params += group_bytes, ++whole) {
+    ask_for(params + next, group_bytes);
+    const int64_t ahead = chunk < late ? AHEAD : AHEAD + params_bytes;
     typename V::F inner[M];
     for (int m = 0; m < M; ++m) inner[m] = V::set(0.0f);
-    for (int64_t begin = 0; begin < t.padded; begin += step, ++segment) {
-      const int64_t end = least(begin + step, t.padded);
-      typename V::I acc[ACCS][D * M];
+    for (int64_t left = padded; left > 0; left -= SEGMENT, ++by) {
+      typename V::I acc[ACCS][N];
       for (int a = 0; a < ACCS; ++a)
-        for (int i = 0; i < D * M; ++i) acc[a][i] = V::izero();
-      const int8_t* x[M];
-      if constexpr (HALF) {
-        const uint8_t* chunk = block + column / CHUNK * chunk_bytes;
-        // Quads are counted from the start of the chunk, the input from the start of the group.
-        if (column % CHUNK == 0) {
-          for (int m = 0; m < M; ++m) x[m] = job.xq + (token + m) * D * plane + column;
-          multiply_add(At<0>{}, At<4>{}, chunk, x, plane, acc);
+        for (int i = 0; i < N; ++i) acc[a][i] = V::izero();
+      if constexpr (HALF) {  // quads are counted from the start of the chunk, the input from the start of the group
+        if (g % 2 == 0) {
+          multiply_add.template operator()<0, 4>(chunk, x, plane, acc);
         } else {
-          for (int m = 0; m < M; ++m) x[m] = job.xq + (token + m) * D * plane + column - CHUNK / 2;
-          multiply_add(At<4>{}, At<8>{}, chunk, x, plane, acc);
+          multiply_add.template operator()<4, 8>(chunk, x - CHUNK / 2, plane, acc);
+          chunk += chunk_bytes;
         }
-        column += CHUNK / 2;
+        x += CHUNK / 2;
       } else {
-        for (int64_t k = begin; k < end; k += CHUNK, column += CHUNK) {
-          const uint8_t* chunk = block + column / CHUNK * chunk_bytes;
-          for (int line = 0; line < BITS; ++line) V::prefetch(chunk + AHEAD + 64 * line);
-          for (int m = 0; m < M; ++m) x[m] = job.xq + (token + m) * D * plane + column;
-          multiply_add(At<0>{}, At<8>{}, chunk, x, plane, acc);
+        const uint8_t* stop = chunk + least(left, SEGMENT) / CHUNK * chunk_bytes;
+        for (; chunk != stop; chunk += chunk_bytes, x += CHUNK) {
+          for (int line = 0; line < BITS; ++line) V::prefetch(chunk + ahead + 64 * line);
+          multiply_add.template operator()<0, 8>(chunk, x, plane, acc);
         }
       }
       if constexpr (IN_PLACE) {
-        gather_fields<BITS, D * M>(acc);
+        gather_fields<BITS, N>(acc);
       } else {
         for (int a = 1; a < ACCS; ++a)
-          for (int i = 0; i < D * M; ++i) acc[0][i] = V::add(acc[0][i], acc[a][i]);
+          for (int i = 0; i < N; ++i) acc[0][i] = V::add(acc[0][i], acc[a][i]);
       }
-      for (int m = 0; m < M; ++m)
-        inner[m] = V::fma(joined<D>(acc[0] + m * D), V::set(job.xs[(token + m) * segments + segment]), inner[m]);
+      for (int m = 0; m < M; ++m) inner[m] = V::fma(joined<D>(acc[0] + m * D), V::set(by[m * segments]), inner[m]);
     }
-    auto scale = numbers(params, t.scale);
-    auto zero = t.zero == NONE ? V::set(t.zero_constant) : numbers(params + zero_at, t.zero);
-    for (int m = 0; m < M; ++m) {
-      auto centre = V::set(-job.xsum[(token + m) * t.groups + g]);
-      sum[m] = V::fma(scale, V::fma(zero, centre, inner[m]), sum[m]);
-    }
+    auto scale = numbers(params, scale_kind);
+    auto zero = zero_kind == NONE ? V::set(t.zero_constant) : numbers(params + zero_at, zero_kind);
+    for (int m = 0; m < M; ++m)
+      sum[m] = V::fma(scale, V::fma(zero, V::set(-whole[m * groups]), inner[m]), sum[m]);
   }
   for (int m = 0; m < M; ++m) V::store(out + LANES * m, sum[m]);
 }
@@ -153,6 +148,7 @@ static void binary_block(const Job& job, const uint8_t* block, int64_t token, fl
   auto sum = V::set(0.0f);
   int64_t column = 0, segment = 0;
   for (int64_t g = 0; g < t.groups; ++g, params += t.group_bytes) {
+    ask_for(params + t.block_bytes, t.group_bytes);
     typename V::F inner[BITS];
     for (int b = 0; b < BITS; ++b) inner[b] = V::set(0.0f);
     for (int64_t begin = 0; begin < t.padded; begin += step, ++segment) {
@@ -165,7 +161,7 @@ static void binary_block(const Job& job, const uint8_t* block, int64_t token, fl
       for (int64_t k = begin; k < end; k += CHUNK) {
         const uint8_t* chunk = block + column / CHUNK * chunk_bytes;
         const int8_t* x = job.xq + token * D * plane + column / CHUNK * CHUNK;
-        V::prefetch(chunk + AHEAD);
+        for (int line = 0; line < BITS; ++line) V::prefetch(chunk + AHEAD + 64 * line);
         for (int b = 0; b < BITS; ++b) {
           auto quad = [&]<int Q>() {
             auto w = sign_bits<Q>(chunk + 64 * b);
@@ -203,6 +199,7 @@ static void table_block(const Job& job, const uint8_t* block, int64_t token, flo
   for (int m = 0; m < M; ++m) sum[m] = V::set(0.0f);
   int64_t column = 0;
   for (int64_t g = 0; g < t.groups; ++g, params += t.group_bytes) {
+    ask_for(params + t.block_bytes, t.group_bytes);
     typename V::F inner[4][M];
     for (int j = 0; j < 4; ++j)
       for (int m = 0; m < M; ++m) inner[j][m] = V::set(0.0f);
