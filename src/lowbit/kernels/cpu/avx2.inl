@@ -6,6 +6,7 @@ struct V {
   struct I { __m256i a, b; };
   struct F { __m256 a, b; };
   static constexpr bool takes_bytes = false;  // with the dot products of AVX-VNNI too: 16 registers are too few
+  static constexpr int products = 6;
   static constexpr bool fuses = true;
 
   static __m256i half_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }

@@ -5,6 +5,7 @@ struct V {
   using I = __m512i;
   using F = __m512;
   static constexpr bool takes_bytes = true;
+  static constexpr int products = 12;
   static constexpr bool fuses = true;
 
   static B load(const void* p) { return _mm512_loadu_si512(p); }

@@ -281,22 +281,38 @@ struct Choice {
   Block by8, by4, by2, by1;  // for so many tokens at once; null where there is none
 };
 
+// F<M> where the registers hold its N products; one token is always taken.
+template <template <int> class F, int M, int N>
+static constexpr Block fitting() {
+  if constexpr (M == 1 || N <= V::products) return F<M>::block;
+  else return nullptr;
+}
+
+template <int BITS, int D>
+struct Uniform {
+  template <int M>
+  struct Of { static constexpr Block block = uniform<BITS, D, M>; };
+};
+
+template <int BITS>
+struct Looked {
+  template <int M>
+  struct Of { static constexpr Block block = table_block<BITS, M>; };
+  template <int M>
+  struct Rows { static constexpr Block block = codebook_row<BITS, M>; };
+};
+
+template <template <int> class F, int D>
+static constexpr Choice fitting() {
+  return {fitting<F, 8, 8 * D>(), fitting<F, 4, 4 * D>(), fitting<F, 2, 2 * D>(), fitting<F, 1, D>()};
+}
+
 template <int BITS>
 static Choice choice(const Tiles& t, int32_t input) {
-#ifdef LOWBIT_SINGLE_TOKENS
-  if (t.kind == UNIFORM && input == INT8) return {nullptr, nullptr, nullptr, uniform<BITS, 1, 1>};
-  if (t.kind == UNIFORM) return {nullptr, nullptr, nullptr, uniform<BITS, 3, 1>};
-  if (t.kind == TABLE) return {nullptr, nullptr, nullptr, table_block<BITS, 1>};
-  if (t.kind == CODEBOOK) return {nullptr, nullptr, nullptr, codebook_row<BITS, 1>};
-#else
-  if (t.kind == UNIFORM && input == INT8)
-    return {uniform<BITS, 1, 8>, uniform<BITS, 1, 4>, uniform<BITS, 1, 2>, uniform<BITS, 1, 1>};
-  if (t.kind == UNIFORM) return {nullptr, uniform<BITS, 3, 4>, uniform<BITS, 3, 2>, uniform<BITS, 3, 1>};
-  if (t.kind == TABLE) return {nullptr, table_block<BITS, 4>, table_block<BITS, 2>, table_block<BITS, 1>};
-  if (t.kind == CODEBOOK) return {nullptr, codebook_row<BITS, 4>, codebook_row<BITS, 2>, codebook_row<BITS, 1>};
-#endif
-  if (input == INT8) return {nullptr, nullptr, nullptr, binary_block<BITS, 1>};
-  return {nullptr, nullptr, nullptr, binary_block<BITS, 3>};
+  if (t.kind == TABLE) return fitting<Looked<BITS>::template Of, 2>();  // values and inputs in float take registers too
+  if (t.kind == CODEBOOK) return fitting<Looked<BITS>::template Rows, 2>();
+  if (t.kind == BINARY) return {nullptr, nullptr, nullptr, input == INT8 ? binary_block<BITS, 1> : binary_block<BITS, 3>};
+  return input == INT8 ? fitting<Uniform<BITS, 1>::template Of, 1>() : fitting<Uniform<BITS, 3>::template Of, 3>();
 }
 
 static Choice choose(const Tiles& t, int32_t input) {

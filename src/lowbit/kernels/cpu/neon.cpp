@@ -12,6 +12,7 @@ struct V {
   struct I { int32x4_t v[4]; };
   struct F { float32x4_t v[4]; };
   static constexpr bool takes_bytes = false;  // codes are read as signed bytes, see dot()
+  static constexpr int products = 12;
   static constexpr bool fuses = true;
 
   static B load(const void* p) {

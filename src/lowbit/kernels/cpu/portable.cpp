@@ -10,6 +10,7 @@ struct V {
   struct I { int32_t v[16]; };
   struct F { float v[16]; };
   static constexpr bool takes_bytes = false;  // whether dot() is as quick for codes of 8 bits as for shorter ones
+  static constexpr int products = 1;  // sums, of several tokens at once, that registers hold; here it is short compiling
   static constexpr bool fuses = false;  // whether fma() rounds once
 
   static B load(const void* p) { B b; __builtin_memcpy(b.v, p, 64); return b; }
@@ -109,7 +110,6 @@ struct V {
   static void store_halves(uint16_t* p, F f) { for (int i = 0; i < 16; ++i) p[i] = to_half(f.v[i]); }
 };
 
-#define LOWBIT_SINGLE_TOKENS  // compiled in seconds rather than minutes; nobody is in a hurry here
 #include "kernel.inl"
 #include "step.inl"
 
