@@ -1,6 +1,6 @@
 """What each ingredient of the composed recipes gives, on text that calibration does not use.
 
-    python benchmarks/ablation.py --text wikitext2.valid.raw [--only PART]... [--bits 3]
+    python benchmarks/ablation.py --text wikitext2.valid.raw [--of weights|activations|qllm] [--bits 3] [--only PART]...
 
 Every row quantizes SmolLM2-135M on the first 32 windows of 512 tokens of the text and measures perplexity on the next 16; rows that
 end in tuning are measured before it too. Recipes are chosen by these figures; the test text is for the tables of `lowbit
@@ -26,7 +26,8 @@ import lowbit
 from lowbit.calibrate.source import open_model
 from lowbit.recipe import Recipe, rebuilt
 from lowbit.recipes import as_recipe
-from lowbit.steps import ModelState
+from lowbit.solve import Nearest
+from lowbit.steps import ModelState, Solve
 
 MODEL = "smollm2-135m"
 HERE = Path(__file__).parent
@@ -35,7 +36,7 @@ CALIBRATION, HELD, LENGTH = 32, 16, 512
 TUNE = {"type": "Tune", "epochs": 3, "amp": True}
 
 
-def recipes(bits: int) -> dict[str, Any]:
+def of_weights(bits: int) -> dict[str, Any]:
     """Label -> recipe, each with one ingredient more or another."""
     grouped = {"bits": bits, "group_size": 64}
     channel = {"bits": bits, "group_size": None, "order": "act"}
@@ -50,6 +51,37 @@ def recipes(bits: int) -> dict[str, Any]:
     for file in sorted((HERE / "recipes").glob(f"w{bits}.*-allocated.yaml")):
         found[f"rotated gptq, normal levels, per channel, {file.stem}"] = file
     return {f"W{bits}, {label}": recipe for label, recipe in found.items()}
+
+
+def of_activations(bits: int) -> dict[str, Any]:
+    """The composed recipe for weights and activations, with parts left out."""
+    whole = as_recipe("w4a4-rotated-tuned").with_overrides([{"match": "*", "bits": bits, "activation_bits": bits}])
+    rotation, solve = whole.steps
+    nearest = Solve(Nearest(solve.solver.fit))
+    parts = {"rounded to nearest": (nearest,), "gptq": (solve,), "rotated, rounded to nearest": (rotation, nearest)}
+    found = {label: rebuilt(whole, steps=steps, model_steps=()) for label, steps in parts.items()}
+    return {f"W{bits}A{bits}, {label}": recipe for label, recipe in (found | {"rotated gptq": whole}).items()}
+
+
+def of_qllm(bits: int) -> dict[str, Any]:
+    """The table of QLLM's paper. Without the adaptive search an input takes one threshold, or none where that loses more."""
+    base = {"bits": bits, "activation_bits": bits, "rank": 0, "threshold_steps": 1}
+    adaptive = base | {"threshold_steps": 20}
+    learned = adaptive | {"rank": 4, "epochs": 2, "batch": 4, "lr": 2e-3}
+    parts = {
+        "channels as they are": base | {"channel_ratio": 0.0},
+        "channel disassembly, layers grow": base | {"assembly": "none"},
+        "disassembly and assembly": base,
+        "disassembly and pruning": base | {"assembly": "prune"},
+        "disassembly, assembly, adaptive threshold": adaptive,
+        "disassembly, assembly, adaptive threshold, error correction kept": learned,
+        "disassembly, assembly, adaptive threshold, error correction folded": learned | {"fold": True},
+    }
+    return {f"QLLM W{bits}A{bits}, {label}": {"method": "qllm", "options": options} for label, options in parts.items()}
+
+
+TABLES = {"weights": (of_weights, 3), "activations": (of_activations, 4), "qllm": (of_qllm, 4)}
+"""Recipes of a table, and the width it is for unless another is asked for."""
 
 
 @torch.no_grad()
@@ -91,7 +123,7 @@ def write(lines: list[dict], full: float) -> None:
         "| recipe | bits per weight | perplexity | loss | seconds of this step |",
         "|---|---|---|---|---|",
     ]
-    for x in sorted(lines, key=lambda x: (x["label"][:2], -x["perplexity"])):
+    for x in sorted(lines, key=lambda x: (x["label"].split(",")[0], -x["perplexity"])):
         rows.append(
             f"| {x['label']}{', tuned' if x['tuned'] else ''} | {x['bits']:.3f} | {x['perplexity']:.3f} | "
             f"{math.log(x['perplexity'] / full):.4f} | {x['seconds']:.0f} |"
@@ -104,7 +136,8 @@ def main() -> None:
     parser.add_argument(
         "--text", type=Path, required=True, help="of which the first windows calibrate and the next judge"
     )
-    parser.add_argument("--bits", type=int, action="append", default=[], help="widths (default: 3); may be repeated")
+    parser.add_argument("--of", choices=TABLES, default="weights", help="what is taken apart (default: weights)")
+    parser.add_argument("--bits", type=int, action="append", default=[], help="widths; may be repeated")
     parser.add_argument("--only", action="append", default=[], help="part of a label; may be repeated")
     arguments = parser.parse_args()
     console, file = Console(), RESULTS / "ablation.jsonl"
@@ -115,7 +148,8 @@ def main() -> None:
     ids_NT = torch.tensor(tokens[: (CALIBRATION + HELD) * LENGTH]).view(-1, LENGTH)
     full = perplexity(original, ids_NT[CALIBRATION:])
     console.print(f"full precision: {full:.3f}")
-    for bits in arguments.bits or [3]:
+    recipes, usual = TABLES[arguments.of]
+    for bits in arguments.bits or [usual]:
         for label, given in recipes(bits).items():
             recipe = as_recipe(given)
             known = any(x["label"] == label and x["recipe"] == recipe.to_dict() for x in lines)

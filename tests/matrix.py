@@ -2,7 +2,9 @@
 
 Every cell is a whole run on a random model of two blocks: quantize, save, load, compare the loaded model's logits. A cell
 says that it works, or gives the reason with which it was refused before any work. `python tests/matrix.py` writes the
-page; tests/unit/test_matrix.py runs every cell again and compares.
+page; tests/unit/test_matrix.py runs every cell of the first table again, and tests/unit/test_mixes.py every mix on an
+architecture of its own. `python tests/matrix.py --everywhere [ARCHITECTURE]...` runs every mix on every architecture
+(hours) and prints what is not as on the page.
 """
 
 from __future__ import annotations
@@ -100,6 +102,28 @@ def pairs() -> list[str]:
     return [f"{a}+{b}" for a in METHODS for b in METHODS if a != b]
 
 
+def places() -> dict[str, list[str]]:
+    """The mixes that the tests run on each architecture: every mix on one, every architecture with about twenty."""
+    found: dict[str, list[str]] = {case: [] for case in CASES}
+    for i, name in enumerate(pairs()):
+        found[list(CASES)[i % len(CASES)]].append(name)
+    return found
+
+
+def differences(case: str, names: list[str], root: Path) -> list[str]:
+    """What is not as on the page when the mixes ``names`` run on ``case``: a sentence for each."""
+    original, wanted, found = save_model(case, root / "model"), read_page()[1], []
+    for name in names:
+        with tempfile.TemporaryDirectory(dir=root) as out:
+            try:
+                said = generic(name, outcome(name, original, root / "model", Path(out) / "q"))
+            except Exception as error:  # to be listed, whatever it is
+                said = repr(error)
+        if said != wanted[name]:
+            found.append(f"{name} on {case}: {said}, and on {MIXED_ON}: {wanted[name]}")
+    return found
+
+
 def page(found: dict[str, dict[str, str]], mixed: dict[str, str]) -> str:
     """The page of all cells: of methods by architecture, and of mixes."""
     methods = list(METHODS)
@@ -119,7 +143,7 @@ def page(found: dict[str, dict[str, str]], mixed: dict[str, str]) -> str:
             "# What runs on what, and what mixes with what",
             "",
             "Written by `make docs` from whole runs on random models of two blocks: quantized, saved, loaded, compared. The "
-            "tests run every cell again. A number is the reason of a refusal, below.",
+            "tests run every cell again, mixes on an architecture each. A number is the reason of a refusal, below.",
             "",
             "## Methods by architecture",
             "",
@@ -128,7 +152,7 @@ def page(found: dict[str, dict[str, str]], mixed: dict[str, str]) -> str:
             "",
             "## Mixes",
             "",
-            "`a+b` (row a, column b): the steps of a, then those of b, solved as b solves.",
+            f"`a+b` (row a, column b): the steps of a, then those of b, solved as b solves; on {MIXED_ON}.",
             "",
             head,
             *mixes,
@@ -181,5 +205,12 @@ def main() -> None:
     PAGE.write_text(page(found, mixed))
 
 
+def everywhere(cases: list[str]) -> None:
+    for case in cases or CASES:
+        with tempfile.TemporaryDirectory() as scratch:
+            found = differences(case, pairs(), Path(scratch))
+        print(f"{case}: {len(pairs())} mixes, {len(found)} not as on the page", *found, sep="\n  ", flush=True)
+
+
 if __name__ == "__main__":
-    main()
+    everywhere(sys.argv[2:]) if sys.argv[1:2] == ["--everywhere"] else main()

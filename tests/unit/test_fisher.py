@@ -21,12 +21,12 @@ from lowbit.numerics import Codebook, Fisher, Int, KMeans, PerChannel, PerGroup,
 from lowbit.plan import explain, plan
 from lowbit.recipe import Recipe, linears
 from lowbit.solve import Gptq, Nearest, Solution
-from lowbit.steps import BlockState, Incoherence, LinearFormat, Midpoint, Set, Shifts, Smooth, Solve
+from lowbit.steps import BlockState, Incoherence, LinearFormat, Midpoint, Set, Shifts, Smooth, Solve, precision
 from lowbit.steps.learn import Learn
 from lowbit.steps.state import stored_as_OI
 from lowbit.transforms import Permute, Rotate, Scale
 
-from helpers import VOCABULARY, assert_same, random_ids, tiny_llama
+from helpers import VOCABULARY, assert_same, random_ids, sqnr_db, tiny_llama
 
 SPEC = Spec(Int(8), PerGroup(32))
 
@@ -111,7 +111,8 @@ def wanted_of(full: dict[str, Tensor], block: nn.Module, name: str, path: str) -
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("ram_limit", [2**32, 0], ids=["memory", "files"])
-def test_streaming_equals_per_sample_autograd_on_the_whole_model(tmp_path, model, ram_limit):
+def test_streaming_equals_per_sample_autograd_on_the_whole_model(tmp_path, model, ram_limit, monkeypatch):
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: False)
     path, ids = MODELS[model](tmp_path / "model"), random_ids(3, 10)
     journal = Journal(tmp_path / "out", {})
     journal.open()
@@ -137,6 +138,25 @@ def test_streaming_equals_per_sample_autograd_on_the_whole_model(tmp_path, model
             torch.testing.assert_close(f_OI, wanted, rtol=1e-3, atol=1e-6 * float(wanted.max()))
             untouched += not f_OI.any()
     assert (untouched > 0) == (model == "mixtral"), "exactly the experts without tokens have none"
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])  # in a mixture a rounded router sends a token elsewhere
+def test_where_products_are_in_bfloat16_the_information_is_nearly_the_same_and_in_float32(tmp_path, model, monkeypatch):
+    path, ids = MODELS[model](tmp_path / "model"), random_ids(3, 10)
+    found = []
+    for fast in (False, True):
+        monkeypatch.setattr(precision, "has_bfloat16", lambda device, fast=fast: fast)
+        journal = Journal(tmp_path / f"out {fast}", {})
+        journal.open()
+        walk = Walk(open_model(path), recipe_of(), ids, journal)
+        walk._find_sensitivities(walk._start())
+        assert walk.fisher is not None
+        found.append([walk.fisher.load(i) for i in range(walk.total)])
+    for exact, rounded in zip(*found, strict=True):
+        for linear, f_OI in exact.items():
+            assert rounded[linear].dtype == torch.float32
+            assert not torch.equal(rounded[linear], f_OI), "nothing was rounded"
+            assert sqnr_db(f_OI, rounded[linear]) > 12, linear
 
 
 def test_the_square_of_a_sum_is_something_else(tmp_path):

@@ -22,12 +22,14 @@ from lowbit.numerics import (
     Percentile,
     PerChannel,
     PerGroup,
+    RangeSearch,
     RmsRange,
     Spec,
     TruncationSearch,
     quantize,
     to_binary_coded,
 )
+from lowbit.numerics.fit import _power
 from lowbit.numerics.kmeans import kmeans_rows
 
 
@@ -218,3 +220,25 @@ def test_one_sided_groups_do_not_collapse_under(fit, zero):
     grid = Int(4, zero=zero)
     lost, least = _loss(x, grid, fit(x, grid)), _loss(x, grid, MinMax()(x, grid))
     assert (lost <= 1.2 * least).all()
+
+
+@pytest.mark.parametrize(
+    "fit", [ClipSearch(10, 0.5), TruncationSearch(4), RangeSearch()], ids=lambda fit: type(fit).__name__
+)
+@pytest.mark.parametrize("grid", [Int(3), Int(3, symmetric=True)], ids=["zero point", "symmetric"])
+def test_a_search_by_runs_of_granules_finds_what_a_search_of_all_at_once_finds(fit, grid, monkeypatch):
+    x, w = _values(37, 48), _weights(_values(37, 48))
+    for weight in (None, w):
+        whole = fit(x, grid, weight)
+        monkeypatch.setattr("lowbit.numerics.fit._RUN", 5 * 48)
+        runs = fit(x, grid, weight)
+        monkeypatch.undo()
+        assert torch.equal(runs.scale, whole.scale) and runs.scale.shape == (37, 1)
+        assert (runs.zero is None) == (whole.zero is None) and (runs.zero is None or torch.equal(runs.zero, whole.zero))
+
+
+@pytest.mark.parametrize("norm", [1.0, 2.0, 2.4])
+def test_the_power_of_an_error_is_that_power_and_of_none_is_none(norm):
+    error = torch.tensor([0.0, -0.0, 1e-8, -0.3, 2.0, -50.0])
+    torch.testing.assert_close(_power(error.clone(), norm), error.abs().double().pow(norm).float(), rtol=1e-5, atol=0)
+    assert _power(torch.tensor([float("nan")]), norm).isnan().all()

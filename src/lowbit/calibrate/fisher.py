@@ -4,7 +4,8 @@ One pass forward keeps what every block reads, for all windows. The loss behind 
 then the blocks come once more, last first: each runs again window by window, its weights' gradients are squared and
 added, and the gradient of its input takes the place of that input, which nobody needs any more. So the pass holds, beside
 one block, its squares and the gradient of one weight, an array of activations for every block boundary (in files beyond
-the store's limit). The alternative, autograd over the whole model, holds the model twice.
+the store's limit). The alternative, autograd over the whole model, holds the model twice. Products are in bfloat16, as in
+SqueezeLLM's own gradients, where the processor has instructions for it; squares are summed in float32.
 
 F is of the original model and does not depend on what a recipe does; it is made before the first block is quantized,
 and kept in files beside the finished blocks, so that a run that is killed finds what it had. Law: the result equals
@@ -29,6 +30,7 @@ from lowbit.calibrate.journal import Journal
 from lowbit.calibrate.source import ModelSource
 from lowbit.calibrate.store import ActivationStore
 from lowbit.calibrate.stream import Call, Stream
+from lowbit.steps.precision import faster_products
 from lowbit.steps.state import stored_as_OI
 
 _BACKWARD = 3
@@ -86,7 +88,7 @@ class FisherPass:
         for i, call in enumerate(self.calls):
             block = self._loaded(i)
             boundary.append(self.store.allocate(_name(i + 1), first_NTd.shape, torch.float32))
-            with torch.no_grad():
+            with torch.no_grad(), faster_products(first_NTd.device):
                 for w in range(len(self.ids)):
                     boundary[i + 1][w] = call(block, boundary[i][w : w + 1])[0]
                     self._tick(1, f"forward, block {i + 1}")
@@ -99,7 +101,8 @@ class FisherPass:
         with self.stream.loaded_outside(self.source):
             for w, ids_T in enumerate(self.ids):
                 hidden = last_NTd[w : w + 1].clone().requires_grad_()
-                logits_TV = self.stream.logits(ids_T[None], hidden)
+                with faster_products(hidden.device):
+                    logits_TV = self.stream.logits(ids_T[None], hidden)
                 loss = cross_entropy(logits_TV[:-1].float(), ids_T[1:].to(logits_TV.device))
                 last_NTd[w] = torch.autograd.grad(loss, hidden)[0][0]
                 self._tick(1, "loss")
@@ -120,9 +123,10 @@ class FisherPass:
                 stack.callback(handle.remove)
             for w in range(len(x_NTd)):
                 x = x_NTd[w : w + 1].clone().requires_grad_(onward)
-                y = self.calls[i](block, x)
+                with faster_products(x.device):
+                    y = self.calls[i](block, x)
                 if y.requires_grad:  # not where the only linears of interest are experts that were not chosen
-                    y.backward(g_NTd[w : w + 1])
+                    y.backward(g_NTd[w : w + 1].to(y.dtype))
                 if onward:
                     assert x.grad is not None
                     x_NTd[w] = x.grad[0]

@@ -8,8 +8,10 @@ freely serve one kind of grid and say so (``why_not``).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from functools import wraps
+from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -83,6 +85,34 @@ class Percentile(_RangeFit):
         return grid.from_range(between(last - below, last - above), between(below, above))
 
 
+_RUN = 2**18
+"""Values that a search goes through at once on a processor: what it makes of them stays in the cache."""
+
+_Search = TypeVar("_Search", bound=Callable[..., Affine])
+
+
+def _in_runs(search: _Search) -> _Search:
+    """A search over granules, some of them at a time; none of them knows of another."""
+
+    @wraps(search)
+    def over_runs(self: Any, x_GK: Tensor, grid: Any, importance_GK: Tensor | None = None) -> Affine:
+        if x_GK.numel() <= _RUN or x_GK.device.type != "cpu":
+            return search(self, x_GK, grid, importance_GK)
+        runs = x_GK.split(max(1, _RUN // x_GK.shape[1]))
+        weights = [None] * len(runs) if importance_GK is None else importance_GK.split(len(runs[0]))
+        found = [search(self, x, grid, weight) for x, weight in zip(runs, weights, strict=True)]
+        zeros = [each.zero for each in found if each.zero is not None]
+        return Affine(torch.cat([each.scale for each in found]), torch.cat(zeros) if zeros else None)
+
+    return cast(_Search, over_runs)
+
+
+def _power(error: Tensor, norm: float) -> Tensor:
+    """``|error|**norm``, in place. Through logarithms, a third of the time of torch's power, which is exact to the last bit
+    where 3e-6 of the value will do."""
+    return error.square_() if norm == 2 else error.abs_().log2_().mul_(norm).exp2_()
+
+
 @tagged
 @dataclass(frozen=True)
 class ClipSearch(_RangeFit):
@@ -100,6 +130,7 @@ class ClipSearch(_RangeFit):
         if self.steps < 1 or not 0 < self.max_shrink <= 1 or self.norm <= 0:
             raise ValueError(f"clip search needs steps >= 1, 0 < max_shrink <= 1 and norm > 0, found {self}")
 
+    @_in_runs
     def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
         lo, hi = extremes(x_GK)
         best_shrink = torch.ones_like(lo)
@@ -107,7 +138,7 @@ class ClipSearch(_RangeFit):
         for i in range(max(1, int(self.max_shrink * self.steps))):
             shrink = 1 - i / self.steps
             params = grid.from_range(shrink * lo, shrink * hi)
-            loss = (grid.decode(grid.encode(x_GK, params), params) - x_GK).abs_().pow_(self.norm)
+            loss = _power(grid.decode(grid.encode(x_GK, params), params).sub_(x_GK), self.norm)
             loss = (loss if importance_GK is None else loss * importance_GK).sum(1, keepdim=True)
             better = loss < best
             best = torch.where(better, loss, best)
@@ -170,6 +201,7 @@ class TruncationSearch(_RangeFit):
         if self.steps < 1 or self.norm <= 0:
             raise ValueError(f"truncation search needs steps >= 1 and norm > 0, found {self}")
 
+    @_in_runs
     def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
         lo, hi = extremes(x_GK)
         real, movable = isinstance(grid, Int) and grid.real_zero, isinstance(grid, Int) and not grid.symmetric
@@ -185,7 +217,7 @@ class TruncationSearch(_RangeFit):
                 else:
                     low = lo + share * (hi - lo - width) if real else -share * width
                 params = grid.from_range(low, low + width)
-                loss = (grid.decode(grid.encode(x_GK, params), params) - x_GK).abs_().pow_(self.norm)
+                loss = _power(grid.decode(grid.encode(x_GK, params), params).sub_(x_GK), self.norm)
                 loss = (loss if importance_GK is None else loss * importance_GK).sum(1, keepdim=True)
                 better = loss < best
                 best = torch.where(better, loss, best)
@@ -216,6 +248,7 @@ class RangeSearch(_RangeFit):
         if not 0 < self.first < self.last or self.step <= 0:
             raise ValueError(f"a range search needs 0 < first < last and step > 0, found {self}")
 
+    @_in_runs
     def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
         unit = x_GK.abs().amax(1, keepdim=True) if self.unit == "absmax" else _three_sigma(x_GK, importance_GK)
         best, best_end = torch.full_like(unit, float("inf")), unit

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from lowbit.numerics import Statistic, tagged
 from lowbit.steps.objectives import BlockMSE, Objective
 from lowbit.steps.parametrizations import Maker, Parametrization, Weights, quantizes, rounded
+from lowbit.steps.precision import faster_products
 from lowbit.steps.simulate import fake_activation
 from lowbit.steps.state import BlockState
 
@@ -32,8 +33,8 @@ class Learn:
     Args:
         epochs: passes over the calibration windows.
         batch: windows that pass through the block at once, and with ``accumulate`` 1 a gradient step.
-        amp: run the block's products in bfloat16 (faster where the processor has instructions for it; quantization itself
-            stays in float32).
+        amp: run the block's products in bfloat16 where the processor has instructions for it, which is where it is faster;
+            quantization itself stays in float32.
         steps: gradient steps instead of ``epochs``, rounded up to whole passes.
         descent: ``"adamw"`` at constant rates, or ``"sign"``, steps along the gradient's sign at rates that fall linearly
             to zero (SignRound, arXiv:2309.05516).
@@ -160,7 +161,7 @@ class Learn:
         def run(values: Weights):
             return lambda *args, **kwargs: functional_call(state.block, values, args, kwargs)
 
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+        with faster_products(x.device, self.amp):
             output = state.io.call(run(weights), x)  # pyright: ignore[reportArgumentType]
         loss = self.objective(output, state.io.y[pick])
         if self.objective.augment:

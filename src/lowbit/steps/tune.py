@@ -24,6 +24,7 @@ from torch.func import functional_call
 from lowbit.layouts import pack_qtensor
 from lowbit.modules import QuantLinear, restore
 from lowbit.numerics import QTensor, tagged
+from lowbit.steps.precision import faster_products
 from lowbit.steps.simulate import fake_activation
 
 
@@ -52,7 +53,8 @@ class Tune:
 
     The loss is the KL divergence from the original's next-token distribution, averaged over tokens. Every number moves
     in units of its granule's largest magnitude, so one learning rate ``lr`` (relative; falls by a cosine to zero) serves
-    scales, tables and gains alike. ``batch``: windows a step. ``amp``: products in bfloat16.
+    scales, tables and gains alike. ``batch``: windows a step. ``amp``: products in bfloat16 where
+    the processor has instructions for it.
 
     Layers whose statistics are themselves quantized keep them: a step would be lost in their second rounding.
     """
@@ -108,7 +110,7 @@ class Tune:
     def _loss(self, state: ModelState, windows: list[int], gains: dict[str, _Relative]) -> Tensor:
         ids_BT = state.ids[windows]
         values = {name: gain.value() for name, gain in gains.items()}
-        with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=self.amp):
+        with faster_products(ids_BT.device, self.amp):
             output = functional_call(state.model, values, kwargs={"input_ids": ids_BT, "use_cache": False})
         loss = torch.zeros(())
         for i, logits_TV in zip(windows, output.logits, strict=True):
