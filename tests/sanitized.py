@@ -18,4 +18,15 @@ if __name__ == "__main__":
     from lowbit.kernels import native
 
     assert native._cpu is module, "the installed kernels were imported instead of the sanitized ones"
-    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/laws/test_native.py", "tests/laws/test_decoding.py"]))
+    sys.exit(
+        pytest.main(
+            [
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "tests/laws/test_native.py",
+                "tests/laws/test_side.py",
+                "tests/laws/test_decoding.py",
+            ]
+        )
+    )

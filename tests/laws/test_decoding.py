@@ -38,6 +38,7 @@ from lowbit.numerics import (
     Float,
     Int,
     KeptColumns,
+    LowRank,
     Lut,
     MinMax,
     PerChannel,
@@ -45,6 +46,7 @@ from lowbit.numerics import (
     PerTensor,
     PerToken,
     QTensor,
+    Sparse,
     Spec,
     fit_params,
     quantize,
@@ -467,11 +469,26 @@ def test_what_stands_beside_a_layer_keeps_its_model_from_steps():
     q, width = layer.qtensor(), layer.in_features
     for options, why in (
         ({"pre": (Scale(torch.full((width,), 2.0)),)}, "transforms"),
-        ({"side": (KeptColumns(torch.tensor([1]), torch.ones(112, 1)),)}, "side terms"),
+        ({"side": (LowRank.of(torch.ones(2, width), torch.ones(112, 2)),)}, "LowRank"),
     ):
         model.model.layers[0].mlp.up_proj = QuantLinear.from_qtensor(q, **options)
         prepare(model)
         assert why in decoding.explain(model)
+
+
+def test_kept_columns_and_sparse_weights_run_in_a_step(steps):
+    model = packed()
+    generator = torch.Generator().manual_seed(2)
+    for block in model.model.layers:
+        for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"):
+            layer = block.get_submodule(name)
+            w = torch.randn(layer.shape, generator=generator)
+            some = Sparse.of(w, torch.rand(layer.shape, generator=generator) < 0.05)
+            side = (some, KeptColumns.of(w[:, [3, 9]], torch.tensor([3, 9])))
+            block.set_submodule(name, QuantLinear.from_qtensor(layer.qtensor(), side=side))
+    prepare(model)
+    theirs, ours = both_ways(model)
+    assert steps() == len(TOKENS) and sqnr_db(theirs, ours) > 90
 
 
 def test_every_table_has_a_step_or_a_reason():

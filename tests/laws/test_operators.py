@@ -25,6 +25,7 @@ RECIPES = {
     "outlier channels": ("llm-int8", {"threshold": 2.0}),
     "rotated": ("quip", {"bits": 4}),
     "outliers kept": ("spqr", {"bits": 3, "group_size": 16}),
+    "columns kept": ("owq", {"bits": 3, "target_bits": 4.0}),
 }
 
 

@@ -243,11 +243,9 @@ def _linear(watch: _Watch, layer: nn.Module, role: str) -> Linear:
     watch.see(layer._buffers, "tiles")
     if ready is None or tiles is None:
         raise _NotDescribed(f"{role} is not packed for the compiled kernels")
-    if ready.side:
-        raise _NotDescribed(f"{role} has side terms, which run in torch")
     if any(ready.transforms.values()):
         raise _NotDescribed(f"{role} has transforms of its own, which run in torch")
-    linear = Linear(product=ready.product, tiles=tiles, bias=bias)
+    linear = Linear(product=ready.product, tiles=tiles, side=ready.side, bias=bias)
     if reason := why_not(linear):
         raise _NotDescribed(f"{role}: {reason}")
     return linear

@@ -4,7 +4,12 @@ from lowbit.kernels import int8_torch as _int8_torch  # noqa: F401  (registers i
 from lowbit.kernels import triton as _triton  # noqa: F401  (registers itself)
 
 # isort: split
-from lowbit.kernels import native, product, step  # the latter registers itself, after what it is to be asked before
+from lowbit.kernels import (
+    native,
+    product,
+    side,
+    step,
+)  # the latter registers itself, after what it is to be asked before
 from lowbit.kernels.activation import (
     fake_quantize_activation,
     outlier_channels,
@@ -47,6 +52,7 @@ __all__ = [
     "reference",
     "register",
     "run",
+    "side",
     "step",
     "with_side",
     "without_outliers",

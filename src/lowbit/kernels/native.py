@@ -249,6 +249,29 @@ def linear(
     return y_TO
 
 
+def add_rows(isa: str, x_TI: Tensor, y_TO: Tensor, rows: tuple[int, int, int, int, int]) -> None:
+    """Adds to ``y`` what rows of few weights make of ``x``, both contiguous and each float32, bfloat16 or float16."""
+    assert _cpu is not None
+    _cpu.side(
+        isa, *rows, y_TO.shape[1], x_TI.data_ptr(), DTYPES[x_TI.dtype], len(x_TI), x_TI.shape[1], y_TO.data_ptr(),
+        DTYPES[y_TO.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def row_arguments(
+    value: Tensor, column: Tensor | None = None, start: Tensor | None = None
+) -> tuple[int, int, int, int, int]:
+    """Rows of few weights as the compiled code takes them, addresses of tensors that have to outlive their use.
+
+    Args:
+        value: float16; ``[n]`` of compressed rows, which begin at ``start`` int32 ``[O + 1]``, or ``[O, k]``.
+        column: int16 or int32, of each of the n values, or of the k in every row; None: all columns.
+    """
+    assert value.is_contiguous()
+    width = 0 if start is not None else value.shape[1]
+    return _address(start), _address(column), 0 if column is None else column.element_size(), value.data_ptr(), width
+
+
 def input_mode(tabled: bool, rounded: bool) -> int:
     """How the compiled code takes an input: as it is where the weight is looked up, in 8 bits where it is ``rounded``, or
     in fixed point."""

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.kernels import native
+from lowbit.kernels import native, side
 from lowbit.kernels.activation import dynamic_params, fake_quantize_activation, without_outliers
 from lowbit.kernels.native import BINARY, CODEBOOK, TABLE, UNIFORM
-from lowbit.kernels.ops import Kernel, PackedLinear, add_side, reference, register
+from lowbit.kernels.ops import Kernel, PackedLinear, reference, register
 from lowbit.numerics import Affine, Int, PerTensor, PerToken, Spec
 
 _PANEL_BYTES = 1 << 20  # of decoded weight: half of a usual second-level cache
@@ -245,7 +245,7 @@ def run(isa: str, x: Tensor, layer: PackedLinear) -> Tensor:
     if layer.act is not None and torch.is_grad_enabled() and x.requires_grad:
         return reference(x, layer)
     assert layer.tiles is not None
-    return add_side(product_of(layer)(x, layer.tiles, isa), x, layer)
+    return side.add(product_of(layer)(x, layer.tiles, isa), x, layer.side, isa)
 
 
 for _isa in reversed(native.instruction_sets()):

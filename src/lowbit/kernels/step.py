@@ -18,17 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.kernels import native
+from lowbit.kernels import native, side
 from lowbit.kernels.native import CODEBOOK, DTYPES, TABLE
 from lowbit.kernels.product import Product
+from lowbit.numerics import KeptColumns, SideTerm, Sparse
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear of the model: ``product`` and its ``tiles``, or a dense ``weight`` ``[O, I]``; and a ``bias`` ``[O]``."""
+    """A linear of the model: ``product`` and its ``tiles`` and ``side`` terms, or a dense ``weight`` ``[O, I]``; and a ``bias``
+    ``[O]``."""
 
     product: Product | None = None
     tiles: Tensor | None = None
+    side: tuple[SideTerm, ...] = ()
     weight: Tensor | None = None
     bias: Tensor | None = None
 
@@ -75,6 +78,9 @@ def why_not(linear: Linear) -> str | None:
         return "its input is quantized to what no integer product takes"
     if product.threshold:
         return "channels of its input that reach a threshold are multiplied apart"
+    for term in linear.side:
+        if reason := side.why_not(term):
+            return reason
     return None
 
 
@@ -154,6 +160,10 @@ class ModelStep:
         self._kept.append(params)
         mode = native.input_mode(p.kind in (TABLE, CODEBOOK), bool(p.bits))
         addresses = [0 if t is None else t.data_ptr() for t in (p.table, *params)]
-        return self._step.packed(
+        matrix = self._step.packed(
             tiles.data_ptr(), tiles.numel(), addresses[0], mode, p.bits, p.symmetric, *addresses[1:], *bias
         )
+        for term in linear.side:
+            assert isinstance(term, Sparse | KeptColumns)
+            self._step.beside(matrix, *side.row_arguments(term))
+        return matrix

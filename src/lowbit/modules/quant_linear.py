@@ -212,10 +212,7 @@ class QuantLinear(nn.Module):
         if ready is None or not compiled or (self.act is not None and torch.is_grad_enabled() and x.requires_grad):
             return kernels.run(x, self.packed())
         assert self.tiles is not None
-        y = ready.product(x, self.tiles, forced or "")
-        for term in ready.side:
-            y = y + term.apply(x, self.shape[0])
-        return y
+        return kernels.side.add(ready.product(x, self.tiles, forced or ""), x, ready.side, forced or "")
 
     def packed(self) -> PackedLinear:
         """This layer as kernels see it."""

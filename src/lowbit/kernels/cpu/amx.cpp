@@ -437,8 +437,8 @@ static void multiply(const Job& job, int64_t first, int64_t last) {
 namespace lowbit {
 const Kernels* amx_kernels() {
   static const Kernels* lanes = avx512_kernels();
-  static const Kernels kernels{"amx",       amx::prepare, amx::multiply, lanes->decode,    lanes->read,
-                               lanes->step, amx::takes,   lanes,         amx::input_bytes};
+  static const Kernels kernels{"amx", amx::prepare, amx::multiply, lanes->decode, lanes->read,       lanes->side,
+                               lanes->side_input, lanes->step, amx::takes, lanes, amx::input_bytes};
   return &kernels;
 }
 }  // namespace lowbit

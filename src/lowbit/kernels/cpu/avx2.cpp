@@ -9,6 +9,7 @@ namespace {
 
 #include "avx2.inl"
 #include "kernel.inl"
+#include "side.inl"
 #include "step.inl"
 
 }  // namespace
@@ -16,7 +17,8 @@ namespace {
 
 namespace lowbit {
 const Kernels* avx2_kernels() {
-  static const Kernels kernels{"avx2", avx2::prepare, avx2::multiply, avx2::decode, avx2::read, &avx2::step_kernels};
+  static const Kernels kernels{"avx2", avx2::prepare, avx2::multiply, avx2::decode, avx2::read,
+                               avx2::side, avx2::side_input, &avx2::step_kernels};
   return &kernels;
 }
 }  // namespace lowbit

@@ -9,6 +9,7 @@ namespace {
 
 #include "avx512.inl"
 #include "kernel.inl"
+#include "side.inl"
 #include "step.inl"
 
 }  // namespace
@@ -16,7 +17,8 @@ namespace {
 
 namespace lowbit {
 const Kernels* avx512_kernels() {
-  static const Kernels kernels{"avx512", avx512::prepare, avx512::multiply, avx512::decode, avx512::read, &avx512::step_kernels};
+  static const Kernels kernels{"avx512", avx512::prepare, avx512::multiply, avx512::decode, avx512::read,
+                               avx512::side, avx512::side_input, &avx512::step_kernels};
   return &kernels;
 }
 }  // namespace lowbit

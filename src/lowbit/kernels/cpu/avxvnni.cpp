@@ -10,6 +10,7 @@ namespace {
 
 #include "avx2.inl"
 #include "kernel.inl"
+#include "side.inl"
 #include "step.inl"
 
 }  // namespace
@@ -17,7 +18,8 @@ namespace {
 
 namespace lowbit {
 const Kernels* avxvnni_kernels() {
-  static const Kernels kernels{"avxvnni", avxvnni::prepare, avxvnni::multiply, avxvnni::decode, avxvnni::read, &avxvnni::step_kernels};
+  static const Kernels kernels{"avxvnni", avxvnni::prepare, avxvnni::multiply, avxvnni::decode, avxvnni::read,
+                               avxvnni::side, avxvnni::side_input, &avxvnni::step_kernels};
   return &kernels;
 }
 }  // namespace lowbit

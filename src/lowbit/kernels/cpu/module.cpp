@@ -292,6 +292,34 @@ void decode(const std::string& isa, uintptr_t tiles, int64_t bytes, uintptr_t ta
   });
 }
 
+// y [m, rows] += x [m, cols] W^T, W of few values: compressed rows (`start`), or `width` values a row at the same columns.
+void side(const std::string& isa, uintptr_t start, uintptr_t column, int column_bytes, uintptr_t value, int64_t width,
+          int64_t rows, uintptr_t x, int x_type, int64_t m, int64_t cols, uintptr_t y, int y_type, int threads) {
+  const Kernels* k = kernels_called(isa);
+  Side s{at<int32_t>(start), at<void>(column), column_bytes, at<uint16_t>(value), width, rows, 1, nullptr, nullptr, y_type};
+  nb::gil_scoped_release release;
+  const int64_t values = start ? s.start[rows] : rows * width, blocks = (rows + LANES - 1) / LANES;
+  const int64_t together = m <= 4 ? 1 : LANES;  // filling lanes pays from here on
+  static thread_local std::vector<float> numbers;
+  float* input = workspace(numbers, cols * together);
+  for (int64_t t = 0; t < m; t += together) {
+    s.tokens = std::min(together, m - t);
+    const char* from = at<char>(x) + t * cols * number_bytes(x_type);
+    s.y = at<char>(y) + t * rows * number_bytes(y_type);
+    if (s.tokens == 1 && x_type == F32) {
+      s.x = reinterpret_cast<const float*>(from);
+    } else {
+      s.x = input;
+      run_blocks(cols, threads, s.tokens == 1 ? 0 : cols * s.tokens * 4, [&](int64_t first, int64_t last) {
+        k->side_input(s, from, x_type, cols, input, first, last);
+      });
+    }
+    run_blocks(blocks, threads, values * 4 * s.tokens, [&](int64_t first, int64_t last) {
+      k->side(s, first * LANES, std::min(rows, last * LANES));
+    });
+  }
+}
+
 double read_memory(const std::string& isa, uintptr_t data, int64_t bytes, int threads) {
   const Kernels* k = kernels_called(isa);
   const int64_t pieces = 8 * threads, each = bytes / pieces / 256 * 256;
@@ -321,6 +349,7 @@ NB_MODULE(_cpu, m) {
   m.def("unpack", &unpack_into);
   m.def("linear", &linear);
   m.def("decode", &decode);
+  m.def("side", &side);
   m.def("read", &read_memory);
   bind_step(m, &kernels_called);
 }

@@ -140,6 +140,7 @@ struct V {
 };
 
 #include "kernel.inl"
+#include "side.inl"
 #include "step.inl"
 
 }  // namespace
@@ -147,7 +148,8 @@ struct V {
 
 namespace lowbit {
 const Kernels* neon_kernels() {
-  static const Kernels kernels{"neon", neon::prepare, neon::multiply, neon::decode, neon::read, &neon::step_kernels};
+  static const Kernels kernels{"neon", neon::prepare, neon::multiply, neon::decode, neon::read,
+                               neon::side, neon::side_input, &neon::step_kernels};
   return &kernels;
 }
 }  // namespace lowbit

@@ -111,6 +111,7 @@ struct V {
 };
 
 #include "kernel.inl"
+#include "side.inl"
 #include "step.inl"
 
 }  // namespace
@@ -118,7 +119,8 @@ struct V {
 
 namespace lowbit {
 const Kernels* portable_kernels() {
-  static const Kernels kernels{"portable", portable::prepare, portable::multiply, portable::decode, portable::read, &portable::step_kernels};
+  static const Kernels kernels{"portable", portable::prepare, portable::multiply, portable::decode, portable::read,
+                               portable::side, portable::side_input, &portable::step_kernels};
   return &kernels;
 }
 }  // namespace lowbit

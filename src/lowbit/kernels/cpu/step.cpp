@@ -104,6 +104,7 @@ struct Matrix {
   int32_t dense_type = NONE;
   const void* bias = nullptr;
   int32_t bias_type = NONE;
+  std::vector<Side> sides;         // added to the product
 
   int64_t plane() const { return tiles.padded_cols() * (tiles.kind == CODEBOOK ? LANES : 1); }
   int64_t planes() const { return job.input == FLOATS ? 0 : job.input; }
@@ -191,6 +192,13 @@ class Step {
     m.dense = at<void>(weight);
     m.dense_type = type;
     return keep(m, bias, bias_type);
+  }
+
+  // A side term of a matrix.
+  void beside(int matrix, uintptr_t start, uintptr_t column, int column_bytes, uintptr_t value, int64_t width) {
+    Matrix& m = matrices_.at(matrix);
+    m.sides.push_back({at<int32_t>(start), at<void>(column), column_bytes, at<uint16_t>(value), width, m.rows, 1, nullptr, nullptr,
+                       F32});
   }
 
   int norm(uintptr_t gain, int type, int64_t size, float offset, float eps) {
@@ -315,6 +323,11 @@ class Step {
       k_.multiply(there, first / height, (last + height - 1) / height);
     } else {
       s_.dense(m.dense, m.dense_type, m.cols, x, first, last, y);
+    }
+    for (Side side : m.sides) {
+      side.x = x;
+      side.y = y;
+      k_.side(side, first, last);
     }
     if (m.bias != nullptr) s_.add_typed(y + first, m.bias, m.bias_type, first, last - first);
   }
@@ -507,6 +520,7 @@ void bind_step(nb::module_& m, const Kernels* (*kernels_called)(const std::strin
       })
       .def("packed", &Step::packed)
       .def("dense", &Step::dense)
+      .def("beside", &Step::beside)
       .def("norm", &Step::norm)
       .def("block", &Step::block)
       .def("finish", &Step::finish)

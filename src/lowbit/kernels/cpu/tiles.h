@@ -84,15 +84,30 @@ struct Job {
   float* xzero;
 };
 
+// Few weights in float16 beside the codes: compressed rows, or rows of `width` values each at the same columns.
+struct Side {
+  const int32_t* start;         // [rows + 1], or null
+  const void* column;           // of each value, or of each place in a row; null: all columns
+  int32_t column_bytes;         // 2, 4 or 0
+  const uint16_t* value;
+  int64_t width, rows;
+  int64_t tokens;               // 1 to LANES
+  const float* x;               // [columns] of one token, [columns, LANES] of more, those that are missing zero
+  void* y;                      // [tokens, rows], added to
+  int32_t y_type;
+};
+
 struct StepKernels;
 
-// What an instruction set provides. Ranges are of tokens, of blocks and of rows.
+// What an instruction set provides. Ranges are of tokens, of blocks, of rows and of columns.
 struct Kernels {
   const char* name;
   void (*prepare)(const Job&, int64_t first, int64_t last);
   void (*multiply)(const Job&, int64_t first, int64_t last);
   void (*decode)(const Tiles&, const uint8_t* data, const float* table, int64_t first, int64_t last, void* out, int32_t type);
   double (*read)(const uint8_t* data, int64_t bytes);  // a pass over memory at this instruction set's widest load
+  void (*side)(const Side&, int64_t first, int64_t last);
+  void (*side_input)(const Side&, const void* x, int32_t type, int64_t cols, float* out, int64_t first, int64_t last);
   const StepKernels* step = nullptr;
   // Kernels of matrix tiles only: what they take, who runs all else, and the bytes of a job's xq. They use no xf.
   bool (*takes)(const Tiles&, int32_t input, int64_t m) = nullptr;
