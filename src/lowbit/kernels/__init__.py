@@ -4,12 +4,8 @@ from lowbit.kernels import int8_torch as _int8_torch  # noqa: F401  (registers i
 from lowbit.kernels import triton as _triton  # noqa: F401  (registers itself)
 
 # isort: split
-from lowbit.kernels import (
-    native,
-    product,
-    side,
-    step,
-)  # the latter registers itself, after what it is to be asked before
+# product registers itself, after what it is to be asked before
+from lowbit.kernels import native, product, side, step
 from lowbit.kernels.activation import (
     fake_quantize_activation,
     outlier_channels,

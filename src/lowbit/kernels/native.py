@@ -258,18 +258,16 @@ def add_rows(isa: str, x_TI: Tensor, y_TO: Tensor, rows: tuple[int, int, int, in
     )  # fmt: skip
 
 
-def row_arguments(
-    value: Tensor, column: Tensor | None = None, start: Tensor | None = None
-) -> tuple[int, int, int, int, int]:
+def row_arguments(value: Tensor, column: Tensor, start: Tensor | None = None) -> tuple[int, int, int, int, int]:
     """Rows of few weights as the compiled code takes them, addresses of tensors that have to outlive their use.
 
     Args:
         value: float16; ``[n]`` of compressed rows, which begin at ``start`` int32 ``[O + 1]``, or ``[O, k]``.
-        column: int16 or int32, of each of the n values, or of the k in every row; None: all columns.
+        column: int16 or int32, of each of the n values, or of the k in every row.
     """
     assert value.is_contiguous()
     width = 0 if start is not None else value.shape[1]
-    return _address(start), _address(column), 0 if column is None else column.element_size(), value.data_ptr(), width
+    return _address(start), column.data_ptr(), column.element_size(), value.data_ptr(), width
 
 
 def input_mode(tabled: bool, rounded: bool) -> int:

@@ -224,12 +224,18 @@ class QuantLinear(nn.Module):
 
     def prepare(self) -> str | None:
         """Repacks the codes for the compiled kernels of this machine, in place of the canonical ones; these are made again
-        where something asks for them (saving, decoding). Returns why not, or None where it is done (or was before)."""
+        where something asks for them (saving, decoding). Returns why not, or None where it is done (or was before).
+
+        Raises:
+            ValueError: a side term that points outside of the layer.
+        """
         if self.tiles is not None:
             return None
         packed = self.packed()
         reason = kernels.native.why_unpackable(packed)
         if reason is None:
+            for term in packed.side:
+                kernels.side.check(term, self.shape)
             self.tiles = kernels.native.pack(packed)
             del self._buffers["codes"]
             made = {
