@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowbit import kernels
-from lowbit.kernels import Kernel, PackedLinear, decode_packed
+from lowbit.kernels import Kernel, PackedLinear, decode_packed, int8_torch
 from lowbit.layouts import pack_qtensor
 from lowbit.numerics import (
     NF4,
@@ -59,6 +59,17 @@ def check_kernel(name: str, layer: PackedLinear, x: torch.Tensor, floor_db: floa
 
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
 @pytest.mark.parametrize("act", INPUTS, ids=str)
+@pytest.mark.parametrize("channels", [1, 50, 1024, 2500])
+def test_an_integer_product_is_the_same_whole_numbers_with_and_without_instructions_for_it(channels, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-128, 128, (n, channels), dtype=torch.int8, generator=generator) for n in (20, 7))
+    a[0], b[0] = -128, -128  # the largest sum there is
+    wanted = (a.long() @ b.long().T).to(torch.int32)
+    for has in (True, False):
+        monkeypatch.setattr(int8_torch, "_multiplies_bytes", lambda has=has: has)
+        assert torch.equal(int8_torch._product(a, b), wanted)
+
+
 def test_the_integer_product_agrees_with_the_reference(weight, act):
     for shape in SHAPES:
         packed = layer(weight, shape, act)
