@@ -126,7 +126,7 @@ def write(lines: list[dict], full: float) -> None:
     for x in sorted(lines, key=lambda x: (x["label"].split(",")[0], -x["perplexity"])):
         rows.append(
             f"| {x['label']}{', tuned' if x['tuned'] else ''} | {x['bits']:.3f} | {x['perplexity']:.3f} | "
-            f"{math.log(x['perplexity'] / full):.4f} | {x['seconds']:.0f} |"
+            f"{math.log(x['perplexity'] / full):.4f} | {'' if x['seconds'] is None else round(x['seconds'])} |"
         )
     (RESULTS / "ablation.md").write_text("\n".join([*rows, ""]))
 
