@@ -64,7 +64,10 @@ def of_activations(bits: int) -> dict[str, Any]:
 
 
 def of_qllm(bits: int) -> dict[str, Any]:
-    """The table of QLLM's paper. Without the adaptive search an input takes one threshold, or none where that loses more."""
+    """The table of QLLM's paper. Without the adaptive search an input takes one threshold, or none where that loses more.
+
+    The correction is learned in fewer and larger steps than the method takes by itself: the budget of two processor cores.
+    """
     base = {"bits": bits, "activation_bits": bits, "rank": 0, "threshold_steps": 1}
     adaptive = base | {"threshold_steps": 20}
     learned = adaptive | {"rank": 4, "epochs": 2, "batch": 4, "lr": 2e-3}

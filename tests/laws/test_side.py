@@ -134,7 +134,13 @@ def test_what_is_not_as_it_is_stored_is_not_read():
     term = term_of("sparse", (40, 129))
     assert isinstance(term, Sparse) and side.why_not(term) is None
     wide = Sparse(term.row_start, term.column, term.value.float())
-    assert "not as it is stored" in (side.why_not(wide) or "")
+    for other in (
+        wide,
+        Sparse(term.row_start.long(), term.column, term.value),
+        Sparse(term.row_start, term.column.long(), term.value),
+        KeptColumns(torch.tensor([3]), torch.ones(40, 1, dtype=torch.float16)),
+    ):
+        assert "not as it is stored" in (side.why_not(other) or "")
     x, y = torch.randn(3, 129), torch.randn(3, 40)
     torch.testing.assert_close(side.add(y.clone(), x, (wide,)).double(), exact(y, x, term), rtol=1e-5, atol=1e-4)
     assert "LowRank" in (side.why_not(term_of("low rank", (40, 129))) or "")

@@ -5,9 +5,8 @@ With weight levels ``b = code - 128`` and input levels ``a = code - 128``, both 
     sum_I (a - za)(b - zb) = a @ b.T - za * sum_I b - zb * sum_I a + I * za * zb
 
 so one integer product serves symmetric and asymmetric grids of up to 8 bits; the sums vanish where zero is the middle.
-Everything before the final scales is exact; it agrees with the reference within float rounding. A processor that has no
-instructions for such products takes some thirty times as long for them as for those of float32 (measured with AVX2 alone);
-there they are taken in float32, of so few channels at a time that every sum is a whole number still. Channels that a threshold
+Everything before the final scales is exact; it agrees with the reference within float rounding. Where the
+processor has no instructions for such products they are taken in float32, of so few channels at a time that every sum is a whole number still. Channels that a threshold
 takes out have the code of zero there, and their decoded columns are multiplied in float32 beside it.
 
 Shapes: T token, O output channel, I input channel.
@@ -15,12 +14,11 @@ Shapes: T token, O output channel, I input channel.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from lowbit.kernels.activation import outlier_channels, quantize_activation
+from lowbit.kernels.instructions import multiplies
 from lowbit.kernels.ops import Kernel, PackedLinear, add_side, register
 from lowbit.layouts import unpack, unpack_params
 from lowbit.numerics import Affine, Int, PerChannel, PerTensor, PerToken, Spec
@@ -92,20 +90,12 @@ def integer_product(codes_TI: Tensor, a_spec: Spec, a: Affine, codes_OI: Tensor,
 
 def _product(a_TI: Tensor, b_OI: Tensor) -> Tensor:
     """``a @ b.T`` of int8, int32 ``[T, O]``."""
-    if _multiplies_bytes() or a_TI.device.type != "cpu":
+    if multiplies(torch.int8) or a_TI.device.type != "cpu":
         return torch._int_mm(a_TI, b_OI.T)
     y_TO = torch.zeros(len(a_TI), len(b_OI), dtype=torch.int32)
     for a, b in zip(a_TI.split(_EXACT_CHANNELS, 1), b_OI.split(_EXACT_CHANNELS, 1), strict=True):
         y_TO += (a.float() @ b.float().T).to(torch.int32)
     return y_TO
-
-
-@functools.cache
-def _multiplies_bytes() -> bool:
-    """Whether the processor has dot products of bytes; of others than x86 it is taken for granted."""
-    has = torch.cpu.get_capabilities()
-    names = ("avx512_vnni", "avx_vnni", "amx_int8")
-    return has.get("architecture") != "x86_64" or any(has.get(name) for name in names)
 
 
 def _centred(codes: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lowbit.kernels import native, side
 from lowbit.kernels.activation import dynamic_params, fake_quantize_activation, without_outliers
+from lowbit.kernels.instructions import multiplies
 from lowbit.kernels.native import BINARY, CODEBOOK, TABLE, UNIFORM
 from lowbit.kernels.ops import Kernel, PackedLinear, reference, register
 from lowbit.numerics import Affine, Int, PerTensor, PerToken, Spec
@@ -115,7 +116,7 @@ def multiply(
     elif tiled and len(x_TI) > _FEW_TILED[kind]:
         y_TO = native.linear(isa, x_TI, tiles, rows, table, halves=True)
     elif len(x_TI) > _few(isa, kind, x_TI.dtype):
-        wide = x_TI if _multiplies(x_TI.dtype) else x_TI.float()
+        wide = x_TI if multiplies(x_TI.dtype) else x_TI.float()
         y_TO = _by_panels(isa, wide, tiles, rows, table)
     else:
         y_TO = native.linear(isa, x_TI, tiles, rows, table, tabled=kind in (TABLE, CODEBOOK))
@@ -206,17 +207,9 @@ torch.library.register_autograd("lowbit::packed_linear", _backward, setup_contex
 
 def _few(isa: str, kind: int, dtype: torch.dtype) -> float:
     """Tokens up to which the packed product is the faster one."""
-    if not _multiplies(dtype) or dtype == torch.float32:
+    if not multiplies(dtype) or dtype == torch.float32:
         return math.inf if kind == UNIFORM and isa in _DOTS else _FEW_SLOW
     return _FEW[kind]
-
-
-@functools.cache
-def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of ``dtype`` faster than it does float32, or they are float32."""
-    has = torch.cpu.get_capabilities()
-    names = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fp16")}
-    return dtype == torch.float32 or any(has.get(name, False) for name in names[dtype])
 
 
 def _by_panels(isa: str, x_TI: Tensor, tiles: Tensor, rows: int, table: Tensor | None) -> Tensor:

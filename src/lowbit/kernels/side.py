@@ -21,6 +21,10 @@ def why_not(term: SideTerm) -> str | None:
     if not isinstance(term, Sparse | KeptColumns):
         return f"a side term of type {type(term).__name__}, which takes products of its own"
     stored = term.value.dtype == torch.float16 and term.value.device.type == "cpu"
+    if isinstance(term, Sparse):
+        stored = stored and term.row_start.dtype == torch.int32 and term.column.dtype in (torch.int16, torch.int32)
+    else:
+        stored = stored and term.index.dtype == torch.int32
     if not stored or not all(part.is_contiguous() for part in vars(term).values()):
         return "a side term that is not as it is stored"
     return None

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import torch
 
-_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # of x86 and Arm, as torch names them
+from lowbit.kernels.instructions import multiplies
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether ``device`` multiplies bfloat16 by instructions of its own. A processor without them takes several times as long
-    as in float32 (7.5 times measured with AVX2 alone)."""
+    """Whether ``device`` multiplies bfloat16 by instructions of its own."""
     if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name) for name in _INSTRUCTIONS)
+        return multiplies(torch.bfloat16)
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
