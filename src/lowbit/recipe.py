@@ -32,8 +32,8 @@ from lowbit.numerics import (
     nearest,
     to_dict,
 )
-from lowbit.steps import Learn, LinearFormat, ModelStep, Solve, Step
-from lowbit.steps.combination import check_combination, in_order
+from lowbit.steps import Learn, LinearFormat, ModelStep, SetAttentionRange, Solve, Step
+from lowbit.steps.combination import check_attention_ranges, check_combination, in_order
 
 
 class _Frozen(BaseModel):
@@ -164,12 +164,13 @@ class Recipe(_Frozen):
         activations = [rule.activation for rule in self.scheme.rules if rule.activation is not None]
         try:
             check_combination(weights, activations, self.steps)
+            check_attention_ranges(self.scheme.attention, self.steps)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
     @property
     def needs_calibration(self) -> bool:
-        learns = any(isinstance(step, Learn) for step in self.steps) or bool(self.model_steps)
+        learns = any(isinstance(step, Learn | SetAttentionRange) for step in self.steps) or bool(self.model_steps)
         return learns or any(step.needs for step in self.steps)
 
     @property
@@ -285,11 +286,14 @@ def activation(
     return ActSpec(Spec(Int(bits, symmetric=symmetric), grain, scale_dtype="float32"), static, threshold)
 
 
-def attention(bits: int | None, *, symmetric: bool = True, probabilities: bool = True) -> AttentionSpec | None:
-    """Integers of ``bits`` for queries, keys and values, and for ``probabilities``; None where ``bits`` is None or 16 and over."""
+def attention(
+    bits: int | None, *, symmetric: bool = True, probabilities: int | None = 2, **more: Any
+) -> AttentionSpec | None:
+    """Operands of attention of ``bits``, and as many for probabilities but at least ``probabilities`` (None: floating); ``more``
+    goes to :class:`~lowbit.modules.AttentionSpec`. None where ``bits`` is None or 16 and over."""
     if bits is None or bits >= 16:
         return None
-    return AttentionSpec(bits, symmetric, bits if probabilities else None)
+    return AttentionSpec(bits, symmetric, None if probabilities is None else max(bits, probabilities), **more)
 
 
 def linears(weight: Spec, activation: ActSpec | None = None, attention: AttentionSpec | None = None) -> Scheme:

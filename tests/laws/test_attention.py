@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit.modules import AttentionSpec, attend, fake_quantize_activation
+from lowbit.modules import AttentionSpec, OperandRanges, attend, fake_quantize_activation
 from lowbit.modules.activation import ActSpec
-from lowbit.numerics import from_dict, to_dict
+from lowbit.numerics import Affine, from_dict, to_dict
+from lowbit.steps.attention import operand_buffers
 
 from helpers import sqnr_db
 
@@ -20,6 +21,15 @@ SPECS = [
     AttentionSpec(8, probability_bits=8),
     AttentionSpec(4, probability_bits=8),
     AttentionSpec(6, symmetric=False),
+    AttentionSpec(6, format="E3M2"),
+]
+HEADS = (6, 2, 8, 8)
+STATIC = [
+    AttentionSpec(8, static=True, heads=HEADS),
+    AttentionSpec(8, probability_bits=8, static=True, heads=HEADS),
+    AttentionSpec(6, symmetric=False, probability_bits=8, static=True, clusters=1, heads=HEADS),
+    AttentionSpec(6, symmetric=False, probability_bits=8, static=True, clusters=3, heads=HEADS),
+    AttentionSpec(6, static=True, clusters=20, heads=HEADS),
 ]
 
 
@@ -28,6 +38,31 @@ def operands(batch=2, heads=6, groups=2, queries=5, keys=9, size=8, seed=0) -> t
     shapes = (batch, heads, queries, size), (batch, groups, keys, size), (batch, groups, keys, size)
     q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
     return q, k, v * torch.linspace(0.1, 3, keys)[:, None]
+
+
+def ranges_of(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> OperandRanges:
+    """Static ranges that reach the extremes of these operands."""
+    flat = {
+        name: x.detach().transpose(1, 2).flatten(2).flatten(0, 1)
+        for name, x in (("query", q), ("key", k), ("value", v))
+    }
+    ranges = OperandRanges(spec)
+    ranges.fill(dict(operand_buffers(spec, {n: torch.stack([x.amin(0), x.amax(0)]) for n, x in flat.items()}, 0)))
+    return ranges
+
+
+def restored(x_BHTD: Tensor, spec: AttentionSpec, ranges: OperandRanges, name: str) -> Tensor:
+    """Operands after rounding, an element at a time from the buffers."""
+    scale, zero = ranges.get_buffer(f"{name}_scale"), ranges._buffers.get(f"{name}_zero")
+    labels = ranges._buffers.get("value_labels" if name == "value" else "labels")
+    out = torch.empty_like(x_BHTD)
+    for h, d in itertools.product(range(x_BHTD.shape[1]), range(x_BHTD.shape[3])):
+        shared = x_BHTD.shape[1] // len(labels) if labels is not None else 1
+        at = (min(h, len(scale) - 1), 0 if labels is None else int(labels[h // shared, d]))
+        params = Affine(scale[at].view(1, 1), None if zero is None else zero[at].float().view(1, 1))
+        grid = spec.operand.grid
+        out[:, h, :, d] = grid.decode(grid.encode(x_BHTD[:, h, :, d], params), params)
+    return out
 
 
 def by_definition(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, causal: bool) -> Tensor:
@@ -70,6 +105,52 @@ def test_integer_products_give_what_decoded_operands_give(spec, causal):
     assert sqnr_db(by_definition(q, k, v, spec, causal), found) > 90
     exact = attend(q, k, v, None, causal=causal)
     assert 10 < sqnr_db(exact, found) < 60
+
+
+@pytest.mark.parametrize("spec", STATIC, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_static_ranges_give_what_decoded_operands_give_whatever_shares_them(spec, causal):
+    q, k, v = operands()
+    ranges = ranges_of(spec, q, k, v)
+    found = attend(q, k, v, spec, ranges=ranges, causal=causal)
+    rounded = [restored(x, spec, ranges, name) for x, name in ((q, "query"), (k, "key"), (v, "value"))]
+    score = torch.einsum("bhtd,bhsd->bhts", rounded[0], rounded[1].repeat_interleave(3, 1)) / 8**0.5
+    if causal:
+        score = score.masked_fill(torch.ones(5, 9).triu(5).bool(), -torch.inf)
+    p = score.softmax(-1)
+    p = (p * 255).round() / 255 if spec.probability_bits else p
+    assert sqnr_db(torch.einsum("bhts,bhsd->bthd", p, rounded[2].repeat_interleave(3, 1)), found) > 90
+    assert 10 < sqnr_db(attend(q, k, v, None, causal=causal), found) < 60
+    learned = attend(q.requires_grad_(), k, v, spec, ranges=ranges, causal=causal)
+    assert sqnr_db(found, learned.detach()) > 90
+    learned.square().sum().backward()
+    assert q.grad is not None and torch.isfinite(q.grad).all() and q.grad.abs().sum() > 0
+
+
+def test_extremes_are_not_clipped_and_more_clusters_lose_less():
+    q, k, v = operands()
+    spread = torch.logspace(-2, 1, 8)  # channels of very different ranges
+    q, k, v = q * spread, k * spread, v * spread
+    lost = []
+    for clusters in (None, 1, 2, 4, 8):
+        spec = AttentionSpec(4, symmetric=False, static=True, clusters=clusters, heads=HEADS)
+        ranges = ranges_of(spec, q, k, v)
+        rounded = restored(k, spec, ranges, "key")
+        assert ((rounded - k).abs() <= ranges.key_scale.amax() * 1.001).all()
+        lost.append(float(((rounded - k) / spread).square().sum()))
+    assert lost == sorted(lost, reverse=True) and lost[-1] < lost[0] / 20
+
+
+def test_static_ranges_that_are_not_known_yet_quantize_nothing_and_nan_is_not_lost_in_codes():
+    q, k, v = operands()
+    spec = STATIC[3]
+    assert torch.equal(attend(q, k, v, AttentionSpec(6, static=True)), attend(q, k, v, None))
+    ranges = ranges_of(spec, q, k, v)
+    for broken in (q, k, v):
+        held, broken[0, 0, 0, 0] = broken[0, 0, 0, 0].clone(), torch.nan
+        out = attend(q, k, v, spec, ranges=ranges)
+        assert out[0, 0, 0].isnan().any() and torch.isfinite(out[1]).all() and torch.isfinite(out[0, :, 3:]).all()
+        broken[0, 0, 0, 0] = held
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -130,4 +211,11 @@ def test_formats_that_cannot_be_are_refused(arguments, message):
         AttentionSpec(**arguments)
     with pytest.raises(ValueError, match="quantized probabilities need symmetric values"):
         AttentionSpec(8, symmetric=False, probability_bits=8)
-    assert from_dict(to_dict(SPECS[2])) == SPECS[2]
+    with pytest.raises(ValueError, match="set static"):
+        AttentionSpec(8, clusters=4)
+    with pytest.raises(ValueError, match="floating operands of attention have dynamic ranges"):
+        AttentionSpec(4, format="E2M1", static=True)
+    with pytest.raises(ValueError, match="4 bits is called such as E2M1, found 'E4M3'"):
+        AttentionSpec(4, format="E4M3")
+    for spec in (*SPECS, *STATIC):
+        assert from_dict(to_dict(spec)) == spec

@@ -10,12 +10,14 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 import lowbit
 from lowbit import decoding
-from lowbit.architectures import attention_spec
+from lowbit.architectures import attention_spec, operand_ranges
 from lowbit.formats import native
 from lowbit.modules import AttentionSpec, restore
 from lowbit.plan import explain, plan
+from lowbit.recipe import Recipe, Scheme
 from lowbit.recipes import from_plain
-from lowbit.steps import Learn
+from lowbit.solve import Nearest
+from lowbit.steps import Learn, Set, SetAttentionRange, Smooth, Solve
 
 from helpers import random_ids, sqnr_db, tiny_llama
 
@@ -73,6 +75,68 @@ def test_learning_and_mixes_quantize_it_too_and_steps_see_it(tmp_path, monkeypat
     assert report.kl != other.kl and report.bits_per_weight == other.bits_per_weight
     mixed = lowbit.recipe("smoothquant+gptq", bits=8, activation_bits=8, group_size=None, attention_bits=8)
     assert mixed.scheme.attention == SPEC
+
+
+STATIC = [
+    ("smoothquant", {"level": "O3", "attention_bits": 8}, 7 * 4),
+    ("outlier-suppression", {"attention_bits": 8, "epochs": 1}, 3 * 5),
+    # Scales of 4 query and 2 + 2 key-value heads with 4 clusters each, their zero points, and a label for 2 x 2 x 16 channels.
+    ("rptq", {"bits": 8, "activation_bits": 8, "attention_bits": 6, "ranges": "minmax"}, 32 * 5 + 64),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "stored"), STATIC, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_static_ranges_are_stored_counted_and_loaded_in_any_dtype(name, options, stored, tmp_path):
+    model, ids = tiny_llama(tmp_path / "model"), random_ids(1, 24, seed=3)
+    lowbit.quantize(model, lowbit.recipe(name, **options), random_ids(8, 64), out=tmp_path / "out")
+    loaded = lowbit.load(tmp_path / "out", dtype=torch.float32)
+    ranges = [operand_ranges(layer.self_attn) for layer in loaded.model.layers]
+    for found in ranges:
+        if name != "smoothquant":
+            assert sum(buffer.nbytes for buffer in found.buffers()) == stored
+    with torch.no_grad():
+        found, original = loaded(ids).logits, lowbit.load(model, dtype=torch.float32)(ids).logits
+    assert sqnr_db(original, found) > 15
+    half = lowbit.load(tmp_path / "out", dtype=torch.bfloat16)
+    for a, b in zip(ranges, (operand_ranges(layer.self_attn) for layer in half.model.layers), strict=True):
+        assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a.buffers(), b.buffers(), strict=True))
+    native.save(loaded, tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(lowbit.load(tmp_path / "again", dtype=torch.float32)(ids).logits, found)
+    steps = loaded.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(steps[:, 24], found[:, -1].argmax(-1))
+
+
+def test_a_killed_run_with_static_ranges_continues_to_the_same_bytes(tmp_path):
+    model, recipe = tiny_llama(tmp_path / "model"), lowbit.recipe(STATIC[2][0], **STATIC[2][1])
+    lowbit.quantize(model, recipe, random_ids(4, 32), out=tmp_path / "a", max_kl=50)
+
+    def interrupt(done, total, what):
+        if done >= 1.2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lowbit.quantize(model, recipe, random_ids(4, 32), out=tmp_path / "b", max_kl=50, progress=interrupt)
+    lowbit.quantize(model, recipe, random_ids(4, 32), out=tmp_path / "b", max_kl=50)
+    for file in sorted((tmp_path / "a").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+    assert (tmp_path / "a/config.json").read_text() == (tmp_path / "b/config.json").read_text()
+
+
+def test_static_ranges_need_a_step_that_finds_them_before_what_moves_channels():
+    scheme = Scheme(rules=lowbit.recipe("rtn").scheme.rules, attention=AttentionSpec(8, static=True))
+    with pytest.raises(ValueError, match="static operands of attention need the step SetAttentionRange"):
+        Recipe(name="mine", scheme=scheme, steps=(Solve(Nearest()),))
+    late = Set(Smooth(0.5), ("v_o",))
+    with pytest.raises(ValueError, match="Set transforms channels whose static ranges in attention are fixed by then"):
+        Recipe(name="mine", scheme=scheme, steps=(SetAttentionRange(), late, Solve(Nearest())))
+    with pytest.raises(ValueError, match="ranges that attention's operands do not have here"):
+        Recipe(name="mine", scheme=lowbit.recipe("rtn").scheme, steps=(SetAttentionRange(), Solve(Nearest())))
+    assert Recipe(name="mine", scheme=scheme, steps=(late, SetAttentionRange(), Solve(Nearest()))).needs_calibration
+    mixed = lowbit.recipe("rptq+llm-fp4", attention_bits=8, attention_format=None)
+    assert mixed.scheme.attention == lowbit.recipe("rptq", attention_bits=8).scheme.attention
 
 
 def test_explain_and_plan_say_so(tmp_path):

@@ -17,6 +17,8 @@ from lowbit.architectures.attention import (
     attention_modules,
     attention_spec,
     check_attention,
+    observed,
+    operand_ranges,
     quantize_attention,
 )
 from lowbit.architectures.discover import discover
@@ -49,6 +51,8 @@ __all__ = [
     "for_config",
     "model_types",
     "needs_bias",
+    "observed",
+    "operand_ranges",
     "quantize_attention",
     "resolve",
     "rotate_residual",

@@ -6,6 +6,8 @@ serves a model in which some blocks are quantized already and others are not.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,11 +16,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lowbit.architectures.resolved import ResolvedBlock
-from lowbit.modules import AttentionSpec, attend
+from lowbit.modules import AttentionSpec, OperandRanges, attend
 
 IMPLEMENTATION = "lowbit"
 SPEC = "lowbit_attention"
 """The attribute of a module that attends in which its formats are."""
+RANGES = "lowbit_operands"
+"""The submodule of a module that attends in which its static ranges are, once they are known."""
+_OBSERVER = "lowbit_observer"
 
 
 def attention_modules(resolved: ResolvedBlock) -> tuple[str, ...]:
@@ -36,13 +41,37 @@ def check_attention(model: PreTrainedModel) -> None:
 
 
 def quantize_attention(module: nn.Module, spec: AttentionSpec | None) -> None:
-    """From now on ``module``, which attends, quantizes its operands as ``spec`` says; None: no longer."""
+    """From now on ``module``, which attends, quantizes its operands as ``spec`` says; None: no longer.
+
+    Static ranges begin as ones, and only where ``spec`` knows the heads; where it does not, nothing is quantized yet.
+    """
     setattr(module, SPEC, spec)
+    if hasattr(module, RANGES):
+        delattr(module, RANGES)
+    if spec is not None and spec.heads is not None:
+        device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
+        module.add_module(RANGES, OperandRanges(spec, device))
 
 
 def attention_spec(module: nn.Module) -> AttentionSpec | None:
     """What :func:`quantize_attention` said last."""
     return getattr(module, SPEC, None)
+
+
+def operand_ranges(module: nn.Module) -> OperandRanges | None:
+    """The static ranges of a module that attends, where they are known."""
+    return getattr(module, RANGES, None)
+
+
+@contextmanager
+def observed(module: nn.Module, observer: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+    """While open, ``observer`` is given the queries, keys and values of every call in which ``module`` attends: ``[B, H, T, D]``,
+    ``[B, G, S, D]`` and ``[B, G, S, D]``, as they are multiplied."""
+    setattr(module, _OBSERVER, observer)
+    try:
+        yield
+    finally:
+        delattr(module, _OBSERVER)
 
 
 def _attention(
@@ -55,6 +84,8 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     spec = attention_spec(module)
+    if (observer := getattr(module, _OBSERVER, None)) is not None:
+        observer(query, key, value)
     if spec is None and kwargs.get("softcap") is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
@@ -62,7 +93,17 @@ def _attention(
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     softcap = kwargs.get("softcap")
-    mixed = attend(query, key, value, spec, mask=attention_mask, causal=causal, scaling=scaling, softcap=softcap)
+    mixed = attend(
+        query,
+        key,
+        value,
+        spec,
+        ranges=operand_ranges(module),
+        mask=attention_mask,
+        causal=causal,
+        scaling=scaling,
+        softcap=softcap,
+    )
     return mixed, None
 
 

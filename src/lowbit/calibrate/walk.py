@@ -32,6 +32,7 @@ from lowbit.architectures import (
     IMPLEMENTATION,
     Architecture,
     attention_modules,
+    attention_spec,
     block_modules,
     check_attention,
     for_config,
@@ -44,7 +45,8 @@ from lowbit.calibrate.journal import Journal
 from lowbit.calibrate.source import ModelSource, return_free_memory
 from lowbit.calibrate.store import ActivationStore
 from lowbit.calibrate.stream import Call, Stream, outside
-from lowbit.modules import AttentionSpec, QuantLinear, described_residual, turned
+from lowbit.modules import AttentionSpec, OperandRanges, QuantLinear, described_residual, turned
+from lowbit.numerics import from_dict, to_dict
 from lowbit.recipe import Recipe, Scheme
 from lowbit.steps import BlockIO, BlockState, LayerRecord
 from lowbit.steps.rotation import residual_step
@@ -64,6 +66,7 @@ class BlockRecord:
     layers: list[LayerRecord]
     notes: list[str] = field(default_factory=list)
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)  # configs of the packed linears by full name
+    attention: dict[str, dict[str, Any]] = field(default_factory=dict)  # formats of attention's operands, likewise
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -241,19 +244,16 @@ class Walk:
         assert not missed, f"{name}: {missed} left unquantized"
         packed = {f"{name}.{path}": m.config() for path, m in block.named_modules() if isinstance(m, QuantLinear)}
         error = None if call is None else self._behind(block, call)
-        record = BlockRecord(name, error, state.records, state.notes, packed)
+        specs = {f"{name}.{path}": attention_spec(m) for path, m in block.named_modules()}
+        attends = {path: to_dict(spec) for path, spec in specs.items() if spec is not None}
+        record = BlockRecord(name, error, state.records, state.notes, packed, attends)
         self.journal.write(self._shard(i), self._tensors(block, name), record.to_dict())
         return record
 
     @property
     def attention(self) -> dict[str, AttentionSpec]:
         """The formats of attention's operands, by name of the module that attends."""
-        spec, found = self.recipe.scheme.attention, {}
-        if spec is not None:
-            for i, block in enumerate(block_modules(self.source.skeleton(), self.architecture)):
-                paths = attention_modules(resolve(self.architecture, block, self.source.config))
-                found |= {f"{self.architecture.blocks}.{i}.{path}": spec for path in paths}
-        return found
+        return {name: from_dict(spec) for record in self.records for name, spec in record.attention.items()}
 
     def _state(self, i: int, block: nn.Module, call: Call | None) -> BlockState:
         name = f"{self.architecture.blocks}.{i}"
@@ -281,6 +281,8 @@ class Walk:
             return record
         block = self._original(i, call)
         tensors = load_file(self.journal.directory / entry["file"])
+        for path, spec in record.attention.items():
+            quantize_attention(block.get_submodule(path.removeprefix(f"{record.name}.")), from_dict(spec))
         install_packed(block, record.name, record.modules, tensors)
         self._behind(block, call)
         return record
@@ -299,7 +301,7 @@ class Walk:
 
     def _tensors(self, block: nn.Module, name: str) -> dict[str, Tensor]:
         """What the block stores: packed buffers as they are, everything else in the checkpoint's dtype."""
-        packed = {path for path, module in block.named_modules() if isinstance(module, QuantLinear)}
+        packed = {path for path, module in block.named_modules() if isinstance(module, QuantLinear | OperandRanges)}
 
         def stored(key: str, value: Tensor) -> Tensor:
             inside = key.rpartition(".")[0] in packed
@@ -354,7 +356,7 @@ def install_packed(block: nn.Module, name: str, modules: dict[str, dict[str, Any
         parent, _, leaf = full.removeprefix(f"{name}.").rpartition(".")
         setattr(block.get_submodule(parent) if parent else block, leaf, QuantLinear.empty(config))
     local = {key.removeprefix(f"{name}."): value for key, value in tensors.items()}
-    packed = {path for path, module in block.named_modules() if isinstance(module, QuantLinear)}
+    packed = {path for path, module in block.named_modules() if isinstance(module, QuantLinear | OperandRanges)}
     for key, value in local.items():
         path, _, leaf = key.rpartition(".")
         module = block.get_submodule(path)

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowbit import decoding
 from lowbit.architectures import IMPLEMENTATION
 from lowbit.formats.description import METHOD, attention_specs, layer_configs, swap
-from lowbit.modules import prepare
+from lowbit.modules import OperandRanges, prepare
 
 
 class LowbitConfig(QuantizationConfigMixin):
@@ -44,7 +44,9 @@ class LowbitQuantizer(HfQuantizer):
     quantization_config: LowbitConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        self._packed = tuple(f"{name}." for name in swap(model, self.quantization_config.to_dict()))
+        swapped = swap(model, self.quantization_config.to_dict())
+        ranges = (name for name, module in model.named_modules() if isinstance(module, OperandRanges))
+        self._packed = tuple(f"{name}." for name in (*swapped, *ranges))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -90,6 +90,10 @@ def integer_product(codes_TI: Tensor, a_spec: Spec, a: Affine, codes_OI: Tensor,
 
 def _product(a_TI: Tensor, b_OI: Tensor) -> Tensor:
     """``a @ b.T`` of int8, int32 ``[T, O]``."""
+    if (
+        a_TI.shape[1] == 1
+    ):  # torch 2.13's product takes a transposed single column for one that is contiguous, and reads past it
+        return a_TI.int() * b_OI.T.int()
     if multiplies(torch.int8) or a_TI.device.type != "cpu":
         return torch._int_mm(a_TI, b_OI.T)
     y_TO = torch.zeros(len(a_TI), len(b_OI), dtype=torch.int32)

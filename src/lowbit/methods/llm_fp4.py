@@ -2,7 +2,7 @@
 
 from lowbit.modules import ActSpec
 from lowbit.numerics import Float, PerChannel, PerGroup, PerInput, PerTensor, Spec, powers_of_two
-from lowbit.recipe import Recipe, linears, method
+from lowbit.recipe import Recipe, attention, linears, method
 from lowbit.solve import Nearest
 from lowbit.steps import SearchFloat, Solve
 
@@ -13,6 +13,8 @@ def llm_fp4(
     activation_bits: int | None = 4,
     group_size: int | None = None,
     *,
+    attention_bits: int | None = None,
+    attention_format: str | None = None,
     weight_format: str | None = None,
     activation_format: str | None = None,
     channel_bias: bool = True,
@@ -23,6 +25,8 @@ def llm_fp4(
     """Floating formats and their largest numbers searched by each layer's output error; a power of two for each input channel.
 
     bits, activation_bits: 2 to 8 each, of weights and of each linear's input, which is static; activation_bits=16: not at all.
+    attention_bits, attention_format: of queries, keys and values, floating too, with a range for each token of each head;
+    None: not quantized, as in the authors' code; E2M1 for 4 bits where only the bits are given.
     group_size: None, as published, one range for each output channel.
     weight_format, activation_format: such as E2M1 or E4M3; None: the best split for each linear.
     channel_bias: scales of the input channels are the tensor's, halved up to 2^E - 1 times (pre-shifted exponent bias).
@@ -30,8 +34,9 @@ def llm_fp4(
     tokens: calibration tokens by which the output error is judged.
 
     Differs from the authors' code: the range is searched, not the exponent bias, which is the same where that is positive;
-    the exponents of channels are stored once for each linear, with the width of the widest format searched. Attention's own
-    products, the embedding and the head stay as they are (theirs quantizes the last two), and so does the KV cache.
+    the exponents of channels are stored once for each linear, with the width of the widest format searched. The embedding
+    and the head stay as they are (theirs quantizes them); keys and values are rounded where they are read, in the cache they are
+    as they were.
     """
     start = Float.of(bits, weight_format)
     act = None
@@ -44,4 +49,6 @@ def llm_fp4(
     spec = Spec(start, PerChannel() if group_size is None else PerGroup(group_size), scale_dtype="bfloat16")
     search = SearchFloat(weight_format is None, activation_format is None, rounds, grid, tokens)
     steps = (search,) if act is not None or rounds else ()
-    return Recipe(name="llm-fp4", scheme=linears(spec, act), steps=(*steps, Solve(Nearest())), feed="fp")
+    form = None if attention_bits is None or attention_bits > 8 else Float.of(attention_bits, attention_format).name
+    operands = attention(attention_bits, probabilities=None, format=form)
+    return Recipe(name="llm-fp4", scheme=linears(spec, act, operands), steps=(*steps, Solve(Nearest())), feed="fp")

@@ -38,7 +38,7 @@ def omniquant(
         scheme=linears(
             weight(bits, group_size),
             activation(activation_bits, symmetric=False),
-            attention(attention_bits, symmetric=False, probabilities=False),
+            attention(attention_bits, symmetric=False, probabilities=None),
         ),
         steps=(
             Learn((*(transforms if moves else ()), ClipShares(lr=clip_lr)), BlockMSE(augment), epochs, batch, amp),

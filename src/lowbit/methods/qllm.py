@@ -50,6 +50,6 @@ def qllm(
     makers = (LowRankCorrection(rank, lr, fold),) if rank else ()
     makers += (NormsAndBiases(lr),) if rank and norms else ()
     learn = (Learn(makers, BlockMSE(), epochs, batch, amp, decay=True),) if makers else ()
-    operands = attention(attention_bits, symmetric=False, probabilities=False)
+    operands = attention(attention_bits, symmetric=False, probabilities=None)
     scheme = linears(weight(bits, group_size), activation(activation_bits, symmetric=False), operands)
     return Recipe(name="qllm", scheme=scheme, steps=(*steps, *learn, Solve(Nearest())))

@@ -5,7 +5,7 @@ from typing import Literal
 from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, Spec
 from lowbit.recipe import Recipe, activation, attention, linears, method
 from lowbit.solve import Nearest
-from lowbit.steps import Search, Set, SetActivationRange, Smooth, SmoothPowers, Solve
+from lowbit.steps import Search, Set, SetActivationRange, SetAttentionRange, Smooth, SmoothPowers, Solve
 
 NORM_EDGES = ("norm_*",)
 ALL_EDGES = ("norm_*", "v_o", "*up_down*")
@@ -30,8 +30,8 @@ def smoothquant(
     bits, activation_bits: of weights and of each linear's input, both symmetric. level: the paper's O1 (per-tensor weights,
     per-token dynamic activations), O2 (per-tensor dynamic), O3 (per-tensor static, measured after smoothing), or "O1-pc"
     (per-channel weights, or groups of group_size, and per-token activations: what its repository evaluates).
-    attention_bits: of the operands of attention's two products, as the paper's kernels for OPT have (8); theirs have one
-    static range a tensor, these one for each token of each head. None: floating.
+    attention_bits: of the operands of attention's two products, as the paper's kernels for OPT have (8): with level O3 one
+    static range a tensor, as theirs, else one for each token of each head. None: floating.
     alpha: 0.5 for OPT and BLOOM, 0.8 to 0.9 for LLaMA-like models; "search": for each edge that of grid + 1 values from 0 to
     1, or no smoothing, under which its linears lose least, judged on so many calibration windows (None: all).
     all_edges: smooth v -> o and up -> down too, which the authors' code does not.
@@ -46,13 +46,14 @@ def smoothquant(
     per, static = ("token" if level in ("O1-pc", "O1") else "tensor"), level == "O3"
     edges = ALL_EDGES if all_edges else NORM_EDGES
     smooth = Search(SmoothPowers(grid), edges, windows) if alpha == "search" else Set(Smooth(alpha), edges)
-    ranges = (SetActivationRange(skip_first),) if static else ()
+    operands = attention(attention_bits, static=static)
+    ranges = (SetActivationRange(skip_first), *((SetAttentionRange(),) if operands else ())) if static else ()
     return Recipe(
         name="smoothquant",
         scheme=linears(
             Spec(Int(bits, symmetric=True), grain),
             activation(activation_bits, per=per, static=static),
-            attention(attention_bits),
+            operands,
         ),
         steps=(smooth, *ranges, Solve(Nearest())),
         feed="fp",

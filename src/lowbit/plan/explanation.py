@@ -48,8 +48,11 @@ def _attention(found: Survey) -> Iterator[str]:
     spec = found.recipe.scheme.attention
     if spec is not None:
         floating, bits = spec.probability_bits is None, spec.probability_bits
+        clusters = "static, one for each of the three" if spec.clusters is None else f"static, {spec.clusters} a head"
+        ranges = f"ranges {clusters}" if spec.static else "a range for each token of each head"
+        form = "" if spec.format is None else f" ({spec.format})"
         yield (
-            f"attention multiplies queries, keys and values of {spec.bits} bits, a range for each token of each head; its "
+            f"attention multiplies queries, keys and values of {spec.bits} bits{form}, {ranges}; its "
             f"probabilities are {'floating' if floating else f'of {bits} bits'}"
         )
 

@@ -3,6 +3,7 @@
 from typing import Protocol, runtime_checkable
 
 from lowbit.numerics import Statistic
+from lowbit.steps.attention import SetAttentionRange
 from lowbit.steps.cluster import Cluster
 from lowbit.steps.correction import LowRankCorrection, NormsAndBiases
 from lowbit.steps.formats import ChooseGrid, FitActivation
@@ -81,6 +82,7 @@ __all__ = [
     "SearchReassembly",
     "Set",
     "SetActivationRange",
+    "SetAttentionRange",
     "Shifts",
     "Smooth",
     "SmoothPowers",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowbit.architectures import Kind
-from lowbit.modules import ActSpec
+from lowbit.modules import ActSpec, AttentionSpec
 from lowbit.numerics import Fisher, Float, PerChannel, PerTensor, RangeGrid, Spec, arity
 from lowbit.steps import (
     ActivationSteps,
@@ -29,6 +29,7 @@ from lowbit.steps import (
     SearchFloat,
     SearchReassembly,
     SetActivationRange,
+    SetAttentionRange,
     Step,
 )
 
@@ -83,9 +84,9 @@ def in_order(steps: Sequence[Step]) -> tuple[Step, ...]:
 
 
 def fixes_ranges(step: Step) -> bool:
-    """Whether the step chooses ranges of static activations, which is true of the block as it is then."""
+    """Whether the step chooses static ranges, of activations or of attention's operands, which is true of the block as it is then."""
     refines = isinstance(step, Learn) and all(isinstance(maker, ActivationSteps) for maker in step.makers)
-    return refines or isinstance(step, SetActivationRange | SearchActivationRange)
+    return refines or isinstance(step, SetActivationRange | SearchActivationRange | SetAttentionRange)
 
 
 def _check_weights(weights: Sequence[Spec], steps: Sequence[Step]) -> None:
@@ -117,6 +118,21 @@ def _check_static(static: Sequence[ActSpec], steps: Sequence[Step]) -> None:
         raise ValueError(
             f"{_named(late)} transforms channels whose static activation ranges are fixed by then; put it before the step that "
             "fixes them"
+        )
+
+
+def check_attention_ranges(spec: AttentionSpec | None, steps: Sequence[Step]) -> None:
+    """Raises ValueError where static ranges of attention's operands are not chosen, are chosen for nothing, or too early."""
+    static = spec is not None and spec.static
+    chosen = [i for i, step in enumerate(steps) if isinstance(step, SetAttentionRange)]
+    if static and not chosen:
+        raise ValueError("static operands of attention need the step SetAttentionRange")
+    if chosen and not static:
+        raise ValueError("SetAttentionRange fixes ranges that attention's operands do not have here; leave it out")
+    if chosen and (late := _transforming(steps[chosen[-1] + 1 :])):
+        raise ValueError(
+            f"{_named(late)} transforms channels whose static ranges in attention are fixed by then; put it before "
+            "SetAttentionRange"
         )
 
 

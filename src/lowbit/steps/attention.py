@@ -1,0 +1,120 @@
+"""Static ranges of attention's operands, from what the block's queries, keys and values are on the calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lowbit.architectures import attention_modules, attention_spec, observed, operand_ranges, quantize_attention
+from lowbit.modules import AttentionSpec
+from lowbit.numerics import Int, MovingRange, Range, Statistic, tagged
+from lowbit.numerics.kmeans import kmeans_points
+from lowbit.steps.state import BlockState
+
+_Extremes = dict[str, Tensor]  # of "query", "key" and "value": [2, heads * channels], lowest and highest
+
+
+@tagged
+@dataclass(frozen=True)
+class SetAttentionRange:
+    """Fixes static ranges of queries, keys and values as the block is now: their extremes over the calibration text.
+
+    Queries and keys are taken as they are multiplied, behind the rotary embedding. With clusters, those of a head's keys and of
+    the queries that read them are by k-means over (max, min) of both, since a product pairs their channels; values have clusters
+    of their own (RPTQ, arXiv:2304.01089, whose order of queries and keys is R2).
+
+    decay: None, the extremes of all tokens; or the decay of a moving average of each window's extremes.
+    """
+
+    decay: float | None = None
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        return frozenset()
+
+    @property
+    def _need(self) -> Range:
+        return Range() if self.decay is None else MovingRange(self.decay)
+
+    def ticks(self, windows: int, linears: int) -> int:
+        return windows
+
+    @torch.no_grad()
+    def run(self, state: BlockState) -> None:
+        if state.io is None:
+            raise ValueError("static ranges of attention's operands need calibration text; none was given")
+        found: dict[str, tuple[_Extremes, tuple[int, int, int, int]]] = {}
+        paths = [path for path in attention_modules(state.resolved) if self._spec(state, path).static]
+        with ExitStack() as stack:
+            for path in paths:
+                observer = partial(self._observe, found, path)
+                stack.enter_context(observed(state.block.get_submodule(path), observer))
+            for i in range(len(state.io)):
+                state.io.call(state.block, state.io.window(i))
+                state.tick("calibrating attention")
+        for path, (extremes, heads) in found.items():
+            self._place(state, path, extremes, heads)
+
+    def _spec(self, state: BlockState, path: str) -> AttentionSpec:
+        spec = attention_spec(state.block.get_submodule(path))
+        if spec is None:
+            raise ValueError("SetAttentionRange: the recipe quantizes no operands of attention; leave it out")
+        return spec
+
+    def _observe(self, found: dict, path: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+        heads = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
+        before = found[path][0] if path in found else {}
+        now = {
+            name: self._need.update(before.get(name), x_BHTD.transpose(1, 2).flatten(2).flatten(0, 1).float())
+            for name, x_BHTD in (("query", query), ("key", key), ("value", value))
+        }
+        found[path] = now, heads
+
+    def _place(self, state: BlockState, path: str, extremes: _Extremes, heads: tuple[int, int, int, int]) -> None:
+        module = state.block.get_submodule(path)
+        spec = replace(self._spec(state, path), heads=heads)
+        quantize_attention(module, spec)
+        ranges = operand_ranges(module)
+        assert ranges is not None
+        ranges.fill(dict(operand_buffers(spec, extremes, state.seed)))
+
+
+def operand_buffers(spec: AttentionSpec, extremes: _Extremes, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """What :class:`~lowbit.modules.OperandRanges` holds, by name. Shapes: H head, D channel, C cluster."""
+    assert spec.heads is not None
+    queries, shared, width, value_width = spec.heads
+    sizes = {"query": (queries, width), "key": (shared, width), "value": (shared, value_width)}
+    bounds = {name: extremes[name].view(2, *size) for name, size in sizes.items()}
+    labels: dict[str, Tensor] = {}
+    if spec.clusters is not None and spec.clusters > 1:
+        read = bounds["query"].view(2, shared, -1, width)
+        of_queries = torch.stack([read[1].amax(1), read[0].amin(1)], -1)  # [G, D, 2]
+        features = {
+            "key": torch.cat([of_queries, bounds["key"].flip(0).movedim(0, -1)], -1),
+            "value": bounds["value"].flip(0).movedim(0, -1),
+        }
+        for name, buffer in (("key", "labels"), ("value", "value_labels")):
+            count = min(spec.clusters, sizes[name][1])
+            labels[name] = torch.stack([kmeans_points(points, count, seed) for points in features[name]])
+            yield buffer, labels[name].to(torch.uint8)
+        labels["query"] = labels["key"].repeat_interleave(queries // shared, 0)
+    grid = spec.operand.grid
+    assert isinstance(grid, Int)
+    for name, (lo_HD, hi_HD) in bounds.items():
+        if spec.clusters is None:
+            lo, hi = lo_HD.amin().view(1, 1), hi_HD.amax().view(1, 1)
+        elif name in labels:
+            shape, index = (len(lo_HD), int(labels[name].max()) + 1), labels[name]
+            lo = lo_HD.new_full(shape, torch.inf).scatter_reduce(1, index, lo_HD, "amin")
+            hi = hi_HD.new_full(shape, -torch.inf).scatter_reduce(1, index, hi_HD, "amax")
+        else:
+            lo, hi = lo_HD.amin(1, keepdim=True), hi_HD.amax(1, keepdim=True)
+        params = grid.from_range(lo, hi)
+        yield f"{name}_scale", params.scale
+        if params.zero is not None:
+            yield f"{name}_zero", params.zero
