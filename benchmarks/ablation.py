@@ -1,6 +1,6 @@
 """What each ingredient of the composed recipes gives, on text that calibration does not use.
 
-    python benchmarks/ablation.py --text wikitext2.valid.raw [--of weights|activations|qllm] [--bits 3] [--only PART]...
+    python benchmarks/ablation.py --text wikitext2.valid.raw [--of weights|activations|qllm|levels] [--bits 3] [--only PART]...
 
 Every row quantizes SmolLM2-135M on the first 32 windows of 512 tokens of the text and measures perplexity on the next 16; rows that
 end in tuning are measured before it too. Recipes are chosen by these figures; the test text is for the tables of `lowbit
@@ -83,7 +83,26 @@ def of_qllm(bits: int) -> dict[str, Any]:
     return {f"QLLM W{bits}A{bits}, {label}": {"method": "qllm", "options": options} for label, options in parts.items()}
 
 
-TABLES = {"weights": (of_weights, 3), "activations": (of_activations, 4), "qllm": (of_qllm, 4)}
+def of_levels(bits: int) -> dict[str, Any]:
+    """SmoothQuant's O1 and O2, and which inputs lose what lies between: each in turn has one range for all tokens."""
+    levels = {
+        level: lowbit.recipe("smoothquant", bits=bits, activation_bits=bits, level=level) for level in ("O1", "O2")
+    }
+    whole = next(rule.activation for rule in levels["O2"].scheme.rules)
+    places = {"behind norms": "behind_norm", "of the output projection": "o", "of the last linear of the MLP": "down"}
+    parts = {
+        f"O1, inputs {place} per tensor": levels["O1"].with_overrides([{"match": match, "activation": whole}])
+        for place, match in places.items()
+    }
+    return {f"SmoothQuant W{bits}A{bits}, {label}": recipe for label, recipe in (levels | parts).items()}
+
+
+TABLES = {
+    "weights": (of_weights, 3),
+    "activations": (of_activations, 4),
+    "qllm": (of_qllm, 4),
+    "levels": (of_levels, 8),
+}
 """Recipes of a table, and the width it is for unless another is asked for."""
 
 
