@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 
 import lowbit
 from lowbit.calibrate.source import open_model
-from lowbit.recipe import Recipe, rebuilt
+from lowbit.recipe import Recipe, Rule, Scheme, rebuilt
 from lowbit.recipes import as_recipe
 from lowbit.solve import Nearest
 from lowbit.steps import ModelState, Solve
@@ -88,12 +88,12 @@ def of_levels(bits: int) -> dict[str, Any]:
     levels = {
         level: lowbit.recipe("smoothquant", bits=bits, activation_bits=bits, level=level) for level in ("O1", "O2")
     }
-    whole = next(rule.activation for rule in levels["O2"].scheme.rules)
+    whole, base = levels["O2"].scheme.rules[0], levels["O1"]
     places = {"behind norms": "behind_norm", "of the output projection": "o", "of the last linear of the MLP": "down"}
-    parts = {
-        f"O1, inputs {place} per tensor": levels["O1"].with_overrides([{"match": match, "activation": whole}])
-        for place, match in places.items()
-    }
+    parts = {}
+    for place, match in places.items():
+        one = Rule(match=match, weight=whole.weight, activation=whole.activation)
+        parts[f"O1, inputs {place} per tensor"] = rebuilt(base, scheme=Scheme(rules=(*base.scheme.rules, one)))
     return {f"SmoothQuant W{bits}A{bits}, {label}": recipe for label, recipe in (levels | parts).items()}
 
 
