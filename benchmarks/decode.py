@@ -2,10 +2,12 @@
 
     lowbit quantize smollm2-135m --method rtn --bits 4 --group-size 64 -o smollm2-w4
     python benchmarks/decode.py smollm2-w4 [--original smollm2-135m] [--rounds 7]
+        [--gguf model.gguf]... [--llama-python PYTHON]
 
 All models are in one process and take turns, so that what else the machine does meets all of them; a figure is the median of
 the rounds. `forward` is a greedy loop around the model, `generate` is transformers' own, whose bookkeeping is in it.
-Results go to benchmarks/results/decode.{json,md}.
+With --gguf, llama.cpp takes its turns too, in
+a process of its own (benchmarks/llama_cpp_speed.py) that no thread of this one disturbs. Results go to benchmarks/results/decode.{json,md}.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,11 +60,20 @@ def without_step(measure: Callable[[Any], float], model: Any) -> float:
         decoding.install(model)
 
 
+def of_llama_cpp(python: str, file: str) -> float:
+    """Tokens per second of llama.cpp."""
+    script = str(Path(__file__).with_name("llama_cpp_speed.py"))
+    command = [python, script, file, "--threads", str(torch.get_num_threads())]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["tokens_per_s"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packed", help="a packed checkpoint")
     parser.add_argument("--original", default="smollm2-135m", help="the model it was made from")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--gguf", action="append", default=[], help="a file for llama.cpp; may be repeated")
+    parser.add_argument("--llama-python", default=sys.executable, help="an interpreter that has llama-cpp-python")
     arguments = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     started = {"commit": commit, "load_average": [os.getloadavg()[0]]}
@@ -74,6 +86,8 @@ def main() -> None:
         rows[f"packed, {name}, without the step, forward"] = packed, lambda m: without_step(forwarded, m)
         rows[f"transformers, {name}, forward"] = original, forwarded
         rows[f"transformers, {name}, generate"] = original, generated
+    for file in arguments.gguf:
+        rows[f"llama.cpp, {Path(file).stem}, eval"] = file, lambda file: of_llama_cpp(arguments.llama_python, file)
     speeds: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(arguments.rounds):
         for name, (model, measure) in rows.items():
@@ -92,7 +106,7 @@ def write(arguments: argparse.Namespace, speeds: dict[str, float], packed: Any, 
     (RESULTS / "decode.json").write_text(json.dumps(result, indent=1) + "\n")
     rows = []
     for name, speed in speeds.items():
-        base = speeds[f"transformers, bf16, {name.rpartition(', ')[2]}"]
+        base = speeds[f"transformers, bf16, {'generate' if name.endswith('generate') else 'forward'}"]
         rows.append(f"| {name} | {speed:.1f} | {speed / base:.1f} |")
     lines = [
         f"# Tokens per second, one at a time: {arguments.original}, 4 bits in groups of 64",

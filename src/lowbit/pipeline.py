@@ -214,6 +214,7 @@ def quantize(
     return run(job, ram_limit, max_kl, allow_broken, restart, progress)
 
 
+@torch.enable_grad()  # steps learn, also where the caller computes no gradients
 def run(
     job: Job, ram_limit: int, max_kl: float, allow_broken: bool, restart: bool, progress: Progress | None = None
 ) -> QuantizeReport:

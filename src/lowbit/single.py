@@ -29,6 +29,7 @@ class _Alone(nn.Module):
         return self.linear(x)
 
 
+@torch.enable_grad()
 def quantize_linear(
     linear: nn.Linear,
     inputs: Tensor | None,

@@ -101,6 +101,15 @@ def test_a_recipe_without_statistics_runs_without_text(model, tmp_path):
         assert shard.read_bytes() == (tmp_path / "t" / shard.name).read_bytes()
 
 
+def test_steps_learn_where_the_caller_computes_no_gradients(model, tmp_path):
+    recipe, ids = lowbit.recipe("omniquant", bits=4, group_size=32, epochs=1), random_ids(2, 24)
+    _quantize(model, tmp_path / "a", recipe, ids)
+    with torch.no_grad():
+        _quantize(model, tmp_path / "b", recipe, ids)
+    for file in (tmp_path / "a").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
 def test_a_recipe_that_needs_text_says_so_before_any_work(model, tmp_path):
     with pytest.raises(ValueError, match="needs calibration text"):
         lowbit.quantize(model, "gptq", None, out=tmp_path / "q")

@@ -115,7 +115,7 @@ void multiply(const Kernels* k, Job job, int threads) {
 // ---- instruction sets -------------------------------------------------------------------------------------------------
 
 // Matrix tiles of bytes and of bfloat16: the processor has them, the system saves them, and lets this process use them.
-bool has_matrix_tiles() {
+[[maybe_unused]] bool has_matrix_tiles() {
 #ifdef LOWBIT_AMX
   unsigned a, b, c, d, e;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !__get_cpuid_count(7, 1, &e, &b, &c, &b)) return false;
@@ -135,7 +135,7 @@ bool has_matrix_tiles() {
 // Whether `k` computes a small product as the portable kernels do, from a weight of 4 bits and 40 x 200 whose products are
 // exact in every way of the input. An emulator or a compiler may break tiles where the processor says that it has them.
 // `spoil` changes one code before `k` sees it.
-bool agrees(const Kernels* k, bool spoil) {
+[[maybe_unused]] bool agrees(const Kernels* k, bool spoil) {
   constexpr int64_t rows = 40, cols = 200, group = 64, groups = 4, tokens = 17;
   uint32_t state = 1;
   auto next = [&](uint32_t n) { return (state = state * 1664525 + 1013904223) >> 16 & (n - 1); };
@@ -179,7 +179,7 @@ bool agrees(const Kernels* k, bool spoil) {
 }
 
 // Widest first.
-std::vector<const Kernels*> look(bool spoil) {
+std::vector<const Kernels*> look([[maybe_unused]] bool spoil) {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__) || defined(_M_X64)
   __builtin_cpu_init();
