@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.numerics import Affine, MinMax, PerCluster, Spec
+from lowbit.numerics import Affine, MinMax, PerCluster, PerInput, Spec
 from lowbit.numerics.grids.base import OF_NOTHING
 
 
@@ -72,7 +72,7 @@ def quantize_activation(
         under static ones NaN cannot be seen in the codes, so kernels that use codes alone have to look for it.
     """
     ranged, x, _ = without_outliers(_wide(x), threshold)
-    if params is not None and isinstance(spec.granularity, PerCluster):
+    if params is not None and isinstance(spec.granularity, PerCluster | PerInput):
         return spec.grid.encode(x, _of_channels(spec.granularity, params, x.dtype)), _as(params, x.dtype)
     if params is None:
         params = dynamic_params(ranged, spec)
@@ -89,24 +89,24 @@ def fake_quantize_activation(x: Tensor, spec: Spec, params: Affine | None = None
     """
     given = params is not None
     codes, params = quantize_activation(x, spec, params, threshold)
-    if given and isinstance(spec.granularity, PerCluster):
+    if given and isinstance(spec.granularity, PerCluster | PerInput):
         values = spec.grid.decode(codes, _of_channels(spec.granularity, params, params.scale.dtype))
     else:
         values_GK = spec.grid.decode(spec.granularity.split(codes), params)
         values = spec.granularity.join(values_GK, tuple(x.shape))
     taken = outlier_channels(x, threshold)
     values[..., taken] = x[..., taken].to(values.dtype)
-    return torch.where(x.isnan(), torch.full_like(values, torch.nan), values)
+    return values.masked_fill_(x.isnan(), torch.nan)
 
 
 def _as(params: Affine, dtype: torch.dtype) -> Affine:
     return Affine(params.scale.to(dtype), None if params.zero is None else params.zero.to(dtype))
 
 
-def _of_channels(clusters: PerCluster, params: Affine, dtype: torch.dtype) -> Affine:
-    """Parameters at every channel, ``[I]``: grids act on each element alone, so the codes are those of the clusters."""
-    zero = None if params.zero is None else clusters.spread(params.zero)
-    return _as(Affine(clusters.spread(params.scale), zero), dtype)
+def _of_channels(grain: PerCluster | PerInput, params: Affine, dtype: torch.dtype) -> Affine:
+    """Parameters at every channel, ``[I]``: grids act on each element alone, so the codes are those of the granules."""
+    zero = None if params.zero is None else grain.spread(params.zero)
+    return _as(Affine(grain.spread(params.scale), zero), dtype)
 
 
 def _wide(x: Tensor) -> Tensor:

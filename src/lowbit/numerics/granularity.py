@@ -111,6 +111,10 @@ class PerInput:
     def join(self, x_GK: Tensor, shape: Shape) -> Tensor:
         return x_GK.T.reshape(shape)
 
+    def spread(self, params_G1: Tensor) -> Tensor:
+        """Parameters at each column, ``[I]``: they act on ``[..., I]`` as it is, which needs no transposed copy."""
+        return params_G1.reshape(-1)
+
 
 @tagged
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from lowbit.numerics import (
     MinMax,
     Params,
     PerCluster,
+    PerInput,
     RangeGrid,
     Spec,
     extremes,
@@ -55,7 +56,7 @@ def fake_activation(x: Tensor, act: ActSpec | None, params: Params | None) -> Te
     if act is None:
         return x
     spec, shape = act.spec, tuple(x.shape)
-    if act.static and params is not None and isinstance(spec.granularity, PerCluster):
+    if act.static and params is not None and isinstance(spec.granularity, PerCluster | PerInput):
         at_channels = params._make(None if p is None else spec.granularity.spread(p) for p in params)  # pyright: ignore[reportArgumentType]
         return spec.grid.fake(x, at_channels)  # pyright: ignore[reportAttributeAccessIssue]
     ranged, kept, taken = without_outliers(x, act.threshold)
