@@ -18,6 +18,7 @@ from pathlib import Path
 import llama_cpp
 
 PROMPT, NEW = 16, 16
+_BF16 = 30  # of ggml_type, which the package gives no name to
 
 
 def quantized(source: Path, kind: str, target: Path, keep_embedding: bool) -> None:
@@ -26,7 +27,7 @@ def quantized(source: Path, kind: str, target: Path, keep_embedding: bool) -> No
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     parameters.allow_requantize = True
     if keep_embedding:
-        parameters.token_embedding_type = parameters.output_tensor_type = llama_cpp.GGML_TYPE_BF16
+        parameters.token_embedding_type = parameters.output_tensor_type = _BF16
     failed = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), parameters)
     if failed:
         raise SystemExit(f"llama.cpp could not quantize {source} as {kind} (code {failed})")

@@ -20,7 +20,7 @@ from torch import Tensor
 from lowbit.calibrate.data import Calibration, calibration_of
 from lowbit.calibrate.journal import Journal, check_target
 from lowbit.calibrate.source import ModelSource, open_model
-from lowbit.calibrate.walk import BlockRecord, Broken, Walk, check_scheme
+from lowbit.calibrate.walk import WATCHED, BlockRecord, Broken, Walk, check_scheme
 from lowbit.evaluate import kl_and_agreement, output_error
 from lowbit.formats import native
 from lowbit.formats.card import write_card
@@ -33,7 +33,6 @@ from lowbit.whole import run_model_steps
 
 MAX_KL = 2.0
 """Mean KL divergence (nats a token) from the original beyond which a model counts as broken."""
-KL_WINDOWS = 8
 MAX_ZEROED = 0.1
 """Share of a layer's groups that may come out all zero, as those of channels that no token activates do."""
 RELOAD_TOLERANCE = 1e-4  # relative squared difference of logits; equal up to the order of float32 sums
@@ -256,7 +255,7 @@ def _measure(
     """
     if walk.ids is None:
         return None, None, None
-    count = min(KL_WINDOWS, len(walk.ids))
+    count = min(WATCHED, len(walk.ids))
     kls, agreements, reference = [], [], None
     for ids_T, original, quantized in walk.logits(count):
         if model is not None:

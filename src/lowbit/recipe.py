@@ -169,9 +169,14 @@ class Recipe(_Frozen):
             raise ValueError(f"{self.name}: {error}") from error
 
     @property
-    def needs_calibration(self) -> bool:
+    def reads_inputs(self) -> bool:
+        """Whether a step asks what the calibration text makes of the inputs of linears."""
         learns = any(isinstance(step, Learn | SetAttentionRange) for step in self.steps) or bool(self.model_steps)
-        return learns or any(step.needs for step in self.steps)
+        return learns or any(need.of_input for step in self.steps for need in step.needs)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.reads_inputs or self.needs_fisher
 
     @property
     def needs_fisher(self) -> bool:

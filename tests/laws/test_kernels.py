@@ -73,7 +73,7 @@ def test_an_integer_product_is_the_same_whole_numbers_with_and_without_instructi
     a[0], b[0] = -128, -128  # the largest sum there is
     wanted = (a.long() @ b.long().T).to(torch.int32)
     for has in (True, False):
-        monkeypatch.setattr(int8_torch, "multiplies", lambda dtype, has=has: has)
+        monkeypatch.setattr(int8_torch, "faster_than_float32", lambda dtype, has=has: has)
         assert torch.equal(int8_torch._product(a, b), wanted)
 
 

@@ -53,6 +53,8 @@ from lowbit.steps.rotation import residual_step
 from lowbit.steps.state import stored_as_OI
 from lowbit.transforms import Seeded
 
+WATCHED = 8
+"""Calibration windows by which the report compares the result with the original."""
 Progress = Callable[[float, float, str], None]
 """``progress(done, total, what)``: blocks done (with fractions), blocks in all, what is being done."""
 
@@ -143,6 +145,13 @@ class Walk:
             self.store["fp"][w] = self.store["quant"][w] = hidden[0]
         return calls
 
+    def _keep_windows(self, count: int) -> None:
+        """Both streams with their first windows alone: no step reads them, and for the report these are enough."""
+        for name in ("fp", "quant", "next"):
+            kept = self.store[name][:count].clone()
+            self.store.free(name)
+            self.store.allocate(name, kept.shape, kept.dtype).copy_(kept)
+
     def _turn_streams(self) -> None:
         """Both streams, as the first block was to read them, rotated."""
         if self.rotation is not None:
@@ -162,10 +171,12 @@ class Walk:
         calls = None if self.ids is None else self._start()
         if calls is not None and self.recipe.needs_fisher:
             self._find_sensitivities(calls)
+        if calls is not None and not self.recipe.reads_inputs:
+            self._keep_windows(WATCHED)
         if calls is not None:
             self._turn_streams()
         for i in range(self.total):
-            self._at, self._ticks, self._expected = i, 0, 2 * (0 if self.ids is None else len(self.ids))
+            self._at, self._ticks, self._expected = i, 0, 2 * (0 if calls is None else len(self.store["fp"]))
             call = None if calls is None else calls[i]
             record = self._resume(i, call) if i < len(self.journal.finished) else self._quantize(i, call)
             self.records.append(record)
@@ -234,7 +245,7 @@ class Walk:
         state = self._state(i, block, call)
         if self.fisher is not None:
             state.fisher = self.fisher.load(i)
-        name, windows = state.name, 0 if self.ids is None else len(self.ids)
+        name, windows = state.name, 0 if call is None else len(self.store["fp"])
         self._expected += sum(step.ticks(windows, len(state.formats)) for step in self.recipe.steps)
         for other in state.resolved.other_matrices:
             state.note(f"{other} is a matrix that no role covers: it keeps its precision")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels.activation import outlier_channels, quantize_activation
-from lowbit.kernels.instructions import multiplies
+from lowbit.kernels.instructions import faster_than_float32
 from lowbit.kernels.ops import Kernel, PackedLinear, add_side, register
 from lowbit.layouts import unpack, unpack_params
 from lowbit.numerics import Affine, Int, PerChannel, PerTensor, PerToken, Spec
@@ -94,7 +94,7 @@ def _product(a_TI: Tensor, b_OI: Tensor) -> Tensor:
         a_TI.shape[1] == 1
     ):  # torch 2.13's product takes a transposed single column for one that is contiguous, and reads past it
         return a_TI.int() * b_OI.T.int()
-    if multiplies(torch.int8) or a_TI.device.type != "cpu":
+    if faster_than_float32(torch.int8) or a_TI.device.type != "cpu":
         return torch._int_mm(a_TI, b_OI.T)
     y_TO = torch.zeros(len(a_TI), len(b_OI), dtype=torch.int32)
     for a, b in zip(a_TI.split(_EXACT_CHANNELS, 1), b_OI.split(_EXACT_CHANNELS, 1), strict=True):

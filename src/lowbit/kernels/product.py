@@ -26,15 +26,16 @@ from torch import Tensor
 
 from lowbit.kernels import native, side
 from lowbit.kernels.activation import dynamic_params, fake_quantize_activation, without_outliers
-from lowbit.kernels.instructions import multiplies
+from lowbit.kernels.instructions import faster_than_float32
 from lowbit.kernels.native import BINARY, CODEBOOK, TABLE, UNIFORM
 from lowbit.kernels.ops import Kernel, PackedLinear, reference, register
 from lowbit.numerics import Affine, Int, PerTensor, PerToken, Spec
 
 _PANEL_BYTES = 1 << 20  # of decoded weight: half of a usual second-level cache
-# Tokens up to which the packed product beats decoding the weight for torch to multiply (benchmarks/kernels.py), where torch
-# has matrix instructions for the dtype; and where it has none.
+# Tokens up to which the packed product beats decoding the weight for torch to multiply (benchmarks/kernels.py): where torch
+# has matrix instructions for the dtype, where it multiplies float32 with AVX-512, and with less.
 _FEW = {UNIFORM: 32, TABLE: 12, CODEBOOK: 12, BINARY: 8}
+_FEW_FLOAT = {UNIFORM: 160, TABLE: 160, CODEBOOK: 24, BINARY: 24}
 _FEW_SLOW = 16
 # Of bfloat16, where there are matrix tiles: fixed point, or else lanes, up to here.
 _FEW_TILED = {UNIFORM: 24, TABLE: native.TILE_ROWS - 1, BINARY: native.TILE_ROWS - 1}
@@ -116,7 +117,7 @@ def multiply(
     elif tiled and len(x_TI) > _FEW_TILED[kind]:
         y_TO = native.linear(isa, x_TI, tiles, rows, table, halves=True)
     elif len(x_TI) > _few(isa, kind, x_TI.dtype):
-        wide = x_TI if multiplies(x_TI.dtype) else x_TI.float()
+        wide = x_TI if faster_than_float32(x_TI.dtype) else x_TI.float()
         y_TO = _by_panels(isa, wide, tiles, rows, table)
     else:
         y_TO = native.linear(isa, x_TI, tiles, rows, table, tabled=kind in (TABLE, CODEBOOK))
@@ -207,9 +208,11 @@ torch.library.register_autograd("lowbit::packed_linear", _backward, setup_contex
 
 def _few(isa: str, kind: int, dtype: torch.dtype) -> float:
     """Tokens up to which the packed product is the faster one."""
-    if not multiplies(dtype) or dtype == torch.float32:
-        return math.inf if kind == UNIFORM and isa in _DOTS else _FEW_SLOW
-    return _FEW[kind]
+    if faster_than_float32(dtype):
+        return _FEW[kind]
+    if isa in ("amx", "avx512"):
+        return _FEW_FLOAT[kind]
+    return math.inf if kind == UNIFORM and isa in _DOTS else _FEW_SLOW
 
 
 def _by_panels(isa: str, x_TI: Tensor, tiles: Tensor, rows: int, table: Tensor | None) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from lowbit.kernels.instructions import multiplies
+from lowbit.kernels.instructions import faster_than_float32
 
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether ``device`` multiplies bfloat16 by instructions of its own."""
     if device.type == "cpu":
-        return multiplies(torch.bfloat16)
+        return faster_than_float32(torch.bfloat16)
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
