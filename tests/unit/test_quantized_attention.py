@@ -20,6 +20,8 @@ from lowbit.solve import Nearest
 from lowbit.steps import Learn, Set, SetAttentionRange, Smooth, Solve
 
 from helpers import random_ids, sqnr_db, tiny_llama
+from laws.test_architectures import CASES
+from matrix import save_model
 
 SPEC = AttentionSpec(8, probability_bits=8)
 RECIPE = lowbit.recipe("smoothquant", attention_bits=8)
@@ -107,6 +109,18 @@ def test_static_ranges_are_stored_counted_and_loaded_in_any_dtype(name, options,
         assert torch.equal(lowbit.load(tmp_path / "again", dtype=torch.float32)(ids).logits, found)
     steps = loaded.generate(ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(steps[:, 24], found[:, -1].argmax(-1))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("bloom", "falcon"))])
+def test_static_ranges_by_clusters_serve_every_architecture_that_attends_through_the_interface(case, tmp_path):
+    original = save_model(case, tmp_path / "model")
+    ids = torch.randint(3, 48, (8, 24), generator=torch.Generator().manual_seed(0))
+    recipe = lowbit.recipe("rptq", bits=8, activation_bits=8, attention_bits=8, ranges="minmax", clusters=8)
+    lowbit.quantize(tmp_path / "model", recipe, ids, out=tmp_path / "out")
+    model = lowbit.load(tmp_path / "out", torch.float32)
+    assert any(operand_ranges(module) is not None for module in model.modules())
+    with torch.no_grad():
+        assert sqnr_db(original(ids).logits, model(ids).logits) > 20
 
 
 def test_a_killed_run_with_static_ranges_continues_to_the_same_bytes(tmp_path):
