@@ -14,15 +14,17 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
+import numba
+import numpy as np
 import torch
 from torch import Tensor
 
 from lowbit.numerics.grids.base import OF_NOTHING, Affine, Field
 from lowbit.numerics.tagged import tagged
 
-# Up to so many midpoints are compared one by one, which is several times as fast on a CPU as a search for each value; so many
+# Up to so many midpoints are compared one by one, which is many times as fast on a CPU as a search for each value; so many
 # values at once stay in the cache meanwhile.
-_FEW, _RUN = 32, 2**16
+_FEW, _RUN = 32, 2**12
 
 
 def _rank(v: Tensor, midpoints: Tensor) -> Tensor:
@@ -30,11 +32,19 @@ def _rank(v: Tensor, midpoints: Tensor) -> Tensor:
     v = v.contiguous()
     if len(midpoints) > _FEW or v.device.type != "cpu":
         return torch.bucketize(v, midpoints, out_int32=True)
-    count, at = torch.zeros(v.shape, dtype=torch.uint8), midpoints.tolist()
-    for values, counts in zip(v.view(-1).split(_RUN), count.view(-1).split(_RUN), strict=True):
-        for midpoint in at:
-            counts += values > midpoint
-    return count.int()
+    count = torch.zeros(v.shape, dtype=torch.int32)
+    _count(v.detach().view(-1).numpy(), midpoints.numpy(), count.view(-1).numpy())
+    return count
+
+
+@numba.njit(nogil=True, cache=True)
+def _count(values, midpoints, counts):
+    for start in range(0, len(values), _RUN):
+        value, count = values[start : start + _RUN], counts[start : start + _RUN]
+        for j in range(len(midpoints)):
+            midpoint = midpoints[j]
+            for i in range(len(value)):  # in this form it is compiled to vectors
+                count[i] += np.int32(1) if value[i] > midpoint else np.int32(0)
 
 
 def _looked_up(table: Tensor, index: Tensor) -> Tensor:
