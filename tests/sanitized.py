@@ -24,6 +24,8 @@ if __name__ == "__main__":
                 "-q",
                 "-p",
                 "no:cacheprovider",
+                "-W",  # lowbit, and what it imports, was imported before pytest could rewrite it
+                "ignore::pytest.PytestAssertRewriteWarning",
                 "tests/laws/test_native.py",
                 "tests/laws/test_side.py",
                 "tests/laws/test_decoding.py",
