@@ -13,10 +13,16 @@ static inline typename V::F joined(const typename V::I* acc) {
 
 // ---- the products of one block of 16 rows with M tokens ---------------------------------------------------------------
 
+// How many sums of each of N products are in flight, so that additions need not wait for one another.
+template <int N>
+constexpr int in_flight() {
+  return N == 1 ? 4 : N <= 6 ? 2 : 1;
+}
+
 // Codes of a chunk times the input, N products of it at once: integers of the chunk's columns, the next `stride` further.
 template <int BITS, int N, int FIRST, int LAST>
 static inline void dots(const uint8_t* chunk, const int8_t* x, int64_t stride, typename V::I (*acc)[N]) {
-  constexpr int ACCS = N == 1 ? 4 : N <= 6 ? 2 : 1;
+  constexpr int ACCS = in_flight<N>();
   unroll<FIRST, LAST>([&]<int Q>() {
     auto w = codes<BITS, Q>(chunk);
     for (int i = 0; i < N; ++i)
@@ -76,7 +82,7 @@ template <int BITS, int D, int M, bool HALF>
 static void uniform_block(const Job& job, const uint8_t* block, int64_t token, float* out) {
   constexpr int N = D * M;
   constexpr bool IN_PLACE = in_place<BITS, N>();
-  constexpr int ACCS = IN_PLACE ? fields<BITS>() : N == 1 ? 4 : N <= 6 ? 2 : 1;
+  constexpr int ACCS = IN_PLACE ? fields<BITS>() : in_flight<N>();
   constexpr int64_t chunk_bytes = 64 * BITS;
   auto multiply_add = []<int FIRST, int LAST>(const uint8_t* chunk, const int8_t* x, int64_t stride, auto acc) {
     if constexpr (IN_PLACE) dots_in_place<BITS, N, FIRST, LAST>(chunk, x, stride, acc);
@@ -332,7 +338,8 @@ static void multiply(const Job& job, int64_t first, int64_t last) {
   const Tiles& t = *job.tiles;
   const Choice c = choose(t, job.input);
   const int64_t height = t.kind == CODEBOOK ? 1 : LANES;
-  const float* sums = reinterpret_cast<const float*>(job.data + t.sums_offset);
+  // Others than uniform weights have no sums; their inputs are symmetric, so that what is not zero there is NaN.
+  const float* sums = t.kind == UNIFORM ? reinterpret_cast<const float*>(job.data + t.sums_offset) : nullptr;
   float out[8 * LANES];
   for (int64_t b = first; b < last; ++b) {
     const uint8_t* block = job.data + HEADER + b * t.block_bytes;
@@ -343,7 +350,7 @@ static void multiply(const Job& job, int64_t first, int64_t last) {
       (batch == 8 ? c.by8 : batch == 4 ? c.by4 : batch == 2 ? c.by2 : c.by1)(job, block, token, out);
       for (int64_t m = 0; m < batch; ++m) {
         float* y = out + m * height;
-        if (job.act_bits && job.xzero[token + m] != 0.0f)
+        if (sums && job.act_bits && job.xzero[token + m] != 0.0f)
           for (int64_t i = 0; i < n; ++i) y[i] -= job.xzero[token + m] * sums[row + i];
         write_floats(y, n, job.y, job.y_type, (token + m) * t.rows + row);
       }
