@@ -213,6 +213,11 @@ def test_formats_that_cannot_be_are_refused(arguments, message):
         AttentionSpec(8, symmetric=False, probability_bits=8)
     with pytest.raises(ValueError, match="set static"):
         AttentionSpec(8, clusters=4)
+    with pytest.raises(ValueError, match="a head has 1 to 256 clusters, found clusters=257"):
+        AttentionSpec(8, static=True, clusters=257)
+    for heads in ((4, 3, 8, 8), (4, 2, 8), (4, 2, "8", 8), (0, 2, 8, 8)):
+        with pytest.raises(ValueError, match="heads are numbers of query heads, of key-value heads that divide them"):
+            AttentionSpec(8, static=True, heads=heads)
     with pytest.raises(ValueError, match="floating operands of attention have dynamic ranges"):
         AttentionSpec(4, format="E2M1", static=True)
     with pytest.raises(ValueError, match="4 bits is called such as E2M1, found 'E4M3'"):

@@ -77,10 +77,15 @@ class AttentionSpec:
                 )
         if not self.static and (self.clusters is not None or self.heads is not None):
             raise ValueError("clusters and heads are of static ranges of attention's operands: set static")
-        if self.clusters is not None and self.clusters < 1:
-            raise ValueError(f"a head has at least one cluster, found clusters={self.clusters}")
-        if self.heads is not None and (len(self.heads) != 4 or min(self.heads) < 1):
-            raise ValueError(f"heads are four numbers of at least 1, found {self.heads}")
+        if self.clusters is not None and not 1 <= self.clusters <= 256:
+            raise ValueError(f"a head has 1 to 256 clusters, found clusters={self.clusters}")
+        if self.heads is not None:
+            numbers = all(isinstance(number, int) and number > 0 for number in self.heads)
+            if len(self.heads) != 4 or not numbers or self.heads[0] % self.heads[1]:
+                raise ValueError(
+                    "heads are numbers of query heads, of key-value heads that divide them, and of channels of keys and of "
+                    f"values; found {self.heads}"
+                )
 
     @property
     def operand(self) -> Spec:
