@@ -39,8 +39,9 @@ _FEW_FLOAT = {UNIFORM: 160, TABLE: 160, CODEBOOK: 24, BINARY: 24}
 _FEW_SLOW = 16
 # Of bfloat16, where there are matrix tiles: fixed point, or else lanes, up to here.
 _FEW_TILED = {UNIFORM: 24, TABLE: native.TILE_ROWS - 1, BINARY: native.TILE_ROWS - 1}
-# Instruction sets with integer dot products: three of them cost less than one product of float32, however many tokens.
-_DOTS = ("amx", "avx512", "avxvnni", "neon")
+# Instruction sets with integer dot products and float32 of no more than eight lanes: three of the former cost less than one of
+# the latter, however many tokens.
+_DOTS = ("avxvnni", "neon")
 
 
 @dataclass(frozen=True)
