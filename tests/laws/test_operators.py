@@ -86,3 +86,16 @@ def test_integer_products_refuse_gradients_in_the_operator_and_take_the_referenc
     assert layer.tiles is not None
     with pytest.raises(NotImplementedError, match="restore"):
         made(x, layer.tiles).sum().backward()
+
+
+@torch.no_grad()
+def test_a_layer_with_floating_inputs_is_traced_whole():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48, bias=False).requires_grad_(False)
+    x = torch.randn(3, 64)
+    for method in ("llm-fp4", "mxfp4"):
+        layer = lowbit.quantize_linear(linear, torch.randn(256, 64), lowbit.recipe(method))
+        prepare(layer)
+        traced = torch.compile(layer, backend="eager", fullgraph=True)
+        assert torch.equal(traced(x), layer(x))

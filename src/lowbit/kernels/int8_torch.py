@@ -5,9 +5,9 @@ With weight levels ``b = code - 128`` and input levels ``a = code - 128``, both 
     sum_I (a - za)(b - zb) = a @ b.T - za * sum_I b - zb * sum_I a + I * za * zb
 
 so one integer product serves symmetric and asymmetric grids of up to 8 bits; the sums vanish where zero is the middle.
-Everything before the final scales is exact; it agrees with the reference within float rounding. Where the
-processor has no instructions for such products they are taken in float32, of so few channels at a time that every sum is a whole number still. Channels that a threshold
-takes out have the code of zero there, and their decoded columns are multiplied in float32 beside it.
+Everything before the final scales is exact; it agrees with the reference within float rounding. Where the processor has no
+instructions for such products they are taken in float32, of so few channels at a time that every sum is a whole number still.
+Channels that a threshold takes out have the code of zero there, and their decoded columns are multiplied in float32 beside it.
 
 Shapes: T token, O output channel, I input channel.
 """
@@ -90,9 +90,8 @@ def integer_product(codes_TI: Tensor, a_spec: Spec, a: Affine, codes_OI: Tensor,
 
 def _product(a_TI: Tensor, b_OI: Tensor) -> Tensor:
     """``a @ b.T`` of int8, int32 ``[T, O]``."""
-    if (
-        a_TI.shape[1] == 1
-    ):  # torch 2.13's product takes a transposed single column for one that is contiguous, and reads past it
+    # torch 2.13's product takes a single column, transposed, for one that is contiguous, and reads past it.
+    if a_TI.shape[1] == 1:
         return a_TI.int() * b_OI.T.int()
     if faster_than_float32(torch.int8) or a_TI.device.type != "cpu":
         return torch._int_mm(a_TI, b_OI.T)

@@ -30,7 +30,7 @@ _FEW, _RUN = 32, 2**12
 def _rank(v: Tensor, midpoints: Tensor) -> Tensor:
     """How many of the rising ``midpoints`` lie below each value of ``v``, int32, in its shape."""
     v = v.contiguous()
-    if len(midpoints) > _FEW or v.device.type != "cpu":
+    if len(midpoints) > _FEW or v.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.bucketize(v, midpoints, out_int32=True)
     count = torch.zeros(v.shape, dtype=torch.int32)
     _count(v.detach().view(-1).numpy(), midpoints.numpy(), count.view(-1).numpy())
