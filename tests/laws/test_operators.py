@@ -88,6 +88,8 @@ def test_integer_products_refuse_gradients_in_the_operator_and_take_the_referenc
         made(x, layer.tiles).sum().backward()
 
 
+# Tables of levels are cached functions of constants, which tracing may well look through.
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 @torch.no_grad()
 def test_a_layer_with_floating_inputs_is_traced_whole():
     torch.compiler.reset()
