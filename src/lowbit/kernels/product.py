@@ -26,22 +26,24 @@ from torch import Tensor
 
 from lowbit.kernels import native, side
 from lowbit.kernels.activation import dynamic_params, fake_quantize_activation, without_outliers
-from lowbit.kernels.instructions import faster_than_float32
+from lowbit.kernels.instructions import faster_than_float32, speedup
 from lowbit.kernels.native import BINARY, CODEBOOK, TABLE, UNIFORM
 from lowbit.kernels.ops import Kernel, PackedLinear, reference, register
 from lowbit.numerics import Affine, Int, PerTensor, PerToken, Spec
 
 _PANEL_BYTES = 1 << 20  # of decoded weight: half of a usual second-level cache
-# Tokens up to which the packed product beats decoding the weight for torch to multiply (benchmarks/kernels.py): where torch
-# has matrix instructions for the dtype, where it multiplies float32 with AVX-512, and with less.
-_FEW = {UNIFORM: 32, TABLE: 12, CODEBOOK: 12, BINARY: 8}
+# Tokens up to which the packed product beats decoding the weight for torch to multiply: where torch has
+# matrix tiles for the dtype, where it has vectors, where it multiplies float32 with AVX-512, and with less.
+_FEW_TILED = {UNIFORM: 32, TABLE: 12, CODEBOOK: 12, BINARY: 8}
+_FEW = {UNIFORM: 64, TABLE: 48, CODEBOOK: 16, BINARY: 16}
 _FEW_FLOAT = {UNIFORM: 160, TABLE: 160, CODEBOOK: 24, BINARY: 24}
 _FEW_SLOW = 16
-# Of bfloat16, where there are matrix tiles: fixed point, or else lanes, up to here.
-_FEW_TILED = {UNIFORM: 24, TABLE: native.TILE_ROWS - 1, BINARY: native.TILE_ROWS - 1}
+# Of bfloat16, where there are matrix tiles here too: fixed point, or else lanes, up to here.
+_FEW_BY_LANES = {UNIFORM: 24, TABLE: native.TILE_ROWS - 1, BINARY: native.TILE_ROWS - 1}
 # Instruction sets with integer dot products and float32 of no more than eight lanes: three of the former cost less than one of
-# the latter, however many tokens.
+# the latter, however many tokens. So they do with AVX-512 where torch's own gain by integers is well over three.
 _DOTS = ("avxvnni", "neon")
+_THREE_PAY = 4.5
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def multiply(
     tiled = isa in native.MATRIX_TILES and kind != CODEBOOK and x_TI.dtype == torch.bfloat16
     if bits:
         y_TO = _of_integers(isa, x_TI, tiles, rows, Int(bits, symmetric=symmetric), scale, zero, whole, threshold)
-    elif tiled and len(x_TI) > _FEW_TILED[kind]:
+    elif tiled and len(x_TI) > _FEW_BY_LANES[kind]:
         y_TO = native.linear(isa, x_TI, tiles, rows, table, halves=True)
     elif len(x_TI) > _few(isa, kind, x_TI.dtype):
         wide = x_TI if faster_than_float32(x_TI.dtype) else x_TI.float()
@@ -210,10 +212,10 @@ torch.library.register_autograd("lowbit::packed_linear", _backward, setup_contex
 def _few(isa: str, kind: int, dtype: torch.dtype) -> float:
     """Tokens up to which the packed product is the faster one."""
     if faster_than_float32(dtype):
-        return _FEW[kind]
-    if isa in ("amx", "avx512"):
-        return _FEW_FLOAT[kind]
-    return math.inf if kind == UNIFORM and isa in _DOTS else _FEW_SLOW
+        return (_FEW_TILED if isa in native.MATRIX_TILES else _FEW)[kind]
+    if kind == UNIFORM and (isa in _DOTS or (isa == "avx512" and speedup(torch.int8) > _THREE_PAY)):
+        return math.inf
+    return _FEW_FLOAT[kind] if isa in ("amx", "avx512") else _FEW_SLOW
 
 
 def _by_panels(isa: str, x_TI: Tensor, tiles: Tensor, rows: int, table: Tensor | None) -> Tensor:

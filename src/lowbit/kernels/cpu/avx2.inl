@@ -8,6 +8,7 @@ struct V {
   static constexpr bool takes_bytes = false;  // with the dot products of AVX-VNNI too: 16 registers are too few
   static constexpr int products = 6;
   static constexpr bool fuses = true;
+  static constexpr bool pairs = false;
 
   static __m256i half_load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static B load(const void* p) { return {half_load(p), half_load(static_cast<const char*>(p) + 32)}; }

@@ -7,6 +7,7 @@ struct V {
   static constexpr bool takes_bytes = true;
   static constexpr int products = 12;
   static constexpr bool fuses = true;
+  static constexpr bool pairs = true;
 
   static B load(const void* p) { return _mm512_loadu_si512(p); }
   static void store_all(uint8_t* p, B b) { _mm512_storeu_si512(p, b); }
@@ -28,6 +29,19 @@ struct V {
     int32_t quad;
     __builtin_memcpy(&quad, x, 4);
     return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(quad));
+#endif
+  }
+  static B quad(const int8_t* x) {
+    int32_t q;
+    __builtin_memcpy(&q, x, 4);
+    return _mm512_set1_epi32(q);
+  }
+  static I dot_quad(I acc, B w, B quad) {
+#if defined(__GNUC__) && !defined(__clang__)
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(quad));
+    return acc;
+#else
+    return _mm512_dpbusd_epi32(acc, w, quad);
 #endif
   }
   static I as_int(B b) { return b; }

@@ -143,6 +143,59 @@ static void uniform_block(const Job& job, const uint8_t* block, int64_t token, f
   for (int m = 0; m < M; ++m) V::store(out + LANES * m, sum[m]);
 }
 
+// Two blocks at once, for many tokens: each quad of the input is spread over the lanes once for both. U is V.
+template <int BITS, int N, class U>
+static inline void pair_dots(const uint8_t* chunk, int64_t next, const int8_t* x, int64_t stride, typename U::I (*acc)[N]) {
+  unroll<0, 8>([&]<int Q>() {
+    const auto first = codes<BITS, Q>(chunk), second = codes<BITS, Q>(chunk + next);
+    for (int i = 0; i < N; ++i) {
+      const auto quad = U::quad(x + i * stride + 4 * Q);
+      acc[0][i] = U::dot_quad(acc[0][i], first, quad);
+      acc[1][i] = U::dot_quad(acc[1][i], second, quad);
+    }
+  });
+}
+
+template <int BITS, int D, int M, class U>
+static void uniform_pair(const Job& job, const uint8_t* block, int64_t token, float* out) {
+  constexpr int N = D * M;
+  const Tiles& t = *job.tiles;
+  const int64_t plane = t.padded_cols(), segments = t.segments(), next = t.block_bytes;
+  const int zero_at = LANES * number_bytes(t.scale);
+  const int8_t* x = job.xq + token * D * plane;
+  const float* by = job.xs + token * segments;
+  const float* whole = job.xsum + token * t.groups;
+  const uint8_t* chunk = block;
+  const uint8_t* params = block + t.codes_bytes;
+  typename U::F sum[2][M];
+  for (int r = 0; r < 2; ++r)
+    for (int m = 0; m < M; ++m) sum[r][m] = U::set(0.0f);
+  for (int64_t g = 0; g < t.groups; ++g, params += t.group_bytes, ++whole) {
+    typename U::F inner[2][M];
+    for (int r = 0; r < 2; ++r)
+      for (int m = 0; m < M; ++m) inner[r][m] = U::set(0.0f);
+    for (int64_t left = t.padded; left > 0; left -= SEGMENT, ++by) {
+      typename U::I acc[2][N];
+      for (int r = 0; r < 2; ++r)
+        for (int i = 0; i < N; ++i) acc[r][i] = U::izero();
+      const uint8_t* stop = chunk + least(left, SEGMENT) / CHUNK * 64 * BITS;
+      for (; chunk != stop; chunk += 64 * BITS, x += CHUNK) pair_dots<BITS, N, U>(chunk, next, x, plane, acc);
+      for (int r = 0; r < 2; ++r)
+        for (int m = 0; m < M; ++m)
+          inner[r][m] = U::fma(joined<D>(acc[r] + m * D), U::set(by[m * segments]), inner[r][m]);
+    }
+    for (int r = 0; r < 2; ++r) {
+      const uint8_t* own = params + r * next;
+      const auto scale = numbers(own, t.scale);
+      const auto zero = t.zero == NONE ? U::set(t.zero_constant) : numbers(own + zero_at, t.zero);
+      for (int m = 0; m < M; ++m)
+        sum[r][m] = U::fma(scale, U::fma(zero, U::set(-whole[m * t.groups]), inner[r][m]), sum[r][m]);
+    }
+  }
+  for (int r = 0; r < 2; ++r)
+    for (int m = 0; m < M; ++m) U::store(out + LANES * (r * M + m), sum[r][m]);
+}
+
 // Binary coding: a plane for each base, its dot products apart; M is 1.
 template <int BITS, int D>
 static void binary_block(const Job& job, const uint8_t* block, int64_t token, float* out) {
@@ -285,6 +338,8 @@ using Block = void (*)(const Job&, const uint8_t*, int64_t, float*);
 
 struct Choice {
   Block by8, by4, by2, by1;  // for so many tokens at once; null where there is none
+  Block pair = nullptr;      // for two blocks and so many tokens
+  int64_t pair_tokens = 0;
 };
 
 // F<M> where the registers hold its N products; one token is always taken.
@@ -313,12 +368,22 @@ static constexpr Choice fitting() {
   return {fitting<F, 8, 8 * D>(), fitting<F, 4, 4 * D>(), fitting<F, 2, 2 * D>(), fitting<F, 1, D>()};
 }
 
+template <int BITS, int D>
+static Choice uniform_choice(const Tiles& t) {
+  Choice c = fitting<Uniform<BITS, D>::template Of, D>();
+  if constexpr (V::pairs) {
+    constexpr int M = D == 1 ? 8 : 4;
+    if (!t.half()) c.pair = uniform_pair<BITS, D, M, V>, c.pair_tokens = M;
+  }
+  return c;
+}
+
 template <int BITS>
 static Choice choice(const Tiles& t, int32_t input) {
   if (t.kind == TABLE) return fitting<Looked<BITS>::template Of, 2>();  // values and inputs in float take registers too
   if (t.kind == CODEBOOK) return fitting<Looked<BITS>::template Rows, 2>();
   if (t.kind == BINARY) return {nullptr, nullptr, nullptr, input == INT8 ? binary_block<BITS, 1> : binary_block<BITS, 3>};
-  return input == INT8 ? fitting<Uniform<BITS, 1>::template Of, 1>() : fitting<Uniform<BITS, 3>::template Of, 3>();
+  return input == INT8 ? uniform_choice<BITS, 1>(t) : uniform_choice<BITS, 3>(t);
 }
 
 static Choice choose(const Tiles& t, int32_t input) {
@@ -340,21 +405,33 @@ static void multiply(const Job& job, int64_t first, int64_t last) {
   const int64_t height = t.kind == CODEBOOK ? 1 : LANES;
   // Others than uniform weights have no sums; their inputs are symmetric, so that what is not zero there is NaN.
   const float* sums = t.kind == UNIFORM ? reinterpret_cast<const float*>(job.data + t.sums_offset) : nullptr;
-  float out[8 * LANES];
-  for (int64_t b = first; b < last; ++b) {
-    const uint8_t* block = job.data + HEADER + b * t.block_bytes;
+  float out[2 * 8 * LANES];
+  auto write = [&](int64_t b, int64_t token, int64_t batch, float* from) {
     const int64_t row = b * height, n = least(height, t.rows - row);
-    for (int64_t token = 0; token < job.m;) {
-      const int64_t left = job.m - token;
-      const int64_t batch = left >= 8 && c.by8 ? 8 : left >= 4 && c.by4 ? 4 : left >= 2 && c.by2 ? 2 : 1;
-      (batch == 8 ? c.by8 : batch == 4 ? c.by4 : batch == 2 ? c.by2 : c.by1)(job, block, token, out);
-      for (int64_t m = 0; m < batch; ++m) {
-        float* y = out + m * height;
-        if (sums && job.act_bits && job.xzero[token + m] != 0.0f)
-          for (int64_t i = 0; i < n; ++i) y[i] -= job.xzero[token + m] * sums[row + i];
-        write_floats(y, n, job.y, job.y_type, (token + m) * t.rows + row);
+    for (int64_t m = 0; m < batch; ++m) {
+      float* y = from + m * height;
+      if (sums && job.act_bits && job.xzero[token + m] != 0.0f)
+        for (int64_t i = 0; i < n; ++i) y[i] -= job.xzero[token + m] * sums[row + i];
+      write_floats(y, n, job.y, job.y_type, (token + m) * t.rows + row);
+    }
+  };
+  for (int64_t b = first; b < last;) {
+    const int64_t together = c.pair && last - b > 1 ? 2 : 1;
+    const uint8_t* block = job.data + HEADER + b * t.block_bytes;
+    int64_t done = 0;
+    for (; together == 2 && job.m - done >= c.pair_tokens; done += c.pair_tokens) {
+      c.pair(job, block, done, out);
+      write(b, done, c.pair_tokens, out);
+      write(b + 1, done, c.pair_tokens, out + LANES * c.pair_tokens);
+    }
+    for (const int64_t stop = b + together; b < stop; ++b, block += t.block_bytes) {
+      for (int64_t token = done; token < job.m;) {
+        const int64_t left = job.m - token;
+        const int64_t batch = left >= 8 && c.by8 ? 8 : left >= 4 && c.by4 ? 4 : left >= 2 && c.by2 ? 2 : 1;
+        (batch == 8 ? c.by8 : batch == 4 ? c.by4 : batch == 2 ? c.by2 : c.by1)(job, block, token, out);
+        write(b, token, batch, out);
+        token += batch;
       }
-      token += batch;
     }
   }
 }

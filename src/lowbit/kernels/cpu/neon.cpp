@@ -14,6 +14,7 @@ struct V {
   static constexpr bool takes_bytes = false;  // codes are read as signed bytes, see dot()
   static constexpr int products = 12;
   static constexpr bool fuses = true;
+  static constexpr bool pairs = false;
 
   static B load(const void* p) {
     const auto* q = static_cast<const uint8_t*>(p);
