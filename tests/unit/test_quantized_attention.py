@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 import lowbit
 from lowbit import decoding
-from lowbit.architectures import attention_spec, operand_ranges
+from lowbit.architectures import attention_spec, observed, operand_ranges
 from lowbit.formats import native
 from lowbit.modules import AttentionSpec, restore
 from lowbit.plan import explain, plan
@@ -109,6 +109,36 @@ def test_static_ranges_are_stored_counted_and_loaded_in_any_dtype(name, options,
         assert torch.equal(lowbit.load(tmp_path / "again", dtype=torch.float32)(ids).logits, found)
     steps = loaded.generate(ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(steps[:, 24], found[:, -1].argmax(-1))
+
+
+@pytest.mark.parametrize("skip", [0, 3])
+def test_the_first_tokens_of_windows_can_be_kept_out_of_static_ranges(skip, tmp_path):
+    model, ids = tiny_llama(tmp_path / "model"), random_ids(8, 16)
+    largest = {}
+
+    def keep(*operands):
+        largest.update(
+            (name, x[:, :, skip:].abs().max().item())
+            for name, x in zip(("query", "key", "value"), operands, strict=True)
+        )
+
+    original = lowbit.load(model, dtype=torch.float32)
+    original.set_attn_implementation("lowbit")
+    with torch.no_grad(), observed(original.model.layers[0].self_attn, keep):
+        original(ids)
+    recipe = lowbit.recipe("smoothquant", level="O3", attention_bits=8, skip_first=skip)
+    lowbit.quantize(model, recipe, ids, out=tmp_path / "out")
+    ranges = operand_ranges(lowbit.load(tmp_path / "out").model.layers[0].self_attn)
+    for name, absmax in largest.items():
+        assert ranges.get_buffer(f"{name}_scale").item() == pytest.approx(absmax / 127, rel=1e-4)
+
+
+def test_windows_that_are_skipped_whole_leave_no_range(tmp_path):
+    with pytest.raises(ValueError, match="number of tokens"):
+        SetAttentionRange(skip_first=-1)
+    recipe = lowbit.recipe("smoothquant", level="O3", attention_bits=8, skip_first=8)
+    with pytest.raises(ValueError, match="windows of 8 tokens"):
+        lowbit.quantize(tiny_llama(tmp_path / "model"), recipe, random_ids(2, 8), out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(("bloom", "falcon"))])

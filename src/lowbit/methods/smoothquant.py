@@ -46,14 +46,14 @@ def smoothquant(
     per, static = ("token" if level in ("O1-pc", "O1") else "tensor"), level == "O3"
     edges = ALL_EDGES if all_edges else NORM_EDGES
     smooth = Search(SmoothPowers(grid), edges, windows) if alpha == "search" else Set(Smooth(alpha), edges)
-    operands = attention(attention_bits, static=static)
-    ranges = (SetActivationRange(skip_first), *((SetAttentionRange(),) if operands else ())) if static else ()
+    attending = (SetAttentionRange(skip_first=skip_first),) if attention_bits else ()
+    ranges = (SetActivationRange(skip_first), *attending) if static else ()
     return Recipe(
         name="smoothquant",
         scheme=linears(
             Spec(Int(bits, symmetric=True), grain),
             activation(activation_bits, per=per, static=static),
-            operands,
+            attention(attention_bits, static=static),
         ),
         steps=(smooth, *ranges, Solve(Nearest())),
         feed="fp",

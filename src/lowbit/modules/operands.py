@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lowbit.modules import stored
 from lowbit.numerics import Affine
 
 if TYPE_CHECKING:
@@ -108,8 +109,4 @@ class OperandRanges(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OperandRanges:
-        def keep_dtype(t: Tensor) -> Tensor:
-            new = fn(t)
-            return new if new.dtype == t.dtype else t.to(new.device)
-
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(stored.keeping_dtype(fn), recurse)

@@ -344,12 +344,7 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         if self.tiles is not None and fn(self.tiles[:0]).device != self.tiles.device:
             self.restore()  # tiles are for this machine's CPU; whoever moves the layer back prepares it again
-
-        def keep_dtype(t: Tensor) -> Tensor:
-            new = fn(t)
-            return new if new.dtype == t.dtype else t.to(new.device)
-
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(stored.keeping_dtype(fn), recurse)
 
     def _tensors(self) -> Mapping[str, Tensor]:
         """Every stored tensor, the codes too where they are held as tiles."""

@@ -11,7 +11,7 @@ Tensors are stored in their own dtype, but float64 in float32 and int64 in int32
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,17 @@ Place = Literal["pre", "post", "side"]
 Entries = Sequence[Mapping[str, Any]]
 """Plain data: a type's name and, for each of its fields, ``{"shape", "dtype"}`` of a tensor or the value itself. A shape
 alone is a tensor of the first version of the format: float32, or int32 for channel numbers and counts."""
+
+
+def keeping_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What ``Module._apply`` is to do with stored tensors: follow ``move`` to its device, whatever dtype it casts to."""
+
+    def keep(t: Tensor) -> Tensor:
+        moved = move(t)
+        return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+    return keep
+
 
 _KEEP_WIDTH = (Scale, Shift, Permute, Rotate, Kronecker, RandomHadamard)
 _TYPES: dict[Place, dict[str, type[Any]]] = {

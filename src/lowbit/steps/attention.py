@@ -29,9 +29,16 @@ class SetAttentionRange:
     of their own (RPTQ, arXiv:2304.01089, whose order of queries and keys is R2).
 
     decay: None, the extremes of all tokens; or the decay of a moving average of each window's extremes.
+    skip_first: so many tokens at the start of each calibration window are left out, and clipped at run time, as of
+    :class:`~lowbit.steps.SetActivationRange`.
     """
 
     decay: float | None = None
+    skip_first: int = 0
+
+    def __post_init__(self):
+        if self.skip_first < 0:
+            raise ValueError(f"skip_first is a number of tokens, found {self.skip_first}")
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -49,6 +56,8 @@ class SetAttentionRange:
         if state.io is None:
             raise ValueError("static ranges of attention's operands need calibration text; none was given")
         found: dict[str, tuple[_Extremes, tuple[int, int, int, int]]] = {}
+        if (tokens := state.io.window(0).shape[1]) <= self.skip_first:
+            raise ValueError(f"calibration windows of {tokens} tokens have none behind the first {self.skip_first}")
         paths = [path for path in attention_modules(state.resolved) if self._spec(state, path).static]
         with ExitStack() as stack:
             for path in paths:
@@ -70,10 +79,13 @@ class SetAttentionRange:
         heads = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
         before = found[path][0] if path in found else {}
         now = {
-            name: self._need.update(before.get(name), x_BHTD.transpose(1, 2).flatten(2).flatten(0, 1).float())
+            name: self._need.update(before.get(name), self._rows(x_BHTD))
             for name, x_BHTD in (("query", query), ("key", key), ("value", value))
         }
         found[path] = now, heads
+
+    def _rows(self, x_BHTD: Tensor) -> Tensor:
+        return x_BHTD[:, :, self.skip_first :].transpose(1, 2).flatten(2).flatten(0, 1).float()
 
     def _place(self, state: BlockState, path: str, extremes: _Extremes, heads: tuple[int, int, int, int]) -> None:
         module = state.block.get_submodule(path)
