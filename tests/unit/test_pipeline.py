@@ -110,6 +110,24 @@ def test_steps_learn_where_the_caller_computes_no_gradients(model, tmp_path):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["rtn", "gptq", "awq", "squeezellm", "smoothquant", "autoround"])
+def test_progress_goes_forward_within_a_phase(model, tmp_path, name):
+    phases = []
+
+    def report(done, total, what):
+        phase = what.partition(":")[0].partition(" ")[0]
+        if not phases or phases[-1][0] != phase:
+            phases.append((phase, []))
+        phases[-1][1].append((done, total))
+
+    _quantize(model, tmp_path / "q", lowbit.recipe(name), progress=report)
+    names = [phase for phase, _ in phases]
+    assert names == [*(["sensitivities"] if name == "squeezellm" else []), "block", "comparing"]
+    for _, told in phases:
+        dones, totals = zip(*told, strict=True)
+        assert list(dones) == sorted(dones) and len(set(totals)) == 1 and 0 < dones[0] and dones[-1] == totals[0]
+
+
 def test_a_recipe_that_needs_text_says_so_before_any_work(model, tmp_path):
     with pytest.raises(ValueError, match="needs calibration text"):
         lowbit.quantize(model, "gptq", None, out=tmp_path / "q")

@@ -176,7 +176,7 @@ class Walk:
         if calls is not None:
             self._turn_streams()
         for i in range(self.total):
-            self._at, self._ticks, self._expected = i, 0, 2 * (0 if calls is None else len(self.store["fp"]))
+            self._at, self._ticks, self._expected = i, 0, self._ticks_of(i)
             call = None if calls is None else calls[i]
             record = self._resume(i, call) if i < len(self.journal.finished) else self._quantize(i, call)
             self.records.append(record)
@@ -213,6 +213,15 @@ class Walk:
         )
         self.fisher.run(self.store["fp"], range(len(self.journal.finished), self.total))
 
+    def _ticks_of(self, i: int) -> int:
+        """About how many ticks block i will take: the original stream and the quantized one, and what steps say of themselves."""
+        windows = 0 if self.ids is None else len(self.store["fp"])
+        if i < len(self.journal.finished):
+            return 2 * windows
+        resolved = resolve(self.architecture, self.blocks[i], self.source.config)
+        linears = len(self.recipe.scheme.formats(resolved, f"{self.architecture.blocks}.{i}"))
+        return 2 * windows + sum(step.ticks(windows, linears) for step in self.recipe.steps)
+
     def _tick(self, what: str) -> None:
         self._ticks += 1
         part = min(0.99, self._ticks / max(1, self._expected))
@@ -245,8 +254,7 @@ class Walk:
         state = self._state(i, block, call)
         if self.fisher is not None:
             state.fisher = self.fisher.load(i)
-        name, windows = state.name, 0 if call is None else len(self.store["fp"])
-        self._expected += sum(step.ticks(windows, len(state.formats)) for step in self.recipe.steps)
+        name = state.name
         for other in state.resolved.other_matrices:
             state.note(f"{other} is a matrix that no role covers: it keeps its precision")
         for step in self.recipe.steps:
