@@ -19,14 +19,27 @@ constexpr int in_flight() {
   return N == 1 ? 4 : N <= 6 ? 2 : 1;
 }
 
-// Codes of a chunk times the input, N products of it at once: integers of the chunk's columns, the next `stride` further.
-template <int BITS, int N, int FIRST, int LAST>
-static inline void dots(const uint8_t* chunk, const int8_t* x, int64_t stride, typename V::I (*acc)[N]) {
+// Codes of R blocks times a quad of the input; the sums of a block are N behind those of the one before. Where a quad is spread
+// over the lanes in a register of its own, two blocks share it. U is V: what only some instruction sets have depends on it.
+template <int BITS, int N, int R, class U>
+static inline void meet(typename U::I* acc, const typename U::B* w, const int8_t* x) {
+  if constexpr (R == 1) {
+    acc[0] = U::template dot<BITS>(acc[0], w[0], x);
+  } else {
+    const auto quad = U::quad(x);
+    for (int r = 0; r < R; ++r) acc[r * N] = U::dot_quad(acc[r * N], w[r], quad);
+  }
+}
+
+// Codes of a chunk of R blocks, `next` apart, times the input, N products of it at once: integers of the chunk's columns, the
+// next `stride` further.
+template <int BITS, int N, int R, int FIRST, int LAST>
+static inline void dots(const uint8_t* chunk, int64_t next, const int8_t* x, int64_t stride, typename V::I (*acc)[R * N]) {
   constexpr int ACCS = in_flight<N>();
   unroll<FIRST, LAST>([&]<int Q>() {
-    auto w = codes<BITS, Q>(chunk);
-    for (int i = 0; i < N; ++i)
-      acc[Q % ACCS][i] = V::template dot<BITS>(acc[Q % ACCS][i], w, x + i * stride + 4 * Q);
+    typename V::B w[R];
+    for (int r = 0; r < R; ++r) w[r] = codes<BITS, Q>(chunk + r * next);
+    for (int i = 0; i < N; ++i) meet<BITS, N, R, V>(acc[Q % ACCS] + i, w, x + i * stride + 4 * Q);
   });
 }
 
@@ -38,27 +51,30 @@ constexpr int fields() {
   return (BITS & 4 ? 2 : 0) + (BITS & 2 ? 4 : 0) + (BITS & 1 ? 8 : 0);
 }
 
-template <int BITS, int N>
+template <int BITS, int SUMS>
 constexpr bool in_place() {
-  return V::takes_bytes && BITS < 8 && fields<BITS>() * N <= 24;
+  return V::takes_bytes && BITS < 8 && fields<BITS>() * SUMS <= 24;
 }
 
-template <int WIDTH, int N, int FIRST, int LAST>
-static inline void plane_dots(const uint8_t* plane, const int8_t* x, int64_t stride, typename V::I (*acc)[N]) {
+template <int WIDTH, int N, int R, int FIRST, int LAST>
+static inline void plane_dots(const uint8_t* plane, int64_t next, const int8_t* x, int64_t stride, typename V::I (*acc)[R * N]) {
   constexpr int count = 8 / WIDTH;
   unroll<FIRST, LAST>([&]<int Q>() {
     constexpr int field = Q % count;
-    auto w = V::template field<0, (((1 << WIDTH) - 1) << (WIDTH * field))>(V::load(plane + 64 * (Q / count)));
-    for (int i = 0; i < N; ++i) acc[field][i] = V::template dot<8>(acc[field][i], w, x + i * stride + 4 * Q);
+    typename V::B w[R];
+    for (int r = 0; r < R; ++r)
+      w[r] = V::template field<0, (((1 << WIDTH) - 1) << (WIDTH * field))>(V::load(plane + r * next + 64 * (Q / count)));
+    for (int i = 0; i < N; ++i) meet<8, N, R, V>(acc[field] + i, w, x + i * stride + 4 * Q);
   });
 }
 
-template <int BITS, int N, int FIRST, int LAST>
-static inline void dots_in_place(const uint8_t* chunk, const int8_t* x, int64_t stride, typename V::I (*acc)[N]) {
+template <int BITS, int N, int R, int FIRST, int LAST>
+static inline void dots_in_place(const uint8_t* chunk, int64_t next, const int8_t* x, int64_t stride,
+                                 typename V::I (*acc)[R * N]) {
   constexpr int twos = BITS & 4 ? 2 : 0, ones = twos + (BITS & 2 ? 4 : 0);
-  if constexpr (BITS & 4) plane_dots<4, N, FIRST, LAST>(chunk, x, stride, acc);
-  if constexpr (BITS & 2) plane_dots<2, N, FIRST, LAST>(chunk + 64 * (BITS & 4), x, stride, acc + twos);
-  if constexpr (BITS & 1) plane_dots<1, N, FIRST, LAST>(chunk + 64 * (BITS & 6), x, stride, acc + ones);
+  if constexpr (BITS & 4) plane_dots<4, N, R, FIRST, LAST>(chunk, next, x, stride, acc);
+  if constexpr (BITS & 2) plane_dots<2, N, R, FIRST, LAST>(chunk + 64 * (BITS & 4), next, x, stride, acc + twos);
+  if constexpr (BITS & 1) plane_dots<1, N, R, FIRST, LAST>(chunk + 64 * (BITS & 6), next, x, stride, acc + ones);
 }
 
 template <int WIDTH, int BELOW, int N>
@@ -78,130 +94,99 @@ static inline void gather_fields(typename V::I (*acc)[N]) {
   for (int i = 0; i < N; ++i) acc[0][i] = sum[i];
 }
 
-template <int BITS, int D, int M, bool HALF>
-static void uniform_block(const Job& job, const uint8_t* block, int64_t token, float* out) {
+template <int BITS, int D, int M, int R, bool HALF>
+static void uniform_blocks(const Job& job, const uint8_t* block, int64_t token, float* out) {
   constexpr int N = D * M;
-  constexpr bool IN_PLACE = in_place<BITS, N>();
+  constexpr bool IN_PLACE = in_place<BITS, R * N>();
   constexpr int ACCS = IN_PLACE ? fields<BITS>() : in_flight<N>();
   constexpr int64_t chunk_bytes = 64 * BITS;
-  auto multiply_add = []<int FIRST, int LAST>(const uint8_t* chunk, const int8_t* x, int64_t stride, auto acc) {
-    if constexpr (IN_PLACE) dots_in_place<BITS, N, FIRST, LAST>(chunk, x, stride, acc);
-    else dots<BITS, N, FIRST, LAST>(chunk, x, stride, acc);
-  };
   const Tiles& t = *job.tiles;
   const int64_t plane = t.padded_cols(), segments = t.segments(), groups = t.groups, padded = t.padded;
   const int64_t group_bytes = t.group_bytes, next = t.block_bytes, params_bytes = t.block_bytes - t.codes_bytes;
   const int32_t scale_kind = t.scale, zero_kind = t.zero;
   const int zero_at = LANES * number_bytes(scale_kind);
+  auto multiply_add = [next, plane]<int FIRST, int LAST>(const uint8_t* chunk, const int8_t* x, auto acc) {
+    if constexpr (IN_PLACE) dots_in_place<BITS, N, R, FIRST, LAST>(chunk, next, x, plane, acc);
+    else dots<BITS, N, R, FIRST, LAST>(chunk, next, x, plane, acc);
+  };
   // The input goes by as the codes do: a chunk, a segment and a group further each time.
   const int8_t* x = job.xq + token * D * plane;
   const float* by = job.xs + token * segments;
   const float* whole = job.xsum + token * groups;
   const uint8_t* chunk = block;
   const uint8_t* params = block + t.codes_bytes;
-  // From here on what is AHEAD lies behind this block's parameters, which the block before has asked for.
+  // From here on what is AHEAD lies behind what these blocks have left, which is asked for elsewhere.
   const uint8_t* late = params - AHEAD;
-  typename V::F sum[M];
-  for (int m = 0; m < M; ++m) sum[m] = V::set(0.0f);
+  const int64_t passed = params_bytes + (R - 1) * next;
+  typename V::F sum[R][M];
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) sum[r][m] = V::set(0.0f);
   for (int64_t g = 0; g < groups; ++g, params += group_bytes, ++whole) {
-    ask_for(params + next, group_bytes);
-    const int64_t ahead = chunk < late ? AHEAD : AHEAD + params_bytes;
-    typename V::F inner[M];
-    for (int m = 0; m < M; ++m) inner[m] = V::set(0.0f);
+    for (int r = 0; r < R; ++r) ask_for(params + (R + r) * next, group_bytes);
+    const int64_t ahead = chunk < late ? AHEAD : AHEAD + passed;
+    typename V::F inner[R][M];
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) inner[r][m] = V::set(0.0f);
     for (int64_t left = padded; left > 0; left -= SEGMENT, ++by) {
-      typename V::I acc[ACCS][N];
+      typename V::I acc[ACCS][R * N];
       for (int a = 0; a < ACCS; ++a)
-        for (int i = 0; i < N; ++i) acc[a][i] = V::izero();
+        for (int i = 0; i < R * N; ++i) acc[a][i] = V::izero();
       if constexpr (HALF) {  // quads are counted from the start of the chunk, the input from the start of the group
         if (g % 2 == 0) {
-          multiply_add.template operator()<0, 4>(chunk, x, plane, acc);
+          multiply_add.template operator()<0, 4>(chunk, x, acc);
         } else {
-          multiply_add.template operator()<4, 8>(chunk, x - CHUNK / 2, plane, acc);
+          multiply_add.template operator()<4, 8>(chunk, x - CHUNK / 2, acc);
           chunk += chunk_bytes;
         }
         x += CHUNK / 2;
       } else {
         const uint8_t* stop = chunk + least(left, SEGMENT) / CHUNK * chunk_bytes;
         for (; chunk != stop; chunk += chunk_bytes, x += CHUNK) {
-          for (int line = 0; line < BITS; ++line) V::prefetch(chunk + ahead + 64 * line);
-          multiply_add.template operator()<0, 8>(chunk, x, plane, acc);
+          for (int r = 0; r < R; ++r)
+            for (int line = 0; line < BITS; ++line) V::prefetch(chunk + r * next + ahead + 64 * line);
+          multiply_add.template operator()<0, 8>(chunk, x, acc);
         }
       }
       if constexpr (IN_PLACE) {
-        gather_fields<BITS, N>(acc);
+        gather_fields<BITS, R * N>(acc);
       } else {
         for (int a = 1; a < ACCS; ++a)
-          for (int i = 0; i < N; ++i) acc[0][i] = V::add(acc[0][i], acc[a][i]);
+          for (int i = 0; i < R * N; ++i) acc[0][i] = V::add(acc[0][i], acc[a][i]);
       }
-      for (int m = 0; m < M; ++m) inner[m] = V::fma(joined<D>(acc[0] + m * D), V::set(by[m * segments]), inner[m]);
-    }
-    auto scale = numbers(params, scale_kind);
-    auto zero = zero_kind == NONE ? V::set(t.zero_constant) : numbers(params + zero_at, zero_kind);
-    for (int m = 0; m < M; ++m)
-      sum[m] = V::fma(scale, V::fma(zero, V::set(-whole[m * groups]), inner[m]), sum[m]);
-  }
-  for (int m = 0; m < M; ++m) V::store(out + LANES * m, sum[m]);
-}
-
-// Two blocks at once, for many tokens: each quad of the input is spread over the lanes once for both. U is V.
-template <int BITS, int N, class U>
-static inline void pair_dots(const uint8_t* chunk, int64_t next, const int8_t* x, int64_t stride, typename U::I (*acc)[N]) {
-  unroll<0, 8>([&]<int Q>() {
-    const auto first = codes<BITS, Q>(chunk), second = codes<BITS, Q>(chunk + next);
-    for (int i = 0; i < N; ++i) {
-      const auto quad = U::quad(x + i * stride + 4 * Q);
-      acc[0][i] = U::dot_quad(acc[0][i], first, quad);
-      acc[1][i] = U::dot_quad(acc[1][i], second, quad);
-    }
-  });
-}
-
-template <int BITS, int D, int M, class U>
-static void uniform_pair(const Job& job, const uint8_t* block, int64_t token, float* out) {
-  constexpr int N = D * M;
-  const Tiles& t = *job.tiles;
-  const int64_t plane = t.padded_cols(), segments = t.segments(), next = t.block_bytes;
-  const int zero_at = LANES * number_bytes(t.scale);
-  const int8_t* x = job.xq + token * D * plane;
-  const float* by = job.xs + token * segments;
-  const float* whole = job.xsum + token * t.groups;
-  const uint8_t* chunk = block;
-  const uint8_t* params = block + t.codes_bytes;
-  typename U::F sum[2][M];
-  for (int r = 0; r < 2; ++r)
-    for (int m = 0; m < M; ++m) sum[r][m] = U::set(0.0f);
-  for (int64_t g = 0; g < t.groups; ++g, params += t.group_bytes, ++whole) {
-    typename U::F inner[2][M];
-    for (int r = 0; r < 2; ++r)
-      for (int m = 0; m < M; ++m) inner[r][m] = U::set(0.0f);
-    for (int64_t left = t.padded; left > 0; left -= SEGMENT, ++by) {
-      typename U::I acc[2][N];
-      for (int r = 0; r < 2; ++r)
-        for (int i = 0; i < N; ++i) acc[r][i] = U::izero();
-      const uint8_t* stop = chunk + least(left, SEGMENT) / CHUNK * 64 * BITS;
-      for (; chunk != stop; chunk += 64 * BITS, x += CHUNK) pair_dots<BITS, N, U>(chunk, next, x, plane, acc);
-      for (int r = 0; r < 2; ++r)
+      for (int r = 0; r < R; ++r)
         for (int m = 0; m < M; ++m)
-          inner[r][m] = U::fma(joined<D>(acc[r] + m * D), U::set(by[m * segments]), inner[r][m]);
+          inner[r][m] = V::fma(joined<D>(acc[0] + r * N + m * D), V::set(by[m * segments]), inner[r][m]);
     }
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < R; ++r) {
       const uint8_t* own = params + r * next;
-      const auto scale = numbers(own, t.scale);
-      const auto zero = t.zero == NONE ? U::set(t.zero_constant) : numbers(own + zero_at, t.zero);
+      auto scale = numbers(own, scale_kind);
+      auto zero = zero_kind == NONE ? V::set(t.zero_constant) : numbers(own + zero_at, zero_kind);
       for (int m = 0; m < M; ++m)
-        sum[r][m] = U::fma(scale, U::fma(zero, U::set(-whole[m * t.groups]), inner[r][m]), sum[r][m]);
+        sum[r][m] = V::fma(scale, V::fma(zero, V::set(-whole[m * groups]), inner[r][m]), sum[r][m]);
     }
   }
-  for (int r = 0; r < 2; ++r)
-    for (int m = 0; m < M; ++m) U::store(out + LANES * (r * M + m), sum[r][m]);
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) V::store(out + LANES * (r * M + m), sum[r][m]);
 }
 
-// Binary coding: a plane for each base, its dot products apart; M is 1.
+// Binary coding: a plane for each base, its dot products apart, plane after plane of a segment; M is 1.
 template <int BITS, int D>
 static void binary_block(const Job& job, const uint8_t* block, int64_t token, float* out) {
+  constexpr bool IN_PLACE = in_place<1, D>();
+  constexpr int ACCS = IN_PLACE ? fields<1>() : 1;
   constexpr int64_t chunk_bytes = 64 * BITS;
   const Tiles& t = *job.tiles;
   const int64_t plane = t.padded_cols(), segments = t.segments(), step = t.segment();
+  auto multiply_add = [plane]<int FIRST, int LAST>(const uint8_t* unit, const int8_t* x, auto acc) {
+    if constexpr (IN_PLACE) {
+      plane_dots<1, D, 1, FIRST, LAST>(unit, 0, x, plane, acc);
+    } else {
+      unroll<FIRST, LAST>([&]<int Q>() {
+        auto w = sign_bits<Q>(unit);
+        for (int d = 0; d < D; ++d) acc[0][d] = V::template dot<1>(acc[0][d], w, x + d * plane + 4 * Q);
+      });
+    }
+  };
   const uint8_t* params = block + t.codes_bytes;
   const int base_bytes = LANES * number_bytes(t.scale);
   auto sum = V::set(0.0f);
@@ -210,29 +195,29 @@ static void binary_block(const Job& job, const uint8_t* block, int64_t token, fl
     ask_for(params + t.block_bytes, t.group_bytes);
     typename V::F inner[BITS];
     for (int b = 0; b < BITS; ++b) inner[b] = V::set(0.0f);
-    for (int64_t begin = 0; begin < t.padded; begin += step, ++segment) {
-      const int64_t end = least(begin + step, t.padded);
-      typename V::I acc[BITS][D];
-      for (int b = 0; b < BITS; ++b)
-        for (int d = 0; d < D; ++d) acc[b][d] = V::izero();
+    for (int64_t left = t.padded; left > 0; left -= step, ++segment) {
       // A group that is half a chunk starts in the middle of one every other time.
       const bool late = column % CHUNK != 0;
-      for (int64_t k = begin; k < end; k += CHUNK) {
-        const uint8_t* chunk = block + column / CHUNK * chunk_bytes;
-        const int8_t* x = job.xq + token * D * plane + column / CHUNK * CHUNK;
-        for (int line = 0; line < BITS; ++line) V::prefetch(chunk + AHEAD + 64 * line);
-        for (int b = 0; b < BITS; ++b) {
-          auto quad = [&]<int Q>() {
-            auto w = sign_bits<Q>(chunk + 64 * b);
-            for (int d = 0; d < D; ++d) acc[b][d] = V::template dot<1>(acc[b][d], w, x + d * plane + 4 * Q);
-          };
-          if (!late) unroll<0, 4>(quad);
-          if (late || end - k > CHUNK / 2) unroll<4, 8>(quad);
+      const int64_t end = column + least(step, left);
+      const auto by = V::set(job.xs[token * segments + segment]);
+      for (int b = 0; b < BITS; ++b) {
+        typename V::I acc[ACCS][D];
+        for (int a = 0; a < ACCS; ++a)
+          for (int d = 0; d < D; ++d) acc[a][d] = V::izero();
+        for (int64_t at = column / CHUNK * CHUNK; at < end; at += CHUNK) {
+          const uint8_t* chunk = block + at / CHUNK * chunk_bytes;
+          const int8_t* x = job.xq + token * D * plane + at;
+          V::prefetch(chunk + AHEAD + 64 * b);
+          if (late) multiply_add.template operator()<4, 8>(chunk + 64 * b, x, acc);
+          else if (end - at > CHUNK / 2) multiply_add.template operator()<0, 8>(chunk + 64 * b, x, acc);
+          else multiply_add.template operator()<0, 4>(chunk + 64 * b, x, acc);
         }
-        column += least(CHUNK, end - k);
+        typename V::I whole[D];
+        for (int d = 0; d < D; ++d) whole[d] = IN_PLACE ? V::izero() : acc[0][d];
+        if constexpr (IN_PLACE) gather_plane<1, 0, D>(acc, whole);
+        inner[b] = V::fma(joined<D>(whole), by, inner[b]);
       }
-      auto by = V::set(job.xs[token * segments + segment]);
-      for (int b = 0; b < BITS; ++b) inner[b] = V::fma(joined<D>(acc[b]), by, inner[b]);
+      column = end;
     }
     auto whole = V::set(job.xsum[token * t.groups + g]);
     for (int b = 0; b < BITS; ++b) {  // a set bit is +1, a clear one -1
@@ -330,16 +315,14 @@ static void prepare(const Job& job, int64_t first, int64_t last) {
 
 template <int BITS, int D, int M>
 static void uniform(const Job& job, const uint8_t* block, int64_t token, float* out) {
-  if (job.tiles->half()) uniform_block<BITS, D, M, true>(job, block, token, out);
-  else uniform_block<BITS, D, M, false>(job, block, token, out);
+  if (job.tiles->half()) uniform_blocks<BITS, D, M, 1, true>(job, block, token, out);
+  else uniform_blocks<BITS, D, M, 1, false>(job, block, token, out);
 }
 
 using Block = void (*)(const Job&, const uint8_t*, int64_t, float*);
 
 struct Choice {
   Block by8, by4, by2, by1;  // for so many tokens at once; null where there is none
-  Block pair = nullptr;      // for two blocks and so many tokens
-  int64_t pair_tokens = 0;
 };
 
 // F<M> where the registers hold its N products; one token is always taken.
@@ -353,6 +336,8 @@ template <int BITS, int D>
 struct Uniform {
   template <int M>
   struct Of { static constexpr Block block = uniform<BITS, D, M>; };
+  template <int M>
+  struct Pair { static constexpr Block block = uniform_blocks<BITS, D, M, 2, false>; };
 };
 
 template <int BITS>
@@ -368,71 +353,74 @@ static constexpr Choice fitting() {
   return {fitting<F, 8, 8 * D>(), fitting<F, 4, 4 * D>(), fitting<F, 2, 2 * D>(), fitting<F, 1, D>()};
 }
 
-template <int BITS, int D>
-static Choice uniform_choice(const Tiles& t) {
-  Choice c = fitting<Uniform<BITS, D>::template Of, D>();
-  if constexpr (V::pairs) {
-    constexpr int M = D == 1 ? 8 : 4;
-    if (!t.half()) c.pair = uniform_pair<BITS, D, M, V>, c.pair_tokens = M;
-  }
-  return c;
-}
-
 template <int BITS>
 static Choice choice(const Tiles& t, int32_t input) {
   if (t.kind == TABLE) return fitting<Looked<BITS>::template Of, 2>();  // values and inputs in float take registers too
   if (t.kind == CODEBOOK) return fitting<Looked<BITS>::template Rows, 2>();
   if (t.kind == BINARY) return {nullptr, nullptr, nullptr, input == INT8 ? binary_block<BITS, 1> : binary_block<BITS, 3>};
-  return input == INT8 ? uniform_choice<BITS, 1>(t) : uniform_choice<BITS, 3>(t);
+  return input == INT8 ? fitting<Uniform<BITS, 1>::template Of, 1>() : fitting<Uniform<BITS, 3>::template Of, 3>();
 }
 
-static Choice choose(const Tiles& t, int32_t input) {
-  switch (t.bits) {
-    case 1: return choice<1>(t, input);
-    case 2: return choice<2>(t, input);
-    case 3: return choice<3>(t, input);
-    case 4: return choice<4>(t, input);
-    case 5: return choice<5>(t, input);
-    case 6: return choice<6>(t, input);
-    case 7: return choice<7>(t, input);
-    default: return choice<8>(t, input);
+// For two blocks at once; empty where one is taken at a time, as for one token of integers, which gains nothing.
+template <int BITS>
+static Choice pairs(const Job& job) {
+  if constexpr (V::pairs) {
+    const Tiles& t = *job.tiles;
+    if (t.kind != UNIFORM || t.half() || (job.input == INT8 && job.m == 1)) return {};
+    return job.input == INT8 ? fitting<Uniform<BITS, 1>::template Pair, 1>() : fitting<Uniform<BITS, 3>::template Pair, 3>();
+  }
+  return {};
+}
+
+struct Choices {
+  Choice one, two;
+};
+
+template <int BITS>
+static Choices choices(const Job& job) {
+  return {choice<BITS>(*job.tiles, job.input), pairs<BITS>(job)};
+}
+
+static Choices choose(const Job& job) {
+  switch (job.tiles->bits) {
+    case 1: return choices<1>(job);
+    case 2: return choices<2>(job);
+    case 3: return choices<3>(job);
+    case 4: return choices<4>(job);
+    case 5: return choices<5>(job);
+    case 6: return choices<6>(job);
+    case 7: return choices<7>(job);
+    default: return choices<8>(job);
   }
 }
 
 static void multiply(const Job& job, int64_t first, int64_t last) {
   const Tiles& t = *job.tiles;
-  const Choice c = choose(t, job.input);
+  const Choices choices = choose(job);
   const int64_t height = t.kind == CODEBOOK ? 1 : LANES;
   // Others than uniform weights have no sums; their inputs are symmetric, so that what is not zero there is NaN.
   const float* sums = t.kind == UNIFORM ? reinterpret_cast<const float*>(job.data + t.sums_offset) : nullptr;
   float out[2 * 8 * LANES];
-  auto write = [&](int64_t b, int64_t token, int64_t batch, float* from) {
-    const int64_t row = b * height, n = least(height, t.rows - row);
-    for (int64_t m = 0; m < batch; ++m) {
-      float* y = from + m * height;
-      if (sums && job.act_bits && job.xzero[token + m] != 0.0f)
-        for (int64_t i = 0; i < n; ++i) y[i] -= job.xzero[token + m] * sums[row + i];
-      write_floats(y, n, job.y, job.y_type, (token + m) * t.rows + row);
-    }
-  };
   for (int64_t b = first; b < last;) {
-    const int64_t together = c.pair && last - b > 1 ? 2 : 1;
+    const int64_t together = choices.two.by1 && last - b > 1 ? 2 : 1;
+    const Choice& c = together == 2 ? choices.two : choices.one;
     const uint8_t* block = job.data + HEADER + b * t.block_bytes;
-    int64_t done = 0;
-    for (; together == 2 && job.m - done >= c.pair_tokens; done += c.pair_tokens) {
-      c.pair(job, block, done, out);
-      write(b, done, c.pair_tokens, out);
-      write(b + 1, done, c.pair_tokens, out + LANES * c.pair_tokens);
-    }
-    for (const int64_t stop = b + together; b < stop; ++b, block += t.block_bytes) {
-      for (int64_t token = done; token < job.m;) {
-        const int64_t left = job.m - token;
-        const int64_t batch = left >= 8 && c.by8 ? 8 : left >= 4 && c.by4 ? 4 : left >= 2 && c.by2 ? 2 : 1;
-        (batch == 8 ? c.by8 : batch == 4 ? c.by4 : batch == 2 ? c.by2 : c.by1)(job, block, token, out);
-        write(b, token, batch, out);
-        token += batch;
+    for (int64_t token = 0; token < job.m;) {
+      const int64_t left = job.m - token;
+      const int64_t batch = left >= 8 && c.by8 ? 8 : left >= 4 && c.by4 ? 4 : left >= 2 && c.by2 ? 2 : 1;
+      (batch == 8 ? c.by8 : batch == 4 ? c.by4 : batch == 2 ? c.by2 : c.by1)(job, block, token, out);
+      for (int64_t r = 0; r < together; ++r) {
+        const int64_t row = (b + r) * height, n = least(height, t.rows - row);
+        for (int64_t m = 0; m < batch; ++m) {
+          float* y = out + (r * batch + m) * height;
+          if (sums && job.act_bits && job.xzero[token + m] != 0.0f)
+            for (int64_t i = 0; i < n; ++i) y[i] -= job.xzero[token + m] * sums[row + i];
+          write_floats(y, n, job.y, job.y_type, (token + m) * t.rows + row);
+        }
       }
+      token += batch;
     }
+    b += together;
   }
 }
 

@@ -12,7 +12,7 @@ struct V {
   static constexpr bool takes_bytes = false;  // whether dot() is as quick for codes of 8 bits as for shorter ones
   static constexpr int products = 1;  // sums, of several tokens at once, that registers hold; here it is short compiling
   static constexpr bool fuses = false;  // whether fma() rounds once
-  static constexpr bool pairs = false;  // whether registers hold two blocks' sums of many tokens: V has quad() and dot_quad()
+  static constexpr bool pairs = false;  // whether registers hold the sums of two blocks: V has quad() and dot_quad()
 
   static B load(const void* p) { B b; __builtin_memcpy(b.v, p, 64); return b; }
   static void store_all(uint8_t* p, B b) { __builtin_memcpy(p, b.v, 64); }
