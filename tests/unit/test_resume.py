@@ -14,8 +14,10 @@ import torch
 
 import lowbit
 from lowbit.calibrate.journal import Journal, OutputError
+from lowbit.calibrate.walk import Walk
 
 from helpers import random_ids, tiny_llama
+from matrix import save_model
 
 # Quantizes argv[1] into argv[2]; kills itself without notice at the progress call or journal act that argv[3] names.
 SCRIPT = """
@@ -101,6 +103,32 @@ def test_a_run_killed_at_many_points_continues_to_the_same_bytes(tmp_path):
     assert _run(model, tmp_path / "killed", "never") == 0
     assert _hashes(tmp_path / "killed") == wanted
     assert not (tmp_path / "killed.partial").exists()
+
+
+def test_what_a_fold_changes_and_nothing_packs_runs_as_it_is_stored(tmp_path, monkeypatch):
+    """Here the router of experts behind a smoothed norm, in a checkpoint of half precision."""
+    save_model("mixtral", tmp_path / "model").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    behind, move = [], Walk._behind
+
+    def kept(walk, block, call):
+        error = move(walk, block, call)
+        behind.append(walk.store["quant"].clone())
+        return error
+
+    def stop(done, total, what):
+        if done >= 1:
+            raise KeyboardInterrupt
+
+    def run(**options):
+        recipe = lowbit.recipe("smoothquant", bits=4)
+        lowbit.quantize(tmp_path / "model", recipe, random_ids(6, 24) % 48, out=tmp_path / "out", max_kl=50, **options)
+
+    monkeypatch.setattr(Walk, "_behind", kept)
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=stop)
+    run()
+    first, again, _ = behind
+    assert torch.equal(first, again)
 
 
 def test_a_partial_run_of_something_else_is_not_continued(tmp_path):

@@ -181,9 +181,9 @@ class BlockState:
             add_bias(self.block, needs_bias(edge, kind))
             parameters = self.weights()
             self.fisher |= self._folded_fisher(edge, transform, parameters)
-            for name, value in fold(edge, transform, parameters).items():
-                stored = value.to(self.store_dtype).to(value.dtype) if value.dim() == 1 else value
-                parameters[name].copy_(stored)
+            packed = {f"{path}.weight" for path in self.formats}
+            for name, value in fold(edge, transform, parameters).items():  # what is not packed runs as it will be stored
+                parameters[name].copy_(value if name in packed else value.to(self.store_dtype).to(value.dtype))
         if not edge.producers:
             for port in edge.consumers:
                 self._run_on_input(port.module, transform)
