@@ -24,8 +24,9 @@ from torch.nn.functional import cross_entropy
 
 import lowbit
 from lowbit.calibrate.source import open_model
-from lowbit.recipe import Recipe, Rule, Scheme, rebuilt
+from lowbit.recipe import Recipe, rebuilt
 from lowbit.recipes import as_recipe
+from lowbit.scheme import Rule, Scheme
 from lowbit.solve import Nearest
 from lowbit.steps import ModelState, Solve
 

@@ -28,8 +28,9 @@ from lowbit.calibrate.walk import Walk
 from lowbit.numerics import ClipSearch, Gram, RangeGrid, Spec, quantize
 from lowbit.plan.layers import planned_layers
 from lowbit.plan.survey import survey
-from lowbit.recipe import Recipe, Rule, Scheme, rebuilt
+from lowbit.recipe import Recipe, rebuilt
 from lowbit.recipes import as_recipe
+from lowbit.scheme import Rule, Scheme
 from lowbit.solve.factor import inverse_factor
 from lowbit.steps import BlockState, LinearFormat
 

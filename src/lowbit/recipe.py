@@ -11,112 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from typing import Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator, validate_call
+from pydantic import ConfigDict, TypeAdapter, ValidationError, field_validator, validate_call
 
-from lowbit.architectures import ROLE_GROUPS, ResolvedBlock
-from lowbit.modules import ActSpec, AttentionSpec
-from lowbit.numerics import (
-    Fisher,
-    Int,
-    PerChannel,
-    PerGroup,
-    PerTensor,
-    PerToken,
-    Spec,
-    nearest,
-    to_dict,
-)
-from lowbit.steps import Learn, LinearFormat, ModelStep, SetAttentionRange, Solve, Step
+from lowbit.numerics import Fisher, nearest, to_dict
+from lowbit.scheme import Frozen, Override, Rule, Scheme, plain_message, validated
+from lowbit.steps import Learn, ModelStep, SetAttentionRange, Solve, Step
 from lowbit.steps.combination import check_attention_ranges, check_combination, in_order
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-
-class Rule(_Frozen):
-    """Formats for the linears that ``match``: ``*``, a role (``down``), a group of roles (``attention``, ``mlp``,
-    ``behind_norm``), a name pattern, or ``re:`` and a regex.
-
-    ``skip`` leaves them as they are. Where several rules match, the last one counts.
-    """
-
-    match: str = "*"
-    weight: Spec | None = None
-    activation: ActSpec | None = None
-    skip: bool = False
-
-    def matches(self, name: str, role: str) -> bool:
-        if self.match.startswith("re:"):
-            return re.search(self.match[3:], name) is not None
-        return self.match in ("*", role) or role in ROLE_GROUPS.get(self.match, ()) or fnmatch(name, self.match)
-
-    @field_validator("match")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        if value.startswith("re:"):
-            try:
-                re.compile(value[3:])
-            except re.error as error:
-                raise ValueError(f"{value!r} is not a regular expression: {error}") from error
-        return value
-
-
-class Scheme(_Frozen):
-    """What is stored and how it runs: rules for linears, later ones over earlier ones, and ``attention``, the formats of the
-    operands of every block's attention (None: floating)."""
-
-    rules: tuple[Rule, ...]
-    attention: AttentionSpec | None = None
-
-    def format(self, name: str, role: str) -> LinearFormat | None:
-        """The format of one linear, or None where it stays as it is."""
-        for rule in reversed(self.rules):
-            if rule.matches(name, role):
-                return None if rule.skip or rule.weight is None else LinearFormat(rule.weight, rule.activation)
-        return None
-
-    def formats(self, resolved: ResolvedBlock, block_name: str) -> dict[str, LinearFormat]:
-        """Formats of the block's linears by path, those left alone omitted."""
-        found = {path: self.format(f"{block_name}.{path}", role) for path, role in resolved.linears.items()}
-        return {path: form for path, form in found.items() if form is not None}
-
-    def check_matches(self, linears: Mapping[str, str]) -> None:
-        """``linears``: every linear of the model, name -> role.
-
-        Raises:
-            ValueError: a rule that matches none of them; it names the nearest role or layer.
-        """
-        for rule in self.rules:
-            if not any(rule.matches(name, role) for name, role in linears.items()):
-                raise ValueError(f"rule {rule.match!r} matches no layer{_nearest_layer(rule.match, linears)}")
-
-    def with_rules(self, *added: Rule) -> Scheme:
-        """This scheme with rules after its own."""
-        return Scheme(rules=(*self.rules, *added), attention=self.attention)
-
-    @property
-    def quantizes_activations(self) -> bool:
-        return any(rule.activation is not None for rule in self.rules)
-
-
-def _nearest_layer(pattern: str, linears: Mapping[str, str]) -> str:
-    """The nearest role or name; where none is near, the roles and one name: a model has hundreds of names."""
-    hint = nearest(pattern.removeprefix("re:"), [*linears.values(), *linears])
-    if hint.startswith(" ("):
-        return hint
-    return (
-        f"; this model has the roles {', '.join(sorted({*linears.values()}))}, and names such as {next(iter(linears))}"
-    )
-
-
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """A scheme and the steps that fill it.
 
     Attributes:
@@ -230,80 +137,6 @@ def _check_types(value: Any, where: str) -> None:
 def rebuilt(recipe: Recipe, **changes: Any) -> Recipe:
     """A copy that is validated again (pydantic's own model_copy is not)."""
     return Recipe(**{**{name: getattr(recipe, name) for name in Recipe.model_fields}, **changes})
-
-
-class Override(_Frozen):
-    """What one ``overrides`` entry of a recipe file may say; what it leaves out is as in the recipe's first weight format."""
-
-    match: str
-    skip: bool = False
-    bits: int | None = None
-    group_size: int | Literal["channel"] | None = None
-    symmetric: bool | None = None
-    activation_bits: int | None = None
-
-    def rule(self, base: Rule) -> Rule:
-        if self.skip:
-            return Rule(match=self.match, skip=True)
-        assert base.weight is not None
-        grid, grain, act = base.weight.grid, base.weight.granularity, base.activation
-        for key in ("bits", "symmetric"):
-            if (value := getattr(self, key)) is None:
-                continue
-            if key not in {field.name for field in dataclasses.fields(grid)}:  # pyright: ignore[reportArgumentType]
-                raise ValueError(f"override {self.match!r}: {key} cannot be changed, the recipe has the grid {grid}")
-            grid = replace(grid, **{key: value})  # pyright: ignore[reportArgumentType]
-        if self.group_size is not None:
-            grain = PerChannel() if self.group_size == "channel" else PerGroup(self.group_size)
-        if self.activation_bits is not None:
-            act = activation(self.activation_bits) if act is None else _with_bits(act, self.activation_bits)
-        return Rule(match=self.match, weight=replace(base.weight, grid=grid, granularity=grain), activation=act)
-
-
-def _with_bits(act: ActSpec, bits: int) -> ActSpec | None:
-    if bits < 16 and not isinstance(act.spec.grid, Int):
-        raise ValueError(
-            f"activation_bits cannot be changed to {bits}, the recipe's activations have the grid {act.spec.grid}"
-        )
-    return None if bits >= 16 else replace(act, spec=replace(act.spec, grid=replace(act.spec.grid, bits=bits)))  # pyright: ignore[reportArgumentType]
-
-
-# What most methods say of formats
-
-
-def weight(bits: int, group_size: int | None, *, symmetric: bool = False) -> Spec:
-    """Integers of ``bits``, in groups of ``group_size`` along the input, or per output channel where it is None."""
-    return Spec(Int(bits, symmetric=symmetric), PerChannel() if group_size is None else PerGroup(group_size))
-
-
-def activation(
-    bits: int | None,
-    *,
-    symmetric: bool = True,
-    per: Literal["token", "tensor"] = "token",
-    static: bool = False,
-    threshold: float = 0.0,
-) -> ActSpec | None:
-    """Integers of ``bits`` for a linear's input; None (no quantization) where ``bits`` is None or 16 and over."""
-    if bits is None or bits >= 16:
-        return None
-    grain = PerToken() if per == "token" else PerTensor()
-    return ActSpec(Spec(Int(bits, symmetric=symmetric), grain, scale_dtype="float32"), static, threshold)
-
-
-def attention(
-    bits: int | None, *, symmetric: bool = True, probabilities: int | None = 2, **more: Any
-) -> AttentionSpec | None:
-    """Operands of attention of ``bits``, and as many for probabilities but at least ``probabilities`` (None: floating); ``more``
-    goes to :class:`~lowbit.modules.AttentionSpec`. None where ``bits`` is None or 16 and over."""
-    if bits is None or bits >= 16:
-        return None
-    return AttentionSpec(bits, symmetric, None if probabilities is None else max(bits, probabilities), **more)
-
-
-def linears(weight: Spec, activation: ActSpec | None = None, attention: AttentionSpec | None = None) -> Scheme:
-    """One format for every linear of every block."""
-    return Scheme(rules=(Rule(weight=weight, activation=activation),), attention=attention)
 
 
 # The registry of methods
@@ -460,24 +293,3 @@ def _both(name: str, a: str, b: str) -> str:
             "can say; write the rules into a recipe file"
         )
     return b
-
-
-def validated(model: type[Any], data: Mapping[str, Any]) -> Any:
-    """``model(**data)``. Raises ValueError that names an unknown key's nearest, or says what is wrong in a line."""
-    for key in data:
-        if key not in model.model_fields:
-            raise ValueError(f"unknown key {key!r}{nearest(str(key), list(model.model_fields))}")
-    try:
-        return model(**data)
-    except ValidationError as error:
-        raise ValueError(plain_message(error)) from error
-
-
-def plain_message(error: ValidationError) -> str:
-    """Pydantic's findings in one line each: where, what, and what was found."""
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
-        found = f" (found {item['input']!r})" if item["type"] != "value_error" and item["loc"] else ""
-        lines.append((f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ") + found)
-    return "; ".join(lines)

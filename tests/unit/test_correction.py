@@ -14,7 +14,7 @@ from lowbit.formats.checkpoint import bits_report
 from lowbit.modules import QuantLinear
 from lowbit.numerics import Int, LowRank, MinMax, PerChannel, Spec, quantize
 from lowbit.plan import plan
-from lowbit.recipe import activation
+from lowbit.scheme import activation
 from lowbit.steps import (
     BlockState,
     ClipShares,

@@ -19,7 +19,8 @@ from lowbit.calibrate.source import open_model
 from lowbit.calibrate.walk import Walk
 from lowbit.numerics import Codebook, Fisher, Int, KMeans, PerChannel, PerGroup, Spec, Statistic, tagged
 from lowbit.plan import explain, plan
-from lowbit.recipe import Recipe, linears
+from lowbit.recipe import Recipe
+from lowbit.scheme import linears
 from lowbit.solve import Gptq, Nearest, Solution
 from lowbit.steps import BlockState, Incoherence, LinearFormat, Midpoint, Set, Shifts, Smooth, Solve, precision
 from lowbit.steps.learn import Learn

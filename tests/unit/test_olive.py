@@ -34,7 +34,8 @@ from lowbit.numerics import (
     stored_bits,
 )
 from lowbit.plan import plan
-from lowbit.recipe import Recipe, linears
+from lowbit.recipe import Recipe
+from lowbit.scheme import linears
 from lowbit.single import _Alone, _resolved
 from lowbit.solve import Gptq, Nearest
 from lowbit.steps import BlockIO, BlockState, ChooseGrid, FitActivation, LinearFormat, SetActivationRange, Solve

@@ -26,8 +26,9 @@ from lowbit.numerics import (
     quantize,
 )
 from lowbit.numerics.fit import MinMax
-from lowbit.recipe import Recipe, activation, linears
+from lowbit.recipe import Recipe
 from lowbit.recipe import recipe as recipe_of
+from lowbit.scheme import activation, linears
 from lowbit.steps import (
     ActivationSteps,
     BlockIO,

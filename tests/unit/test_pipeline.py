@@ -16,7 +16,8 @@ from lowbit.calibrate.source import open_model
 from lowbit.calibrate.walk import Walk
 from lowbit.modules import QuantLinear
 from lowbit.numerics import Int, PerGroup, Spec
-from lowbit.recipe import Recipe, linears
+from lowbit.recipe import Recipe
+from lowbit.scheme import linears
 from lowbit.steps import Solve
 
 from helpers import random_ids, tiny_llama

@@ -18,8 +18,9 @@ from lowbit.numerics import Gram, Int, PerChannel, PerCluster, PerGroup, Spec
 from lowbit.plan import explain, plan
 from lowbit.plan.peak import statistics_bytes
 from lowbit.plan.survey import survey
-from lowbit.recipe import METHODS, Recipe, Rule, Scheme, recipe
+from lowbit.recipe import METHODS, Recipe, recipe
 from lowbit.recipes import from_plain
+from lowbit.scheme import Rule, Scheme
 from lowbit.solve import Nearest
 from lowbit.steps import BlockIO, BlockState, Solve
 

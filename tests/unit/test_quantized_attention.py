@@ -14,8 +14,9 @@ from lowbit.architectures import attention_spec, observed, operand_ranges
 from lowbit.formats import native
 from lowbit.modules import AttentionSpec, restore
 from lowbit.plan import explain, plan
-from lowbit.recipe import Recipe, Scheme
+from lowbit.recipe import Recipe
 from lowbit.recipes import from_plain
+from lowbit.scheme import Scheme
 from lowbit.solve import Nearest
 from lowbit.steps import Learn, Set, SetAttentionRange, Smooth, Solve
 

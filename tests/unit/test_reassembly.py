@@ -13,7 +13,7 @@ import lowbit
 from lowbit.architectures.check import float64_everywhere, logits
 from lowbit.modules import QuantLinear
 from lowbit.numerics import AbsMax, Gram, Int, PerChannel, Spec
-from lowbit.recipe import activation
+from lowbit.scheme import activation
 from lowbit.steps import BlockState, LinearFormat, SearchReassembly, Solve
 from lowbit.steps.reassembly import _listen, _loss, _site, assembled, disassembly, merge_distances, thresholds
 from lowbit.transforms import Merge, Reassembly, Split

@@ -11,18 +11,9 @@ from lowbit.calibrate.source import open_model
 from lowbit.calibrate.walk import Walk, check_scheme
 from lowbit.modules import ActSpec, QuantLinear
 from lowbit.numerics import ClipSearch, Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, Table
-from lowbit.recipe import (
-    METHODS,
-    Recipe,
-    Rule,
-    Scheme,
-    activation,
-    linears,
-    mix,
-    recipe,
-    weight,
-)
+from lowbit.recipe import METHODS, Recipe, mix, recipe
 from lowbit.recipes import as_recipe, builtin_recipes, from_file, from_plain
+from lowbit.scheme import Rule, Scheme, activation, linears, weight
 from lowbit.solve import Gptq, Nearest
 from lowbit.steps import (
     ClipShares,

@@ -7,7 +7,8 @@ import torch
 
 import lowbit
 from lowbit.numerics import Fixed, Int, PerGroup, Spec
-from lowbit.recipe import Recipe, linears
+from lowbit.recipe import Recipe
+from lowbit.scheme import linears
 from lowbit.single import _Alone, _resolved
 from lowbit.solve import Gptq, Nearest
 from lowbit.steps import BlockIO, BlockState, Learn, LinearFormat, Rounding, Solve

@@ -14,7 +14,8 @@ from lowbit.modules import ActSpec
 from lowbit.numerics import Affine, Int, MovingRange, PerChannel, PerCluster, PerTensor, Range, Samples, Spec
 from lowbit.numerics.kmeans import kmeans_points
 from lowbit.plan import plan
-from lowbit.recipe import Recipe, activation, linears
+from lowbit.recipe import Recipe
+from lowbit.scheme import activation, linears
 from lowbit.solve import Gptq
 from lowbit.steps import BlockState, Cluster, LinearFormat, SearchClip, SetActivationRange, Solve
 from lowbit.transforms import Permute

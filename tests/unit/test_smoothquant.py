@@ -11,7 +11,7 @@ from torch import nn
 import lowbit
 from lowbit.modules import ActSpec
 from lowbit.numerics import AbsMax, Int, LaterRange, PerChannel, PerTensor, PerToken, Range, Spec
-from lowbit.recipe import activation
+from lowbit.scheme import activation
 from lowbit.steps import BlockState, LinearFormat, Search, Set, SetActivationRange, Smooth, SmoothPowers
 from lowbit.steps.search import _listen
 

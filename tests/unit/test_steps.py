@@ -11,8 +11,8 @@ import torch
 from lowbit.calibrate.stream import Call
 from lowbit.modules import QuantLinear
 from lowbit.numerics import AbsMax, AbsSum, Clipped, Gram, Int, MinMax, PerChannel, PerGroup, Samples, Spec, fit_params
-from lowbit.recipe import activation
 from lowbit.recipe import recipe as recipe_of
+from lowbit.scheme import activation
 from lowbit.solve import Nearest
 from lowbit.steps import (
     BlockMSE,

@@ -14,7 +14,7 @@ import lowbit
 from lowbit.architectures import ROLE_GROUPS, for_config
 from lowbit.modules import QuantLinear
 from lowbit.numerics import Int, MinMax, PerChannel, RowBands, Spec, quantize
-from lowbit.recipe import activation
+from lowbit.scheme import activation
 from lowbit.single import _Alone, _resolved
 from lowbit.solve import Nearest
 from lowbit.steps import AllWeights, BlockIO, BlockState, Learn, LinearFormat, Solve

@@ -47,7 +47,8 @@ from lowbit.calibrate.store import ActivationStore
 from lowbit.calibrate.stream import Call, Stream, outside
 from lowbit.modules import AttentionSpec, OperandRanges, QuantLinear, described_residual, turned
 from lowbit.numerics import from_dict, to_dict
-from lowbit.recipe import Recipe, Scheme
+from lowbit.recipe import Recipe
+from lowbit.scheme import Scheme
 from lowbit.steps import BlockIO, BlockState, LayerRecord
 from lowbit.steps.rotation import residual_step
 from lowbit.steps.state import stored_as_OI

@@ -1,6 +1,7 @@
 """Outlier Suppression: take the gain out of the norms, which amplifies outliers, and clip what few tokens stretch."""
 
-from lowbit.recipe import Recipe, activation, attention, linears, method, weight
+from lowbit.recipe import Recipe, method
+from lowbit.scheme import activation, attention, linears, weight
 from lowbit.solve import Nearest
 from lowbit.steps import ActivationSteps, BlockMSE, Learn, OwnGain, SearchActivationRange, Set, SetAttentionRange, Solve
 

@@ -3,7 +3,8 @@
 from typing import Literal
 
 from lowbit.numerics import MinMax, TruncationSearch
-from lowbit.recipe import Recipe, linears, method, weight
+from lowbit.recipe import Recipe, method
+from lowbit.scheme import linears, weight
 from lowbit.solve import Gptq, WeakColumns
 from lowbit.steps import Solve
 

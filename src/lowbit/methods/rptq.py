@@ -3,7 +3,8 @@
 from typing import Literal
 
 from lowbit.numerics import ClipSearch
-from lowbit.recipe import Recipe, Rule, Scheme, activation, attention, method, weight
+from lowbit.recipe import Recipe, method
+from lowbit.scheme import Rule, Scheme, activation, attention, weight
 from lowbit.solve import Gptq, Nearest
 from lowbit.steps import Cluster, SetActivationRange, SetAttentionRange, Solve
 
@@ -27,17 +28,16 @@ def rptq(
     clusters: of an input; head_clusters: in each head of the output projection's input, of queries with keys, and of values.
     attention_bits: of queries, keys and values (the authors: as activation_bits), with probabilities of 8 bits or more;
     None: floating. activation_bits: of the inputs of the attention's output projection and the MLP's last linear. norm_bits:
-    of what norms give (q, k, v, gate, up, fc1); None: 8 or activation_bits, whichever is more, as the authors' code does
-    under the name W4A4.
+    of what norms give (q, k, v, gate, up, fc1); None: activation_bits, but at least 8, as in what the authors call W4A4.
     ranges: "minmax", the extremes of all tokens; "ema", a moving average of each window's (0.99 old, 0.01 new), the authors'
     default, which clips; "search", the extremes shrunk, cluster by cluster, to where sampled tokens lose least (inputs of
     linears only): on real layers about half the error of "ema" at 4 bits.
     solver: of the weights, with inputs that are not rounded; damp: as in gptq.
 
-    The order is folded into weights where they can take it; behind norms each linear gathers its input, where the authors'
-    norm kernel writes in the new order, and attention gathers queries and keys behind their rotary embedding.
-    Differs from the authors' code: weights have one range a row (or a group of group_size) and not one for each cluster in a
-    row; a step is (max - min) / (2^bits - 1), theirs divides by 2^bits.
+    The order is folded into weights where it can be; behind norms each linear gathers its input (the authors' norm kernel
+    writes in the new order), and attention its queries and keys behind the rotary embedding.
+    Differs from the authors' code: weights have a range a row (or group), not one for each cluster in it, and a step is
+    (max - min) / (2^bits - 1), where theirs divides by 2^bits.
     """
     norms, spec = max(8, activation_bits) if norm_bits is None else norm_bits, weight(bits, group_size)
     widths = {"*": activation_bits} | ({} if norms == activation_bits else {"behind_norm": norms})

@@ -3,7 +3,8 @@
 from typing import Literal
 
 from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, Spec
-from lowbit.recipe import Recipe, activation, attention, linears, method
+from lowbit.recipe import Recipe, method
+from lowbit.scheme import activation, attention, linears
 from lowbit.solve import Nearest
 from lowbit.steps import Search, Set, SetActivationRange, SetAttentionRange, Smooth, SmoothPowers, Solve
 
@@ -43,6 +44,7 @@ def smoothquant(
     if level != "O3" and skip_first:
         raise ValueError(f"skip_first is of static ranges, which level {level} has not; it goes with level 'O3'")
     grain = PerTensor() if level != "O1-pc" else PerChannel() if group_size is None else PerGroup(group_size)
+    weight = Spec(Int(bits, symmetric=True), grain)
     per, static = ("token" if level in ("O1-pc", "O1") else "tensor"), level == "O3"
     edges = ALL_EDGES if all_edges else NORM_EDGES
     smooth = Search(SmoothPowers(grid), edges, windows) if alpha == "search" else Set(Smooth(alpha), edges)
@@ -51,9 +53,7 @@ def smoothquant(
     return Recipe(
         name="smoothquant",
         scheme=linears(
-            Spec(Int(bits, symmetric=True), grain),
-            activation(activation_bits, per=per, static=static),
-            attention(attention_bits, static=static),
+            weight, activation(activation_bits, per=per, static=static), attention(attention_bits, static=static)
         ),
         steps=(smooth, *ranges, Solve(Nearest())),
         feed="fp",

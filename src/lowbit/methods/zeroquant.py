@@ -1,7 +1,8 @@
 """ZeroQuant: groups of weights, a range for every token, and layer-by-layer distillation from the original model."""
 
 from lowbit.numerics import Int, PerChannel, PerGroup, RowBands, Spec
-from lowbit.recipe import Recipe, Rule, Scheme, activation, method
+from lowbit.recipe import Recipe, method
+from lowbit.scheme import Rule, Scheme, activation
 from lowbit.solve import Nearest
 from lowbit.steps import AllWeights, BlockMSE, Learn, Solve
 

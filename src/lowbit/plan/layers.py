@@ -26,7 +26,7 @@ from lowbit.numerics import (
     Table,
 )
 from lowbit.plan.survey import Survey, SurveyedBlock, outside_names
-from lowbit.recipe import Scheme
+from lowbit.scheme import Scheme
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lowbit.numerics import from_dict
-from lowbit.recipe import Recipe, Rule, Scheme, plain_message, rebuilt, recipe, validated
+from lowbit.recipe import Recipe, rebuilt, recipe
+from lowbit.scheme import Rule, Scheme, plain_message, validated
 
 
 class _File(BaseModel):

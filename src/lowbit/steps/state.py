@@ -182,7 +182,9 @@ class BlockState:
             parameters = self.weights()
             self.fisher |= self._folded_fisher(edge, transform, parameters)
             packed = {f"{path}.weight" for path in self.formats}
-            for name, value in fold(edge, transform, parameters).items():  # what is not packed runs as it will be stored
+            for name, value in fold(
+                edge, transform, parameters
+            ).items():  # what is not packed runs as it will be stored
                 parameters[name].copy_(value if name in packed else value.to(self.store_dtype).to(value.dtype))
         if not edge.producers:
             for port in edge.consumers:
