@@ -74,27 +74,23 @@ def main() -> None:
     for name in chosen:
         seconds(name, 64)  # what is compiled or imported at the first use
     taken: dict[str, list[float]] = {name: [] for name in chosen}
-    for width in widths:
+    RESULTS.mkdir(exist_ok=True)
+    for done, width in enumerate(widths, 1):
         for name in chosen:
             taken[name].append(seconds(name, width))
             console.print(f"{name} {width}: {taken[name][-1]:.2f} s")
-    rows = [
-        {
-            "method": name,
-            "options": METHODS[name],
-            "widths": widths,
-            "seconds": times,
-            "threads": torch.get_num_threads(),
-        }
-        for name, times in taken.items()
-    ]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "speed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write(rows, widths, taken["gptq"], console)
+        threads = torch.get_num_threads()
+        rows = [
+            {"method": name, "options": METHODS[name], "widths": widths[:done], "seconds": times, "threads": threads}
+            for name, times in taken.items()
+        ]  # after every width: whoever stops the run keeps those before
+        (RESULTS / "speed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        table = write(rows, widths[:done], taken["gptq"])
+    console.print(table)
 
 
-def write(rows: list[dict], widths: list[int], gptq: list[float], console: Console) -> None:
-    """The table, on the screen and as Markdown."""
+def write(rows: list[dict], widths: list[int], gptq: list[float]) -> Table:
+    """The table, as Markdown and for the screen."""
     heads = ["method", *(f"d = {width}, s" for width in widths), "x gptq, widest", "growth, last doubling"]
     lines = [
         "# Seconds for one random linear [d, d], 2048 tokens",
@@ -111,7 +107,7 @@ def write(rows: list[dict], widths: list[int], gptq: list[float], console: Conso
             row["method"],
             *(f"{t:.2f}" for t in times),
             f"{times[-1] / gptq[-1]:.1f}",
-            f"{times[-1] / times[-2]:.1f}",
+            f"{times[-1] / times[-2]:.1f}" if len(times) > 1 else "",
         ]
         table.add_row(*cells)
         lines.append("| " + " | ".join(cells) + " |")
@@ -122,7 +118,7 @@ def write(rows: list[dict], widths: list[int], gptq: list[float], console: Conso
         "",
     ]
     (RESULTS / "speed.md").write_text("\n".join(lines))
-    console.print(table)
+    return table
 
 
 if __name__ == "__main__":
