@@ -186,6 +186,7 @@ def test_every_kind_of_tiles_runs_in_a_step(spec, steps):
     [
         ActSpec(Spec(Int(8), PerToken())),
         ActSpec(Spec(Int(8, symmetric=True), PerToken())),
+        ActSpec(Spec(Int(8, symmetric=True, reach=0.9), PerToken())),
         ActSpec(Spec(Int(8), PerTensor())),
         ActSpec(Spec(Int(8), PerTensor()), static=True),
     ],

@@ -28,6 +28,7 @@ SHAPES = [(1, 1), (1, 7), (5, 3), (8, 8), (17, 33), (64, 48), (40, 129)]
 ROWS = [1, 2, 7, 17]
 WEIGHTS = [Spec(Int(b, s), g) for b, s, g in product((2, 4, 7, 8), (True, False), (PerChannel(), PerTensor()))]
 INPUTS = [Spec(Int(b, s), g) for b, s, g in product((4, 8), (True, False), (PerToken(), PerTensor()))]
+INPUTS += [Spec(Int(4, symmetric=True, reach=0.9), PerToken())]
 
 
 def layer(spec: Spec, shape=(24, 50), act: Spec | None = None, act_params=None) -> PackedLinear:

@@ -67,6 +67,8 @@ INPUTS = [
     Spec(Int(8), PerGroup(10)),
     Spec(Float(4, 3), PerToken()),
     Spec(Float(2, 1), PerGroup(16), Spec(Float(4, 3, "fn"), PerTensor(), scale_dtype="float32")),
+    Spec(Int(4, symmetric=True, reach=0.9), PerToken()),
+    Spec(Int(8, reach=0.7), PerTensor()),
     Spec(Int(8, symmetric=True, full=True), PerToken()),  # not the dialect that the kernels compute themselves
 ]
 

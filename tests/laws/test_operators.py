@@ -22,6 +22,7 @@ RECIPES = {
     "binary": ("lut-gemm", {"bits": 2, "group_size": 64}),
     "integer input": ("smoothquant", {}),
     "static integer input": ("smoothquant", {"level": "O3"}),
+    "clipped integer input": ("quarot", {}),
     "outlier channels": ("llm-int8", {"threshold": 2.0}),
     "rotated": ("quip", {"bits": 4}),
     "outliers kept": ("spqr", {"bits": 3, "group_size": 16}),
@@ -46,7 +47,7 @@ def test_torch_accepts_the_operator(name, rows):
     made = product.product_of(layer.packed())
     scale, zero = (None, None) if made.params is None or not made.bits else made.params
     x = torch.randn(rows, layer.shape[1], requires_grad=not made.bits)
-    about = (made.kind, made.rows, made.bits, made.symmetric, made.whole, made.threshold, "")
+    about = (made.kind, made.rows, made.bits, made.symmetric, made.reach, made.whole, made.threshold, "")
     torch.library.opcheck(torch.ops.lowbit.packed_linear.default, (x, layer.tiles, made.table, scale, zero, *about))
     torch.library.opcheck(torch.ops.lowbit.packed_weight.default, (layer.tiles, made.table, *layer.shape, ""))
 

@@ -166,8 +166,9 @@ def test_the_integer_product_takes_any_number_of_tokens_and_channels(rows):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize(("bits", "symmetric"), list(product((2, 4, 8), (True, False))))
-def test_tokens_are_rounded_to_the_very_codes_of_the_specification(bits, symmetric, static, dtype):
-    act = Spec(Int(bits, symmetric), PerTensor() if static else PerToken(), scale_dtype="float32")
+@pytest.mark.parametrize("reach", [1.0, 0.9])
+def test_tokens_are_rounded_to_the_very_codes_of_the_specification(reach, bits, symmetric, static, dtype):
+    act = Spec(Int(bits, symmetric, reach=reach), PerTensor() if static else PerToken(), scale_dtype="float32")
     x = inputs(9, 1500)  # more than one block of a token
     x[1] = 0
     x[2] = x[2].abs()

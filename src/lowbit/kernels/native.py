@@ -203,7 +203,6 @@ def integer_input(layer: PackedLinear) -> bool:
         and act.grid.bits > 1
         and not act.grid.real_zero
         and not act.grid.full
-        and act.grid.reach == 1
         and isinstance(act.granularity, PerToken | PerTensor)
         and (isinstance(layer.spec.grid, Int) or (isinstance(layer.spec.grid, BinaryCoded) and act.grid.symmetric))
     )
@@ -217,6 +216,7 @@ def linear(
     table: Tensor | None = None,
     act_bits: int = 0,
     act_symmetric: bool = True,
+    act_reach: float = 1.0,
     act_params: Affine | None = None,
     tabled: bool = False,
     by_segment: bool = False,
@@ -228,7 +228,7 @@ def linear(
         isa: one of :func:`instruction_sets`.
         tiles: made by :func:`pack`.
         table: values of the codes where the grid is a table.
-        act_bits: width to which x is quantized; 0: not at all.
+        act_bits: width to which x is quantized; 0: not at all. act_reach: see :class:`~lowbit.numerics.Int`.
         act_params: of all of x, where they are not fitted to each token.
         tabled: the weight is a table or a codebook.
         by_segment: x is rounded to 8 bits with a scale for each 128 channels: quicker than fixed point, an error of 1 %.
@@ -243,8 +243,8 @@ def linear(
     mode = _HALVES if halves else input_mode(tabled, bool(act_bits) or by_segment)
     _cpu.linear(
         isa, tiles.data_ptr(), tiles.numel(), _address(table), x_TI.data_ptr(), DTYPES[x_TI.dtype], len(x_TI),
-        y_TO.data_ptr(), DTYPES[y_TO.dtype], mode, act_bits, act_symmetric, scale is not None and scale.numel() == 1,
-        _address(scale), _address(zero), torch.get_num_threads(),
+        y_TO.data_ptr(), DTYPES[y_TO.dtype], mode, act_bits, act_symmetric, act_reach,
+        scale is not None and scale.numel() == 1, _address(scale), _address(zero), torch.get_num_threads(),
     )  # fmt: skip
     return y_TO
 

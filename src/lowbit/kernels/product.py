@@ -52,8 +52,8 @@ class Product:
 
     Args:
         kind, rows, table: of the weight, see :mod:`lowbit.kernels.native`.
-        act: how the input is quantized; ``bits``, ``symmetric`` and ``whole`` (one range for all tokens) where that is to
-            integers which multiply the codes as they are, and 0 bits where it is not.
+        act: how the input is quantized; ``bits``, ``symmetric``, ``reach`` and ``whole`` (one range for all tokens) where that
+            is to integers which multiply the codes as they are, and 0 bits where it is not.
         params: of a static ``act``.
         threshold: see :class:`~lowbit.kernels.ops.PackedLinear`.
     """
@@ -65,6 +65,7 @@ class Product:
     params: Affine | None
     bits: int = 0
     symmetric: bool = True
+    reach: float = 1.0
     whole: bool = False
     threshold: float = 0.0
 
@@ -74,7 +75,7 @@ class Product:
         if self.act is not None and not self.bits:
             x, params = fake_quantize_activation(x, self.act, params, self.threshold).to(x.dtype), None
         scale, zero = (None, None) if params is None else params
-        how = (self.kind, self.rows, self.bits, self.symmetric, self.whole, self.threshold, isa)
+        how = (self.kind, self.rows, self.bits, self.symmetric, self.reach, self.whole, self.threshold, isa)
         about = (x, tiles, self.table, scale, zero, *how)
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             return torch.ops.lowbit.packed_linear(*about)
@@ -90,7 +91,7 @@ def product_of(layer: PackedLinear) -> Product:
         return made
     assert isinstance(act.grid, Int)
     whole = isinstance(act.granularity, PerTensor)
-    return replace(made, bits=act.grid.bits, symmetric=act.grid.symmetric, whole=whole)
+    return replace(made, bits=act.grid.bits, symmetric=act.grid.symmetric, reach=act.grid.reach, whole=whole)
 
 
 def multiply(
@@ -103,6 +104,7 @@ def multiply(
     rows: int,
     bits: int,
     symmetric: bool,
+    reach: float,
     whole: bool,
     threshold: float,
     isa: str,
@@ -116,7 +118,8 @@ def multiply(
     x_TI = (x_TI if x.dtype in native.DTYPES else x_TI.float()).contiguous()
     tiled = isa in native.MATRIX_TILES and kind != CODEBOOK and x_TI.dtype == torch.bfloat16
     if bits:
-        y_TO = _of_integers(isa, x_TI, tiles, rows, Int(bits, symmetric=symmetric), scale, zero, whole, threshold)
+        grid = Int(bits, symmetric=symmetric, reach=reach)
+        y_TO = _of_integers(isa, x_TI, tiles, rows, grid, scale, zero, whole, threshold)
     elif tiled and len(x_TI) > _FEW_BY_LANES[kind]:
         y_TO = native.linear(isa, x_TI, tiles, rows, table, halves=True)
     elif len(x_TI) > _few(isa, kind, x_TI.dtype):
@@ -144,8 +147,8 @@ def _of_integers(
     if params is None and (whole or len(taken)):  # without either, the compiled code fits each token's own
         params = dynamic_params(ranged.float(), spec)
     if not len(taken):
-        return native.linear(isa, x_TI, tiles, rows, None, grid.bits, grid.symmetric, params)
-    y_TO = native.linear(isa, kept.float(), tiles, rows, None, grid.bits, grid.symmetric, params)
+        return native.linear(isa, x_TI, tiles, rows, None, grid.bits, grid.symmetric, grid.reach, params)
+    y_TO = native.linear(isa, kept.float(), tiles, rows, None, grid.bits, grid.symmetric, grid.reach, params)
     return y_TO + _of_channels(isa, x_TI.float(), taken, tiles, rows)
 
 
@@ -173,7 +176,7 @@ def decoded(tiles: Tensor, table: Tensor | None, rows: int, columns: int, isa: s
 torch.library.define(
     "lowbit::packed_linear",
     "(Tensor x, Tensor tiles, Tensor? table, Tensor? scale, Tensor? zero, int kind, int rows, int bits, bool symmetric, "
-    "bool whole, float threshold, str isa) -> Tensor",
+    "float reach, bool whole, float threshold, str isa) -> Tensor",
 )
 torch.library.impl("lowbit::packed_linear", "CPU", multiply)
 
@@ -203,7 +206,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     tiles, table = ctx.saved_tensors
     weight_OI = torch.ops.lowbit.packed_weight(tiles, table, *ctx.shape, ctx.isa)
-    return g @ weight_OI.to(g.dtype), *[None] * 11
+    return g @ weight_OI.to(g.dtype), *[None] * 12
 
 
 torch.library.register_autograd("lowbit::packed_linear", _backward, setup_context=_remember)

@@ -161,7 +161,7 @@ class ModelStep:
         mode = native.input_mode(p.kind in (TABLE, CODEBOOK), bool(p.bits))
         addresses = [0 if t is None else t.data_ptr() for t in (p.table, *params)]
         matrix = self._step.packed(
-            tiles.data_ptr(), tiles.numel(), addresses[0], mode, p.bits, p.symmetric, *addresses[1:], *bias
+            tiles.data_ptr(), tiles.numel(), addresses[0], mode, p.bits, p.symmetric, p.reach, *addresses[1:], *bias
         )
         for term in linear.side:
             assert isinstance(term, Sparse | KeptColumns)

@@ -235,7 +235,7 @@ static inline void prepare_static(const Job& job, int64_t token, const float* x,
     scale = job.act_scale[at];
     zero = job.act_zero != nullptr ? job.act_zero[at] : middle;
   } else {
-    fit(e, job.act_bits, job.act_symmetric, &scale, &zero);
+    fit({e.low * job.act_reach, e.high * job.act_reach, e.finite}, job.act_bits, job.act_symmetric, &scale, &zero);
   }
   const float kept = e.finite ? scale : __builtin_nanf("");
   // Where the zero is the middle it is added before rounding, as the reference does: it matters at ties.

@@ -249,8 +249,8 @@ void unpack_into(uintptr_t tiles, int64_t bytes, uintptr_t codes, int threads) {
 }
 
 void linear(const std::string& isa, uintptr_t tiles, int64_t bytes, uintptr_t table, uintptr_t x, int x_type, int64_t m,
-            uintptr_t y, int y_type, int input, int act_bits, bool act_symmetric, bool act_shared, uintptr_t act_scale,
-            uintptr_t act_zero, int threads) {
+            uintptr_t y, int y_type, int input, int act_bits, bool act_symmetric, float act_reach, bool act_shared,
+            uintptr_t act_scale, uintptr_t act_zero, int threads) {
   const auto* data = at<uint8_t>(tiles);
   const Tiles t = header(data, bytes);
   const Kernels* k = kernels_called(isa);
@@ -267,6 +267,7 @@ void linear(const std::string& isa, uintptr_t tiles, int64_t bytes, uintptr_t ta
   job.input = input;
   job.act_bits = act_bits;
   job.act_symmetric = act_symmetric;
+  job.act_reach = act_reach;
   job.act_shared = act_shared;
   job.act_scale = at<float>(act_scale);
   job.act_zero = at<float>(act_zero);

@@ -115,7 +115,7 @@ struct Matrix {
     const Job &a = job, &b = other.job;
     return tiles.cols == other.tiles.cols && tiles.group == other.tiles.group && tiles.padded == other.tiles.padded &&
            (tiles.kind == CODEBOOK) == (other.tiles.kind == CODEBOOK) && a.input == b.input && a.act_bits == b.act_bits &&
-           a.act_symmetric == b.act_symmetric && a.act_scale == b.act_scale && a.act_zero == b.act_zero;
+           a.act_symmetric == b.act_symmetric && a.act_reach == b.act_reach && a.act_scale == b.act_scale && a.act_zero == b.act_zero;
   }
 };
 
@@ -166,7 +166,7 @@ class Step {
   }
 
   int packed(uintptr_t tiles, int64_t bytes, uintptr_t table, int input, int act_bits, bool act_symmetric,
-             uintptr_t act_scale, uintptr_t act_zero, uintptr_t bias, int bias_type) {
+             float act_reach, uintptr_t act_scale, uintptr_t act_zero, uintptr_t bias, int bias_type) {
     Matrix m{};
     m.tiles = header(at<uint8_t>(tiles), bytes);
     m.rows = m.tiles.rows;
@@ -179,6 +179,7 @@ class Step {
     m.job.input = input;
     m.job.act_bits = act_bits;
     m.job.act_symmetric = act_symmetric;
+    m.job.act_reach = act_reach;
     m.job.act_shared = true;
     m.job.act_scale = at<float>(act_scale);
     m.job.act_zero = at<float>(act_zero);

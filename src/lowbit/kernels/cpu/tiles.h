@@ -73,6 +73,7 @@ struct Job {
   // INT8 with act_bits: quantized as the recipe says, a scale a token or one for all; 0: by segment.
   int32_t act_bits;
   bool act_symmetric, act_shared;
+  float act_reach = 1.0f;       // share of a fitted range that the levels span; what lies beyond is clipped
   const float* act_scale;       // given ones (static), or null
   const float* act_zero;
   // Workspace, by token: floats [padded_cols], integers [input, padded_cols], scales [segments], sums [groups], and what

@@ -155,7 +155,8 @@ def linear(
 @triton.jit
 def quantize(
     x, codes, scale_T, zero_T, sum_T, given_scale, given_zero, I, stride_t, stride_i,
-    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, GIVEN: tl.constexpr, NOTHING: tl.constexpr, K: tl.constexpr,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, REACH: tl.constexpr, GIVEN: tl.constexpr, NOTHING: tl.constexpr,
+    K: tl.constexpr,
 ):  # fmt: skip
     """A token ``x[I]`` to integers around the middle of the grid, int8; its scale, its zero point and the sum of its codes.
 
@@ -174,7 +175,7 @@ def quantize(
         for k0 in range(0, I, K):
             v_K = tl.load(x + t * stride_t + (k0 + k_K) * stride_i, mask=k0 + k_K < I, other=0).to(tl.float32)
             lo_K, hi_K = tl.where(v_K < lo_K, v_K, lo_K), tl.where(v_K > hi_K, v_K, hi_K)
-        lo, hi = tl.min(lo_K, 0), tl.max(hi_K, 0)
+        lo, hi = tl.min(lo_K, 0) * REACH, tl.max(hi_K, 0) * REACH
         if SYMMETRIC:
             scale = tl.math.div_rn(tl.maximum(-lo, hi), MAX // 2 + 0.0)
             scale = tl.where(scale > 0, scale, NOTHING)

@@ -138,7 +138,8 @@ def quantize(x_TI: Tensor, act: Spec, given: Affine | None) -> tuple[Tensor, Ten
     _launch(
         device.quantize, (len(x_TI), 1), Tile(1, 1, _TOKEN_BLOCK, 4),
         x_TI, codes_TI, scale_T, zero_T, sum_T, *(given or (None, None)), x_TI.shape[1], *x_TI.stride(),
-        BITS=act.grid.bits, SYMMETRIC=act.grid.symmetric, GIVEN=given is not None, NOTHING=OF_NOTHING, K=_TOKEN_BLOCK,
+        BITS=act.grid.bits, SYMMETRIC=act.grid.symmetric, REACH=act.grid.reach, GIVEN=given is not None, NOTHING=OF_NOTHING,
+        K=_TOKEN_BLOCK,
     )  # fmt: skip
     return codes_TI, scale_T, zero_T, sum_T
 
