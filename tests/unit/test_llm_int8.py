@@ -190,6 +190,8 @@ def test_what_searches_and_learning_see_is_what_runs(x):
     for granularity in (PerToken(), PerTensor()):
         act = ActSpec(Spec(Int(8), granularity, scale_dtype="float32"), threshold=6.0)
         assert torch.equal(fake_activation(x, act, None), fake_quantize_activation(x, act))
+        half = x.bfloat16()  # of products in bfloat16; the rounding is not
+        assert torch.equal(fake_activation(half, act, None), fake_quantize_activation(half, act).bfloat16())
     inputs = x.clone().requires_grad_()
     fake_activation(inputs, ACT, None).sum().backward()
     assert inputs.grad is not None and torch.isfinite(inputs.grad).all()

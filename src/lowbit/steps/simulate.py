@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -52,9 +53,16 @@ def usual_fit(grid: Grid) -> Fit:
 
 
 def fake_activation(x: Tensor, act: ActSpec | None, params: Params | None) -> Tensor:
-    """``x`` as a linear quantized with ``act`` will see it; the static range where one is known, else the call's own."""
+    """``x`` as a linear quantized with ``act`` will see it; the static range where one is known, else the call's own.
+
+    Computed in float32 at least, as at run time, whatever type products are in.
+    """
     if act is None:
         return x
+    return _rounded(x.to(torch.promote_types(x.dtype, torch.float32)), act, params).to(x.dtype)
+
+
+def _rounded(x: Tensor, act: ActSpec, params: Params | None) -> Tensor:
     spec, shape = act.spec, tuple(x.shape)
     if act.static and params is not None and isinstance(spec.granularity, PerCluster | PerInput):
         at_channels = params._make(None if p is None else spec.granularity.spread(p) for p in params)  # pyright: ignore[reportArgumentType]

@@ -29,7 +29,8 @@ _FEW, _RUN = 32, 2**12
 
 def _rank(v: Tensor, midpoints: Tensor) -> Tensor:
     """How many of the rising ``midpoints`` lie below each value of ``v``, int32, in its shape."""
-    v = v.contiguous()
+    wide = torch.promote_types(v.dtype, torch.float32)  # exact, and numpy has no bfloat16
+    v, midpoints = v.to(wide).contiguous(), midpoints.to(wide)
     if len(midpoints) > _FEW or v.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.bucketize(v, midpoints, out_int32=True)
     count = torch.zeros(v.shape, dtype=torch.int32)
