@@ -21,6 +21,8 @@ from lowbit.steps import LinearFormat
 
 
 class Frozen(BaseModel):
+    """A validated value: it does not change, and unknown fields are errors."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
 

@@ -239,11 +239,11 @@ def test_static_channels_are_quantized_each_on_its_own_scale():
     assert torch.equal(codes, torch.stack(one_by_one, -1))
 
 
-@pytest.mark.parametrize("grid", [FP4, Float(2, 1), Float(4, 3)], ids=str)
+@pytest.mark.parametrize("grid", [Float(2, 1), Float(4, 3)], ids=str)  # whose midpoints half precision holds
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_values_of_half_precision_take_the_codes_of_their_wider_copies(dtype, grid):
     x = spread(200, Float(2, 1)).to(dtype)[None]
-    assert torch.equal(grid.encode(x, UNIT), grid.encode(x.float(), UNIT))
+    assert torch.equal(grid.encode(x, Affine(UNIT.scale.to(dtype))), grid.encode(x.float(), UNIT))
 
 
 def test_a_table_of_powers_of_two_says_how_often_a_scale_is_halved():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowbit import kernels
-from lowbit.kernels import Kernel, PackedLinear, decode_packed, int8_torch
+from lowbit.kernels import Kernel, PackedLinear, decode_packed, instructions, int8_torch
 from lowbit.layouts import pack_qtensor
 from lowbit.numerics import (
     NF4,
@@ -169,3 +169,25 @@ def test_nan_in_the_input_reaches_the_output_of_its_token_only(name, static):
 def test_the_quick_decoding_gives_the_bits_of_dequantize(spec):
     q = quantize(torch.randn(20, 75, generator=torch.Generator().manual_seed(3)), spec, MinMax())
     assert torch.equal(decode_packed(pack_qtensor(q), spec, q.shape), q.dequantize())
+
+
+def test_what_is_faster_does_not_depend_on_the_context_it_is_asked_in(monkeypatch):
+    """Under autocast, or another default type, a product that was to be in float32 would be timed in something else."""
+    seen, times = [], torch.mm
+
+    def mm(a, b):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return times(a, b)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    instructions.speedup.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        assert instructions.speedup(torch.bfloat16) > 0
+    assert seen and not any(seen)
+
+
+def test_the_integer_product_is_traced_whole():
+    instructions.speedup.cache_clear()  # as where nobody has asked before
+    a, b = (torch.randint(-128, 128, (rows, 64), dtype=torch.int8) for rows in (20, 32))
+    traced = torch.compile(int8_torch._product, backend="aot_eager", fullgraph=True)
+    assert torch.equal(traced(a, b), int8_torch._product(a, b))

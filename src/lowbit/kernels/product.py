@@ -32,8 +32,8 @@ from lowbit.kernels.ops import Kernel, PackedLinear, reference, register
 from lowbit.numerics import Affine, Int, PerTensor, PerToken, Spec
 
 _PANEL_BYTES = 1 << 20  # of decoded weight: half of a usual second-level cache
-# Tokens up to which the packed product beats decoding the weight for torch to multiply: where torch has
-# matrix tiles for the dtype, where it has vectors, where it multiplies float32 with AVX-512, and with less.
+# Tokens up to which the packed product beats decoding the weight for torch to multiply: where torch has matrix tiles for the
+# dtype, where it has vectors, where it multiplies float32 with AVX-512, and with less.
 _FEW_TILED = {UNIFORM: 32, TABLE: 12, CODEBOOK: 12, BINARY: 8}
 _FEW = {UNIFORM: 64, TABLE: 48, CODEBOOK: 16, BINARY: 16}
 _FEW_FLOAT = {UNIFORM: 160, TABLE: 160, CODEBOOK: 24, BINARY: 24}

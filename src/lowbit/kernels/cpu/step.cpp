@@ -115,7 +115,8 @@ struct Matrix {
     const Job &a = job, &b = other.job;
     return tiles.cols == other.tiles.cols && tiles.group == other.tiles.group && tiles.padded == other.tiles.padded &&
            (tiles.kind == CODEBOOK) == (other.tiles.kind == CODEBOOK) && a.input == b.input && a.act_bits == b.act_bits &&
-           a.act_symmetric == b.act_symmetric && a.act_reach == b.act_reach && a.act_scale == b.act_scale && a.act_zero == b.act_zero;
+           a.act_symmetric == b.act_symmetric && a.act_reach == b.act_reach && a.act_scale == b.act_scale &&
+           a.act_zero == b.act_zero;
   }
 };
 
