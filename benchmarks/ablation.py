@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import lowbit
-from lowbit.calibrate.source import open_model
-from lowbit.recipe import Recipe, rebuilt
-from lowbit.recipes import as_recipe
-from lowbit.scheme import Rule, Scheme
+from lowbit.checkpoints.source import open_model
+from lowbit.recipes import Recipe, as_recipe, rebuilt
+from lowbit.scheme import FormatRule, Scheme
 from lowbit.solve import Nearest
 from lowbit.steps import ModelState, Solve
 
@@ -93,7 +92,7 @@ def of_levels(bits: int) -> dict[str, Any]:
     places = {"behind norms": "behind_norm", "of the output projection": "o", "of the last linear of the MLP": "down"}
     parts = {}
     for place, match in places.items():
-        one = Rule(match=match, weight=whole.weight, activation=whole.activation)
+        one = FormatRule(match=match, weight=whole.weight, activation=whole.activation)
         parts[f"O1, inputs {place} per tensor"] = rebuilt(base, scheme=Scheme(rules=(*base.scheme.rules, one)))
     return {f"SmoothQuant W{bits}A{bits}, {label}": recipe for label, recipe in (levels | parts).items()}
 

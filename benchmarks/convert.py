@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from lowbit import load_tokenizer
-from lowbit.calibrate.data import calibration_of, load_text
-from lowbit.calibrate.source import open_model
+from lowbit.checkpoints.source import open_model
 from lowbit.comparison import read_grid
 from lowbit.comparison.results import Results
 from lowbit.comparison.table import markdown
-from lowbit.evaluate.perplexity import windows_sha256
-from lowbit.evaluate.windows import cut
+from lowbit.data import calibration_of, load_text
+from lowbit.evaluation.perplexity import windows_sha256
+from lowbit.evaluation.windows import cut
 from lowbit.pipeline import MAX_KL
 
 RESULTS = Path(__file__).parent / "results"

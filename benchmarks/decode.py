@@ -28,8 +28,8 @@ from rich.console import Console
 
 import lowbit
 from lowbit import decoding
-from lowbit.evaluate import measure_speed
-from lowbit.evaluate.machine import machine
+from lowbit.evaluation import measure_speed
+from lowbit.evaluation.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT, NEW = 16, 16

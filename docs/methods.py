@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lowbit.methods  # noqa: F401  (registers)
-from lowbit.recipe import METHODS, Method
+from lowbit.recipes import METHODS, Method
 
 DIRECTORY = Path(__file__).parent / "methods"
 

@@ -26,11 +26,11 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 import lowbit
-from lowbit.calibrate.gguf import cache_directory
-from lowbit.calibrate.journal import check_target
-from lowbit.calibrate.source import locate
+from lowbit.checkpoints.gguf_reader import cache_directory
+from lowbit.checkpoints.native import bits_report
+from lowbit.checkpoints.source import locate
 from lowbit.cli import common
-from lowbit.evaluate import (
+from lowbit.evaluation import (
     Evaluation,
     Speed,
     directory_bytes,
@@ -40,8 +40,8 @@ from lowbit.evaluate import (
     peak_rss,
     reset_peak_rss,
 )
-from lowbit.formats.native import bits_report
 from lowbit.modules import QuantLinear
+from lowbit.stages.journal import check_target
 
 MODEL = "smollm2-135m"
 BITS, GROUP = 4, 64

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowbit.architectures import ResolvedBlock, for_config, resolve
-from lowbit.calibrate.source import open_model
-from lowbit.calibrate.stream import Stream
+from lowbit.checkpoints.source import open_model
+from lowbit.stages.stream import Stream
 from lowbit.steps import BlockIO
 
 VOCABULARY = 128

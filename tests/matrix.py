@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowbit
-from lowbit.recipe import METHODS
+from lowbit.recipes import METHODS
 
 from helpers import sqnr_db
 from laws.test_architectures import CASES

@@ -3,17 +3,17 @@
 Importing this package makes ``quant_method: "lowbit"`` known to transformers, so that
 ``AutoModelForCausalLM.from_pretrained`` reads its checkpoints. It touches no device and loads no model.
 
-Some names are both a function here and a module (``lowbit.recipe("gptq")``, ``from lowbit.recipe import Recipe``): every
+Some names are both a function here and a module (``lowbit.recipe("gptq")``, ``from lowbit.recipes import Recipe``): every
 module is imported first, so that the functions below are what the names mean.
 """
 
 from lowbit import methods as _methods  # noqa: F401  (fills the registry of methods)
 from lowbit.allocation import Allocation, allocate
-from lowbit.api import evaluate, load, load_tokenizer, methods
+from lowbit.api import evaluate, list_methods, load, load_tokenizer
 from lowbit.comparison import compare
+from lowbit.linear_api import quantize_linear
 from lowbit.pipeline import BrokenModel, QuantizeReport, quantize
-from lowbit.recipe import Recipe, recipe
-from lowbit.single import quantize_linear
+from lowbit.recipes import Recipe, recipe
 from lowbit.version import __version__
 
 __all__ = [
@@ -25,9 +25,9 @@ __all__ = [
     "allocate",
     "compare",
     "evaluate",
+    "list_methods",
     "load",
     "load_tokenizer",
-    "methods",
     "quantize",
     "quantize_linear",
     "recipe",

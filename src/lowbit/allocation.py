@@ -13,7 +13,7 @@ import math
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -22,24 +22,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.calibrate.data import Calibration, calibration_of
-from lowbit.calibrate.journal import Journal
-from lowbit.calibrate.walk import Walk
+from lowbit.data import Calibration, calibration_of
+from lowbit.modules import LinearFormat
 from lowbit.numerics import ClipSearch, Gram, RangeGrid, Spec, quantize
 from lowbit.plan.layers import planned_layers
 from lowbit.plan.survey import survey
-from lowbit.recipe import Recipe, rebuilt
-from lowbit.recipes import as_recipe
-from lowbit.scheme import Rule, Scheme
+from lowbit.progress import Progress
+from lowbit.recipes import Recipe, as_recipe, rebuilt
+from lowbit.scheme import FormatRule, Scheme
 from lowbit.solve.factor import inverse_factor
-from lowbit.steps import BlockState, LinearFormat
+from lowbit.stages.blockwise import Walk
+from lowbit.stages.journal import Journal
+from lowbit.steps import BlockState
 
 WIDTHS = range(2, 9)
 _ROWS = 96
 """Output channels of a linear that its curve is measured on; enough for two digits."""
 _FIT = ClipSearch(steps=20, max_shrink=0.7, norm=2.0)
-
-Progress = Callable[[float, float, str], None]
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,9 @@ class Allocation:
                 pattern = f"{re.escape(name[: number.start(1)])}(?:{{}}){re.escape(name[number.end(1) :])}"
             groups[pattern, form].append(number[1] if number else "")
         rules = [
-            Rule(match=f"re:^{pattern.replace('{}', '|'.join(numbers))}$", weight=form.weight, activation=form.act)
+            FormatRule(
+                match=f"re:^{pattern.replace('{}', '|'.join(numbers))}$", weight=form.weight, activation=form.act
+            )
             for (pattern, form), numbers in groups.items()
         ]
         return rebuilt(self.base, scheme=self.base.scheme.with_rules(*rules))
@@ -108,7 +109,7 @@ def allocate(
     """Finds a width for every linear that ``recipe`` quantizes, so that all of them take ``bits`` a weight at most.
 
     Needs one pass for Fisher information (a forward and a backward of the model, a block at a time; see
-    :mod:`lowbit.calibrate.fisher`) and rounds a sample of every weight at each width.
+    :mod:`lowbit.stages.fisher`) and rounds a sample of every weight at each width.
 
     Args:
         model, recipe, calibration, samples, seq_len, ram_limit: as for :func:`lowbit.quantize`; the recipe's grid must have

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from os import PathLike
 from typing import Any
 
@@ -11,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowbit.calibrate import source as sources
-from lowbit.calibrate.data import load_text
-from lowbit.calibrate.source import load_tokenizer
-from lowbit.evaluate import Evaluation, directory_bytes, evaluate_model
-from lowbit.formats import native
-from lowbit.recipe import METHODS
+from lowbit.checkpoints import native
+from lowbit.checkpoints import source as sources
+from lowbit.checkpoints.source import load_tokenizer
+from lowbit.data import load_text
+from lowbit.evaluation import Evaluation, directory_bytes, evaluate_model
+from lowbit.progress import Progress
+from lowbit.recipes import METHODS
 
 
 def load(
@@ -44,14 +44,14 @@ def evaluate(
     windows: int | None = 20,
     against: str | PathLike[str] | PreTrainedModel | None = None,
     tokenizer: Any = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Perplexity under a named protocol; with ``against``, KL divergence and top-1 agreement too, in the same pass.
 
     Args:
         model: a model or where to load it from.
-        text: a text (see :mod:`lowbit.calibrate.data`; its evaluation part where it has one) or token ids.
-        protocol: ``gptq``, ``llama.cpp`` or ``word``; see :mod:`lowbit.evaluate.perplexity`.
+        text: a text (see :mod:`lowbit.data`; its evaluation part where it has one) or token ids.
+        protocol: ``gptq``, ``llama.cpp`` or ``word``; see :mod:`lowbit.evaluation.perplexity`.
         seq_len, windows: how many windows of how many tokens (None: as many as the text holds).
         against: the original to compare with.
         tokenizer: needed where ``model`` is not a path and ``text`` is text.
@@ -80,9 +80,9 @@ def evaluate(
     return dataclasses.replace(result, bits_per_weight=bits, bytes=size)
 
 
-def methods() -> list[dict[str, Any]]:
+def list_methods() -> list[dict[str, Any]]:
     """Every method: name, family, paper, what it needs, its options with their defaults."""
     return [METHODS[name].describe() for name in sorted(METHODS)]
 
 
-__all__ = ["evaluate", "load", "load_tokenizer", "methods"]
+__all__ = ["evaluate", "list_methods", "load", "load_tokenizer"]

@@ -8,7 +8,7 @@ has been compared with the one that was measured.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.calibrate.data import Calibration, calibration_of
-from lowbit.calibrate.journal import Journal, check_target
-from lowbit.calibrate.source import ModelSource, open_model
-from lowbit.calibrate.walk import WATCHED, BlockRecord, Broken, Walk, check_scheme
-from lowbit.evaluate import kl_and_agreement, output_error
-from lowbit.formats import native
-from lowbit.formats.card import write_card
+from lowbit.checkpoints import native
+from lowbit.checkpoints.model_card import write_card
+from lowbit.checkpoints.source import ModelSource, open_model
+from lowbit.data import Calibration, calibration_of
+from lowbit.evaluation import kl_and_agreement, output_error
 from lowbit.modules import restore
-from lowbit.recipe import Recipe
-from lowbit.recipes import as_recipe
+from lowbit.progress import Progress
+from lowbit.recipes import Recipe, as_recipe
+from lowbit.stages.blockwise import WATCHED, BlockRecord, Broken, Walk, check_scheme
+from lowbit.stages.journal import Journal, check_target
 from lowbit.steps import LayerRecord
 from lowbit.version import __version__
 from lowbit.whole import run_model_steps
@@ -36,8 +36,6 @@ MAX_KL = 2.0
 MAX_ZEROED = 0.1
 """Share of a layer's groups that may come out all zero, as those of channels that no token activates do."""
 RELOAD_TOLERANCE = 1e-4  # relative squared difference of logits; equal up to the order of float32 sums
-
-Progress = Callable[[float, float, str], None]
 
 
 @dataclass(frozen=True)
@@ -196,7 +194,7 @@ def quantize(
     Args:
         model: a local directory, hub id, ``.gguf`` file or ``smollm2-135m``.
         recipe: a Recipe, a method's name or mix (``"awq+gptq"``), a recipe file, or its data.
-        calibration: text (see :mod:`lowbit.calibrate.data`), ids ``[N, T]``, or None for recipes that need none.
+        calibration: text (see :mod:`lowbit.data`), ids ``[N, T]``, or None for recipes that need none.
         samples, seq_len: how many windows of how many tokens of the text.
         ram_limit: bytes of activations in memory; more go to memory-mapped files beside the target.
         max_kl: mean KL divergence in nats beyond which the result counts as broken.

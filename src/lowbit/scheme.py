@@ -15,9 +15,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from lowbit.architectures import ROLE_GROUPS, ResolvedBlock
-from lowbit.modules import ActSpec, AttentionSpec
+from lowbit.modules import ActSpec, AttentionSpec, LinearFormat
 from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, nearest
-from lowbit.steps import LinearFormat
 
 
 class Frozen(BaseModel):
@@ -26,7 +25,7 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
 
-class Rule(Frozen):
+class FormatRule(Frozen):
     """Formats for the linears that ``match``: ``*``, a role (``down``), a group of roles (``attention``, ``mlp``,
     ``behind_norm``), a name pattern, or ``re:`` and a regex.
 
@@ -58,7 +57,7 @@ class Scheme(Frozen):
     """What is stored and how it runs: rules for linears, later ones over earlier ones, and ``attention``, the formats of the
     operands of every block's attention (None: floating)."""
 
-    rules: tuple[Rule, ...]
+    rules: tuple[FormatRule, ...]
     attention: AttentionSpec | None = None
 
     def format(self, name: str, role: str) -> LinearFormat | None:
@@ -83,7 +82,7 @@ class Scheme(Frozen):
             if not any(rule.matches(name, role) for name, role in linears.items()):
                 raise ValueError(f"rule {rule.match!r} matches no layer{_nearest_layer(rule.match, linears)}")
 
-    def with_rules(self, *added: Rule) -> Scheme:
+    def with_rules(self, *added: FormatRule) -> Scheme:
         """This scheme with rules after its own."""
         return Scheme(rules=(*self.rules, *added), attention=self.attention)
 
@@ -112,9 +111,9 @@ class Override(Frozen):
     symmetric: bool | None = None
     activation_bits: int | None = None
 
-    def rule(self, base: Rule) -> Rule:
+    def rule(self, base: FormatRule) -> FormatRule:
         if self.skip:
-            return Rule(match=self.match, skip=True)
+            return FormatRule(match=self.match, skip=True)
         assert base.weight is not None
         grid, grain, act = base.weight.grid, base.weight.granularity, base.activation
         for key in ("bits", "symmetric"):
@@ -127,7 +126,7 @@ class Override(Frozen):
             grain = PerChannel() if self.group_size == "channel" else PerGroup(self.group_size)
         if self.activation_bits is not None:
             act = activation(self.activation_bits) if act is None else _with_bits(act, self.activation_bits)
-        return Rule(match=self.match, weight=replace(base.weight, grid=grid, granularity=grain), activation=act)
+        return FormatRule(match=self.match, weight=replace(base.weight, grid=grid, granularity=grain), activation=act)
 
 
 def _with_bits(act: ActSpec, bits: int) -> ActSpec | None:
@@ -173,7 +172,7 @@ def attention(
 
 def linears(weight: Spec, activation: ActSpec | None = None, attention: AttentionSpec | None = None) -> Scheme:
     """One format for every linear of every block."""
-    return Scheme(rules=(Rule(weight=weight, activation=activation),), attention=attention)
+    return Scheme(rules=(FormatRule(weight=weight, activation=activation),), attention=attention)
 
 
 # Validation

@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowbit.calibrate.journal import Journal
-from lowbit.calibrate.shards import read_shard_header
-from lowbit.calibrate.walk import Progress, Walk, shard_name
-from lowbit.formats import native
+from lowbit.checkpoints import native
+from lowbit.checkpoints.shards import read_shard_header
+from lowbit.progress import Progress
+from lowbit.stages.blockwise import Walk, shard_name
+from lowbit.stages.journal import Journal
 from lowbit.steps import ModelState
 
 

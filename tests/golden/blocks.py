@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.architectures import for_config, resolve
-from lowbit.calibrate.data import calibration_set
-from lowbit.calibrate.source import open_model
-from lowbit.calibrate.stream import Call, Stream
+from lowbit.checkpoints.source import open_model
+from lowbit.data import calibration_set
 from lowbit.modules import fake_quantize_activation
+from lowbit.stages.stream import Call, Stream
 from lowbit.steps import BlockIO, BlockState, SearchReassembly, Step
 
 import layers

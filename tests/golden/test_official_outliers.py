@@ -17,7 +17,7 @@ from lowbit.methods.owq import owq
 from lowbit.methods.spqr import spqr
 from lowbit.modules import QuantLinear
 from lowbit.numerics import Gram, KeptColumns, Sparse
-from lowbit.recipe import Recipe
+from lowbit.recipes import Recipe
 from lowbit.solve import Solution
 
 from layers import gather, missing, official, output_energy

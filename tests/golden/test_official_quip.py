@@ -17,7 +17,7 @@ from torch import Tensor
 import lowbit
 from lowbit.architectures import Kind, Port, ResolvedBlock, ResolvedEdge, ResolvedInput
 from lowbit.numerics import Gram
-from lowbit.recipe import Recipe
+from lowbit.recipes import Recipe
 from lowbit.steps import BlockState
 
 from layers import LAYERS, gather, missing, official, output_energy

@@ -1,4 +1,4 @@
-"""Laws of the number formats: every grid, granularity, fit, statistic and tagged value is run through its contract."""
+"""Laws of the number formats: every grid, granularity, fit, statistic and serializable value is run through its contract."""
 
 from __future__ import annotations
 
@@ -519,7 +519,7 @@ def test_requests_for_the_same_statistic_are_equal():
     assert len({Gram(), Gram(), Samples(3), Samples(3), Samples(4)}) == 3
 
 
-# ----------------------------------------------------------------------------------------------------------- tagged
+# ----------------------------------------------------------------------------------------------------------- serializable
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.kernels import native, side
+from lowbit.kernels import native, side_terms
 from lowbit.modules import QuantLinear
 from lowbit.numerics import Int, KeptColumns, LowRank, MinMax, PerGroup, SideTerm, Sparse, Spec, quantize
 
@@ -42,7 +42,7 @@ def exact(y: Tensor, x: Tensor, *terms: SideTerm) -> Tensor:
 
 def by_rows(y: Tensor, x: Tensor, term: SideTerm, isa: str) -> Tensor:
     assert isinstance(term, Sparse | KeptColumns)
-    native.add_rows(isa, x, y := y.clone(), side.row_arguments(term))
+    native.add_rows(isa, x, y := y.clone(), side_terms.row_arguments(term))
     return y
 
 
@@ -79,7 +79,7 @@ def test_terms_of_a_layer_are_added_together_whatever_the_input_looks_like(kinds
     terms = tuple(term_of(kind, (40, 129)) for kind in kinds)
     x, y = torch.randn(129, 5, 2).permute(2, 1, 0), torch.randn(40, 5, 2).permute(2, 1, 0)
     wanted = exact(y, x, *terms)
-    torch.testing.assert_close(side.add(y.clone(), x, terms, isa).double(), wanted, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(side_terms.add(y.clone(), x, terms, isa).double(), wanted, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("isa", SETS)
@@ -129,16 +129,16 @@ def test_torch_accepts_the_operator(kind):
 def test_gradients_and_float64_take_the_form_in_torch(kind):
     terms = (term_of(kind, (40, 129)),)
     x, y = torch.randn(3, 129, requires_grad=True), torch.randn(3, 40)
-    (gradient,) = torch.autograd.grad(side.add(y, x, terms).sum(), x)
+    (gradient,) = torch.autograd.grad(side_terms.add(y, x, terms).sum(), x)
     wanted = terms[0].dense((40, 129)).sum(0)
     torch.testing.assert_close(gradient, wanted.expand(3, -1), rtol=1e-5, atol=1e-4)
     x, y = x.detach().double(), y.double()
-    torch.testing.assert_close(side.add(y, x, terms), exact(y, x, *terms), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(side_terms.add(y, x, terms), exact(y, x, *terms), rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_not_as_it_is_stored_is_not_read():
     term = term_of("sparse", (40, 129))
-    assert isinstance(term, Sparse) and side.why_not(term) is None
+    assert isinstance(term, Sparse) and side_terms.why_not(term) is None
     wide = Sparse(term.row_start, term.column, term.value.float())
     for other in (
         wide,
@@ -146,17 +146,17 @@ def test_what_is_not_as_it_is_stored_is_not_read():
         Sparse(term.row_start, term.column.long(), term.value),
         KeptColumns(torch.tensor([3]), torch.ones(40, 1, dtype=torch.float16)),
     ):
-        assert "not as it is stored" in (side.why_not(other) or "")
+        assert "not as it is stored" in (side_terms.why_not(other) or "")
     x, y = torch.randn(3, 129), torch.randn(3, 40)
-    torch.testing.assert_close(side.add(y.clone(), x, (wide,)).double(), exact(y, x, term), rtol=1e-5, atol=1e-4)
-    assert "LowRank" in (side.why_not(term_of("low rank", (40, 129))) or "")
+    torch.testing.assert_close(side_terms.add(y.clone(), x, (wide,)).double(), exact(y, x, term), rtol=1e-5, atol=1e-4)
+    assert "LowRank" in (side_terms.why_not(term_of("low rank", (40, 129))) or "")
 
 
 def test_a_term_that_points_outside_of_its_layer_is_refused_before_it_is_read():
     sparse, kept = term_of("sparse", (40, 129)), term_of("kept columns", (40, 129))
     assert isinstance(sparse, Sparse) and isinstance(kept, KeptColumns)
     for term in (sparse, kept, term_of("no value", (40, 129)), term_of("low rank", (40, 129))):
-        side.check(term, (40, 129))
+        side_terms.check(term, (40, 129))
     start = sparse.row_start.clone()
     start[3] = start[4] + 1
     for term, said in (
@@ -169,7 +169,7 @@ def test_a_term_that_points_outside_of_its_layer_is_refused_before_it_is_read():
         (KeptColumns(kept.index, kept.value[:-1]), "where"),
     ):
         with pytest.raises(ValueError, match=said):
-            side.check(term, (40, 129))
+            side_terms.check(term, (40, 129))
     q = quantize(torch.randn(40, 129), Spec(Int(4), PerGroup(32)), MinMax())
     layer = QuantLinear.from_qtensor(q, side=(KeptColumns(kept.index + 100, kept.value),))
     with pytest.raises(ValueError, match="damaged"):

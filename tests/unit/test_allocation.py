@@ -10,7 +10,7 @@ import yaml
 
 import lowbit
 from lowbit.allocation import _curve, spend
-from lowbit.formats.checkpoint import bits_report
+from lowbit.checkpoints.native import bits_report
 from lowbit.numerics import ClipSearch, Gram, Int, PerChannel, Spec
 from lowbit.recipes import as_recipe, from_plain
 from lowbit.solve import Gptq
@@ -94,10 +94,10 @@ def test_impossible_budgets_and_grids_without_widths_are_refused_before_any_work
 
 @pytest.mark.parametrize("feed", ["fp", "quant"])
 def test_every_block_is_judged_by_its_inputs_in_the_original_model(llama, tmp_path, feed):
-    from lowbit.calibrate.journal import Journal
-    from lowbit.calibrate.source import open_model
-    from lowbit.calibrate.walk import Walk
-    from lowbit.recipe import rebuilt
+    from lowbit.checkpoints.source import open_model
+    from lowbit.recipes import rebuilt
+    from lowbit.stages.blockwise import Walk
+    from lowbit.stages.journal import Journal
 
     journal = Journal(tmp_path / "none", {})
     journal.open()

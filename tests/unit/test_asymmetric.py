@@ -11,12 +11,13 @@ from torch import nn
 
 import lowbit
 from lowbit.architectures import for_config, resolve
-from lowbit.calibrate.source import open_model
-from lowbit.calibrate.stream import Stream
+from lowbit.checkpoints.source import open_model
+from lowbit.modules import LinearFormat
 from lowbit.numerics import CrossGram, Gram, Int, PerGroup, Spec
-from lowbit.recipe import recipe
+from lowbit.recipes import recipe
 from lowbit.solve import Gptq
-from lowbit.steps import BlockIO, BlockState, LinearFormat, Solve
+from lowbit.stages.stream import Stream
+from lowbit.steps import BlockIO, BlockState, Solve
 
 from helpers import random_ids, tiny_llama
 

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from lowbit.cli import app
-from lowbit.evaluate import kernels
+from lowbit.evaluation import kernels
 from lowbit.kernels import native
 from lowbit.modules import QuantLinear
 
@@ -78,8 +78,8 @@ def tiny(monkeypatch):
 
 
 def test_a_random_model_has_the_sizes_and_bits_asked_for_and_runs_by_compiled_kernels(tiny):
-    from lowbit.evaluate.random_model import linear_shapes, random_model
-    from lowbit.formats.native import bits_per_weight
+    from lowbit.checkpoints.native import bits_per_weight
+    from lowbit.evaluation.random_model import linear_shapes, random_model
 
     assert linear_shapes(tiny) == ((64, 64), (32, 64), (96, 64), (64, 96))
     model = random_model(tiny, 3, 32)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from lowbit.calibrate import data
+from lowbit import data
 from lowbit.cli import app, common
 from lowbit.cli.choose import byte_count, override
 
@@ -280,7 +280,7 @@ def test_inspect_writes_its_files_and_shows_the_hardest_layers(place, tmp_path):
 
 
 def test_ctrl_c_says_how_to_continue_and_the_same_command_does(place, tmp_path, monkeypatch):
-    from lowbit.calibrate.walk import Walk
+    from lowbit.stages.blockwise import Walk
 
     done = Walk._quantize
 
@@ -442,7 +442,7 @@ def test_sizes_are_read_with_their_units(text, count):
 # Runs the command line given as arguments; the user presses Ctrl-C when the first block has been written.
 INTERRUPTED = """
 import os, signal, sys
-from lowbit.calibrate.journal import Journal
+from lowbit.stages.journal import Journal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it runs in the background with it ignored
 write = Journal.write
 def interrupted(self, *args):

@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit.calibrate.source import open_model
+from lowbit.checkpoints.source import open_model
 from lowbit.cli import app
 from lowbit.comparison import as_rows, child, read_grid, run, work
 from lowbit.comparison.results import Results
 from lowbit.comparison.table import COLUMNS
-from lowbit.evaluate import KeptOriginal, evaluate_model, keep_states
-from lowbit.evaluate.forward import logits_of
+from lowbit.evaluation import KeptOriginal, evaluate_model, keep_states
+from lowbit.evaluation.forward import logits_of
 
 from helpers import VOCABULARY, assert_same, random_ids, tiny_llama
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lowbit
-from lowbit.formats.checkpoint import bits_report
-from lowbit.modules import QuantLinear
+from lowbit.checkpoints.native import bits_report
+from lowbit.modules import LinearFormat, QuantLinear
 from lowbit.numerics import Int, LowRank, MinMax, PerChannel, Spec, quantize
 from lowbit.plan import plan
 from lowbit.scheme import activation
@@ -19,7 +19,6 @@ from lowbit.steps import (
     BlockState,
     ClipShares,
     Learn,
-    LinearFormat,
     LowRankCorrection,
     NormsAndBiases,
     SearchReassembly,

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
-from lowbit.calibrate.data import (
+from lowbit.data import (
     TextError,
     calibration_set,
     default_text,
@@ -270,7 +270,7 @@ def test_self_is_a_calibration_text_that_needs_the_model(tokenizer, model):
 def test_wikitext2_has_the_token_ids_that_published_numbers_rest_on():
     if not (SHARED / "text").is_dir():
         pytest.skip("the shared data directory is not beside this checkout")
-    from lowbit.calibrate.source import ModelError, load_tokenizer
+    from lowbit.checkpoints.source import ModelError, load_tokenizer
 
     try:
         tokenizer = load_tokenizer("smollm2-135m")

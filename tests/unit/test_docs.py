@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from lowbit.recipe import METHODS
+from lowbit.recipes import METHODS
 
 DOCS = Path(__file__).parents[2] / "docs"
 

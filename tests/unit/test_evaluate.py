@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lowbit.evaluate import (
+from lowbit.evaluation import (
     PROTOCOLS,
     directory_bytes,
     evaluate_model,
@@ -32,10 +32,10 @@ from lowbit.evaluate import (
     speed,
     sqnr_db,
 )
-from lowbit.evaluate.divergence import score_tokens
-from lowbit.evaluate.intervals import mean_and_interval, student_t
-from lowbit.evaluate.speed import Plan, fit_budget
-from lowbit.evaluate.windows import cut
+from lowbit.evaluation.divergence import score_tokens
+from lowbit.evaluation.intervals import mean_and_interval, student_t
+from lowbit.evaluation.speed import Plan, fit_budget
+from lowbit.evaluation.windows import cut
 
 VOCABULARY = 128
 BOS, EOS = 1, 2

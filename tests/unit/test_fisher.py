@@ -14,15 +14,16 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mixt
 
 import lowbit
 from lowbit.architectures import Kind, block_modules, for_config, resolve
-from lowbit.calibrate.journal import Journal
-from lowbit.calibrate.source import open_model
-from lowbit.calibrate.walk import Walk
-from lowbit.numerics import Codebook, Fisher, Int, KMeans, PerChannel, PerGroup, Spec, Statistic, tagged
+from lowbit.checkpoints.source import open_model
+from lowbit.modules import LinearFormat
+from lowbit.numerics import Codebook, Fisher, Int, KMeans, PerChannel, PerGroup, Spec, Statistic, serializable
 from lowbit.plan import explain, plan
-from lowbit.recipe import Recipe
+from lowbit.recipes import Recipe
 from lowbit.scheme import linears
 from lowbit.solve import Gptq, Nearest, Solution
-from lowbit.steps import BlockState, Incoherence, LinearFormat, Midpoint, Set, Shifts, Smooth, Solve, precision
+from lowbit.stages.blockwise import Walk
+from lowbit.stages.journal import Journal
+from lowbit.steps import BlockState, Incoherence, Midpoint, Set, Shifts, Smooth, Solve, precision
 from lowbit.steps.learn import Learn
 from lowbit.steps.state import stored_as_OI
 from lowbit.transforms import Permute, Rotate, Scale
@@ -32,7 +33,7 @@ from helpers import VOCABULARY, assert_same, random_ids, sqnr_db, tiny_llama
 SPEC = Spec(Int(8), PerGroup(32))
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class DropInsensitive(Nearest):
     """Rounds what is more sensitive than the median; the rest becomes 0. Needs Fisher information, and shows it."""

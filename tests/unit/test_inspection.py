@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaForCausalLM, MixtralConfig
 
-from lowbit.calibrate.data import Calibration
-from lowbit.evaluate import output_error
+from lowbit.data import Calibration
+from lowbit.evaluation import output_error
 from lowbit.inspection import InputRow, Inspection, inspect_model
 from lowbit.inspection.rows import MASSIVE, OUTLIER, ROUNDED, markdown
 from lowbit.numerics import MinMax, quantize
@@ -123,7 +123,7 @@ def test_the_hardest_layers_are_ranked_by_their_rounded_output_error(found, plan
 
 
 def test_the_model_is_held_one_block_at_a_time(planted, ids, monkeypatch):
-    from lowbit.calibrate.source import ModelSource
+    from lowbit.checkpoints.source import ModelSource
 
     loaded: list[str] = []
     load, release = ModelSource.load_into, ModelSource.release

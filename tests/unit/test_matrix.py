@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowbit.recipe import METHODS
+from lowbit.recipes import METHODS
 
 from laws.test_architectures import CASES
 from matrix import outcome, read_page, save_model

@@ -7,7 +7,7 @@ import torch
 
 import lowbit
 from lowbit.numerics import NF4, Int, PerChannel, PerGroup, PerTensor, RmsRange, Spec
-from lowbit.recipe import Recipe
+from lowbit.recipes import Recipe
 from lowbit.scheme import linears
 from lowbit.solve import Gptq, LeaveOneOut, WeakColumns
 from lowbit.steps import Incoherence, Solve

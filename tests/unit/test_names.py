@@ -9,7 +9,7 @@ import pytest
 import transformers.models
 
 import lowbit
-from lowbit.recipe import METHODS
+from lowbit.recipes import METHODS
 
 SOURCE = Path(lowbit.__file__).parent
 PROTOCOLS = {"gptq", "llama.cpp", "word"}  # names of evaluation protocols, not of methods

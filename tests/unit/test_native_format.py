@@ -22,9 +22,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from lowbit.architectures.experts import unfuse_experts
-from lowbit.calibrate.shards import read_shard_header
-from lowbit.formats import native
-from lowbit.formats.checkpoint import SHARD_METADATA
+from lowbit.checkpoints import native
+from lowbit.checkpoints.description import layer_configs, quantization_config, swap
+from lowbit.checkpoints.native import SHARD_METADATA
+from lowbit.checkpoints.shards import read_shard_header
 from lowbit.modules import ActSpec, QuantLinear
 from lowbit.numerics import NF4, Affine, Int, MinMax, PerChannel, PerGroup, PerTensor, PerToken, Spec, quantize
 from lowbit.transforms import Scale, Shift
@@ -227,7 +228,7 @@ def test_descriptions_are_shared_by_blocks_and_say_only_what_is_stored(saved):
     assert description["quant_method"] == "lowbit" and description["version"] == 1
     assert len(description["layers"]) == 14 and len(description["schemes"]) == 7  # one for each role
     assert set(description) == {"quant_method", "version", "schemes", "layers"}
-    assert set(native.layer_configs(description)) == set(description["layers"])
+    assert set(layer_configs(description)) == set(description["layers"])
     experts = json.loads((saved["experts"][1] / "config.json").read_text())["quantization_config"]
     assert experts["unfused_experts"] is True
 
@@ -387,7 +388,7 @@ def test_swapping_fits_empty_layers_into_a_model_of_any_device(saved, device):
     model, _ = saved["gpt2"]
     with torch.device(device):
         fresh = AutoModelForCausalLM.from_config(CONFIGS["gpt2"]).eval()
-    swapped = native.swap(fresh, native.quantization_config(model))
+    swapped = swap(fresh, quantization_config(model))
     assert set(swapped) == {name for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert all(buffer.device.type == device for layer in swapped.values() for buffer in layer.buffers())
     if device == "cpu":
@@ -396,24 +397,24 @@ def test_swapping_fits_empty_layers_into_a_model_of_any_device(saved, device):
 
 
 def test_places_that_do_not_fit_are_refused(saved):
-    description = native.quantization_config(saved["untied"][0])
-    q_proj = native.layer_configs(description)["model.layers.0.self_attn.q_proj"]
+    description = quantization_config(saved["untied"][0])
+    q_proj = layer_configs(description)["model.layers.0.self_attn.q_proj"]
 
-    def swap(name, config=q_proj, kind="untied"):
-        native.swap(AutoModelForCausalLM.from_config(CONFIGS[kind]), native.quantization_config({name: config}))
+    def put(name, config=q_proj, kind="untied"):
+        swap(AutoModelForCausalLM.from_config(CONFIGS[kind]), quantization_config({name: config}))
 
     with pytest.raises(ValueError, match=r"model.layers.7.self_attn.q_proj, which LlamaForCausalLM does not have"):
-        swap("model.layers.7.self_attn.q_proj")
+        put("model.layers.7.self_attn.q_proj")
     with pytest.raises(ValueError, match="is a LlamaRMSNorm and not a linear"):
-        swap("model.norm")
+        put("model.norm")
     with pytest.raises(ValueError, match=r"maps 32 channels to 32 in the checkpoint, \(32, 16\) here"):
-        swap("model.layers.0.self_attn.k_proj")
+        put("model.layers.0.self_attn.k_proj")
     head = QuantLinear.from_qtensor(quantize(torch.randn(96, 32), Spec(Int(8), PerChannel()), MinMax())).config()
     with pytest.raises(ValueError, match="lm_head is quantized but its weight is tied"):
-        swap("lm_head", head, "tied")
-    swap("lm_head", head, "untied")
+        put("lm_head", head, "tied")
+    put("lm_head", head, "untied")
     with pytest.raises(ValueError, match="no layer is quantized"):
-        native.quantization_config(nn.Linear(2, 2))
+        quantization_config(nn.Linear(2, 2))
 
 
 def test_nothing_is_saved_over_other_files(saved, tmp_path):

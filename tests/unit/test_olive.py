@@ -13,7 +13,8 @@ import lowbit
 from lowbit import kernels
 from lowbit.kernels import native, product
 from lowbit.layouts import pack, pack_qtensor, unpack_qtensor
-from lowbit.modules import QuantLinear
+from lowbit.linear_api import _Alone, _resolved
+from lowbit.modules import LinearFormat, QuantLinear
 from lowbit.numerics import (
     FLINT4,
     Affine,
@@ -34,11 +35,10 @@ from lowbit.numerics import (
     stored_bits,
 )
 from lowbit.plan import plan
-from lowbit.recipe import Recipe
+from lowbit.recipes import Recipe
 from lowbit.scheme import linears
-from lowbit.single import _Alone, _resolved
 from lowbit.solve import Gptq, Nearest
-from lowbit.steps import BlockIO, BlockState, ChooseGrid, FitActivation, LinearFormat, SetActivationRange, Solve
+from lowbit.steps import BlockIO, BlockState, ChooseGrid, FitActivation, SetActivationRange, Solve
 
 from helpers import random_ids, sqnr_db, tiny_llama
 

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lowbit
 from lowbit.architectures import Kind, block_modules, for_config, resolve, unfuse_experts
 from lowbit.architectures.check import TOLERANCE, logits, randomize
-from lowbit.calibrate.source import open_model
-from lowbit.calibrate.stream import Stream
+from lowbit.checkpoints.source import open_model
+from lowbit.modules import LinearFormat
 from lowbit.numerics import (
     Int,
     PerChannel,
@@ -26,17 +26,17 @@ from lowbit.numerics import (
     quantize,
 )
 from lowbit.numerics.fit import MinMax
-from lowbit.recipe import Recipe
-from lowbit.recipe import recipe as recipe_of
+from lowbit.recipes import Recipe
+from lowbit.recipes import recipe as recipe_of
 from lowbit.scheme import activation, linears
+from lowbit.stages.stream import Stream
 from lowbit.steps import (
-    ActivationSteps,
     BlockIO,
     BlockMSE,
     BlockState,
     Incoherence,
     Learn,
-    LinearFormat,
+    LearnedStepSizes,
     Midpoint,
     OwnGain,
     Search,
@@ -236,7 +236,7 @@ def test_a_search_of_one_share_is_the_range_of_all_values(llama):
 def test_static_ranges_are_searched_where_there_are_some(llama):
     state = llama(act=activation(8))
     SearchActivationRange().run(state)
-    Learn((ActivationSteps(),), BlockMSE(), epochs=1).run(state)
+    Learn((LearnedStepSizes(),), BlockMSE(), epochs=1).run(state)
     assert not state.act_params
 
 
@@ -250,7 +250,7 @@ def test_learned_steps_end_no_worse_than_the_search_and_lower_the_error(llama):
     state = llama(act=STATIC4)
     SearchActivationRange(span=0.9, step=0.1).run(state)
     coarse, before = _loss(state), dict(state.act_params)
-    Learn((ActivationSteps(1e-2),), BlockMSE(), epochs=8).run(state)
+    Learn((LearnedStepSizes(1e-2),), BlockMSE(), epochs=8).run(state)
     assert _loss(state) < 0.99 * coarse
     assert state.act_params["self_attn.q_proj"].scale != before["self_attn.q_proj"].scale
     for path, params in state.act_params.items():
@@ -261,14 +261,14 @@ def test_no_epochs_of_learning_leave_the_ranges_as_the_search_found_them(llama):
     state = llama(act=STATIC4)
     SearchActivationRange().run(state)
     before = dict(state.act_params)
-    Learn((ActivationSteps(),), BlockMSE(), epochs=0).run(state)
+    Learn((LearnedStepSizes(),), BlockMSE(), epochs=0).run(state)
     assert state.act_params == before
 
 
 def test_linears_that_read_one_input_share_its_learned_step(llama):
     state = llama(act=STATIC4)
     SearchActivationRange().run(state)
-    Learn((ActivationSteps(1e-2),), BlockMSE(), epochs=1).run(state)
+    Learn((LearnedStepSizes(1e-2),), BlockMSE(), epochs=1).run(state)
     q, k, v = (state.act_params[f"self_attn.{role}_proj"] for role in "qkv")
     assert q == k == v
 
@@ -276,7 +276,7 @@ def test_linears_that_read_one_input_share_its_learned_step(llama):
 def test_gradients_reach_steps_and_zero_points(llama):
     state = llama(act=STATIC4)
     SearchActivationRange(span=0.5, step=0.1).run(state)
-    module = ActivationSteps().make(state, {})
+    module = LearnedStepSizes().make(state, {})
     params = module.activations()["mlp.down_proj"]
     x = state.collect([Samples(64)])["mlp_hidden"][Samples(64)] * 1.5  # some values beyond the range
     state.formats["mlp.down_proj"].act.spec.grid.fake(x.reshape(1, -1), params).square().sum().backward()
@@ -286,7 +286,7 @@ def test_gradients_reach_steps_and_zero_points(llama):
 
 def test_steps_are_learned_from_a_range_that_is_there(llama):
     with pytest.raises(ValueError, match="put SearchActivationRange or SetActivationRange first"):
-        Learn((ActivationSteps(),), BlockMSE(), epochs=1).run(llama(act=STATIC4))
+        Learn((LearnedStepSizes(),), BlockMSE(), epochs=1).run(llama(act=STATIC4))
 
 
 # Shift and thresholds
@@ -480,7 +480,7 @@ def test_a_transform_behind_a_fixed_range_is_refused(late):
             Recipe(name="mine", scheme=scheme, steps=(step, late, Solve()))
     Recipe(name="mine", scheme=scheme, steps=(late, SearchActivationRange(), Solve()))
     with pytest.raises(ValueError, match="need the step SetActivationRange or SearchActivationRange"):
-        Recipe(name="mine", scheme=scheme, steps=(Learn((ActivationSteps(),)), Solve()))
+        Recipe(name="mine", scheme=scheme, steps=(Learn((LearnedStepSizes(),)), Solve()))
 
 
 def test_the_authors_settings_follow_the_bits():

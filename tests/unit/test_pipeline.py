@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowbit
-from lowbit.calibrate.journal import Journal
-from lowbit.calibrate.source import open_model
-from lowbit.calibrate.walk import Walk
+from lowbit.checkpoints.source import open_model
 from lowbit.modules import QuantLinear
 from lowbit.numerics import Int, PerGroup, Spec
-from lowbit.recipe import Recipe
+from lowbit.recipes import Recipe
 from lowbit.scheme import linears
+from lowbit.stages.blockwise import Walk
+from lowbit.stages.journal import Journal
 from lowbit.steps import Solve
 
 from helpers import random_ids, tiny_llama

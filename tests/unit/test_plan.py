@@ -7,21 +7,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, StableLmConfig
 
-from lowbit.calibrate import origins, shards
-from lowbit.calibrate.journal import Journal
-from lowbit.calibrate.shards import read_shard_header
-from lowbit.calibrate.source import open_model
-from lowbit.calibrate.store import ActivationStore
-from lowbit.calibrate.walk import Walk
+from lowbit.checkpoints import origins, shards
+from lowbit.checkpoints.shards import read_shard_header
+from lowbit.checkpoints.source import open_model
 from lowbit.kernels import native
 from lowbit.numerics import Gram, Int, PerChannel, PerCluster, PerGroup, Spec
 from lowbit.plan import explain, plan
 from lowbit.plan.peak import statistics_bytes
 from lowbit.plan.survey import survey
-from lowbit.recipe import METHODS, Recipe, recipe
-from lowbit.recipes import from_plain
-from lowbit.scheme import Rule, Scheme
+from lowbit.recipes import METHODS, Recipe, from_plain, recipe
+from lowbit.scheme import FormatRule, Scheme
 from lowbit.solve import Nearest
+from lowbit.stages.blockwise import Walk
+from lowbit.stages.journal import Journal
+from lowbit.stages.store import ActivationStore
 from lowbit.steps import BlockIO, BlockState, Solve
 
 LLAMA = {
@@ -160,7 +159,7 @@ def test_every_matrix_is_listed_with_its_format_or_the_reason_why_not(models):
 def test_layers_without_a_rule_routers_and_heads_say_so(models):
     only_down = Recipe(
         name="mine",
-        scheme=Scheme(rules=(Rule(match="expert_down", weight=Spec(Int(4), PerGroup(16))),)),
+        scheme=Scheme(rules=(FormatRule(match="expert_down", weight=Spec(Int(4), PerGroup(16))),)),
         steps=(Solve(Nearest()),),
     )
     rows = {layer.name: layer.reason for layer in plan(models("mixtral"), only_down).layers}
@@ -252,7 +251,7 @@ def test_a_rule_that_matches_no_layer_names_the_nearest(models):
 
 def test_a_format_that_a_layer_cannot_have_names_the_layer(models):
     clusters = Spec(Int(4), PerCluster((16, 16)))
-    wanted = Recipe(name="mine", scheme=Scheme(rules=(Rule(weight=clusters),)), steps=(Solve(Nearest()),))
+    wanted = Recipe(name="mine", scheme=Scheme(rules=(FormatRule(weight=clusters),)), steps=(Solve(Nearest()),))
     with pytest.raises(
         ValueError, match=r"layers\.0\.mlp\.down_proj \(32 x 48\) cannot have this format.*override for 'down'"
     ):
@@ -389,7 +388,7 @@ def test_a_search_is_not_promised_where_nothing_reads_the_edge(models):
 
     wanted = Recipe(
         name="mine",
-        scheme=Scheme(rules=(Rule(weight=Spec(Int(4), PerChannel())),)),
+        scheme=Scheme(rules=(FormatRule(weight=Spec(Int(4), PerChannel())),)),
         steps=(Search(MeanAbsPower(2), ("q_k", "nowhere")), Solve(Nearest())),
     )
     said = explain(wanted, models("llama"))

@@ -11,11 +11,10 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 import lowbit
 from lowbit import decoding
 from lowbit.architectures import attention_spec, observed, operand_ranges
-from lowbit.formats import native
+from lowbit.checkpoints import native
 from lowbit.modules import AttentionSpec, restore
 from lowbit.plan import explain, plan
-from lowbit.recipe import Recipe
-from lowbit.recipes import from_plain
+from lowbit.recipes import Recipe, from_plain
 from lowbit.scheme import Scheme
 from lowbit.solve import Nearest
 from lowbit.steps import Learn, Set, SetAttentionRange, Smooth, Solve
@@ -213,4 +212,4 @@ def test_models_that_attend_by_code_of_their_own_are_refused_before_any_work(tmp
 def test_a_damaged_description_of_it_is_refused(quantized, tmp_path, damage):
     config = json.loads((quantized / "out/config.json").read_text())["quantization_config"]
     with pytest.raises(ValueError, match=r"damaged|No"):
-        lowbit.formats.description.attention_specs(config | {"attention": damage})
+        lowbit.checkpoints.description.attention_specs(config | {"attention": damage})

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowbit
-from lowbit.formats import native
+from lowbit.checkpoints import native
+from lowbit.checkpoints.description import quantization_config
 from lowbit.kernels import PackedLinear
 from lowbit.kernels.native import integer_input
 from lowbit.modules import QuantLinear, residual_of
@@ -76,7 +77,7 @@ def test_a_rotated_model_is_saved_again_and_loaded_as_it_was(quantized, tmp_path
     assert torch.equal(first(ids).logits, second(ids).logits)
     assert residual_of(second) == residual_of(first) == second.config.quantization_config.to_dict()["residual"]
     description = first.config.quantization_config.to_dict()
-    assert description["version"] == 3 and native.quantization_config(first)["residual"] == description["residual"]
+    assert description["version"] == 3 and quantization_config(first)["residual"] == description["residual"]
     assert native.bits_report(quantized)["layers"] == 14
 
 

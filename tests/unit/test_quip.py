@@ -15,18 +15,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lowbit
 from lowbit.architectures import block_modules, for_config, resolve, unfuse_experts
 from lowbit.architectures.check import float64_everywhere, logits, randomize
-from lowbit.calibrate.stream import Call
-from lowbit.formats.checkpoint import bits_report
-from lowbit.modules import QuantLinear
+from lowbit.checkpoints.native import bits_report
+from lowbit.modules import LinearFormat, QuantLinear
 from lowbit.numerics import Gram, Int, PerChannel, PerTensor, RmsRange, Spec, quantize
 from lowbit.plan import plan
 from lowbit.solve import Gptq, Nearest
+from lowbit.stages.stream import Call
 from lowbit.steps import (
     Balance,
     BlockIO,
     BlockState,
     Incoherence,
-    LinearFormat,
     Set,
     Smooth,
     Solve,

@@ -11,10 +11,10 @@ from torch.nn.functional import linear
 
 import lowbit
 from lowbit.architectures.check import float64_everywhere, logits
-from lowbit.modules import QuantLinear
+from lowbit.modules import LinearFormat, QuantLinear
 from lowbit.numerics import AbsMax, Gram, Int, PerChannel, Spec
 from lowbit.scheme import activation
-from lowbit.steps import BlockState, LinearFormat, SearchReassembly, Solve
+from lowbit.steps import BlockState, SearchReassembly, Solve
 from lowbit.steps.reassembly import _listen, _loss, _site, assembled, disassembly, merge_distances, thresholds
 from lowbit.transforms import Merge, Reassembly, Split
 from unit.test_quip import assert_unchanged, model_of, states

@@ -6,15 +6,14 @@ import pytest
 import yaml
 
 from lowbit.architectures import for_config
-from lowbit.calibrate.journal import Journal
-from lowbit.calibrate.source import open_model
-from lowbit.calibrate.walk import Walk, check_scheme
+from lowbit.checkpoints.source import open_model
 from lowbit.modules import ActSpec, QuantLinear
 from lowbit.numerics import ClipSearch, Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, Table
-from lowbit.recipe import METHODS, Recipe, mix, recipe
-from lowbit.recipes import as_recipe, builtin_recipes, from_file, from_plain
-from lowbit.scheme import Rule, Scheme, activation, linears, weight
+from lowbit.recipes import METHODS, Recipe, as_recipe, builtin_recipes, from_file, from_plain, mix, recipe
+from lowbit.scheme import FormatRule, Scheme, activation, linears, weight
 from lowbit.solve import Gptq, Nearest
+from lowbit.stages.blockwise import Walk, check_scheme
+from lowbit.stages.journal import Journal
 from lowbit.steps import (
     ClipShares,
     Learn,
@@ -53,7 +52,7 @@ def test_a_file_a_name_with_options_and_python_give_equal_recipes(tmp_path):
     file.write_text("method: gptq\noptions: {bits: 3, group_size: 64, act_order: true}\n")
     python = Recipe(
         name="gptq",
-        scheme=Scheme(rules=(Rule(weight=Spec(Int(3), PerGroup(64))),)),
+        scheme=Scheme(rules=(FormatRule(weight=Spec(Int(3), PerGroup(64))),)),
         steps=(Solve(Gptq(ClipSearch(), order="act")),),
         feed="quant",
     )
@@ -160,10 +159,10 @@ def test_the_last_rule_that_matches_counts():
     four, eight = weight(4, 64), weight(8, None)
     scheme = Scheme(
         rules=(
-            Rule(weight=four),
-            Rule(match="down", weight=eight),
-            Rule(match="re:layers\\.1\\.", skip=True),
-            Rule(match="model.layers.1.*.v_proj", weight=eight),
+            FormatRule(weight=four),
+            FormatRule(match="down", weight=eight),
+            FormatRule(match="re:layers\\.1\\.", skip=True),
+            FormatRule(match="model.layers.1.*.v_proj", weight=eight),
         )
     )
     found = {name: scheme.format(name, role) for name, role in LLAMA_LINEARS.items()}
@@ -171,7 +170,7 @@ def test_the_last_rule_that_matches_counts():
     assert found["model.layers.0.mlp.down_proj"].weight == eight
     assert found["model.layers.1.mlp.down_proj"] is None
     assert found["model.layers.1.self_attn.v_proj"].weight == eight
-    assert Scheme(rules=(Rule(match="q", weight=four),)).format("model.layers.0.mlp.down_proj", "down") is None
+    assert Scheme(rules=(FormatRule(match="q", weight=four),)).format("model.layers.0.mlp.down_proj", "down") is None
 
 
 def test_an_override_changes_what_it_names_and_keeps_the_rest():
@@ -263,7 +262,7 @@ def test_a_mistake_is_named_with_the_nearest_valid_thing(data, message):
     ("step", "message"),
     [
         ({"type": "Set", "rule": {"type": "Smooth"}, "at": "norm_*"}, r"Set.at: .*tuple, found 'norm_\*'"),
-        ({"type": "Set", "rule": {"type": "MinMax"}, "at": ["norm_*"]}, "Set.rule: .*instance of Rule"),
+        ({"type": "Set", "rule": {"type": "MinMax"}, "at": ["norm_*"]}, "Set.rule: .*instance of TransformRule"),
         ({"type": "Set", "rule": {"type": "Smooth", "alpha": "high"}, "at": ["norm_*"]}, "cannot build Smooth"),
         ({"type": "Learn", "makers": [{"type": "ClipShares", "lr": "fast"}]}, "ClipShares.lr: .*number, found 'fast'"),
         (

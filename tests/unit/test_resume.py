@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import lowbit
-from lowbit.calibrate.journal import Journal, OutputError
-from lowbit.calibrate.walk import Walk
+from lowbit.stages.blockwise import Walk
+from lowbit.stages.journal import Journal, OutputError
 
 from helpers import random_ids, tiny_llama
 from matrix import save_model
@@ -25,7 +25,7 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 import lowbit
-from lowbit.calibrate import journal
+from lowbit.stages import journal
 from helpers import random_ids
 
 def die():
@@ -162,7 +162,7 @@ def test_a_target_that_is_in_use_is_refused_before_any_work(tmp_path):
 
 
 def test_a_full_disk_leaves_finished_blocks_and_says_how_to_continue(tmp_path, monkeypatch):
-    from lowbit.calibrate import journal as module
+    from lowbit.stages import journal as module
 
     journal = Journal(tmp_path / "out", {"recipe": "a"})
     journal.open()

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import lowbit
+from lowbit.linear_api import _Alone, _resolved
+from lowbit.modules import LinearFormat
 from lowbit.numerics import Fixed, Int, PerGroup, Spec
-from lowbit.recipe import Recipe
+from lowbit.recipes import Recipe
 from lowbit.scheme import linears
-from lowbit.single import _Alone, _resolved
 from lowbit.solve import Gptq, Nearest
-from lowbit.steps import BlockIO, BlockState, Learn, LinearFormat, Rounding, Solve
+from lowbit.steps import BlockIO, BlockState, Learn, Rounding, Solve
 
 from helpers import random_ids, tiny_llama
 

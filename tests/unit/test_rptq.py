@@ -10,14 +10,14 @@ import torch
 
 import lowbit
 from lowbit.kernels import fake_quantize_activation
-from lowbit.modules import ActSpec
+from lowbit.modules import ActSpec, LinearFormat
 from lowbit.numerics import Affine, Int, MovingRange, PerChannel, PerCluster, PerTensor, Range, Samples, Spec
 from lowbit.numerics.kmeans import kmeans_points
 from lowbit.plan import plan
-from lowbit.recipe import Recipe
+from lowbit.recipes import Recipe
 from lowbit.scheme import activation, linears
 from lowbit.solve import Gptq
-from lowbit.steps import BlockState, Cluster, LinearFormat, SearchClip, SetActivationRange, Solve
+from lowbit.steps import BlockState, Cluster, SearchClip, SetActivationRange, Solve
 from lowbit.transforms import Permute
 
 import helpers

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import lowbit
-from lowbit.modules import ActSpec
+from lowbit.modules import ActSpec, LinearFormat
 from lowbit.numerics import AbsMax, Int, LaterRange, PerChannel, PerTensor, PerToken, Range, Spec
 from lowbit.scheme import activation
-from lowbit.steps import BlockState, LinearFormat, Search, Set, SetActivationRange, Smooth, SmoothPowers
+from lowbit.steps import BlockState, Search, Set, SetActivationRange, Smooth, SmoothPowers
 from lowbit.steps.search import _listen
 
 import helpers

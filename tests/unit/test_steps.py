@@ -8,18 +8,17 @@ from fnmatch import fnmatch
 import pytest
 import torch
 
-from lowbit.calibrate.stream import Call
-from lowbit.modules import QuantLinear
+from lowbit.modules import LinearFormat, QuantLinear
 from lowbit.numerics import AbsMax, AbsSum, Clipped, Gram, Int, MinMax, PerChannel, PerGroup, Samples, Spec, fit_params
-from lowbit.recipe import recipe as recipe_of
+from lowbit.recipes import recipe as recipe_of
 from lowbit.scheme import activation
 from lowbit.solve import Nearest
+from lowbit.stages.stream import Call
 from lowbit.steps import (
     BlockMSE,
     BlockState,
     ClipShares,
     Learn,
-    LinearFormat,
     MeanAbsPower,
     Scales,
     Search,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowbit.calibrate.store import ActivationStore
+from lowbit.stages.store import ActivationStore
 
 
 def test_arrays_stay_in_memory_until_the_limit_and_go_to_files_after_it(tmp_path):

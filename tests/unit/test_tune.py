@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import lowbit
-from lowbit.recipe import rebuilt
-from lowbit.recipes import from_plain
+from lowbit.recipes import from_plain, rebuilt
 from lowbit.steps import Tune
 
 from helpers import random_ids, tiny_llama
@@ -63,7 +62,7 @@ def test_a_tuned_model_is_measured_by_the_kernels_that_check_its_reload(model, t
 
 
 def test_a_run_stopped_while_its_tuned_shards_are_written_ends_in_the_same_bytes(model, tmp_path, monkeypatch):
-    from lowbit.calibrate.journal import Journal
+    from lowbit.stages.journal import Journal
 
     ids, recipe = random_ids(4, 32), _recipe(epochs=1)
     lowbit.quantize(model, recipe, ids, out=tmp_path / "whole", **QUIET)

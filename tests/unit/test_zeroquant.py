@@ -12,12 +12,12 @@ from transformers import AutoConfig
 
 import lowbit
 from lowbit.architectures import ROLE_GROUPS, for_config
-from lowbit.modules import QuantLinear
+from lowbit.linear_api import _Alone, _resolved
+from lowbit.modules import LinearFormat, QuantLinear
 from lowbit.numerics import Int, MinMax, PerChannel, RowBands, Spec, quantize
 from lowbit.scheme import activation
-from lowbit.single import _Alone, _resolved
 from lowbit.solve import Nearest
-from lowbit.steps import AllWeights, BlockIO, BlockState, Learn, LinearFormat, Solve
+from lowbit.steps import AllWeights, BlockIO, BlockState, Learn, Solve
 
 from helpers import random_ids, sqnr_db, tiny_llama
 from laws.test_architectures import CASES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowbit.numerics.tagged import nearest
+from lowbit.numerics.serialize import nearest
 
 _LLAMA = {"model_type": "llama", "max_position_embeddings": 4096}
 SHAPES: dict[str, dict[str, Any]] = {

@@ -58,7 +58,7 @@ def command(
         widths = _numbers(bits or "16,4,3,2", "bits")
         result = {"models": _of_sizes(str(shapes).split(","), widths, group_size, prompt_tokens, new_tokens, threads)}
     from lowbit import __version__
-    from lowbit.evaluate.machine import machine
+    from lowbit.evaluation.machine import machine
 
     result |= {"machine": machine(), "lowbit": __version__}
     text = _markdown(result)
@@ -80,7 +80,7 @@ def _numbers(text: str, what: str) -> tuple[int, ...]:
 
 
 def _of_kernels(shapes: str, bits: str, rows: str, group_size: int) -> dict[str, Any]:
-    from lowbit.evaluate.kernels import measure_kernels, shape_of
+    from lowbit.evaluation.kernels import measure_kernels, shape_of
 
     chosen = tuple(dict.fromkeys(shape for text in shapes.split(",") for shape in shape_of(text.strip())))
     with common.progress() as report:
@@ -122,7 +122,7 @@ def _of_sizes(
 
 def _of_size(name: str, width: int, group_size: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
     from lowbit.architectures.shapes import named_config
-    from lowbit.evaluate.random_model import random_model
+    from lowbit.evaluation.random_model import random_model
 
     with common.progress() as report:
         model = random_model(named_config(name), width, group_size, progress=report)
@@ -132,8 +132,8 @@ def _of_size(name: str, width: int, group_size: int, prompt_tokens: int, new_tok
 
 def _timed(model: Any, about: dict[str, Any], prompt_tokens: int, new_tokens: int, report: Any) -> dict[str, Any]:
     from lowbit import decoding
-    from lowbit.evaluate import measure_speed
-    from lowbit.evaluate.memory import model_bytes, peak_rss
+    from lowbit.evaluation import measure_speed
+    from lowbit.evaluation.memory import model_bytes, peak_rss
 
     weights = model_bytes(model)
     speed = measure_speed(model, prompt_tokens, new_tokens, progress=report)

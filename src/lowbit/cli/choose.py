@@ -89,14 +89,13 @@ def method_options(
 def choose_recipe(
     method: str | None, file: str | None, options: Mapping[str, Any], overrides: Sequence[str] | None
 ) -> Any:
-    """The :class:`lowbit.recipe.Recipe` that the options ask for.
+    """The :class:`lowbit.recipes.Recipe` that the options ask for.
 
     Raises:
         ValueError: whatever the recipe refuses.
         typer.BadParameter: neither or both of method and file, or a file with options.
     """
-    from lowbit.recipe import recipe
-    from lowbit.recipes import as_recipe
+    from lowbit.recipes import as_recipe, recipe
 
     changes = [override(text) for text in overrides or ()]
     if file is not None and options:

@@ -19,8 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-Report = Callable[[float, float, str], None]
-"""``report(done, total, what)``: what long work calls."""
+from lowbit.progress import Progress as Report
 
 LOG_WIDTH = 160  # columns of a table that goes to a file or a pipe
 LOG_SECONDS = 10  # between progress lines where there is no terminal to draw a bar on
@@ -231,7 +230,7 @@ def text_or_default(text: str | None, split: str) -> str:
     """``text``, or where none was given wikitext2 if a hub answers, else python-docs."""
     if text is not None:
         return text
-    from lowbit.calibrate.data import PYTHON_DOCS, TextError, load_text
+    from lowbit.data import PYTHON_DOCS, TextError, load_text
 
     try:
         load_text("wikitext2", split)  # pyright: ignore[reportArgumentType]

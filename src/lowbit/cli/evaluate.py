@@ -9,7 +9,7 @@ import typer
 from lowbit.cli import common
 
 if TYPE_CHECKING:
-    from lowbit.evaluate import Evaluation
+    from lowbit.evaluation import Evaluation
 
 EXAMPLE = (
     "Example: lowbit evaluate smollm2-w4 --against smollm2-135m --text python-docs --protocol gptq "

@@ -29,7 +29,7 @@ def command(
     common.use_threads(threads)
     import lowbit
     from lowbit import decoding
-    from lowbit.evaluate import generate_text
+    from lowbit.evaluation import generate_text
 
     common.say(f"loading {model}")
     tokenizer = lowbit.load_tokenizer(model, trust_remote_code=trust_remote_code)

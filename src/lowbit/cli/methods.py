@@ -13,7 +13,7 @@ def command(as_json: common.Json = False) -> None:
     """List the quantization methods with their papers, needs and options."""
     import lowbit
 
-    found = lowbit.methods()
+    found = lowbit.list_methods()
     if as_json:
         common.print_json(found)
         return

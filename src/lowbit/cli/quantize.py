@@ -25,7 +25,7 @@ from lowbit.cli.choose import (
 
 if TYPE_CHECKING:
     from lowbit.pipeline import Job, QuantizeReport
-    from lowbit.recipe import Recipe
+    from lowbit.recipes import Recipe
 
 EXAMPLE = (
     "Example: lowbit quantize smollm2-135m --method gptq --bits 4 --group-size 64 --set act_order=true "
@@ -95,7 +95,7 @@ def command(
 
 def _announce(job: Job, restart: bool) -> None:
     """What will be done, from what, to where."""
-    from lowbit.calibrate.journal import Journal
+    from lowbit.stages.journal import Journal
 
     text = job.calibration
     common.say(f"model:       {job.source.name} ({job.source.path})")

@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 from lowbit.numerics import PerChannel, PerGroup
-from lowbit.recipe import Recipe, recipe
-from lowbit.recipes import Loader, as_recipe
+from lowbit.recipes import Recipe, as_recipe, recipe
+from lowbit.recipes.files import Loader
 
 ORIGINAL = "original"
 """The label of the model that nothing was done to."""

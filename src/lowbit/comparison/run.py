@@ -14,21 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.calibrate.data import Calibration, calibration_of, load_text
-from lowbit.calibrate.source import ModelSource, open_model
+from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.comparison.child import run_in_child
 from lowbit.comparison.results import Record, Results
 from lowbit.comparison.rows import ORIGINAL, Row, as_rows
 from lowbit.comparison.table import markdown
 from lowbit.comparison.work import MeasureOriginal, MeasureRow, Setting
-from lowbit.evaluate.machine import cpu_name
-from lowbit.evaluate.perplexity import check_fits, windows_sha256
-from lowbit.evaluate.windows import cut
+from lowbit.data import Calibration, calibration_of, load_text
+from lowbit.evaluation.machine import cpu_name
+from lowbit.evaluation.perplexity import check_fits, windows_sha256
+from lowbit.evaluation.windows import cut
 from lowbit.plan.survey import survey
-from lowbit.recipe import Recipe
+from lowbit.progress import Progress
+from lowbit.recipes import Recipe
 from lowbit.version import __version__
-
-Progress = Callable[[float, float, str], None]
 
 
 def compare(
@@ -62,11 +61,11 @@ def compare(
         model: a local directory, hub id, ``.gguf`` file or ``smollm2-135m``.
         rows: a grid file, or rows, recipes, methods' names, recipe files, and mappings as in a grid file; see
             :mod:`lowbit.comparison.rows`.
-        calibration: text (see :mod:`lowbit.calibrate.data`), ids ``[N, T]``, or None where no recipe needs any.
+        calibration: text (see :mod:`lowbit.data`), ids ``[N, T]``, or None where no recipe needs any.
         text: what is evaluated on: a text (its evaluation part where it has one), or token ids.
         out: a ``.jsonl`` file; continued where it exists.
         samples, seq_len: how many windows of how many tokens of the calibration text.
-        protocol, eval_seq_len, windows: how the text is evaluated, as in :func:`lowbit.evaluate`.
+        protocol, eval_seq_len, windows: how the text is evaluated, as in :func:`lowbit.evaluation`.
         only: measures only the rows whose label contains one of these.
         threads: of torch in the rows' processes (None: as here).
         ram_limit: bytes of activations in memory while quantizing.

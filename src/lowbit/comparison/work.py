@@ -15,14 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lowbit.calibrate.data import Calibration
-from lowbit.calibrate.source import ModelSource, load_tokenizer, open_model
-from lowbit.evaluate import Evaluation, KeptOriginal, directory_bytes, evaluate_model, keep_states, peak_rss
-from lowbit.formats import native
+from lowbit.checkpoints import native
+from lowbit.checkpoints.source import ModelSource, load_tokenizer, open_model
+from lowbit.data import Calibration
+from lowbit.evaluation import Evaluation, KeptOriginal, directory_bytes, evaluate_model, keep_states, peak_rss
 from lowbit.pipeline import MAX_KL, QuantizeReport, prepare, run
-from lowbit.recipe import Recipe
+from lowbit.recipes import Recipe
 
-Progress = Callable[[float, str], None]
+ShareReport = Callable[[float, str], None]
 """``progress(share, what)``: the share of the row that is done, from 0 to 1."""
 
 QUANTIZING = 0.85
@@ -53,7 +53,7 @@ class Setting:
     def source(self) -> ModelSource:
         return open_model(self.model, trust_remote_code=self.trust_remote_code)
 
-    def evaluate(self, model: Any, against: KeptOriginal | None, progress: Progress) -> Evaluation:
+    def evaluate(self, model: Any, against: KeptOriginal | None, progress: ShareReport) -> Evaluation:
         tokenizer = None
         if isinstance(self.text, str):
             tokenizer = load_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
@@ -77,7 +77,7 @@ class MeasureOriginal:
     setting: Setting
     scratch: Path
 
-    def run(self, progress: Progress) -> dict[str, Any]:
+    def run(self, progress: ShareReport) -> dict[str, Any]:
         started = time.perf_counter()
         source = self.setting.source()
         with keep_states(model := source.load_full(), self.scratch / STATES):
@@ -96,7 +96,7 @@ class MeasureRow:
     scratch: Path
     recipe: Recipe
 
-    def run(self, progress: Progress) -> dict[str, Any]:
+    def run(self, progress: ShareReport) -> dict[str, Any]:
         out = self.scratch / "quantized"
         shutil.rmtree(out, ignore_errors=True)  # of a row that crashed
         started = time.perf_counter()
@@ -122,7 +122,7 @@ class MeasureRow:
         shutil.rmtree(out)
         return record
 
-    def _quantize(self, out: Path, progress: Progress) -> QuantizeReport:
+    def _quantize(self, out: Path, progress: ShareReport) -> QuantizeReport:
         setting, last = self.setting, 0.0
 
         def forward(done: float, total: float, what: str) -> None:

@@ -22,7 +22,7 @@ from lowbit.architectures.attention import SPEC
 from lowbit.decoding.cache import Room
 from lowbit.kernels.native import DTYPES
 from lowbit.kernels.ops import ENVIRONMENT
-from lowbit.kernels.step import Block, Linear, ModelStep, RmsNorm, why_not
+from lowbit.kernels.step import DecoderBlock, Linear, RmsNorm, TokenStep, why_not
 from lowbit.modules import QuantLinear
 
 
@@ -107,7 +107,7 @@ class Described:
 
     isa: str
     cache: tuple[int, int, int, torch.dtype]
-    _step: ModelStep
+    _step: TokenStep
     _embed: nn.Module
     _rotary: nn.Module
     _watch: _Watch
@@ -188,7 +188,7 @@ def _describe(model: PreTrainedModel, isa: str, watch: _Watch) -> Described:
     if watch.heard():
         raise _NotDescribed("a forward hook is registered inside the model")
     try:
-        step = ModelStep(
+        step = TokenStep(
             isa, table_of_words.shape[1], heads.query, heads.key_value, heads.dim, heads.rotary, parts, norm, head
         )
     except ValueError as error:
@@ -196,7 +196,7 @@ def _describe(model: PreTrainedModel, isa: str, watch: _Watch) -> Described:
     return Described(isa, (len(blocks), heads.key_value, heads.dim, table_of_words.dtype), step, embed, rotary, watch)
 
 
-def _block(watch: _Watch, block: nn.Module, table: Architecture) -> Block:
+def _block(watch: _Watch, block: nn.Module, table: Architecture) -> DecoderBlock:
     paths = {entry.role: entry.path for entry in table.linears}
     norms = {entry.role: entry for entry in table.norms}
     attends = watch.module(block, paths["o"].rpartition(".")[0])
@@ -210,7 +210,7 @@ def _block(watch: _Watch, block: nn.Module, table: Architecture) -> Block:
     def norm(role: str) -> RmsNorm:
         return _norm(watch, watch.module(block, norms[role].path), norms[role].gain_offset)
 
-    return Block(
+    return DecoderBlock(
         attention_norm=norm("attention_norm"),
         q=linear("q"),
         k=linear("k"),

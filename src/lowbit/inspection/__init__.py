@@ -3,7 +3,7 @@
 What the figures of SmoothQuant (arXiv:2211.10438) show, for every input of every block, as tables and plots.
 """
 
-from lowbit.inspection.look import inspect_model
+from lowbit.inspection.collect import inspect_model
 from lowbit.inspection.rows import InputRow, Inspection, LayerRow, MassiveToken
 
 __all__ = ["InputRow", "Inspection", "LayerRow", "MassiveToken", "inspect_model"]

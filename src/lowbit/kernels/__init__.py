@@ -5,7 +5,7 @@ from lowbit.kernels import triton as _triton  # noqa: F401  (registers itself)
 
 # isort: split
 # product registers itself, after what it is to be asked before
-from lowbit.kernels import native, product, side, step
+from lowbit.kernels import native, product, side_terms, step
 from lowbit.kernels.activation import (
     fake_quantize_activation,
     outlier_channels,
@@ -48,7 +48,7 @@ __all__ = [
     "reference",
     "register",
     "run",
-    "side",
+    "side_terms",
     "step",
     "with_side",
     "without_outliers",

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from lowbit.kernels.activation import fake_quantize_activation
 from lowbit.kernels.decode import decode_packed
 from lowbit.numerics import Affine, SideTerm, Spec
-from lowbit.numerics.tagged import nearest
+from lowbit.numerics.serialize import nearest
 
 ENVIRONMENT = "LOWBIT_KERNELS"
 

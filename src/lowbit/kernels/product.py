@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.kernels import native, side
+from lowbit.kernels import native, side_terms
 from lowbit.kernels.activation import dynamic_params, fake_quantize_activation, without_outliers
 from lowbit.kernels.instructions import faster_than_float32, speedup
 from lowbit.kernels.native import BINARY, CODEBOOK, TABLE, UNIFORM
@@ -247,7 +247,7 @@ def run(isa: str, x: Tensor, layer: PackedLinear) -> Tensor:
     if layer.act is not None and torch.is_grad_enabled() and x.requires_grad:
         return reference(x, layer)
     assert layer.tiles is not None
-    return side.add(product_of(layer)(x, layer.tiles, isa), x, layer.side, isa)
+    return side_terms.add(product_of(layer)(x, layer.tiles, isa), x, layer.side, isa)
 
 
 for _isa in reversed(native.instruction_sets()):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.kernels import native, side
+from lowbit.kernels import native, side_terms
 from lowbit.kernels.native import CODEBOOK, DTYPES, TABLE
 from lowbit.kernels.product import Product
 from lowbit.numerics import KeptColumns, SideTerm, Sparse
@@ -46,7 +46,7 @@ class RmsNorm:
 
 
 @dataclass(frozen=True)
-class Block:
+class DecoderBlock:
     """The parts of one block; ``q_norm`` and ``k_norm`` are of each head, and may be absent."""
 
     attention_norm: RmsNorm
@@ -79,12 +79,12 @@ def why_not(linear: Linear) -> str | None:
     if product.threshold:
         return "channels of its input that reach a threshold are multiplied apart"
     for term in linear.side:
-        if reason := side.why_not(term):
+        if reason := side_terms.why_not(term):
             return reason
     return None
 
 
-class ModelStep:
+class TokenStep:
     """A model, described to the compiled code.
 
     Args:
@@ -107,7 +107,7 @@ class ModelStep:
         kv_heads: int,
         head_dim: int,
         rotary: int,
-        blocks: Sequence[Block],
+        blocks: Sequence[DecoderBlock],
         norm: RmsNorm,
         head: Linear,
     ):
@@ -165,5 +165,5 @@ class ModelStep:
         )
         for term in linear.side:
             assert isinstance(term, Sparse | KeptColumns)
-            self._step.beside(matrix, *side.row_arguments(term))
+            self._step.beside(matrix, *side_terms.row_arguments(term))
         return matrix

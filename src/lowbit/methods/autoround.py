@@ -1,6 +1,6 @@
 """AutoRound (SignRound): learn which way every weight is rounded, block by block, by the sign of the gradient."""
 
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import activation, linears, weight
 from lowbit.solve import Nearest
 from lowbit.steps import BlockMSE, Learn, Rounding, Solve

@@ -1,6 +1,6 @@
 """AWQ: scale up the channels that meet large activations, then clip; both found by search, nothing by gradients."""
 
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import activation, linears, weight
 from lowbit.solve import Nearest
 from lowbit.steps import MeanAbsPower, Search, SearchClip, Solve

@@ -1,7 +1,7 @@
 """HQQ: zero points found by half-quadratic splitting, without any data, in seconds."""
 
 from lowbit.numerics import HalfQuadratic, Int, PerChannel, PerGroup, Spec
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import activation, linears
 from lowbit.solve import Nearest
 from lowbit.steps import Solve

@@ -2,7 +2,7 @@
 
 from lowbit.modules import ActSpec
 from lowbit.numerics import Float, PerChannel, PerGroup, PerInput, PerTensor, Spec, powers_of_two
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import attention, linears
 from lowbit.solve import Nearest
 from lowbit.steps import SearchFloat, Solve

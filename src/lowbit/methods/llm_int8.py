@@ -3,7 +3,7 @@
 from math import inf
 from typing import Literal
 
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import activation, linears, weight
 from lowbit.solve import Nearest, ReachingColumns
 from lowbit.steps import Solve

@@ -1,7 +1,7 @@
 """LUT-GEMM's format (nuQmm): weights as sums of signed bases, which a look-up kernel multiplies without decoding them."""
 
 from lowbit.numerics import Alternating, BinaryCoded, PerChannel, PerGroup, Spec
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import activation, linears
 from lowbit.solve import Nearest
 from lowbit.steps import Solve

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from lowbit.numerics import DYNAMIC_MAP, FP4, NF4, Flat, Spec
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import activation, linears
 from lowbit.solve import Nearest
 from lowbit.steps import Solve

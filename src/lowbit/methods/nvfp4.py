@@ -4,7 +4,7 @@ from typing import Literal
 
 from lowbit.modules import ActSpec
 from lowbit.numerics import ClipSearch, Float, MinMax, PerGroup, PerTensor, Spec
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import linears
 from lowbit.solve import Nearest
 from lowbit.steps import Solve

@@ -4,7 +4,7 @@ from typing import Literal
 
 from lowbit.modules import ActSpec
 from lowbit.numerics import FLINT4, Grid, Int, OutlierVictim, PerChannel, PerGroup, PerTensor, RangeSearch, Spec
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import linears
 from lowbit.solve import Nearest
 from lowbit.steps import ChooseGrid, FitActivation, Solve

@@ -1,6 +1,6 @@
 """OmniQuant: learn the clipping of weights and the equivalent transform of activations, block by block."""
 
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import activation, attention, linears, weight
 from lowbit.solve import Nearest
 from lowbit.steps import BlockMSE, ClipShares, Learn, Midpoint, Scales, Shifts, Smooth, Solve

@@ -1,9 +1,17 @@
 """Outlier Suppression: take the gain out of the norms, which amplifies outliers, and clip what few tokens stretch."""
 
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import activation, attention, linears, weight
 from lowbit.solve import Nearest
-from lowbit.steps import ActivationSteps, BlockMSE, Learn, OwnGain, SearchActivationRange, Set, SetAttentionRange, Solve
+from lowbit.steps import (
+    Learn,
+    LearnedStepSizes,
+    OwnGain,
+    SearchActivationRange,
+    Set,
+    SetAttentionRange,
+    Solve,
+)
 
 
 @method("outlier-suppression", family="weight-activation", paper="arXiv:2209.13325")
@@ -35,19 +43,17 @@ def outlier_suppression(
     operands are their extremes, which are neither clipped nor learned; probabilities reach from 0 to 1.
     """
     share = span if span is not None else 0.1 if activation_bits >= 8 else 0.3 if activation_bits >= 6 else 0.9
+    stored = weight(bits, group_size, symmetric=True)
+    inputs = activation(activation_bits, symmetric=False, per="tensor", static=True)
     operands = attention(attention_bits, symmetric=False, static=True)
     return Recipe(
         name="outlier-suppression",
-        scheme=linears(
-            weight(bits, group_size, symmetric=True),
-            activation(activation_bits, symmetric=False, per="tensor", static=True),
-            operands,
-        ),
+        scheme=linears(stored, inputs, operands),
         steps=(
             *((Set(OwnGain(), ("norm_*",)),) if migrate else ()),
             *((SetAttentionRange(),) if operands else ()),
             SearchActivationRange(share, windows=windows),
-            *((Learn((ActivationSteps(lr),), BlockMSE(), epochs),) if epochs else ()),
+            *((Learn((LearnedStepSizes(lr),), epochs=epochs),) if epochs else ()),
             Solve(Nearest()),
         ),
     )

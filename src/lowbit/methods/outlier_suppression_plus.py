@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import activation, linears, weight
 from lowbit.solve import Nearest
 from lowbit.steps import Midpoint, Search, Set, SetActivationRange, Solve, Thresholds

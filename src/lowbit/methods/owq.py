@@ -3,7 +3,7 @@
 from typing import Literal
 
 from lowbit.numerics import MinMax, TruncationSearch
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import linears, weight
 from lowbit.solve import Gptq, WeakColumns
 from lowbit.steps import Solve

@@ -5,7 +5,7 @@ from typing import Literal
 
 from lowbit.modules import ActSpec
 from lowbit.numerics import ClipSearch
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import activation, linears, weight
 from lowbit.solve import Gptq, Nearest
 from lowbit.steps import RotateInputs, RotateResidual, Solve

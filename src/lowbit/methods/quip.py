@@ -3,7 +3,7 @@
 from typing import Literal
 
 from lowbit.numerics import Int, PerGroup, PerTensor, RmsRange, Spec
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import activation, linears
 from lowbit.solve import Gptq
 from lowbit.steps import Balance, Incoherence, Set, Solve

@@ -3,8 +3,8 @@
 from typing import Literal
 
 from lowbit.numerics import ClipSearch
-from lowbit.recipe import Recipe, method
-from lowbit.scheme import Rule, Scheme, activation, attention, weight
+from lowbit.recipes import Recipe, method
+from lowbit.scheme import FormatRule, Scheme, activation, attention, weight
 from lowbit.solve import Gptq, Nearest
 from lowbit.steps import Cluster, SetActivationRange, SetAttentionRange, Solve
 
@@ -42,7 +42,7 @@ def rptq(
     norms, spec = max(8, activation_bits) if norm_bits is None else norm_bits, weight(bits, group_size)
     widths = {"*": activation_bits} | ({} if norms == activation_bits else {"behind_norm": norms})
     rules = tuple(
-        Rule(match=match, weight=spec, activation=activation(width, symmetric=False, per="tensor", static=True))
+        FormatRule(match=match, weight=spec, activation=activation(width, symmetric=False, per="tensor", static=True))
         for match, width in widths.items()
     )
     operands = attention(attention_bits, symmetric=False, probabilities=8, static=True, clusters=head_clusters)

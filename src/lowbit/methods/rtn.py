@@ -1,7 +1,7 @@
 """Round to nearest: the baseline every method is measured against."""
 
 from lowbit.numerics import ClipSearch, MinMax
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import activation, linears, weight
 from lowbit.solve import Nearest
 from lowbit.steps import Solve

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, Spec
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import activation, attention, linears
 from lowbit.solve import Nearest
 from lowbit.steps import Search, Set, SetActivationRange, SetAttentionRange, Smooth, SmoothPowers, Solve

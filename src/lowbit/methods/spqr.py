@@ -3,7 +3,7 @@
 from typing import Literal
 
 from lowbit.numerics import Int, PerGroup, Spec
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import linears
 from lowbit.solve import Gptq, LeaveOneOut
 from lowbit.steps import Solve

@@ -1,7 +1,7 @@
 """SqueezeLLM: a table of values for every output channel, fitted where the loss minds most, and a sparse rest in float16."""
 
 from lowbit.numerics import Codebook, KMeans, PerChannel, PerGroup, Spec
-from lowbit.recipe import Recipe, method
+from lowbit.recipes import Recipe, method
 from lowbit.scheme import linears
 from lowbit.solve import Nearest, RangeOutliers, Sensitive
 from lowbit.steps import Solve

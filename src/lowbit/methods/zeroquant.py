@@ -1,8 +1,8 @@
 """ZeroQuant: groups of weights, a range for every token, and layer-by-layer distillation from the original model."""
 
 from lowbit.numerics import Int, PerChannel, PerGroup, RowBands, Spec
-from lowbit.recipe import Recipe, method
-from lowbit.scheme import Rule, Scheme, activation
+from lowbit.recipes import Recipe, method
+from lowbit.scheme import FormatRule, Scheme, activation
 from lowbit.solve import Nearest
 from lowbit.steps import AllWeights, BlockMSE, Learn, Solve
 
@@ -42,7 +42,7 @@ def zeroquant(
     act = activation(activation_bits, symmetric=symmetric)
     widths = {"*": bits} | ({} if ffn_bits is None else {"mlp": ffn_bits})
     rules = tuple(
-        Rule(match=match, weight=Spec(Int(width, symmetric, full=symmetric and width > 1), grain), activation=act)
+        FormatRule(match=match, weight=Spec(Int(width, symmetric, full=symmetric and width > 1), grain), activation=act)
         for match, width in widths.items()
     )
     distillation = Learn((AllWeights(lr),), BlockMSE(), steps=steps, accumulate=batch, verify=True)

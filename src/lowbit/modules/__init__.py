@@ -2,13 +2,15 @@
 
 from lowbit.modules.activation import ActSpec, fake_quantize_activation, quantize_activation
 from lowbit.modules.attention import AttentionSpec, attend
-from lowbit.modules.operands import OperandRanges
+from lowbit.modules.attention_ranges import OperandRanges
+from lowbit.modules.linear_format import LinearFormat
 from lowbit.modules.quant_linear import QuantLinear, buffer_layout, features, prepare, restore, stored_bits_of
 from lowbit.modules.residual import described_residual, residual_of, rotation_of, turn_residual, turned
 
 __all__ = [
     "ActSpec",
     "AttentionSpec",
+    "LinearFormat",
     "OperandRanges",
     "QuantLinear",
     "attend",

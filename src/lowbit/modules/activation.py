@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lowbit import kernels
 from lowbit.layouts import Layout, pack_qtensor, packed_layout, unpack_qtensor
-from lowbit.numerics import Affine, PerCluster, PerInput, PerTensor, Spec, tagged
+from lowbit.numerics import Affine, PerCluster, PerInput, PerTensor, Spec, serializable
 from lowbit.numerics.grids import RangeGrid
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class ActSpec:
     """The format of an activation ``[..., I]``.

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from lowbit import kernels
-from lowbit.modules.operands import HeadRanges, OperandRanges, mapped
-from lowbit.numerics import Affine, Float, Int, MinMax, PerToken, Spec, tagged
+from lowbit.modules.attention_ranges import HeadRanges, OperandRanges, mapped
+from lowbit.numerics import Affine, Float, Int, MinMax, PerToken, Spec, serializable
 
 # Queries that are scored at once: what bounds the memory of a long prompt.
 _QUERIES = 512
@@ -30,7 +30,7 @@ _QUERIES = 512
 _MOST_TOKENS = 2**31 // 255**2
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class AttentionSpec:
     """The formats of the operands of attention's two products.

@@ -30,14 +30,14 @@ from torch import Tensor, nn
 from lowbit import kernels
 from lowbit.kernels import PackedLinear, Reason
 from lowbit.layouts import Layout, pack_qtensor, packed_layout, unpack_qtensor
-from lowbit.modules import stored
+from lowbit.modules import serialize_transforms
 from lowbit.modules.activation import ActSpec, pack_static, static_layout, unpack_static
 from lowbit.numerics import Affine, QTensor, SideTerm, Spec, Table, from_dict, to_dict
 from lowbit.transforms import ChannelTransform, Made, Seeded
 
 Config = dict[str, Any]
 _BIAS_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_PLACES: tuple[stored.Place, ...] = ("pre", "post", "side")
+_PLACES: tuple[serialize_transforms.Place, ...] = ("pre", "post", "side")
 
 
 def buffer_layout(config: Config) -> Layout:
@@ -60,7 +60,7 @@ def buffer_layout(config: Config) -> Layout:
         act.spec.check_shape((1, shape[1]))
     layout |= static_layout(act, shape[1])
     for place in _PLACES:
-        layout |= stored.layout(place, config.get(place, ()))
+        layout |= serialize_transforms.layout(place, config.get(place, ()))
     if config["bias"] is not None:
         layout["bias"] = (shape[0],), _BIAS_DTYPES[config["bias"]]
     return layout
@@ -77,7 +77,7 @@ def features(config: Config) -> tuple[int, int]:
     """(in, out) as the rest of the model sees the described layer: before transforms that change the width."""
     width = config["shape"][1]
     for entry in reversed(config["pre"]):
-        changed = stored.shape_of(entry.get("counts") or entry.get("groups"))
+        changed = serialize_transforms.shape_of(entry.get("counts") or entry.get("groups"))
         width = changed[0] if changed else width
     return width, config["shape"][0]
 
@@ -149,9 +149,9 @@ class QuantLinear(nn.Module):
         }
         buffers = pack_qtensor(q)
         for place, values in zip(_PLACES, (pre, post, side), strict=True):
-            buffers |= stored.tensors(place, values)
+            buffers |= serialize_transforms.tensors(place, values)
             if values or place == "pre":
-                config[place] = stored.describe(place, values)
+                config[place] = serialize_transforms.describe(place, values)
         if act is not None and act.static != (act_params is not None):
             raise ValueError("act_params are given exactly when act is static")
         if act is not None and act_params is not None:
@@ -185,7 +185,7 @@ class QuantLinear(nn.Module):
     @property
     def side(self) -> tuple[SideTerm, ...]:
         """The terms added to the decoded weight, around this module's buffers."""
-        return stored.build("side", self._config.get("side", ()), self._tensors())
+        return serialize_transforms.build("side", self._config.get("side", ()), self._tensors())
 
     @property
     def act_params(self) -> Affine | None:
@@ -212,7 +212,7 @@ class QuantLinear(nn.Module):
         if ready is None or not compiled or (self.act is not None and torch.is_grad_enabled() and x.requires_grad):
             return kernels.run(x, self.packed())
         assert self.tiles is not None
-        return kernels.side.add(ready.product(x, self.tiles, forced or ""), x, ready.side, forced or "")
+        return kernels.side_terms.add(ready.product(x, self.tiles, forced or ""), x, ready.side, forced or "")
 
     def packed(self) -> PackedLinear:
         """This layer as kernels see it."""
@@ -235,7 +235,7 @@ class QuantLinear(nn.Module):
         reason = kernels.native.why_unpackable(packed)
         if reason is None:
             for term in packed.side:
-                kernels.side.check(term, self.shape)
+                kernels.side_terms.check(term, self.shape)
             self.tiles = kernels.native.pack(packed)
             del self._buffers["codes"]
             made = {
@@ -344,7 +344,7 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         if self.tiles is not None and fn(self.tiles[:0]).device != self.tiles.device:
             self.restore()  # tiles are for this machine's CPU; whoever moves the layer back prepares it again
-        return super()._apply(stored.keeping_dtype(fn), recurse)
+        return super()._apply(serialize_transforms.keeping_dtype(fn), recurse)
 
     def _tensors(self) -> Mapping[str, Tensor]:
         """Every stored tensor, the codes too where they are held as tiles."""
@@ -352,10 +352,10 @@ class QuantLinear(nn.Module):
             return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         return _Restoring(self)
 
-    def _transforms(self, place: stored.Place, dtype: torch.dtype) -> tuple[ChannelTransform, ...]:
-        return stored.build(place, self._config.get(place, ()), self._tensors(), dtype)
+    def _transforms(self, place: serialize_transforms.Place, dtype: torch.dtype) -> tuple[ChannelTransform, ...]:
+        return serialize_transforms.build(place, self._config.get(place, ()), self._tensors(), dtype)
 
-    def _through(self, place: stored.Place, x: Tensor) -> Tensor:
+    def _through(self, place: serialize_transforms.Place, x: Tensor) -> Tensor:
         """The transforms of ``place`` on x, in float32 (float64 stays) and back."""
         if not self._config.get(place):
             return x

@@ -50,7 +50,8 @@ from lowbit.numerics.grids import (
     powers_of_two,
 )
 from lowbit.numerics.qtensor import QTensor, quantize, stored_bits
-from lowbit.numerics.side import KeptColumns, LowRank, SideTerm, Sparse
+from lowbit.numerics.serialize import from_dict, nearest, serializable, to_dict
+from lowbit.numerics.side_terms import KeptColumns, LowRank, SideTerm, Sparse
 from lowbit.numerics.spec import Spec, fake_quantize, fit_params, fit_raw
 from lowbit.numerics.statistics import (
     AbsMax,
@@ -67,7 +68,6 @@ from lowbit.numerics.statistics import (
     clipped_tokens,
     mean_abs,
 )
-from lowbit.numerics.tagged import from_dict, nearest, tagged, to_dict
 
 __all__ = [
     "DYNAMIC_MAP",
@@ -138,8 +138,8 @@ __all__ = [
     "nearest",
     "powers_of_two",
     "quantize",
+    "serializable",
     "stored_bits",
-    "tagged",
     "to_binary_coded",
     "to_dict",
 ]

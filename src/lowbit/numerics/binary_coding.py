@@ -13,10 +13,10 @@ from torch import Tensor
 from lowbit.numerics.grids import BinaryCoded, Int
 from lowbit.numerics.grids.base import Bases, Grid
 from lowbit.numerics.qtensor import QTensor
-from lowbit.numerics.tagged import tagged
+from lowbit.numerics.serialize import serializable
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Alternating:
     """Bases one after another, each the mean magnitude of what is left (greedy); then ``rounds`` times the best bases for

@@ -20,7 +20,7 @@ from lowbit.numerics.grids.base import OF_NOTHING, Affine, Grid, Lut, Params, Ra
 from lowbit.numerics.grids.codebook import Codebook
 from lowbit.numerics.grids.int import Int
 from lowbit.numerics.kmeans import kmeans_rows
-from lowbit.numerics.tagged import tagged
+from lowbit.numerics.serialize import serializable
 
 
 @runtime_checkable
@@ -48,7 +48,7 @@ def extremes(x_GK: Tensor) -> tuple[Tensor, Tensor]:
     return lo, hi
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class MinMax(_RangeFit):
     """The range of the values: nothing is clipped."""
@@ -57,7 +57,7 @@ class MinMax(_RangeFit):
         return grid.from_range(*extremes(x_GK))
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Percentile(_RangeFit):
     """Clips the share ``1 - p`` of the values at each end, ``0.5 < p <= 1``; quantiles interpolate linearly."""
@@ -113,7 +113,7 @@ def _power(error: Tensor, norm: float) -> Tensor:
     return error.square_() if norm == 2 else error.abs_().log2_().mul_(norm).exp2_()
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class ClipSearch(_RangeFit):
     """The shrink of the extremes, the same at both ends, that loses least: ``sum importance * |x - q(x)|**norm``.
@@ -183,7 +183,7 @@ class Fixed:
         return Fixed(self.params._make(None if p is None else p[index] for p in self.params))  # pyright: ignore[reportArgumentType]
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class TruncationSearch(_RangeFit):
     """The width of the range and where zero lies in it, both searched: ``sum importance * |x - q(x)|**norm`` is least.
@@ -225,7 +225,7 @@ class TruncationSearch(_RangeFit):
         return grid.from_range(best_lo, best_hi)
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class RangeSearch(_RangeFit):
     """The symmetric range that loses least, ``sum importance * (x - q(x))**2``, of ``r = first, first + step, ..`` below
@@ -273,7 +273,7 @@ def _three_sigma(x_GK: Tensor, importance_GK: Tensor | None) -> Tensor:
 _NORMAL = {1: 0.798, 2: 1.494, 3: 2.051, 4: 2.514, 5: 2.916, 6: 3.278, 7: 3.611, 8: 3.922}
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class RmsRange:
     """``factor`` times the root mean square on both sides of zero (QuIP, arXiv:2307.13304): incoherent weights have no
@@ -296,7 +296,7 @@ class RmsRange:
         return Affine(scale, torch.full_like(scale, grid.max_code / 2))
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class HalfQuadratic:
     """The zero point under which a heavy-tailed error is least, by half-quadratic splitting (HQQ, Badri and Shaji, 2023).
@@ -342,7 +342,7 @@ class HalfQuadratic:
         return Affine(scale, best_zero)
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class KMeans:
     """The table that loses least, ``sum importance * (x - q(x))**2``: optimal k-means of every granule."""

@@ -20,7 +20,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lowbit.numerics.tagged import tagged
+from lowbit.numerics.serialize import serializable
 
 Shape = tuple[int, ...]
 
@@ -55,7 +55,7 @@ def _fill(x: Tensor, width: int, fill_zero: bool) -> Tensor:
     return torch.cat([x, torch.zeros_like(last) if fill_zero else last], dim=-1)
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class PerTensor:
     """One granule: the whole tensor."""
@@ -81,19 +81,19 @@ class _PerRow:
         return x_GK.reshape(shape)
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class PerToken(_PerRow):
     """A granule a token: activations ``[..., I]``, one range for each vector of I."""
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class PerChannel(_PerRow):
     """A granule an output channel: weights ``[O, I]``, one range for each row."""
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class PerInput:
     """A granule an input channel, shared by all rows: static activations whose channels have scales of their own.
@@ -116,7 +116,7 @@ class PerInput:
         return params_G1.reshape(-1)
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class PerGroup:
     """Runs of ``size`` consecutive elements of a row; the last run of a row may be shorter (ragged)."""
@@ -140,7 +140,7 @@ class PerGroup:
         return x_GK.reshape(rows, groups * self.size)[:, : shape[-1]].reshape(shape)
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Flat:
     """Runs of ``size`` consecutive elements of the row-major flattened tensor, across the borders of rows.
@@ -165,7 +165,7 @@ class Flat:
         return x_GK.reshape(-1)[: prod(shape)].reshape(shape)
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Block:
     """Tiles of ``rows`` x ``cols``; tiles at the lower and right border may be smaller."""
@@ -193,7 +193,7 @@ class Block:
         return x[: _rows(shape), : shape[-1]].reshape(shape)
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class RowBands:
     """Bands of whole rows of equal height, ``count`` of them at most (ZeroQuant, arXiv:2206.01861, whose code counts groups).
@@ -224,7 +224,7 @@ class RowBands:
         return x_GK.reshape(-1)[: prod(shape)].reshape(shape)
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class PerCluster:
     """Consecutive columns in clusters of the given ``sizes``, shared by all rows: static activations after a reorder."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowbit.numerics.fit import Fit, MinMax
 from lowbit.numerics.granularity import Granularity, Shape
 from lowbit.numerics.grids.base import Field, Grid, Params, arity
-from lowbit.numerics.tagged import tagged
+from lowbit.numerics.serialize import serializable
 
 if TYPE_CHECKING:
     from lowbit.numerics.qtensor import QTensor
@@ -25,7 +25,7 @@ _SCALE_DTYPES = {
 }
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Spec:
     """A storage format: which numbers, which granules, and how scales and zero points are stored.

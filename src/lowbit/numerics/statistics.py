@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.numerics.tagged import tagged
+from lowbit.numerics.serialize import serializable
 
 
 class Statistic:
@@ -52,7 +52,7 @@ class Statistic:
         return False
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Gram(Statistic):
     """``sum_t x_t x_t^T``, ``[I, I]`` in float32: the Hessian of the layer's output error, up to a factor."""
@@ -65,7 +65,7 @@ class Gram(Statistic):
         return old.add_(new)
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class AbsMax(Statistic):
     """Largest magnitude of each channel, ``[I]``."""
@@ -77,7 +77,7 @@ class AbsMax(Statistic):
         return torch.maximum(old, new)
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Range(Statistic):
     """Smallest and largest value of each channel, ``[2, I]``."""
@@ -89,7 +89,7 @@ class Range(Statistic):
         return torch.stack([torch.minimum(old[0], new[0]), torch.maximum(old[1], new[1])])
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class TokenRange(Statistic):
     """Smallest and largest value of each token, ``[2, T]``; :func:`clipped_tokens` makes a range of them."""
@@ -125,7 +125,7 @@ def _up_to(values_T: Tensor, share: float) -> Tensor:
     return values_T[values_T <= bound].max()
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class MovingRange(Range):
     """Like :class:`Range`, but each end is a moving average of the windows' ends: ``decay * old + (1 - decay) * new``.
@@ -145,7 +145,7 @@ class MovingRange(Range):
         return new if old is None else old * self.decay + new * (1 - self.decay)
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class LaterRange(Range):
     """:class:`Range` without the first ``skip_first`` tokens of every window.
@@ -161,7 +161,7 @@ class LaterRange(Range):
             raise ValueError(f"skip_first is a number of tokens, at least 1, found {self.skip_first}")
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class AbsSum(Statistic):
     """``sum_t |x_t|`` and the number of tokens, ``[I + 1]`` in float64; :func:`mean_abs` divides."""
@@ -178,7 +178,7 @@ def mean_abs(abs_sum: Tensor) -> Tensor:
     return (abs_sum[:-1] / abs_sum[-1]).float()
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Samples(Statistic):
     """Some of the tokens themselves, ``[count, I]`` at most: every ``stride``-th from the start, until ``count`` are kept."""
@@ -196,7 +196,7 @@ class Samples(Statistic):
         return x_TI[:: self.stride][: self.count].clone()
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Fisher(Statistic):
     """Diagonal Fisher information of a weight, ``[O, I]`` float32: how much the model's loss minds a change of it.
@@ -208,7 +208,7 @@ class Fisher(Statistic):
     of_input: ClassVar[bool] = False
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class CrossGram(Statistic):
     """``D = sum_t (x'_t - x_t) x_t^T``, ``[I, I]`` in float32: x' the original model's input where the layer reads x.

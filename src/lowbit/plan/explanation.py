@@ -13,7 +13,7 @@ from typing import Any
 from lowbit.numerics import Fisher
 from lowbit.plan.layers import PlannedLayer, planned_layers, ragged_groups
 from lowbit.plan.survey import EdgeUse, Survey, base_name, edge_notes, edge_uses, edges_of, survey
-from lowbit.recipe import Recipe
+from lowbit.recipes import Recipe
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lowbit.plan.compatibility import compatibility, kernel_reasons
 from lowbit.plan.layers import PlannedLayer, planned_layers, ragged_groups
 from lowbit.plan.peak import peak_disk_bytes, peak_parts
 from lowbit.plan.survey import Survey, edge_notes, layout_bytes, outside_bytes, rest_of_block, survey
-from lowbit.recipe import Recipe
+from lowbit.recipes import Recipe
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,13 @@ from lowbit.architectures import (
     needs_bias,
     resolve,
 )
-from lowbit.calibrate.source import ModelSource, open_model
+from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.layouts import Layout
-from lowbit.modules import buffer_layout, stored
+from lowbit.modules import LinearFormat, buffer_layout, serialize_transforms
 from lowbit.modules.quant_linear import Config
 from lowbit.numerics import to_dict
-from lowbit.recipe import Recipe
-from lowbit.recipes import as_recipe
-from lowbit.steps import Cluster, Incoherence, Learn, LinearFormat, LowRankCorrection, RotateInputs, SearchReassembly
+from lowbit.recipes import Recipe, as_recipe
+from lowbit.steps import Cluster, Incoherence, Learn, LowRankCorrection, RotateInputs, SearchReassembly
 from lowbit.steps.parametrizations import Maker
 from lowbit.steps.rotation import residual_step
 
@@ -172,7 +171,7 @@ def _with_clusters(block: SurveyedBlock, recipe: Recipe) -> SurveyedBlock:
     for step in (step for step in recipe.steps if isinstance(step, Cluster)):
         widths = {path: block.shape(path)[1] for path in block.formats}
         formats, gathers = step.foreseen(block.resolved, block.formats, widths)
-        described = {path: stored.describe("pre", [order]) for path, order in gathers.items()}
+        described = {path: serialize_transforms.describe("pre", [order]) for path, order in gathers.items()}
         block = replace(block, formats=formats, gathers=described)
     return block
 

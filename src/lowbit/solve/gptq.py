@@ -42,7 +42,7 @@ from lowbit.numerics import (
     Spec,
     Statistic,
     arity,
-    tagged,
+    serializable,
 )
 from lowbit.solve.base import Solution, check_weight
 from lowbit.solve.columns import Bands, Tiling, by_band_and_score, by_score, lazy_blocks
@@ -54,7 +54,7 @@ from lowbit.solve.outliers import OutlierRule, choose, perturbation, rules_of
 from lowbit.transforms import Permute
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Gptq:
     """Second-order rounding, column by column.

@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowbit.numerics import Clipped, Fisher, Fit, Fixed, MinMax, QTensor, Spec, Statistic, quantize, tagged
+from lowbit.numerics import Clipped, Fisher, Fit, Fixed, MinMax, QTensor, Spec, Statistic, quantize, serializable
 from lowbit.solve.base import Solution, check_weight
 from lowbit.solve.columns import place
 from lowbit.solve.outliers import OutlierRule, choose, rules_of, side_terms
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Nearest:
     """Fits each granule by ``fit`` and rounds.

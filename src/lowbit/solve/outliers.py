@@ -39,8 +39,8 @@ from lowbit.numerics import (
     Statistic,
     TruncationSearch,
     quantize,
+    serializable,
     stored_bits,
-    tagged,
 )
 
 Stats = Mapping[Statistic, Tensor]
@@ -81,7 +81,7 @@ class OutlierRule:
         return None
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class WeakColumns(OutlierRule):
     """Keeps the columns that rounding would hurt most: ``H_jj * sum_i (w_ij - q_ij)^2``, q to nearest (arXiv:2306.02272).
@@ -122,7 +122,7 @@ class WeakColumns(OutlierRule):
         return 0, (f"no column kept: {said}",)
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class LeaveOneOut(OutlierRule):
     """Keeps weights whose rounding would cost too much, and places each grid as if they were not there (arXiv:2306.03078).
@@ -171,7 +171,7 @@ class _LeaveOneOut:
         return e_O.square() > self.tau
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class ReachingColumns(OutlierRule):
     """Keeps the columns whose input reaches ``threshold`` on the calibration text (LLM.int8(), arXiv:2208.07339).
@@ -212,7 +212,7 @@ class _Largest(OutlierRule):
         raise NotImplementedError
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class RangeOutliers(_Largest):
     """Keeps the weights of largest magnitude, a ``share`` of each matrix (arXiv:2306.07629).
@@ -227,7 +227,7 @@ class RangeOutliers(_Largest):
         return w_OI.abs()
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Sensitive(_Largest):
     """Keeps the weights of largest Fisher information, a ``share`` of each matrix (arXiv:2306.07629)."""

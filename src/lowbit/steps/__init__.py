@@ -4,14 +4,14 @@ from typing import Protocol, runtime_checkable
 
 from lowbit.numerics import Statistic
 from lowbit.steps.attention import SetAttentionRange
+from lowbit.steps.choose_grid import ChooseGrid, FitActivation
 from lowbit.steps.cluster import Cluster
 from lowbit.steps.correction import LowRankCorrection, NormsAndBiases
-from lowbit.steps.formats import ChooseGrid, FitActivation
 from lowbit.steps.incoherence import Incoherence
 from lowbit.steps.learn import Learn
 from lowbit.steps.objectives import BlockMSE
 from lowbit.steps.parametrizations import AllWeights, ClipShares, Rounding, Scales, Shifts
-from lowbit.steps.ranges import ActivationSteps, SearchActivationRange
+from lowbit.steps.ranges import LearnedStepSizes, SearchActivationRange
 from lowbit.steps.reassembly import SearchReassembly
 from lowbit.steps.rotation import RotateInputs, RotateResidual
 from lowbit.steps.rules import Balance, Midpoint, Ones, OwnGain, Smooth
@@ -19,7 +19,7 @@ from lowbit.steps.search import MeanAbsPower, Search, SearchClip, SmoothPowers, 
 from lowbit.steps.search_float import SearchFloat
 from lowbit.steps.set import Set, SetActivationRange
 from lowbit.steps.solve import Solve
-from lowbit.steps.state import BlockIO, BlockState, LayerRecord, LinearFormat
+from lowbit.steps.state import BlockIO, BlockState, LayerRecord
 from lowbit.steps.tune import ModelState, Tune
 
 
@@ -49,7 +49,6 @@ class ModelStep(Protocol):
 
 
 __all__ = [
-    "ActivationSteps",
     "AllWeights",
     "Balance",
     "BlockIO",
@@ -62,7 +61,7 @@ __all__ = [
     "Incoherence",
     "LayerRecord",
     "Learn",
-    "LinearFormat",
+    "LearnedStepSizes",
     "LowRankCorrection",
     "MeanAbsPower",
     "Midpoint",

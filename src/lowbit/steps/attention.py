@@ -12,14 +12,14 @@ from torch import Tensor
 
 from lowbit.architectures import attention_modules, attention_spec, observed, operand_ranges, quantize_attention
 from lowbit.modules import AttentionSpec
-from lowbit.numerics import Int, MovingRange, Range, Statistic, tagged
+from lowbit.numerics import Int, MovingRange, Range, Statistic, serializable
 from lowbit.numerics.kmeans import kmeans_points
 from lowbit.steps.state import BlockState
 
 _Extremes = dict[str, Tensor]  # of "query", "key" and "value": [2, heads * channels], lowest and highest
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class SetAttentionRange:
     """Fixes static ranges of queries, keys and values as the block is now: their extremes over the calibration text.

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from lowbit.architectures import Kind, ResolvedBlock, ResolvedEdge
-from lowbit.modules import ActSpec
-from lowbit.numerics import PerCluster, Range, Statistic, tagged
+from lowbit.modules import ActSpec, LinearFormat
+from lowbit.numerics import PerCluster, Range, Statistic, serializable
 from lowbit.numerics.kmeans import kmeans_points
-from lowbit.steps.state import BlockState, LinearFormat
+from lowbit.steps.state import BlockState
 from lowbit.transforms import Permute
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Cluster:
     """Sorts the channels of every static activation into clusters of like (max, min), each with its own range (RPTQ,

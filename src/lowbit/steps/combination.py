@@ -14,12 +14,12 @@ from lowbit.architectures import Kind
 from lowbit.modules import ActSpec, AttentionSpec
 from lowbit.numerics import Fisher, Float, PerChannel, PerTensor, RangeGrid, Spec, arity
 from lowbit.steps import (
-    ActivationSteps,
     ClipShares,
     Cluster,
     FitActivation,
     Incoherence,
     Learn,
+    LearnedStepSizes,
     LowRankCorrection,
     RotateInputs,
     RotateResidual,
@@ -85,7 +85,7 @@ def in_order(steps: Sequence[Step]) -> tuple[Step, ...]:
 
 def fixes_ranges(step: Step) -> bool:
     """Whether the step chooses static ranges, of activations or of attention's operands, which is true of the block as it is then."""
-    refines = isinstance(step, Learn) and all(isinstance(maker, ActivationSteps) for maker in step.makers)
+    refines = isinstance(step, Learn) and all(isinstance(maker, LearnedStepSizes) for maker in step.makers)
     return refines or isinstance(step, SetActivationRange | SearchActivationRange | SetAttentionRange)
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lowbit.modules import stored
-from lowbit.numerics import LowRank, Statistic, tagged
+from lowbit.modules import serialize_transforms
+from lowbit.numerics import LowRank, Statistic, serializable
 from lowbit.steps.parametrizations import Parametrization, Weights
 from lowbit.steps.state import BlockState, Stats, stored_as_OI
 
@@ -64,7 +64,7 @@ class _LowRank(Parametrization):
         state.note(f"low-rank corrections are {where}")
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class LowRankCorrection:
     """A correction ``B A`` of ``rank`` for every linear (QLLM, arXiv:2310.08041, section 4.3).
@@ -91,7 +91,9 @@ class LowRankCorrection:
         rank = min(self.rank, rows, columns)
         half = torch.zeros((), dtype=torch.float16)
         return (
-            [] if self.fold else stored.describe("side", [LowRank(half.expand(rank, columns), half.expand(rows, rank))])
+            []
+            if self.fold
+            else serialize_transforms.describe("side", [LowRank(half.expand(rank, columns), half.expand(rows, rank))])
         )
 
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
@@ -118,7 +120,7 @@ class _Vectors(Parametrization):
             parameter.copy_((parameter + change).to(state.store_dtype))
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class NormsAndBiases:
     """The gains of norms and all biases of the block, which are stored as they are anyway: learning them costs no bits."""

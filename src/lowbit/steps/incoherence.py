@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from lowbit.architectures import Kind
-from lowbit.modules import stored
-from lowbit.numerics import Statistic, tagged
+from lowbit.modules import serialize_transforms
+from lowbit.numerics import Statistic, serializable
 from lowbit.steps.rotation import seed_of
 from lowbit.steps.state import BlockState
 from lowbit.transforms import Kronecker, RandomHadamard, Seeded
@@ -19,7 +19,7 @@ from lowbit.transforms import Kronecker, RandomHadamard, Seeded
 _KINDS: dict[str, type[Seeded]] = {"kronecker": Kronecker, "hadamard": RandomHadamard}
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Incoherence:
     """Replaces each weight W by ``U W V^T``: its linear computes ``U^T (U W V^T) V x`` (QuIP, arXiv:2307.13304).
@@ -47,8 +47,8 @@ class Incoherence:
         """What the description of a packed linear of that shape gains by this step."""
         rotation = _KINDS[self.transform]
         return {
-            "pre": stored.describe("pre", [rotation(0, columns)]),
-            "post": stored.describe("post", [rotation(0, rows).inverse()]),
+            "pre": serialize_transforms.describe("pre", [rotation(0, columns)]),
+            "post": serialize_transforms.describe("post", [rotation(0, rows).inverse()]),
         }
 
     def run(self, state: BlockState) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lowbit.numerics import Statistic, tagged
+from lowbit.numerics import Statistic, serializable
 from lowbit.steps.objectives import BlockMSE, Objective
 from lowbit.steps.parametrizations import Maker, Parametrization, Weights, quantizes, rounded
 from lowbit.steps.precision import faster_products
@@ -20,7 +20,7 @@ from lowbit.steps.simulate import fake_activation
 from lowbit.steps.state import BlockState
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Learn:
     """AdamW on the parameters of ``makers``, each with its own learning rate, against ``objective``.

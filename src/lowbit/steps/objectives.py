@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit.numerics import tagged
+from lowbit.numerics import serializable
 
 
 @runtime_checkable
@@ -24,7 +24,7 @@ class Objective(Protocol):
     def __call__(self, output: Tensor, target: Tensor) -> Tensor: ...
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class BlockMSE:
     """Mean squared error of the block's output (OmniQuant, arXiv:2308.13137, equation 1); ``augment`` is its aug_loss."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.architectures import Kind, ResolvedEdge, add_bias, fold, needs_bias
-from lowbit.numerics import Affine, Clipped, Fixed, Statistic, tagged
-from lowbit.steps.rules import Midpoint, Rule, Smooth
+from lowbit.numerics import Affine, Clipped, Fixed, Statistic, serializable
+from lowbit.steps.rules import Midpoint, Smooth, TransformRule
 from lowbit.steps.simulate import fake_weight
 from lowbit.steps.state import BlockState, Stats, stored_as_OI
 from lowbit.transforms import Scale, Shift
@@ -86,7 +86,7 @@ class _EdgeTransforms(Parametrization):
             state.commit(edge, self.of(vector.detach()), self.kind)
 
 
-def _at_edges(state: BlockState, stats: dict[str, Stats], at: tuple[str, ...], rule: Rule):
+def _at_edges(state: BlockState, stats: dict[str, Stats], at: tuple[str, ...], rule: TransformRule):
     """Edges in ``at`` that carry the rule's kind, with what the rule gives there."""
     for edge in state.edges(at, rule.kind):
         start = rule(state, edge, stats)
@@ -96,13 +96,13 @@ def _at_edges(state: BlockState, stats: dict[str, Stats], at: tuple[str, ...], r
             yield edge, start
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Scales:
     """A scale at every edge in ``at``, starting from ``init``; edges without consumers (query and key) start from 1."""
 
     at: tuple[str, ...]
-    init: Rule = Smooth(0.5)
+    init: TransformRule = Smooth(0.5)
     lr: float = 5e-3
 
     @property
@@ -121,13 +121,13 @@ class Scales:
         return module
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Shifts:
     """A shift at every edge in ``at`` that can carry one, starting from ``init``."""
 
     at: tuple[str, ...]
-    init: Rule = Midpoint()
+    init: TransformRule = Midpoint()
     lr: float = 5e-3
 
     @property
@@ -199,7 +199,7 @@ def quantizes(parametrization: Parametrization) -> bool:
     return isinstance(parametrization, _Clip | _Rounding)
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class ClipShares:
     """Learned weight clipping: both ends of every granule's range (OmniQuant, arXiv:2308.13137, section 3.2).
@@ -272,7 +272,7 @@ class _Rounding(Parametrization):
             state.nudge[path] = grain.join(moved_GK, tuple(w_OI.shape)) - w_OI
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Rounding:
     """Learned rounding (SignRound, arXiv:2309.05516, section 3): every weight may be moved by up to half a step before it
@@ -314,7 +314,7 @@ class _AllWeights(Parametrization):
             parameters[name].copy_(value if name in packed else value.to(state.store_dtype).to(value.dtype))
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class AllWeights:
     """Every parameter of the block: weights, biases and norms (layer-by-layer distillation, ZeroQuant, arXiv:2206.01861).

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.modules import ActSpec
-from lowbit.numerics import Affine, PerTensor, Statistic, TokenRange, clipped_tokens, tagged
+from lowbit.numerics import Affine, PerTensor, Statistic, TokenRange, clipped_tokens, serializable
 from lowbit.numerics.grids.int import round_ste
 from lowbit.steps.objectives import BlockMSE, Objective
 from lowbit.steps.parametrizations import SMALLEST_SCALE, Parametrization, Weights
@@ -24,7 +24,7 @@ def static_linears(state: BlockState) -> dict[str, ActSpec]:
     return {path: form.act for path, form in state.formats.items() if form.act is not None and form.act.static}
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class SearchActivationRange:
     """Fixes the range of every static activation by its tokens, of which the loudest may be clipped whole.
@@ -105,7 +105,7 @@ class SearchActivationRange:
             )
 
 
-class _ActivationSteps(Parametrization):
+class _LearnedStepSizes(Parametrization):
     """A factor of the step and an offset of the zero point (a share of all codes) for every static input.
 
     Linears that read one input in one format share them. Gradients reach both straight through the rounding, as in LSQ+.
@@ -158,9 +158,9 @@ class _ActivationSteps(Parametrization):
                 state.act_params[path] = act.spec.as_stored(self._params(i))  # pyright: ignore[reportArgumentType]
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
-class ActivationSteps:
+class LearnedStepSizes:
     """Learned steps and zero points of static activations (Outlier Suppression, arXiv:2209.13325, section 4.2, fine stage; LSQ+).
 
     They start from the ranges that a step before has set. ``lr`` is relative: of the step, and of the number of codes.
@@ -173,4 +173,4 @@ class ActivationSteps:
         return frozenset()
 
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
-        return _ActivationSteps(state)
+        return _LearnedStepSizes(state)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.architectures import Kind, ResolvedBlock, ResolvedInput
-from lowbit.modules import stored
-from lowbit.numerics import AbsMax, Gram, Statistic, tagged
+from lowbit.modules import serialize_transforms
+from lowbit.numerics import AbsMax, Gram, Statistic, serializable
 from lowbit.steps.simulate import simulated
 from lowbit.steps.state import BlockState, Stats
 from lowbit.transforms import ChannelTransform, Reassembly, Split
@@ -107,7 +107,7 @@ def _narrow(numbers: Tensor, size: int) -> Tensor:
     return numbers.to(torch.int16 if size <= 2**15 else torch.int32)
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class SearchReassembly:
     """Splits the outlier channels of every input and lets others make room, at the threshold that hurts least.
@@ -156,8 +156,10 @@ class SearchReassembly:
             return [], columns
         numbers = _narrow(torch.zeros(copies), columns)
         if self.assembly == "none":
-            return stored.describe("pre", [Split(_narrow(torch.ones(columns), columns))]), columns + copies
-        return stored.describe("pre", [Reassembly(columns, numbers, numbers, numbers)]), columns
+            return serialize_transforms.describe(
+                "pre", [Split(_narrow(torch.ones(columns), columns))]
+            ), columns + copies
+        return serialize_transforms.describe("pre", [Reassembly(columns, numbers, numbers, numbers)]), columns
 
     def _skips(self, shared: ResolvedInput) -> bool:
         return any(fnmatch(shared.name, pattern) for pattern in self.skip)

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from lowbit.architectures import Kind, ResolvedBlock, ResolvedEdge, ResolvedResidual
-from lowbit.modules import stored
-from lowbit.numerics import Statistic, tagged
+from lowbit.modules import serialize_transforms
+from lowbit.numerics import Statistic, serializable
 from lowbit.steps.state import BlockState
 from lowbit.transforms import RandomHadamard, Rotate, Seeded
 
 _HEADS = "v_o"
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class RotateResidual:
     """One random Hadamard rotation of the residual stream, folded into every block before its first step.
@@ -51,7 +51,7 @@ class RotateResidual:
             )
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class RotateInputs:
     """Hadamard rotations of every input that a rotated residual stream does not reach (QuaRot, arXiv:2404.00456).
@@ -86,7 +86,7 @@ class RotateInputs:
         """What the description of the packed linear at ``path`` gains by this step, of those in ``formats``."""
         edges = list(self._folded(resolved, formats, ()))
         runs = any(path in readers for _, readers in self._rotated(resolved, formats, rotated, edges))
-        return stored.describe("pre", [RandomHadamard(0, columns)]) if runs else []
+        return serialize_transforms.describe("pre", [RandomHadamard(0, columns)]) if runs else []
 
     def _folded(
         self, resolved: ResolvedBlock, formats: Iterable[str], transformed: Iterable[str]

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from lowbit.architectures import Kind, ResolvedEdge
-from lowbit.numerics import AbsMax, Gram, Range, Statistic, tagged
+from lowbit.numerics import AbsMax, Gram, Range, Statistic, serializable
 from lowbit.steps.state import BlockState, Stats
 from lowbit.transforms import ChannelTransform, Scale, Shift
 
 
 @runtime_checkable
-class Rule(Protocol):
+class TransformRule(Protocol):
     """Makes the transform of one edge; None where its activation was never seen."""
 
     kind: ClassVar[Kind]
@@ -45,7 +45,7 @@ def guard_dead(s: Tensor, *magnitudes: Tensor) -> Tensor:
     return torch.where(alive, s, torch.ones_like(s))
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Smooth:
     """``s = max|x|**alpha / max|w|**(1 - alpha)`` for each channel (SmoothQuant, arXiv:2211.10438, equation 4)."""
@@ -68,7 +68,7 @@ class Smooth:
         return Scale(guard_dead(s.clamp(min=1e-5), a, w))
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Balance:
     """``d = (H_jj / (W^T W)_jj)**0.25`` for each channel: the diagonal rescale of QuIP (arXiv:2307.13304).
@@ -91,7 +91,7 @@ class Balance:
         return Scale((d / d.log().mean().exp()).clamp(2.0**-14, 2.0**15).half())
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Ones:
     """The identity scale: where a search or learning starts when there is nothing to start from."""
@@ -103,7 +103,7 @@ class Ones:
         return Scale(torch.ones(edge.channels))
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class OwnGain:
     """``s`` = the gain of the norm in front: its gain becomes 1, and what it amplified is the weights' to represent.
@@ -129,7 +129,7 @@ class OwnGain:
         return Scale(torch.where(alive, gain, torch.ones_like(gain)))
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Midpoint:
     """``d = (max + min) / 2`` of each channel: centres its range (Outlier Suppression+, arXiv:2304.09145)."""

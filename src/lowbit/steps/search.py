@@ -11,7 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.architectures import Kind, Port, ResolvedEdge
-from lowbit.numerics import AbsSum, Clipped, Gram, PerChannel, PerGroup, Range, Statistic, extremes, mean_abs, tagged
+from lowbit.numerics import (
+    AbsSum,
+    Clipped,
+    Gram,
+    PerChannel,
+    PerGroup,
+    Range,
+    Statistic,
+    extremes,
+    mean_abs,
+    serializable,
+)
 from lowbit.steps.rules import Smooth, guard_dead
 from lowbit.steps.simulate import simulated
 from lowbit.steps.state import BlockState, Stats
@@ -35,7 +46,7 @@ class Candidates(Protocol):
     ) -> Sequence[ChannelTransform]: ...
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class MeanAbsPower:
     """``s = mean|x|**r`` with r = 0, 1/grid, .. (grid-1)/grid, divided by ``sqrt(max s * min s)`` (AWQ, arXiv:2306.00978)."""
@@ -57,7 +68,7 @@ class MeanAbsPower:
         return [Scale(guard_dead(s / (s.max() * s.min()).sqrt(), mean)) for s in powers]
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class SmoothPowers:
     """The identity, then ``s = max|x|**alpha / max|w|**(1 - alpha)`` with alpha = 0, 1/grid, .. 1 (SmoothQuant, arXiv:2211.10438,
@@ -82,7 +93,7 @@ class SmoothPowers:
         return [Scale(torch.ones_like(scales[0].s)), *(scale for scale in scales if scale is not None)]
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Thresholds:
     """``s = max(1, max|x| / t)``: only channels beyond the threshold t are scaled (Outlier Suppression+, arXiv:2304.09145).
@@ -129,7 +140,7 @@ class _Calls:
     answers: list[Tensor]
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Search:
     """Tries ``candidates`` at every edge in ``at``; judges by the output error of the edge's judge module.
@@ -262,7 +273,7 @@ def _listen(state: BlockState, paths: set[str], windows: int | None) -> dict[str
     return heard
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class SearchClip:
     """For every granule of every linear (but the roles in ``skip``) the symmetric clip that hurts its own product least.

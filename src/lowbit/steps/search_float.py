@@ -8,15 +8,27 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowbit.modules import ActSpec, fake_quantize_activation
-from lowbit.numerics import AbsMax, Affine, Clipped, Fixed, Float, PerInput, Samples, Spec, Statistic, quantize, tagged
+from lowbit.modules import ActSpec, LinearFormat, fake_quantize_activation
+from lowbit.numerics import (
+    AbsMax,
+    Affine,
+    Clipped,
+    Fixed,
+    Float,
+    PerInput,
+    Samples,
+    Spec,
+    Statistic,
+    quantize,
+    serializable,
+)
 from lowbit.steps.simulate import fake_activation, usual_fit
-from lowbit.steps.state import BlockState, LinearFormat, Stats
+from lowbit.steps.state import BlockState, Stats
 
 _SMALLEST = 2.0**-60  # range of an input that is zero on every calibration token
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class SearchFloat:
     """For every linear the floating formats and ranges, of its weight and of its static input, that hurt its output least.

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from lowbit.modules import ActSpec, fake_quantize_activation
-from lowbit.numerics import LaterRange, MovingRange, Range, Samples, Statistic, tagged
-from lowbit.steps.rules import Rule
+from lowbit.numerics import LaterRange, MovingRange, Range, Samples, Statistic, serializable
+from lowbit.steps.rules import TransformRule
 from lowbit.steps.simulate import static_params
 from lowbit.steps.state import BlockState, Stats
 
 _MASSIVE = 10.0  # times all other tokens: first tokens that do what no other does, not the luck of one window
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Set:
     """Applies a rule at every edge whose name matches ``at`` (patterns as in file names), where it is legal.
@@ -25,7 +25,7 @@ class Set:
     transform themselves, which costs them its bits.
     """
 
-    rule: Rule
+    rule: TransformRule
     at: tuple[str, ...]
     run_time: bool = False
 
@@ -47,7 +47,7 @@ class Set:
                 state.commit(edge, transform, self.rule.kind)
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class SetActivationRange:
     """Fixes the range of every static activation from the calibration set, as the block is now (after any transform).

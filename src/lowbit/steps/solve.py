@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.modules import ActSpec, QuantLinear
-from lowbit.numerics import Affine, PerInput, QTensor, Samples, Statistic, tagged
+from lowbit.numerics import Affine, PerInput, QTensor, Samples, Statistic, serializable
 from lowbit.solve import Nearest, Solver
 from lowbit.steps.simulate import usual_fit
 from lowbit.steps.state import BlockState, LayerRecord, Stats, set_module
@@ -17,7 +17,7 @@ from lowbit.transforms import ChannelTransform, Permute
 _CHECK = Samples(256, stride=2)  # tokens on which each layer's output error is measured for the report
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Solve:
     """Hands every linear and the statistics of its input to ``solver``.

@@ -18,25 +18,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowbit.architectures import Kind, Port, ResolvedBlock, ResolvedEdge, add_bias, fold, needs_bias
-from lowbit.modules import ActSpec
-from lowbit.numerics import Affine, Clipped, Fisher, Fixed, SideTerm, Spec, Statistic
+from lowbit.modules import LinearFormat
+from lowbit.numerics import Affine, Clipped, Fisher, Fixed, SideTerm, Statistic
 from lowbit.transforms import ChannelTransform, Permute, Scale, Seeded
 
 Stats = Mapping[Statistic, Tensor]
-
-
-@dataclass(frozen=True)
-class LinearFormat:
-    """How one linear will be stored and how its input is quantized at run time (None: not at all)."""
-
-    weight: Spec
-    act: ActSpec | None = None
-
-    def check_shape(self, shape: tuple[int, int]) -> None:
-        """Raises ValueError where a linear ``[O, I]`` of that shape cannot have this format."""
-        self.weight.check_shape(shape)
-        if self.act is not None:
-            self.act.spec.check_shape((1, shape[1]))
 
 
 @dataclass

@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from lowbit.layouts import pack_qtensor
 from lowbit.modules import QuantLinear, restore
-from lowbit.numerics import QTensor, tagged
+from lowbit.numerics import QTensor, serializable
 from lowbit.steps.precision import faster_products
 from lowbit.steps.simulate import fake_activation
 
@@ -46,7 +46,7 @@ class ModelState:
     notes: list[str] = field(default_factory=list)
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Tune:
     """AdamW on all floating parameters of packed linears and on norm gains, against the original's distribution.

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics.grids.base import Bases, Field
-from lowbit.numerics.tagged import tagged
+from lowbit.numerics.serialize import serializable
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class BinaryCoded:
     """``bits`` bases a granule; bit k of a code set means ``+alpha_k``, clear ``-alpha_k``.

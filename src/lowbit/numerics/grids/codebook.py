@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics.grids.base import Field, Lut
-from lowbit.numerics.tagged import tagged
+from lowbit.numerics.serialize import serializable
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Codebook:
     """``2**bits`` values for each granule; a code is the rank of a value. Placed by a fit such as ``KMeans``."""

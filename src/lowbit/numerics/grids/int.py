@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics.grids.base import OF_NOTHING, Affine, Field
-from lowbit.numerics.tagged import tagged
+from lowbit.numerics.serialize import serializable
 
 
 def round_ste(x: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Int:
     """``2**bits`` evenly spaced numbers.

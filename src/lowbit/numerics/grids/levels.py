@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics.grids.base import OF_NOTHING, Affine, Field
-from lowbit.numerics.tagged import tagged
+from lowbit.numerics.serialize import serializable
 
 # Up to so many midpoints are compared one by one, which is many times as fast on a CPU as a search for each value; so many
 # values at once stay in the cache meanwhile.
@@ -117,7 +117,7 @@ def _sorted_levels(table: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[i
     return tuple(sorted(first)), tuple(first[value] for value in sorted(first))
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Float(_Levels):
     """A floating format of 1 sign, ``exponent`` and ``mantissa`` bits with subnormals; a code is the bit pattern.
@@ -207,7 +207,7 @@ def _float_table(exponent: int, mantissa: int, special: str) -> tuple[float, ...
     return tuple(positive) + tuple(-value for value in positive)
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Normal(_Levels):
     """The ``2 ** bits`` levels that lose least of a standard normal distribution (Lloyd and Max), 1 to 8 bits.
@@ -254,7 +254,7 @@ def _cell_means(levels: Tensor) -> Tensor:
     return (density[:-1] - density[1:]) / (above[:-1] - above[1:])
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class Table(_Levels):
     """Levels given as ``values`` (2 to 256 numbers); a code is an index. See :data:`NF4`.

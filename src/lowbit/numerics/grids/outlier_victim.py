@@ -30,13 +30,13 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics.grids.base import OF_NOTHING, Affine, Field
-from lowbit.numerics.tagged import tagged
+from lowbit.numerics.serialize import serializable
 
 _NORMAL = {"int": None, "flint": (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0)}
 """Magnitudes of the normal values; None: evenly spaced, as many as the bits tell apart. Flint is ANT's (arXiv:2208.14286)."""
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class OutlierVictim:
     """Normal values of ``bits`` around zero, and outliers up to 16 times as large that zero their neighbour.

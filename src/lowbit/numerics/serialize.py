@@ -1,10 +1,10 @@
 """Frozen values to plain data and back: the one place where a recipe, a journal or a checkpoint names a type.
 
-A dataclass marked ``@tagged`` is written as ``{"type": "PerGroup", "size": 64}`` and read back by its class name. The
+A dataclass marked ``@serializable`` is written as ``{"type": "PerGroup", "size": 64}`` and read back by its class name. The
 alternative, a discriminated union for each contract, needs every contract to list its members, so that a new grid is a
 change in two places; here a new class is known as soon as its module is imported.
 
-Law: ``from_dict(to_dict(x)) == x`` for every value built of tagged dataclasses, numbers, strings, None and tuples.
+Law: ``from_dict(to_dict(x)) == x`` for every value built of serializable dataclasses, numbers, strings, None and tuples.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ T = TypeVar("T", bound=type)
 _KNOWN: dict[str, type] = {}
 
 
-def tagged(cls: T) -> T:
+def serializable(cls: T) -> T:
     """Class decorator: makes the dataclass ``cls`` known to :func:`from_dict` under its own name."""
     assert dataclasses.is_dataclass(cls), f"{cls.__name__} must be a dataclass"
-    assert cls.__name__ not in _KNOWN, f"two tagged classes are called {cls.__name__}"
+    assert cls.__name__ not in _KNOWN, f"two serializable classes are called {cls.__name__}"
     _KNOWN[cls.__name__] = cls
     return cls  # pyright: ignore[reportReturnType]  # the assertion narrows T to dataclasses
 
@@ -34,7 +34,7 @@ def nearest(name: str, known: list[str]) -> str:
 def to_dict(value: Any) -> Any:
     """Plain data (dicts, lists, numbers, strings) for ``value``; fields that hold their default are left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        assert type(value).__name__ in _KNOWN, f"{type(value).__name__} is not tagged"
+        assert type(value).__name__ in _KNOWN, f"{type(value).__name__} is not serializable"
         out = {"type": type(value).__name__}
         for field in dataclasses.fields(value):
             item = getattr(value, field.name)

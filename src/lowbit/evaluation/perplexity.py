@@ -22,11 +22,12 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowbit.evaluate.divergence import score_tokens
-from lowbit.evaluate.forward import Progress, check_positions, evaluating, logits_of, vocabulary_size
-from lowbit.evaluate.intervals import Interval, mean_and_interval
-from lowbit.evaluate.reference import KeptOriginal
-from lowbit.evaluate.windows import Cut, Text, Window, cut
+from lowbit.evaluation.divergence import score_tokens
+from lowbit.evaluation.forward import check_positions, evaluating, logits_of, vocabulary_size
+from lowbit.evaluation.intervals import Interval, mean_and_interval
+from lowbit.evaluation.reference import KeptOriginal
+from lowbit.evaluation.windows import Cut, Text, Window, cut
+from lowbit.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ Everything takes a transformers causal LM (a quantized one is an ordinary model 
 frozen values. Nothing here prints; long work takes `progress(done, total, description)`.
 """
 
-from lowbit.evaluate.divergence import kl_and_agreement
-from lowbit.evaluate.generate import generate_text
-from lowbit.evaluate.layers import output_error, sqnr_db
-from lowbit.evaluate.memory import DirectoryBytes, directory_bytes, model_bytes, peak_rss, reset_peak_rss
-from lowbit.evaluate.perplexity import Evaluation, evaluate_model
-from lowbit.evaluate.reference import KeptOriginal, keep_states
-from lowbit.evaluate.speed import Speed, measure_speed
-from lowbit.evaluate.windows import PROTOCOLS
+from lowbit.evaluation.divergence import kl_and_agreement
+from lowbit.evaluation.generate import generate_text
+from lowbit.evaluation.layers import output_error, sqnr_db
+from lowbit.evaluation.memory import DirectoryBytes, directory_bytes, model_bytes, peak_rss, reset_peak_rss
+from lowbit.evaluation.perplexity import Evaluation, evaluate_model
+from lowbit.evaluation.reference import KeptOriginal, keep_states
+from lowbit.evaluation.speed import Speed, measure_speed
+from lowbit.evaluation.windows import PROTOCOLS
 
 __all__ = [
     "PROTOCOLS",

@@ -26,10 +26,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lowbit.calibrate.journal import Journal
-from lowbit.calibrate.source import ModelSource
-from lowbit.calibrate.store import ActivationStore
-from lowbit.calibrate.stream import Call, Stream
+from lowbit.checkpoints.source import ModelSource
+from lowbit.progress import Progress, silent
+from lowbit.stages.journal import Journal
+from lowbit.stages.store import ActivationStore
+from lowbit.stages.stream import Call, Stream
 from lowbit.steps.precision import faster_products
 from lowbit.steps.state import stored_as_OI
 
@@ -56,7 +57,7 @@ class FisherPass:
     linears: Sequence[Sequence[str]]
     store: ActivationStore
     journal: Journal
-    progress: Callable[[float, float, str], None] = lambda done, total, what: None
+    progress: Progress = silent
 
     def run(self, first_NTd: Tensor, blocks: Sequence[int]) -> None:
         """Makes the files of ``blocks`` that are not there. ``first_NTd``: the first block's inputs; not changed.

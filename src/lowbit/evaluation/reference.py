@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowbit.architectures import block_modules, for_config
-from lowbit.calibrate.source import ModelSource
-from lowbit.calibrate.stream import Stream, outside
+from lowbit.checkpoints.source import ModelSource
+from lowbit.stages.stream import Stream, outside
 
 
 @contextmanager

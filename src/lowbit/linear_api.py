@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from lowbit.architectures import Kind, Port, ResolvedBlock, ResolvedEdge, ResolvedInput
 from lowbit.modules import QuantLinear
-from lowbit.recipe import Recipe
-from lowbit.recipes import as_recipe
+from lowbit.recipes import Recipe, as_recipe
 from lowbit.steps import BlockIO, BlockState
 
 _PATH = "linear"

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from lowbit.architectures import attention_spec
-from lowbit.calibrate.shards import INDEX, ModelError, TensorHeader, read_headers, read_json, read_shard_header
-from lowbit.formats.description import METHOD, layer_configs, quantization_config
+from lowbit.checkpoints import transformers_plugin as _transformers_plugin  # noqa: F401  (teaches transformers to read these)
+from lowbit.checkpoints.description import METHOD, layer_configs, quantization_config
+from lowbit.checkpoints.shards import INDEX, ModelError, TensorHeader, read_headers, read_json, read_shard_header
 from lowbit.modules import AttentionSpec, QuantLinear, buffer_layout, features, residual_of, stored_bits_of
 from lowbit.modules.quant_linear import Config
 
@@ -40,7 +42,7 @@ def write_checkpoint_index(
         directory: where the shards are.
         shard_files: their names, such as ``model-00001-of-00031.safetensors``.
         config: what config.json shall hold: the model's config with ``quantization_config``
-            (see :func:`lowbit.formats.description.quantization_config`).
+            (see :func:`lowbit.checkpoints.description.quantization_config`).
 
     Raises:
         ValueError: a shard that is missing or damaged, a tensor in two shards, or a packed layer that is not whole.
@@ -178,6 +180,49 @@ def read_checkpoint(
     return config, headers
 
 
+def load(
+    directory: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    trust_remote_code: bool = False,
+    unfinished: bool = False,
+) -> Any:
+    """A running transformers model, in evaluation mode, from a native checkpoint or from an ordinary model directory.
+
+    Args:
+        directory: a local directory.
+        dtype: of everything that is not packed, and so of the computation; None: the one in config.json. Packed tensors
+            are the same bits whatever it is.
+        device: where to put the model.
+        trust_remote_code: lets the model's own Python code run.
+        unfinished: loads a directory that its run has not declared finished; for the run's own last check.
+
+    Raises:
+        ModelError: a ValueError that says what is wrong: an unfinished directory, a missing or truncated shard, a layer
+            that lacks a tensor, an unknown version. Pickled weights are never read.
+    """
+    directory = Path(directory)
+    config, _ = read_checkpoint(directory, unfinished=unfinished)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype="auto" if dtype is None else dtype,
+        output_loading_info=True,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+    )
+    model, info = loaded
+    lost = sorted(info["missing_keys"]) + (sorted(info["unexpected_keys"]) if is_native(config) else [])
+    if lost:
+        raise ModelError(
+            f"{directory}: the checkpoint and the model that config.json describes differ in {len(lost)} tensors: "
+            f"{', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}. "
+            "It is incomplete or config.json is of another model"
+        )
+    return model.to(device).eval()
+
+
 def is_native(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a lowbit checkpoint."""
     description = config.get("quantization_config")
@@ -252,6 +297,7 @@ __all__ = [
     "bits_report",
     "check_layers",
     "is_native",
+    "load",
     "read_checkpoint",
     "save",
     "write_checkpoint",

@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-Progress = Callable[[int, int, str], None]
 """`progress(done, total, description)`: how long work tells a caller where it is. Nothing here prints."""
 
 

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowbit import decoding
 from lowbit.architectures import block_modules, for_config, resolve
-from lowbit.evaluate.forward import Progress
 from lowbit.layouts import packed_layout
 from lowbit.modules import QuantLinear
 from lowbit.numerics import Int, PerGroup, Spec, to_dict
+from lowbit.progress import Progress
 
 
 def linear_shapes(config: Any) -> tuple[tuple[int, int], ...]:

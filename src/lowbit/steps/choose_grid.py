@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowbit.numerics import Fit, Grid, MinMax, Params, RangeSearch, Samples, Spec, Statistic, fit_params, tagged
-from lowbit.steps.state import BlockState, LinearFormat
+from lowbit.modules import LinearFormat
+from lowbit.numerics import Fit, Grid, MinMax, Params, RangeSearch, Samples, Spec, Statistic, fit_params, serializable
+from lowbit.steps.state import BlockState
 
 
 def _check_grids(grids: tuple[Grid, ...], fit: Fit) -> None:
@@ -39,7 +40,7 @@ def _best(x: Tensor, spec: Spec, grids: tuple[Grid, ...], fit: Fit) -> tuple[Spe
     return found
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class ChooseGrid:
     """Gives each weight the one of ``grids`` that loses least of it: the least squared error, summed over the tensor, with each
@@ -73,7 +74,7 @@ class ChooseGrid:
             state.tick("choosing grids")
 
 
-@tagged
+@serializable
 @dataclass(frozen=True)
 class FitActivation:
     """Fixes every static activation by ``fit`` on the first ``tokens`` calibration tokens, as the block is now.

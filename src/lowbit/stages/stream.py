@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit.architectures import Architecture, block_modules
-from lowbit.calibrate.source import ModelSource
+from lowbit.checkpoints.source import ModelSource
 
 
 @dataclass(frozen=True)

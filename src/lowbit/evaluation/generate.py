@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from lowbit.evaluate.forward import evaluating
+from lowbit.evaluation.forward import evaluating
 
 
 def generate_text(

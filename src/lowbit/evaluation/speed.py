@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from lowbit.evaluate.forward import Progress, check_positions, evaluating, vocabulary_size
+from lowbit.evaluation.forward import check_positions, evaluating, vocabulary_size
+from lowbit.progress import Progress
 
 PILOT_PROMPT, PILOT_STEPS = 16, 2
 

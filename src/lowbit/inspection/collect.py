@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -21,15 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit.architectures import block_modules, for_config, resolve
-from lowbit.calibrate.data import Calibration, calibration_of
-from lowbit.calibrate.source import ModelSource, open_model
-from lowbit.calibrate.stream import Call, Stream
-from lowbit.evaluate import output_error
+from lowbit.checkpoints.source import ModelSource, open_model
+from lowbit.data import Calibration, calibration_of
+from lowbit.evaluation import output_error
 from lowbit.inspection.rows import MASSIVE, OUTLIER, ROUNDED, InputRow, Inspection, LayerRow, MassiveToken, markdown
+from lowbit.modules import LinearFormat
 from lowbit.numerics import AbsMax, MinMax, Samples, Statistic, quantize
-from lowbit.steps import BlockIO, BlockState, LinearFormat
-
-Progress = Callable[[float, float, str], None]
+from lowbit.progress import Progress
+from lowbit.stages.stream import Call, Stream
+from lowbit.steps import BlockIO, BlockState
 
 _TOKENS = 256  # sampled to measure a layer's output error
 

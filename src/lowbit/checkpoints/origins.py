@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from lowbit.calibrate.shards import ModelError, TensorHeader, read_tensor
+from lowbit.checkpoints.shards import ModelError, TensorHeader, read_tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """Side terms by compiled code: what single weights add to a product costs as much as they store.
 
-The torch form of each term (:mod:`lowbit.numerics.side`) is the specification, and runs wherever this does not: on other
+The torch form of each term (:mod:`lowbit.numerics.side_terms`) is the specification, and runs wherever this does not: on other
 devices, where there is no compiled code, in float64, and where a gradient is asked of the input. Whole columns and corrections
 of low rank are small products of matrices, which torch does well; the compiled step adds columns too.
 

@@ -26,9 +26,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lowbit.calibrate.gguf import DEMO_NAME, convert_gguf, demo_gguf
-from lowbit.calibrate.origins import Origin, expert_tensor, find_origins
-from lowbit.calibrate.shards import ModelError, TensorHeader, fingerprint, read_headers, read_json, seem_equal
+from lowbit.checkpoints.gguf_reader import DEMO_NAME, convert_gguf, demo_gguf
+from lowbit.checkpoints.origins import Origin, expert_tensor, find_origins
+from lowbit.checkpoints.shards import ModelError, TensorHeader, fingerprint, read_headers, read_json, seem_equal
 
 __all__ = ["ModelError", "ModelSource", "load_tokenizer", "locate", "open_model"]
 

@@ -20,12 +20,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit import decoding
 from lowbit.architectures import IMPLEMENTATION
-from lowbit.formats.description import METHOD, attention_specs, layer_configs, swap
+from lowbit.checkpoints.description import METHOD, attention_specs, layer_configs, swap
 from lowbit.modules import OperandRanges, prepare
 
 
 class LowbitConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a native checkpoint, see :mod:`lowbit.formats.description`. Unknown keys are kept.
+    """The ``quantization_config`` of a native checkpoint, see :mod:`lowbit.checkpoints.description`. Unknown keys are kept.
 
     Raises:
         ValueError: a version this code does not know, or a damaged description.

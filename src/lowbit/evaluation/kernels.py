@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowbit.architectures.shapes import SHAPES, named_config
-from lowbit.evaluate.forward import Progress
-from lowbit.evaluate.random_model import linear_shapes, random_tensors
+from lowbit.evaluation.random_model import linear_shapes, random_tensors
 from lowbit.kernels import PackedLinear, native
 from lowbit.kernels.product import Product
 from lowbit.numerics import Int, PerGroup, Spec
+from lowbit.progress import Progress
 
 POOL_BYTES = 256 * 2**20
 ROUNDS = 40

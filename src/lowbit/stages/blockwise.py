@@ -2,7 +2,7 @@
 
 At no time does it hold more than one block of original weights, three arrays of activations (two streams, and one more
 for what a block makes of the original stream), and what a step declared that it needs.
-A recipe that needs Fisher information begins with a pass of its own (:mod:`lowbit.calibrate.fisher`). Two streams run side by side:
+A recipe that needs Fisher information begins with a pass of its own (:mod:`lowbit.stages.fisher`). Two streams run side by side:
 ``fp``, the original model's hidden states, and ``quant``, those of the blocks quantized so far. A recipe's ``feed`` says
 which of them its steps see; the difference of the two is the damage done so far, measured at every block.
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,16 @@ from lowbit.architectures import (
     resolve,
     rotate_residual,
 )
-from lowbit.calibrate.fisher import FisherPass
-from lowbit.calibrate.journal import Journal
-from lowbit.calibrate.source import ModelSource, return_free_memory
-from lowbit.calibrate.store import ActivationStore
-from lowbit.calibrate.stream import Call, Stream, outside
+from lowbit.checkpoints.source import ModelSource, return_free_memory
 from lowbit.modules import AttentionSpec, OperandRanges, QuantLinear, described_residual, turned
 from lowbit.numerics import from_dict, to_dict
-from lowbit.recipe import Recipe
+from lowbit.progress import Progress, silent
+from lowbit.recipes import Recipe
 from lowbit.scheme import Scheme
+from lowbit.stages.fisher import FisherPass
+from lowbit.stages.journal import Journal
+from lowbit.stages.store import ActivationStore
+from lowbit.stages.stream import Call, Stream, outside
 from lowbit.steps import BlockIO, BlockState, LayerRecord
 from lowbit.steps.rotation import residual_step
 from lowbit.steps.state import stored_as_OI
@@ -56,8 +57,6 @@ from lowbit.transforms import Seeded
 
 WATCHED = 8
 """Calibration windows by which the report compares the result with the original."""
-Progress = Callable[[float, float, str], None]
-"""``progress(done, total, what)``: blocks done (with fractions), blocks in all, what is being done."""
 
 
 @dataclass
@@ -104,7 +103,7 @@ class Walk:
     journal: Journal
     ram_limit: int = 2**32
     scratch: Path | None = None
-    progress: Progress = lambda done, total, what: None
+    progress: Progress = silent
 
     def __post_init__(self):
         attends = None if self.recipe.scheme.attention is None else IMPLEMENTATION

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowbit.modules import stored
+from lowbit.modules import serialize_transforms
 from lowbit.numerics import Affine
 
 if TYPE_CHECKING:
@@ -109,4 +109,4 @@ class OperandRanges(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OperandRanges:
-        return super()._apply(stored.keeping_dtype(fn), recurse)
+        return super()._apply(serialize_transforms.keeping_dtype(fn), recurse)

@@ -1,0 +1,86 @@
+"""Mixes: one recipe made of several, solved once, at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from pydantic import ValidationError
+
+from lowbit.recipes.recipe import Recipe
+from lowbit.scheme import FormatRule, Scheme, plain_message
+from lowbit.steps.combination import in_order
+
+
+def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
+    """One recipe of several: all steps in order, with the Solve, the weight format and the feed of the last one.
+
+    Steps that fix ranges of static activations come after all others, which may still transform the channels, and rotations
+    that linears run themselves after all that is folded. Activations are quantized, and attention's operands are, as the first
+    recipe that does so says; where it takes no channels out at run time and a later one does, so
+    does the mix.
+
+    Raises:
+        ValueError: a recipe before the last that would leave no trace, or a step that would be done twice.
+    """
+    *firsts, last = recipes
+    for each in firsts:
+        if len(each.steps) == 1 and not each.model_steps and not each.scheme.quantizes_activations:
+            raise ValueError(
+                f"{each.name!r} only says how weights are rounded, and in {name!r} {last.name!r} does that: leave "
+                f"{each.name!r} out, or put it last"
+            )
+    before = [step for recipe in (*firsts, last) for step in recipe.steps[:-1]]
+    steps = (*in_order(before), last.steps[-1])
+    for step in steps:
+        if steps.count(step) > 1:
+            raise ValueError(f"{name!r} would do {type(step).__name__} twice; leave one of the methods out")
+    acts = [rule.activation for each in (*firsts, last) for rule in each.scheme.rules if rule.activation is not None]
+    threshold = next((each.threshold for each in acts if each.threshold), 0.0)
+    whole = tuple(step for recipe in (*firsts, last) for step in recipe.model_steps)
+    quantized = next((each for each in (*firsts, last) if each.scheme.quantizes_activations), last)
+    try:
+        inputs = tuple(_taking_out(rule, threshold) for rule in quantized.scheme.rules)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    attends = next((each.scheme.attention for each in (*firsts, last) if each.scheme.attention), None)
+    scheme = Scheme(rules=_joined(name, last.scheme.rules, inputs), attention=attends)
+    try:
+        return Recipe(name=name, scheme=scheme, steps=steps, feed=last.feed, seed=last.seed, model_steps=whole)
+    except ValidationError as error:
+        raise ValueError(plain_message(error)) from error
+
+
+def _taking_out(rule: FormatRule, threshold: float) -> FormatRule:
+    """``rule`` whose activations take out the channels over ``threshold``, where they do not take out any yet."""
+    act = rule.activation
+    if rule.skip or act is None or act.threshold or not threshold:
+        return rule
+    return FormatRule(match=rule.match, weight=rule.weight, activation=replace(act, threshold=threshold))
+
+
+def _joined(name: str, weights: tuple[FormatRule, ...], activations: tuple[FormatRule, ...]) -> tuple[FormatRule, ...]:
+    """Rules with the weight formats of the first and the activation formats of the second; of each, the last match counts."""
+    if weights == activations:
+        return weights
+    inputs = [("*", None), *((rule.match, rule.activation) for rule in activations if not rule.skip)]
+    first = max(i for i, (match, _) in enumerate(inputs) if match == "*")  # nothing before it is ever looked at
+    return tuple(
+        rule
+        if rule.skip
+        else FormatRule(match=_both(name, rule.match, match), weight=rule.weight, activation=activation)
+        for rule in weights
+        for match, activation in (inputs[first:] if not rule.skip else inputs[:1])
+    )
+
+
+def _both(name: str, a: str, b: str) -> str:
+    """A match for what both match."""
+    if b == "*" or a == b:
+        return a
+    if a != "*":
+        raise ValueError(
+            f"{name!r} has one recipe's weight formats for {a!r} and another's activation formats for {b!r}, which no one rule "
+            "can say; write the rules into a recipe file"
+        )
+    return b

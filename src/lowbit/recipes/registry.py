@@ -1,0 +1,97 @@
+"""The registry of methods: published names, and the functions from options to a recipe."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError, validate_call
+
+from lowbit.numerics import nearest, to_dict
+from lowbit.recipes.mix import mix
+from lowbit.recipes.recipe import Recipe
+from lowbit.scheme import plain_message
+from lowbit.steps import Learn
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published method: its name, where it is from, and the function from options to a recipe."""
+
+    name: str
+    family: str
+    paper: str
+    summary: str
+    build: Callable[..., Recipe]
+
+    @property
+    def options(self) -> dict[str, inspect.Parameter]:
+        return dict(inspect.signature(self.build).parameters)
+
+    def recipe(self, **options: Any) -> Recipe:
+        for key in options:
+            if key not in self.options:
+                raise ValueError(f"method {self.name!r} has no option {key!r}{nearest(key, list(self.options))}")
+        try:
+            return self.build(**options)
+        except ValidationError as error:
+            raise ValueError(f"method {self.name!r}: {plain_message(error)}") from error
+
+    def describe(self) -> dict[str, Any]:
+        """What ``lowbit methods`` prints."""
+        recipe = self.recipe()
+        learns = any(isinstance(step, Learn) for step in recipe.steps) or bool(recipe.model_steps)
+        needs = {type(need).__name__ for step in recipe.steps for need in step.needs}
+        return {
+            "name": self.name,
+            "family": self.family,
+            "paper": self.paper,
+            "summary": self.summary,
+            "needs": sorted(needs) + (["gradients"] if learns else []),
+            "options": {key: to_dict(p.default) for key, p in self.options.items()},
+        }
+
+
+METHODS: dict[str, Method] = {}
+ALIASES: dict[str, str] = {}
+"""Short names of methods; none may hold a ``+``, which mixes."""
+
+
+def method(name: str, *, family: str, paper: str, alias: str | None = None):
+    """Decorator that registers a function from options to a recipe; its options are validated by their annotations."""
+
+    def register(build: Callable[..., Recipe]) -> Callable[..., Recipe]:
+        assert name not in METHODS, f"two methods are called {name}"
+        if alias is not None:
+            assert alias not in METHODS and alias not in ALIASES, f"two methods are called {alias}"
+            ALIASES[alias] = name
+        summary = (inspect.getdoc(build) or "").split("\n")[0]
+        METHODS[name] = Method(name, family, paper, summary, validate_call(build))
+        return METHODS[name].build
+
+    return register
+
+
+def recipe(name: str, **options: Any) -> Recipe:
+    """The recipe of method ``name``, or a mix ``"a+b"``: the steps of a, then those of b, solved once as b solves.
+
+    Options go to every method of the mix that has them.
+
+    Raises:
+        ValueError: an unknown method or option (with the nearest known), a value of the wrong type, a mix that cannot be.
+    """
+    parts = []
+    name = "+".join(ALIASES.get(part, part) for part in name.split("+"))
+    for part in name.split("+"):
+        if part not in METHODS:
+            raise ValueError(f"no method {part!r}{nearest(part, [*METHODS, *ALIASES])}")
+        parts.append(METHODS[part])
+    if len(parts) == 1:
+        return parts[0].recipe(**options)
+    known = {key for part in parts for key in part.options}
+    for key in options:
+        if key not in known:
+            raise ValueError(f"none of the methods in {name!r} has an option {key!r}{nearest(key, sorted(known))}")
+    return mix(name, [part.recipe(**{k: v for k, v in options.items() if k in part.options}) for part in parts])
