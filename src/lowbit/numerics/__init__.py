@@ -50,7 +50,7 @@ from lowbit.numerics.grids import (
     powers_of_two,
 )
 from lowbit.numerics.qtensor import QTensor, quantize, stored_bits
-from lowbit.numerics.serialize import from_dict, nearest, serializable, to_dict
+from lowbit.numerics.serialize import check_types, from_dict, nearest, serializable, to_dict, untagged
 from lowbit.numerics.side_terms import KeptColumns, LowRank, SideTerm, Sparse
 from lowbit.numerics.spec import Spec, fake_quantize, fit_params, fit_raw
 from lowbit.numerics.statistics import (
@@ -128,6 +128,7 @@ __all__ = [
     "TokenRange",
     "TruncationSearch",
     "arity",
+    "check_types",
     "clipped_tokens",
     "extremes",
     "fake_quantize",
@@ -142,4 +143,5 @@ __all__ = [
     "stored_bits",
     "to_binary_coded",
     "to_dict",
+    "untagged",
 ]
