@@ -143,7 +143,11 @@ def inputs_of(draft: DraftLinear, x: Tensor) -> Tensor:
 
 
 def decided(
-    form: LinearFormat, kind: type[nn.Module] = nn.Linear, bias: bool = True, transforms: str = "nothing", side: str = "nothing"
+    form: LinearFormat,
+    kind: type[nn.Module] = nn.Linear,
+    bias: bool = True,
+    transforms: str = "nothing",
+    side: str = "nothing",
 ) -> BlockState:
     """A state whose one draft was transformed, has side terms, and knows its static range."""
     state = state_of(linear_of(kind, bias), form)
@@ -226,7 +230,9 @@ def test_ranges_and_offsets_that_were_chosen_count(weight: str) -> None:
     assert_same(found, packed(state)(x))
 
 
-@pytest.mark.parametrize("transform", [Scale(random(I).abs() + 0.5), RandomHadamard(3, I), Split(torch.tensor([3] + [1] * (I - 1)))])
+@pytest.mark.parametrize(
+    "transform", [Scale(random(I).abs() + 0.5), RandomHadamard(3, I), Split(torch.tensor([3] + [1] * (I - 1)))]
+)
 @pytest.mark.parametrize("act", ["none", "tokens", "static"])
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 def test_a_transform_that_is_tried_gives_what_it_gives_once_it_is_applied(transform, act: str, kind) -> None:

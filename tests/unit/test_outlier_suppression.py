@@ -484,10 +484,10 @@ def test_a_transform_behind_a_fixed_range_is_refused(late):
         with pytest.raises(
             ValueError, match=f"{type(late).__name__} transforms channels whose static activation ranges"
         ):
-            Recipe(name="mine", scheme=scheme, steps=(step, late, Solve()))
-    Recipe(name="mine", scheme=scheme, steps=(late, SearchActivationRange(), Solve()))
+            Recipe.blockwise(name="mine", scheme=scheme, steps=(step, late, Solve()))
+    Recipe.blockwise(name="mine", scheme=scheme, steps=(late, SearchActivationRange(), Solve()))
     with pytest.raises(ValueError, match="need the step SetActivationRange or SearchActivationRange"):
-        Recipe(name="mine", scheme=scheme, steps=(Learn((LearnedStepSizes(),)), Solve()))
+        Recipe.blockwise(name="mine", scheme=scheme, steps=(Learn((LearnedStepSizes(),)), Solve()))
 
 
 def test_the_authors_settings_follow_the_bits():

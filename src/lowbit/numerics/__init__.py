@@ -52,7 +52,7 @@ from lowbit.numerics.grids import (
     straight_through,
 )
 from lowbit.numerics.qtensor import QTensor, quantize, stored_bits
-from lowbit.numerics.serialize import from_dict, nearest, serializable, to_dict
+from lowbit.numerics.serialize import check_types, from_dict, nearest, serializable, to_dict, untagged
 from lowbit.numerics.side_terms import KeptColumns, LowRank, SideTerm, Sparse
 from lowbit.numerics.spec import Spec, fit_params, fit_raw
 from lowbit.numerics.statistics import (
@@ -130,6 +130,7 @@ __all__ = [
     "TokenRange",
     "TruncationSearch",
     "arity",
+    "check_types",
     "clipped_tokens",
     "extremes",
     "fake_quantize",
@@ -145,5 +146,6 @@ __all__ = [
     "straight_through",
     "to_binary_coded",
     "to_dict",
+    "untagged",
     "usual_fit",
 ]
