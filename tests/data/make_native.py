@@ -35,7 +35,11 @@ from transformers import (
 )
 
 import lowbit
-from lowbit.formats.native import save
+
+try:
+    from lowbit.checkpoints.native import save
+except ImportError:  # the commits that wrote the older data
+    from lowbit.formats.native import save
 from lowbit.modules import ActSpec
 from lowbit.numerics import NF4, Block, Float, Int, PerChannel, PerGroup, PerTensor, Spec, to_dict
 

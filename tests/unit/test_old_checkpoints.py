@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.formats.native import quantization_config, save
+from lowbit.checkpoints.description import quantization_config
+from lowbit.checkpoints.native import save
 from lowbit.layouts import pack_qtensor
 from lowbit.modules import QuantLinear
 
