@@ -1,6 +1,6 @@
 """Number formats: grids, granularities, fits and quantized tensors. Imports torch only; knows no model and no method."""
 
-from lowbit.numerics.binary_coding import Alternating, to_binary_coded
+from lowbit.numerics.binary_coding import Alternating
 from lowbit.numerics.fit import (
     Clipped,
     ClipSearch,
@@ -140,6 +140,5 @@ __all__ = [
     "quantize",
     "serializable",
     "stored_bits",
-    "to_binary_coded",
     "to_dict",
 ]

@@ -5,14 +5,13 @@ Shapes: G granule, K element within a granule, Q base.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowbit.numerics.grids import BinaryCoded, Int
+from lowbit.numerics.grids import BinaryCoded
 from lowbit.numerics.grids.base import Bases, Grid
-from lowbit.numerics.qtensor import QTensor
 from lowbit.numerics.serialize import serializable
 
 
@@ -103,27 +102,3 @@ def _least_squares(x: Tensor, w: Tensor, grid: BinaryCoded, signs_GKQ: Tensor) -
 
 def _error(x: Tensor, w: Tensor, grid: BinaryCoded, bases: Bases) -> Tensor:
     return (w * (grid.decode(grid.encode(x, bases), bases) - x).square()).sum(1, keepdim=True)
-
-
-def to_binary_coded(q: QTensor, scale_dtype: str = "float32") -> QTensor:
-    """The same values in a binary-coded grid with an offset, so that any uniform grid runs on look-up kernels.
-
-    Bit k of a code weighs ``scale * 2**k``, so ``alpha_k = scale * 2**(k-1)`` and
-    ``offset = scale * ((2**bits - 1) / 2 - zero)``; codes stay as they are. Exact but for the rounding of the offset and
-    of sums to the dtype of the computation; alphas are the scale times powers of two, exact even in float16 unless they
-    leave its range.
-
-    Raises:
-        ValueError: a grid that is not uniform.
-    """
-    grid = q.spec.grid
-    if not isinstance(grid, Int):
-        raise ValueError(f"only a uniform grid is a sum of doubling bases, found {grid}")
-    scale = q.params[0].double()  # pyright: ignore[reportOptionalMemberAccess]
-    zero = grid.zero_point(q.params)  # pyright: ignore[reportArgumentType]
-    powers = 2.0 ** torch.arange(-1, grid.bits - 1, dtype=torch.float64, device=scale.device)
-    middle = (2**grid.bits - 1) / 2
-    offset = scale * (middle - (zero.double() if isinstance(zero, Tensor) else zero))
-    bases = Bases((scale * powers).to(q.params[0].dtype), offset.to(q.params[0].dtype))  # pyright: ignore[reportOptionalMemberAccess]
-    spec = replace(q.spec, grid=BinaryCoded(grid.bits, offset=True), stats=None, scale_dtype=scale_dtype)
-    return QTensor.fitted(q.codes, bases, spec)

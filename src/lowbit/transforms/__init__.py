@@ -16,17 +16,16 @@ from __future__ import annotations
 
 from lowbit.transforms.base import ChannelTransform
 from lowbit.transforms.permute import Permute
+from lowbit.transforms.reassembly import Reassembly, Split
 from lowbit.transforms.rotate import Rotate
 from lowbit.transforms.scale import Scale
 from lowbit.transforms.seeded import Kronecker, Made, RandomHadamard, Seeded
 from lowbit.transforms.shift import Shift
-from lowbit.transforms.split_merge import Merge, Reassembly, Split
 
 __all__ = [
     "ChannelTransform",
     "Kronecker",
     "Made",
-    "Merge",
     "Permute",
     "RandomHadamard",
     "Reassembly",

@@ -1,7 +1,7 @@
 """Binary-coded grids: a weight is a sum of signed bases, ``w = sum_k +-alpha_k (+ offset)`` (LUT-GEMM, arXiv:2206.09557).
 
 A product with a plane of signs needs additions only, or look-ups in a table of partial sums, which is what this format is
-for. With an offset it holds every uniform grid exactly (:func:`to_binary_coded`).
+for.
 """
 
 from __future__ import annotations

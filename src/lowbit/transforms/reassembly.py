@@ -44,40 +44,6 @@ class Split:
 
 
 @dataclass(frozen=True, eq=False)
-class Merge:
-    """Channels with the same group number become one channel, their mean.
-
-    groups: [I], int64, the group of each channel, numbered 0 .. I'-1 without gaps. `fold_in` adds the columns of a
-    group, which undoes `forward` only if the channels of each group carry equal values (so `exact` is False); then
-    `Split` by the group sizes is its inverse up to order. `fold_out` averages rows and is exact. QLLM
-    (arXiv 2310.08041) calls it channel assembly.
-    """
-
-    groups: Tensor
-    exact: ClassVar[bool] = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._sum(x) / self.groups.bincount().to(x.dtype)
-
-    def fold_in(self, w_OI: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self._sum(w_OI), b
-
-    def fold_out(self, w_OI: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.forward(w_OI.T).T, None if b is None else self.forward(b)
-
-    def dual(self) -> Merge:
-        raise ValueError("a Merge has no dual: it is not invertible.")
-
-    def tile(self, copies: int) -> Merge:
-        starts = torch.arange(copies, device=self.groups.device) * (int(self.groups.max()) + 1)
-        return Merge((starts[:, None] + self.groups).flatten())
-
-    def _sum(self, x: Tensor) -> Tensor:
-        merged = x.new_zeros(*x.shape[:-1], int(self.groups.max()) + 1)
-        return merged.index_add(-1, self.groups, x)
-
-
-@dataclass(frozen=True, eq=False)
 class Reassembly:
     """Some channels give up their places to further copies of others: `Split`, then `Merge`, at an unchanged width.
 
