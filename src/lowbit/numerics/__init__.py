@@ -1,4 +1,4 @@
-"""Number formats: grids, granularities, fits and quantized tensors. Imports torch only; knows no model and no method."""
+"""Number formats: grids, granularities, fits and quantized tensors. Imports torch, numpy and numba; knows no model and no method."""
 
 from lowbit.numerics.binary_coding import Alternating
 from lowbit.numerics.fit import (

@@ -1,8 +1,8 @@
-"""Frozen values to plain data and back: the one place where a recipe, a journal or a checkpoint names a type.
+"""Frozen values to plain data and back. Recipes, journals and checkpoints name types through this module only.
 
 A dataclass marked ``@serializable`` is written as ``{"type": "PerGroup", "size": 64}`` and read back by its class name. The
-alternative, a discriminated union for each contract, needs every contract to list its members, so that a new grid is a
-change in two places; here a new class is known as soon as its module is imported.
+alternative, a discriminated union for each contract, would list the members of every contract, so a new grid would be a
+change in two places. Here a class is known once its module is imported.
 
 Law: ``from_dict(to_dict(x)) == x`` for every value built of serializable dataclasses, numbers, strings, None and tuples.
 """

@@ -1,9 +1,8 @@
-"""Splitting outlier channels into several and merging similar ones: the pair behind channel reassembly.
+"""Channel reassembly (QLLM, arXiv 2310.08041): outlier channels are split, and similar channels merged to make room.
 
-Splitting is exact and grows the width; merging brings the width back and is exact only where the merged channels are
-equal, which is why it is chosen by a search and marked `exact = False`. `Reassembly` does both at once, in place: the
-further copies of split channels move into the places of channels that were merged into others or dropped. It is stored
-in three numbers for each channel that moved, where `Split` and `Merge` store one for every channel.
+A split is exact and makes the activation wider. A merge is exact only if the merged channels are equal, so a search
+chooses the merges. `Reassembly` does both at unchanged width: further copies of split channels take the places of channels
+that are merged into others or dropped.
 """
 
 from __future__ import annotations
@@ -17,10 +16,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Channel j becomes counts[j] adjacent copies of x_j / counts[j].
+    """Channel j becomes counts[j] adjacent copies of x_j / counts[j]; QLLM calls this channel disassembly.
 
-    counts: [I], integers, every entry at least 1. I' = counts.sum(). `fold_in` repeats columns, so the copies add up to
-    x_j again; `fold_out` repeats rows and divides them. QLLM (arXiv 2310.08041) calls it channel disassembly.
+    The width becomes I' = counts.sum(). `fold_in` repeats columns, so the copies add up to x_j; `fold_out` repeats rows and
+    divides them.
+
+    Args:
+        counts: [I], integers, every entry at least 1.
     """
 
     counts: Tensor
@@ -45,16 +47,20 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Reassembly:
-    """Some channels give up their places to further copies of others: `Split`, then `Merge`, at an unchanged width.
+    """Some channels leave and copies of other channels take their places, so the width stays I.
 
-    size: I, the number of channels. slot: [E] integers, the channels that leave, each once. into: [E], the channel with
-    which each is averaged, itself where it is dropped. copied: [E], the channel of which a further copy takes the place.
-    No channel that leaves is one that another is averaged with, or copied, and none of those is both. A channel copied n
-    times is divided by n + 1, and one with n others averaged in becomes the mean of n + 1. QLLM (arXiv 2310.08041) calls
-    it channel reassembly.
+    Each leaving channel is averaged into another channel, or dropped. A channel copied n times is divided by n + 1; a channel
+    with n others averaged in becomes the mean of all n + 1. A channel has at most one of these three roles: leaving,
+    averaged into, copied.
 
-    `fold_in` copies columns and adds those of merged channels, so it undoes `forward` where merged channels carry equal
-    values and dropped ones none (`exact` is False).
+    `fold_in` copies columns and adds the columns of merged channels. It undoes `forward` only if merged channels are equal
+    and dropped channels zero, so `exact` is False.
+
+    Args:
+        size: I, the number of channels.
+        slot: [E] integers, the leaving channels, each once.
+        into: [E], the channel into which each is averaged; its own number if it is dropped.
+        copied: [E], the channel whose copy takes each place.
     """
 
     size: int
@@ -85,7 +91,7 @@ class Reassembly:
         return Reassembly(copies * self.size, slot, into, copied)
 
     def shares(self) -> Tensor:
-        """[I]: by what each channel is divided: its copies, or the channels averaged in it; 1 for all others."""
+        """[I]: the divisor of each channel: the number of its copies, or of the channels averaged in it, else 1."""
         others = torch.cat([self.copied.long(), self.into[self._merged()].long()])
         return 1 + others.bincount(minlength=self.size)
 
