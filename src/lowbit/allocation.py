@@ -211,8 +211,8 @@ def _curves(
         step.run(state)
     found = {}
     for path, H in _grams(state).items():
-        spec, w_OI, g_O = state.formats[path].weight, state.weight_OI(path), gradients[path]
-        if state.post.get(path):  # outputs are mixed, and so are their gradients
+        spec, w_OI, g_O = state.formats[path].weight, state.draft(path).weight, gradients[path]
+        if state.draft(path).post:  # outputs are mixed, and so are their gradients
             g_O = g_O.mean().expand_as(g_O)
         curve = _curve(w_OI, g_O, H, spec, recipe, {*widths, _width(spec)})
         found[path] = {width: curve[width] for width in widths}, curve[_width(spec)]

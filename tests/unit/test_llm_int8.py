@@ -8,12 +8,11 @@ from torch import nn
 
 import lowbit
 from lowbit.kernels import outlier_channels
-from lowbit.modules import ActSpec, QuantLinear, fake_quantize_activation, quantize_activation
+from lowbit.modules import ActSpec, QuantLinear, fake_activation, fake_quantize_activation, quantize_activation
 from lowbit.numerics import NF4, Int, KeptColumns, PerChannel, PerGroup, PerTensor, PerToken, Spec
 from lowbit.scheme import activation, linears
 from lowbit.solve import Gptq, Nearest, ReachingColumns
 from lowbit.steps import Search, Set, SmoothPowers
-from lowbit.steps.simulate import fake_activation
 
 from helpers import random_ids, sqnr_db, tiny_llama
 

@@ -290,7 +290,7 @@ def test_statistics_are_counted_as_a_block_gathers_them(models):
     x = torch.randn(2, 8, 32)
     cos_sin = model.model.rotary_emb(x, torch.arange(8)[None])
     io = BlockIO(x, None, lambda run, window: run(window, position_embeddings=cos_sin))
-    state = BlockState("", block, meta.resolved, meta.formats, io)
+    state = BlockState.of("", block, meta.resolved, meta.formats, io)
     kept = [stat.nbytes for stats in state.collect([Gram()]).values() for stat in stats.values()]
     assert len(kept) == len(meta.resolved.shared_inputs)
     assert statistics_bytes(meta, [Gram()], 16) == sum(kept) + max(kept)

@@ -1,6 +1,10 @@
-"""Number formats: grids, granularities, fits and quantized tensors. Imports torch, numpy and numba; knows no model and no method."""
+"""Number formats: grids, granularities, fits and quantized tensors.
+
+Imports torch, numpy and numba; knows no model and no method.
+"""
 
 from lowbit.numerics.binary_coding import Alternating
+from lowbit.numerics.fake import fake_quantize, usual_fit
 from lowbit.numerics.fit import (
     Clipped,
     ClipSearch,
@@ -48,11 +52,12 @@ from lowbit.numerics.grids import (
     Table,
     arity,
     powers_of_two,
+    straight_through,
 )
 from lowbit.numerics.qtensor import QTensor, quantize, stored_bits
 from lowbit.numerics.serialize import from_dict, nearest, serializable, to_dict
 from lowbit.numerics.side_terms import KeptColumns, LowRank, SideTerm, Sparse
-from lowbit.numerics.spec import Spec, fake_quantize, fit_params, fit_raw
+from lowbit.numerics.spec import Spec, fit_params, fit_raw
 from lowbit.numerics.statistics import (
     AbsMax,
     AbsSum,
@@ -140,5 +145,7 @@ __all__ = [
     "quantize",
     "serializable",
     "stored_bits",
+    "straight_through",
     "to_dict",
+    "usual_fit",
 ]

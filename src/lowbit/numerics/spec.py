@@ -152,12 +152,4 @@ def fit_params(x: Tensor, spec: Spec, fit: Fit, importance: Tensor | None = None
     return spec.as_stored(fit_raw(x, spec, fit, importance), spec.granularity.param_shape(tuple(x.shape))[1])
 
 
-def fake_quantize(x: Tensor, spec: Spec, fit: Fit) -> Tensor:
-    """``x`` as ``spec`` restores it, for learning: the gradient passes the rounding straight through to x, and is exact in the
-    range."""
-    x_GK = spec.granularity.split(x)
-    params = fit(x_GK, spec.grid)  # pyright: ignore[reportArgumentType]
-    return spec.granularity.join(spec.grid.fake(x_GK, params), tuple(x.shape))  # pyright: ignore[reportAttributeAccessIssue]
-
-
-__all__ = ["Shape", "Spec", "fake_quantize", "fit_params", "fit_raw"]
+__all__ = ["Shape", "Spec", "fit_params", "fit_raw"]

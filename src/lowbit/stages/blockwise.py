@@ -41,7 +41,16 @@ from lowbit.architectures import (
     rotate_residual,
 )
 from lowbit.checkpoints.source import ModelSource, return_free_memory
-from lowbit.modules import AttentionSpec, OperandRanges, QuantLinear, described_residual, turned
+from lowbit.modules import (
+    AttentionSpec,
+    OperandRanges,
+    QuantLinear,
+    described_residual,
+    make_drafts,
+    turned,
+    unmake_drafts,
+    weight_shape,
+)
 from lowbit.numerics import from_dict, to_dict
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Recipe
@@ -52,7 +61,6 @@ from lowbit.stages.store import ActivationStore
 from lowbit.stages.stream import Call, Stream, outside
 from lowbit.steps import BlockIO, BlockState, LayerRecord
 from lowbit.steps.rotation import residual_step
-from lowbit.steps.state import stored_as_OI
 from lowbit.transforms import Seeded
 
 WATCHED = 8
@@ -228,8 +236,10 @@ class Walk:
         self.progress(self._at + part, self.total, f"block {self._at + 1} of {self.total}: {what}")
 
     def _original(self, i: int, call: Call | None) -> nn.Module:
-        """Block i with its original weights, in the basis of the stream; the original stream behind it is in ``next``."""
+        """Block i with its original weights, its linears drafts, in the basis of the stream; the original stream behind it is in
+        ``next``."""
         self.source.load_into(self.model, f"{self.architecture.blocks}.{i}")
+        make_drafts(self.blocks[i], resolve(self.architecture, self.blocks[i], self.source.config).linears)
         if self.rotation is not None:
             self._fold(i, self.rotation)
         if call is not None:
@@ -251,16 +261,14 @@ class Walk:
 
     def _quantize(self, i: int, call: Call | None) -> BlockRecord:
         block = self._original(i, call).requires_grad_(False)
-        state = self._state(i, block, call)
-        if self.fisher is not None:
-            state.fisher = self.fisher.load(i)
+        state = self._state(i, block, call, None if self.fisher is None else self.fisher.load(i))
         name = state.name
         for other in state.resolved.other_matrices:
             state.note(f"{other} is a matrix that no role covers: it keeps its precision")
         for step in self.recipe.steps:
             step.run(state)
-        missed = [path for path in state.formats if not isinstance(state.linear(path), QuantLinear)]
-        assert not missed, f"{name}: {missed} left unquantized"
+        assert not state.drafts, f"{name}: {list(state.drafts)} left unquantized"
+        unmake_drafts(block)
         packed = {f"{name}.{path}": m.config() for path, m in block.named_modules() if isinstance(m, QuantLinear)}
         error = None if call is None else self._behind(block, call)
         specs = {f"{name}.{path}": attention_spec(m) for path, m in block.named_modules()}
@@ -274,19 +282,22 @@ class Walk:
         """The formats of attention's operands, by name of the module that attends."""
         return {name: from_dict(spec) for record in self.records for name, spec in record.attention.items()}
 
-    def _state(self, i: int, block: nn.Module, call: Call | None) -> BlockState:
+    def _state(
+        self, i: int, block: nn.Module, call: Call | None, fisher: dict[str, Tensor] | None = None
+    ) -> BlockState:
         name = f"{self.architecture.blocks}.{i}"
         resolved = resolve(self.architecture, block, self.source.config)
         io = None
         if call is not None:
             fp = self.store["fp"]
             io = BlockIO(fp if self.recipe.feed == "fp" else self.store["quant"], self.store["next"], call, x_fp=fp)
-        return BlockState(
-            name=name,
-            block=block,
-            resolved=resolved,
-            formats=self.recipe.scheme.formats(resolved, name),
-            io=io,
+        return BlockState.of(
+            name,
+            block,
+            resolved,
+            self.recipe.scheme.formats(resolved, name),
+            io,
+            fisher,
             seed=derived_seed(self.recipe.seed, i),
             store_dtype=self.source.dtype,
             tick=self._tick,
@@ -299,6 +310,7 @@ class Walk:
         if call is None:
             return record
         block = self._original(i, call)
+        unmake_drafts(block)
         tensors = load_file(self.journal.directory / entry["file"])
         for path, spec in record.attention.items():
             quantize_attention(block.get_submodule(path.removeprefix(f"{record.name}.")), from_dict(spec))
@@ -400,7 +412,7 @@ def check_scheme(scheme: Scheme, architecture: Architecture, model: PreTrainedMo
         name, resolved = f"{architecture.blocks}.{i}", resolve(architecture, block, config)
         linears |= {f"{name}.{path}": role for path, role in resolved.linears.items()}
         for path, form in scheme.formats(resolved, name).items():
-            rows, columns = stored_as_OI(block.get_submodule(path), block.get_parameter(f"{path}.weight")).shape
+            rows, columns = weight_shape(block.get_submodule(path))
             try:
                 form.check_shape((rows, columns))
             except ValueError as error:

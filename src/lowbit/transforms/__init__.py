@@ -14,7 +14,7 @@ on their input and output.
 
 from __future__ import annotations
 
-from lowbit.transforms.base import ChannelTransform
+from lowbit.transforms.base import ChannelTransform, through
 from lowbit.transforms.permute import Permute
 from lowbit.transforms.reassembly import Reassembly, Split
 from lowbit.transforms.rotate import Rotate
@@ -34,4 +34,5 @@ __all__ = [
     "Seeded",
     "Shift",
     "Split",
+    "through",
 ]

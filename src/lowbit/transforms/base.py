@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -36,3 +38,14 @@ class ChannelTransform(Protocol):
     def tile(self, copies: int) -> ChannelTransform:
         """The transform that acts in the same way on each of `copies` consecutive repetitions of the channels."""
         ...
+
+
+def through(transforms: Iterable[Any], x: Tensor) -> Tensor:
+    """Applies ``transforms`` (objects with a ``forward``) to ``x`` ``[..., I]`` in order.
+
+    Computed in float32 (float64 for float64 inputs); the result has the dtype of ``x``.
+    """
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    for transform in transforms:
+        y = transform.forward(y)
+    return y.to(x.dtype)

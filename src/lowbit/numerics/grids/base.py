@@ -86,6 +86,13 @@ class Grid(Protocol):
         ...
 
 
+def straight_through(value: Tensor, source: Tensor) -> Tensor:
+    """``value``, bit for bit, with the gradient of ``source`` (same shape, finite)."""
+    if not source.requires_grad:
+        return value
+    return value.detach() + (source - source.detach())
+
+
 def arity(grid: Grid) -> int:
     """Neighbours of a granule that ``grid`` codes together; 1 for a grid without an attribute ``arity``."""
     return getattr(grid, "arity", 1)
