@@ -47,7 +47,7 @@ class DropInsensitive(Nearest):
 
 
 def recipe_of(*steps, name="sensitive") -> Recipe:
-    return Recipe(name=name, scheme=linears(SPEC), steps=(*steps, Solve(DropInsensitive())))
+    return Recipe.blockwise(name=name, scheme=linears(SPEC), steps=(*steps, Solve(DropInsensitive())))
 
 
 def tiny_gpt2(path):
@@ -222,7 +222,7 @@ def test_a_transform_that_leaves_no_diagonal_is_refused_before_any_work_and_at_c
 
 
 def test_a_solver_of_tables_falls_back_to_tables_where_no_token_came(tmp_path):
-    recipe = Recipe(
+    recipe = Recipe.blockwise(
         name="tables",
         scheme=linears(Spec(Codebook(4), PerChannel())),
         steps=(Solve(Gptq(fit=KMeans(), order="none")),),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -165,7 +167,7 @@ def test_compiled_kernels_take_channels_out_as_the_reference_does(
     linear, x, weight, granularity, symmetric, rows, monkeypatch
 ):
     act = ActSpec(Spec(Int(8, symmetric=symmetric), granularity, scale_dtype="float32"), threshold=6.0)
-    recipe = lowbit.recipe("rtn").model_copy(update={"scheme": linears(weight, act)})
+    recipe = replace(lowbit.recipe("rtn"), scheme=linears(weight, act))
     q = lowbit.quantize_linear(linear, None, recipe)
     monkeypatch.setenv("LOWBIT_KERNELS", "reference")
     wanted = q(x[:rows])

@@ -308,7 +308,7 @@ def test_what_would_cut_pairs_apart_is_refused(grain, columns, said):
 def test_a_solver_of_columns_refuses_pairs():
     assert arity(OutlierVictim()) == 2 and arity(Int(4)) == 1
     with pytest.raises(ValueError, match=r"codes 2 neighbours of a row together.*use the solver Nearest"):
-        Recipe(name="mine", scheme=linears(Spec(OutlierVictim(), PerChannel())), steps=(Solve(Gptq()),))
+        Recipe.blockwise(name="mine", scheme=linears(Spec(OutlierVictim(), PerChannel())), steps=(Solve(Gptq()),))
 
 
 def test_a_model_with_odd_widths_is_refused_before_any_work(tmp_path):
@@ -423,7 +423,7 @@ def test_ranges_that_a_later_transform_would_outdate_are_refused():
         with pytest.raises(ValueError, match="transforms channels whose static activation ranges are fixed by then"):
             lowbit.recipe(name)
     with pytest.raises(ValueError, match="transforms channels whose static"):
-        Recipe(
+        Recipe.blockwise(
             name="mine",
             scheme=lowbit.recipe("smoothquant", level="O3").scheme,
             steps=(SetActivationRange(), *lowbit.recipe("smoothquant").steps),

@@ -284,7 +284,7 @@ def test_gradients_reach_steps_and_zero_points(llama):
     state = llama(act=STATIC4)
     SearchActivationRange(span=0.5, step=0.1).run(state)
     module = LearnedStepSizes().make(state, {})
-    params = module.activations()["mlp.down_proj"]
+    params = module.chosen("mlp.down_proj", state.draft("mlp.down_proj").weight)["act_params"]
     x = state.collect([Samples(64)])["mlp_hidden"][Samples(64)] * 1.5  # some values beyond the range
     state.formats["mlp.down_proj"].act.spec.grid.fake(x.reshape(1, -1), params).square().sum().backward()
     reached = [p for p in module.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
@@ -484,10 +484,10 @@ def test_a_transform_behind_a_fixed_range_is_refused(late):
         with pytest.raises(
             ValueError, match=f"{type(late).__name__} transforms channels whose static activation ranges"
         ):
-            Recipe(name="mine", scheme=scheme, steps=(step, late, Solve()))
-    Recipe(name="mine", scheme=scheme, steps=(late, SearchActivationRange(), Solve()))
+            Recipe.blockwise(name="mine", scheme=scheme, steps=(step, late, Solve()))
+    Recipe.blockwise(name="mine", scheme=scheme, steps=(late, SearchActivationRange(), Solve()))
     with pytest.raises(ValueError, match="need the step SetActivationRange or SearchActivationRange"):
-        Recipe(name="mine", scheme=scheme, steps=(Learn((LearnedStepSizes(),)), Solve()))
+        Recipe.blockwise(name="mine", scheme=scheme, steps=(Learn((LearnedStepSizes(),)), Solve()))
 
 
 def test_the_authors_settings_follow_the_bits():

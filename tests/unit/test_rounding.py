@@ -98,4 +98,4 @@ def test_learned_rounding_refuses_quantized_scales_and_grids_without_a_range():
     with pytest.raises(ValueError, match="not placed by a range"):
         lowbit.recipe("autoround+lut-gemm", group_size=16)
     with pytest.raises(ValueError, match="order='act' forms other groups"):
-        Recipe(name="x", scheme=linears(SPEC), steps=(_learn(), Solve(Gptq(order="act"))))
+        Recipe.blockwise(name="x", scheme=linears(SPEC), steps=(_learn(), Solve(Gptq(order="act"))))

@@ -286,6 +286,6 @@ def test_a_mix_keeps_the_inputs_formats_of_the_roles():
 )
 def test_steps_that_would_undo_the_order_are_refused_before_any_work(steps, act, reason):
     with pytest.raises(ValueError, match=reason):
-        Recipe(
+        Recipe.blockwise(
             name="mine", scheme=linears(lowbit.recipe("rtn", group_size=16).scheme.rules[0].weight, act), steps=steps
         )

@@ -10,6 +10,7 @@ from lowbit.modules.activation import (
 from lowbit.modules.attention import AttentionSpec, attend
 from lowbit.modules.attention_ranges import OperandRanges
 from lowbit.modules.draft_linear import DraftLinear, make_drafts, unmake_drafts, weight_shape
+from lowbit.modules.kv_spec import KVSpec
 from lowbit.modules.linear_format import LinearFormat
 from lowbit.modules.quant_linear import QuantLinear, buffer_layout, features, prepare, restore, stored_bits_of
 from lowbit.modules.residual import described_residual, residual_of, rotation_of, turn_residual, turned
@@ -18,6 +19,7 @@ __all__ = [
     "ActSpec",
     "AttentionSpec",
     "DraftLinear",
+    "KVSpec",
     "LinearFormat",
     "OperandRanges",
     "QuantLinear",

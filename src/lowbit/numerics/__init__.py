@@ -55,7 +55,7 @@ from lowbit.numerics.grids import (
     straight_through,
 )
 from lowbit.numerics.qtensor import QTensor, quantize, stored_bits
-from lowbit.numerics.serialize import from_dict, nearest, serializable, to_dict
+from lowbit.numerics.serialize import check_types, from_dict, nearest, serializable, to_dict, untagged
 from lowbit.numerics.side_terms import KeptColumns, LowRank, SideTerm, Sparse
 from lowbit.numerics.spec import Spec, fit_params, fit_raw
 from lowbit.numerics.statistics import (
@@ -133,6 +133,7 @@ __all__ = [
     "TokenRange",
     "TruncationSearch",
     "arity",
+    "check_types",
     "clipped_tokens",
     "extremes",
     "fake_quantize",
@@ -147,5 +148,6 @@ __all__ = [
     "stored_bits",
     "straight_through",
     "to_dict",
+    "untagged",
     "usual_fit",
 ]

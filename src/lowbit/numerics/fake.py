@@ -1,7 +1,7 @@
 """Simulated quantization for searches and learning: floating and differentiable.
 
-Law: with the same fit, :func:`fake_quantize` is the dequantized :class:`~lowbit.numerics.QTensor`, up to the rounding of
-scales to their storage dtype. The work of a solver (error feedback, kept weights, importance) is not simulated.
+Law: with the same fit, :func:`fake_quantize` is the dequantized :class:`~lowbit.numerics.QTensor`, bit for bit in
+float32. The work of a solver (error feedback, kept weights, importance) is not simulated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowbit.numerics.binary_coding import Alternating
 from lowbit.numerics.fit import Fit, KMeans, MinMax
-from lowbit.numerics.grids.base import Grid, RangeGrid
+from lowbit.numerics.grids.base import Grid, RangeGrid, straight_through
 from lowbit.numerics.qtensor import quantize
 from lowbit.numerics.spec import Spec
 
@@ -24,7 +24,8 @@ def fake_quantize(x: Tensor, spec: Spec, fit: Fit | None = None) -> Tensor:
     """``x`` as ``spec`` restores it, in the dtype of ``x``.
 
     Gradients pass the rounding straight through to ``x``. On grids that ranges place they also reach the parameters of
-    ``fit``.
+    ``fit``, straight through their rounding to storage. On such a grid the result is not finite if a parameter does not fit
+    its storage or ``x`` is not finite.
 
     Args:
         x: ``[..., I]``.
@@ -33,7 +34,11 @@ def fake_quantize(x: Tensor, spec: Spec, fit: Fit | None = None) -> Tensor:
     """
     fit = fit or usual_fit(spec.grid)
     if not isinstance(spec.grid, RangeGrid):
-        restored = quantize(x.detach(), spec, fit).dequantize().to(x.dtype)
-        return x + (restored - x).detach()
-    x_GK = spec.granularity.split(x)
-    return spec.granularity.join(spec.grid.fake(x_GK, fit(x_GK, spec.grid)), tuple(x.shape))  # pyright: ignore[reportArgumentType]
+        return straight_through(quantize(x.detach(), spec, fit).dequantize().to(x.dtype), x)
+    shape, x_GK = tuple(x.shape), spec.granularity.split(x)
+    placed = fit(x_GK, spec.grid)  # pyright: ignore[reportArgumentType]
+    raw = placed._make(None if p is None else p.detach() for p in placed)
+    stored = spec.as_stored(raw, spec.granularity.param_shape(shape)[1], check=False)
+    pairs = zip(stored, placed, strict=True)
+    params = placed._make(None if p is None or s is None else straight_through(s, p) for s, p in pairs)
+    return spec.granularity.join(spec.grid.fake(x_GK, params), shape)  # pyright: ignore[reportArgumentType]

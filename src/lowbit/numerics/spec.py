@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit.numerics.fit import Fit, MinMax
 from lowbit.numerics.granularity import Granularity, Shape
-from lowbit.numerics.grids.base import Field, Grid, Params, arity
+from lowbit.numerics.grids.base import OF_NOTHING, Field, Grid, Params, arity
 from lowbit.numerics.serialize import serializable
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Spec:
                 f"runs a multiple of {together} columns"
             )
 
-    def as_stored(self, params: Params, columns: int = 1) -> Params:
+    def as_stored(self, params: Params, columns: int = 1, *, check: bool = True) -> Params:
         """``params`` rounded as on disk, in their own dtype.
 
         Solvers call this before they encode, so that they measure (and feed back) errors against the stored scale.
@@ -94,16 +94,22 @@ class Spec:
         Args:
             params: leading axis G = rows x ``columns``, row-major.
             columns: second number of the granularity's ``param_shape``.
+            check: raise an error for numbers that the storage dtype cannot hold; otherwise they become NaN.
 
         Raises:
             ValueError: a scale that the storage dtype cannot hold.
         """
         return params._make(  # pyright: ignore[reportReturnType]
-            x if x is None or field is None or field.bits is not None else self._restored(x, field, columns)
+            x if x is None or field is None or field.bits is not None else self._restored(x, field, columns, check)
             for x, field in zip_longest(params, self.grid.fields)
         )
 
-    def _restored(self, x: Tensor, field: Field, columns: int) -> Tensor:
+    def _restored(self, x: Tensor, field: Field, columns: int, check: bool) -> Tensor:
+        if not check:
+            fits = torch.isfinite(x)
+            if self.stats is None:
+                fits &= x.abs() <= torch.finfo(self.torch_scale_dtype).max
+            return self._restored(x.where(fits, OF_NOTHING), field, columns, True).where(fits, torch.nan)
         if self.stats is None:
             stored = x.to(self.torch_scale_dtype).to(x.dtype)
             if not torch.isfinite(stored).all():

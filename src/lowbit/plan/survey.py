@@ -144,10 +144,11 @@ def survey(model: str | PathLike[str], recipe: Recipe | str | Path | dict[str, A
     """Opens ``model`` without weights and checks ``recipe`` against it.
 
     Raises:
-        ValueError: a model that cannot be opened or is quantized already; a rule that matches no layer; a format that a
+        ValueError: a recipe that this version cannot carry out; a model that cannot be opened or is quantized already; a rule that matches no layer; a format that a
             layer cannot have, with the layer's name.
     """
     recipe = as_recipe(recipe)
+    recipe.check_runs()
     source = open_model(model, allow_quantized=True)
     _refuse_quantized(source)
     architecture, skeleton = for_config(source.config), source.skeleton(unfuse=True)

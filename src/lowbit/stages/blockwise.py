@@ -1,4 +1,4 @@
-"""The walk: every block once, in order, original weights in and packed weights out.
+"""The stage Blockwise: a walk over every block once, in order, original weights in and packed weights out.
 
 At no time does it hold more than one block of original weights, three arrays of activations (two streams, and one more
 for what a block makes of the original stream), and what a step declared that it needs.
@@ -91,11 +91,6 @@ class Broken(ValueError):
     """A block came out unusable (NaN, Inf): quantizing further would be a waste."""
 
 
-def shard_name(i: int, total: int, *, final: bool = True) -> str:
-    """File i of ``total``; shards that steps of model scope will still change have names of their own."""
-    return f"{'model' if final else 'walked'}-{i + 1:05d}-of-{total:05d}.safetensors"
-
-
 @dataclass
 class Walk:
     """One run over a model. See the module docstring; :meth:`run` does everything but the last files of a checkpoint.
@@ -117,6 +112,7 @@ class Walk:
         attends = None if self.recipe.scheme.attention is None else IMPLEMENTATION
         self.model: PreTrainedModel = self.source.skeleton(unfuse=True, attn_implementation=attends)
         self.architecture: Architecture = for_config(self.source.config)
+        self.section = self.journal.section(0, last=len(self.recipe.stages) == 1)  # Blockwise comes first
         self.blocks = block_modules(self.model, self.architecture)
         self.total = len(self.blocks)
         self.rotation = self._rotation()
@@ -186,7 +182,7 @@ class Walk:
         for i in range(self.total):
             self._at, self._ticks, self._expected = i, 0, self._ticks_of(i)
             call = None if calls is None else calls[i]
-            record = self._resume(i, call) if i < len(self.journal.finished) else self._quantize(i, call)
+            record = self._resume(i, call) if i < len(self.section.finished) else self._quantize(i, call)
             self.records.append(record)
             self.blocks[i] = nn.Identity()
             return_free_memory()
@@ -219,12 +215,12 @@ class Walk:
         self.fisher = FisherPass(
             self.source, self.stream, calls, self.ids, linears, self.store, self.journal, self.progress
         )
-        self.fisher.run(self.store["fp"], range(len(self.journal.finished), self.total))
+        self.fisher.run(self.store["fp"], range(len(self.section.finished), self.total))
 
     def _ticks_of(self, i: int) -> int:
         """About how many ticks block i will take: the original stream and the quantized one, and what steps say of themselves."""
         windows = 0 if self.ids is None else len(self.store["fp"])
-        if i < len(self.journal.finished):
+        if i < len(self.section.finished):
             return 2 * windows
         resolved = resolve(self.architecture, self.blocks[i], self.source.config)
         linears = len(self.recipe.scheme.formats(resolved, f"{self.architecture.blocks}.{i}"))
@@ -274,7 +270,7 @@ class Walk:
         specs = {f"{name}.{path}": attention_spec(m) for path, m in block.named_modules()}
         attends = {path: to_dict(spec) for path, spec in specs.items() if spec is not None}
         record = BlockRecord(name, error, state.records, state.notes, packed, attends)
-        self.journal.write(self._shard(i), self._tensors(block, name), record.to_dict())
+        self.section.write(self._shard(i), self._tensors(block, name), record.to_dict())
         return record
 
     @property
@@ -305,13 +301,13 @@ class Walk:
         )
 
     def _resume(self, i: int, call: Call | None) -> BlockRecord:
-        entry = self.journal.finished[i]
+        entry = self.section.finished[i]
         record = BlockRecord.from_dict(entry["record"])
         if call is None:
             return record
         block = self._original(i, call)
         unmake_drafts(block)
-        tensors = load_file(self.journal.directory / entry["file"])
+        tensors = load_file(self.section.directory / entry["file"])
         for path, spec in record.attention.items():
             quantize_attention(block.get_submodule(path.removeprefix(f"{record.name}.")), from_dict(spec))
         install_packed(block, record.name, record.modules, tensors)
@@ -341,13 +337,13 @@ class Walk:
         return {f"{name}.{key}": stored(key, value.detach()) for key, value in block.state_dict().items()}
 
     def _shard(self, i: int) -> str:
-        return shard_name(i, self.total + 1, final=not self.recipe.model_steps)
+        return self.section.shard_name(i, self.total + 1)
 
     # After the last block
 
     def write_rest(self) -> None:
         """Stores everything outside the blocks as it was, in the checkpoint's own dtype."""
-        if len(self.journal.finished) > self.total:
+        if len(self.section.finished) > self.total:
             return
         tied, tensors = set(self.model.all_tied_weights_keys), {}
         for module in outside(self.model, self.architecture):
@@ -357,7 +353,7 @@ class Walk:
             tensors |= {
                 key: value for key, value in here.items() if key.rpartition(".")[0] == module and key not in tied
             }
-        self.journal.write(self._shard(self.total), tensors, {})
+        self.section.write(self._shard(self.total), tensors, {})
         for module in outside(self.model, self.architecture):
             self.source.release(self.model, module)
 
