@@ -158,7 +158,8 @@ def _hints(cls: type) -> dict[str, Any]:
 @cache
 def _adapter(cls: type, field: str) -> TypeAdapter[Any]:
     # In a tuple of one: for a dataclass by itself pydantic would take the configuration of that class.
-    return TypeAdapter(GenericAlias(tuple, (_by_instance(_hints(cls)[field]),)), config=_STRICT)
+    hint: Any = GenericAlias(tuple, (_by_instance(_hints(cls)[field]),))
+    return TypeAdapter(hint, config=_STRICT)
 
 
 def _by_instance(hint: Any) -> Any:
