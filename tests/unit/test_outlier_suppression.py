@@ -284,7 +284,7 @@ def test_gradients_reach_steps_and_zero_points(llama):
     state = llama(act=STATIC4)
     SearchActivationRange(span=0.5, step=0.1).run(state)
     module = LearnedStepSizes().make(state, {})
-    params = module.activations()["mlp.down_proj"]
+    params = module.chosen("mlp.down_proj", state.draft("mlp.down_proj").weight)["act_params"]
     x = state.collect([Samples(64)])["mlp_hidden"][Samples(64)] * 1.5  # some values beyond the range
     state.formats["mlp.down_proj"].act.spec.grid.fake(x.reshape(1, -1), params).square().sum().backward()
     reached = [p for p in module.parameters() if p.grad is not None and p.grad.abs().sum() > 0]

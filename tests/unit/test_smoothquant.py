@@ -34,15 +34,15 @@ def state(first_block):
     def make(act: ActSpec | None = None, weight: Spec = W8, first: float = 1.0) -> BlockState:
         """``first``: what the MLP's gate makes of the first token of every window is multiplied by it."""
         block, resolved, io = first_block
-        block = copy.deepcopy(block)
+        formats = {path: LinearFormat(weight, act) for path in resolved.linears}
+        made = BlockState.of("model.layers.0", copy.deepcopy(block), resolved, formats, io)
         if first != 1.0:
 
             def massive(module: nn.Module, args: tuple, y: torch.Tensor) -> torch.Tensor:
                 return torch.cat([y[:, :1] * first, y[:, 1:]], 1)
 
-            block.mlp.up_proj.register_forward_hook(massive)
-        formats = {path: LinearFormat(weight, act) for path in resolved.linears}
-        return BlockState.of("model.layers.0", block, resolved, formats, io)
+            made.draft("mlp.up_proj").register_forward_hook(massive)
+        return made
 
     return make
 

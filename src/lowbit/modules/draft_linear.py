@@ -35,8 +35,9 @@ from lowbit.transforms import ChannelTransform, Permute, Scale, through
 
 @dataclass(frozen=True)
 class _Simulation:
-    """What a draft computes with while it is simulated: ``weight`` as it will be restored, for the input after ``transform``.
-    ``act_params``: None where the draft's own count, and ``foreseen`` where it has none."""
+    """What a draft computes with while it is simulated: ``weight`` as it will be restored, for the input after ``transform``,
+    and with the side terms where the input is not quantized. ``act_params``: None where the draft's own count, and ``foreseen``
+    where it has none."""
 
     weight: Tensor
     bias: Tensor | None
@@ -117,22 +118,25 @@ class DraftLinear(nn.Module):
         """:meth:`forward` of an input ``[..., I]`` that has been through ``pre``."""
         if self._observer is not None:
             self._observer(h)
-        simulation = self._simulation
-        if simulation is None:
-            return self._behind(F.linear(h, self.weight, self.bias), self.bias)
-        if simulation.transform is not None:
-            h = simulation.transform.forward(h)
+        if self._simulation is not None:
+            y, bias = self._simulated_product(h, self._simulation), self._simulation.bias
+        elif self.post:
+            y, bias = F.linear(h, self.weight), self.bias
+        else:
+            return F.linear(h, self.weight, self.bias)  # as a linear computes it
+        y = through(self.post, y) if self.post else y
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _simulated_product(self, h: Tensor, simulation: _Simulation) -> Tensor:
+        """In the order of operations of a packed layer."""
         act = None if self.format is None else self.format.act
+        h = h if simulation.transform is None else through((simulation.transform,), h)
+        if act is None:
+            return F.linear(h, simulation.weight)
         params = simulation.act_params or self.act_params or simulation.foreseen
-        y = F.linear(fake_activation(h, act, params), simulation.weight, simulation.bias)
+        y = F.linear(fake_activation(h, act, params), simulation.weight)
         for term in simulation.side_terms:
             y = y + term.apply(h, y.shape[-1])
-        return self._behind(y, simulation.bias)
-
-    def _behind(self, y: Tensor, bias: Tensor | None) -> Tensor:
-        """``y``, product and bias, with ``post`` between the two."""
-        for transform in self.post:
-            y = through((transform,), y) if bias is None else through((transform,), y - bias) + bias
         return y
 
     @contextmanager
@@ -169,8 +173,11 @@ class DraftLinear(nn.Module):
         foreseen = None
         if bounds_2I is not None and form.act is not None and form.act.static:
             foreseen = static_params(form.act, bounds_2I if transform is None else transform.forward(bounds_2I))
-        restored = fake_quantize(weight, form.weight, chosen.get("range_shares", self.range_shares))
+        restored = fake_quantize(weight, form.weight, chosen.get("range_shares", self.range_shares)).contiguous()
         side_terms = chosen.get("side_terms", self.side_terms)
+        if form.act is None:  # one product for all
+            for term in side_terms:
+                restored = restored + term.dense((restored.shape[0], restored.shape[1]))
         return _Simulation(restored, bias, side_terms, transform, chosen.get("act_params"), foreseen)
 
     @contextmanager

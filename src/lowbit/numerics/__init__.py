@@ -1,6 +1,9 @@
-"""Number formats: grids, granularities, fits and quantized tensors. Imports torch only; knows no model and no method."""
+"""Number formats: grids, granularities, fits and quantized tensors.
 
-from lowbit.numerics.binary_coding import Alternating, to_binary_coded
+Imports torch, numpy and numba; knows no model and no method.
+"""
+
+from lowbit.numerics.binary_coding import Alternating
 from lowbit.numerics.fake import fake_quantize, usual_fit
 from lowbit.numerics.fit import (
     Clipped,
@@ -144,7 +147,6 @@ __all__ = [
     "serializable",
     "stored_bits",
     "straight_through",
-    "to_binary_coded",
     "to_dict",
     "untagged",
     "usual_fit",

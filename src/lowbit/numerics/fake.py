@@ -1,8 +1,7 @@
-"""Quantization as searches and learning see it: floating, and differentiable.
+"""Simulated quantization for searches and learning: floating and differentiable.
 
-Law: with the same fit, :func:`fake_quantize` is the dequantized :class:`~lowbit.numerics.QTensor`, up to the rounding of scales
-to their storage dtype. What a solver adds to that (errors fed back, weights kept apart, a fit weighed by importance) is not
-simulated.
+Law: with the same fit, :func:`fake_quantize` is the dequantized :class:`~lowbit.numerics.QTensor`, bit for bit in
+float32. The work of a solver (error feedback, kept weights, importance) is not simulated.
 """
 
 from __future__ import annotations
@@ -11,25 +10,35 @@ from torch import Tensor
 
 from lowbit.numerics.binary_coding import Alternating
 from lowbit.numerics.fit import Fit, KMeans, MinMax
-from lowbit.numerics.grids.base import Grid, RangeGrid
+from lowbit.numerics.grids.base import Grid, RangeGrid, straight_through
 from lowbit.numerics.qtensor import quantize
 from lowbit.numerics.spec import Spec
 
 
 def usual_fit(grid: Grid) -> Fit:
-    """What places ``grid`` where no recipe says how: the first of the plain fits that can."""
+    """The fit for ``grid`` when no recipe names one: the first plain fit that can place it."""
     return next(fit for fit in (MinMax(), KMeans(), Alternating()) if fit.why_not(grid) is None)
 
 
 def fake_quantize(x: Tensor, spec: Spec, fit: Fit | None = None) -> Tensor:
-    """``x`` ``[..., I]`` as ``spec`` restores it, in the dtype of ``x``.
+    """``x`` as ``spec`` restores it, in the dtype of ``x``.
 
-    Gradients reach ``x``, straight through the rounding, and, on grids that ranges place, the parameters of ``fit`` (None:
-    :func:`usual_fit`).
+    Gradients pass the rounding straight through to ``x``. On grids that ranges place they also reach the parameters of
+    ``fit``, straight through their rounding to storage. On such a grid the result is not finite if a parameter does not fit
+    its storage or ``x`` is not finite.
+
+    Args:
+        x: ``[..., I]``.
+        spec: the format.
+        fit: places the grid; None: :func:`usual_fit`.
     """
     fit = fit or usual_fit(spec.grid)
     if not isinstance(spec.grid, RangeGrid):
-        restored = quantize(x.detach(), spec, fit).dequantize().to(x.dtype)
-        return x + (restored - x).detach()
-    x_GK = spec.granularity.split(x)
-    return spec.granularity.join(spec.grid.fake(x_GK, fit(x_GK, spec.grid)), tuple(x.shape))  # pyright: ignore[reportArgumentType]
+        return straight_through(quantize(x.detach(), spec, fit).dequantize().to(x.dtype), x)
+    shape, x_GK = tuple(x.shape), spec.granularity.split(x)
+    placed = fit(x_GK, spec.grid)  # pyright: ignore[reportArgumentType]
+    raw = placed._make(None if p is None else p.detach() for p in placed)
+    stored = spec.as_stored(raw, spec.granularity.param_shape(shape)[1], check=False)
+    pairs = zip(stored, placed, strict=True)
+    params = placed._make(None if p is None or s is None else straight_through(s, p) for s, p in pairs)
+    return spec.granularity.join(spec.grid.fake(x_GK, params), shape)  # pyright: ignore[reportArgumentType]

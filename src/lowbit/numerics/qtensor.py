@@ -17,11 +17,15 @@ from lowbit.numerics.spec import Spec, fit_raw
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
-    """Codes ``[O, I]`` (uint8, one a byte: packing is :mod:`lowbit.layouts`) with parameters as stored (leading axis G).
+    """Codes with their parameters as stored; :meth:`fitted` makes one.
 
-    second: where the spec quantizes statistics, each floating parameter as it is stored, by name; ``params`` holds the
-        values that these restore. :meth:`fitted` fills both.
-    mean: float32 scalar added to every value; only of a second level that is centred.
+    Args:
+        codes: uint8 ``[O, I]``, one code in each byte; :mod:`lowbit.layouts` packs them.
+        params: leading axis G.
+        spec: the format.
+        second: if the spec quantizes statistics, each floating parameter by name as it is stored; ``params`` holds the values
+            that these restore.
+        mean: float32 scalar added to every value; only for a centred second level.
     """
 
     codes: Tensor
@@ -32,7 +36,13 @@ class QTensor:
 
     @staticmethod
     def fitted(codes: Tensor, raw: Params, spec: Spec) -> QTensor:
-        """Codes with parameters that were fitted and not yet stored (``Spec.as_stored`` of which chose the codes)."""
+        """A quantized tensor from codes and parameters as fitted.
+
+        Args:
+            codes: uint8 ``[O, I]``, chosen under ``spec.as_stored(raw)``.
+            raw: parameters before they are rounded to storage.
+            spec: the format.
+        """
         columns = spec.granularity.param_shape(tuple(codes.shape))[1]
         if spec.stats is None:
             return QTensor(codes, spec.as_stored(raw, columns), spec)
@@ -58,17 +68,17 @@ class QTensor:
 
     @property
     def stored_bits(self) -> int:
-        """Every bit on disk: codes (each row padded to whole bytes, as the layout pads it) and parameters."""
+        """Bits on disk: codes (the layout pads each row to whole bytes) and parameters."""
         return stored_bits(self.spec, self.shape)
 
     @property
     def bits_per_weight(self) -> float:
-        """``stored_bits`` over the number of weights."""
+        """``stored_bits`` divided by the number of weights."""
         return self.stored_bits / prod(self.shape)
 
 
 def stored_bits(spec: Spec, shape: Shape) -> int:
-    """Bits that a tensor of ``shape`` takes on disk in ``spec``. Needs no data, so a plan can use it."""
+    """Bits that a tensor of ``shape`` takes on disk in ``spec``. It needs no data, so a plan can use it."""
 
     def packed(rows: int, columns: int, bits: int) -> int:
         return rows * (-(-columns * bits // 8)) * 8
@@ -93,10 +103,15 @@ def quantize(
     centred: bool = False,
     encode_before_storing: bool = False,
 ) -> QTensor:
-    """Round-to-nearest: fits parameters to ``x`` ``[..., I]``, then takes the nearest code of each element.
+    """Round-to-nearest: fits parameters, then takes the nearest code of each element.
 
-    ``centred`` subtracts the mean of all elements first and keeps it in the result. ``encode_before_storing`` takes the
-    nearest codes under the parameters as fitted, and not as they will be stored.
+    Args:
+        x: ``[..., I]``.
+        spec: the format.
+        fit: places the grid.
+        importance: weights of the elements in the fit, in the shape of ``x``.
+        centred: subtract the mean of all elements first and keep it in the result.
+        encode_before_storing: take the nearest codes under the parameters as fitted, not as stored.
 
     Raises:
         ValueError: NaN or Inf in ``x``, or a scale that the format cannot store.
