@@ -17,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, field_validator
 
 from lowbit.numerics import Fisher, to_dict
 from lowbit.scheme import Frozen, Override, Scheme, validated
-from lowbit.steps import Learn, ModelStep, SetAttentionRange, Solve, Step
+from lowbit.steps import Freedom, ModelStep, Step
 from lowbit.steps.combination import check_attention_ranges, check_combination
 
 
@@ -57,7 +57,7 @@ class Recipe(Frozen):
                 _check_types(step, type(step).__name__)
             if not isinstance(step, Step):
                 raise ValueError(f"{step!r} is not a step such as Solve(...)")
-        solves = [i for i, step in enumerate(steps) if isinstance(step, Solve)]
+        solves = [i for i, step in enumerate(steps) if Freedom.CODES in step.fixes]
         if solves != [len(steps) - 1]:
             raise ValueError(
                 f"a recipe has one Solve, as its last step; found {[type(step).__name__ for step in steps]}"
@@ -76,8 +76,12 @@ class Recipe(Frozen):
     @property
     def reads_inputs(self) -> bool:
         """Whether a step asks what the calibration text makes of the inputs of linears."""
-        learns = any(isinstance(step, Learn | SetAttentionRange) for step in self.steps) or bool(self.model_steps)
-        return learns or any(need.of_input for step in self.steps for need in step.needs)
+        return bool(self.model_steps) or any(step.reads_inputs for step in self.steps)
+
+    @property
+    def learns(self) -> bool:
+        """Whether a step follows gradients."""
+        return bool(self.model_steps) or any(step.learns for step in self.steps)
 
     @property
     def needs_calibration(self) -> bool:

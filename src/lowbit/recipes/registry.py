@@ -13,7 +13,6 @@ from lowbit.numerics import nearest, to_dict
 from lowbit.recipes.mix import mix
 from lowbit.recipes.recipe import Recipe
 from lowbit.scheme import plain_message
-from lowbit.steps import Learn
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,13 @@ class Method:
     def describe(self) -> dict[str, Any]:
         """What ``lowbit methods`` prints."""
         recipe = self.recipe()
-        learns = any(isinstance(step, Learn) for step in recipe.steps) or bool(recipe.model_steps)
         needs = {type(need).__name__ for step in recipe.steps for need in step.needs}
         return {
             "name": self.name,
             "family": self.family,
             "paper": self.paper,
             "summary": self.summary,
-            "needs": sorted(needs) + (["gradients"] if learns else []),
+            "needs": sorted(needs) + (["gradients"] if recipe.learns else []),
             "options": {key: to_dict(p.default) for key, p in self.options.items()},
         }
 

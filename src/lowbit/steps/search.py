@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -23,9 +24,11 @@ from lowbit.numerics import (
     mean_abs,
     serializable,
 )
+from lowbit.steps.effects import EdgeUse, Freedom
 from lowbit.steps.rules import Smooth, guard_dead
 from lowbit.steps.simulate import simulated
 from lowbit.steps.state import BlockState, Stats
+from lowbit.steps.step import FLOAT, RunSizes, Step
 from lowbit.transforms import ChannelTransform, Scale
 
 
@@ -132,6 +135,9 @@ class Thresholds:
         return [Scale((magnitude / t).clamp(min=1)) for t in thresholds]
 
 
+_WEIGHT_COPIES = 3  # of the weights that an edge's consumers hold, while candidates are tried
+
+
 @dataclass
 class _Calls:
     """Calls of one module during calibration and what it answered."""
@@ -142,7 +148,7 @@ class _Calls:
 
 @serializable
 @dataclass(frozen=True)
-class Search:
+class Search(Step):
     """Tries ``candidates`` at every edge in ``at``; judges by the output error of the edge's judge module.
 
     Every edge is searched on the unchanged block and the winners are folded at the end, each as AWQ's reference does; with
@@ -168,6 +174,18 @@ class Search:
     def needs(self) -> frozenset[Statistic]:
         return self.candidates.needs
 
+    @property
+    def transforms(self) -> tuple[EdgeUse, ...]:
+        return (EdgeUse(self.candidates.kind, self.at, self.candidates),)
+
+    def memory(self, sizes: RunSizes) -> float:
+        """Calls of the judges over the calibration windows, and copies of the weights of one edge's consumers."""
+        edges, quantized = self.transforms[0].legal_edges(sizes.block.resolved), sizes.block.layers
+        judges = {path for edge in edges for path in self._judges(quantized, edge)}
+        consumers = [{port.module for port in edge.consumers} & quantized.keys() for edge in edges]
+        largest = max((sum(prod(sizes.shapes[path]) for path in paths) for paths in consumers), default=0)
+        return sizes.judged_bytes(judges, self.windows) + _WEIGHT_COPIES * largest * FLOAT
+
     def ticks(self, windows: int, linears: int) -> int:
         return windows * (len(self.at) if self.in_turn else 1) + self.candidates.count * len(self.at)
 
@@ -192,11 +210,11 @@ class Search:
         static = any(form.act is not None and form.act.static for form in state.formats.values())
         with state.replaced(before or {}):
             stats = state.collect(self.needs | ({Range()} if static else frozenset()))
-            heard = _listen(state, {path for edge in edges for path in self._judges(state, edge)}, self.windows)
+            heard = _listen(state, {path for edge in edges for path in self._judges(state.formats, edge)}, self.windows)
         winners = []
         for edge in edges:
             tried = self.candidates(state, edge, stats)
-            calls = {path: heard[path] for path in self._judges(state, edge)}
+            calls = {path: heard[path] for path in self._judges(state.formats, edge)}
             losses = [self._loss(state, edge, transform, stats, calls) for transform in tried]
             if not losses or not any(each.calls for each in calls.values()):
                 state.note(f"edge {edge.name!r} saw no token: nothing was searched there")
@@ -206,10 +224,10 @@ class Search:
         for edge, transform in winners:
             state.commit(edge, transform, self.candidates.kind)
 
-    def _judges(self, state: BlockState, edge: ResolvedEdge) -> list[str]:
+    def _judges(self, quantized: Container[str], edge: ResolvedEdge) -> list[str]:
         if self.by == "judge":
             return [edge.judge]
-        return [port.module for port in edge.consumers if port.module in state.formats]
+        return [port.module for port in edge.consumers if port.module in quantized]
 
     def _loss(
         self,
@@ -275,7 +293,7 @@ def _listen(state: BlockState, paths: set[str], windows: int | None) -> dict[str
 
 @serializable
 @dataclass(frozen=True)
-class SearchClip:
+class SearchClip(Step):
     """For every granule of every linear (but the roles in ``skip``) the symmetric clip that hurts its own product least.
 
     Thresholds ``c = max|w| * (1 - i / steps)`` for ``i = 0 .. max_shrink * steps - 1`` (AWQ's clip search). A granule's
@@ -290,6 +308,10 @@ class SearchClip:
     @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset({Gram()})
+
+    @property
+    def fixes(self) -> frozenset[Freedom]:
+        return frozenset({Freedom.WEIGHT_RANGES})
 
     def ticks(self, windows: int, linears: int) -> int:
         return windows

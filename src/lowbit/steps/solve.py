@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lowbit.modules import ActSpec, QuantLinear
-from lowbit.numerics import Affine, PerInput, QTensor, Samples, Statistic, serializable
+from lowbit.numerics import Affine, PerChannel, PerInput, PerTensor, QTensor, Samples, Spec, Statistic, serializable
 from lowbit.solve import Nearest, Solver
+from lowbit.steps.effects import BlockDescription, Freedom, LayerDescription
 from lowbit.steps.simulate import usual_fit
 from lowbit.steps.state import BlockState, LayerRecord, Stats, set_module
+from lowbit.steps.step import RunSizes, Step, names_of
 from lowbit.transforms import ChannelTransform, Permute
 
 _CHECK = Samples(256, stride=2)  # tokens on which each layer's output error is measured for the report
@@ -19,7 +22,7 @@ _CHECK = Samples(256, stride=2)  # tokens on which each layer's output error is 
 
 @serializable
 @dataclass(frozen=True)
-class Solve:
+class Solve(Step):
     """Hands every linear and the statistics of its input to ``solver``.
 
     ``true_sequential``: linears are solved stage by stage ({q, k, v}, {o}, {gate, up}, {down}), each stage with
@@ -32,6 +35,32 @@ class Solve:
     @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset(self.solver.needs)
+
+    @property
+    def fixes(self) -> frozenset[Freedom]:
+        return frozenset({Freedom.CODES})
+
+    def check(self, weights: Sequence[Spec], activations: Sequence[ActSpec], steps: Sequence[Step]) -> None:
+        for spec in weights:
+            self.solver.check(spec, any(step.places_weight(spec) for step in steps))
+        grouped = any(not isinstance(spec.granularity, PerChannel | PerTensor) for spec in weights)
+        ordering = [step for step in steps if Freedom.CHANNEL_ORDER in step.fixes]
+        if ordering and grouped and self.solver.moves_groups:
+            raise ValueError(
+                f"{names_of(ordering)} puts input channels in an order, and Solve, with order='act', in another; use order='group' "
+                "or static_groups=true"
+            )
+
+    def describe(self, block: BlockDescription) -> BlockDescription:
+        return block.changed({path: self._solved(layer) for path, layer in block.layers.items()})
+
+    def _solved(self, layer: LayerDescription) -> LayerDescription:
+        several = layer.format.weight.granularity.param_shape(layer.shape)[1] > 1
+        return replace(layer, ordered=several and self.solver.moves_groups, outliers=self.solver.outliers is not None)
+
+    def memory(self, sizes: RunSizes) -> float:
+        solving = max((self.solver.memory(*sizes.shapes[path]) for path in sizes.block.layers), default=0)
+        return sizes.statistics_bytes({_CHECK}) + solving
 
     def ticks(self, windows: int, linears: int) -> int:
         return linears + windows * (4 if self.true_sequential else 1)  # which are read for the report at least

@@ -26,6 +26,7 @@ from lowbit.modules import QuantLinear, restore
 from lowbit.numerics import QTensor, serializable
 from lowbit.steps.precision import faster_products
 from lowbit.steps.simulate import fake_activation
+from lowbit.steps.step import ModelStep
 
 
 @dataclass
@@ -48,7 +49,7 @@ class ModelState:
 
 @serializable
 @dataclass(frozen=True)
-class Tune:
+class Tune(ModelStep):
     """AdamW on all floating parameters of packed linears and on norm gains, against the original's distribution.
 
     The loss is the KL divergence from the original's next-token distribution, averaged over tokens. Every number moves
