@@ -11,7 +11,7 @@ import torch
 import lowbit
 from lowbit.architectures import Kind
 from lowbit.modules import ActSpec, QuantLinear
-from lowbit.numerics import AbsMax, PerTensor, Spec, Statistic, serializable
+from lowbit.numerics import AbsMax, PerTensor, Spec, Statistic, serializable, to_dict
 from lowbit.plan import explain, plan
 from lowbit.recipes import Recipe, from_plain, mix, recipe
 from lowbit.scheme import activation, linears, weight
@@ -86,7 +86,8 @@ class DivideInputs(Step):
         for shared in state.resolved.shared_inputs:
             readers = [path for path in shared.readers if path in state.formats]
             largest = stats[shared.name][AbsMax()].clamp(min=1e-3)
-            state.transform_inputs(readers, Scale(largest))
+            for path in readers:
+                state.transform(path, Scale(largest))
 
 
 FORMAT = linears(weight(8, 16))
@@ -95,7 +96,7 @@ NORMS = Set(Smooth(), ("norm_*",))
 
 
 def of_steps(*steps: Step, scheme=FORMAT) -> Recipe:
-    return Recipe(name="mine", scheme=scheme, steps=(*steps, Solve(Nearest())))
+    return Recipe.blockwise("mine", scheme, (*steps, Solve(Nearest())))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_combinations_are_checked_by_what_it_declares():
     with pytest.raises(ValueError, match="one range serves them all"):
         of_steps(DivideInputs(), scheme=linears(Spec(weight(8, None).grid, PerTensor())))
     built = of_steps(NORMS, DivideInputs())
-    assert from_plain(built.to_dict()) == built
+    assert from_plain(to_dict(built)) == built
     assert built.learns and built.reads_inputs and built.needs_calibration
 
 

@@ -6,6 +6,7 @@ Where a search or a solver decides how much is stored (outliers, copied channels
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, Lla
 from lowbit.checkpoints.shards import TensorHeader, read_shard_header
 from lowbit.plan import explain, plan
 from lowbit.plan.model_plan import ModelPlan, plan_model
-from lowbit.recipes import METHODS, Recipe, from_plain, recipe
+from lowbit.recipes import METHODS, Recipe, recipe
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Journal
 
@@ -73,8 +74,9 @@ def quick(wanted: Recipe) -> Recipe:
         "SearchReassembly": {"ratio": 0.0},
         "SearchFloat": {"rounds": 1, "grid": 2, "tokens": 32},
     }
-    data = wanted.to_dict()
-    return from_plain(data | {"steps": [step | changes.get(step["type"], {}) for step in data["steps"]]})
+    return wanted.with_blockwise(
+        steps=tuple(replace(step, **changes.get(type(step).__name__, {})) for step in wanted.steps)
+    )
 
 
 def written(planned: ModelPlan, out: Path) -> dict[str, TensorHeader]:
@@ -120,7 +122,7 @@ def test_copied_channels_are_counted_at_their_most(models, tmp_path, assembly):
 
 def test_a_transform_that_linears_run_is_counted_and_explained_where_no_edge_carries_it(models):
     wanted = recipe("quip", balance=True)
-    names = {name: entry for name, entry in _first_transforms(plan_model(models("gpt2"), wanted)).items()}
+    names = _first_transforms(plan_model(models("gpt2"), wanted))
     assert names["mlp.c_proj"] == "Scale" and names["mlp.c_fc"] != "Scale"
     explanation = explain(wanted, models("gpt2"))
     assert "is run and stored by the linears that read" in explanation.steps[0]

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lowbit.numerics import PerCluster
+from lowbit.numerics import PerCluster, to_dict
 from lowbit.plan.compatibility import compatibility, kernel_reasons
 from lowbit.plan.layers import PlannedLayer, planned_layers, ragged_groups
 from lowbit.plan.model_plan import ModelPlan, edge_notes, layer_bytes, outside_bytes, plan_model, rest_of_block
@@ -78,7 +78,7 @@ def plan(
     parts = peak_parts(checked, samples, seq_len, ram_limit)
     return Plan(
         name=checked.source.name,
-        recipe=checked.recipe.to_dict(),
+        recipe=to_dict(checked.recipe),
         architecture=checked.architecture.name,
         layers=layers,
         bytes_in=sum(header.nbytes for header in checked.source.headers.values()),

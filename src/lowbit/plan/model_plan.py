@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lowbit.architectures import (
     Architecture,
@@ -33,7 +32,7 @@ from lowbit.architectures import (
 )
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.layouts import Layout
-from lowbit.modules import LinearFormat, OperandRanges, buffer_layout
+from lowbit.modules import LinearFormat, OperandRanges, buffer_layout, weight_shape
 from lowbit.modules.quant_linear import Config
 from lowbit.recipes import Recipe, as_recipe
 from lowbit.steps import BlockDescription, LayerDescription
@@ -113,8 +112,10 @@ class ModelPlan:
 
 
 def plan_model(model: str | PathLike[str], recipe: Recipe | str | Path | Mapping[str, Any]) -> ModelPlan:
-    """Opens ``model`` without weights and lays ``recipe`` over it. Raises as :func:`open_model` and :func:`lay_over`."""
+    """Opens ``model`` without weights and lays ``recipe`` over it. Raises as :func:`open_model` and :func:`lay_over`, and where this
+    version cannot carry out the recipe."""
     recipe = as_recipe(recipe)
+    recipe.check_runs()
     return lay_over(open_model(model), recipe)
 
 
@@ -149,7 +150,7 @@ def replan(source: ModelSource, architecture: Architecture, model: PreTrainedMod
 
 def _block_plan(block: ModelBlock, recipe: Recipe, heads: tuple[int, int, int, int], rotated: bool) -> BlockPlan:
     linears = {path: block.module.get_submodule(path) for path in block.resolved.linears}
-    shapes = {path: _shape(linear) for path, linear in linears.items()}
+    shapes = {path: weight_shape(linear) for path, linear in linears.items()}
     formats = recipe.scheme.formats(block.resolved, block.name)
     layers = {
         path: LayerDescription(form, shapes[path], linears[path]._parameters.get("bias") is not None)
@@ -181,11 +182,6 @@ def _naming(block: BlockPlan, path: str) -> Iterator[None]:
             f"{block.name}.{path} ({rows} x {columns}) cannot have its format: {error}. Give it another one with an override "
             f"for {block.resolved.linears[path]!r}, or skip it"
         ) from error
-
-
-def _shape(linear: nn.Module) -> tuple[int, int]:
-    rows, columns = linear.get_parameter("weight").shape
-    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
 
 
 def _heads(config: Any) -> tuple[int, int, int, int]:

@@ -15,9 +15,9 @@ and, where a recipe needs Fisher information, two more, with an array of activat
 P is the process itself (Python, torch, transformers: measured). A is the activations of the calibration set, three arrays
 ``[N, T, d]`` of float32, as far as they fit in the limit that the user set; the rest is in files. B is the largest block in
 float32, L its largest tensor as stored, O everything outside the blocks in float32 and E the same without the head, Q the
-packed layers, V the logits of one window in float32. Where a recipe tunes the whole model afterwards, one more:
+packed layers, V the logits of one window in float32. Where a stage trains the packed model, one more:
 
-    tune       P + A + 2 O + Q + C + b (8 V + n W) + 4 D
+    train      P + A + 2 O + Q + C + b (8 V + n W) + 4 D
 
 with C a byte for each weight (its code), b windows a step through n blocks, and D the largest layer in float32. What steps
 need:
@@ -39,6 +39,7 @@ from __future__ import annotations
 from math import prod
 
 from lowbit.plan.model_plan import BlockPlan, ModelPlan, layout_bytes, outside_bytes
+from lowbit.recipes import Train
 from lowbit.steps import Step
 from lowbit.steps.step import FLOAT, RunSizes
 
@@ -76,8 +77,8 @@ def peak_parts(plan: ModelPlan, samples: int, seq_len: int, ram_limit: int) -> d
     logits = seq_len * plan.source.config.get_text_config().vocab_size * FLOAT
     packed = sum(layout_bytes(plan.layout(layer)) for *_, layer in plan.layers)
     fisher = _fisher_parts(plan, worst, samples, seq_len, ram_limit) if plan.recipe.needs_fisher else {}
-    tune = _tune_parts(plan, worst, seq_len, held, packed) if plan.recipe.model_steps else {}
-    return (fisher | tune) | {
+    train = _train_parts(plan, worst, seq_len, held, packed)
+    return (fisher | train) | {
         "start": held | {"embeddings": _base_bytes(plan), "block": _block_bytes(plan.blocks[0])},
         "block": held | block,
         "compare": held | {"outside the blocks": outside, "logits": 8 * logits},
@@ -85,15 +86,17 @@ def peak_parts(plan: ModelPlan, samples: int, seq_len: int, ram_limit: int) -> d
     }
 
 
-def _tune_parts(
+def _train_parts(
     plan: ModelPlan, worst: BlockPlan, seq_len: int, held: dict[str, int], packed: int
 ) -> dict[str, dict[str, int]]:
-    batch = max(step.batch for step in plan.recipe.model_steps)
+    batch = max((stage.batch for stage in plan.recipe.stages if isinstance(stage, Train)), default=0)
+    if not batch:
+        return {}
     logits = seq_len * plan.source.config.get_text_config().vocab_size * FLOAT
     weights = sum(prod(block.shapes[path]) for block, path, _ in plan.layers)
     kept = len(plan.blocks) * run_sizes(plan, worst, 1, seq_len).window_bytes
     return {
-        "tune": held
+        "train": held
         | {
             "outside the blocks, packed and original": 2 * outside_bytes(plan, FLOAT),
             "packed layers": packed,

@@ -1,4 +1,4 @@
-"""The walk: every block once, in order, original weights in and packed weights out.
+"""The stage Blockwise: a walk over every block once, in order, original weights in and packed weights out.
 
 At no time does it hold more than one block of original weights, three arrays of activations (two streams, and one more
 for what a block makes of the original stream), and what a step declared that it needs.
@@ -37,7 +37,15 @@ from lowbit.architectures import (
     rotate_residual,
 )
 from lowbit.checkpoints.source import return_free_memory
-from lowbit.modules import AttentionSpec, OperandRanges, QuantLinear, described_residual, turned
+from lowbit.modules import (
+    AttentionSpec,
+    OperandRanges,
+    QuantLinear,
+    described_residual,
+    make_drafts,
+    turned,
+    unmake_drafts,
+)
 from lowbit.numerics import from_dict, to_dict
 from lowbit.plan.model_plan import ModelPlan
 from lowbit.progress import Progress, silent
@@ -76,11 +84,6 @@ class Broken(ValueError):
     """A block came out unusable (NaN, Inf): quantizing further would be a waste."""
 
 
-def shard_name(i: int, total: int, *, final: bool = True) -> str:
-    """File i of ``total``; shards that steps of model scope will still change have names of their own."""
-    return f"{'model' if final else 'walked'}-{i + 1:05d}-of-{total:05d}.safetensors"
-
-
 @dataclass
 class Walk:
     """One run over a model. See the module docstring; :meth:`run` does everything but the last files of a checkpoint.
@@ -102,6 +105,7 @@ class Walk:
         self.source, self.recipe, self.architecture = self.plan.source, self.plan.recipe, self.plan.architecture
         attends = None if self.recipe.scheme.attention is None else IMPLEMENTATION
         self.model: PreTrainedModel = self.source.skeleton(unfuse=True, attn_implementation=attends)
+        self.section = self.journal.section(0, last=len(self.recipe.stages) == 1)  # Blockwise comes first
         self.blocks = block_modules(self.model, self.architecture)
         self.total = len(self.blocks)
         self.rotation = self.plan.rotation
@@ -164,7 +168,7 @@ class Walk:
         for i in range(self.total):
             self._at, self._ticks, self._expected = i, 0, self._ticks_of(i)
             call = None if calls is None else calls[i]
-            record = self._resume(i, call) if i < len(self.journal.finished) else self._quantize(i, call)
+            record = self._resume(i, call) if i < len(self.section.finished) else self._quantize(i, call)
             self.records.append(record)
             self.blocks[i] = nn.Identity()
             return_free_memory()
@@ -195,12 +199,12 @@ class Walk:
         self.fisher = FisherPass(
             self.source, self.stream, calls, self.ids, linears, self.store, self.journal, self.progress
         )
-        self.fisher.run(self.store["fp"], range(len(self.journal.finished), self.total))
+        self.fisher.run(self.store["fp"], range(len(self.section.finished), self.total))
 
     def _ticks_of(self, i: int) -> int:
         """About how many ticks block i will take: the original stream and the quantized one, and what steps say of themselves."""
         windows = 0 if self.ids is None else len(self.store["fp"])
-        if i < len(self.journal.finished):
+        if i < len(self.section.finished):
             return 2 * windows
         linears = len(self.plan.blocks[i].formats)
         return 2 * windows + sum(step.ticks(windows, linears) for step in self.recipe.steps)
@@ -211,8 +215,10 @@ class Walk:
         self.progress(self._at + part, self.total, f"block {self._at + 1} of {self.total}: {what}")
 
     def _original(self, i: int, call: Call | None) -> nn.Module:
-        """Block i with its original weights, in the basis of the stream; the original stream behind it is in ``next``."""
+        """Block i with its original weights, its linears drafts, in the basis of the stream; the original stream behind it is in
+        ``next``."""
         self.source.load_into(self.model, self.plan.blocks[i].name)
+        make_drafts(self.blocks[i], self.plan.blocks[i].resolved.linears)
         if self.rotation is not None:
             self._fold(i, self.rotation)
         if call is not None:
@@ -233,22 +239,20 @@ class Walk:
 
     def _quantize(self, i: int, call: Call | None) -> BlockRecord:
         block = self._original(i, call).requires_grad_(False)
-        state = self._state(i, block, call)
-        if self.fisher is not None:
-            state.fisher = self.fisher.load(i)
+        state = self._state(i, block, call, None if self.fisher is None else self.fisher.load(i))
         name = state.name
         for other in state.resolved.other_matrices:
             state.note(f"{other} is a matrix that no role covers: it keeps its precision")
         for step in self.recipe.steps:
             step.run(state)
-        missed = [path for path in state.formats if not isinstance(state.linear(path), QuantLinear)]
-        assert not missed, f"{name}: {missed} left unquantized"
+        assert not state.drafts, f"{name}: {list(state.drafts)} left unquantized"
+        unmake_drafts(block)
         packed = {f"{name}.{path}": m.config() for path, m in block.named_modules() if isinstance(m, QuantLinear)}
         error = None if call is None else self._behind(block, call)
         specs = {f"{name}.{path}": attention_spec(m) for path, m in block.named_modules()}
         attends = {path: to_dict(spec) for path, spec in specs.items() if spec is not None}
         record = BlockRecord(name, error, state.records, state.notes, packed, attends)
-        self.journal.write(self._shard(i), self._tensors(block, name), record.to_dict())
+        self.section.write(self._shard(i), self._tensors(block, name), record.to_dict())
         return record
 
     @property
@@ -256,17 +260,20 @@ class Walk:
         """The formats of attention's operands, by name of the module that attends."""
         return {name: from_dict(spec) for record in self.records for name, spec in record.attention.items()}
 
-    def _state(self, i: int, block: nn.Module, call: Call | None) -> BlockState:
+    def _state(
+        self, i: int, block: nn.Module, call: Call | None, fisher: dict[str, Tensor] | None = None
+    ) -> BlockState:
         plan, io = self.plan.blocks[i], None
         if call is not None:
             fp = self.store["fp"]
             io = BlockIO(fp if self.recipe.feed == "fp" else self.store["quant"], self.store["next"], call, x_fp=fp)
-        return BlockState(
-            name=plan.name,
-            block=block,
-            resolved=plan.resolved,
-            formats=dict(plan.formats),
-            io=io,
+        return BlockState.of(
+            plan.name,
+            block,
+            plan.resolved,
+            dict(plan.formats),
+            io,
+            fisher,
             seed=derived_seed(self.recipe.seed, i),
             store_dtype=self.source.dtype,
             tick=self._tick,
@@ -274,12 +281,13 @@ class Walk:
         )
 
     def _resume(self, i: int, call: Call | None) -> BlockRecord:
-        entry = self.journal.finished[i]
+        entry = self.section.finished[i]
         record = BlockRecord.from_dict(entry["record"])
         if call is None:
             return record
         block = self._original(i, call)
-        tensors = load_file(self.journal.directory / entry["file"])
+        unmake_drafts(block)
+        tensors = load_file(self.section.directory / entry["file"])
         for path, spec in record.attention.items():
             quantize_attention(block.get_submodule(path.removeprefix(f"{record.name}.")), from_dict(spec))
         install_packed(block, record.name, record.modules, tensors)
@@ -309,13 +317,13 @@ class Walk:
         return {f"{name}.{key}": stored(key, value.detach()) for key, value in block.state_dict().items()}
 
     def _shard(self, i: int) -> str:
-        return shard_name(i, self.total + 1, final=not self.recipe.model_steps)
+        return self.section.shard_name(i, self.total + 1)
 
     # After the last block
 
     def write_rest(self) -> None:
         """Stores everything outside the blocks as it was, in the checkpoint's own dtype."""
-        if len(self.journal.finished) > self.total:
+        if len(self.section.finished) > self.total:
             return
         tied, tensors = set(self.model.all_tied_weights_keys), {}
         for module in outside(self.model, self.architecture):
@@ -325,7 +333,7 @@ class Walk:
             tensors |= {
                 key: value for key, value in here.items() if key.rpartition(".")[0] == module and key not in tied
             }
-        self.journal.write(self._shard(self.total), tensors, {})
+        self.section.write(self._shard(self.total), tensors, {})
         for module in outside(self.model, self.architecture):
             self.source.release(self.model, module)
 

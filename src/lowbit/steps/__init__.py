@@ -1,4 +1,4 @@
-"""Steps: how what is free gets set. A recipe is a tuple of them; each runs on one block at a time."""
+"""Steps: how what is free gets set. The stage Blockwise is a tuple of them; each runs on one block at a time."""
 
 from lowbit.steps.attention import SetAttentionRange
 from lowbit.steps.choose_grid import ChooseGrid, FitActivation
@@ -18,8 +18,7 @@ from lowbit.steps.search_float import SearchFloat
 from lowbit.steps.set import Set, SetActivationRange
 from lowbit.steps.solve import Solve
 from lowbit.steps.state import BlockIO, BlockState, LayerRecord
-from lowbit.steps.step import ModelStep, Step
-from lowbit.steps.tune import ModelState, Tune
+from lowbit.steps.step import Step
 
 __all__ = [
     "AllWeights",
@@ -44,8 +43,6 @@ __all__ = [
     "MeanAbsPower",
     "Midpoint",
     "MixOrder",
-    "ModelState",
-    "ModelStep",
     "NormsAndBiases",
     "Ones",
     "OwnGain",
@@ -67,5 +64,4 @@ __all__ = [
     "Solve",
     "Step",
     "Thresholds",
-    "Tune",
 ]

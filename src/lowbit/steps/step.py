@@ -15,7 +15,6 @@ from lowbit.transforms import Seeded
 
 if TYPE_CHECKING:
     from lowbit.steps.state import BlockState
-    from lowbit.steps.tune import ModelState
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -131,21 +130,6 @@ class Step(Effects):
 
     def run(self, state: BlockState) -> None:
         """Does the work on one block, in place."""
-        raise NotImplementedError
-
-
-class ModelStep:
-    """A step on the whole packed model after its last block. Subclasses are frozen dataclasses. ``batch``: windows that pass
-    through the model at once."""
-
-    batch: int = 1
-
-    def model_ticks(self, windows: int) -> int:
-        """How often a run ticks."""
-        raise NotImplementedError
-
-    def run_model(self, state: ModelState) -> None:
-        """Does the work, in place."""
         raise NotImplementedError
 
 
