@@ -2,7 +2,7 @@
 
 What every command keeps: results on stdout and everything else on stderr, so that ``--json`` is JSON alone; exit code 0
 only on success, 1 with one line that says what is wrong and what to do, 2 for a command that is not well formed, 130
-after Ctrl-C. Commands import what they run when they run it.
+after Ctrl-C. Commands import what they run when they run it, so that help, lists and completion need no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from lowbit.cli.common import guarded
 app = typer.Typer(
     name="lowbit",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",  # the only mode that joins the lines of a paragraph
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lowbit.catalog import builtin_recipes
 from lowbit.numerics import from_dict
 from lowbit.recipes.recipe import Recipe, rebuilt
 from lowbit.recipes.registry import recipe
@@ -110,11 +111,6 @@ def from_file(path: str | Path) -> Recipe:
         raise ValueError(f"{path} is not YAML: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def builtin_recipes() -> dict[str, Path]:
-    """The recipe files that come with the package, by name."""
-    return {path.stem: path for path in sorted((Path(__file__).parent).glob("*.yaml"))}
 
 
 def as_recipe(value: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
