@@ -13,11 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -91,6 +86,13 @@ class LowbitQuantizer(HfQuantizer):
 
 def register() -> None:
     """Makes the two classes known to transformers; a second call changes nothing."""
+    # Here and not at the top: a reload of that module makes new mappings.
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        register_quantization_config,
+        register_quantizer,
+    )
+
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(LowbitConfig)
         register_quantizer(METHOD)(LowbitQuantizer)

@@ -14,7 +14,9 @@ EXAMPLE = "Example: lowbit recipes; lowbit recipes NAME > mine.yaml"
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this recipe's file.", autocompletion=complete.recipes)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Print this recipe's file.", autocompletion=complete.recipes)
+    ] = None,
     as_json: common.Json = False,
 ) -> None:
     """List the recipes that come along, or print one to start your own from."""

@@ -49,10 +49,9 @@ from lowbit.numerics.grids import (
     arity,
     powers_of_two,
 )
-from lowbit.numerics.qtensor import QTensor, quantize, stored_bits
 from lowbit.numerics.serialize import from_dict, nearest, serializable, to_dict
 from lowbit.numerics.side_terms import KeptColumns, LowRank, SideTerm, Sparse
-from lowbit.numerics.spec import Spec, fake_quantize, fit_params, fit_raw
+from lowbit.numerics.spec import QTensor, Spec, fake_quantize, fit_params, fit_raw, quantize, stored_bits
 from lowbit.numerics.statistics import (
     AbsMax,
     AbsSum,

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lowbit.numerics.grids import BinaryCoded, Int
 from lowbit.numerics.grids.base import Bases, Grid
-from lowbit.numerics.qtensor import QTensor
 from lowbit.numerics.serialize import serializable
+from lowbit.numerics.spec import QTensor
 
 
 @serializable

@@ -1,10 +1,15 @@
-"""What is stored: a grid, who shares its parameters, and how the parameters are themselves stored."""
+"""What is stored, :class:`Spec`: a grid, who shares its parameters, and how the parameters are themselves stored.
+
+And a tensor that is stored so, :class:`QTensor`: codes, parameters, and the format that reads them. The two are one file,
+because the scales of a tensor may themselves be a quantized tensor.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from math import prod
 
 import torch
 from torch import Tensor
@@ -13,9 +18,6 @@ from lowbit.numerics.fit import Fit, MinMax
 from lowbit.numerics.granularity import Granularity, Shape
 from lowbit.numerics.grids.base import Field, Grid, Params, arity
 from lowbit.numerics.serialize import serializable
-
-if TYPE_CHECKING:
-    from lowbit.numerics.qtensor import QTensor
 
 _SCALE_DTYPES = {
     "float16": torch.float16,
@@ -110,8 +112,6 @@ class Spec:
 
     def second_level(self, x: Tensor, columns: int) -> QTensor:
         """The second level: ``x`` ``[G, width]`` laid out ``[columns * width, rows]`` and quantized by ``stats``."""
-        from lowbit.numerics.qtensor import quantize  # a QTensor's scales may be a QTensor: the cycle is the design
-
         assert self.stats is not None
         return quantize(
             x.reshape(-1, columns * x.shape[1]).T.contiguous(), self.stats, MinMax(), centred=self.stats_centred
@@ -130,6 +130,58 @@ class Spec:
         kept = torch.finfo(self.torch_scale_dtype)
         tiny = max(kept.smallest_normal * kept.eps, torch.finfo(torch.float32).smallest_normal)
         return torch.where(x.abs() < tiny, torch.full_like(x, tiny), x)
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """Codes ``[O, I]`` (uint8, one a byte: packing is :mod:`lowbit.layouts`) with parameters as stored (leading axis G).
+
+    second: where the spec quantizes statistics, each floating parameter as it is stored, by name; ``params`` holds the
+        values that these restore. :meth:`fitted` fills both.
+    mean: float32 scalar added to every value; only of a second level that is centred.
+    """
+
+    codes: Tensor
+    params: Params
+    spec: Spec
+    second: Mapping[str, QTensor] = field(default_factory=dict)
+    mean: Tensor | None = None
+
+    @staticmethod
+    def fitted(codes: Tensor, raw: Params, spec: Spec) -> QTensor:
+        """Codes with parameters that were fitted and not yet stored (``Spec.as_stored`` of which chose the codes)."""
+        columns = spec.granularity.param_shape(tuple(codes.shape))[1]
+        if spec.stats is None:
+            return QTensor(codes, spec.as_stored(raw, columns), spec)
+        values = raw._asdict()
+        second = {f.name: spec.second_level(values[f.name], columns) for f in spec.grid.fields if f.bits is None}
+        restored = {
+            f.name: spec.from_second(second[f.name], f).to(values[f.name].dtype)
+            for f in spec.grid.fields
+            if f.bits is None
+        }
+        return QTensor(codes, spec.grid.kind(**{**values, **restored}), spec, second)
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.codes.shape)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values, of ``shape``. Computed in float32 and then cast."""
+        params = self.params._make(None if p is None else p.float() for p in self.params)
+        codes_GK = self.spec.granularity.split(self.codes)
+        x = self.spec.granularity.join(self.spec.grid.decode(codes_GK, params), self.shape)  # pyright: ignore[reportArgumentType]
+        return (x if self.mean is None else x + self.mean).to(dtype)
+
+    @property
+    def stored_bits(self) -> int:
+        """Every bit on disk: codes (each row padded to whole bytes, as the layout pads it) and parameters."""
+        return stored_bits(self.spec, self.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """``stored_bits`` over the number of weights."""
+        return self.stored_bits / prod(self.shape)
 
 
 def fit_raw(x: Tensor, spec: Spec, fit: Fit, importance: Tensor | None = None) -> Params:
@@ -154,4 +206,50 @@ def fake_quantize(x: Tensor, spec: Spec, fit: Fit) -> Tensor:
     return spec.granularity.join(spec.grid.fake(x_GK, params), tuple(x.shape))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-__all__ = ["Shape", "Spec", "fake_quantize", "fit_params", "fit_raw"]
+def stored_bits(spec: Spec, shape: Shape) -> int:
+    """Bits that a tensor of ``shape`` takes on disk in ``spec``. Needs no data, so a plan can use it."""
+
+    def packed(rows: int, columns: int, bits: int) -> int:
+        return rows * (-(-columns * bits // 8)) * 8
+
+    high, wide = spec.granularity.param_shape(shape)
+    total = packed(prod(shape[:-1]), shape[-1], spec.grid.bits)
+    for each in spec.grid.fields:
+        if each.bits is not None:
+            total += packed(1, high * wide * each.width, each.bits)
+        elif spec.stats is None:
+            total += spec.torch_scale_dtype.itemsize * 8 * high * wide * each.width
+        else:
+            total += stored_bits(spec.stats, (wide * each.width, high)) + 32 * spec.stats_centred
+    return total
+
+
+def quantize(
+    x: Tensor,
+    spec: Spec,
+    fit: Fit,
+    importance: Tensor | None = None,
+    centred: bool = False,
+    encode_before_storing: bool = False,
+) -> QTensor:
+    """Round-to-nearest: fits parameters to ``x`` ``[..., I]``, then takes the nearest code of each element.
+
+    ``centred`` subtracts the mean of all elements first and keeps it in the result. ``encode_before_storing`` takes the
+    nearest codes under the parameters as fitted, and not as they will be stored.
+
+    Raises:
+        ValueError: NaN or Inf in ``x``, or a scale that the format cannot store.
+    """
+    if not torch.isfinite(x).all():
+        raise ValueError(f"cannot quantize {int((~torch.isfinite(x)).sum())} values that are NaN or Inf")
+    mean = x.float().mean() if centred else None
+    if mean is not None:
+        x = x - mean
+    raw = fit_raw(x, spec, fit, importance)
+    params = raw if encode_before_storing else spec.as_stored(raw, spec.granularity.param_shape(tuple(x.shape))[1])
+    codes_GK = spec.grid.encode(spec.granularity.split(x), params)
+    q = QTensor.fitted(spec.granularity.join(codes_GK, tuple(x.shape)).contiguous(), raw, spec)
+    return q if mean is None else QTensor(q.codes, q.params, spec, q.second, mean)
+
+
+__all__ = ["QTensor", "Shape", "Spec", "fake_quantize", "fit_params", "fit_raw", "quantize", "stored_bits"]
