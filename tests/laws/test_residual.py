@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit.architectures import Architecture, ResolvedResidual, block_modules, for_config, resolve, rotate_residual
-from lowbit.architectures.check import TOLERANCE, logits, randomize
+from lowbit.architectures.check import TOLERANCE, drafted, logits, randomize
 from lowbit.architectures.experts import unfuse_experts
 from lowbit.architectures.parts import NORM_EDGES
 from lowbit.architectures.table import Residual
@@ -60,7 +60,7 @@ def _rotated(model: PreTrainedModel, table: Architecture, rotation: Seeded, wron
     """A copy of the model's state aside, the model rotated; put back on leaving, hooks too."""
     old, blocks = copy.deepcopy(model.state_dict()), block_modules(model, table)
     for block in blocks:
-        residual = wrong(resolve(table, block, model.config).residual)
+        residual = wrong(drafted(table, block, model.config).residual)
         block.load_state_dict(rotate_residual(residual, rotation, block.state_dict()), strict=False)
     turn_residual(model, table.blocks, rotation)
     try:
@@ -100,7 +100,7 @@ def test_a_rotated_residual_stream_leaves_the_logits_unchanged(case: str, kind: 
 def test_a_stream_that_cannot_be_rotated_says_why_and_is_refused(case: str) -> None:
     model, table, _, _ = _prepared(case)
     residual = resolve(table, block_modules(model, table)[0], model.config).residual
-    assert ("LayerNorm" in residual.fixed) != ("norms behind attention" in residual.fixed)
+    assert ("LayerNorm" in residual.fixed) != ("norms after attention" in residual.fixed)
     with pytest.raises(ValueError, match="cannot be rotated: "):
         rotate_residual(residual, RandomHadamard(5, _width(case)), {})
 

@@ -27,6 +27,7 @@ from torch import nn
 from lowbit.architectures import attention_spec, quantize_attention
 from lowbit.modules import (
     AttentionSpec,
+    KVSpec,
     QuantLinear,
     buffer_layout,
     features,
@@ -34,6 +35,7 @@ from lowbit.modules import (
     rotation_of,
     turn_residual,
 )
+from lowbit.modules.kv_spec import unsupported
 from lowbit.modules.quant_linear import Config
 from lowbit.numerics import from_dict, to_dict
 
@@ -101,6 +103,8 @@ def layer_configs(description: Mapping[str, Any]) -> dict[str, Config]:
             f"the checkpoint is of version {description.get('version')!r} of the native format, this lowbit reads "
             f"versions {VERSIONS[0]} to {VERSIONS[-1]}; use a lowbit that wrote such checkpoints"
         )
+    if description.get("kv") is not None:
+        raise ValueError(unsupported(from_dict(description["kv"], KVSpec), "the checkpoint"))
     schemes, layers = description.get("schemes"), description.get("layers")
     if not isinstance(schemes, list | tuple) or not isinstance(layers, Mapping) or not layers:
         raise ValueError("quantization_config is damaged: expected a list 'schemes' and an object 'layers'")

@@ -99,7 +99,9 @@ def write_checkpoint(
     }
     unfused = any(_OF_EXPERT.search(name) for name in names)
     description = quantization_config(layers, unfused_experts=unfused, attention=attention, residual=residual)
-    plain = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+    # "_name_or_path" is where the original lay on the machine that quantized it.
+    left_out = ("quantization_config", "_name_or_path")
+    plain = {key: value for key, value in config.to_dict().items() if key not in left_out}
     dtype_name = str(dtype).removeprefix("torch.")
     write_checkpoint_index(directory, shard_files, plain | {"dtype": dtype_name, "quantization_config": description})
 

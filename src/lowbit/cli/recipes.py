@@ -27,9 +27,10 @@ def command(
 
             raise ValueError(f"no recipe {name!r}{nearest(name, list(files))}")
         if as_json:
+            from lowbit.numerics import to_dict
             from lowbit.recipes import from_file
 
-            common.print_json(_entry(name, files[name]) | {"recipe": from_file(files[name]).to_dict()})
+            common.print_json(_entry(name, files[name]) | {"recipe": to_dict(from_file(files[name]))})
         else:
             typer.echo(files[name].read_text(), nl=False)
         return

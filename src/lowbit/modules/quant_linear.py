@@ -32,8 +32,9 @@ from lowbit.kernels import PackedLinear, Reason
 from lowbit.layouts import Layout, pack_qtensor, packed_layout, unpack_qtensor
 from lowbit.modules import serialize_transforms
 from lowbit.modules.activation import ActSpec, pack_static, static_layout, unpack_static
+from lowbit.modules.linear_format import LinearFormat
 from lowbit.numerics import Affine, QTensor, SideTerm, Spec, Table, from_dict, to_dict
-from lowbit.transforms import ChannelTransform, Made, Seeded
+from lowbit.transforms import ChannelTransform, Made, Seeded, through
 
 Config = dict[str, Any]
 _BIAS_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -171,6 +172,11 @@ class QuantLinear(nn.Module):
         """Plain data (JSON) from which :meth:`empty` builds the same layer: spec, shape, bias dtype, act, pre, and post and
         side where there are any."""
         return self._config
+
+    @property
+    def format(self) -> LinearFormat:
+        """What is stored of the weight, and how the input is quantized."""
+        return LinearFormat(self.spec, self.act)
 
     @property
     def pre(self) -> tuple[ChannelTransform, ...]:
@@ -360,10 +366,8 @@ class QuantLinear(nn.Module):
         if not self._config.get(place):
             return x
         wide = torch.promote_types(x.dtype, torch.float32)
-        y, ready = x.to(wide), self._prepared if wide == torch.float32 else None
-        for t in self._transforms(place, wide) if ready is None else ready.transforms[place]:
-            y = t.forward(y)
-        return y.to(x.dtype)
+        ready = self._prepared if wide == torch.float32 else None
+        return through(self._transforms(place, wide) if ready is None else ready.transforms[place], x)
 
 
 def prepare(model: nn.Module) -> None:

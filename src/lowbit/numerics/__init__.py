@@ -1,6 +1,10 @@
-"""Number formats: grids, granularities, fits and quantized tensors. Imports torch only; knows no model and no method."""
+"""Number formats: grids, granularities, fits and quantized tensors.
 
-from lowbit.numerics.binary_coding import Alternating, to_binary_coded
+Imports torch, numpy and numba; knows no model and no method.
+"""
+
+from lowbit.numerics.binary_coding import Alternating
+from lowbit.numerics.fake import fake_quantize, usual_fit
 from lowbit.numerics.fit import (
     Clipped,
     ClipSearch,
@@ -48,10 +52,11 @@ from lowbit.numerics.grids import (
     Table,
     arity,
     powers_of_two,
+    straight_through,
 )
-from lowbit.numerics.serialize import from_dict, nearest, serializable, to_dict
+from lowbit.numerics.serialize import check_types, from_dict, nearest, serializable, to_dict, untagged
 from lowbit.numerics.side_terms import KeptColumns, LowRank, SideTerm, Sparse
-from lowbit.numerics.spec import QTensor, Spec, fake_quantize, fit_params, fit_raw, quantize, stored_bits
+from lowbit.numerics.spec import QTensor, Spec, fit_params, fit_raw, quantize, stored_bits
 from lowbit.numerics.statistics import (
     AbsMax,
     AbsSum,
@@ -127,6 +132,7 @@ __all__ = [
     "TokenRange",
     "TruncationSearch",
     "arity",
+    "check_types",
     "clipped_tokens",
     "extremes",
     "fake_quantize",
@@ -139,6 +145,8 @@ __all__ = [
     "quantize",
     "serializable",
     "stored_bits",
-    "to_binary_coded",
+    "straight_through",
     "to_dict",
+    "untagged",
+    "usual_fit",
 ]

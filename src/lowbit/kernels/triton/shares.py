@@ -1,4 +1,4 @@
-"""Which weights share their parameters, as the kernels ask for it: in rectangles. Imports no triton."""
+"""The weights that share parameters, as the kernels need them: in rectangles. Imports no triton."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lowbit.numerics import Block, Flat, PerChannel, PerGroup, PerTensor, RowBan
 
 
 def shared_by(spec: Spec, shape: tuple[int, int]) -> tuple[int, int] | None:
-    """Rows and columns of the rectangle of weights that share parameters; None where they share no such thing."""
+    """Rows and columns of the rectangle of weights that share parameters; None if it is not a rectangle."""
     match spec.granularity:
         case PerTensor():
             return shape

@@ -1,0 +1,43 @@
+"""Simulated quantization for searches and learning: floating and differentiable.
+
+Law: with the same fit, :func:`fake_quantize` is the dequantized :class:`~lowbit.numerics.QTensor`, bit for bit in
+float32. The work of a solver (error feedback, kept weights, importance) is not simulated.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lowbit.numerics.binary_coding import Alternating
+from lowbit.numerics.fit import Fit, KMeans, MinMax
+from lowbit.numerics.grids.base import Grid, RangeGrid, straight_through
+from lowbit.numerics.spec import Spec, quantize
+
+
+def usual_fit(grid: Grid) -> Fit:
+    """The fit for ``grid`` when no recipe names one: the first plain fit that can place it."""
+    return next(fit for fit in (MinMax(), KMeans(), Alternating()) if fit.why_not(grid) is None)
+
+
+def fake_quantize(x: Tensor, spec: Spec, fit: Fit | None = None) -> Tensor:
+    """``x`` as ``spec`` restores it, in the dtype of ``x``.
+
+    Gradients pass the rounding straight through to ``x``. On grids that ranges place they also reach the parameters of
+    ``fit``, straight through their rounding to storage. On such a grid the result is not finite if a parameter does not fit
+    its storage or ``x`` is not finite.
+
+    Args:
+        x: ``[..., I]``.
+        spec: the format.
+        fit: places the grid; None: :func:`usual_fit`.
+    """
+    fit = fit or usual_fit(spec.grid)
+    if not isinstance(spec.grid, RangeGrid):
+        return straight_through(quantize(x.detach(), spec, fit).dequantize().to(x.dtype), x)
+    shape, x_GK = tuple(x.shape), spec.granularity.split(x)
+    placed = fit(x_GK, spec.grid)  # pyright: ignore[reportArgumentType]
+    raw = placed._make(None if p is None else p.detach() for p in placed)
+    stored = spec.as_stored(raw, spec.granularity.param_shape(shape)[1], check=False)
+    pairs = zip(stored, placed, strict=True)
+    params = placed._make(None if p is None or s is None else straight_through(s, p) for s, p in pairs)
+    return spec.granularity.join(spec.grid.fake(x_GK, params), shape)  # pyright: ignore[reportArgumentType]
