@@ -9,7 +9,7 @@ module is imported first, so that the functions below are what the names mean.
 
 from lowbit import methods as _methods  # noqa: F401  (fills the registry of methods)
 from lowbit.allocation import Allocation, allocate
-from lowbit.api import evaluate, list_methods, load, load_tokenizer
+from lowbit.api import ExportReport, evaluate, export, list_methods, load, load_tokenizer
 from lowbit.comparison import compare
 from lowbit.linear_api import quantize_linear
 from lowbit.pipeline import BrokenModel, QuantizeReport, quantize
@@ -19,12 +19,14 @@ from lowbit.version import __version__
 __all__ = [
     "Allocation",
     "BrokenModel",
+    "ExportReport",
     "QuantizeReport",
     "Recipe",
     "__version__",
     "allocate",
     "compare",
     "evaluate",
+    "export",
     "list_methods",
     "load",
     "load_tokenizer",

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lowbit.checkpoints import native
 from lowbit.checkpoints import source as sources
+from lowbit.checkpoints.export import ExportReport, export
 from lowbit.checkpoints.source import load_tokenizer
 from lowbit.data import load_text
 from lowbit.evaluation import Evaluation, directory_bytes, evaluate_model
@@ -85,4 +86,4 @@ def list_methods() -> list[dict[str, Any]]:
     return [METHODS[name].describe() for name in sorted(METHODS)]
 
 
-__all__ = ["evaluate", "list_methods", "load", "load_tokenizer"]
+__all__ = ["ExportReport", "evaluate", "export", "list_methods", "load", "load_tokenizer"]

@@ -38,9 +38,7 @@ def run_model_steps(walk: Walk, journal: Journal, progress: Progress | None) -> 
 
 
 def _load(walk: Walk, journal: Journal, shards: list[str]) -> nn.Module:
-    modules = {name: config for block in walk.records for name, config in block.modules.items()}
-    rest = walk.source.dtype, walk.attention, walk.residual
-    native.write_checkpoint(journal.directory, walk.source.config, modules, shards, *rest)
+    native.write_checkpoint(journal.directory, walk.source.config, walk.description, shards, walk.source.dtype)
     return native.load(journal.directory, dtype=torch.float32, unfinished=True)
 
 

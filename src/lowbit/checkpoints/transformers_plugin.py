@@ -20,7 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit import decoding
 from lowbit.architectures import IMPLEMENTATION
-from lowbit.checkpoints.description import METHOD, attention_specs, layer_configs, swap
+from lowbit.checkpoints.description import METHOD, ModelDescription
+from lowbit.checkpoints.swap import swap
 from lowbit.modules import OperandRanges, prepare
 
 
@@ -32,9 +33,12 @@ class LowbitConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, **description: Any):
-        layer_configs(description)
-        attention_specs(description)
+        ModelDescription.from_json(description)
         self.__dict__.update(description)
+
+    def description(self) -> ModelDescription:
+        """What the checkpoint stores."""
+        return ModelDescription.from_json(self.to_dict())
 
 
 class LowbitQuantizer(HfQuantizer):
@@ -44,13 +48,13 @@ class LowbitQuantizer(HfQuantizer):
     quantization_config: LowbitConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        swapped = swap(model, self.quantization_config.to_dict())
+        swapped = swap(model, self.quantization_config.description())
         ranges = (name for name, module in model.named_modules() if isinstance(module, OperandRanges))
         self._packed = tuple(f"{name}." for name in (*swapped, *ranges))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if attention_specs(self.quantization_config.to_dict()):
+        if self.quantization_config.description().attention:
             model.set_attn_implementation(IMPLEMENTATION)
         prepare(model)
         decoding.install(model)

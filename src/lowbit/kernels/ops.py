@@ -34,7 +34,7 @@ class PackedLinear:
         spec, shape, tensors: the weight ``[O, I]`` in the canonical layout.
         act: how the input is quantized, or None.
         act_params: static parameters of ``act``, or None where they are fitted to each call's input.
-        side: terms added to the weight; they multiply the input as it comes, not its quantized form.
+        side_terms: terms added to the weight; they multiply the input as it comes, not its quantized form.
         tiles: the codes once more, as the compiled kernels read them; ``tensors`` then makes its codes when asked.
         threshold: input channels in which any token of a call reaches it multiply the decoded weight as they are, in
             floating point (see :mod:`lowbit.kernels.activation`); 0: none do.
@@ -45,7 +45,7 @@ class PackedLinear:
     tensors: Mapping[str, Tensor]
     act: Spec | None = None
     act_params: Affine | None = None
-    side: tuple[SideTerm, ...] = ()
+    side_terms: tuple[SideTerm, ...] = ()
     tiles: Tensor | None = None
     threshold: float = 0.0
 
@@ -59,7 +59,7 @@ class Kernel:
     """A name, a predicate and a function.
 
     Where ``why_not(layer, rows)`` is None, ``rows`` the number of vectors in x, ``run(x, layer)`` gives
-    ``Q_act(x) @ W.T + x @ (sum of side).T`` for x ``[..., I]``, in the dtype of x. A ``tiled`` kernel reads tiles, which a
+    ``Q_act(x) @ W.T + x @ (sum of side terms).T`` for x ``[..., I]``, in the dtype of x. A ``tiled`` kernel reads tiles, which a
     layer does not have while a run is still making it: the reference then stands in, even where the kernel is forced.
     So does the kernel that ``leaves_to`` names, for layers and numbers of rows that this one is not made for.
     """
@@ -83,21 +83,23 @@ def reference(x: Tensor, layer: PackedLinear) -> Tensor:
     """Decodes the weight in float32, rounds it and the (de)quantized input to the dtype of x, and multiplies."""
     weight = decode_packed(layer.tensors, layer.spec, layer.shape)
     if layer.act is None:
-        return F.linear(x, with_side(weight, layer.side).to(x.dtype))  # one product instead of one for each term
+        return F.linear(
+            x, with_side_terms(weight, layer.side_terms).to(x.dtype)
+        )  # one product instead of one for each term
     fake = fake_quantize_activation(x, layer.act, layer.act_params, layer.threshold).to(x.dtype)
     return add_side(F.linear(fake, weight.to(x.dtype)), x, layer)
 
 
-def with_side(weight_OI: Tensor, side: tuple[SideTerm, ...]) -> Tensor:
+def with_side_terms(weight_OI: Tensor, side_terms: tuple[SideTerm, ...]) -> Tensor:
     """``weight_OI`` plus the side terms, in float32 and in place."""
-    for term in side:
+    for term in side_terms:
         weight_OI += term.dense((weight_OI.shape[0], weight_OI.shape[1]))
     return weight_OI
 
 
 def add_side(y: Tensor, x: Tensor, layer: PackedLinear) -> Tensor:
     """``y`` ``[..., O]`` plus what the layer's side terms make of x ``[..., I]``: for kernels that leave them to this."""
-    for term in layer.side:
+    for term in layer.side_terms:
         y = y + term.apply(x, layer.shape[0])
     return y
 
@@ -162,5 +164,5 @@ def explain(layer: PackedLinear, rows: int) -> list[Reason]:
 
 
 def run(x: Tensor, layer: PackedLinear) -> Tensor:
-    """``Q_act(x) @ W.T + x @ (sum of side).T`` by the chosen kernel; x ``[..., I]``, ``[..., O]`` in the dtype of x."""
+    """``Q_act(x) @ W.T + x @ (sum of side terms).T`` by the chosen kernel; x ``[..., I]``, ``[..., O]`` in the dtype of x."""
     return choose(layer, x.numel() // max(1, x.shape[-1])).run(x, layer)

@@ -26,12 +26,12 @@ from lowbit.numerics import KeptColumns, SideTerm, Sparse
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear of the model: ``product`` and its ``tiles`` and ``side`` terms, or a dense ``weight`` ``[O, I]``; and a ``bias``
+    """A linear of the model: ``product`` and its ``tiles`` and ``side_terms``, or a dense ``weight`` ``[O, I]``; and a ``bias``
     ``[O]``."""
 
     product: Product | None = None
     tiles: Tensor | None = None
-    side: tuple[SideTerm, ...] = ()
+    side_terms: tuple[SideTerm, ...] = ()
     weight: Tensor | None = None
     bias: Tensor | None = None
 
@@ -78,7 +78,7 @@ def why_not(linear: Linear) -> str | None:
         return "its input is quantized to what no integer product takes"
     if product.threshold:
         return "channels of its input that reach a threshold are multiplied apart"
-    for term in linear.side:
+    for term in linear.side_terms:
         if reason := side_terms.why_not(term):
             return reason
     return None
@@ -163,7 +163,7 @@ class TokenStep:
         matrix = self._step.packed(
             tiles.data_ptr(), tiles.numel(), addresses[0], mode, p.bits, p.symmetric, p.reach, *addresses[1:], *bias
         )
-        for term in linear.side:
+        for term in linear.side_terms:
             assert isinstance(term, Sparse | KeptColumns)
             self._step.beside(matrix, *side_terms.row_arguments(term))
         return matrix

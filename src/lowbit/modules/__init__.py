@@ -3,27 +3,28 @@
 from lowbit.modules.activation import ActSpec, fake_quantize_activation, quantize_activation
 from lowbit.modules.attention import AttentionSpec, attend
 from lowbit.modules.attention_ranges import OperandRanges
+from lowbit.modules.description import LinearDescription
 from lowbit.modules.linear_format import LinearFormat
-from lowbit.modules.quant_linear import QuantLinear, buffer_layout, features, prepare, restore, stored_bits_of
-from lowbit.modules.residual import described_residual, residual_of, rotation_of, turn_residual, turned
+from lowbit.modules.quant_linear import QuantLinear, prepare, restore
+from lowbit.modules.residual import ResidualRotation, residual_of, turn_residual, turned
+from lowbit.modules.serialize_transforms import PartDescription, TensorInfo
 
 __all__ = [
     "ActSpec",
     "AttentionSpec",
+    "LinearDescription",
     "LinearFormat",
     "OperandRanges",
+    "PartDescription",
     "QuantLinear",
+    "ResidualRotation",
+    "TensorInfo",
     "attend",
-    "buffer_layout",
-    "described_residual",
     "fake_quantize_activation",
-    "features",
     "prepare",
     "quantize_activation",
     "residual_of",
     "restore",
-    "rotation_of",
-    "stored_bits_of",
     "turn_residual",
     "turned",
 ]

@@ -8,12 +8,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lowbit.modules import buffer_layout
 from lowbit.numerics import PerCluster
 from lowbit.plan.compatibility import compatibility, kernel_reasons
 from lowbit.plan.layers import PlannedLayer, planned_layers, ragged_groups
 from lowbit.plan.peak import peak_disk_bytes, peak_parts
-from lowbit.plan.survey import Survey, edge_notes, layout_bytes, outside_bytes, rest_of_block, survey
+from lowbit.plan.survey import Survey, edge_notes, outside_bytes, rest_of_block, survey
 from lowbit.recipes import Recipe
 
 
@@ -98,7 +97,7 @@ def _bytes_out(found: Survey) -> int:
     for block in found.blocks:
         total += rest_of_block(found, block)
         for path in block.formats:
-            total += layout_bytes(buffer_layout(found.config(block, path))) + found.order_bytes(block, path)
+            total += found.description(block, path).nbytes + found.order_bytes(block, path)
     return total
 
 

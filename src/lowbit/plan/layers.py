@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from lowbit.modules import ActSpec, stored_bits_of
+from lowbit.modules import ActSpec
 from lowbit.numerics import (
     Block,
     Float,
@@ -96,7 +96,7 @@ def _of_block(found: Survey, block: SurveyedBlock) -> Iterator[PlannedLayer]:
         if form is None:
             yield PlannedLayer(name, role, shape, None, None, _as_is(found), _why_not(found.recipe.scheme, name, role))
             continue
-        bits = stored_bits_of(found.config(block, path)) + 8 * found.order_bytes(block, path)
+        bits = found.description(block, path).stored_bits + 8 * found.order_bytes(block, path)
         act = None if form.act is None else activation_text(form.act)
         yield PlannedLayer(name, role, shape, weight_text(form.weight), act, bits / prod(shape))
     for path, role in block.resolved.routers.items():

@@ -43,9 +43,8 @@ from typing import Any
 import torch
 
 from lowbit.architectures import ResolvedEdge
-from lowbit.modules import buffer_layout
 from lowbit.numerics import Samples, Statistic
-from lowbit.plan.survey import Survey, SurveyedBlock, edge_uses, edges_of, layout_bytes, outside_bytes
+from lowbit.plan.survey import Survey, SurveyedBlock, edge_uses, edges_of, outside_bytes
 from lowbit.steps import Learn, Search, SearchReassembly, Solve
 
 PROCESS = 420 * 2**20
@@ -83,7 +82,7 @@ def peak_parts(found: Survey, samples: int, seq_len: int, ram_limit: int) -> dic
         return {"block": held | block}
     outside = outside_bytes(found, FLOAT)
     logits = seq_len * found.source.config.get_text_config().vocab_size * FLOAT
-    packed = sum(layout_bytes(buffer_layout(found.config(b, path))) for b in found.blocks for path in b.formats)
+    packed = sum(found.description(b, path).nbytes for b in found.blocks for path in b.formats)
     fisher = _fisher_parts(found, worst, samples, seq_len, ram_limit) if found.recipe.needs_fisher else {}
     tune = _tune_parts(found, worst, seq_len, held, packed) if found.recipe.model_steps else {}
     return (fisher | tune) | {

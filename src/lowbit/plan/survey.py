@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
-from math import prod
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,7 @@ from lowbit.architectures import (
     resolve,
 )
 from lowbit.checkpoints.source import ModelSource, open_model
-from lowbit.layouts import Layout
-from lowbit.modules import LinearFormat, buffer_layout, serialize_transforms
-from lowbit.modules.quant_linear import Config
-from lowbit.numerics import to_dict
+from lowbit.modules import LinearDescription, LinearFormat, PartDescription, ResidualRotation, serialize_transforms
 from lowbit.recipes import Recipe, as_recipe
 from lowbit.steps import Cluster, Incoherence, Learn, LowRankCorrection, RotateInputs, SearchReassembly
 from lowbit.steps.parametrizations import Maker
@@ -64,7 +60,7 @@ class SurveyedBlock:
     module: nn.Module
     resolved: ResolvedBlock
     formats: dict[str, LinearFormat]
-    gathers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    gathers: dict[str, tuple[PartDescription, ...]] = field(default_factory=dict)
 
     def shape(self, path: str) -> tuple[int, int]:
         """``(O, I)`` of a linear."""
@@ -87,43 +83,45 @@ class Survey:
     def linears(self) -> dict[str, str]:
         return {f"{block.name}.{path}": role for block in self.blocks for path, role in block.resolved.linears.items()}
 
-    def config(self, block: SurveyedBlock, path: str) -> Config:
+    def description(self, block: SurveyedBlock, path: str) -> LinearDescription:
         """The description of the packed linear that will be stored, but for a column order that its solver may add; with
         as many channels copied as a search may choose."""
         form, linear = block.formats[path], block.module.get_submodule(path)
         dtype = torch.float32 if self.source.dtype == torch.float64 else self.source.dtype
         biased = getattr(linear, "bias", None) is not None or path in self.new_biases(block)
-        return {
-            "spec": to_dict(form.weight),
-            "shape": list(block.shape(path)),
-            "bias": str(dtype).removeprefix("torch.") if biased else None,
-            "act": to_dict(form.act),
-            "pre": [],
-        } | self._beside(block, path)
-
-    def _beside(self, block: SurveyedBlock, path: str) -> Config:
-        """What steps add to a description: transforms run by the layer, and the width they give it; side terms."""
-        (rows, columns), pre, gained = block.shape(path), list(block.gathers.get(path, [])), {}
+        (rows, columns), pre = block.shape(path), block.gathers.get(path, ())
+        post: tuple[PartDescription, ...] = ()
+        side_terms: tuple[PartDescription, ...] = ()
         for step in self.recipe.steps:
             if isinstance(step, SearchReassembly):
-                more, columns = step.described(block.resolved, path, columns)
-                pre += more
+                added, columns = step.described(block.resolved, path, columns)
+                pre += added
             elif isinstance(step, RotateInputs):
                 pre += step.described(block.resolved, path, columns, block.formats, self.rotated)
             elif isinstance(step, Incoherence):
-                said = step.described(rows, columns)
-                pre += said["pre"]
-                gained["post"] = said["post"]
+                of_input, post = step.described(rows, columns)
+                pre += of_input
             elif isinstance(step, Learn):
                 for maker in step.makers:
                     if isinstance(maker, LowRankCorrection) and not maker.fold:
-                        gained["side"] = gained.get("side", []) + maker.described(rows, columns)
-        return gained | {"pre": pre, "shape": [rows, columns]}
+                        side_terms += maker.described(rows, columns)
+        return LinearDescription(
+            form.weight, (rows, columns), dtype if biased else None, form.act, pre, post, side_terms
+        )
+
+    @property
+    def residual(self) -> ResidualRotation | None:
+        """The rotation of the residual stream, where the recipe asks for one and the architecture has it."""
+        step = residual_step(self.recipe.steps, (block.resolved.residual for block in self.blocks))
+        width = self.source.config.get_text_config().hidden_size
+        return (
+            None if step is None else ResidualRotation(self.architecture.blocks, step.rotation(width, self.recipe.seed))
+        )
 
     @property
     def rotated(self) -> bool:
         """Whether the residual stream is rotated."""
-        return residual_step(self.recipe.steps, (block.resolved.residual for block in self.blocks)) is not None
+        return self.residual is not None
 
     @property
     def searched_channels(self) -> bool:
@@ -190,7 +188,7 @@ def _refuse_quantized(source: ModelSource) -> None:
 def _check_format(found: Survey, block: SurveyedBlock, path: str) -> None:
     act, shape = block.formats[path].act, block.shape(path)
     try:
-        buffer_layout(found.config(block, path))
+        found.description(block, path)
         if act is not None:
             act.spec.granularity.param_shape((1, shape[1]))
     except ValueError as error:
@@ -258,11 +256,6 @@ def base_name(name: str) -> str:
 
 
 # Bytes
-
-
-def layout_bytes(layout: Layout) -> int:
-    """Bytes of the tensors that a layout describes."""
-    return sum(prod(shape) * dtype.itemsize for shape, dtype in layout.values())
 
 
 def rest_of_block(found: Survey, block: SurveyedBlock) -> int:

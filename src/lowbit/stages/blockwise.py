@@ -40,8 +40,9 @@ from lowbit.architectures import (
     resolve,
     rotate_residual,
 )
+from lowbit.checkpoints.description import ModelDescription, has_unfused_experts
 from lowbit.checkpoints.source import ModelSource, return_free_memory
-from lowbit.modules import AttentionSpec, OperandRanges, QuantLinear, described_residual, turned
+from lowbit.modules import AttentionSpec, LinearDescription, OperandRanges, QuantLinear, ResidualRotation, turned
 from lowbit.numerics import from_dict, to_dict
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Recipe
@@ -67,16 +68,26 @@ class BlockRecord:
     error: float | None
     layers: list[LayerRecord]
     notes: list[str] = field(default_factory=list)
-    modules: dict[str, dict[str, Any]] = field(default_factory=dict)  # configs of the packed linears by full name
-    attention: dict[str, dict[str, Any]] = field(default_factory=dict)  # formats of attention's operands, likewise
+    modules: dict[str, LinearDescription] = field(default_factory=dict)  # of the packed linears by full name
+    attention: dict[str, AttentionSpec] = field(default_factory=dict)  # formats of attention's operands, likewise
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain data for the journal."""
+        return {
+            "name": self.name,
+            "error": self.error,
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "notes": self.notes,
+            "modules": {name: description.to_json() for name, description in self.modules.items()},
+            "attention": {name: to_dict(spec) for name, spec in self.attention.items()},
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> BlockRecord:
         layers = [LayerRecord(**{**layer, "notes": tuple(layer["notes"])}) for layer in data["layers"]]
-        return cls(**{**data, "layers": layers})
+        modules = {name: LinearDescription.from_json(each) for name, each in data["modules"].items()}
+        attention = {name: from_dict(spec) for name, spec in data["attention"].items()}
+        return cls(**{**data, "layers": layers, "modules": modules, "attention": attention})
 
 
 class Broken(ValueError):
@@ -112,6 +123,7 @@ class Walk:
         self.blocks = block_modules(self.model, self.architecture)
         self.total = len(self.blocks)
         self.rotation = self._rotation()
+        self.unfused_experts = has_unfused_experts(self.model)
         self.store = ActivationStore(self.ram_limit, self.scratch or self.journal.directory / "scratch")
         self.records: list[BlockRecord] = []
         self.stream: Stream | None = None
@@ -126,9 +138,14 @@ class Walk:
         return None if step is None else step.rotation(width, self.recipe.seed)
 
     @property
-    def residual(self) -> dict[str, Any] | None:
-        """What the checkpoint says of the rotation."""
-        return None if self.rotation is None else described_residual(self.architecture.blocks, self.rotation)
+    def description(self) -> ModelDescription:
+        """What the checkpoint of the blocks so far stores."""
+        return ModelDescription(
+            layers={name: layer for record in self.records for name, layer in record.modules.items()},
+            attention={name: spec for record in self.records for name, spec in record.attention.items()},
+            residual=None if self.rotation is None else ResidualRotation(self.architecture.blocks, self.rotation),
+            unfused_experts=self.unfused_experts,
+        )
 
     # Streams
 
@@ -261,18 +278,13 @@ class Walk:
             step.run(state)
         missed = [path for path in state.formats if not isinstance(state.linear(path), QuantLinear)]
         assert not missed, f"{name}: {missed} left unquantized"
-        packed = {f"{name}.{path}": m.config() for path, m in block.named_modules() if isinstance(m, QuantLinear)}
+        packed = {f"{name}.{path}": m.description for path, m in block.named_modules() if isinstance(m, QuantLinear)}
         error = None if call is None else self._behind(block, call)
         specs = {f"{name}.{path}": attention_spec(m) for path, m in block.named_modules()}
-        attends = {path: to_dict(spec) for path, spec in specs.items() if spec is not None}
+        attends = {path: spec for path, spec in specs.items() if spec is not None}
         record = BlockRecord(name, error, state.records, state.notes, packed, attends)
         self.journal.write(self._shard(i), self._tensors(block, name), record.to_dict())
         return record
-
-    @property
-    def attention(self) -> dict[str, AttentionSpec]:
-        """The formats of attention's operands, by name of the module that attends."""
-        return {name: from_dict(spec) for record in self.records for name, spec in record.attention.items()}
 
     def _state(self, i: int, block: nn.Module, call: Call | None) -> BlockState:
         name = f"{self.architecture.blocks}.{i}"
@@ -301,7 +313,7 @@ class Walk:
         block = self._original(i, call)
         tensors = load_file(self.journal.directory / entry["file"])
         for path, spec in record.attention.items():
-            quantize_attention(block.get_submodule(path.removeprefix(f"{record.name}.")), from_dict(spec))
+            quantize_attention(block.get_submodule(path.removeprefix(f"{record.name}.")), spec)
         install_packed(block, record.name, record.modules, tensors)
         self._behind(block, call)
         return record
@@ -369,11 +381,13 @@ class Walk:
         self.store.close()
 
 
-def install_packed(block: nn.Module, name: str, modules: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+def install_packed(
+    block: nn.Module, name: str, modules: dict[str, LinearDescription], tensors: dict[str, Tensor]
+) -> None:
     """Puts packed linears and stored tensors (names with prefix ``name``) into an original block, in place."""
-    for full, config in modules.items():
+    for full, description in modules.items():
         parent, _, leaf = full.removeprefix(f"{name}.").rpartition(".")
-        setattr(block.get_submodule(parent) if parent else block, leaf, QuantLinear.empty(config))
+        setattr(block.get_submodule(parent) if parent else block, leaf, QuantLinear.empty(description))
     local = {key.removeprefix(f"{name}."): value for key, value in tensors.items()}
     packed = {path for path, module in block.named_modules() if isinstance(module, QuantLinear | OperandRanges)}
     for key, value in local.items():

@@ -19,9 +19,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-
-class OutputError(ValueError):
-    """The target cannot be used as given; the message says what was found and what to do."""
+from lowbit.checkpoints.target import OutputError, check_target
 
 
 class Journal:
@@ -128,14 +126,6 @@ class Journal:
         if self.out.exists():
             self.out.rmdir()  # empty: checked by open
         os.replace(self.directory, self.out)  # noqa: PTH105
-
-
-def check_target(out: Path) -> None:
-    """Raises OutputError unless ``out`` does not exist or is an empty directory."""
-    if out.is_file():
-        raise OutputError(f"{out} is a file; choose a directory with -o DIR")
-    if out.is_dir() and any(out.iterdir()):
-        raise OutputError(f"{out} exists and is not empty; nothing is overwritten: remove it or choose another -o DIR")
 
 
 def file_sha256(path: Path) -> str:

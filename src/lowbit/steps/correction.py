@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lowbit.modules import serialize_transforms
+from lowbit.modules import PartDescription, serialize_transforms
 from lowbit.numerics import LowRank, Statistic, serializable
 from lowbit.steps.parametrizations import Parametrization, Weights
 from lowbit.steps.state import BlockState, Stats, stored_as_OI
@@ -86,12 +86,12 @@ class LowRankCorrection:
     def needs(self) -> frozenset[Statistic]:
         return frozenset()
 
-    def described(self, rows: int, columns: int) -> list[dict]:
+    def described(self, rows: int, columns: int) -> tuple[PartDescription, ...]:
         """What the description of a packed linear of that shape gains as its side terms."""
         rank = min(self.rank, rows, columns)
         half = torch.zeros((), dtype=torch.float16)
         return (
-            []
+            ()
             if self.fold
             else serialize_transforms.describe("side", [LowRank(half.expand(rank, columns), half.expand(rows, rank))])
         )

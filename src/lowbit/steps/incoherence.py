@@ -7,10 +7,10 @@ A rotation of the residual stream is shared by the whole model, and one between 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from lowbit.architectures import Kind
-from lowbit.modules import serialize_transforms
+from lowbit.modules import PartDescription, serialize_transforms
 from lowbit.numerics import Statistic, serializable
 from lowbit.steps.rotation import seed_of
 from lowbit.steps.state import BlockState
@@ -43,13 +43,13 @@ class Incoherence:
     def ticks(self, windows: int, linears: int) -> int:
         return 0
 
-    def described(self, rows: int, columns: int) -> dict[str, list[dict[str, Any]]]:
-        """What the description of a packed linear of that shape gains by this step."""
+    def described(self, rows: int, columns: int) -> tuple[tuple[PartDescription, ...], tuple[PartDescription, ...]]:
+        """The transforms of the input and of the output that this step adds to a packed linear of that shape."""
         rotation = _KINDS[self.transform]
-        return {
-            "pre": serialize_transforms.describe("pre", [rotation(0, columns)]),
-            "post": serialize_transforms.describe("post", [rotation(0, rows).inverse()]),
-        }
+        return (
+            serialize_transforms.describe("pre", [rotation(0, columns)]),
+            serialize_transforms.describe("post", [rotation(0, rows).inverse()]),
+        )
 
     def run(self, state: BlockState) -> None:
         rotation = _KINDS[self.transform]

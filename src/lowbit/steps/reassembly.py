@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.architectures import Kind, ResolvedBlock, ResolvedInput
-from lowbit.modules import serialize_transforms
+from lowbit.modules import PartDescription, serialize_transforms
 from lowbit.numerics import AbsMax, Gram, Statistic, serializable
 from lowbit.steps.simulate import simulated
 from lowbit.steps.state import BlockState, Stats
@@ -148,12 +148,12 @@ class SearchReassembly:
     def ticks(self, windows: int, linears: int) -> int:
         return windows + 3 * (1 + self.steps)
 
-    def described(self, resolved: ResolvedBlock, path: str, columns: int) -> tuple[list[dict[str, Any]], int]:
+    def described(self, resolved: ResolvedBlock, path: str, columns: int) -> tuple[tuple[PartDescription, ...], int]:
         """What the description of a packed linear gains in front of it by this step, at most, and how wide it becomes."""
         shared = next(each for each in resolved.shared_inputs if path in each.readers)
         copies = int(self.ratio * columns)
         if not copies or self._skips(shared):
-            return [], columns
+            return (), columns
         numbers = _narrow(torch.zeros(copies), columns)
         if self.assembly == "none":
             return serialize_transforms.describe(

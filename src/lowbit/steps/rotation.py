@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from lowbit.architectures import Kind, ResolvedBlock, ResolvedEdge, ResolvedResidual
-from lowbit.modules import serialize_transforms
+from lowbit.modules import PartDescription, serialize_transforms
 from lowbit.numerics import Statistic, serializable
 from lowbit.steps.state import BlockState
 from lowbit.transforms import RandomHadamard, Rotate, Seeded
@@ -82,11 +82,11 @@ class RotateInputs:
 
     def described(
         self, resolved: ResolvedBlock, path: str, columns: int, formats: Iterable[str], rotated: bool
-    ) -> list[dict[str, Any]]:
+    ) -> tuple[PartDescription, ...]:
         """What the description of the packed linear at ``path`` gains by this step, of those in ``formats``."""
         edges = list(self._folded(resolved, formats, ()))
         runs = any(path in readers for _, readers in self._rotated(resolved, formats, rotated, edges))
-        return serialize_transforms.describe("pre", [RandomHadamard(0, columns)]) if runs else []
+        return serialize_transforms.describe("pre", [RandomHadamard(0, columns)]) if runs else ()
 
     def _folded(
         self, resolved: ResolvedBlock, formats: Iterable[str], transformed: Iterable[str]

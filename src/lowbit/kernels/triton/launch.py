@@ -56,7 +56,7 @@ def tile_of(tokens: int, itemsize: int) -> Tile:
 
 
 def linear(x: Tensor, layer: PackedLinear) -> Tensor:
-    """``Q_act(x) @ W.T + x @ (sum of side).T``; x ``[..., I]`` floating, of any strides; ``[..., O]`` in its dtype."""
+    """``Q_act(x) @ W.T + x @ (sum of side terms).T``; x ``[..., I]`` floating, of any strides; ``[..., O]`` in its dtype."""
     x_TI = x.reshape(-1, x.shape[-1])
     if x.dtype not in _DTYPES:
         x_TI = x_TI.float()
