@@ -1,7 +1,7 @@
 # Everything a user or a developer runs. PYTHON picks the interpreter (3.11 to 3.13) for a new .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: install demo test lint docs fidelity sanitize clean
+.PHONY: install demo test identity lint docs fidelity sanitize clean
 
 install: .venv/installed
 
@@ -19,6 +19,11 @@ demo: install
 test: install
 	# A file a worker: workers with one thread each beat one with two, and each model is made once.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Whether the working tree writes other bytes than the commit BASE; ARGS such as --only "gptq*", --jobs 2, --list.
+BASE ?= HEAD
+identity: install
+	$(BIN)/python tests/identity.py --base $(BASE) $(ARGS)
 
 # The compiled kernels once more, with AddressSanitizer and UBSan, under their laws. Needs g++, CMake and Ninja.
 SANITIZED := build/sanitize

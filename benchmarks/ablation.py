@@ -14,6 +14,7 @@ import json
 import math
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,24 @@ from torch.nn.functional import cross_entropy
 
 import lowbit
 from lowbit.checkpoints.source import open_model
-from lowbit.recipes import Recipe, as_recipe, rebuilt
-from lowbit.scheme import FormatRule, Scheme
+from lowbit.numerics import to_dict
+from lowbit.recipes import Blockwise, Recipe, as_recipe
+from lowbit.scheme import FormatRule
 from lowbit.solve import Nearest
-from lowbit.steps import ModelState, Solve
+from lowbit.stages.train import train
+from lowbit.steps import Solve
 
 MODEL = "smollm2-135m"
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 CALIBRATION, HELD, LENGTH = 32, 16, 512
-TUNE = {"type": "Tune", "epochs": 3, "amp": True}
+TUNE = {
+    "type": "Train",
+    "what": {"type": "StoredFloats"},
+    "objective": {"type": "OriginalKL"},
+    "epochs": 3,
+    "amp": True,
+}
 
 
 def of_weights(bits: int) -> dict[str, Any]:
@@ -41,10 +50,10 @@ def of_weights(bits: int) -> dict[str, Any]:
     grouped = {"bits": bits, "group_size": 64}
     channel = {"bits": bits, "group_size": None, "order": "act"}
     found: dict[str, Any] = {
-        "gptq, groups of 64": {"method": "gptq", "options": grouped, "model_steps": [TUNE]},
+        "gptq, groups of 64": {"method": "gptq", "options": grouped, "then": [TUNE]},
         "rotated gptq, groups of 64": {"method": "quip+gptq", "options": grouped},
         "gptq, per channel": {"method": "gptq", "options": channel},
-        "rotated gptq, per channel": {"method": "quip+gptq", "options": channel, "model_steps": [TUNE]},
+        "rotated gptq, per channel": {"method": "quip+gptq", "options": channel, "then": [TUNE]},
     }
     normal = as_recipe("w3-normal-tuned")
     found["rotated gptq, normal levels, per channel"] = normal.with_overrides([{"match": "*", "bits": bits}])
@@ -59,7 +68,7 @@ def of_activations(bits: int) -> dict[str, Any]:
     rotation, solve = whole.steps
     nearest = Solve(Nearest(solve.solver.fit))
     parts = {"rounded to nearest": (nearest,), "gptq": (solve,), "rotated, rounded to nearest": (rotation, nearest)}
-    found = {label: rebuilt(whole, steps=steps, model_steps=()) for label, steps in parts.items()}
+    found = {label: replace(whole, stages=(Blockwise(steps),)) for label, steps in parts.items()}
     return {f"W{bits}A{bits}, {label}": recipe for label, recipe in (found | {"rotated gptq": whole}).items()}
 
 
@@ -93,7 +102,7 @@ def of_levels(bits: int) -> dict[str, Any]:
     parts = {}
     for place, match in places.items():
         one = FormatRule(match=match, weight=whole.weight, activation=whole.activation)
-        parts[f"O1, inputs {place} per tensor"] = rebuilt(base, scheme=Scheme(rules=(*base.scheme.rules, one)))
+        parts[f"O1, inputs {place} per tensor"] = replace(base, scheme=base.scheme.with_rules(one))
     return {f"SmoothQuant W{bits}A{bits}, {label}": recipe for label, recipe in (levels | parts).items()}
 
 
@@ -117,20 +126,20 @@ def measure(label: str, recipe: Recipe, ids_NT: Tensor, original: nn.Module) -> 
     calibration, held = ids_NT[:CALIBRATION], ids_NT[CALIBRATION:]
     with tempfile.TemporaryDirectory(dir=RESULTS) as folder:
         start = time.perf_counter()
-        plain = rebuilt(recipe, model_steps=())
+        plain = replace(recipe, stages=recipe.stages[:1])
         report = lowbit.quantize(MODEL, plain, calibration, out=Path(folder) / "q", max_kl=math.inf, allow_broken=True)
         model = lowbit.load(Path(folder) / "q", dtype=torch.float32)
-    line = {"label": label, "recipe": recipe.to_dict(), "tuned": False, "bits": report.bits_per_weight}
+    line = {"label": label, "recipe": to_dict(recipe), "tuned": False, "bits": report.bits_per_weight}
     lines = [line | {"seconds": time.perf_counter() - start, "perplexity": perplexity(model, held)}]
-    if recipe.model_steps:
+    if recipe.stages[1:]:
         start = time.perf_counter()
 
         def logits(i: int) -> Tensor:
             with torch.no_grad():
                 return original(calibration[i : i + 1]).logits[0]
 
-        for step in recipe.model_steps:
-            step.run_model(ModelState(model, calibration, logits, recipe.seed))
+        for stage in recipe.stages[1:]:
+            train(model, stage, calibration, logits, recipe.seed)
         seconds = time.perf_counter() - start
         lines.append(line | {"tuned": True, "seconds": seconds, "perplexity": perplexity(model, held)})
     return lines
@@ -174,7 +183,7 @@ def main() -> None:
     for bits in arguments.bits or [usual]:
         for label, given in recipes(bits).items():
             recipe = as_recipe(given)
-            known = any(x["label"] == label and x["recipe"] == recipe.to_dict() for x in lines)
+            known = any(x["label"] == label and x["recipe"] == to_dict(recipe) for x in lines)
             if known or (arguments.only and not any(part in label for part in arguments.only)):
                 continue
             for line in measure(label, recipe, ids_NT, original):

@@ -23,6 +23,7 @@ from lowbit.comparison.table import markdown
 from lowbit.data import calibration_of, load_text
 from lowbit.evaluation.perplexity import windows_sha256
 from lowbit.evaluation.windows import cut
+from lowbit.numerics import to_dict
 from lowbit.pipeline import MAX_KL
 
 RESULTS = Path(__file__).parent / "results"
@@ -74,7 +75,7 @@ def main() -> None:
     common = common_fields(arguments.calibration, arguments.text)
     records: dict[Path, list[dict[str, Any]]] = {path: [] for path in grids}
     for line in (json.loads(line) for path in arguments.old for line in path.read_text().splitlines()):
-        found = [(path, row) for path, rows in grids.items() for row in rows if row.recipe.to_dict() == line["recipe"]]
+        found = [(path, row) for path, rows in grids.items() for row in rows if to_dict(row.recipe) == line["recipe"]]
         if not found:
             raise SystemExit(f"{line['setting']}: no row of the grids has this recipe; add one, nothing was written")
         path, row = found[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lowbit.architectures import ResolvedBlock, for_config, resolve
 from lowbit.checkpoints.source import open_model
 from lowbit.stages.stream import Stream
-from lowbit.steps import BlockIO
+from lowbit.steps import BlockIO, BlockState
 
 VOCABULARY = 128
 
@@ -59,6 +60,16 @@ def first_block(place: Path) -> tuple[nn.Module, ResolvedBlock, BlockIO]:
     with torch.no_grad():
         y = torch.cat([call(block, window[None]) for window in x])
     return block, resolve(architecture, block, source.config), BlockIO(x, y, call)
+
+
+def held(state: BlockState, attribute: str) -> dict[str, Any]:
+    """What the drafts of the block hold as ``attribute``, by path; without those that hold nothing."""
+    values = {path: getattr(draft, attribute) for path, draft in state.drafts.items()}
+    return {
+        path: value
+        for path, value in values.items()
+        if value is not None and not (isinstance(value, tuple) and not value)
+    }
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:

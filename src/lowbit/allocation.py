@@ -24,12 +24,12 @@ from torch import Tensor
 
 from lowbit.data import Calibration, calibration_of
 from lowbit.modules import LinearFormat
-from lowbit.numerics import ClipSearch, Gram, RangeGrid, Spec, quantize
+from lowbit.numerics import ClipSearch, Gram, RangeGrid, Spec, quantize, to_dict
 from lowbit.plan.layers import planned_layers
 from lowbit.plan.survey import survey
 from lowbit.progress import Progress
-from lowbit.recipes import Recipe, as_recipe, rebuilt
-from lowbit.scheme import FormatRule, Scheme
+from lowbit.recipes import Recipe, as_recipe
+from lowbit.scheme import FormatRule
 from lowbit.solve.factor import inverse_factor
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Journal
@@ -77,7 +77,7 @@ class Allocation:
             )
             for (pattern, form), numbers in groups.items()
         ]
-        return rebuilt(self.base, scheme=self.base.scheme.with_rules(*rules))
+        return replace(self.base, scheme=self.base.scheme.with_rules(*rules))
 
     def by_width(self) -> dict[int, list[str]]:
         """Names of the linears of each width, the widest first."""
@@ -90,7 +90,7 @@ class Allocation:
             f"{self.base.name} at {self.bits_per_weight:.3f} bits a weight, each linear as wide as its sensitivity asks for; "
             f"expected loss {self.loss / self.loss_before:.2f} of that at {self.bits_before:.3f} bits without this choice"
         )
-        return {**self.recipe.to_dict(), "description": said}
+        return {**to_dict(self.recipe), "description": said}
 
 
 def allocate(
@@ -211,8 +211,8 @@ def _curves(
         step.run(state)
     found = {}
     for path, H in _grams(state).items():
-        spec, w_OI, g_O = state.formats[path].weight, state.weight_OI(path), gradients[path]
-        if state.post.get(path):  # outputs are mixed, and so are their gradients
+        spec, w_OI, g_O = state.formats[path].weight, state.draft(path).weight, gradients[path]
+        if state.draft(path).post:  # outputs are mixed, and so are their gradients
             g_O = g_O.mean().expand_as(g_O)
         curve = _curve(w_OI, g_O, H, spec, recipe, {*widths, _width(spec)})
         found[path] = {width: curve[width] for width in widths}, curve[_width(spec)]
@@ -258,10 +258,9 @@ def _at(spec: Spec, width: int) -> Spec:
 
 def _all_at(base: Recipe, width: int) -> Recipe:
     rules = (
-        rule if rule.weight is None else rule.model_copy(update={"weight": _at(rule.weight, width)})
-        for rule in base.scheme.rules
+        rule if rule.weight is None else replace(rule, weight=_at(rule.weight, width)) for rule in base.scheme.rules
     )
-    return rebuilt(base, scheme=Scheme(rules=tuple(rules), attention=base.scheme.attention))
+    return replace(base, scheme=replace(base.scheme, rules=tuple(rules)))
 
 
 def _bits(model: str | PathLike[str], recipe: Recipe) -> dict[str, float]:

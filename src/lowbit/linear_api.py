@@ -70,7 +70,7 @@ def quantize_linear(
             y = torch.cat([block(window[None]) for window in x])
         io = BlockIO(x, y, lambda run, window: run(window))
     known = {} if fisher is None else {_PATH: fisher.detach().float()}
-    state = BlockState("", block, _resolved(linear), {_PATH: form}, io, seed=recipe.seed, fisher=known)
+    state = BlockState.of("", block, _resolved(linear), {_PATH: form}, io, known, seed=recipe.seed)
     for step in recipe.steps:
         step.run(state)
     return block.linear  # pyright: ignore[reportReturnType]

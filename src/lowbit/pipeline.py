@@ -1,4 +1,4 @@
-"""The whole run: check, walk, guard, save, reload, compare. What ``lowbit quantize`` and ``lowbit.quantize`` do.
+"""The whole run: check, stages, guard, save, reload, compare. What ``lowbit quantize`` and ``lowbit.quantize`` do.
 
 Everything that can be known to be wrong is found before the first block; everything that goes wrong later leaves a
 partial directory that the same command continues; nothing that looks like a checkpoint exists before the reloaded model
@@ -24,13 +24,14 @@ from lowbit.checkpoints.target import check_target
 from lowbit.data import Calibration, calibration_of
 from lowbit.evaluation import kl_and_agreement, output_error
 from lowbit.modules import restore
-from lowbit.progress import Progress
+from lowbit.numerics import to_dict
+from lowbit.progress import Progress, silent
 from lowbit.recipes import Recipe, as_recipe
 from lowbit.stages.blockwise import WATCHED, BlockRecord, Broken, Walk, check_scheme
 from lowbit.stages.journal import Journal
+from lowbit.stages.run import Run
 from lowbit.steps import LayerRecord
 from lowbit.version import __version__
-from lowbit.whole import run_model_steps
 
 MAX_KL = 2.0
 """Mean KL divergence (nats a token) from the original beyond which a model counts as broken."""
@@ -79,7 +80,7 @@ class QuantizeReport:
         """Plain data for ``--json``."""
         return {
             "out": None if self.out is None else str(self.out),
-            "recipe": self.recipe.to_dict(),
+            "recipe": to_dict(self.recipe),
             "calibration": self.calibration,
             "bits_per_weight": self.bits_per_weight,
             "bytes": self.bytes,
@@ -112,7 +113,7 @@ class BrokenModel(ValueError):
 
 @dataclass
 class Job:
-    """A checked request: everything that a walk needs, and nothing has been loaded yet."""
+    """A checked request: everything that a run needs, and nothing has been loaded yet."""
 
     source: ModelSource
     recipe: Recipe
@@ -129,7 +130,7 @@ class Job:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "model": self.source.fingerprint,
-            "recipe": self.recipe.to_dict(),
+            "recipe": to_dict(self.recipe),
             "calibration": None if self.calibration is None else self.calibration.sha256,
         }
 
@@ -144,12 +145,13 @@ def prepare(
     seq_len: int = 512,
     trust_remote_code: bool = False,
 ) -> Job:
-    """Checks model, recipe, target and text, in the order of what is cheapest to find out.
+    """Checks recipe, target, model and text, in the order of what is cheapest to find out.
 
     Raises:
         ValueError: the first thing that is wrong, with what to do.
     """
     recipe, out = as_recipe(recipe), Path(out).expanduser()
+    recipe.check_runs()
     check_target(out)
     source = open_model(model, trust_remote_code=trust_remote_code)
     from lowbit.architectures import for_config
@@ -216,24 +218,23 @@ def quantize(
 def run(
     job: Job, ram_limit: int, max_kl: float, allow_broken: bool, restart: bool, progress: Progress | None = None
 ) -> QuantizeReport:
-    """The walk and all that follows it, for a request that has been checked."""
+    """The stages and all that follows them, for a request that has been checked."""
     journal = Journal(job.out, job.header)
     journal.open(restart=restart)
     ids = None if job.calibration is None else job.calibration.ids
-    walk = Walk(job.source, job.recipe, ids, journal, ram_limit, progress=progress or (lambda *_: None))
+    running = Run(job.source, job.recipe, ids, journal, ram_limit, progress or silent)
+    walk = running.walk
     try:
         try:
-            walk.run()
+            running.stages()
         except Broken as error:
             worst = max((x for b in walk.records for x in b.layers), key=lambda x: x.error or 0, default=None)
             culprit = f"; the worst layer so far is {worst.name}" if worst else ""
             raise BrokenModel(f"{error}{culprit}. Try more bits, smaller groups or another method") from error
-        walk.write_rest()
-        model = None
-        if job.recipe.model_steps:
-            model, notes = run_model_steps(walk, journal, progress)
+        job.warnings.extend(running.notes)
+        model, running.model = running.model, None
+        if model is not None:
             restore(model)  # as the reload that it is compared with
-            job.warnings.extend(notes)
         kl, agreement, reference = _measure(walk, model, progress)
         del model
         report = _report(job, walk, kl, agreement, max_kl)
@@ -241,7 +242,7 @@ def run(
             raise BrokenModel(_refusal(job, report), report)
         return _finish(job, walk, report, reference)
     finally:
-        walk.close()
+        running.close()
 
 
 @torch.no_grad()
@@ -250,7 +251,7 @@ def _measure(
 ) -> tuple[float | None, float | None, tuple[Tensor, Tensor] | None]:
     """KL and agreement over the first calibration windows, and the last window's ids and logits to compare a reload with.
 
-    The quantized model is the one that the walk left behind, or ``model`` where steps changed it since.
+    The quantized model is the one that the walk left behind, or ``model`` where a later stage changed it.
     """
     if walk.ids is None:
         return None, None, None
@@ -336,8 +337,6 @@ def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tenso
     if reference is not None:
         _compare_reloaded(directory, *reference)
     shutil.rmtree(directory / "scratch", ignore_errors=True)
-    for shard in directory.glob("walked-*.safetensors"):
-        shard.unlink()
     journal.finish()
     return report
 

@@ -1,4 +1,4 @@
-"""Formats by rule: what is stored of which linear, and how it runs.
+"""Formats by rule: what is stored of which linear, and how it runs; the formats of attention and of the KV cache.
 
 Methods say it by :func:`linears`, recipe files by rules and overrides; the last rule that matches counts.
 """
@@ -8,24 +8,18 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
-
 from lowbit.architectures import ROLE_GROUPS, ResolvedBlock
-from lowbit.modules import ActSpec, AttentionSpec, LinearFormat
-from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, nearest
+from lowbit.modules import ActSpec, AttentionSpec, KVSpec, LinearFormat
+from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, nearest, untagged
 
 
-class Frozen(BaseModel):
-    """A validated value: it does not change, and unknown fields are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-
-class FormatRule(Frozen):
+@untagged
+@dataclass(frozen=True)
+class FormatRule:
     """Formats for the linears that ``match``: ``*``, a role (``down``), a group of roles (``attention``, ``mlp``,
     ``behind_norm``), a name pattern, or ``re:`` and a regex.
 
@@ -37,28 +31,33 @@ class FormatRule(Frozen):
     activation: ActSpec | None = None
     skip: bool = False
 
+    def __post_init__(self):
+        if isinstance(self.match, str) and self.match.startswith("re:"):
+            try:
+                re.compile(self.match[3:])
+            except re.error as error:
+                raise ValueError(f"{self.match!r} is not a regular expression: {error}") from error
+
     def matches(self, name: str, role: str) -> bool:
         if self.match.startswith("re:"):
             return re.search(self.match[3:], name) is not None
         return self.match in ("*", role) or role in ROLE_GROUPS.get(self.match, ()) or fnmatch(name, self.match)
 
-    @field_validator("match")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        if value.startswith("re:"):
-            try:
-                re.compile(value[3:])
-            except re.error as error:
-                raise ValueError(f"{value!r} is not a regular expression: {error}") from error
-        return value
 
+@untagged
+@dataclass(frozen=True)
+class Scheme:
+    """What is stored and how it runs.
 
-class Scheme(Frozen):
-    """What is stored and how it runs: rules for linears, later ones over earlier ones, and ``attention``, the formats of the
-    operands of every block's attention (None: floating)."""
+    Attributes:
+        rules: formats of linears; later rules override earlier ones.
+        attention: the formats of the operands of every block's attention; None: floating.
+        kv: the formats of every block's cache of keys and values; None: floating.
+    """
 
-    rules: tuple[FormatRule, ...]
+    rules: tuple[FormatRule, ...] = ()
     attention: AttentionSpec | None = None
+    kv: KVSpec | None = None
 
     def format(self, name: str, role: str) -> LinearFormat | None:
         """The format of one linear, or None where it stays as it is."""
@@ -84,7 +83,7 @@ class Scheme(Frozen):
 
     def with_rules(self, *added: FormatRule) -> Scheme:
         """This scheme with rules after its own."""
-        return Scheme(rules=(*self.rules, *added), attention=self.attention)
+        return replace(self, rules=(*self.rules, *added))
 
     @property
     def quantizes_activations(self) -> bool:
@@ -101,7 +100,9 @@ def _nearest_layer(pattern: str, linears: Mapping[str, str]) -> str:
     )
 
 
-class Override(Frozen):
+@untagged
+@dataclass(frozen=True)
+class Override:
     """What one ``overrides`` entry of a recipe file may say; what it leaves out is as in the recipe's first weight format."""
 
     match: str
@@ -173,27 +174,3 @@ def attention(
 def linears(weight: Spec, activation: ActSpec | None = None, attention: AttentionSpec | None = None) -> Scheme:
     """One format for every linear of every block."""
     return Scheme(rules=(FormatRule(weight=weight, activation=activation),), attention=attention)
-
-
-# Validation
-
-
-def validated(model: type[Any], data: Mapping[str, Any]) -> Any:
-    """``model(**data)``. Raises ValueError that names an unknown key's nearest, or says what is wrong in a line."""
-    for key in data:
-        if key not in model.model_fields:
-            raise ValueError(f"unknown key {key!r}{nearest(str(key), list(model.model_fields))}")
-    try:
-        return model(**data)
-    except ValidationError as error:
-        raise ValueError(plain_message(error)) from error
-
-
-def plain_message(error: ValidationError) -> str:
-    """Pydantic's findings in one line each: where, what, and what was found."""
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
-        found = f" (found {item['input']!r})" if item["type"] != "value_error" and item["loc"] else ""
-        lines.append((f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ") + found)
-    return "; ".join(lines)

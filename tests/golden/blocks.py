@@ -121,7 +121,7 @@ def _begun(method: str, block: int, **options) -> tuple[BlockState, tuple[Step, 
     resolved = resolve(for_config(source.config), module, source.config)
     name = f"model.layers.{block}"
     io = BlockIO(_inputs(block)["calibration"], None, _call(block))
-    return BlockState(name, module, resolved, recipe.scheme.formats(resolved, name), io), recipe.steps
+    return BlockState.of(name, module, resolved, recipe.scheme.formats(resolved, name), io), recipe.steps
 
 
 @cache
@@ -137,11 +137,13 @@ def _measured(
         step.run(state)
     moved = moved or _linear_inputs(module, block)
     steps[-1].run(state)
-    errors, bits = {}, {path: state.linear(path).bits_per_weight for path in layers.LINEARS}
+    errors, bits = {}, {path: state.block.get_submodule(path).bits_per_weight for path in layers.LINEARS}
     with torch.inference_mode():
         for path, wanted in _wanted(block).items():
             x_TI = moved[path]
-            found = torch.cat([state.linear(path)(part) for part in x_TI.split(tokens_a_call or len(x_TI))])
+            found = torch.cat(
+                [state.block.get_submodule(path)(part) for part in x_TI.split(tokens_a_call or len(x_TI))]
+            )
             lost = (wanted - found).double().square().sum()
             errors[path] = (lost / wanted.double().square().sum()).item()
     return errors, bits
@@ -158,8 +160,8 @@ def input_errors_of(method: str, block: int, **options) -> dict[str, float]:
         for path, x in _linear_inputs(state.block, block).items():
             act, wanted = state.formats[path].act, _wanted(block)[path]
             assert act is not None
-            rounded = fake_quantize_activation(x, act, state.act_params.get(path))
-            lost = (wanted - rounded @ state.weight_OI(path).T).double().square().sum()
+            rounded = fake_quantize_activation(x, act, state.draft(path).act_params)
+            lost = (wanted - rounded @ state.draft(path).weight.T).double().square().sum()
             errors[path] = (lost / wanted.double().square().sum()).item()
     return errors
 

@@ -32,6 +32,7 @@ from lowbit.architectures.check import (
     TOLERANCE,
     change_of_logits,
     check_architecture,
+    drafted,
     logits,
     random_transform,
     randomize,
@@ -126,7 +127,10 @@ def _prepared(case: str) -> tuple[PreTrainedModel, Architecture, torch.Tensor, t
     unfuse_experts(model)
     randomize(model.double().eval(), seed=0)
     tokens = torch.randint(0, 48, (2, 12), generator=torch.Generator().manual_seed(0))
-    return model, for_config(model.config), tokens, logits(model, tokens)
+    table, before = for_config(model.config), logits(model, tokens)
+    for block in block_modules(model, table):
+        drafted(table, block, model.config)
+    return model, table, tokens, before
 
 
 def _resolved(case: str, number: int = 0, architecture: Architecture | None = None) -> ResolvedBlock:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit.architectures import Architecture, ResolvedResidual, block_modules, for_config, resolve, rotate_residual
-from lowbit.architectures.check import TOLERANCE, logits, randomize
+from lowbit.architectures.check import TOLERANCE, drafted, logits, randomize
 from lowbit.architectures.experts import unfuse_experts
 from lowbit.architectures.parts import NORM_EDGES
 from lowbit.architectures.table import Residual
@@ -61,7 +61,7 @@ def _rotated(model: PreTrainedModel, table: Architecture, rotation: Seeded, wron
     """A copy of the model's state aside, the model rotated; put back on leaving, hooks too."""
     old, blocks = copy.deepcopy(model.state_dict()), block_modules(model, table)
     for block in blocks:
-        residual = wrong(resolve(table, block, model.config).residual)
+        residual = wrong(drafted(table, block, model.config).residual)
         block.load_state_dict(rotate_residual(residual, rotation, block.state_dict()), strict=False)
     turn_residual(model, ResidualRotation(table.blocks, rotation))
     try:

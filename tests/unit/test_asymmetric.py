@@ -43,7 +43,7 @@ def state(second_block):
     def make(x_fp: torch.Tensor | None) -> BlockState:
         block, resolved, x, _, call = second_block
         formats = {path: LinearFormat(W3) for path in resolved.linears}
-        return BlockState("block", copy.deepcopy(block), resolved, formats, BlockIO(x, None, call, x_fp))
+        return BlockState.of("block", copy.deepcopy(block), resolved, formats, BlockIO(x, None, call, x_fp))
 
     return make
 
@@ -92,7 +92,7 @@ def test_stage_by_stage_the_original_stream_passes_through_original_linears(stat
     work.collect = watched  # pyright: ignore[reportAttributeAccessIssue]
     Solve(Gptq(asymmetric=0.5), true_sequential=True).run(work)
     assert len(seen) == 4  # q k v, o, gate up, down
-    assert all(isinstance(work.linear(path), lowbit.modules.QuantLinear) for path in work.formats)
+    assert all(isinstance(work.block.get_submodule(path), lowbit.modules.QuantLinear) for path in work.formats)
 
 
 @pytest.mark.parametrize("true_sequential", [False, True])
@@ -104,7 +104,7 @@ def test_the_block_comes_closer_to_the_original_output_with_the_share(state, sec
         Solve(Gptq(order="group", asymmetric=share), true_sequential).run(work)
         with torch.no_grad():
             path = "self_attn.q_proj"
-            mine = work.linear(path)(_inputs(work.block, path, x, call))
+            mine = work.block.get_submodule(path)(_inputs(work.block, path, x, call))
             theirs = block.get_submodule(path)(_inputs(block, path, x_fp, call))
             missed.append(float((mine - theirs).square().sum()))
     assert all(b < a for a, b in pairwise(missed))

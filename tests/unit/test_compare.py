@@ -23,6 +23,7 @@ from lowbit.comparison.results import Results
 from lowbit.comparison.table import COLUMNS
 from lowbit.evaluation import KeptOriginal, evaluate_model, keep_states
 from lowbit.evaluation.forward import logits_of
+from lowbit.numerics import to_dict
 
 from helpers import VOCABULARY, assert_same, random_ids, tiny_llama
 
@@ -121,7 +122,7 @@ def test_a_row_holds_what_quantize_and_evaluate_give_one_after_the_other(model, 
             assert record[name] == getattr(found, name), name
         for name in ("perplexity_interval", "kl_interval", "top1_interval"):
             assert tuple(record[name]) == getattr(found, name)
-        assert record["recipe"] == recipe.to_dict() == report.recipe.to_dict()
+        assert record["recipe"] == to_dict(recipe) == to_dict(report.recipe)
         assert (record["coverage"], record["protocol"]["sha256"]) == (report.coverage, found.ids_sha256)
         assert original["perplexity"] == found.reference_perplexity
     assert (rtn["calibration"], gptq["calibration"]["windows"], gptq["calibration"]["tokens"]) == (None, 4, 16)
@@ -352,7 +353,7 @@ def test_rows_in_python_are_recipes_names_or_files(tmp_path):
 @pytest.mark.parametrize("name", ["weight_only.yaml", "weight_activation.yaml"])
 def test_the_grids_of_the_benchmarks_are_grids(name):
     rows = read_grid(BENCHMARKS / name)
-    assert len({str(row.recipe.to_dict()) for row in rows}) == len(rows) > 8
+    assert len({str(to_dict(row.recipe)) for row in rows}) == len(rows) > 8
 
 
 # The command line

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -24,8 +26,6 @@ from lowbit.steps import (
     SearchReassembly,
     Solve,
 )
-from lowbit.steps.learn import _ActivationQuantizers
-from lowbit.steps.parametrizations import rounded
 from unit.test_reassembly import normal, outlier_states
 
 from helpers import assert_same, random_ids, sqnr_db, tiny_llama
@@ -79,20 +79,20 @@ def test_learning_lowers_the_error_of_the_packed_block(state, fold):
     Solve().run(plain)
     found = learned(state(), LowRankCorrection(4, 5e-2, fold), epochs=25)
     assert mse(found) < 0.95 * mse(plain)
-    assert all(bool(found.linear(path).side_terms) is not fold for path in found.formats)
+    assert all(bool(found.block.get_submodule(path).side_terms) is not fold for path in found.formats)
 
 
 def test_a_folded_correction_is_the_plain_rounding_of_another_weight(state):
     before, moved = state(), learned(state(), LowRankCorrection(4, 5e-2, fold=True), epochs=25, solve=False)
-    weights = {path: moved.weight_OI(path).clone() for path in moved.formats}
+    weights = {path: moved.draft(path).weight.clone() for path in moved.formats}
     Solve().run(moved)
     changed = 0
     for path, form in moved.formats.items():
-        delta = (weights[path] - before.weight_OI(path)).double()
+        delta = (weights[path] - before.draft(path).weight).double()
         assert torch.linalg.matrix_rank(delta, rtol=1e-4) <= 4 and delta.abs().max() > 0
         q = quantize(weights[path], form.weight, MinMax())
-        assert_same(moved.linear(path).dequantize(), q.dequantize())
-        changed += (q.codes != quantize(before.weight_OI(path), form.weight, MinMax()).codes).sum().item()
+        assert_same(moved.block.get_submodule(path).dequantize(), q.dequantize())
+        changed += (q.codes != quantize(before.draft(path).weight, form.weight, MinMax()).codes).sum().item()
     assert changed > 0 and any("added to the weights" in note for note in moved.notes)
 
 
@@ -100,7 +100,7 @@ def test_a_kept_correction_leaves_the_codes_and_reads_the_input_before_it_is_qua
     plain, found = state(), learned(state(), LowRankCorrection(4, 5e-3))
     Solve().run(plain)
     for path in found.formats:
-        layer, without = found.linear(path), plain.linear(path)
+        layer, without = found.block.get_submodule(path), plain.block.get_submodule(path)
         assert isinstance(layer, QuantLinear)
         assert_same(layer.qtensor().codes, without.qtensor().codes)
         (term,) = layer.side_terms
@@ -113,17 +113,16 @@ def test_a_kept_correction_leaves_the_codes_and_reads_the_input_before_it_is_qua
 def test_learning_sees_the_block_as_it_will_run(state):
     found = state()
     exact = LinearFormat(Spec(Int(4), PerChannel(), scale_dtype="float32"), activation(4, symmetric=False))
-    found.formats = dict.fromkeys(found.formats, exact)
+    for draft in found.drafts.values():
+        draft.format = exact
     SearchReassembly(0.3, "none", steps=3).run(found)
     for path in found.formats:
-        rows, columns = found.weight_OI(path).shape
-        found.side[path] = (LowRank.of(normal(2, columns) / 9, normal(rows, 2, seed=1) / 9),)
-    base = {name: p.detach() for name, p in found.block.named_parameters()}
-    with torch.no_grad(), _ActivationQuantizers(found, []):
-        simulated = found.io.call(
-            lambda *args, **kwargs: torch.func.functional_call(found.block, rounded(found)(base), args, kwargs),
-            found.io.x,
-        )
+        rows, columns = found.draft(path).weight.shape
+        found.draft(path).side_terms = (LowRank.of(normal(2, columns) / 9, normal(rows, 2, seed=1) / 9),)
+    with torch.no_grad(), ExitStack() as stack:
+        for draft in found.drafts.values():
+            stack.enter_context(draft.simulated())
+        simulated = output(found)
     uncorrected = output(found)
     Solve().run(found)
     assert sqnr_db(output(found), simulated) > 50 > 20 > sqnr_db(output(found), uncorrected)
@@ -131,7 +130,7 @@ def test_learning_sees_the_block_as_it_will_run(state):
 
 def test_norms_and_biases_move_and_are_rounded_as_they_are_stored(state):
     found = state()
-    found.store_dtype = torch.bfloat16
+    found.context = dataclasses.replace(found.context, store_dtype=torch.bfloat16)
     before = {name: p.clone() for name, p in found.block.named_parameters()}
     learned(found, NormsAndBiases(5e-3), solve=False)
     for name, p in found.block.named_parameters():

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.linear_api import _resolved
 from lowbit.modules import ActSpec, QuantLinear, fake_quantize_activation
 from lowbit.numerics import Float, PerChannel, PerInput, PerTensor, Spec, powers_of_two, quantize
 from lowbit.plan import plan
 from lowbit.steps import BlockState, SearchFloat
 from lowbit.steps.search_float import input_range
 
-from helpers import random_ids, tiny_llama
+from helpers import held, random_ids, tiny_llama
 
 O, I = 24, 40
 HALVED = Spec(powers_of_two(3), PerTensor(), scale_dtype="float32")
@@ -223,10 +224,10 @@ def test_a_linear_that_saw_no_token_is_stored_in_the_scheme_of_the_recipe():
     block.linear = layer.requires_grad_(False)
     form = recipe.scheme.format("linear", "linear")
     assert form is not None
-    state = BlockState("b", block, None, {"linear": form}, None)  # pyright: ignore[reportArgumentType]
-    SearchFloat()._place(state, "linear", {})
-    assert state.formats["linear"] == form and not state.clip and "saw no token" in state.notes[0]
-    torch.testing.assert_close(state.act_params["linear"].scale, torch.full((I, 1), 1 / 6))
+    state = BlockState.of("b", block, _resolved(layer), {"linear": form})
+    SearchFloat()._place(state, "linear", state.draft("linear"), {})
+    assert state.formats["linear"] == form and not held(state, "range_shares") and "saw no token" in state.notes[0]
+    torch.testing.assert_close(state.draft("linear").act_params.scale, torch.full((I, 1), 1 / 6))
 
 
 @pytest.mark.parametrize("make", [{"rounds": -1}, {"grid": 0}, {"tokens": 0}])

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import lowbit
 from lowbit.kernels import outlier_channels
-from lowbit.modules import ActSpec, QuantLinear, fake_quantize_activation, quantize_activation
+from lowbit.modules import ActSpec, QuantLinear, fake_activation, fake_quantize_activation, quantize_activation
 from lowbit.numerics import NF4, Int, KeptColumns, PerChannel, PerGroup, PerTensor, PerToken, Spec
 from lowbit.scheme import activation, linears
 from lowbit.solve import Gptq, Nearest, ReachingColumns
 from lowbit.steps import Search, Set, SmoothPowers
-from lowbit.steps.simulate import fake_activation
 
 from helpers import random_ids, sqnr_db, tiny_llama
 
@@ -166,7 +167,7 @@ def test_compiled_kernels_take_channels_out_as_the_reference_does(
     linear, x, weight, granularity, symmetric, rows, monkeypatch
 ):
     act = ActSpec(Spec(Int(8, symmetric=symmetric), granularity, scale_dtype="float32"), threshold=6.0)
-    recipe = lowbit.recipe("rtn").model_copy(update={"scheme": linears(weight, act)})
+    recipe = replace(lowbit.recipe("rtn"), scheme=linears(weight, act))
     q = lowbit.quantize_linear(linear, None, recipe)
     monkeypatch.setenv("LOWBIT_KERNELS", "reference")
     wanted = q(x[:rows])

@@ -30,17 +30,17 @@ def test_every_pair_runs_end_to_end_on_an_architecture_or_is_refused_with_its_re
 
 
 OWN = {
-    "SpQR outliers in NF4": Recipe(
+    "SpQR outliers in NF4": Recipe.blockwise(
         name="outliers in NF4",
         scheme=linears(Spec(NF4, PerGroup(32))),
         steps=(Solve(Gptq(outliers=LeaveOneOut(0.2), order="group")),),
     ),
-    "OWQ columns on QuIP's grid": Recipe(
+    "OWQ columns on QuIP's grid": Recipe.blockwise(
         name="columns on a rotated grid",
         scheme=linears(Spec(Int(4, zero="real"), PerTensor())),
         steps=(Incoherence(), Solve(Gptq(RmsRange(2.5), outliers=WeakColumns(count=4)))),
     ),
-    "SpQR outliers and OWQ columns together": Recipe(
+    "SpQR outliers and OWQ columns together": Recipe.blockwise(
         name="outliers and columns",
         scheme=linears(Spec(Int(4), PerChannel())),
         steps=(Solve(Gptq(outliers=(WeakColumns(count=2), LeaveOneOut(0.5)))),),

@@ -308,7 +308,7 @@ def test_what_would_cut_pairs_apart_is_refused(grain, columns, said):
 def test_a_solver_of_columns_refuses_pairs():
     assert arity(OutlierVictim()) == 2 and arity(Int(4)) == 1
     with pytest.raises(ValueError, match=r"codes 2 neighbours of a row together.*use the solver Nearest"):
-        Recipe(name="mine", scheme=linears(Spec(OutlierVictim(), PerChannel())), steps=(Solve(Gptq()),))
+        Recipe.blockwise(name="mine", scheme=linears(Spec(OutlierVictim(), PerChannel())), steps=(Solve(Gptq()),))
 
 
 def test_a_model_with_odd_widths_is_refused_before_any_work(tmp_path):
@@ -334,7 +334,9 @@ def state_of(linear: nn.Linear, x: Tensor, recipe: Recipe) -> BlockState:
     form = recipe.scheme.format("linear", "linear")
     assert form is not None
     io = BlockIO(x, None, lambda run, window: run(window))
-    return BlockState("", _Alone(copy.deepcopy(linear).requires_grad_(False)), _resolved(linear), {"linear": form}, io)
+    return BlockState.of(
+        "", _Alone(copy.deepcopy(linear).requires_grad_(False)), _resolved(linear), {"linear": form}, io
+    )
 
 
 def test_each_weight_gets_the_type_that_loses_less_of_it_and_stores_which():
@@ -360,7 +362,7 @@ def test_a_grid_that_was_not_asked_about_or_was_ranged_before_stays():
     choose.run(other)
     assert other.formats["linear"].weight.grid == Int(4)
     ranged = state_of(linear, x, lowbit.recipe("olive"))
-    ranged.clip["linear"] = MinMax()  # pyright: ignore[reportArgumentType]
+    ranged.draft("linear").range_shares = MinMax()  # pyright: ignore[reportArgumentType]
     choose.run(ranged)
     assert ranged.formats["linear"].weight.grid == OutlierVictim()
 
@@ -413,7 +415,7 @@ def test_a_linear_that_saw_no_token_gets_a_range_and_a_note():
     state = state_of(linear, x, lowbit.recipe("olive"))
     state.collect = lambda needs, inputs=None: {"linear": {}}  # pyright: ignore[reportAttributeAccessIssue]
     FitActivation(grids=(OutlierVictim(), OutlierVictim(4, "flint"))).run(state)
-    assert state.act_params["linear"].scale.item() == pytest.approx(1 / 7) and "saw no token" in state.notes[0]
+    assert state.draft("linear").act_params.scale.item() == pytest.approx(1 / 7) and "saw no token" in state.notes[0]
 
 
 def test_ranges_that_a_later_transform_would_outdate_are_refused():
@@ -421,7 +423,7 @@ def test_ranges_that_a_later_transform_would_outdate_are_refused():
         with pytest.raises(ValueError, match="transforms channels whose static activation ranges are fixed by then"):
             lowbit.recipe(name)
     with pytest.raises(ValueError, match="transforms channels whose static"):
-        Recipe(
+        Recipe.blockwise(
             name="mine",
             scheme=lowbit.recipe("smoothquant", level="O3").scheme,
             steps=(SetActivationRange(), *lowbit.recipe("smoothquant").steps),

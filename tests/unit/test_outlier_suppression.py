@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -47,10 +48,9 @@ from lowbit.steps import (
     Solve,
     Thresholds,
 )
-from lowbit.steps.simulate import simulated
 from lowbit.transforms import Scale
 
-from helpers import random_ids, sqnr_db, tiny_llama
+from helpers import held, random_ids, sqnr_db, tiny_llama
 from laws.test_architectures import CASES, SEEDS
 from matrix import MIXED_ON, WORKS, outcome, save_model
 
@@ -72,7 +72,7 @@ def _bare_states(model) -> list[BlockState]:
     architecture, states = for_config(model.config), []
     for block in block_modules(model, architecture):
         resolved = resolve(architecture, block.requires_grad_(False), model.config)
-        states.append(BlockState("block", block, resolved, {}, None, store_dtype=torch.float64))
+        states.append(BlockState.of("block", block, resolved, {}, None, store_dtype=torch.float64))
     return states
 
 
@@ -99,7 +99,7 @@ def _make(path):
 
     def make(weight: Spec = W4, act=None) -> BlockState:
         formats = {path: LinearFormat(weight, act) for path in resolved.linears}
-        return BlockState("block.0", copy.deepcopy(block), resolved, formats, BlockIO(x, y, call))
+        return BlockState.of("block.0", copy.deepcopy(block), resolved, formats, BlockIO(x, y, call))
 
     return make
 
@@ -220,7 +220,7 @@ def test_the_search_for_ranges_never_loses_to_the_range_of_all_values(llama):
     extremes, searched = llama(act=STATIC4), llama(act=STATIC4)
     SetActivationRange().run(extremes)
     SearchActivationRange(span=0.9, step=0.1).run(searched)
-    whole, found = extremes.act_params, searched.act_params
+    whole, found = (held(each, "act_params") for each in (extremes, searched))
     assert all(found[path].scale <= whole[path].scale for path in whole)
     assert any(found[path].scale < whole[path].scale for path in whole)
     assert _error(searched) < _error(extremes)
@@ -230,46 +230,53 @@ def test_a_search_of_one_share_is_the_range_of_all_values(llama):
     extremes, searched = llama(act=STATIC4), llama(act=STATIC4)
     SetActivationRange().run(extremes)
     SearchActivationRange(span=0.01, step=0.01).run(searched)
-    assert searched.act_params == extremes.act_params
+    assert held(searched, "act_params") == held(extremes, "act_params")
 
 
 def test_static_ranges_are_searched_where_there_are_some(llama):
     state = llama(act=activation(8))
     SearchActivationRange().run(state)
     Learn((LearnedStepSizes(),), BlockMSE(), epochs=1).run(state)
-    assert not state.act_params
+    assert not held(state, "act_params")
+
+
+def _simulated(state: BlockState, path: str, x: torch.Tensor, *trial) -> torch.Tensor:
+    with state.draft(path).simulated(*trial):
+        return state.draft(path)(x)
 
 
 def _loss(state: BlockState) -> float:
     """The objective of search and learning: the block's error, everything quantized as simulated."""
-    with state.replaced({path: simulated(state, path) for path in state.formats}):
+    with ExitStack() as stack:
+        for draft in state.drafts.values():
+            stack.enter_context(draft.simulated())
         return (_output(state) - state.io.y).square().mean().item()
 
 
 def test_learned_steps_end_no_worse_than_the_search_and_lower_the_error(llama):
     state = llama(act=STATIC4)
     SearchActivationRange(span=0.9, step=0.1).run(state)
-    coarse, before = _loss(state), dict(state.act_params)
+    coarse, before = _loss(state), held(state, "act_params")
     Learn((LearnedStepSizes(1e-2),), BlockMSE(), epochs=8).run(state)
     assert _loss(state) < 0.99 * coarse
-    assert state.act_params["self_attn.q_proj"].scale != before["self_attn.q_proj"].scale
-    for path, params in state.act_params.items():
+    assert state.draft("self_attn.q_proj").act_params.scale != before["self_attn.q_proj"].scale
+    for path, params in held(state, "act_params").items():
         assert params.scale > 0 and params.zero == params.zero.round() and 0 <= params.zero <= 15, path
 
 
 def test_no_epochs_of_learning_leave_the_ranges_as_the_search_found_them(llama):
     state = llama(act=STATIC4)
     SearchActivationRange().run(state)
-    before = dict(state.act_params)
+    before = held(state, "act_params")
     Learn((LearnedStepSizes(),), BlockMSE(), epochs=0).run(state)
-    assert state.act_params == before
+    assert held(state, "act_params") == before
 
 
 def test_linears_that_read_one_input_share_its_learned_step(llama):
     state = llama(act=STATIC4)
     SearchActivationRange().run(state)
     Learn((LearnedStepSizes(1e-2),), BlockMSE(), epochs=1).run(state)
-    q, k, v = (state.act_params[f"self_attn.{role}_proj"] for role in "qkv")
+    q, k, v = (state.draft(f"self_attn.{role}_proj").act_params for role in "qkv")
     assert q == k == v
 
 
@@ -277,7 +284,7 @@ def test_gradients_reach_steps_and_zero_points(llama):
     state = llama(act=STATIC4)
     SearchActivationRange(span=0.5, step=0.1).run(state)
     module = LearnedStepSizes().make(state, {})
-    params = module.activations()["mlp.down_proj"]
+    params = module.chosen("mlp.down_proj", state.draft("mlp.down_proj").weight)["act_params"]
     x = state.collect([Samples(64)])["mlp_hidden"][Samples(64)] * 1.5  # some values beyond the range
     state.formats["mlp.down_proj"].act.spec.grid.fake(x.reshape(1, -1), params).square().sum().backward()
     reached = [p for p in module.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
@@ -294,7 +301,7 @@ def test_steps_are_learned_from_a_range_that_is_there(llama):
 
 def _random_ranges(state: BlockState) -> dict:
     generator = torch.Generator().manual_seed(5)
-    widths = {s.name: state.weight_OI(s.readers[0]).shape[1] for s in state.resolved.shared_inputs}
+    widths = {s.name: state.draft(s.readers[0]).weight.shape[1] for s in state.resolved.shared_inputs}
     bounds = {
         name: 4 * torch.randn(2, width, generator=generator, dtype=torch.float64) for name, width in widths.items()
     }
@@ -332,7 +339,7 @@ def test_norms_without_a_bias_are_not_shifted_and_the_report_says_so(llama):
     state = llama()
     Set(Midpoint(), NORMS).run(state)
     assert [note for note in state.notes if "'norm_qkv' cannot carry a shift" in note]
-    assert state.linear("self_attn.q_proj").bias is None
+    assert state.block.get_submodule("self_attn.q_proj").bias is None
 
 
 def test_thresholds_begin_with_no_scale_and_no_scale_is_under_one(llama):
@@ -386,8 +393,8 @@ def test_in_turn_only_the_first_edge_is_searched_on_the_block_as_it_was(llama):
     at_once, in_turn = (llama(rough, activation(3, symmetric=False)) for _ in range(2))
     Search(Thresholds(20), ("*up_down*", "norm_*"), None).run(at_once)
     Search(Thresholds(20), ("*up_down*", "norm_*"), None, in_turn=True).run(in_turn)
-    assert torch.equal(at_once.weight_OI("self_attn.q_proj"), in_turn.weight_OI("self_attn.q_proj"))
-    assert not torch.equal(at_once.weight_OI("mlp.down_proj"), in_turn.weight_OI("mlp.down_proj"))
+    assert torch.equal(at_once.draft("self_attn.q_proj").weight, in_turn.draft("self_attn.q_proj").weight)
+    assert not torch.equal(at_once.draft("mlp.down_proj").weight, in_turn.draft("mlp.down_proj").weight)
 
 
 def test_in_turn_each_edge_sees_its_input_behind_quantized_linears(llama):
@@ -407,12 +414,12 @@ def test_in_turn_each_edge_sees_its_input_behind_quantized_linears(llama):
 @pytest.mark.parametrize("grain", [PerChannel(), PerGroup(16)], ids=str)
 def test_the_codes_of_up_are_those_before_the_fold_into_its_rows(llama, grain):
     state, spec = llama(), Spec(Int(4), grain, scale_dtype="float32")
-    before = quantize(state.weight_OI("mlp.up_proj"), spec, MinMax())
+    before = quantize(state.draft("mlp.up_proj").weight, spec, MinMax())
     edge, stats = state.resolved.edge("up_down"), state.collect([Range()])
     scale = Thresholds(20)(state, edge, stats)[-3]
     assert (scale.s > 1.5).any()
     state.commit(edge, scale, Kind.SCALE)
-    after = quantize(state.weight_OI("mlp.up_proj"), spec, MinMax())
+    after = quantize(state.draft("mlp.up_proj").weight, spec, MinMax())
     assert torch.equal(after.codes, before.codes) and torch.equal(after.params.zero, before.params.zero)
     rows = before.params.scale.view(96, -1) / scale.s[:, None]
     torch.testing.assert_close(after.params.scale.view(96, -1), rows, rtol=1e-6, atol=0)
@@ -424,21 +431,21 @@ def test_what_the_search_simulates_is_what_is_stored(llama, act):
     edge, stats = state.resolved.edge("norm_mlp"), state.collect([Range(), Samples(64)])
     x, bounds = stats["mlp_in"][Samples(64)], stats["mlp_in"][Range()]
     scale = Thresholds(20)(state, edge, stats)[12]
-    foreseen = simulated(state, "mlp.gate_proj", scale, bounds)(x)
+    foreseen = _simulated(state, "mlp.gate_proj", x, scale, bounds)
     state.commit(edge, scale, Kind.SCALE)
     if act.static:
         SetActivationRange().run(state)
     Solve().run(state)
-    assert sqnr_db(state.linear("mlp.gate_proj")(scale.forward(x)), foreseen) > 45
+    assert sqnr_db(state.block.get_submodule("mlp.gate_proj")(scale.forward(x)), foreseen) > 45
 
 
 def test_without_a_known_range_a_static_activation_is_simulated_by_the_calls_own(llama):
     state, x = llama(act=STATIC4), torch.randn(3, 64)
     dynamic = llama(act=activation(4, symmetric=False, per="tensor"))
-    assert torch.equal(simulated(state, "mlp.up_proj")(x), simulated(dynamic, "mlp.up_proj")(x))
+    assert torch.equal(_simulated(state, "mlp.up_proj", x), _simulated(dynamic, "mlp.up_proj", x))
     assert not torch.equal(
-        simulated(state, "mlp.up_proj", Scale(torch.ones(64)), 9 * torch.tensor([[-1.0], [1.0]]).repeat(1, 64))(x),
-        simulated(dynamic, "mlp.up_proj")(x),
+        _simulated(state, "mlp.up_proj", x, Scale(torch.ones(64)), 9 * torch.tensor([[-1.0], [1.0]]).repeat(1, 64)),
+        _simulated(dynamic, "mlp.up_proj", x),
     )
 
 
@@ -477,10 +484,10 @@ def test_a_transform_behind_a_fixed_range_is_refused(late):
         with pytest.raises(
             ValueError, match=f"{type(late).__name__} transforms channels whose static activation ranges"
         ):
-            Recipe(name="mine", scheme=scheme, steps=(step, late, Solve()))
-    Recipe(name="mine", scheme=scheme, steps=(late, SearchActivationRange(), Solve()))
+            Recipe.blockwise(name="mine", scheme=scheme, steps=(step, late, Solve()))
+    Recipe.blockwise(name="mine", scheme=scheme, steps=(late, SearchActivationRange(), Solve()))
     with pytest.raises(ValueError, match="need the step SetActivationRange or SearchActivationRange"):
-        Recipe(name="mine", scheme=scheme, steps=(Learn((LearnedStepSizes(),)), Solve()))
+        Recipe.blockwise(name="mine", scheme=scheme, steps=(Learn((LearnedStepSizes(),)), Solve()))
 
 
 def test_the_authors_settings_follow_the_bits():

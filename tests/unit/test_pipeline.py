@@ -167,7 +167,7 @@ def test_activations_that_overflow_stop_the_run_at_their_block(tmp_path):
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj: a scale of .* does not fit float16"):
         _quantize(path, tmp_path / "half")
     wide = Spec(Int(4), PerGroup(32), scale_dtype="float32")
-    recipe = Recipe(name="wide", scheme=linears(wide), steps=(Solve(),))
+    recipe = Recipe.blockwise(name="wide", scheme=linears(wide), steps=(Solve(),))
     with pytest.raises(lowbit.BrokenModel, match=r"model\.layers\.1: hidden states behind it are NaN or Inf"):
         _quantize(path, tmp_path / "q", recipe)
     assert not (tmp_path / "q").exists()

@@ -11,7 +11,7 @@ from lowbit.checkpoints import origins, shards
 from lowbit.checkpoints.shards import read_shard_header
 from lowbit.checkpoints.source import open_model
 from lowbit.kernels import native
-from lowbit.numerics import Gram, Int, PerChannel, PerCluster, PerGroup, Spec
+from lowbit.numerics import Gram, Int, PerChannel, PerCluster, PerGroup, Spec, to_dict
 from lowbit.plan import explain, plan
 from lowbit.plan.peak import statistics_bytes
 from lowbit.plan.survey import survey
@@ -157,7 +157,7 @@ def test_every_matrix_is_listed_with_its_format_or_the_reason_why_not(models):
 
 
 def test_layers_without_a_rule_routers_and_heads_say_so(models):
-    only_down = Recipe(
+    only_down = Recipe.blockwise(
         name="mine",
         scheme=Scheme(rules=(FormatRule(match="expert_down", weight=Spec(Int(4), PerGroup(16))),)),
         steps=(Solve(Nearest()),),
@@ -251,7 +251,9 @@ def test_a_rule_that_matches_no_layer_names_the_nearest(models):
 
 def test_a_format_that_a_layer_cannot_have_names_the_layer(models):
     clusters = Spec(Int(4), PerCluster((16, 16)))
-    wanted = Recipe(name="mine", scheme=Scheme(rules=(FormatRule(weight=clusters),)), steps=(Solve(Nearest()),))
+    wanted = Recipe.blockwise(
+        name="mine", scheme=Scheme(rules=(FormatRule(weight=clusters),)), steps=(Solve(Nearest()),)
+    )
     with pytest.raises(
         ValueError, match=r"layers\.0\.mlp\.down_proj \(32 x 48\) cannot have this format.*override for 'down'"
     ):
@@ -290,7 +292,7 @@ def test_statistics_are_counted_as_a_block_gathers_them(models):
     x = torch.randn(2, 8, 32)
     cos_sin = model.model.rotary_emb(x, torch.arange(8)[None])
     io = BlockIO(x, None, lambda run, window: run(window, position_embeddings=cos_sin))
-    state = BlockState("", block, meta.resolved, meta.formats, io)
+    state = BlockState.of("", block, meta.resolved, meta.formats, io)
     kept = [stat.nbytes for stats in state.collect([Gram()]).values() for stat in stats.values()]
     assert len(kept) == len(meta.resolved.shared_inputs)
     assert statistics_bytes(meta, [Gram()], 16) == sum(kept) + max(kept)
@@ -312,7 +314,7 @@ def test_the_memory_estimate_grows_with_what_the_steps_hold(models):
 
 def test_a_plan_and_an_explanation_are_plain_data(models):
     told = json.loads(json.dumps(plan(models("llama"), "gptq").to_dict()))
-    assert told["recipe"] == recipe("gptq").to_dict()
+    assert told["recipe"] == to_dict(recipe("gptq"))
     assert told["layers"][1]["shape"] == [32, 32]
     assert {"bytes_in", "bytes_out", "bits_per_weight", "peak_ram_bytes", "peak_disk_bytes"} <= told.keys()
     said = json.loads(json.dumps(explain("gptq", models("llama")).to_dict()))
@@ -397,7 +399,7 @@ def test_steps_are_explained_with_the_edges_of_this_model(models):
 def test_a_search_is_not_promised_where_nothing_reads_the_edge(models):
     from lowbit.steps import MeanAbsPower, Search
 
-    wanted = Recipe(
+    wanted = Recipe.blockwise(
         name="mine",
         scheme=Scheme(rules=(FormatRule(weight=Spec(Int(4), PerChannel())),)),
         steps=(Search(MeanAbsPower(2), ("q_k", "nowhere")), Solve(Nearest())),

@@ -14,6 +14,7 @@ from lowbit.architectures import attention_spec, observed, operand_ranges
 from lowbit.checkpoints import native
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.modules import AttentionSpec, restore
+from lowbit.numerics import to_dict
 from lowbit.plan import explain, plan
 from lowbit.recipes import Recipe, from_plain
 from lowbit.scheme import Scheme
@@ -173,13 +174,15 @@ def test_a_killed_run_with_static_ranges_continues_to_the_same_bytes(tmp_path):
 def test_static_ranges_need_a_step_that_finds_them_before_what_moves_channels():
     scheme = Scheme(rules=lowbit.recipe("rtn").scheme.rules, attention=AttentionSpec(8, static=True))
     with pytest.raises(ValueError, match="static operands of attention need the step SetAttentionRange"):
-        Recipe(name="mine", scheme=scheme, steps=(Solve(Nearest()),))
+        Recipe.blockwise(name="mine", scheme=scheme, steps=(Solve(Nearest()),))
     late = Set(Smooth(0.5), ("v_o",))
     with pytest.raises(ValueError, match="Set transforms channels whose static ranges in attention are fixed by then"):
-        Recipe(name="mine", scheme=scheme, steps=(SetAttentionRange(), late, Solve(Nearest())))
+        Recipe.blockwise(name="mine", scheme=scheme, steps=(SetAttentionRange(), late, Solve(Nearest())))
     with pytest.raises(ValueError, match="ranges that attention's operands do not have here"):
-        Recipe(name="mine", scheme=lowbit.recipe("rtn").scheme, steps=(SetAttentionRange(), Solve(Nearest())))
-    assert Recipe(name="mine", scheme=scheme, steps=(late, SetAttentionRange(), Solve(Nearest()))).needs_calibration
+        Recipe.blockwise(name="mine", scheme=lowbit.recipe("rtn").scheme, steps=(SetAttentionRange(), Solve(Nearest())))
+    assert Recipe.blockwise(
+        name="mine", scheme=scheme, steps=(late, SetAttentionRange(), Solve(Nearest()))
+    ).needs_calibration
     mixed = lowbit.recipe("rptq+llm-fp4", attention_bits=8, attention_format=None)
     assert mixed.scheme.attention == lowbit.recipe("rptq", attention_bits=8).scheme.attention
 
@@ -193,10 +196,10 @@ def test_explain_and_plan_say_so(tmp_path):
 
 
 def test_recipes_with_it_are_plain_data_and_overrides_keep_it():
-    assert from_plain(RECIPE.to_dict()) == RECIPE
+    assert from_plain(to_dict(RECIPE)) == RECIPE
     assert RECIPE.with_overrides([{"match": "down", "skip": True}]).scheme.attention == SPEC
     assert lowbit.recipe("smoothquant", attention_bits=16).scheme.attention is None
-    assert "attention" not in lowbit.recipe("smoothquant").to_dict()
+    assert "attention" not in to_dict(lowbit.recipe("smoothquant"))["scheme"]
 
 
 def test_models_that_attend_by_code_of_their_own_are_refused_before_any_work(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from contextlib import nullcontext
 
@@ -32,7 +33,7 @@ from lowbit.steps import (
 )
 from lowbit.transforms import Kronecker, RandomHadamard, Scale
 
-from helpers import random_ids, sqnr_db, tiny_llama
+from helpers import held, random_ids, sqnr_db, tiny_llama
 from laws.test_architectures import CASES, SEEDS
 
 EDGES = ("norm_*", "v_o", "*up_down*")
@@ -58,7 +59,7 @@ def states(model, tokens: Tensor, skip: tuple[str, ...] = ()) -> list[BlockState
         with torch.no_grad(), float64_everywhere() if model.dtype == torch.float64 else nullcontext():
             y = call(block, args[0])
         io = _Whole(args[0].detach(), y, call)
-        found.append(BlockState(f"b{i}", block, resolved, formats, io, seed=i, store_dtype=torch.float64))
+        found.append(BlockState.of(f"b{i}", block, resolved, formats, io, seed=i, store_dtype=torch.float64))
     return found
 
 
@@ -89,13 +90,13 @@ def test_rescale_and_rotations_change_no_architectures_function(case):
     model, tokens = model_of(case)
     before = logits(model, tokens)
     for state in states(model, tokens):
-        weights = {path: state.weight_OI(path).clone() for path in state.formats}
+        weights = {path: state.draft(path).weight.clone() for path in state.formats}
         with float64_everywhere():
             Set(Balance(), EDGES, run_time=True).run(state)
             rotation = Incoherence("kronecker" if state.seed else "hadamard")
             rotation.run(state)
-        assert set(state.post) == set(state.pre) == set(state.formats)
-        assert all((state.weight_OI(path) - w).abs().max() > 0.1 for path, w in weights.items())
+        assert set(held(state, "post")) == set(held(state, "pre")) == set(state.formats)
+        assert all((state.draft(path).weight - w).abs().max() > 0.1 for path, w in weights.items())
     assert_unchanged(before, logits(model, tokens))
 
 
@@ -121,9 +122,9 @@ def test_statistics_are_of_the_rotated_input_and_its_readers_share_the_rotation(
         before = state.collect([Gram()])["attention_in"][Gram()]
         Incoherence("kronecker").run(state)
         after = state.collect([Gram()])["attention_in"][Gram()]
-    (rotation,) = state.pre["self_attn.k_proj"]
-    assert state.pre["self_attn.v_proj"] == (rotation,) and "self_attn.q_proj" not in state.pre
-    assert state.post["self_attn.k_proj"] != state.post["self_attn.v_proj"]
+    (rotation,) = state.draft("self_attn.k_proj").pre
+    assert state.draft("self_attn.v_proj").pre == (rotation,) and "self_attn.q_proj" not in held(state, "pre")
+    assert state.draft("self_attn.k_proj").post != state.draft("self_attn.v_proj").post
     turned = rotation.forward(rotation.forward(before).T)
     torch.testing.assert_close(after, turned, rtol=1e-9, atol=1e-9 * before.abs().max().item())
     assert (after - before).abs().max() > 0.1 * before.abs().max()
@@ -133,13 +134,13 @@ def test_a_packed_block_undoes_what_was_rotated_and_keeps_its_biases(double):
     model, tokens = double
     model = model.float()
     state = states(model, tokens)[0]
-    state.store_dtype = torch.float32
-    biases = {path: state.linear(path).bias.clone() for path in state.formats if state.linear(path).bias is not None}
+    state.context = dataclasses.replace(state.context, store_dtype=torch.float32)
+    biases = {path: bias.clone() for path, bias in held(state, "bias").items()}
     Set(Balance(), ("norm_*", "up_down")).run(state)  # v -> o would divide the biases of v
     Incoherence().run(state)
     Solve(Nearest()).run(state)
     assert len(biases) == 4
-    assert all(torch.equal(state.linear(path).bias, bias) for path, bias in biases.items())
+    assert all(torch.equal(state.block.get_submodule(path).bias, bias) for path, bias in biases.items())
     with torch.no_grad():
         assert sqnr_db(state.io.y, state.io.call(state.block, state.io.x)) > 35
     assert all(record.error is not None and 0 < record.error < 1e-3 for record in state.records)
@@ -150,7 +151,8 @@ def test_seeds_differ_between_blocks_inputs_and_outputs_and_are_the_same_again(d
         found = []
         for state in states(copy.deepcopy(double[0]), double[1]):
             Incoherence().run(state)
-            found.append({t.seed for place in (state.pre, state.post) for (t,) in place.values()})
+            places = held(state, "pre"), held(state, "post")
+            found.append({t.seed for place in places for (t,) in place.values()})
         return found
 
     first, second = seeds(), seeds()
@@ -180,7 +182,7 @@ def test_the_rescale_balances_every_channel_and_lowers_the_bound(double):
 
     def energies() -> tuple[Tensor, Tensor]:
         h = state.collect([Gram()])["mlp_hidden"][Gram()].diagonal()
-        return h, state.weight_OI(port).square().sum(0)
+        return h, state.draft(port).weight.square().sum(0)
 
     with float64_everywhere():
         h, w = energies()
@@ -198,7 +200,7 @@ def test_readers_of_one_edge_share_the_rescale_of_their_sum(double):
     with float64_everywhere():
         stats = state.collect([Gram()])
         scale = Balance()(state, state.resolved.edge("norm_mlp"), stats)
-    w = sum(state.weight_OI(f"mlp.{name}_proj").square().sum(0) for name in ("gate", "up"))
+    w = sum(state.draft(f"mlp.{name}_proj").weight.square().sum(0) for name in ("gate", "up"))
     d = (stats["mlp_in"][Gram()].diagonal() / w).pow(0.25)
     assert scale.s.dtype == torch.float16
     torch.testing.assert_close(scale.s.double(), d / d.log().mean().exp(), rtol=2.0**-10, atol=0)
@@ -220,7 +222,9 @@ def test_where_no_edge_carries_a_scale_the_linear_rescales_its_own_input():
     with float64_everywhere():
         Set(Balance(), EDGES, run_time=True).run(state)
     assert (
-        state.notes == [] and set(state.pre) == {"mlp.c_proj"} and isinstance(state.pre["mlp.c_proj"][0], Scale)
+        state.notes == []
+        and set(held(state, "pre")) == {"mlp.c_proj"}
+        and isinstance(state.draft("mlp.c_proj").pre[0], Scale)
     )  # behind a GELU
     assert_unchanged(before, logits(model, tokens))
 

@@ -15,11 +15,12 @@ from lowbit.modules import LinearFormat, QuantLinear
 from lowbit.numerics import AbsMax, Gram, Int, PerChannel, Spec
 from lowbit.scheme import activation
 from lowbit.steps import BlockState, SearchReassembly, Solve
-from lowbit.steps.reassembly import _listen, _loss, _site, assembled, disassembly, merge_distances, thresholds
+from lowbit.steps.listen import Place, listen
+from lowbit.steps.reassembly import _loss, _site, assembled, disassembly, merge_distances, thresholds
 from lowbit.transforms import Merge, Reassembly, Split
 from unit.test_quip import assert_unchanged, model_of, states
 
-from helpers import assert_close_f64, sqnr_db
+from helpers import assert_close_f64, held, sqnr_db
 from laws.test_architectures import CASES
 
 
@@ -204,7 +205,7 @@ def test_splitting_alone_changes_no_architectures_function(case):
     for state in states(model, tokens):
         with float64_everywhere():
             split_everything(step, state)
-        assert set(state.pre) == set(state.formats)
+        assert set(held(state, "pre")) == set(state.formats)
     assert_unchanged(before, logits(model, tokens))
 
 
@@ -214,7 +215,8 @@ def split_everything(step: SearchReassembly, state: BlockState) -> None:
     for shared in state.resolved.shared_inputs:
         site = _site(state, shared)
         *_, last = step._candidates(state, site, stats[shared.name])
-        state.transform_inputs(site.readers, last)
+        for path in site.readers:
+            state.transform(path, last)
 
 
 def test_a_fold_that_forgets_a_reader_changes_the_function():
@@ -224,7 +226,8 @@ def test_a_fold_that_forgets_a_reader_changes_the_function():
     with float64_everywhere():
         split_everything(SearchReassembly(0.3, "none", steps=2), state)
         path = "mlp.gate_proj"
-        state.linear(path).weight.data.mul_(torch.where(torch.arange(state.weight_OI(path).shape[1]) == 0, 2.0, 1.0))
+        weight = state.draft(path).weight
+        weight.data.mul_(torch.where(torch.arange(weight.shape[1]) == 0, 2.0, 1.0))
     assert (logits(model, tokens) - before).abs().max() > 1e-6 * before.abs().max()
 
 
@@ -239,7 +242,8 @@ def outlier_states(skip: tuple[str, ...] = ()) -> tuple[nn.Module, Tensor, list[
             block.post_attention_layernorm.weight[5] *= 30
     found = states(model.float(), tokens, skip)
     for state in found:
-        state.formats = dict.fromkeys(state.formats, W4A4)
+        for draft in state.drafts.values():
+            draft.format = W4A4
     return model, tokens, found
 
 
@@ -251,9 +255,9 @@ def test_what_is_chosen_loses_no_more_than_no_change_and_outliers_are_split(asse
     step.run(state)
     for name, channel in (("attention_in", 3), ("mlp_in", 5)):
         site = _site(original, next(s for s in original.resolved.shared_inputs if s.name == name))
-        calls = _listen(original, [site], None)[name]
-        (transform,) = state.pre[site.readers[0]]
-        assert all(state.pre[path] == (transform,) for path in site.readers)
+        calls = listen(original, site.places)
+        (transform,) = state.draft(site.readers[0]).pre
+        assert all(state.draft(path).pre == (transform,) for path in site.readers)
         losses = [_loss(original, site, t, calls) for t in (None, transform)]
         assert losses[1] < (0.6 if assembly == "none" else 0.9) * losses[0]
         counts = (
@@ -268,10 +272,10 @@ def test_what_is_chosen_loses_no_more_than_no_change_and_outliers_are_split(asse
 def test_attention_is_judged_before_its_output_projection_and_an_mlp_in_its_hidden_layer():
     _, _, (state, *_) = outlier_states()
     judged = {s.name: _site(state, s) for s in state.resolved.shared_inputs}
-    assert (judged["attention_in"].runs, judged["attention_in"].behind) == (("self_attn",), "self_attn.o_proj")
-    assert (judged["mlp_in"].runs, judged["mlp_in"].behind) == (("mlp",), "mlp.down_proj")
-    assert (judged["mlp_hidden"].runs, judged["mlp_hidden"].behind) == (("mlp.down_proj",), None)
-    call = _listen(state, [judged["mlp_in"]], None)["mlp_in"][0]
+    assert judged["attention_in"].places == (Place("self_attn", "self_attn.o_proj"),)
+    assert judged["mlp_in"].places == (Place("mlp", "mlp.down_proj"),)
+    assert judged["mlp_hidden"].places == (Place("mlp.down_proj"),)
+    call = listen(state, judged["mlp_in"].places)[0]
     mlp, x = state.block.mlp, call.args[0]
     torch.testing.assert_close(call.answer, mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
 
@@ -279,14 +283,15 @@ def test_attention_is_judged_before_its_output_projection_and_an_mlp_in_its_hidd
 def test_inputs_that_are_skipped_and_readers_that_stay_as_they_are_get_nothing():
     _, _, (state, *_) = outlier_states(skip=("v",))
     SearchReassembly(0.3, "none", steps=3).run(state)
-    assert "self_attn.o_proj" not in state.pre and "self_attn.v_proj" not in state.pre
-    assert "self_attn.q_proj" in state.pre and "mlp.up_proj" in state.pre
+    transformed = held(state, "pre")
+    assert "self_attn.o_proj" not in transformed and "self_attn.v_proj" not in transformed
+    assert "self_attn.q_proj" in transformed and "mlp.up_proj" in transformed
 
 
 def test_without_a_share_of_channels_nothing_changes():
     _, _, (state, *_) = outlier_states()
     SearchReassembly(0.0).run(state)
-    assert not state.pre
+    assert not held(state, "pre")
 
 
 def lone() -> tuple[nn.Linear, Tensor]:
@@ -332,4 +337,4 @@ def test_every_input_is_moved_once_and_statistics_behind_it_are_of_what_is_read(
     before = outlier_states()[2][0].collect([AbsMax()])
     assert stats["attention_in"][AbsMax()].max() < 0.7 * before["attention_in"][AbsMax()].max()
     Solve().run(state)
-    assert all(isinstance(state.linear(path), QuantLinear) for path in state.formats)
+    assert all(isinstance(state.block.get_submodule(path), QuantLinear) for path in state.formats)

@@ -26,7 +26,7 @@ def _state(seed: int = 0) -> BlockState:
     block = _Alone(linear)
     y = torch.cat([block(window[None]) for window in x])
     io = BlockIO(x, y, lambda run, window: run(window))
-    return BlockState("", block, _resolved(linear), {"linear": LinearFormat(SPEC)}, io)
+    return BlockState.of("", block, _resolved(linear), {"linear": LinearFormat(SPEC)}, io)
 
 
 def _learn(steps: int = 60) -> Learn:
@@ -42,15 +42,15 @@ def _error(state: BlockState) -> float:
 def test_the_stored_codes_are_the_learned_ones_exactly():
     state = _state()
     _learn().run(state)
-    learned = state.weight_OI("linear") + state.nudge["linear"]
-    clip = state.clip["linear"]
+    learned = state.draft("linear").weight + state.draft("linear").rounding_offset
+    clip = state.draft("linear").range_shares
     assert isinstance(clip, Fixed)
     Solve(Nearest()).run(state)
     q = state.block.linear.qtensor()
     assert torch.equal(q.params.scale, clip.params.scale) and torch.equal(q.params.zero, clip.params.zero)
     again = SPEC.grid.encode(SPEC.granularity.split(learned), clip.params)
     assert torch.equal(SPEC.granularity.join(again, (24, 32)), q.codes)
-    moved = (q.codes != Nearest().solve(_state().weight_OI("linear"), SPEC, {}).q.codes).float().mean()
+    moved = (q.codes != Nearest().solve(_state().draft("linear").weight, SPEC, {}).q.codes).float().mean()
     assert moved > 0.05, "nothing was learned"
 
 
@@ -74,8 +74,8 @@ def test_no_steps_leave_rounding_to_nearest():
 def test_signed_descent_moves_every_offset_by_at_most_the_sum_of_its_rates():
     state = _state()
     _learn(2).run(state)  # one pass of two steps, at rates 0.02 and 0.01
-    scale = state.clip["linear"].params.scale.view(24, 2).repeat_interleave(16, 1)
-    assert (state.nudge["linear"] / scale).abs().max() <= 0.03 + 1e-5
+    scale = state.draft("linear").range_shares.params.scale.view(24, 2).repeat_interleave(16, 1)
+    assert (state.draft("linear").rounding_offset / scale).abs().max() <= 0.03 + 1e-5
 
 
 def test_a_whole_run_with_learned_rounding_is_better_than_without(tmp_path):
@@ -92,10 +92,10 @@ def test_a_whole_run_with_learned_rounding_is_better_than_without(tmp_path):
 def test_learned_rounding_refuses_quantized_scales_and_grids_without_a_range():
     second = Spec(Int(3), PerGroup(16), stats=Spec(Int(4), PerGroup(8)))
     state = _state()
-    state.formats["linear"] = LinearFormat(second)
+    state.draft("linear").format = LinearFormat(second)
     with pytest.raises(ValueError, match="stored as they are"):
         _learn(1).run(state)
     with pytest.raises(ValueError, match="not placed by a range"):
         lowbit.recipe("autoround+lut-gemm", group_size=16)
     with pytest.raises(ValueError, match="order='act' forms other groups"):
-        Recipe(name="x", scheme=linears(SPEC), steps=(_learn(), Solve(Gptq(order="act"))))
+        Recipe.blockwise(name="x", scheme=linears(SPEC), steps=(_learn(), Solve(Gptq(order="act"))))

@@ -42,7 +42,7 @@ def state(first_block):
     def make(act: ActSpec | None = STATIC) -> BlockState:
         block, resolved, io = first_block
         formats = {path: LinearFormat(W8, act) for path in resolved.linears}
-        return BlockState("model.layers.0", copy.deepcopy(block), resolved, formats, io)
+        return BlockState.of("model.layers.0", copy.deepcopy(block), resolved, formats, io)
 
     return make
 
@@ -92,12 +92,12 @@ def test_clusters_cover_the_channels_and_orders_stay_within_heads(state):
     s, before = state(), state()
     Cluster(7, 3).run(s)
     for path in s.formats:
-        assert sum(_sizes(s, path)) == before.weight_OI(path).shape[1]
+        assert sum(_sizes(s, path)) == before.draft(path).weight.shape[1]
     assert len(_sizes(s, "mlp.down_proj")) == len(_sizes(s, "self_attn.q_proj")) == 7
     o_sizes = torch.tensor(_sizes(s, "self_attn.o_proj"))  # 4 query heads of 16 channels, on 2 key-value heads
     assert len(o_sizes) == 4 * 3 and o_sizes.view(4, 3).sum(1).tolist() == [16] * 4
     assert torch.equal(o_sizes.view(2, 2, 3)[:, 0], o_sizes.view(2, 2, 3)[:, 1])
-    old, new = (each.weight_OI("self_attn.v_proj").sort(1).values.view(2, 16, 64) for each in (before, s))
+    old, new = (each.draft("self_attn.v_proj").weight.sort(1).values.view(2, 16, 64) for each in (before, s))
     for head in range(2):
         rows = {tuple(row.tolist()) for row in old[head]}
         assert {tuple(row.tolist()) for row in new[head]} == rows and not torch.equal(old[head], new[head])
@@ -107,14 +107,14 @@ def test_gate_and_up_move_alike_and_norms_do_not(state):
     s, before = state(), state()
     Cluster(6, 2).run(s)
     order = [
-        next(j for j, row in enumerate(before.weight_OI("mlp.up_proj").sort(1).values) if torch.allclose(row, moved))
-        for moved in s.weight_OI("mlp.up_proj").sort(1).values
+        next(j for j, row in enumerate(before.draft("mlp.up_proj").weight.sort(1).values) if torch.allclose(row, moved))
+        for moved in s.draft("mlp.up_proj").weight.sort(1).values
     ]
     for path in ("mlp.up_proj", "mlp.gate_proj"):
-        moved = before.weight_OI(path)[order].sort(1).values
-        torch.testing.assert_close(s.weight_OI(path).sort(1).values, moved)
+        moved = before.draft(path).weight[order].sort(1).values
+        torch.testing.assert_close(s.draft(path).weight.sort(1).values, moved)
     assert torch.equal(s.block.input_layernorm.weight, before.block.input_layernorm.weight)
-    readers = [s.pre[f"self_attn.{name}_proj"][0].index for name in "qkv"]
+    readers = [s.draft(f"self_attn.{name}_proj").pre[0].index for name in "qkv"]
     assert torch.equal(readers[0], readers[1]) and torch.equal(readers[0], readers[2])
     assert "mlp.down_proj" not in s.pre and "self_attn.o_proj" not in s.pre
 
@@ -135,8 +135,8 @@ def _lost(s: BlockState, path: str, need: Samples = Samples(4096)) -> float:
     form = s.formats[path]
     return (
         (
-            (fake_quantize_activation(x, form.act.spec, s.act_params[path]) - x).square()
-            * s.weight_OI(path).square().sum(0)
+            (fake_quantize_activation(x, form.act.spec, s.draft(path).act_params) - x).square()
+            * s.draft(path).weight.square().sum(0)
         )
         .sum()
         .item()
@@ -147,15 +147,15 @@ def test_one_cluster_is_one_range_for_the_tensor(state):
     clustered, plain = _ranged(state(), 1, 1), state()
     SetActivationRange().run(plain)
     for path in ("mlp.down_proj", "self_attn.q_proj"):
-        assert torch.equal(clustered.act_params[path].scale, plain.act_params[path].scale)
-        assert torch.equal(clustered.act_params[path].zero, plain.act_params[path].zero)
+        assert torch.equal(clustered.draft(path).act_params.scale, plain.draft(path).act_params.scale)
+        assert torch.equal(clustered.draft(path).act_params.zero, plain.draft(path).act_params.zero)
 
 
 def test_as_many_clusters_as_channels_are_a_range_for_each_and_the_error_falls_on_the_way(state):
     every = _ranged(state(), 96)
     (bounds,) = every.collect([Range()], ["mlp_hidden"])["mlp_hidden"].values()
     wanted = Int(4).from_range(bounds[0][:, None], bounds[1][:, None])
-    torch.testing.assert_close(every.act_params["mlp.down_proj"].scale, wanted.scale)
+    torch.testing.assert_close(every.draft("mlp.down_proj").act_params.scale, wanted.scale)
     errors = [_lost(_ranged(state(), count), "mlp.down_proj") for count in (1, 4, 16, 96)]
     assert all(finer < coarser for coarser, finer in itertools.pairwise(errors))
 
@@ -163,14 +163,14 @@ def test_as_many_clusters_as_channels_are_a_range_for_each_and_the_error_falls_o
 def test_a_range_covers_its_cluster_and_a_moving_average_is_inside_it(state):
     wide, narrow = _ranged(state(), 5), _ranged(state(), 5, decay=0.5)
     (bounds,) = wide.collect([Range()], ["mlp_hidden"])["mlp_hidden"].values()
-    params = wide.act_params["mlp.down_proj"]
+    params = wide.draft("mlp.down_proj").act_params
     start = 0
     for g, size in enumerate(_sizes(wide, "mlp.down_proj")):
         lo, hi = bounds[0, start : start + size].min().clamp(max=0), bounds[1, start : start + size].max().clamp(min=0)
         assert params.scale[g].item() == pytest.approx((hi - lo).item() / 15, rel=1e-5)
         start += size
-    assert (narrow.act_params["mlp.down_proj"].scale <= params.scale * (1 + 1e-6)).all()
-    assert (narrow.act_params["mlp.down_proj"].scale < params.scale).any()
+    assert (narrow.draft("mlp.down_proj").act_params.scale <= params.scale * (1 + 1e-6)).all()
+    assert (narrow.draft("mlp.down_proj").act_params.scale < params.scale).any()
 
 
 def test_a_moving_average_follows_its_windows():
@@ -185,10 +185,10 @@ def test_a_moving_average_follows_its_windows():
 def test_a_searched_range_loses_no_more_on_the_tokens_that_it_saw(state):
     plain, searched = _ranged(state(), 4), _ranged(state(), 4, shrinks=20)
     for path in ("mlp.down_proj", "self_attn.o_proj", "mlp.up_proj"):
-        assert (searched.act_params[path].scale <= plain.act_params[path].scale).all()
+        assert (searched.draft(path).act_params.scale <= plain.draft(path).act_params.scale).all()
         lost = [_lost(each, path, Samples(2048, stride=8)) for each in (searched, plain)]
         assert lost[0] <= lost[1] * (1 + 1e-6)
-    assert (searched.act_params["mlp.down_proj"].scale < plain.act_params["mlp.down_proj"].scale).any()
+    assert (searched.draft("mlp.down_proj").act_params.scale < plain.draft("mlp.down_proj").act_params.scale).any()
 
 
 def test_values_of_a_cluster_use_its_parameters_only():
@@ -209,8 +209,8 @@ def test_an_input_that_no_token_reached_is_cut_as_it_comes(state):
     s = state()
     s.collect = lambda needs, inputs=None: {name: {} for name in s.readers().values()}
     _ranged(s, 8)
-    assert len(_sizes(s, "mlp.down_proj")) == 8 and s.act_params["mlp.down_proj"].scale.shape == (8, 1)
-    assert torch.equal(s.weight_OI("mlp.down_proj"), state().weight_OI("mlp.down_proj"))
+    assert len(_sizes(s, "mlp.down_proj")) == 8 and s.draft("mlp.down_proj").act_params.scale.shape == (8, 1)
+    assert torch.equal(s.draft("mlp.down_proj").weight, state().draft("mlp.down_proj").weight)
     assert any("saw no token" in note for note in s.notes)
 
 
@@ -286,6 +286,6 @@ def test_a_mix_keeps_the_inputs_formats_of_the_roles():
 )
 def test_steps_that_would_undo_the_order_are_refused_before_any_work(steps, act, reason):
     with pytest.raises(ValueError, match=reason):
-        Recipe(
+        Recipe.blockwise(
             name="mine", scheme=linears(lowbit.recipe("rtn", group_size=16).scheme.rules[0].weight, act), steps=steps
         )

@@ -13,7 +13,7 @@ from lowbit.modules import ActSpec, LinearFormat
 from lowbit.numerics import AbsMax, Int, LaterRange, PerChannel, PerTensor, PerToken, Range, Spec
 from lowbit.scheme import activation
 from lowbit.steps import BlockState, Search, Set, SetActivationRange, Smooth, SmoothPowers
-from lowbit.steps.search import _listen
+from lowbit.steps.listen import Place, listen
 
 import helpers
 from helpers import sqnr_db, tiny_llama
@@ -34,15 +34,15 @@ def state(first_block):
     def make(act: ActSpec | None = None, weight: Spec = W8, first: float = 1.0) -> BlockState:
         """``first``: what the MLP's gate makes of the first token of every window is multiplied by it."""
         block, resolved, io = first_block
-        block = copy.deepcopy(block)
+        formats = {path: LinearFormat(weight, act) for path in resolved.linears}
+        made = BlockState.of("model.layers.0", copy.deepcopy(block), resolved, formats, io)
         if first != 1.0:
 
             def massive(module: nn.Module, args: tuple, y: torch.Tensor) -> torch.Tensor:
                 return torch.cat([y[:, :1] * first, y[:, 1:]], 1)
 
-            block.mlp.up_proj.register_forward_hook(massive)
-        formats = {path: LinearFormat(weight, act) for path in resolved.linears}
-        return BlockState("model.layers.0", block, resolved, formats, io)
+            made.draft("mlp.up_proj").register_forward_hook(massive)
+        return made
 
     return make
 
@@ -77,10 +77,12 @@ def test_static_ranges_are_measured_again_after_smoothing(state):
     largest = {name: stats[AbsMax()].max().item() for name, stats in after.collect([AbsMax()]).items()}
     for shared in after.resolved.shared_inputs:
         for path in shared.readers:
-            assert after.act_params[path].scale.item() * 127 == pytest.approx(largest[shared.name], rel=1e-6)
+            assert after.draft(path).act_params.scale.item() * 127 == pytest.approx(largest[shared.name], rel=1e-6)
     q, down = "self_attn.q_proj", "mlp.down_proj"
-    assert after.act_params[q].scale < 0.5 * before.act_params[q].scale  # outlier channels were smoothed
-    assert after.act_params[down].scale == pytest.approx(before.act_params[down].scale)  # nothing is smoothed there
+    assert after.draft(q).act_params.scale < 0.5 * before.draft(q).act_params.scale  # outlier channels were smoothed
+    assert after.draft(down).act_params.scale == pytest.approx(
+        before.draft(down).act_params.scale
+    )  # nothing is smoothed there
 
 
 # A searched alpha
@@ -104,13 +106,11 @@ def test_a_searched_alpha_is_the_best_of_the_grid_at_each_edge_by_the_output_of_
     search = Search(candidates, at)
     stats, losses, best = s.collect(candidates.needs), {}, {}
     edges = list(s.edges(at, candidates.kind))
-    heard = _listen(s, {edge.judge for edge in edges}, None)
     with torch.no_grad():
         for edge in edges:
             tried = candidates(s, edge, stats)
-            losses[edge.name] = [
-                search._loss(s, edge, transform, stats, {edge.judge: heard[edge.judge]}) for transform in tried
-            ]
+            calls = listen(s, [Place(edge.judge)])
+            losses[edge.name] = [search._loss(s, edge, transform, stats, calls) for transform in tried]
             best[edge.name] = tried[losses[edge.name].index(min(losses[edge.name]))]
     assert len({losses[name].index(min(losses[name])) for name in losses}) > 1  # no one alpha is best everywhere
     committed = {}
@@ -153,7 +153,7 @@ def test_ranges_can_leave_out_the_first_tokens_of_every_window(state):
     s = state(first=1000.0)
     stats = s.stats_of(s.collect([Range(), LaterRange(1), LaterRange(31), LaterRange(32)]), "mlp.down_proj")
     seen = []
-    s.linear("mlp.down_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    s.block.get_submodule("mlp.down_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
     with torch.no_grad():
         for i in range(len(s.io)):
             s.io.call(s.block, s.io.window(i))
@@ -186,8 +186,8 @@ def test_first_tokens_that_are_left_out_do_not_set_the_range(state, skip):
     SetActivationRange(skip).run(calm)
     SetActivationRange().run(spoiled)
     SetActivationRange(skip).run(spared)
-    assert spared.act_params[down].scale == calm.act_params[down].scale
-    assert spoiled.act_params[down].scale > 50 * spared.act_params[down].scale
+    assert spared.draft(down).act_params.scale == calm.draft(down).act_params.scale
+    assert spoiled.draft(down).act_params.scale > 50 * spared.draft(down).act_params.scale
     assert "at run time" in spared.notes[0] and calm.notes == []
 
 

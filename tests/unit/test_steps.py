@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from fnmatch import fnmatch
 
 import pytest
@@ -30,7 +31,7 @@ from lowbit.steps import (
 )
 
 import helpers
-from helpers import sqnr_db, tiny_llama
+from helpers import held, sqnr_db, tiny_llama
 
 W4 = Spec(Int(4), PerGroup(32))
 W3 = Spec(Int(3), PerGroup(32))
@@ -47,7 +48,7 @@ def state(first_block):
     def make(weight: Spec = W4, act=None) -> BlockState:
         block, resolved, io = first_block
         formats = {path: LinearFormat(weight, act) for path in resolved.linears}
-        return BlockState("model.layers.0", copy.deepcopy(block), resolved, formats, io)
+        return BlockState.of("model.layers.0", copy.deepcopy(block), resolved, formats, io)
 
     return make
 
@@ -68,15 +69,15 @@ def _norm_edge(state: BlockState):
 def _magnitudes(state: BlockState):
     """Largest activation and weight of each channel at the MLP norm's edge."""
     a = state.collect([AbsMax()])["mlp_in"][AbsMax()]
-    w = torch.stack([state.weight_OI(port.module).abs().amax(0) for port in _norm_edge(state).consumers]).amax(0)
+    w = torch.stack([state.draft(port.module).weight.abs().amax(0) for port in _norm_edge(state).consumers]).amax(0)
     return a, w
 
 
 def test_smoothing_does_not_change_what_the_block_computes(state):
     s = state()
-    before = state().weight_OI("mlp.up_proj")
+    before = state().draft("mlp.up_proj").weight
     Set(Smooth(0.5), ("norm_*", "v_o", "up_down")).run(s)
-    assert not torch.equal(s.weight_OI("mlp.up_proj"), before)
+    assert not torch.equal(s.draft("mlp.up_proj").weight, before)
     assert sqnr_db(s.io.y, _output(s)) > 100
 
 
@@ -93,9 +94,9 @@ def test_smoothing_with_alpha_half_shares_the_difficulty_and_twice_is_once(state
     Set(Smooth(0.5), ("norm_mlp",)).run(s)
     a, w = _magnitudes(s)
     torch.testing.assert_close(a, w)
-    once = s.weight_OI("mlp.up_proj").clone()
+    once = s.draft("mlp.up_proj").weight.clone()
     Set(Smooth(0.5), ("norm_mlp",)).run(s)
-    torch.testing.assert_close(s.weight_OI("mlp.up_proj"), once)
+    torch.testing.assert_close(s.draft("mlp.up_proj").weight, once)
 
 
 def test_smoothing_leaves_dead_channels_alone(state):
@@ -123,7 +124,7 @@ def test_static_activation_ranges_never_clip_the_calibration_set(state):
     Set(Smooth(0.5), ("norm_*",)).run(s)
     SetActivationRange().run(s)
     largest = {name: stats[AbsMax()].max() for name, stats in s.collect([AbsMax()]).items()}
-    for path, params in s.act_params.items():
+    for path, params in held(s, "act_params").items():
         shared = next(each for each in s.resolved.shared_inputs if path in each.readers)
         assert params.scale.item() * 127 >= largest[shared.name] * (1 - 1e-6)
 
@@ -143,7 +144,7 @@ def test_the_scale_search_keeps_the_function_and_never_loses_to_no_scale(state):
     assert sqnr_db(searched.io.y, _output(searched)) > 100
     # Judged as the search judges, edge by edge: the MLP's output with its first linears rounded to nearest.
     assert _mlp_loss(searched) <= _mlp_loss(plain) * (1 + 1e-6)
-    assert not torch.equal(searched.weight_OI("mlp.up_proj"), plain.weight_OI("mlp.up_proj"))
+    assert not torch.equal(searched.draft("mlp.up_proj").weight, plain.draft("mlp.up_proj").weight)
 
 
 def _mlp_loss(state: BlockState) -> float:
@@ -166,20 +167,20 @@ def test_one_loud_channel_makes_the_search_scale_it(state):
     with torch.no_grad():
         s.block.post_attention_layernorm.weight[7] *= 50
     edge = _norm_edge(s)
-    before = s.weight_OI("mlp.up_proj").clone()
+    before = s.draft("mlp.up_proj").weight.clone()
     Search(MeanAbsPower(20), ("norm_mlp",)).run(s)
-    grown = s.weight_OI("mlp.up_proj").abs().amax(0) / before.abs().amax(0)
+    grown = s.draft("mlp.up_proj").weight.abs().amax(0) / before.abs().amax(0)
     assert grown.argmax().item() == 7 and grown[7] > 2 * grown.median(), edge.name
 
 
 def test_searched_clipping_never_loses_to_no_clipping_on_any_granule(state):
     s = state(W3)
     SearchClip().run(s)
-    assert "self_attn.q_proj" not in s.clip and "self_attn.k_proj" not in s.clip
+    assert {"self_attn.q_proj", "self_attn.k_proj"}.isdisjoint(held(s, "range_shares"))
     gram = s.stats_of(s.collect([Gram()]), "mlp.down_proj")[Gram()]
-    w = s.weight_OI("mlp.down_proj")
+    w = s.draft("mlp.down_proj").weight
     spec = Spec(Int(3), PerGroup(32), scale_dtype="float32")
-    clipped = Nearest().solve(w, spec, {}, s.clip["mlp.down_proj"]).q.dequantize() - w
+    clipped = Nearest().solve(w, spec, {}, s.draft("mlp.down_proj").range_shares).q.dequantize() - w
     plain = Nearest().solve(w, spec, {}).q.dequantize() - w
     better = 0
     for start in range(0, 96, 32):
@@ -203,13 +204,13 @@ def test_learned_clipping_with_open_logits_and_no_epochs_is_round_to_nearest(sta
     Solve().run(learned)
     Solve().run(plain)
     for path in plain.formats:
-        assert torch.equal(learned.linear(path).dequantize(), plain.linear(path).dequantize())
+        assert torch.equal(learned.block.get_submodule(path).dequantize(), plain.block.get_submodule(path).dequantize())
 
 
 def test_learned_clipping_starts_from_the_share_of_its_logit(state):
     s = state()
     Learn((ClipShares(),), BlockMSE(), epochs=0).run(s)
-    assert s.clip["mlp.up_proj"].hi_share_G1.unique().item() == pytest.approx(0.98201, abs=1e-4)
+    assert s.draft("mlp.up_proj").range_shares.hi_share_G1.unique().item() == pytest.approx(0.98201, abs=1e-4)
 
 
 def test_learning_the_clipping_lowers_the_blocks_error_and_leaves_the_weights(state):
@@ -239,8 +240,12 @@ def test_gradients_reach_scales_and_both_ends_of_the_clipping(state):
     scales = Scales(("norm_*", "v_o")).make(s, stats)
     clip = ClipShares().make(s, stats)
     weights = {name: p.detach() for name, p in s.block.named_parameters()}
-    out = clip(scales(weights))
-    sum((out[f"{path}.weight"] ** 2).sum() for path in s.formats).backward()
+    scaled, loss = scales(weights), torch.zeros(())
+    for path, draft in s.drafts.items():
+        w_OI = scaled[f"{path}.weight"]
+        with draft.simulated(weight=w_OI, **clip.chosen(path, w_OI)):
+            loss = loss + draft(torch.eye(w_OI.shape[1])).square().sum()
+    loss.backward()
     for parameter in (*scales.parameters(), *clip.parameters()):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0
 
@@ -265,8 +270,14 @@ def test_true_sequential_solving_sees_the_quantized_stages_before(state):
     solver = recipe_of("gptq", bits=3, group_size=32).steps[-1].solver
     Solve(solver).run(at_once)
     Solve(solver, true_sequential=True).run(in_turn)
-    first = at_once.linear("self_attn.q_proj").dequantize(), in_turn.linear("self_attn.q_proj").dequantize()
-    last = at_once.linear("mlp.down_proj").dequantize(), in_turn.linear("mlp.down_proj").dequantize()
+    first = (
+        at_once.block.get_submodule("self_attn.q_proj").dequantize(),
+        in_turn.block.get_submodule("self_attn.q_proj").dequantize(),
+    )
+    last = (
+        at_once.block.get_submodule("mlp.down_proj").dequantize(),
+        in_turn.block.get_submodule("mlp.down_proj").dequantize(),
+    )
     assert torch.equal(*first) and not torch.equal(*last)
 
 
@@ -274,7 +285,7 @@ def test_solving_records_what_every_linear_lost(state):
     s = state()
     Solve().run(s)
     assert [record.role for record in s.records] == ["q", "k", "v", "o", "gate", "up", "down"]
-    assert all(isinstance(s.linear(path), QuantLinear) for path in s.formats)
+    assert all(isinstance(s.block.get_submodule(path), QuantLinear) for path in s.formats)
     assert all(0 < record.error < 0.1 and record.bits_per_weight > 4 for record in s.records)
     assert fnmatch(s.records[0].name, "model.layers.0.*q_proj")
 
@@ -282,16 +293,16 @@ def test_solving_records_what_every_linear_lost(state):
 def test_recorded_errors_are_those_of_the_packed_linear(state):
     s = state()
     x = s.collect([Samples(4096)])["mlp_in"][Samples(4096)]
-    original = s.weight_OI("mlp.up_proj").clone()
+    original = s.draft("mlp.up_proj").weight.clone()
     Solve().run(s)
-    wanted, found = x @ original.T, s.linear("mlp.up_proj")(x)
+    wanted, found = x @ original.T, s.block.get_submodule("mlp.up_proj")(x)
     error = ((wanted - found).square().sum() / wanted.square().sum()).item()
     assert next(r for r in s.records if r.role == "up").error == pytest.approx(error, rel=0.3)
 
 
 def test_learning_without_text_is_refused(state):
     s = state()
-    s.io = None
+    s.context = dataclasses.replace(s.context, io=None)
     with pytest.raises(ValueError, match="calibration text"):
         Learn((ClipShares(),)).run(s)
 

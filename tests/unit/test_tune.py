@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import lowbit
-from lowbit.recipes import from_plain, rebuilt
-from lowbit.steps import Tune
+from lowbit.numerics import to_dict
+from lowbit.recipes import Recipe, Train, from_plain, mix
+from lowbit.steps import Solve
+from lowbit.training import AdamW, OneCycle, OriginalKL, StoredFloats
 
 from helpers import random_ids, tiny_llama
 
@@ -24,25 +28,29 @@ def model(tmp_path_factory):
     return tiny_llama(tmp_path_factory.mktemp("tune") / "model")
 
 
-def _recipe(**options):
-    tune = Tune(**{"epochs": 6, "lr": 5e-3, **options})
-    return rebuilt(lowbit.recipe("gptq", bits=3, group_size=32), model_steps=(tune,))
+def tuned(recipe: Recipe, **settings) -> Recipe:
+    """The recipe with a stage that trains what the packed model stores in floating point."""
+    return replace(recipe, stages=(*recipe.stages, Train(StoredFloats(), OriginalKL(), **settings)))
+
+
+def _recipe(**settings):
+    return tuned(lowbit.recipe("gptq", bits=3, group_size=32), **{"epochs": 6, "lr": 5e-3, **settings})
 
 
 def test_tuning_moves_scales_and_gains_but_neither_codes_nor_bits_and_comes_closer_to_the_original(model, tmp_path):
     ids = random_ids(6, 32)
     before = lowbit.quantize(model, "gptq", ids, out=tmp_path / "plain", **QUIET)
     plain = lowbit.quantize(model, lowbit.recipe("gptq", bits=3, group_size=32), ids, out=tmp_path / "gptq", **QUIET)
-    tuned = lowbit.quantize(model, _recipe(), ids, out=tmp_path / "tuned", **QUIET)
-    assert before.kl is not None and plain.kl is not None and tuned.kl is not None
-    assert tuned.kl < 0.8 * plain.kl
-    assert tuned.bits_per_weight == plain.bits_per_weight and tuned.bytes == plain.bytes
+    after = lowbit.quantize(model, _recipe(), ids, out=tmp_path / "tuned", **QUIET)
+    assert before.kl is not None and plain.kl is not None and after.kl is not None
+    assert after.kl < 0.8 * plain.kl
+    assert after.bits_per_weight == plain.bits_per_weight and after.bytes == plain.bytes
     old, new = _tensors(tmp_path / "gptq"), _tensors(tmp_path / "tuned")
     assert old.keys() == new.keys()
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert any(name.endswith(".scale") for name in changed) and any("layernorm" in name for name in changed)
     assert not any(name.endswith((".codes", ".zero")) or "embed" in name for name in changed)
-    assert not list((tmp_path / "tuned").glob("walked-*"))
+    assert not list((tmp_path / "tuned").glob("stage-*"))
 
 
 def test_the_tuned_checkpoint_computes_what_the_report_says(model, tmp_path):
@@ -57,8 +65,8 @@ def test_the_tuned_checkpoint_computes_what_the_report_says(model, tmp_path):
 def test_a_tuned_model_is_measured_by_the_kernels_that_check_its_reload(model, tmp_path, monkeypatch):
     """Roundings of 4-bit activations fall otherwise by other kernels, and layers make much of it."""
     monkeypatch.setattr("lowbit.pipeline.RELOAD_TOLERANCE", 1e-13)
-    tuned = rebuilt(lowbit.recipe("quip+gptq", bits=4, activation_bits=4), model_steps=(Tune(epochs=1),))
-    lowbit.quantize(model, tuned, random_ids(4, 32), out=tmp_path / "out", **QUIET)
+    recipe = tuned(lowbit.recipe("quip+gptq", bits=4, activation_bits=4), epochs=1)
+    lowbit.quantize(model, recipe, random_ids(4, 32), out=tmp_path / "out", **QUIET)
 
 
 def test_a_run_stopped_while_its_tuned_shards_are_written_ends_in_the_same_bytes(model, tmp_path, monkeypatch):
@@ -82,28 +90,81 @@ def test_a_run_stopped_while_its_tuned_shards_are_written_ends_in_the_same_bytes
         assert file.read_bytes() == (tmp_path / "stopped" / file.name).read_bytes(), file.name
 
 
-def test_a_recipe_with_steps_of_model_scope_survives_its_plain_form_and_a_mix():
-    recipe = _recipe()
-    assert from_plain(recipe.to_dict()) == recipe
+def test_each_stage_has_its_own_part_of_the_journal(model, tmp_path, monkeypatch):
+    from lowbit.stages.journal import Journal
+
+    monkeypatch.setattr(Journal, "finish", lambda journal: journals.append(journal))
+    journals: list[Journal] = []
+    recipe = tuned(_recipe(epochs=1), epochs=1, lr=1e-3)
+    lowbit.quantize(model, recipe, random_ids(2, 16), out=tmp_path / "out", **QUIET)
+    sections = [journals[0].section(stage, last=stage == 2) for stage in range(3)]
+    assert [len(section.finished) for section in sections] == [3, 3, 3]
+    for section in sections:
+        assert section.files == [section.shard_name(i, 3) for i in range(3)]
+    monkeypatch.undo()
+    lowbit.quantize(model, recipe, random_ids(2, 16), out=tmp_path / "out", **QUIET)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
+
+
+def test_a_second_training_starts_from_what_the_first_left(model, tmp_path):
+    ids, once = random_ids(4, 32), _recipe(epochs=1)
+    first = lowbit.quantize(model, once, ids, out=tmp_path / "once", **QUIET)
+    second = lowbit.quantize(model, tuned(once, epochs=3), ids, out=tmp_path / "twice", **QUIET)
+    assert first.kl is not None and second.kl is not None and second.kl < first.kl
+
+
+def test_a_recipe_that_trains_survives_its_plain_form_and_a_mix():
+    recipe = _recipe(optimizer=AdamW(betas=(0.9, 0.999)), schedule=OneCycle(warmup=0.3))
+    assert from_plain(to_dict(recipe)) == recipe
     assert recipe.needs_calibration
-    with pytest.raises(ValueError, match="not a step of model scope"):
-        rebuilt(recipe, model_steps=(recipe.steps[0],))
+    assert mix("both", [recipe, lowbit.recipe("smoothquant")]).stages[1:] == recipe.stages[1:]
 
 
-def test_tuning_settings_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="epochs"):
-        Tune(epochs=0)
+def test_stages_that_cannot_be_are_refused():
+    recipe = _recipe()
+    blockwise, train = recipe.stages
+    with pytest.raises(ValueError, match="is not a stage such as Blockwise"):
+        replace(recipe, stages=(blockwise, blockwise.steps[0]))
+    with pytest.raises(ValueError, match="put it after Blockwise"):
+        replace(recipe, stages=(train, blockwise))
+    with pytest.raises(
+        ValueError, match="Blockwise quantizes the original model and comes first; found it after Blockwise"
+    ):
+        replace(recipe, stages=(blockwise, blockwise))
+    with pytest.raises(ValueError, match=r"Train\.what: .*instance of Trainable, found Solve"):
+        replace(recipe, stages=(blockwise, Train(Solve(), OriginalKL())))  # pyright: ignore[reportArgumentType]
 
 
-def test_a_file_that_names_a_method_takes_model_steps_too():
-    data = {"method": "gptq", "options": {"bits": 3}, "model_steps": [{"type": "Tune", "epochs": 2}]}
-    assert from_plain(data) == rebuilt(lowbit.recipe("gptq", bits=3), model_steps=(Tune(epochs=2),))
-    with pytest.raises(ValueError, match="not a step of model scope"):
-        from_plain(data | {"model_steps": [{"type": "Solve", "solver": {"type": "Nearest"}}]})
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Train(StoredFloats(), OriginalKL(), epochs=0), "epochs"),
+        (lambda: Train(StoredFloats(), OriginalKL(), lr=0.0), "positive lr"),
+        (lambda: AdamW(betas=(0.9, 1.0)), "betas from 0 to below 1"),
+        (lambda: OneCycle(warmup=1.5), "warmup is a share"),
+    ],
+)
+def test_training_settings_that_cannot_be_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+TRAIN = {"type": "Train", "what": {"type": "StoredFloats"}, "objective": {"type": "OriginalKL"}, "epochs": 2}
+
+
+def test_a_file_that_names_a_method_takes_further_stages():
+    data = {"method": "gptq", "options": {"bits": 3}, "then": [TRAIN]}
+    assert from_plain(data) == tuned(lowbit.recipe("gptq", bits=3), epochs=2)
+    with pytest.raises(ValueError, match="is not a stage such as Blockwise"):
+        from_plain(data | {"then": [{"type": "Solve", "solver": {"type": "Nearest"}}]})
+    with pytest.raises(ValueError, match=r"Train has no option 'epoch' \(did you mean 'epochs'\?\)"):
+        from_plain(data | {"then": [TRAIN | {"epoch": 3}]})
+    with pytest.raises(ValueError, match=r"Train.objective: Field required"):
+        from_plain(data | {"then": [{"type": "Train", "what": {"type": "StoredFloats"}}]})
 
 
 def test_the_product_that_decodes_anew_has_the_gradients_of_one_that_does_not():
-    from lowbit.steps.tune import _Product
+    from lowbit.training.stored_floats import DecodedProduct
 
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 8, (12, 20), generator=generator).double()
@@ -116,6 +177,6 @@ def test_the_product_that_decodes_anew_has_the_gradients_of_one_that_does_not():
         return scale * (codes - zero)
 
     wanted = torch.autograd.grad(h @ dense(scale, zero).T, (h, scale, zero), g)
-    found = torch.autograd.grad(_Product.apply(h, dense, scale, zero), (h, scale, zero), g)
+    found = torch.autograd.grad(DecodedProduct.apply(h, dense, scale, zero), (h, scale, zero), g)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

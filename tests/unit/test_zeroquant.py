@@ -32,7 +32,7 @@ def _state(spec: Spec = BANDS, act=None, bias: bool = True) -> BlockState:
     block = _Alone(linear)
     y = torch.cat([block(window[None]) for window in x])
     io = BlockIO(x, y, lambda run, window: run(window))
-    return BlockState("", block, _resolved(linear), {"linear": LinearFormat(spec, act)}, io)
+    return BlockState.of("", block, _resolved(linear), {"linear": LinearFormat(spec, act)}, io)
 
 
 def _loss(state: BlockState) -> float:
@@ -129,7 +129,7 @@ def test_distillation_lowers_the_blocks_error_and_moves_the_bias_too(act):
 def test_distillation_that_only_hurts_is_not_kept():
     plain, learned = _state(), _state()
     _learn(4, lr=10.0).run(learned)
-    assert torch.equal(learned.weight_OI("linear"), plain.weight_OI("linear"))
+    assert torch.equal(learned.draft("linear").weight, plain.draft("linear").weight)
 
 
 def test_every_floating_parameter_of_a_block_is_learned(tmp_path):
@@ -166,8 +166,8 @@ def test_batches_whose_gradients_are_gathered_make_the_step_of_one_batch():
     at_once, in_turn = _state(), _state()
     _learn(5, batch=8).run(at_once)
     _learn(5, batch=1, accumulate=8).run(in_turn)
-    torch.testing.assert_close(*(state.weight_OI("linear") for state in (at_once, in_turn)), atol=1e-6, rtol=0)
-    assert (at_once.weight_OI("linear") - _state().weight_OI("linear")).abs().max() > 1e-4
+    torch.testing.assert_close(*(state.draft("linear").weight for state in (at_once, in_turn)), atol=1e-6, rtol=0)
+    assert (at_once.draft("linear").weight - _state().draft("linear").weight).abs().max() > 1e-4
 
 
 def test_one_recipe_gives_the_mlp_other_widths(tmp_path):

@@ -22,6 +22,7 @@ from lowbit.architectures.fold import add_bias, fold, needs_bias
 from lowbit.architectures.resolve import block_modules, resolve
 from lowbit.architectures.resolved import ResolvedBlock, ResolvedEdge
 from lowbit.architectures.table import Architecture, Kind
+from lowbit.modules import make_drafts
 from lowbit.transforms import ChannelTransform, Permute, Rotate, Scale, Shift
 
 TOLERANCE = 1e-9
@@ -49,8 +50,8 @@ def check_architecture(model: PreTrainedModel, architecture: Architecture, *, se
     Proved: each fold of a random transform leaves the logits unchanged; readers of a shared input read one tensor;
     stages follow the order of execution; every matrix of a block is listed; judges exist.
 
-    model: any causal language model with few, narrow blocks (two are enough); its experts are unfused and its
-    parameters randomized in place.
+    model: any causal language model with few, narrow blocks (two are enough); its experts are unfused, its
+    linears become drafts and its parameters are randomized, in place.
     ValueError: the table does not fit the model. AssertionError: names the edge and kind that changed the logits, or
     the shared input or stage that the model contradicts.
     """
@@ -60,7 +61,7 @@ def check_architecture(model: PreTrainedModel, architecture: Architecture, *, se
     before = logits(model, tokens)
     proved = []
     for number, block in enumerate(block_modules(model, architecture)):
-        resolved = resolve(architecture, block, model.config)
+        resolved = drafted(architecture, block, model.config)
         assert not resolved.other_matrices, f"the table says nothing about {resolved.other_matrices}"
         check_inputs(model, tokens, block, resolved)
         for edge in resolved.edges:
@@ -75,6 +76,12 @@ def check_architecture(model: PreTrainedModel, architecture: Architecture, *, se
                 assert change >= SENSITIVITY, f"{label}: half a fold changed nothing, so the whole fold proves nothing"
                 proved.append(label)
     return proved
+
+
+def drafted(architecture: Architecture, block: nn.Module, config: Any) -> ResolvedBlock:
+    """The table on `block`, every linear of which with a role becomes a draft, in place."""
+    make_drafts(block, resolve(architecture, block, config).linears)
+    return resolve(architecture, block, config)
 
 
 def check_inputs(model: nn.Module, tokens: Tensor, block: nn.Module, resolved: ResolvedBlock) -> None:

@@ -24,7 +24,8 @@ _KINDS: dict[type, Kind] = {Scale: Kind.SCALE, Shift: Kind.SHIFT, Permute: Kind.
 def fold(edge: ResolvedEdge, transform: ChannelTransform, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The entries of a block's state_dict that change when `transform` acts on the edge's activation.
 
-    weights: the block's state_dict, or at least its entries at the edge's ports; neither it nor its tensors change.
+    weights: the block's state_dict, or at least its entries at the edge's ports; neither it nor its tensors change. Matrices
+    are `[O, I]`, as those of drafts (`lowbit.modules.make_drafts`) are whatever class the linears had.
     Differentiable in the weights and in the transform's parameters; computed in the wider of their dtypes, so the
     caller rounds once, when it stores the result. A shift needs the bias of every module that `needs_bias` names to be
     in `weights`, zero where the linear had none.
@@ -120,7 +121,7 @@ def _fold_port(
     weight = weight.to(torch.promote_types(weight.dtype, _parameter(transform).dtype))
     bias = None if bias is None else bias.to(weight.dtype)
     local = _as_dtype(transform.dual() if port.inverse else transform, weight.dtype).tile(port.copies(channels))
-    w_OI = (weight + port.gain_offset)[:, None] if port.norm else weight.T if port.transposed else weight
+    w_OI = (weight + port.gain_offset)[:, None] if port.norm else weight
     dim = 1 if port.side == "in" else 0
     picked = _pick(w_OI, port.order, dim)
     if port.side == "in":
@@ -131,7 +132,7 @@ def _fold_port(
     changed = {}
     if new is not picked:
         w_OI = _put(w_OI, port.order, new, dim)
-        changed[port.weight] = w_OI[:, 0] - port.gain_offset if port.norm else w_OI.T if port.transposed else w_OI
+        changed[port.weight] = w_OI[:, 0] - port.gain_offset if port.norm else w_OI
     if new_bias is not None and new_bias is not bias:
         changed[port.bias] = new_bias
     return changed

@@ -23,7 +23,7 @@ def rotate_residual(
 ) -> dict[str, Tensor]:
     """The entries of a block's state_dict that change when the stream it reads and writes is ``rotation.forward(h)``.
 
-    weights: the block's state_dict; neither it nor its tensors change. rotation: orthogonal, of the stream's width. The
+    weights: the block's state_dict, matrices `[O, I]` as drafts have them; neither it nor its tensors change. rotation: orthogonal, of the stream's width. The
     result is float64, so that the caller rounds once; gains are one.
 
     ValueError: a stream that cannot be rotated, with the reason.
@@ -39,16 +39,10 @@ def rotate_residual(
         gain = weights[norm.weight].double() + norm.gain_offset
         changed[norm.weight] = gain.new_full(gain.shape, 1.0 - norm.gain_offset)
         for port in edge.consumers:
-            w_OI = _as_OI(weights[port.weight].double(), port.transposed)
-            changed[port.weight] = _as_OI(rotation.fold_in(w_OI * gain, None)[0], port.transposed)
+            changed[port.weight], _ = rotation.fold_in(weights[port.weight].double() * gain, None)
     for port in residual.writers:
         bias = weights[port.bias].double() if port.has_bias else None
-        w_OI, b = rotation.fold_out(_as_OI(weights[port.weight].double(), port.transposed), bias)
-        changed[port.weight] = _as_OI(w_OI, port.transposed)
+        changed[port.weight], b = rotation.fold_out(weights[port.weight].double(), bias)
         if b is not None:
             changed[port.bias] = b
     return changed
-
-
-def _as_OI(weight: Tensor, transposed: bool) -> Tensor:
-    return weight.T if transposed else weight

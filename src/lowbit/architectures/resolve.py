@@ -20,8 +20,9 @@ from lowbit.architectures.channels import axis_channels, axis_ports, part_rows
 from lowbit.architectures.experts import is_fused
 from lowbit.architectures.resolved import Port, ResolvedBlock, ResolvedEdge, ResolvedInput, ResolvedResidual
 from lowbit.architectures.table import Architecture, Axis, Edge, End, Kind, LinearRole, Norm, SharedInput
+from lowbit.modules import DraftLinear, weight_shape
 
-LINEAR_TYPES = (nn.Linear, Conv1D)
+LINEAR_TYPES = (nn.Linear, Conv1D, DraftLinear)
 
 
 def resolve(architecture: Architecture, block: nn.Module, config: Any = None) -> ResolvedBlock:
@@ -206,8 +207,9 @@ def _can_hold_shift(port: Port, found: _Found) -> bool:
 
 def _width(port: Port, found: _Found) -> int:
     """How many channels the port has: all its rows or columns, or those rows that `rows` picks."""
-    weight = found.modules[port.module].get_parameter("weight")
-    width = weight.shape[1] if (port.side == "in") != port.transposed else weight.shape[0]
+    module = found.modules[port.module]
+    rows, columns = (*module.get_parameter("weight").shape, 1) if port.norm else weight_shape(module)
+    width = columns if port.side == "in" else rows
     if port.rows is None:
         return width
     if int(port.rows.max()) >= width:
@@ -219,11 +221,10 @@ def _width(port: Port, found: _Found) -> int:
 
 def _port(end: End, side: str, axis: Axis, place: _Place, found: _Found) -> Port:
     module, entry, heads = found.modules[place.path], found.entries[end.role], found.architecture.heads
-    transposed = isinstance(module, Conv1D)
     shares = side == "in" or "q" in (end.part, end.role)
     rows, expand = axis_ports(axis, heads, shares=shares)
     if isinstance(entry, LinearRole) and end.part is not None:
-        fused = part_rows(entry, end.part, module.get_parameter("weight").shape[int(transposed)], heads)
+        fused = part_rows(entry, end.part, weight_shape(module)[0], heads)
         assert fused is not None
         rows = fused if rows is None else fused[rows]
     return Port(
@@ -236,7 +237,6 @@ def _port(end: End, side: str, axis: Axis, place: _Place, found: _Found) -> Port
         rows=rows,
         expand=expand,
         inverse=end.inverse,
-        transposed=transposed,
     )
 
 

@@ -21,7 +21,7 @@ class Port:
     `weight` and `bias` are names in the block's state_dict, `has_bias` whether the bias exists. `norm`: `weight` is a
     gain of `weight + gain_offset` rather than a matrix. `rows`: [P] int64 or None, the rows of a fused weight that
     belong to this port (None: all). `expand`: [P] int64 or None, the free channel of each of them (None: each free
-    channel once, in order). `inverse`: takes the dual of the transform. `transposed`: stored [in, out].
+    channel once, in order). `inverse`: takes the dual of the transform.
     """
 
     module: str
@@ -33,7 +33,6 @@ class Port:
     rows: Tensor | None = None
     expand: Tensor | None = None
     inverse: bool = False
-    transposed: bool = False
 
     @property
     def weight(self) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 from torch import nn
 
 from lowbit.architectures import attention_spec
-from lowbit.modules import AttentionSpec, LinearDescription, QuantLinear, ResidualRotation, residual_of
+from lowbit.modules import AttentionSpec, KVSpec, LinearDescription, QuantLinear, ResidualRotation, residual_of
 from lowbit.numerics import from_dict, to_dict
 
 METHOD = "lowbit"
@@ -47,7 +47,7 @@ class ModelDescription:
 
     layers: Mapping[str, LinearDescription]
     attention: Mapping[str, AttentionSpec] = field(default_factory=dict)
-    kv: Any = None
+    kv: KVSpec | None = None
     residual: ResidualRotation | None = None
     unfused_experts: bool = False
 
@@ -117,7 +117,9 @@ class ModelDescription:
                 f"the checkpoint is of version {data.get('version')!r} of the native format, this lowbit reads "
                 f"versions {VERSIONS[0]} to {VERSIONS[-1]}; use a lowbit that wrote such checkpoints"
             )
-        kv = None if data.get("kv") is None else from_dict(data["kv"])
+        kv = from_dict(data.get("kv"), KVSpec | None)
+        if not isinstance(kv, KVSpec | None):
+            raise ValueError(f"quantization_config is damaged: {data['kv']!r} is no format of a cache")
         schemes, layers = data.get("schemes"), data.get("layers")
         if not isinstance(schemes, list | tuple) or not isinstance(layers, Mapping) or not (layers or kv):
             raise ValueError("quantization_config is damaged: expected a list 'schemes' and an object 'layers'")
@@ -150,7 +152,7 @@ def _attention(data: Any) -> dict[str, AttentionSpec]:
             raise ValueError(
                 f"quantization_config is damaged: expected [formats, [names]] of attention, found {entry!r}"
             )
-        spec = from_dict(entry[0])
+        spec = from_dict(entry[0], AttentionSpec)
         if not isinstance(spec, AttentionSpec):
             raise ValueError(f"quantization_config is damaged: {entry[0]!r} is no format of attention's operands")
         specs |= dict.fromkeys(entry[1], spec)

@@ -10,6 +10,7 @@ from torch import nn
 from lowbit.architectures import quantize_attention
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.modules import LinearDescription, QuantLinear, turn_residual
+from lowbit.modules.kv_spec import unsupported
 
 
 def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLinear]:
@@ -23,10 +24,7 @@ def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLine
             quantized cache.
     """
     if description.kv is not None:
-        raise ValueError(
-            f"the checkpoint has a quantized cache ({description.kv}), which this version of lowbit cannot run yet; "
-            "use a version that can, or quantize the model without a format for the cache"
-        )
+        raise ValueError(unsupported(description.kv, "the checkpoint"))
     if description.unfused_experts:
         from lowbit.architectures.experts import unfuse_experts  # the common model has no experts, and need not load it
 

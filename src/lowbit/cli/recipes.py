@@ -42,6 +42,7 @@ def command(
 
 def _entry(name: str, file: Path) -> dict[str, Any]:
     """A file's content, with its name and its description up front; checked, so that none is listed that fails."""
+    from lowbit.numerics import to_dict
     from lowbit.recipes import from_file
 
     data = yaml.safe_load(file.read_text())
@@ -49,5 +50,5 @@ def _entry(name: str, file: Path) -> dict[str, Any]:
         "name": name,
         "description": data.get("description", ""),
         "method": data.get("method"),
-        "recipe": from_file(file).to_dict(),
+        "recipe": to_dict(from_file(file)),
     }

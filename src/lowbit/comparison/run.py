@@ -24,6 +24,7 @@ from lowbit.data import Calibration, calibration_of, load_text
 from lowbit.evaluation.machine import cpu_name
 from lowbit.evaluation.perplexity import check_fits, windows_sha256
 from lowbit.evaluation.windows import cut
+from lowbit.numerics import to_dict
 from lowbit.plan.survey import survey
 from lowbit.progress import Progress
 from lowbit.recipes import Recipe
@@ -205,7 +206,7 @@ class _Run:
             calibration = {"text": used.name, "windows": count, "tokens": tokens, "sha256": used.sha256}
         return {
             "label": ORIGINAL if row is None else row.label,
-            "recipe": None if row is None else row.recipe.to_dict(),
+            "recipe": None if row is None else to_dict(row.recipe),
             "model": self.model,
             "protocol": self.protocol,
             "calibration": calibration,

@@ -25,7 +25,7 @@ from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.data import Calibration, calibration_of
 from lowbit.evaluation import output_error
 from lowbit.inspection.rows import MASSIVE, OUTLIER, ROUNDED, InputRow, Inspection, LayerRow, MassiveToken, markdown
-from lowbit.modules import LinearFormat
+from lowbit.modules import LinearFormat, unmake_drafts
 from lowbit.numerics import AbsMax, MinMax, Samples, Statistic, quantize
 from lowbit.progress import Progress
 from lowbit.stages.stream import Call, Stream
@@ -108,9 +108,10 @@ def _original_blocks(source: ModelSource, ids: Tensor) -> Iterator[tuple[BlockSt
             return answers[-1]
 
         formats = {path: LinearFormat(ROUNDED) for path in resolved.linears}
-        yield BlockState(name, block, resolved, formats, BlockIO(x, None, run)), len(blocks)
+        yield BlockState.of(name, block, resolved, formats, BlockIO(x, None, run)), len(blocks)
         assert len(answers) == len(x), f"{name} was run over {len(answers)} of {len(x)} windows"
         x = torch.cat(answers)
+        unmake_drafts(block)
         source.release(model, name)
 
 
@@ -172,7 +173,7 @@ def _over(values: Tensor, limit: float) -> list[int]:
 
 
 def _layer_row(state: BlockState, path: str, shared: str, x_TI: Tensor | None) -> LayerRow:
-    w_OI = state.weight_OI(path)
+    w_OI = state.draft(path).weight
     error = None
     if x_TI is not None:
         error = output_error(x_TI @ w_OI.T, x_TI @ quantize(w_OI, ROUNDED, MinMax()).dequantize().T)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.numerics import Affine, MinMax, PerCluster, PerInput, Spec
+from lowbit.numerics import Affine, MinMax, PerCluster, PerInput, Spec, straight_through
 from lowbit.numerics.grids.base import OF_NOTHING
 
 
@@ -50,9 +50,9 @@ def dynamic_params(x: Tensor, spec: Spec) -> Affine:
     params = MinMax()(x_GK, spec.grid)  # pyright: ignore[reportArgumentType]
     finite = torch.isfinite(x_GK).all(1, keepdim=True)
     if spec.stats is not None and len(x_GK):  # NaN and Inf are out of sight of the second level's own range
-        seen = params._make(None if p is None else p.where(finite, OF_NOTHING) for p in params)
+        seen = params._make(None if p is None else p.detach().where(finite, OF_NOTHING) for p in params)
         stored = spec.as_stored(seen, spec.granularity.param_shape(tuple(x.shape))[1])
-        params = params._replace(scale=stored[0])
+        params = params._replace(scale=straight_through(stored[0], params.scale))
     return params._replace(scale=torch.where(finite, params.scale, torch.full_like(params.scale, torch.nan)))
 
 
@@ -86,17 +86,19 @@ def fake_quantize_activation(x: Tensor, spec: Spec, params: Affine | None = None
     """``x`` after quantization and back: decode(encode(x)), in float32 (float64 stays float64).
 
     Channels that reach ``threshold`` come back as they are: what is multiplied beside the codes, in the same product.
+    Differentiable, straight through the rounding, in ``x``, in static parameters and in dynamic ranges.
     """
-    given = params is not None
-    codes, params = quantize_activation(x, spec, params, threshold)
-    if given and isinstance(spec.granularity, PerCluster | PerInput):
-        values = spec.grid.decode(codes, _of_channels(spec.granularity, params, params.scale.dtype))
+    wide = _wide(x)
+    ranged, kept, taken = without_outliers(wide, threshold)
+    if params is not None and isinstance(spec.granularity, PerCluster | PerInput):
+        values = spec.grid.fake(kept, _of_channels(spec.granularity, params, wide.dtype))  # pyright: ignore[reportAttributeAccessIssue]
     else:
-        values_GK = spec.grid.decode(spec.granularity.split(codes), params)
+        params = dynamic_params(ranged, spec) if params is None else _as(params, wide.dtype)
+        values_GK = spec.grid.fake(spec.granularity.split(kept), params)  # pyright: ignore[reportAttributeAccessIssue]
         values = spec.granularity.join(values_GK, tuple(x.shape))
-    taken = outlier_channels(x, threshold)
-    values[..., taken] = x[..., taken].to(values.dtype)
-    return values.masked_fill_(x.isnan(), torch.nan)
+    if len(taken):
+        values = values.index_copy(-1, taken, wide.index_select(-1, taken))
+    return values.masked_fill(wide.isnan(), torch.nan)
 
 
 def _as(params: Affine, dtype: torch.dtype) -> Affine:

@@ -29,4 +29,4 @@ def autoround(
     """
     learn = Learn((Rounding(lr or 1 / max(1, steps)),), BlockMSE(), batch=batch, amp=amp, steps=steps, descent="sign")
     scheme = linears(weight(bits, group_size, symmetric=symmetric), activation(activation_bits))
-    return Recipe(name="autoround", scheme=scheme, steps=(learn, Solve(Nearest())))
+    return Recipe.blockwise(name="autoround", scheme=scheme, steps=(learn, Solve(Nearest())))

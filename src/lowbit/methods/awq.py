@@ -26,7 +26,7 @@ def awq(
     """
     scales = (Search(MeanAbsPower(grid), ("norm_*", "v_o", "*up_down*"), windows),) if scale else ()
     clips = (SearchClip(),) if clip else ()
-    return Recipe(
+    return Recipe.blockwise(
         name="awq",
         scheme=linears(weight(bits, group_size, symmetric=symmetric), activation(activation_bits)),
         steps=(*scales, *clips, Solve(Nearest())),

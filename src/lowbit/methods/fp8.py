@@ -31,7 +31,7 @@ def fp8(
         grain = PerToken() if activations == "token" else PerTensor()
         act = ActSpec(Spec(_FORMATS[activation_format], grain, scale_dtype="float32"), static=activations == "static")
     grain = PerChannel() if group_size is None else PerGroup(group_size)
-    return Recipe(
+    return Recipe.blockwise(
         name="fp8",
         scheme=linears(Spec(_FORMATS[weight_format], grain, scale_dtype="float32"), act),
         steps=(*((SetActivationRange(),) if activations == "static" else ()), Solve(Nearest(MinMax()))),

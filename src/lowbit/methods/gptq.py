@@ -48,7 +48,7 @@ def gptq(
         greedy_passes=greedy_passes,
         asymmetric=asymmetric,
     )
-    return Recipe(
+    return Recipe.blockwise(
         name="gptq",
         scheme=linears(weight(bits, group_size, symmetric=symmetric), activation(activation_bits)),
         steps=(Solve(solver, true_sequential),),

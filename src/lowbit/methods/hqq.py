@@ -27,7 +27,7 @@ def hqq(
     """
     grid = Int(bits, zero="real" if real_zero else "int")
     spec = Spec(grid, PerChannel() if group_size is None else PerGroup(group_size))
-    return Recipe(
+    return Recipe.blockwise(
         name="hqq",
         scheme=linears(spec, activation(activation_bits)),
         steps=(Solve(Nearest(HalfQuadratic(p, beta, kappa, rounds))),),

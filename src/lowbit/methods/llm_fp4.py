@@ -52,4 +52,6 @@ def llm_fp4(
     steps = (search,) if act is not None or rounds else ()
     form = None if attention_bits is None or attention_bits > 8 else Float.of(attention_bits, attention_format).name
     operands = attention(attention_bits, probabilities=None, format=form)
-    return Recipe(name="llm-fp4", scheme=linears(spec, act, operands), steps=(*steps, Solve(Nearest())), feed="fp")
+    return Recipe.blockwise(
+        name="llm-fp4", scheme=linears(spec, act, operands), steps=(*steps, Solve(Nearest())), feed="fp"
+    )

@@ -28,7 +28,7 @@ def llm_int8(
     """
     threshold = 0.0 if threshold == inf else threshold
     kept = ReachingColumns(threshold) if outlier_weight == "original" and threshold else None
-    return Recipe(
+    return Recipe.blockwise(
         name="llm-int8",
         scheme=linears(weight(bits, None, symmetric=True), activation(bits, threshold=threshold)),
         steps=(Solve(Nearest(outliers=kept)),),

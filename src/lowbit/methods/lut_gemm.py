@@ -25,7 +25,7 @@ def lut_gemm(
     No data is needed. Bases are exact least squares where the authors' code takes steps of conjugate gradients.
     """
     spec = Spec(BinaryCoded(bits, offset), PerChannel() if group_size is None else PerGroup(group_size))
-    return Recipe(
+    return Recipe.blockwise(
         name="lut-gemm",
         scheme=linears(spec, activation(activation_bits)),
         steps=(Solve(Nearest(Alternating(rounds))),),

@@ -28,7 +28,7 @@ def mxfp4(*, activation_bits: Literal[4, 6, 8] | None = None, mse: bool = False)
         if activation_bits is None
         else ActSpec(Spec(_ELEMENTS[activation_bits], PerGroup(32), None, "float8_e8m0fnu"))
     )
-    return Recipe(
+    return Recipe.blockwise(
         name="mxfp4",
         scheme=linears(Spec(_ELEMENTS[4], PerGroup(32), scale_dtype="float8_e8m0fnu"), act),
         steps=(Solve(Nearest(ClipSearch() if mse else MinMax())),),

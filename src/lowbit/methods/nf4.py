@@ -25,7 +25,7 @@ def nf4(
     activation_bits: also quantize each linear's input, per token, symmetric.
     """
     second = Spec(DYNAMIC_MAP, Flat(256), scale_dtype="float32") if double_quant else None
-    return Recipe(
+    return Recipe.blockwise(
         name="nf4",
         scheme=linears(
             Spec(NF4 if levels == "nf4" else FP4, Flat(block), second, "float32", double_quant),

@@ -20,7 +20,7 @@ def nvfp4(*, activation_bits: Literal[4] | None = None, mse: bool = False) -> Re
     """
     second = Spec(Float(4, 3, "fn"), PerTensor(), scale_dtype="float32")
     spec = Spec(Float(2, 1), PerGroup(16), second, "float32")
-    return Recipe(
+    return Recipe.blockwise(
         name="nvfp4",
         scheme=linears(spec, ActSpec(spec) if activation_bits else None),
         steps=(Solve(Nearest(ClipSearch() if mse else MinMax())),),

@@ -46,4 +46,4 @@ def olive(
         act = ActSpec(Spec(grids(activation_bits)[0], PerTensor(), scale_dtype="float32"), static=True)
         place = (FitActivation(fit, grids(activation_bits), tokens),)
     spec = Spec(grids(bits)[0], PerChannel() if group_size is None else PerGroup(group_size))
-    return Recipe(name="olive", scheme=linears(spec, act), steps=(*choose, *place, Solve(Nearest(fit))))
+    return Recipe.blockwise(name="olive", scheme=linears(spec, act), steps=(*choose, *place, Solve(Nearest(fit))))

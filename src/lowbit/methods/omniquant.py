@@ -34,7 +34,7 @@ def omniquant(
     """
     moves = transform if transform is not None else activation_bits is not None and activation_bits < 16
     transforms = (Shifts(("norm_*", "v_o"), Midpoint(), transform_lr), Scales(EDGES, Smooth(alpha), transform_lr))
-    return Recipe(
+    return Recipe.blockwise(
         name="omniquant",
         scheme=linears(
             weight(bits, group_size),

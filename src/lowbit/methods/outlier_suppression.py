@@ -46,7 +46,7 @@ def outlier_suppression(
     stored = weight(bits, group_size, symmetric=True)
     inputs = activation(activation_bits, symmetric=False, per="tensor", static=True)
     operands = attention(attention_bits, symmetric=False, static=True)
-    return Recipe(
+    return Recipe.blockwise(
         name="outlier-suppression",
         scheme=linears(stored, inputs, operands),
         steps=(

@@ -45,7 +45,7 @@ def outlier_suppression_plus(
     shifts = (Set(Midpoint(), ("norm_*",)),) if shift else ()
     scales = (Search(Thresholds(grid, smallest), ("norm_*", "*up_down*"), windows, by, in_turn),) if scale else ()
     ranges = (SetActivationRange(),) if static else ()
-    return Recipe(
+    return Recipe.blockwise(
         name="outlier-suppression-plus",
         scheme=linears(
             weight(bits, group_size, symmetric=symmetric),

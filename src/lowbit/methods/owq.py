@@ -50,4 +50,4 @@ def owq(
         greedy_passes=greedy_passes,
     )
     scheme = linears(weight(bits, group_size, symmetric=symmetric))
-    return Recipe(name="owq", scheme=scheme, steps=(Solve(solver, true_sequential),))
+    return Recipe.blockwise(name="owq", scheme=scheme, steps=(Solve(solver, true_sequential),))

@@ -53,4 +53,4 @@ def qllm(
     learn = (Learn(makers, BlockMSE(), epochs, batch, amp, decay=True),) if makers else ()
     operands = attention(attention_bits, symmetric=False, probabilities=None)
     scheme = linears(weight(bits, group_size), activation(activation_bits, symmetric=False), operands)
-    return Recipe(name="qllm", scheme=scheme, steps=(*steps, *learn, Solve(Nearest())))
+    return Recipe.blockwise(name="qllm", scheme=scheme, steps=(*steps, *learn, Solve(Nearest())))

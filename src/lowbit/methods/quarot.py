@@ -42,7 +42,7 @@ def quarot(
     """
     act = activation(activation_bits, symmetric=activation_symmetric)
     by = Gptq(ClipSearch(), order="group", damp=damp) if solver == "gptq" else Nearest(ClipSearch())
-    return Recipe(
+    return Recipe.blockwise(
         name="quarot",
         scheme=linears(weight(bits, group_size, symmetric=symmetric), _clipped(act, activation_clip)),
         steps=(RotateResidual(), RotateInputs(heads), Solve(by)),

@@ -43,7 +43,7 @@ def quip(
     solver = Gptq(
         fit=RmsRange(rho), order=order, damp=damp, greedy_passes=greedy_passes, static_groups=group_size is not None
     )
-    return Recipe(
+    return Recipe.blockwise(
         name="quip",
         scheme=linears(spec, activation(activation_bits)),
         steps=(*rescale, *rotation, Solve(solver)),

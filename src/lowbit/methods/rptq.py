@@ -48,7 +48,7 @@ def rptq(
     operands = attention(attention_bits, symmetric=False, probabilities=8, static=True, clusters=head_clusters)
     decay = 0.99 if ranges == "ema" else None
     by = Gptq(ClipSearch(), order="group", damp=damp) if solver == "gptq" else Nearest()
-    return Recipe(
+    return Recipe.blockwise(
         name="rptq",
         scheme=Scheme(rules=rules, attention=operands),
         steps=(

@@ -21,7 +21,7 @@ def rtn(
     symmetric: no zero point. activation_bits: also quantize each linear's input, per token, symmetric.
     mse: shrink each range to where the error (norm 2.4) is least, instead of its extremes.
     """
-    return Recipe(
+    return Recipe.blockwise(
         name="rtn",
         scheme=linears(weight(bits, group_size, symmetric=symmetric), activation(activation_bits)),
         steps=(Solve(Nearest(ClipSearch() if mse else MinMax())),),

@@ -50,7 +50,7 @@ def smoothquant(
     smooth = Search(SmoothPowers(grid), edges, windows) if alpha == "search" else Set(Smooth(alpha), edges)
     attending = (SetAttentionRange(skip_first=skip_first),) if attention_bits else ()
     ranges = (SetActivationRange(skip_first), *attending) if static else ()
-    return Recipe(
+    return Recipe.blockwise(
         name="smoothquant",
         scheme=linears(
             weight, activation(activation_bits, per=per, static=static), attention(attention_bits, static=static)

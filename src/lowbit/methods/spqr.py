@@ -44,4 +44,4 @@ def spqr(
         greedy_passes=greedy_passes,
     )
     scheme = linears(Spec(Int(bits, zero="real"), PerGroup(group_size), stats))
-    return Recipe(name="spqr", scheme=scheme, steps=(Solve(solver, true_sequential),))
+    return Recipe.blockwise(name="spqr", scheme=scheme, steps=(Solve(solver, true_sequential),))

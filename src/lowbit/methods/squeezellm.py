@@ -24,7 +24,7 @@ def squeezellm(
     """
     rules = (*((Sensitive(sensitive),) if sensitive else ()), *((RangeOutliers(sparsity),) if sparsity else ()))
     grain = PerChannel() if group_size is None else PerGroup(group_size)
-    return Recipe(
+    return Recipe.blockwise(
         name="squeezellm",
         scheme=linears(Spec(Codebook(bits), grain)),
         steps=(Solve(Nearest(KMeans(), outliers=rules or None, importance="fisher")),),

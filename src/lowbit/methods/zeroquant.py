@@ -46,7 +46,7 @@ def zeroquant(
         for match, width in widths.items()
     )
     distillation = Learn((AllWeights(lr),), BlockMSE(), steps=steps, accumulate=batch, verify=True)
-    return Recipe(
+    return Recipe.blockwise(
         name="zeroquant",
         scheme=Scheme(rules=rules),
         steps=(*((distillation,) if distil else ()), Solve(Nearest())),

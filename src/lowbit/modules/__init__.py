@@ -1,9 +1,17 @@
 """Packed layers. A module is a description and buffers; what multiplies is in :mod:`lowbit.kernels`."""
 
-from lowbit.modules.activation import ActSpec, fake_quantize_activation, quantize_activation
+from lowbit.modules.activation import (
+    ActSpec,
+    fake_activation,
+    fake_quantize_activation,
+    quantize_activation,
+    static_params,
+)
 from lowbit.modules.attention import AttentionSpec, attend
 from lowbit.modules.attention_ranges import OperandRanges
 from lowbit.modules.description import LinearDescription
+from lowbit.modules.draft_linear import DraftLinear, make_drafts, unmake_drafts, weight_shape
+from lowbit.modules.kv_spec import KVSpec
 from lowbit.modules.linear_format import LinearFormat
 from lowbit.modules.quant_linear import QuantLinear, prepare, restore
 from lowbit.modules.residual import ResidualRotation, residual_of, turn_residual, turned
@@ -12,6 +20,8 @@ from lowbit.modules.serialize_transforms import PartDescription, TensorInfo
 __all__ = [
     "ActSpec",
     "AttentionSpec",
+    "DraftLinear",
+    "KVSpec",
     "LinearDescription",
     "LinearFormat",
     "OperandRanges",
@@ -20,11 +30,16 @@ __all__ = [
     "ResidualRotation",
     "TensorInfo",
     "attend",
+    "fake_activation",
     "fake_quantize_activation",
+    "make_drafts",
     "prepare",
     "quantize_activation",
     "residual_of",
     "restore",
+    "static_params",
     "turn_residual",
     "turned",
+    "unmake_drafts",
+    "weight_shape",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit import kernels
 from lowbit.layouts import Layout, pack_qtensor, packed_layout, unpack_qtensor
-from lowbit.numerics import Affine, PerCluster, PerInput, PerTensor, Spec, serializable
+from lowbit.numerics import Affine, PerCluster, PerInput, PerTensor, Spec, extremes, serializable
 from lowbit.numerics.grids import RangeGrid
 
 
@@ -61,9 +61,33 @@ def quantize_activation(x: Tensor, act: ActSpec, params: Affine | None = None) -
 def fake_quantize_activation(x: Tensor, act: ActSpec, params: Affine | None = None) -> Tensor:
     """``x`` as the quantized linear sees it: decode(encode(x)), in float32 (float64 stays float64).
 
-    NaN stays NaN. Not differentiable; learning has :func:`lowbit.numerics.fake_quantize`.
+    NaN stays NaN. Differentiable, see :func:`lowbit.kernels.fake_quantize_activation`.
     """
     return kernels.fake_quantize_activation(x, act.spec, _given(act, params), act.threshold)
+
+
+def fake_activation(x: Tensor, act: ActSpec | None, params: Affine | None) -> Tensor:
+    """``x`` as a linear quantized with ``act`` (None: not at all) will read it, in the dtype of ``x``. Differentiable.
+
+    A static activation whose ``params`` are not known yet is quantized by the range of the call.
+    """
+    if act is None:
+        return x
+    fake = kernels.fake_quantize_activation(x, act.spec, params if act.static else None, act.threshold)
+    return fake.to(x.dtype)
+
+
+def static_params(act: ActSpec, bounds_2I: Tensor, share_G1: Tensor | float = 1.0) -> Affine:
+    """Parameters of a static activation, as they are stored, for an input whose channels have these extremes.
+
+    Args:
+        bounds_2I: lowest and highest value of every channel.
+        share_G1: the part of each granule's range that the parameters reach, at both ends.
+    """
+    spec = act.spec
+    lo, hi = extremes(spec.granularity.split(bounds_2I.float()))
+    columns = spec.granularity.param_shape((1, bounds_2I.shape[1]))[1]
+    return spec.as_stored(spec.grid.from_range(lo * share_G1, hi * share_G1), columns)  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
 
 
 # Static parameters as buffers: act_scale, act_zero; act_scale_codes, act_scale_scale, ... where the spec quantizes scales

@@ -137,10 +137,10 @@ class LinearDescription:
                 raise ValueError(f"{place} of a packed linear is a list, found {entries!r}")
             parts[place] = tuple(PartDescription.from_json(place, entry) for entry in entries)
         return cls(
-            spec=from_dict(data["spec"]),
+            spec=from_dict(data["spec"], Spec),
             shape=tuple(shape),  # pyright: ignore[reportArgumentType]  # its length is checked by the class
             bias=None if bias is None else _BIAS_DTYPES[bias],
-            act=from_dict(data["act"]),
+            act=from_dict(data["act"], ActSpec | None),
             pre=parts["pre"],
             post=parts["post"],
             side_terms=parts["side"],

@@ -31,9 +31,10 @@ from lowbit.layouts import pack_qtensor, packed_layout, unpack_qtensor
 from lowbit.modules import serialize_transforms
 from lowbit.modules.activation import ActSpec, pack_static, unpack_static
 from lowbit.modules.description import LinearDescription
+from lowbit.modules.linear_format import LinearFormat
 from lowbit.modules.serialize_transforms import PLACES, Place
 from lowbit.numerics import Affine, QTensor, SideTerm, Spec, Table
-from lowbit.transforms import ChannelTransform, Made, Seeded
+from lowbit.transforms import ChannelTransform, Made, Seeded, through
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,11 @@ class QuantLinear(nn.Module):
         """The described layer, its buffers of the right shapes and dtypes without content: for loading."""
         layout = description.layout()
         return cls(description, {n: torch.empty(s, dtype=dtype, device=device) for n, (s, dtype) in layout.items()})
+
+    @property
+    def format(self) -> LinearFormat:
+        """What is stored of the weight, and how the input is quantized."""
+        return LinearFormat(self.spec, self.act)
 
     @property
     def pre(self) -> tuple[ChannelTransform, ...]:
@@ -308,10 +314,8 @@ class QuantLinear(nn.Module):
         if not self.description.parts(place):
             return x
         wide = torch.promote_types(x.dtype, torch.float32)
-        y, ready = x.to(wide), self._prepared if wide == torch.float32 else None
-        for t in self._transforms(place, wide) if ready is None else ready.transforms[place]:
-            y = t.forward(y)
-        return y.to(x.dtype)
+        ready = self._prepared if wide == torch.float32 else None
+        return through(self._transforms(place, wide) if ready is None else ready.transforms[place], x)
 
 
 def prepare(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Number formats: grids, granularities, fits and quantized tensors. Imports torch only; knows no model and no method."""
 
 from lowbit.numerics.binary_coding import Alternating, to_binary_coded
+from lowbit.numerics.fake import fake_quantize, usual_fit
 from lowbit.numerics.fit import (
     Clipped,
     ClipSearch,
@@ -48,11 +49,12 @@ from lowbit.numerics.grids import (
     Table,
     arity,
     powers_of_two,
+    straight_through,
 )
 from lowbit.numerics.qtensor import QTensor, quantize, stored_bits
-from lowbit.numerics.serialize import from_dict, nearest, serializable, to_dict
+from lowbit.numerics.serialize import check_types, from_dict, nearest, serializable, to_dict, untagged
 from lowbit.numerics.side_terms import KeptColumns, LowRank, SideTerm, Sparse
-from lowbit.numerics.spec import Spec, fake_quantize, fit_params, fit_raw
+from lowbit.numerics.spec import Spec, fit_params, fit_raw
 from lowbit.numerics.statistics import (
     AbsMax,
     AbsSum,
@@ -128,6 +130,7 @@ __all__ = [
     "TokenRange",
     "TruncationSearch",
     "arity",
+    "check_types",
     "clipped_tokens",
     "extremes",
     "fake_quantize",
@@ -140,6 +143,9 @@ __all__ = [
     "quantize",
     "serializable",
     "stored_bits",
+    "straight_through",
     "to_binary_coded",
     "to_dict",
+    "untagged",
+    "usual_fit",
 ]

@@ -1,20 +1,33 @@
-"""Frozen values to plain data and back: the one place where a recipe, a journal or a checkpoint names a type.
+"""Frozen values to plain data and back: the one converter for recipes, journals and checkpoints.
 
-A dataclass marked ``@serializable`` is written as ``{"type": "PerGroup", "size": 64}`` and read back by its class name. The
+A dataclass marked ``@serializable`` is written with its name, ``{"type": "PerGroup", "size": 64}``, and read back by it. The
 alternative, a discriminated union for each contract, needs every contract to list its members, so that a new grid is a
-change in two places; here a new class is known as soon as its module is imported.
+change in two places; here a new class is known as soon as its module is imported. A dataclass marked ``@untagged`` is written
+without a name: it is read only where the caller, or the type of a field, says which class is expected.
 
-Law: ``from_dict(to_dict(x)) == x`` for every value built of serializable dataclasses, numbers, strings, None and tuples.
+Dataclasses do not check the types of their fields: a pattern given where a tuple of patterns is meant would be taken letter by
+letter. So fields read from plain data are checked before their value is built, and :func:`check_types` checks a value that was
+built in Python. Both ask pydantic, field by field: it is a dependency already, for the options of methods, and its strict mode
+finds and says what is wrong, where cattrs converts without asking.
+
+Law: ``from_dict(to_dict(x), type(x)) == x`` for every value built of such dataclasses, numbers, strings, None and tuples.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from functools import cache
+from types import GenericAlias, NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, InstanceOf, TypeAdapter, ValidationError
 
 T = TypeVar("T", bound=type)
 _KNOWN: dict[str, type] = {}
+_UNTAGGED: set[type] = set()
+_STRICT = ConfigDict(arbitrary_types_allowed=True, strict=True)
 
 
 def serializable(cls: T) -> T:
@@ -23,6 +36,13 @@ def serializable(cls: T) -> T:
     assert cls.__name__ not in _KNOWN, f"two serializable classes are called {cls.__name__}"
     _KNOWN[cls.__name__] = cls
     return cls  # pyright: ignore[reportReturnType]  # the assertion narrows T to dataclasses
+
+
+def untagged(cls: T) -> T:
+    """Class decorator: the dataclass ``cls`` is written without its name, and read where it is the class expected."""
+    assert dataclasses.is_dataclass(cls), f"{cls.__name__} must be a dataclass"
+    _UNTAGGED.add(cls)
+    return cls  # pyright: ignore[reportReturnType]
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -34,8 +54,9 @@ def nearest(name: str, known: list[str]) -> str:
 def to_dict(value: Any) -> Any:
     """Plain data (dicts, lists, numbers, strings) for ``value``; fields that hold their default are left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        assert type(value).__name__ in _KNOWN, f"{type(value).__name__} is not serializable"
-        out = {"type": type(value).__name__}
+        name = type(value).__name__
+        assert name in _KNOWN or type(value) in _UNTAGGED, f"{name} is not serializable"
+        out = {} if type(value) in _UNTAGGED else {"type": name}
         for field in dataclasses.fields(value):
             item = getattr(value, field.name)
             if field.default is dataclasses.MISSING or item != field.default:
@@ -48,27 +69,120 @@ def to_dict(value: Any) -> Any:
     return value
 
 
-def from_dict(data: Any) -> Any:
+def from_dict(data: Any, expected: Any = None, where: str = "") -> Any:
     """The value that :func:`to_dict` wrote as ``data``.
 
+    Args:
+        data: plain data; lists become tuples.
+        expected: the class or the annotation of what is read. A mapping without a ``type`` is read as the one dataclass
+            among its alternatives; None: it stays a mapping.
+        where: the path to ``data``, for messages.
+
     Raises:
-        ValueError: an unknown type or field; the message names the nearest known one.
+        ValueError: an unknown type or field, with the nearest known; a missing field, or one of another type.
     """
     if isinstance(data, list | tuple):
-        return tuple(from_dict(item) for item in data)
+        kinds = _element_types(expected, len(data))
+        return tuple(from_dict(item, kind, _join(where, i)) for i, (item, kind) in enumerate(zip(data, kinds)))
     if not isinstance(data, dict):
         return data
-    if "type" not in data:
-        return {key: from_dict(item) for key, item in data.items()}
-    name = data["type"]
-    if name not in _KNOWN:
-        raise ValueError(f"unknown type {name!r}{nearest(str(name), list(_KNOWN))}")
-    cls = _KNOWN[name]
-    fields = [field.name for field in dataclasses.fields(cls)]
+    if "type" in data:
+        name = data["type"]
+        if name not in _KNOWN:
+            raise ValueError(f"unknown type {name!r}{nearest(str(name), list(_KNOWN))}")
+        return _build(_KNOWN[name], {key: item for key, item in data.items() if key != "type"}, where)
+    classes = [kind for kind in _alternatives(expected) if dataclasses.is_dataclass(kind)]
+    if len(classes) == 1:
+        return _build(classes[0], data, where)
+    return {key: from_dict(item, where=_join(where, key)) for key, item in data.items()}
+
+
+def check_types(value: Any, where: str = "") -> None:
+    """Raises ValueError where a field of the dataclass ``value``, or of a value in it, has another type than it declares."""
+    path = _path(type(value), where)
+    items = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    _check_fields(type(value), items, path)
+    for name, item in items.items():
+        for part_path, part in _parts(item, f"{path}.{name}"):
+            if dataclasses.is_dataclass(part) and not isinstance(part, type):
+                check_types(part, part_path)
+
+
+def _build(cls: Any, data: Mapping[str, Any], where: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    path = _path(cls, where)
     for key in data:
-        if key != "type" and key not in fields:
-            raise ValueError(f"{name} has no option {key!r}{nearest(key, fields)}")
-    try:
-        return cls(**{key: from_dict(item) for key, item in data.items() if key != "type"})
-    except TypeError as error:
-        raise ValueError(f"cannot build {name}: {error}") from error
+        if key not in fields:
+            problem = f": unknown key {key!r}" if cls in _UNTAGGED else f" has no option {key!r}"
+            raise ValueError(f"{path}{problem}{nearest(str(key), list(fields))}")
+    for name, field in fields.items():
+        if name not in data and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{path}.{name}: Field required")
+    hints = _hints(cls)
+    items = {key: from_dict(item, hints[key], f"{path}.{key}") for key, item in data.items()}
+    _check_fields(cls, items, path)
+    return cls(**items)
+
+
+def _path(cls: type, where: str) -> str:
+    """``where`` and the name of the class; a class that is written without its name is named only where a path begins."""
+    return cls.__name__ if not where else where if cls in _UNTAGGED else f"{where}.{cls.__name__}"
+
+
+def _join(where: str, key: object) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _parts(item: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The value itself, or the elements of a tuple, with their paths."""
+    if not isinstance(item, tuple):
+        yield path, item
+    else:
+        for i, part in enumerate(item):
+            yield from _parts(part, f"{path}.{i}")
+
+
+def _check_fields(cls: type, items: Mapping[str, Any], path: str) -> None:
+    for name, item in items.items():
+        try:
+            _adapter(cls, name).validate_python((item,))
+        except ValidationError as error:
+            raise ValueError(f"{path}.{name}: {error.errors()[0]['msg']}, found {item!r}") from error
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+@cache
+def _adapter(cls: type, field: str) -> TypeAdapter[Any]:
+    # In a tuple of one: for a dataclass by itself pydantic would take the configuration of that class.
+    return TypeAdapter(GenericAlias(tuple, (_by_instance(_hints(cls)[field]),)), config=_STRICT)
+
+
+def _by_instance(hint: Any) -> Any:
+    """The annotation with every dataclass in it taken as it is: whoever made the value has checked its fields, or will."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return InstanceOf[hint]
+    origin, arguments = get_origin(hint), tuple(_by_instance(each) for each in get_args(hint))
+    if origin in (Union, UnionType):
+        return Union[arguments]  # noqa: UP007  (made at run time)
+    return GenericAlias(origin, arguments) if origin in (tuple, dict) else hint
+
+
+def _alternatives(expected: Any) -> list[Any]:
+    """The members of a union, None left out; of anything else, itself."""
+    members = get_args(expected) if get_origin(expected) in (Union, UnionType) else (expected,)
+    return [member for member in members if member not in (None, NoneType)]
+
+
+def _element_types(expected: Any, count: int) -> list[Any]:
+    """What the annotation of a tuple says of each of ``count`` elements; None where it says nothing."""
+    for member in _alternatives(expected):
+        arguments = get_args(member)
+        if get_origin(member) is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
+            return [arguments[0]] * count
+        if get_origin(member) is tuple and len(arguments) == count:
+            return list(arguments)
+    return [None] * count

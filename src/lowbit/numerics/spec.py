@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit.numerics.fit import Fit, MinMax
 from lowbit.numerics.granularity import Granularity, Shape
-from lowbit.numerics.grids.base import Field, Grid, Params, arity
+from lowbit.numerics.grids.base import OF_NOTHING, Field, Grid, Params, arity
 from lowbit.numerics.serialize import serializable
 
 if TYPE_CHECKING:
@@ -84,20 +84,28 @@ class Spec:
                 f"runs a multiple of {together} columns"
             )
 
-    def as_stored(self, params: Params, columns: int = 1) -> Params:
+    def as_stored(self, params: Params, columns: int = 1, *, check: bool = True) -> Params:
         """``params`` rounded to what will be on disk, still in their own dtype; G is rows x ``columns``, row-major.
 
         Solvers call this before they encode, so that errors are measured (and fed back) against the stored scale.
+
+        Args:
+            check: whether a number that the storage dtype cannot hold is an error; otherwise it comes out as NaN.
 
         Raises:
             ValueError: a scale that the storage dtype cannot hold.
         """
         return params._make(  # pyright: ignore[reportReturnType]
-            x if x is None or field is None or field.bits is not None else self._restored(x, field, columns)
+            x if x is None or field is None or field.bits is not None else self._restored(x, field, columns, check)
             for x, field in zip_longest(params, self.grid.fields)
         )
 
-    def _restored(self, x: Tensor, field: Field, columns: int) -> Tensor:
+    def _restored(self, x: Tensor, field: Field, columns: int, check: bool) -> Tensor:
+        if not check:
+            fits = torch.isfinite(x)
+            if self.stats is None:
+                fits &= x.abs() <= torch.finfo(self.torch_scale_dtype).max
+            return self._restored(x.where(fits, OF_NOTHING), field, columns, True).where(fits, torch.nan)
         if self.stats is None:
             stored = x.to(self.torch_scale_dtype).to(x.dtype)
             if not torch.isfinite(stored).all():
@@ -147,11 +155,4 @@ def fit_params(x: Tensor, spec: Spec, fit: Fit, importance: Tensor | None = None
     return spec.as_stored(fit_raw(x, spec, fit, importance), spec.granularity.param_shape(tuple(x.shape))[1])
 
 
-def fake_quantize(x: Tensor, spec: Spec, fit: Fit) -> Tensor:
-    """``x`` as ``spec`` would restore it, differentiable (straight-through to x, true to the range). For learning only."""
-    x_GK = spec.granularity.split(x)
-    params = fit(x_GK, spec.grid)  # pyright: ignore[reportArgumentType]
-    return spec.granularity.join(spec.grid.fake(x_GK, params), tuple(x.shape))  # pyright: ignore[reportAttributeAccessIssue]
-
-
-__all__ = ["Shape", "Spec", "fake_quantize", "fit_params", "fit_raw"]
+__all__ = ["Shape", "Spec", "fit_params", "fit_raw"]

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lowbit.numerics import PerCluster
+from lowbit.numerics import PerCluster, to_dict
 from lowbit.plan.compatibility import compatibility, kernel_reasons
 from lowbit.plan.layers import PlannedLayer, planned_layers, ragged_groups
 from lowbit.plan.peak import peak_disk_bytes, peak_parts
@@ -78,7 +78,7 @@ def plan(
     parts = peak_parts(found, samples, seq_len, ram_limit)
     return Plan(
         name=found.source.name,
-        recipe=found.recipe.to_dict(),
+        recipe=to_dict(found.recipe),
         architecture=found.architecture.name,
         layers=layers,
         bytes_in=sum(header.nbytes for header in found.source.headers.values()),

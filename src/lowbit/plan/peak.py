@@ -15,9 +15,9 @@ and, where a recipe needs Fisher information, two more, with an array of activat
 P is the process itself (Python, torch, transformers: measured). A is the activations of the calibration set, three arrays
 ``[N, T, d]`` of float32, as far as they fit in the limit that the user set; the rest is in files. B is the largest block in
 float32, L its largest tensor as stored, O everything outside the blocks in float32 and E the same without the head, Q the
-packed layers, V the logits of one window in float32. Where a recipe tunes the whole model afterwards, one more:
+packed layers, V the logits of one window in float32. Where a stage trains the packed model, one more:
 
-    tune       P + A + 2 O + Q + C + b (8 V + n W) + 4 D
+    train      P + A + 2 O + Q + C + b (8 V + n W) + 4 D
 
 with C a byte for each weight (its code), b windows a step through n blocks, and D the largest layer in float32. What steps
 need:
@@ -45,6 +45,7 @@ import torch
 from lowbit.architectures import ResolvedEdge
 from lowbit.numerics import Samples, Statistic
 from lowbit.plan.survey import Survey, SurveyedBlock, edge_uses, edges_of, outside_bytes
+from lowbit.recipes import Train
 from lowbit.steps import Learn, Search, SearchReassembly, Solve
 
 PROCESS = 420 * 2**20
@@ -84,8 +85,8 @@ def peak_parts(found: Survey, samples: int, seq_len: int, ram_limit: int) -> dic
     logits = seq_len * found.source.config.get_text_config().vocab_size * FLOAT
     packed = sum(found.description(b, path).nbytes for b in found.blocks for path in b.formats)
     fisher = _fisher_parts(found, worst, samples, seq_len, ram_limit) if found.recipe.needs_fisher else {}
-    tune = _tune_parts(found, worst, seq_len, held, packed) if found.recipe.model_steps else {}
-    return (fisher | tune) | {
+    train = _train_parts(found, worst, seq_len, held, packed)
+    return (fisher | train) | {
         "start": held | {"embeddings": _base_bytes(found), "block": _block_bytes(found.blocks[0])},
         "block": held | block,
         "compare": held | {"outside the blocks": outside, "logits": 8 * logits},
@@ -93,15 +94,17 @@ def peak_parts(found: Survey, samples: int, seq_len: int, ram_limit: int) -> dic
     }
 
 
-def _tune_parts(
+def _train_parts(
     found: Survey, worst: SurveyedBlock, seq_len: int, held: dict[str, int], packed: int
 ) -> dict[str, dict[str, int]]:
-    batch = max(getattr(step, "batch", 1) for step in found.recipe.model_steps)
+    batch = max((stage.batch for stage in found.recipe.stages if isinstance(stage, Train)), default=0)
+    if not batch:
+        return {}
     logits = seq_len * found.source.config.get_text_config().vocab_size * FLOAT
     weights = sum(prod(block.shape(path)) for block in found.blocks for path in block.formats)
     kept = len(found.blocks) * _window_bytes(found, worst, seq_len)
     return {
-        "tune": held
+        "train": held
         | {
             "outside the blocks, packed and original": 2 * outside_bytes(found, FLOAT),
             "packed layers": packed,

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lowbit.architectures import (
     Architecture,
@@ -31,7 +30,14 @@ from lowbit.architectures import (
     resolve,
 )
 from lowbit.checkpoints.source import ModelSource, open_model
-from lowbit.modules import LinearDescription, LinearFormat, PartDescription, ResidualRotation, serialize_transforms
+from lowbit.modules import (
+    LinearDescription,
+    LinearFormat,
+    PartDescription,
+    ResidualRotation,
+    serialize_transforms,
+    weight_shape,
+)
 from lowbit.recipes import Recipe, as_recipe
 from lowbit.steps import Cluster, Incoherence, Learn, LowRankCorrection, RotateInputs, SearchReassembly
 from lowbit.steps.parametrizations import Maker
@@ -64,9 +70,7 @@ class SurveyedBlock:
 
     def shape(self, path: str) -> tuple[int, int]:
         """``(O, I)`` of a linear."""
-        linear = self.module.get_submodule(path)
-        rows, columns = linear.get_parameter("weight").shape
-        return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
+        return weight_shape(self.module.get_submodule(path))
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,10 +149,11 @@ def survey(model: str | PathLike[str], recipe: Recipe | str | Path | dict[str, A
     """Opens ``model`` without weights and checks ``recipe`` against it.
 
     Raises:
-        ValueError: a model that cannot be opened or is quantized already; a rule that matches no layer; a format that a
+        ValueError: a recipe that this version cannot carry out; a model that cannot be opened or is quantized already; a rule that matches no layer; a format that a
             layer cannot have, with the layer's name.
     """
     recipe = as_recipe(recipe)
+    recipe.check_runs()
     source = open_model(model, allow_quantized=True)
     _refuse_quantized(source)
     architecture, skeleton = for_config(source.config), source.skeleton(unfuse=True)

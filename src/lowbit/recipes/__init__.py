@@ -1,21 +1,24 @@
-"""Recipes: what is stored and the steps that choose it; the registry of methods; mixes; recipe files."""
+"""Recipes: what is stored and the stages that choose it; the registry of methods; mixes; recipe files."""
 
 from lowbit.recipes.files import as_recipe, builtin_recipes, from_file, from_plain
 from lowbit.recipes.mix import mix
-from lowbit.recipes.recipe import Recipe, rebuilt
+from lowbit.recipes.recipe import Recipe
 from lowbit.recipes.registry import ALIASES, METHODS, Method, method, recipe
+from lowbit.recipes.stages import Blockwise, Stage, Train
 
 __all__ = [
     "ALIASES",
     "METHODS",
+    "Blockwise",
     "Method",
     "Recipe",
+    "Stage",
+    "Train",
     "as_recipe",
     "builtin_recipes",
     "from_file",
     "from_plain",
     "method",
     "mix",
-    "rebuilt",
     "recipe",
 ]

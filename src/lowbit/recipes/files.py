@@ -1,89 +1,109 @@
 """Recipe files: the ones that come along, and how any is read.
 
-A file names a method and its options, or spells out a scheme and steps; both end in a :class:`~lowbit.recipes.Recipe`.
+A file names a method and its options, or spells out a scheme and stages; both end in a :class:`~lowbit.recipes.Recipe`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lowbit.numerics import from_dict
-from lowbit.recipes.recipe import Recipe, rebuilt
+from lowbit.modules import AttentionSpec, KVSpec
+from lowbit.numerics import from_dict, untagged
+from lowbit.recipes.recipe import Recipe
 from lowbit.recipes.registry import recipe
-from lowbit.scheme import FormatRule, Scheme, plain_message, validated
+from lowbit.recipes.stages import Blockwise
+from lowbit.scheme import FormatRule, Scheme
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+@untagged
+@dataclass(frozen=True)
+class MethodFile:
+    """A recipe file that names a method (or a mix) and its options.
 
-
-class _NamedFile(_File):
-    """A recipe file that names a method (or a mix) and its options."""
+    Attributes:
+        feed, seed: replace the method's own.
+        kv: the formats of the KV cache.
+        then: stages after the method's own.
+        overrides: see :class:`~lowbit.scheme.Override`.
+    """
 
     method: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = field(default_factory=dict)
     overrides: tuple[dict[str, Any], ...] = ()
     description: str = ""
     feed: Literal["fp", "quant"] | None = None
     seed: int | None = None
-    model_steps: tuple[dict[str, Any], ...] | None = None
+    kv: KVSpec | None = None
+    then: tuple[Any, ...] = ()
+
+    def recipe(self) -> Recipe:
+        built = recipe(self.method, **self.options)
+        if self.feed is not None:
+            built = built.with_blockwise(feed=self.feed)
+        return replace(
+            built,
+            scheme=built.scheme if self.kv is None else replace(built.scheme, kv=self.kv),
+            stages=(*built.stages, *self.then),
+            seed=built.seed if self.seed is None else self.seed,
+        ).with_overrides(self.overrides)
 
 
-class _ExplicitFile(_File):
-    """A recipe file that spells out its scheme and steps."""
+@untagged
+@dataclass(frozen=True)
+class RecipeFile:
+    """A recipe file that spells out its scheme and stages, as :func:`lowbit.numerics.to_dict` writes a recipe, or shorter.
+
+    Attributes:
+        scheme: a mapping of ``rules``, ``attention`` and ``kv``, or the rules alone, with ``attention`` and ``kv`` at the top.
+        stages: in order. ``steps`` and ``feed`` at the top are short for one Blockwise stage.
+        overrides: see :class:`~lowbit.scheme.Override`.
+    """
 
     name: str
-    scheme: tuple[dict[str, Any], ...]
-    attention: dict[str, Any] | None = None
-    steps: tuple[dict[str, Any], ...]
+    scheme: Scheme | tuple[FormatRule, ...] = ()
+    attention: AttentionSpec | None = None
+    kv: KVSpec | None = None
+    stages: tuple[Any, ...] | None = None
+    steps: tuple[Any, ...] | None = None
+    feed: Literal["fp", "quant"] | None = None
+    seed: int = 0
     overrides: tuple[dict[str, Any], ...] = ()
     description: str = ""
-    feed: Literal["fp", "quant"] = "quant"
-    seed: int = 0
-    model_steps: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self):
+        if isinstance(self.scheme, Scheme) and (self.attention or self.kv):
+            raise ValueError("attention and kv go into the mapping 'scheme' where it is one; found them at the top too")
+        if self.stages is not None and (self.steps is not None or self.feed is not None):
+            raise ValueError(
+                "steps and feed at the top are short for one Blockwise stage; with 'stages' they go into it"
+            )
+
+    def recipe(self) -> Recipe:
+        stages = self.stages or ()
+        if self.steps is not None:
+            stages = (Blockwise(self.steps, self.feed or "quant"),)
+        scheme = self.scheme if isinstance(self.scheme, Scheme) else Scheme(self.scheme, self.attention, self.kv)
+        return Recipe(self.name, scheme, stages, self.seed).with_overrides(self.overrides)
 
 
 def from_plain(data: Any) -> Recipe:
-    """A recipe from the data of a file: either ``method`` and ``options``, or ``scheme`` and ``steps``; with ``overrides``.
+    """A recipe from the data of a file: a :class:`MethodFile` where it names a ``method``, else a :class:`RecipeFile`.
 
     Raises:
         ValueError: an unknown key, type or option, with the nearest known; a combination that cannot be.
     """
     if not isinstance(data, dict):
         raise ValueError(
-            f"a recipe is a mapping with 'method' or with 'scheme' and 'steps', found {type(data).__name__}"
+            f"a recipe is a mapping with 'method' or with 'scheme' and 'stages', found {type(data).__name__}"
         )
-    if "steps" not in data:
-        named = validated(_NamedFile, data)
-        changes = {key: getattr(named, key) for key in ("feed", "seed") if getattr(named, key) is not None}
-        if named.model_steps is not None:
-            changes["model_steps"] = tuple(from_dict(step) for step in named.model_steps)
-        try:
-            return rebuilt(recipe(named.method, **named.options), **changes).with_overrides(named.overrides)
-        except ValidationError as error:
-            raise ValueError(f"recipe {named.method!r}: {plain_message(error)}") from error
-    explicit = validated(_ExplicitFile, data)
-    rules = tuple(
-        validated(FormatRule, {key: from_dict(value) for key, value in rule.items()}) for rule in explicit.scheme
-    )
-    try:
-        built = Recipe(
-            name=explicit.name,
-            scheme=Scheme(rules=rules, attention=from_dict(explicit.attention)),
-            steps=tuple(from_dict(step) for step in explicit.steps),
-            feed=explicit.feed,
-            seed=explicit.seed,
-            model_steps=tuple(from_dict(step) for step in explicit.model_steps),
-        )
-    except ValidationError as error:
-        raise ValueError(f"recipe {explicit.name!r}: {plain_message(error)}") from error
-    return built.with_overrides(explicit.overrides)
+    spelled_out = "method" not in data and data.keys() & {"name", "scheme", "stages", "steps"}
+    return from_dict(data, RecipeFile if spelled_out else MethodFile).recipe()
 
 
 class Loader(yaml.SafeLoader):

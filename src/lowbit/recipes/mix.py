@@ -5,50 +5,50 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from pydantic import ValidationError
-
 from lowbit.recipes.recipe import Recipe
-from lowbit.scheme import FormatRule, Scheme, plain_message
+from lowbit.recipes.stages import Blockwise
+from lowbit.scheme import FormatRule, Scheme
 from lowbit.steps.combination import in_order
 
 
 def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
-    """One recipe of several: all steps in order, with the Solve, the weight format and the feed of the last one.
+    """One recipe of several: all steps in order, with the Solve, the weight format and the feed of the last that has steps.
 
     Steps that fix ranges of static activations come after all others, which may still transform the channels, and rotations
-    that linears run themselves after all that is folded. Activations are quantized, and attention's operands are, as the first
-    recipe that does so says; where it takes no channels out at run time and a later one does, so
-    does the mix.
+    that linears run themselves after all that is folded. Their Blockwise stages become one, and all other stages follow in
+    order. The formats of activations, of attention's operands and of the KV cache are those of the first recipe that has
+    some; where it takes no channels out at run time and a later one does, so does the mix.
 
     Raises:
         ValueError: a recipe before the last that would leave no trace, or a step that would be done twice.
     """
-    *firsts, last = recipes
+    recipes = tuple(recipes)
+    solving = [recipe for recipe in recipes if recipe.steps]
+    attention = next((each.scheme.attention for each in recipes if each.scheme.attention), None)
+    kv = next((each.scheme.kv for each in recipes if each.scheme.kv), None)
+    later = tuple(stage for each in recipes for stage in each.stages if not isinstance(stage, Blockwise))
+    if not solving:
+        return Recipe(name, Scheme(attention=attention, kv=kv), later)
+    *firsts, last = solving
     for each in firsts:
-        if len(each.steps) == 1 and not each.model_steps and not each.scheme.quantizes_activations:
+        if len(each.steps) == 1 and len(each.stages) == 1 and not each.scheme.quantizes_activations:
             raise ValueError(
                 f"{each.name!r} only says how weights are rounded, and in {name!r} {last.name!r} does that: leave "
                 f"{each.name!r} out, or put it last"
             )
-    before = [step for recipe in (*firsts, last) for step in recipe.steps[:-1]]
-    steps = (*in_order(before), last.steps[-1])
+    steps = (*in_order([step for each in solving for step in each.steps[:-1]]), last.steps[-1])
     for step in steps:
         if steps.count(step) > 1:
             raise ValueError(f"{name!r} would do {type(step).__name__} twice; leave one of the methods out")
-    acts = [rule.activation for each in (*firsts, last) for rule in each.scheme.rules if rule.activation is not None]
+    acts = [rule.activation for each in solving for rule in each.scheme.rules if rule.activation is not None]
     threshold = next((each.threshold for each in acts if each.threshold), 0.0)
-    whole = tuple(step for recipe in (*firsts, last) for step in recipe.model_steps)
-    quantized = next((each for each in (*firsts, last) if each.scheme.quantizes_activations), last)
+    quantized = next((each for each in solving if each.scheme.quantizes_activations), last)
     try:
         inputs = tuple(_taking_out(rule, threshold) for rule in quantized.scheme.rules)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    attends = next((each.scheme.attention for each in (*firsts, last) if each.scheme.attention), None)
-    scheme = Scheme(rules=_joined(name, last.scheme.rules, inputs), attention=attends)
-    try:
-        return Recipe(name=name, scheme=scheme, steps=steps, feed=last.feed, seed=last.seed, model_steps=whole)
-    except ValidationError as error:
-        raise ValueError(plain_message(error)) from error
+    scheme = Scheme(_joined(name, last.scheme.rules, inputs), attention, kv)
+    return Recipe(name, scheme, (Blockwise(steps, last.feed), *later), last.seed)
 
 
 def _taking_out(rule: FormatRule, threshold: float) -> FormatRule:
@@ -56,7 +56,7 @@ def _taking_out(rule: FormatRule, threshold: float) -> FormatRule:
     act = rule.activation
     if rule.skip or act is None or act.threshold or not threshold:
         return rule
-    return FormatRule(match=rule.match, weight=rule.weight, activation=replace(act, threshold=threshold))
+    return replace(rule, activation=replace(act, threshold=threshold))
 
 
 def _joined(name: str, weights: tuple[FormatRule, ...], activations: tuple[FormatRule, ...]) -> tuple[FormatRule, ...]:

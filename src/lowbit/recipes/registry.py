@@ -12,7 +12,7 @@ from pydantic import ValidationError, validate_call
 from lowbit.numerics import nearest, to_dict
 from lowbit.recipes.mix import mix
 from lowbit.recipes.recipe import Recipe
-from lowbit.scheme import plain_message
+from lowbit.recipes.stages import Train
 from lowbit.steps import Learn
 
 
@@ -37,12 +37,14 @@ class Method:
         try:
             return self.build(**options)
         except ValidationError as error:
-            raise ValueError(f"method {self.name!r}: {plain_message(error)}") from error
+            raise ValueError(f"method {self.name!r}: {_plain(error)}") from error
 
     def describe(self) -> dict[str, Any]:
         """What ``lowbit methods`` prints."""
         recipe = self.recipe()
-        learns = any(isinstance(step, Learn) for step in recipe.steps) or bool(recipe.model_steps)
+        learns = any(isinstance(step, Learn) for step in recipe.steps) or any(
+            isinstance(stage, Train) for stage in recipe.stages
+        )
         needs = {type(need).__name__ for step in recipe.steps for need in step.needs}
         return {
             "name": self.name,
@@ -52,6 +54,16 @@ class Method:
             "needs": sorted(needs) + (["gradients"] if learns else []),
             "options": {key: to_dict(p.default) for key, p in self.options.items()},
         }
+
+
+def _plain(error: ValidationError) -> str:
+    """Pydantic's findings in one line: where, what, and what was found."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        found = f" (found {item['input']!r})" if item["type"] != "value_error" and item["loc"] else ""
+        lines.append((f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ") + found)
+    return "; ".join(lines)
 
 
 METHODS: dict[str, Method] = {}

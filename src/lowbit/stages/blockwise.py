@@ -1,4 +1,4 @@
-"""The walk: every block once, in order, original weights in and packed weights out.
+"""The stage Blockwise: a walk over every block once, in order, original weights in and packed weights out.
 
 At no time does it hold more than one block of original weights, three arrays of activations (two streams, and one more
 for what a block makes of the original stream), and what a step declared that it needs.
@@ -42,7 +42,17 @@ from lowbit.architectures import (
 )
 from lowbit.checkpoints.description import ModelDescription, has_unfused_experts
 from lowbit.checkpoints.source import ModelSource, return_free_memory
-from lowbit.modules import AttentionSpec, LinearDescription, OperandRanges, QuantLinear, ResidualRotation, turned
+from lowbit.modules import (
+    AttentionSpec,
+    LinearDescription,
+    OperandRanges,
+    QuantLinear,
+    ResidualRotation,
+    make_drafts,
+    turned,
+    unmake_drafts,
+    weight_shape,
+)
 from lowbit.numerics import from_dict, to_dict
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Recipe
@@ -53,7 +63,6 @@ from lowbit.stages.store import ActivationStore
 from lowbit.stages.stream import Call, Stream, outside
 from lowbit.steps import BlockIO, BlockState, LayerRecord
 from lowbit.steps.rotation import residual_step
-from lowbit.steps.state import stored_as_OI
 from lowbit.transforms import Seeded
 
 WATCHED = 8
@@ -94,11 +103,6 @@ class Broken(ValueError):
     """A block came out unusable (NaN, Inf): quantizing further would be a waste."""
 
 
-def shard_name(i: int, total: int, *, final: bool = True) -> str:
-    """File i of ``total``; shards that steps of model scope will still change have names of their own."""
-    return f"{'model' if final else 'walked'}-{i + 1:05d}-of-{total:05d}.safetensors"
-
-
 @dataclass
 class Walk:
     """One run over a model. See the module docstring; :meth:`run` does everything but the last files of a checkpoint.
@@ -120,6 +124,7 @@ class Walk:
         attends = None if self.recipe.scheme.attention is None else IMPLEMENTATION
         self.model: PreTrainedModel = self.source.skeleton(unfuse=True, attn_implementation=attends)
         self.architecture: Architecture = for_config(self.source.config)
+        self.section = self.journal.section(0, last=len(self.recipe.stages) == 1)  # Blockwise comes first
         self.blocks = block_modules(self.model, self.architecture)
         self.total = len(self.blocks)
         self.rotation = self._rotation()
@@ -195,7 +200,7 @@ class Walk:
         for i in range(self.total):
             self._at, self._ticks, self._expected = i, 0, self._ticks_of(i)
             call = None if calls is None else calls[i]
-            record = self._resume(i, call) if i < len(self.journal.finished) else self._quantize(i, call)
+            record = self._resume(i, call) if i < len(self.section.finished) else self._quantize(i, call)
             self.records.append(record)
             self.blocks[i] = nn.Identity()
             return_free_memory()
@@ -228,12 +233,12 @@ class Walk:
         self.fisher = FisherPass(
             self.source, self.stream, calls, self.ids, linears, self.store, self.journal, self.progress
         )
-        self.fisher.run(self.store["fp"], range(len(self.journal.finished), self.total))
+        self.fisher.run(self.store["fp"], range(len(self.section.finished), self.total))
 
     def _ticks_of(self, i: int) -> int:
         """About how many ticks block i will take: the original stream and the quantized one, and what steps say of themselves."""
         windows = 0 if self.ids is None else len(self.store["fp"])
-        if i < len(self.journal.finished):
+        if i < len(self.section.finished):
             return 2 * windows
         resolved = resolve(self.architecture, self.blocks[i], self.source.config)
         linears = len(self.recipe.scheme.formats(resolved, f"{self.architecture.blocks}.{i}"))
@@ -245,8 +250,10 @@ class Walk:
         self.progress(self._at + part, self.total, f"block {self._at + 1} of {self.total}: {what}")
 
     def _original(self, i: int, call: Call | None) -> nn.Module:
-        """Block i with its original weights, in the basis of the stream; the original stream behind it is in ``next``."""
+        """Block i with its original weights, its linears drafts, in the basis of the stream; the original stream behind it is in
+        ``next``."""
         self.source.load_into(self.model, f"{self.architecture.blocks}.{i}")
+        make_drafts(self.blocks[i], resolve(self.architecture, self.blocks[i], self.source.config).linears)
         if self.rotation is not None:
             self._fold(i, self.rotation)
         if call is not None:
@@ -268,37 +275,38 @@ class Walk:
 
     def _quantize(self, i: int, call: Call | None) -> BlockRecord:
         block = self._original(i, call).requires_grad_(False)
-        state = self._state(i, block, call)
-        if self.fisher is not None:
-            state.fisher = self.fisher.load(i)
+        state = self._state(i, block, call, None if self.fisher is None else self.fisher.load(i))
         name = state.name
         for other in state.resolved.other_matrices:
             state.note(f"{other} is a matrix that no role covers: it keeps its precision")
         for step in self.recipe.steps:
             step.run(state)
-        missed = [path for path in state.formats if not isinstance(state.linear(path), QuantLinear)]
-        assert not missed, f"{name}: {missed} left unquantized"
+        assert not state.drafts, f"{name}: {list(state.drafts)} left unquantized"
+        unmake_drafts(block)
         packed = {f"{name}.{path}": m.description for path, m in block.named_modules() if isinstance(m, QuantLinear)}
         error = None if call is None else self._behind(block, call)
         specs = {f"{name}.{path}": attention_spec(m) for path, m in block.named_modules()}
         attends = {path: spec for path, spec in specs.items() if spec is not None}
         record = BlockRecord(name, error, state.records, state.notes, packed, attends)
-        self.journal.write(self._shard(i), self._tensors(block, name), record.to_dict())
+        self.section.write(self._shard(i), self._tensors(block, name), record.to_dict())
         return record
 
-    def _state(self, i: int, block: nn.Module, call: Call | None) -> BlockState:
+    def _state(
+        self, i: int, block: nn.Module, call: Call | None, fisher: dict[str, Tensor] | None = None
+    ) -> BlockState:
         name = f"{self.architecture.blocks}.{i}"
         resolved = resolve(self.architecture, block, self.source.config)
         io = None
         if call is not None:
             fp = self.store["fp"]
             io = BlockIO(fp if self.recipe.feed == "fp" else self.store["quant"], self.store["next"], call, x_fp=fp)
-        return BlockState(
-            name=name,
-            block=block,
-            resolved=resolved,
-            formats=self.recipe.scheme.formats(resolved, name),
-            io=io,
+        return BlockState.of(
+            name,
+            block,
+            resolved,
+            self.recipe.scheme.formats(resolved, name),
+            io,
+            fisher,
             seed=derived_seed(self.recipe.seed, i),
             store_dtype=self.source.dtype,
             tick=self._tick,
@@ -306,12 +314,13 @@ class Walk:
         )
 
     def _resume(self, i: int, call: Call | None) -> BlockRecord:
-        entry = self.journal.finished[i]
+        entry = self.section.finished[i]
         record = BlockRecord.from_dict(entry["record"])
         if call is None:
             return record
         block = self._original(i, call)
-        tensors = load_file(self.journal.directory / entry["file"])
+        unmake_drafts(block)
+        tensors = load_file(self.section.directory / entry["file"])
         for path, spec in record.attention.items():
             quantize_attention(block.get_submodule(path.removeprefix(f"{record.name}.")), spec)
         install_packed(block, record.name, record.modules, tensors)
@@ -341,13 +350,13 @@ class Walk:
         return {f"{name}.{key}": stored(key, value.detach()) for key, value in block.state_dict().items()}
 
     def _shard(self, i: int) -> str:
-        return shard_name(i, self.total + 1, final=not self.recipe.model_steps)
+        return self.section.shard_name(i, self.total + 1)
 
     # After the last block
 
     def write_rest(self) -> None:
         """Stores everything outside the blocks as it was, in the checkpoint's own dtype."""
-        if len(self.journal.finished) > self.total:
+        if len(self.section.finished) > self.total:
             return
         tied, tensors = set(self.model.all_tied_weights_keys), {}
         for module in outside(self.model, self.architecture):
@@ -357,7 +366,7 @@ class Walk:
             tensors |= {
                 key: value for key, value in here.items() if key.rpartition(".")[0] == module and key not in tied
             }
-        self.journal.write(self._shard(self.total), tensors, {})
+        self.section.write(self._shard(self.total), tensors, {})
         for module in outside(self.model, self.architecture):
             self.source.release(self.model, module)
 
@@ -414,7 +423,7 @@ def check_scheme(scheme: Scheme, architecture: Architecture, model: PreTrainedMo
         name, resolved = f"{architecture.blocks}.{i}", resolve(architecture, block, config)
         linears |= {f"{name}.{path}": role for path, role in resolved.linears.items()}
         for path, form in scheme.formats(resolved, name).items():
-            rows, columns = stored_as_OI(block.get_submodule(path), block.get_parameter(f"{path}.weight")).shape
+            rows, columns = weight_shape(block.get_submodule(path))
             try:
                 form.check_shape((rows, columns))
             except ValueError as error:

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lowbit.checkpoints.source import ModelSource
+from lowbit.modules import make_drafts, unmake_drafts
 from lowbit.progress import Progress, silent
 from lowbit.stages.journal import Journal
 from lowbit.stages.store import ActivationStore
 from lowbit.stages.stream import Call, Stream
 from lowbit.steps.precision import faster_products
-from lowbit.steps.state import stored_as_OI
 
 _BACKWARD = 3
 """Time of a block's backward pass (run again, then two gradients) in forward passes; 2.9 measured on SmolLM2."""
@@ -110,7 +110,7 @@ class FisherPass:
 
     @torch.enable_grad()
     def _backward(self, i: int, x_NTd: Tensor, g_NTd: Tensor, wanted: bool, onward: bool) -> dict[str, Tensor]:
-        """Fisher information of block i's linears by path, as stored, from the gradient ``g`` of its output.
+        """Fisher information ``[O, I]`` of block i's linears by path, from the gradient ``g`` of its output.
 
         ``wanted``: else weights are left out and the result is empty. ``onward``: ``x`` becomes the gradient of itself.
         """
@@ -133,9 +133,8 @@ class FisherPass:
                     x_NTd[w] = x.grad[0]
                 self._tick(_BACKWARD, f"backward, block {i + 1}")
         block.requires_grad_(False)
-        found = {path: stored_as_OI(block.get_submodule(path), square) for path, square in squares.items()}
         self._release(i)
-        return found
+        return squares
 
     # Blocks and files
 
@@ -144,9 +143,11 @@ class FisherPass:
 
     def _loaded(self, i: int) -> nn.Module:
         self.source.load_into(self.stream.model, self._block(i))
+        make_drafts(self.stream.blocks[i], self.linears[i])
         return self.stream.blocks[i].requires_grad_(False)
 
     def _release(self, i: int) -> None:
+        unmake_drafts(self.stream.blocks[i])
         self.source.release(self.stream.model, self._block(i))
 
     def path(self, i: int) -> Path:

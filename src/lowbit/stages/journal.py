@@ -4,6 +4,8 @@ A run writes into ``DIR.partial`` beside its target and renames it at the very e
 before. A block's shard is written under another name, flushed to disk and renamed, and only then does a line with its
 hash enter the journal; a kill at any point leaves either no line or a whole shard. The journal's first line says what is
 being made from what; a run that would make something else refuses to continue it.
+
+A recipe's stages share the directory. Each has a :class:`Section` of the journal: its finished units, and names for their files.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from lowbit.checkpoints.target import OutputError, check_target
 
 
 class Journal:
-    """Finished blocks of one run in ``<out>.partial``.
+    """Finished units of one run in ``<out>.partial``: blocks of the walk, shards of a trained model.
 
     Args:
         out: the target directory, which must not exist or be empty.
@@ -83,14 +86,18 @@ class Journal:
             self.finished.append(entry)
         self.path.write_text("".join(_line(entry) for entry in ({"header": self.header}, *self.finished)))
 
-    def write(self, file: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Stores one finished unit; when this returns it will survive a kill.
+    def section(self, stage: int, *, last: bool = False) -> Section:
+        """The part of stage number ``stage``. ``last``: no stage follows, so its shards are the checkpoint's."""
+        return Section(self, stage, last)
+
+    def write(self, file: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any], stage: int = 0) -> None:
+        """Stores one finished unit of a stage; when this returns it will survive a kill.
 
         Raises:
             OutputError: the disk is full or not writable.
         """
         self.save(file, tensors)
-        entry = {"file": file, "sha256": file_sha256(self.directory / file), "record": record}
+        entry = {"stage": stage, "file": file, "sha256": file_sha256(self.directory / file), "record": record}
         try:
             self._append(entry)
         except OSError as error:
@@ -121,11 +128,50 @@ class Journal:
             os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Makes the partial directory the target, without the journal. The last act of a run."""
+        """Makes the partial directory the target, without the journal and the shards of all stages but the last. The last act
+        of a run."""
+        for shard in self.directory.glob("stage-*.safetensors"):
+            shard.unlink()
         self.path.unlink()
         if self.out.exists():
             self.out.rmdir()  # empty: checked by open
         os.replace(self.directory, self.out)  # noqa: PTH105
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """What one stage has finished.
+
+    Attributes:
+        stage: its number in the recipe, from 0.
+        last: no stage follows: its shards are the checkpoint's, and have a checkpoint's names.
+    """
+
+    journal: Journal
+    stage: int
+    last: bool
+
+    @property
+    def directory(self) -> Path:
+        return self.journal.directory
+
+    @property
+    def finished(self) -> list[dict[str, Any]]:
+        """The journal's entries of this stage, in order."""
+        return [entry for entry in self.journal.finished if entry["stage"] == self.stage]
+
+    @property
+    def files(self) -> list[str]:
+        """Their files."""
+        return [entry["file"] for entry in self.finished]
+
+    def shard_name(self, i: int, total: int) -> str:
+        """File i of ``total``."""
+        return f"{'model' if self.last else f'stage-{self.stage + 1}'}-{i + 1:05d}-of-{total:05d}.safetensors"
+
+    def write(self, file: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """As :meth:`Journal.write`."""
+        self.journal.write(file, tensors, record, self.stage)
 
 
 def file_sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Steps: how what is free gets set. A recipe is a tuple of them; each runs on one block at a time."""
+"""Steps: how what is free gets set. The stage Blockwise is a tuple of them; each runs on one block at a time."""
 
 from typing import Protocol, runtime_checkable
 
@@ -20,12 +20,11 @@ from lowbit.steps.search_float import SearchFloat
 from lowbit.steps.set import Set, SetActivationRange
 from lowbit.steps.solve import Solve
 from lowbit.steps.state import BlockIO, BlockState, LayerRecord
-from lowbit.steps.tune import ModelState, Tune
 
 
 @runtime_checkable
 class Step(Protocol):
-    """One stage of a recipe. ``needs``: the statistics of inputs that it will ask for."""
+    """One step. ``needs``: the statistics of inputs that it will ask for."""
 
     @property
     def needs(self) -> frozenset[Statistic]: ...
@@ -35,17 +34,6 @@ class Step(Protocol):
         ...
 
     def run(self, state: BlockState) -> None: ...
-
-
-@runtime_checkable
-class ModelStep(Protocol):
-    """What is done to the whole packed model after its last block."""
-
-    def model_ticks(self, windows: int) -> int:
-        """How often a run will tick."""
-        ...
-
-    def run_model(self, state: ModelState) -> None: ...
 
 
 __all__ = [
@@ -65,8 +53,6 @@ __all__ = [
     "LowRankCorrection",
     "MeanAbsPower",
     "Midpoint",
-    "ModelState",
-    "ModelStep",
     "NormsAndBiases",
     "Ones",
     "OwnGain",
@@ -88,5 +74,4 @@ __all__ = [
     "Solve",
     "Step",
     "Thresholds",
-    "Tune",
 ]

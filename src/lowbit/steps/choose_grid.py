@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowbit.modules import LinearFormat
 from lowbit.numerics import Fit, Grid, MinMax, Params, RangeSearch, Samples, Spec, Statistic, fit_params, serializable
 from lowbit.steps.state import BlockState
 
@@ -67,10 +66,11 @@ class ChooseGrid:
 
     @torch.no_grad()
     def run(self, state: BlockState) -> None:
-        for path, form in state.formats.items():
-            if form.weight.grid in self.grids and path not in state.clip:
-                spec, _ = _best(state.weight_OI(path), form.weight, self.grids, self.fit)
-                state.formats[path] = LinearFormat(spec, form.act)
+        for draft in state.drafts.values():
+            assert draft.format is not None
+            if draft.format.weight.grid in self.grids and draft.range_shares is None:
+                spec, _ = _best(draft.weight, draft.format.weight, self.grids, self.fit)
+                draft.format = replace(draft.format, weight=spec)
             state.tick("choosing grids")
 
 
@@ -100,11 +100,12 @@ class FitActivation:
 
     @torch.no_grad()
     def run(self, state: BlockState) -> None:
-        stats = state.collect(self.needs)
+        stats, drafts = state.collect(self.needs), state.drafts
         for shared in state.resolved.shared_inputs:
             known: dict[Spec, tuple[Spec, Params]] = {}  # linears that read one input fix it alike
-            for path in (reader for reader in shared.readers if reader in state.formats):
-                form = state.formats[path]
+            for path in (reader for reader in shared.readers if reader in drafts):
+                form = drafts[path].format
+                assert form is not None
                 if form.act is None or not form.act.static:
                     continue
                 x_TI, spec = stats.get(shared.name, {}).get(Samples(self.tokens)), form.act.spec
@@ -115,6 +116,6 @@ class FitActivation:
                 if spec not in known:
                     grids = self.grids if spec.grid in self.grids else ()
                     known[spec] = _best(x_TI.float(), spec, grids, self.fit)
-                chosen, state.act_params[path] = known[spec]  # pyright: ignore[reportArgumentType]
-                state.formats[path] = LinearFormat(form.weight, replace(form.act, spec=chosen))
+                chosen, drafts[path].act_params = known[spec]  # pyright: ignore[reportAttributeAccessIssue]
+                drafts[path].format = replace(form, act=replace(form.act, spec=chosen))
                 state.tick("fixing activations")

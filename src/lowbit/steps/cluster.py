@@ -62,12 +62,13 @@ class Cluster:
             bounds = state.edge_stat(edge, stats, Range())
             if bounds is None:
                 state.note(f"edge {edge.name!r} saw no token: its channels are clustered as they come")
-                bounds = torch.arange(state.weight_OI(edge.consumers[0].module).shape[1]).expand(2, -1).float()
+                bounds = torch.arange(state.draft(edge.consumers[0].module).weight.shape[1]).expand(2, -1).float()
             sizes, order = self._sorted(edge, bounds, state.seed)
             state.commit(edge, Permute(order), self.kind)
             for port in edge.consumers:
-                if _static(state.formats.get(port.module)):
-                    state.formats[port.module] = _clustered(state.formats[port.module], sizes)
+                draft = state.draft(port.module)
+                if draft.format is not None and _static(draft.format):
+                    draft.format = _clustered(draft.format, sizes)
 
     def _sorted(self, edge: ResolvedEdge, bounds: Tensor, seed: int) -> tuple[tuple[int, ...], Tensor]:
         """Sizes of the clusters at the consumers, and the order of the free channels ``[C]`` that makes them contiguous."""

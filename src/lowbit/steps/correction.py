@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.modules import PartDescription, serialize_transforms
 from lowbit.numerics import LowRank, Statistic, serializable
-from lowbit.steps.parametrizations import Parametrization, Weights
-from lowbit.steps.state import BlockState, Stats, stored_as_OI
+from lowbit.steps.parametrizations import Differences, Parametrization, Weights
+from lowbit.steps.state import BlockState, Stats
 
 
 class _LowRank(Parametrization):
@@ -19,11 +19,11 @@ class _LowRank(Parametrization):
 
     def __init__(self, state: BlockState, rank: int, fold: bool):
         super().__init__()
-        self.state, self.fold, self.paths = state, fold, list(state.formats)
+        self.drafts, self.fold = state.drafts, fold
         generator = torch.Generator().manual_seed(state.seed)
         self.a, self.b = nn.ParameterList(), nn.ParameterList()
-        for path in self.paths:
-            rows, columns = state.weight_OI(path).shape
+        for draft in self.drafts.values():
+            rows, columns = draft.weight.shape
             r = min(rank, rows, columns)
             uniform = torch.rand(r, columns, generator=generator) * 2 - 1
             self.a.append(nn.Parameter(uniform * columns**-0.5))
@@ -31,35 +31,27 @@ class _LowRank(Parametrization):
 
     def factors(self, path: str) -> tuple[Tensor, Tensor]:
         """``a`` ``[R, I]`` and ``b`` ``[O, R]``, whose product is the correction."""
-        i = self.paths.index(path)
+        i = list(self.drafts).index(path)
         return self.a[i], self.b[i] / self.b[i].shape[1]
 
-    def beside(self, path: str) -> Callable[[Tensor], Tensor] | None:
-        if self.fold:
-            return None
-
-        def correction(x: Tensor) -> Tensor:
-            a_RI, b_OR = self.factors(path)
-            return (x @ a_RI.T) @ b_OR.T
-
-        return correction
+    def chosen(self, path: str, w_OI: Tensor) -> dict[str, Any]:
+        return {} if self.fold else {"side_terms": (*self.drafts[path].side_terms, LowRank(*self.factors(path)))}
 
     def forward(self, weights: Weights) -> Weights:
-        return {**weights, **{f"{path}.weight": self._moved(path, weights) for path in self.paths if self.fold}}
+        return {**weights, **{f"{path}.weight": self._moved(path, weights) for path in self.drafts if self.fold}}
 
     def _moved(self, path: str, weights: Weights) -> Tensor:
         a_RI, b_OR = self.factors(path)
-        return weights[f"{path}.weight"] + stored_as_OI(self.state.linear(path), b_OR @ a_RI)
+        return weights[f"{path}.weight"] + b_OR @ a_RI
 
     @torch.no_grad()
     def commit(self, state: BlockState) -> None:
-        for path in self.paths:
+        for path, draft in self.drafts.items():
             a_RI, b_OR = self.factors(path)
             if self.fold:
-                linear = state.linear(path)
-                linear.get_parameter("weight").add_(stored_as_OI(linear, b_OR @ a_RI))
+                draft.weight.add_(b_OR @ a_RI)
             else:
-                state.side[path] = (*state.side.get(path, ()), LowRank.of(a_RI, b_OR))
+                draft.side_terms = (*draft.side_terms, LowRank.of(a_RI, b_OR))
         where = "added to the weights before these were rounded" if self.fold else "kept beside the codes, in float16"
         state.note(f"low-rank corrections are {where}")
 
@@ -100,26 +92,6 @@ class LowRankCorrection:
         return _LowRank(state, self.rank, self.fold)
 
 
-class _Vectors(Parametrization):
-    """A change of every vector among the block's parameters."""
-
-    def __init__(self, state: BlockState):
-        super().__init__()
-        vectors = {name: p for name, p in state.block.named_parameters() if p.dim() == 1}
-        self.names = list(vectors)
-        self.changes = nn.ParameterList(nn.Parameter(torch.zeros_like(p)) for p in vectors.values())
-
-    def forward(self, weights: Weights) -> Weights:
-        moved = zip(self.names, self.changes, strict=True)
-        return {**weights, **{name: weights[name] + change for name, change in moved}}
-
-    @torch.no_grad()
-    def commit(self, state: BlockState) -> None:
-        for name, change in zip(self.names, self.changes, strict=True):
-            parameter = state.block.get_parameter(name)
-            parameter.copy_((parameter + change).to(state.store_dtype))
-
-
 @serializable
 @dataclass(frozen=True)
 class NormsAndBiases:
@@ -132,4 +104,4 @@ class NormsAndBiases:
         return frozenset()
 
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
-        return _Vectors(state)
+        return Differences(state.block, lambda parameter: parameter.dim() == 1)

@@ -53,8 +53,9 @@ class Incoherence:
 
     def run(self, state: BlockState) -> None:
         rotation = _KINDS[self.transform]
+        drafts = state.drafts
         for shared in state.resolved.shared_inputs:
-            for path in (reader for reader in shared.readers if reader in state.formats):
-                rows, columns = state.weight_OI(path).shape
+            for path in (reader for reader in shared.readers if reader in drafts):
+                rows, columns = drafts[path].weight.shape
                 of_input = rotation(seed_of(state.seed, "input", shared.name), columns)
-                state.rotate(path, of_input, rotation(seed_of(state.seed, "output", path), rows))
+                state.transform(path, of_input, rotation(seed_of(state.seed, "output", path), rows))

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from lowbit.numerics import Statistic, serializable
 from lowbit.steps.objectives import BlockMSE, Objective
-from lowbit.steps.parametrizations import Maker, Parametrization, Weights, quantizes, rounded
+from lowbit.steps.parametrizations import Maker, Parametrization, Weights
 from lowbit.steps.precision import faster_products
-from lowbit.steps.simulate import fake_activation
 from lowbit.steps.state import BlockState
 
 
@@ -83,8 +81,6 @@ class Learn:
             raise ValueError("learning needs calibration text; none was given")
         stats = state.collect(self.needs)
         maps = [maker.make(state, stats) for maker in self.makers]  # pyright: ignore[reportArgumentType]
-        chain = sorted(maps, key=quantizes)  # what changes weights comes before what rounds them
-        chain = chain if any(quantizes(each) for each in maps) else [*chain, rounded(state)]
         groups = [
             {"params": list(each.parameters()), "lr": maker.lr} for each, maker in zip(maps, self.makers, strict=True)
         ]
@@ -94,83 +90,83 @@ class Learn:
             optimizer = _SignSGD(groups) if sign else torch.optim.AdamW(groups, weight_decay=0.0)
             total = max(1, self._epochs(len(state.io)) * self._steps_an_epoch(len(state.io)))
             rate = (lambda step: 1 - step / total) if sign or self.decay else (lambda step: 1.0)
-            self._descend(state, maps, chain, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate))
+            self._descend(state, maps, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate))
         for each in maps:
             each.commit(state)
 
-    def _descend(
-        self, state: BlockState, maps: list[Parametrization], chain: list[Parametrization], optimizer, schedule
-    ) -> None:
+    def _descend(self, state: BlockState, maps: list[Parametrization], optimizer, schedule) -> None:
         assert state.io is not None and state.io.y is not None
         base: Weights = {name: p.detach() for name, p in state.block.named_parameters()}
         order = torch.Generator().manual_seed(state.seed)
         starts = list(range(0, len(state.io), self.batch))
         best, kept = float("inf"), _snapshot(maps)
         first, before = best, kept
-        with _ActivationQuantizers(state, maps) as quantizers:
-            epochs = self._epochs(len(state.io))
-            for epoch in range(epochs + 1):
-                total = 0.0
-                visits = torch.randperm(len(starts), generator=order).tolist() if epoch else range(len(starts))
-                for i, k in enumerate(visits):
-                    pick = slice(starts[k], starts[k] + self.batch)
-                    with torch.set_grad_enabled(epoch > 0):
-                        loss = self._loss(state, base, chain, pick, quantizers)
-                    if epoch:
-                        together = min(self.accumulate, len(starts) - i // self.accumulate * self.accumulate)
-                        if i % self.accumulate == 0:
-                            optimizer.zero_grad()
-                        (loss / together).backward()
-                        if i % self.accumulate == together - 1:
-                            optimizer.step()
-                            schedule.step()
-                            for each in maps:
-                                each.constrain()
-                    total += loss.item()
-                    state.tick(f"learning {epoch}/{epochs}")
-                if not total < float("inf"):
-                    state.note(f"learning stopped at epoch {epoch}: the loss is not finite; the best epoch is kept")
-                    break
-                first = total if epoch == 0 else first
-                if total < best:
-                    best, kept = total, _snapshot(maps)
-            _restore(maps, kept)
-            if self.verify and best < first:
-                with torch.no_grad():
-                    picks = (slice(start, start + self.batch) for start in starts)
-                    last = sum(self._loss(state, base, chain, pick, quantizers).item() for pick in picks)
-                if not last < first:
-                    state.note("learning lowered the loss at no epoch's end: what was there before is kept")
-                    _restore(maps, before)
+        epochs = self._epochs(len(state.io))
+        for epoch in range(epochs + 1):
+            total = 0.0
+            visits = torch.randperm(len(starts), generator=order).tolist() if epoch else range(len(starts))
+            for i, k in enumerate(visits):
+                pick = slice(starts[k], starts[k] + self.batch)
+                with torch.set_grad_enabled(epoch > 0):
+                    loss = self._loss(state, base, maps, pick)
+                if epoch:
+                    together = min(self.accumulate, len(starts) - i // self.accumulate * self.accumulate)
+                    if i % self.accumulate == 0:
+                        optimizer.zero_grad()
+                    (loss / together).backward()
+                    if i % self.accumulate == together - 1:
+                        optimizer.step()
+                        schedule.step()
+                        for each in maps:
+                            each.constrain()
+                total += loss.item()
+                state.tick(f"learning {epoch}/{epochs}")
+            if not total < float("inf"):
+                state.note(f"learning stopped at epoch {epoch}: the loss is not finite; the best epoch is kept")
+                break
+            first = total if epoch == 0 else first
+            if total < best:
+                best, kept = total, _snapshot(maps)
+        _restore(maps, kept)
+        if self.verify and best < first:
+            with torch.no_grad():
+                picks = (slice(start, start + self.batch) for start in starts)
+                last = sum(self._loss(state, base, maps, pick).item() for pick in picks)
+            if not last < first:
+                state.note("learning lowered the loss at no epoch's end: what was there before is kept")
+                _restore(maps, before)
 
-    def _loss(
-        self,
-        state: BlockState,
-        base: Weights,
-        chain: list[Parametrization],
-        pick: slice,
-        quantizers: _ActivationQuantizers,
-    ) -> Tensor:
+    def _loss(self, state: BlockState, base: Weights, maps: list[Parametrization], pick: slice) -> Tensor:
         assert state.io is not None and state.io.y is not None
         weights = base
-        for each in chain:
+        for each in maps:
             weights = each(weights)
-        quantizers.params = state.act_params | {k: v for each in chain for k, v in each.activations().items()}
         x = state.io.x[pick].float()
 
-        def run(values: Weights):
+        def run(values: Weights) -> Callable[..., Any]:
             return lambda *args, **kwargs: functional_call(state.block, values, args, kwargs)
 
-        with faster_products(x.device, self.amp):
+        with _simulated(state, weights, maps), faster_products(x.device, self.amp):
             output = state.io.call(run(weights), x)  # pyright: ignore[reportArgumentType]
         loss = self.objective(output, state.io.y[pick])
         if self.objective.augment:
-            quantizers.active = False
             with torch.no_grad():
                 target = state.io.call(run(base), x)  # pyright: ignore[reportArgumentType]
-            quantizers.active = True
             loss = loss + self.objective(output, target)
         return loss
+
+
+@contextmanager
+def _simulated(state: BlockState, weights: Weights, maps: list[Parametrization]) -> Iterator[None]:
+    """While open, drafts run as they will be packed, with these weights and what ``maps`` choose; gradients reach both."""
+    with ExitStack() as stack:
+        for path, draft in state.drafts.items():
+            w_OI = weights[f"{path}.weight"]
+            chosen = {"weight": w_OI, "bias": weights.get(f"{path}.bias")}
+            for each in maps:
+                chosen |= each.chosen(path, w_OI)
+            stack.enter_context(draft.simulated(**chosen))
+        yield
 
 
 class _SignSGD(torch.optim.SGD):
@@ -193,46 +189,3 @@ def _restore(maps: list[Parametrization], kept: list[list[Tensor]]) -> None:
     for each, values in zip(maps, kept, strict=True):
         for p, value in zip(each.parameters(), values, strict=True):
             p.copy_(value)
-
-
-class _ActivationQuantizers:
-    """While open, every linear quantizes its input as it will at run time, differentiably, and adds its side terms, those
-    of ``maps`` among them; ``active`` switches it."""
-
-    def __init__(self, state: BlockState, maps: list[Parametrization]):
-        self.state, self.maps, self.active, self.stack = state, maps, True, ExitStack()
-        self.params = state.act_params
-
-    def __enter__(self) -> _ActivationQuantizers:
-        for path, form in self.state.formats.items():
-            linear, terms = self.state.linear(path), self._terms(path)
-            seen: list[Tensor] = []
-            if terms:
-                self.stack.callback(linear.register_forward_pre_hook(self._keeping(seen)).remove)
-                adding = self._adding(terms, seen)
-                self.stack.callback(linear.register_forward_hook(adding, prepend=True).remove)  # before ``post``
-            if form.act is not None:
-                self.stack.callback(linear.register_forward_pre_hook(self._hook(path)).remove)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.stack.close()
-
-    def _terms(self, path: str) -> list[Callable[[Tensor], Tensor]]:
-        rows = self.state.weight_OI(path).shape[0]
-        fixed = [partial(term.apply, out_features=rows) for term in self.state.side.get(path, ())]
-        return [*fixed, *(term for each in self.maps if (term := each.beside(path)) is not None)]
-
-    def _keeping(self, seen: list[Tensor]) -> Callable[[nn.Module, tuple], None]:
-        return lambda _, args: seen.append(args[0])
-
-    def _adding(self, terms: list[Callable[[Tensor], Tensor]], seen: list[Tensor]) -> Callable:
-        def add(_: nn.Module, args: tuple, y: Tensor) -> Tensor:
-            x = seen.pop()
-            return sum((term(x) for term in terms), y) if self.active else y
-
-        return add
-
-    def _hook(self, path: str):
-        act = self.state.formats[path].act
-        return lambda _, args: (fake_activation(args[0], act, self.params.get(path)),) if self.active else None

@@ -1,7 +1,8 @@
-"""Parametrizations: pure maps from a block's weights to new weights, with parameters that gradients can reach.
+"""Parametrizations: pure maps from a block's weights to new weights and other values of drafts, with parameters that gradients
+can reach.
 
 The same map is used while learning and at commit: ``forward(weights)`` for a loss, ``commit(state)`` folds with the
-very same ``fold``. A recipe names them by their makers (frozen values: :class:`Scales`, :class:`Shifts`,
+very same ``fold``. What is then rounded, and how, is the drafts' to say. A recipe names them by their makers (frozen values: :class:`Scales`, :class:`Shifts`,
 :class:`ClipShares`, ..); a maker builds the module for one block and drops the edges where its kind is not legal.
 """
 
@@ -9,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.architectures import Kind, ResolvedEdge, add_bias, fold, needs_bias
-from lowbit.numerics import Affine, Clipped, Fixed, Statistic, serializable
+from lowbit.modules import DraftLinear
+from lowbit.numerics import Clipped, Fixed, Statistic, serializable
 from lowbit.steps.rules import Midpoint, Smooth, TransformRule
-from lowbit.steps.simulate import fake_weight
-from lowbit.steps.state import BlockState, Stats, stored_as_OI
+from lowbit.steps.state import BlockState, Stats
 from lowbit.transforms import Scale, Shift
 
 Weights = dict[str, Tensor]
@@ -26,18 +27,15 @@ SMALLEST_SCALE = 1e-2  # OmniQuant's truncation: a smaller learned scale overflo
 
 
 class Parametrization(nn.Module):
-    """Contract: ``forward`` maps weights by name to weights by name and changes nothing; ``commit`` makes it permanent."""
+    """Contract: ``forward`` maps weights by name to weights by name, ``chosen`` gives other values of drafts, and both change
+    nothing; ``commit`` makes it permanent."""
 
     def forward(self, weights: Weights) -> Weights:
-        raise NotImplementedError
+        return weights
 
-    def activations(self) -> dict[str, Affine]:
-        """Parameters of static activations by linear, where this map has any to learn."""
+    def chosen(self, path: str, w_OI: Tensor) -> dict[str, Any]:
+        """Attributes of the draft at ``path`` that this map chooses, by name; ``w_OI``: its weight after ``forward``."""
         return {}
-
-    def beside(self, path: str) -> Callable[[Tensor], Tensor] | None:
-        """What linear ``path`` adds to its quantized product, of its input before that is quantized; None: nothing."""
-        return None
 
     def constrain(self) -> None:
         """Brings parameters back into their legal region after a gradient step."""
@@ -147,56 +145,20 @@ class _Clip(Parametrization):
 
     def __init__(self, state: BlockState, init: float):
         super().__init__()
-        self.state, self.paths = state, list(state.formats)
-        sizes = [_granules(state, path) for path in self.paths]
+        drafts = state.drafts
+        self.paths, sizes = list(drafts), [_granules(draft) for draft in drafts.values()]
         self.lower = nn.ParameterList(nn.Parameter(torch.full((size, 1), init)) for size in sizes)
         self.upper = nn.ParameterList(nn.Parameter(torch.full((size, 1), init)) for size in sizes)
 
-    def shares(self, i: int) -> Clipped:
-        return Clipped(self.lower[i].sigmoid(), self.upper[i].sigmoid())
+    def chosen(self, path: str, w_OI: Tensor) -> dict[str, Any]:
+        i = self.paths.index(path)
+        return {"range_shares": Clipped(self.lower[i].sigmoid(), self.upper[i].sigmoid())}
 
-    def forward(self, weights: Weights) -> Weights:
-        changed = {}
-        for i, path in enumerate(self.paths):
-            linear, name = self.state.linear(path), f"{path}.weight"
-            w_OI = stored_as_OI(linear, weights[name])
-            fake = fake_weight(w_OI, self.state.formats[path].weight, self.shares(i))
-            changed[name] = stored_as_OI(linear, fake)
-        return {**weights, **changed}
-
+    @torch.no_grad()
     def commit(self, state: BlockState) -> None:
-        for i, path in enumerate(self.paths):
-            shares = self.shares(i)
-            state.clip[path] = Clipped(shares.lo_share_G1.detach(), shares.hi_share_G1.detach())
-
-
-class _Rounded(Parametrization):
-    """Every linear as it would be quantized now, with the clip that earlier steps chose: what learning sees last."""
-
-    def __init__(self, state: BlockState):
-        super().__init__()
-        self.state = state
-
-    def forward(self, weights: Weights) -> Weights:
-        changed = {}
-        for path, form in self.state.formats.items():
-            linear, name = self.state.linear(path), f"{path}.weight"
-            fake = fake_weight(stored_as_OI(linear, weights[name]), form.weight, self.state.clip.get(path))
-            changed[name] = stored_as_OI(linear, fake)
-        return {**weights, **changed}
-
-    def commit(self, state: BlockState) -> None:
-        pass
-
-
-def rounded(state: BlockState) -> Parametrization:
-    """The quantization of all linears without anything to learn."""
-    return _Rounded(state)
-
-
-def quantizes(parametrization: Parametrization) -> bool:
-    """Whether this map quantizes the weights itself."""
-    return isinstance(parametrization, _Clip | _Rounding)
+        for path in self.paths:
+            draft = state.draft(path)
+            draft.range_shares = self.chosen(path, draft.weight)["range_shares"]
 
 
 @serializable
@@ -218,9 +180,9 @@ class ClipShares:
         return _Clip(state, self.init)
 
 
-def _granules(state: BlockState, path: str) -> int:
-    w_OI, grain = state.weight_OI(path), state.formats[path].weight.granularity
-    rows, columns = grain.param_shape(tuple(w_OI.shape))
+def _granules(draft: DraftLinear) -> int:
+    assert draft.format is not None
+    rows, columns = draft.format.weight.granularity.param_shape(tuple(draft.weight.shape))
     return rows * columns
 
 
@@ -229,32 +191,21 @@ class _Rounding(Parametrization):
 
     def __init__(self, state: BlockState):
         super().__init__()
-        self.state, self.paths = state, list(state.formats)
-        shapes = [tuple(state.weight_OI(path).shape) for path in self.paths]
-        sizes = [_granules(state, path) for path in self.paths]
-        self.offsets = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for shape in shapes)
+        drafts = state.drafts
+        self.paths, self.specs = list(drafts), {p: form.weight for p, form in state.formats.items() if p in drafts}
+        sizes = [_granules(draft) for draft in drafts.values()]
+        self.offsets = nn.ParameterList(nn.Parameter(torch.zeros(tuple(d.weight.shape))) for d in drafts.values())
         self.lower = nn.ParameterList(nn.Parameter(torch.ones(size, 1)) for size in sizes)
         self.upper = nn.ParameterList(nn.Parameter(torch.ones(size, 1)) for size in sizes)
 
-    def _placed(self, i: int, w_OI: Tensor) -> tuple[Tensor, Affine]:
-        """Granules of the weight moved by V steps, and the grid's parameters, of the values they are stored as."""
-        spec = self.state.formats[self.paths[i]].weight
-        split = spec.granularity.split
-        w_GK = split(w_OI)
-        found = Clipped(self.lower[i], self.upper[i])(w_GK, spec.grid)  # pyright: ignore[reportArgumentType]
-        stored = spec.as_stored(Affine(*(None if p is None else p.detach() for p in found)))  # pyright: ignore[reportArgumentType]
-        scale = found.scale + (stored.scale - found.scale).detach()  # pyright: ignore[reportAttributeAccessIssue]
-        return w_GK + split(self.offsets[i]) * scale.detach(), found._replace(scale=scale)
-
-    def forward(self, weights: Weights) -> Weights:
-        changed = {}
-        for i, path in enumerate(self.paths):
-            linear, name = self.state.linear(path), f"{path}.weight"
-            spec, w_OI = self.state.formats[path].weight, stored_as_OI(linear, weights[name])
-            moved_GK, params = self._placed(i, w_OI)
-            fake_GK = spec.grid.fake(moved_GK, params)  # pyright: ignore[reportAttributeAccessIssue]
-            changed[name] = stored_as_OI(linear, spec.granularity.join(fake_GK, tuple(w_OI.shape)))
-        return {**weights, **changed}
+    def chosen(self, path: str, w_OI: Tensor) -> dict[str, Any]:
+        """The grid's parameters, and V steps of it as they are stored."""
+        i, spec = self.paths.index(path), self.specs[path]
+        grain = spec.granularity
+        placed = Clipped(self.lower[i], self.upper[i])(grain.split(w_OI), spec.grid)  # pyright: ignore[reportArgumentType]
+        stored = spec.as_stored(placed._make(None if p is None else p.detach() for p in placed))  # pyright: ignore[reportArgumentType]
+        offset_GK = grain.split(self.offsets[i]) * stored.scale  # pyright: ignore[reportAttributeAccessIssue]
+        return {"range_shares": Fixed(placed), "rounding_offset": grain.join(offset_GK, tuple(w_OI.shape))}
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -265,11 +216,10 @@ class _Rounding(Parametrization):
 
     @torch.no_grad()
     def commit(self, state: BlockState) -> None:
-        for i, path in enumerate(self.paths):
-            w_OI, grain = state.weight_OI(path), state.formats[path].weight.granularity
-            moved_GK, params = self._placed(i, w_OI)
-            state.clip[path] = Fixed(params)
-            state.nudge[path] = grain.join(moved_GK, tuple(w_OI.shape)) - w_OI
+        for path in self.paths:
+            draft = state.draft(path)
+            for name, value in self.chosen(path, draft.weight).items():
+                setattr(draft, name, value)
 
 
 @serializable
@@ -286,18 +236,18 @@ class Rounding:
         return frozenset()
 
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
-        for path, form in state.formats.items():
-            if form.weight.stats is not None:
+        for path in state.drafts:
+            if state.formats[path].weight.stats is not None:
                 raise ValueError(f"{state.full_name(path)}: learned rounding needs scales that are stored as they are")
         return _Rounding(state)
 
 
-class _AllWeights(Parametrization):
-    """A difference to be added to each parameter of the block: zero at the start."""
+class Differences(Parametrization):
+    """A difference to be added to each parameter of the block that is ``wanted``: zero at the start."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: nn.Module, wanted: Callable[[Tensor], bool]):
         super().__init__()
-        named = {name: p for name, p in block.named_parameters() if p.is_floating_point()}
+        named = {name: p for name, p in block.named_parameters() if wanted(p)}
         self.names = list(named)
         self.deltas = nn.ParameterList(nn.Parameter(torch.zeros_like(p)) for p in named.values())
 
@@ -307,11 +257,7 @@ class _AllWeights(Parametrization):
 
     @torch.no_grad()
     def commit(self, state: BlockState) -> None:
-        parameters, packed = state.weights(), {f"{path}.weight" for path in state.formats}
-        for name, delta in zip(self.names, self.deltas, strict=True):
-            value = parameters[name] + delta
-            # What is not packed is stored as it is, so later steps have to see it rounded.
-            parameters[name].copy_(value if name in packed else value.to(state.store_dtype).to(value.dtype))
+        state.write(self({name: state.block.get_parameter(name) for name in self.names}))
 
 
 @serializable
@@ -329,4 +275,4 @@ class AllWeights:
         return frozenset()
 
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
-        return _AllWeights(state.block)
+        return Differences(state.block, Tensor.is_floating_point)

@@ -5,23 +5,25 @@ Where nothing may be clipped, :class:`~lowbit.steps.SetActivationRange` is enoug
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.modules import ActSpec
+from lowbit.modules import ActSpec, static_params
 from lowbit.numerics import Affine, PerTensor, Statistic, TokenRange, clipped_tokens, serializable
 from lowbit.numerics.grids.int import round_ste
 from lowbit.steps.objectives import BlockMSE, Objective
-from lowbit.steps.parametrizations import SMALLEST_SCALE, Parametrization, Weights
-from lowbit.steps.simulate import simulated, static_params
+from lowbit.steps.parametrizations import SMALLEST_SCALE, Parametrization
 from lowbit.steps.state import BlockState, Stats
 
 
 def static_linears(state: BlockState) -> dict[str, ActSpec]:
     """The activation format of every linear whose input has a static range, by path."""
-    return {path: form.act for path, form in state.formats.items() if form.act is not None and form.act.static}
+    acts = {path: draft.format.act for path, draft in state.drafts.items() if draft.format is not None}
+    return {path: act for path, act in acts.items() if act is not None and act.static}
 
 
 @serializable
@@ -67,12 +69,14 @@ class SearchActivationRange:
         if state.io is None or state.io.y is None:
             raise ValueError("a search for activation ranges needs calibration text; none was given")
         bounds = self._bounds(state, static)
-        forwards = {path: simulated(state, path) for path in state.formats}
         losses = []
-        for share in self.shares:
-            self._fix(state, static, bounds, share)
-            losses.append(self._loss(state, forwards))
-            state.tick("searching")
+        with ExitStack() as stack:
+            for draft in state.drafts.values():
+                stack.enter_context(draft.simulated())
+            for share in self.shares:
+                self._fix(state, static, bounds, share)
+                losses.append(self._loss(state))
+                state.tick("searching")
         best = min(range(len(losses)), key=lambda i: (not losses[i] >= 0, losses[i]))  # NaN last, first of equals
         self._fix(state, static, bounds, self.shares[best])
 
@@ -93,16 +97,15 @@ class SearchActivationRange:
 
     def _fix(self, state: BlockState, static: dict[str, ActSpec], bounds: dict[str, Tensor], share: float) -> None:
         for path, act in static.items():
-            state.act_params[path] = static_params(act, clipped_tokens(bounds[path], share).view(2, 1))
+            state.draft(path).act_params = static_params(act, clipped_tokens(bounds[path], share).view(2, 1))
 
-    def _loss(self, state: BlockState, forwards) -> float:
+    def _loss(self, state: BlockState) -> float:
         assert state.io is not None and state.io.y is not None
         count = len(state.io) if self.windows is None else min(self.windows, len(state.io))
-        with state.replaced(forwards):
-            return sum(
-                self.objective(state.io.call(state.block, state.io.window(i)), state.io.y[i : i + 1]).item()
-                for i in range(count)
-            )
+        return sum(
+            self.objective(state.io.call(state.block, state.io.window(i)), state.io.y[i : i + 1]).item()
+            for i in range(count)
+        )
 
 
 class _LearnedStepSizes(Parametrization):
@@ -118,23 +121,22 @@ class _LearnedStepSizes(Parametrization):
             name = next(shared.name for shared in state.resolved.shared_inputs if path in shared.readers)
             inputs.setdefault((name, act), []).append(path)
         self.inputs = [(act, tuple(paths)) for (_, act), paths in inputs.items()]
+        self.starts: list[Affine] = []
         for _, paths in self.inputs:
-            if paths[0] not in state.act_params:
+            start = state.draft(paths[0]).act_params
+            if start is None:
                 raise ValueError(
                     f"{state.full_name(paths[0])}: steps of activations are learned from a range that is set before; put "
                     "SearchActivationRange or SetActivationRange first"
                 )
-        self.starts = [state.act_params[paths[0]] for _, paths in self.inputs]
+            self.starts.append(start)
         self.factors = nn.ParameterList(nn.Parameter(torch.ones_like(start.scale)) for start in self.starts)
         self.offsets = nn.ParameterList(
             nn.Parameter(torch.zeros_like(start.scale), requires_grad=start.zero is not None) for start in self.starts
         )
 
-    def forward(self, weights: Weights) -> Weights:
-        return weights
-
-    def activations(self) -> dict[str, Affine]:
-        return {path: self._params(i) for i, (_, paths) in enumerate(self.inputs) for path in paths}
+    def chosen(self, path: str, w_OI: Tensor) -> dict[str, Any]:
+        return next(({"act_params": self._params(i)} for i, (_, paths) in enumerate(self.inputs) if path in paths), {})
 
     def _params(self, i: int) -> Affine:
         start, grid = self.starts[i], self.inputs[i][0].spec.grid
@@ -155,7 +157,7 @@ class _LearnedStepSizes(Parametrization):
     def commit(self, state: BlockState) -> None:
         for i, (act, paths) in enumerate(self.inputs):
             for path in paths:
-                state.act_params[path] = act.spec.as_stored(self._params(i))  # pyright: ignore[reportArgumentType]
+                state.draft(path).act_params = act.spec.as_stored(self._params(i))  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
 
 @serializable

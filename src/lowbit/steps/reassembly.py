@@ -11,19 +11,19 @@ Shapes: I channel, C a channel that could leave or be merged with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowbit.architectures import Kind, ResolvedBlock, ResolvedInput
 from lowbit.modules import PartDescription, serialize_transforms
 from lowbit.numerics import AbsMax, Gram, Statistic, serializable
-from lowbit.steps.simulate import simulated
+from lowbit.steps.listen import Call, Place, listen
 from lowbit.steps.state import BlockState, Stats
 from lowbit.transforms import ChannelTransform, Reassembly, Split
 
@@ -169,22 +169,23 @@ class SearchReassembly:
         every = (_site(state, shared) for shared in state.resolved.shared_inputs if not self._skips(shared))
         sites = [site for site in every if site.readers and self.ratio]
         stats = state.collect(self.needs, {site.shared.name for site in sites})
-        heard = _listen(state, sites, self.windows)
+        heard = listen(state, [place for site in sites for place in site.places], self.windows)
         winners = []
         for site in sites:
-            found, calls = stats.get(site.shared.name, {}), heard[site.shared.name]
-            if not found or not calls:
+            known, calls = stats.get(site.shared.name, {}), [call for call in heard if call.place in site.places]
+            if not known or not calls:
                 state.note(f"{site.shared.name} saw no token: its channels stay as they are")
                 continue
             best, least = None, _loss(state, site, None, calls)
-            for transform in self._candidates(state, site, found):
+            for transform in self._candidates(state, site, known):
                 loss = _loss(state, site, transform, calls)
                 if loss < least or not least >= 0:
                     best, least = transform, loss
             if best is not None:
                 winners.append((site, best))
         for site, transform in winners:
-            state.transform_inputs(site.readers, transform)
+            for path in site.readers:
+                state.transform(path, transform)
 
     def _candidates(self, state: BlockState, site: _Site, stats: Stats) -> Iterator[ChannelTransform]:
         largest = stats[AbsMax()]
@@ -211,108 +212,35 @@ class SearchReassembly:
 
 @dataclass(frozen=True)
 class _Site:
-    """An input, the linears to be quantized that read it, and what judges them: modules to run, and what of them to look at.
-
-    ``behind``: the linear whose input is looked at; None: the output of the module that runs.
-    """
+    """An input, the linears to be quantized that read it, and the places that judge them."""
 
     shared: ResolvedInput
     readers: tuple[str, ...]
-    runs: tuple[str, ...]
-    behind: str | None
+    places: tuple[Place, ...]
 
 
 def _site(state: BlockState, shared: ResolvedInput) -> _Site:
-    readers = tuple(path for path in shared.readers if path in state.formats)
+    drafts = state.drafts
+    readers = tuple(path for path in shared.readers if path in drafts)
     for edge in state.resolved.edges:
         if {port.module for port in edge.consumers} == set(shared.readers):
             later = [path for path in state.resolved.linears if path.startswith(f"{edge.judge}.")]
             later = [path for path in later if path not in shared.readers]
-            return _Site(shared, readers, (edge.judge,), later[0] if len(later) == 1 else None)
-    return _Site(shared, readers, readers, None)
+            return _Site(shared, readers, (Place(edge.judge, later[0] if len(later) == 1 else None),))
+    return _Site(shared, readers, tuple(map(Place, readers)))
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A call of a module during calibration, and what was seen of it."""
-
-    module: str
-    args: tuple
-    kwargs: dict[str, Any]
-    answer: Tensor
-
-
-def _listen(state: BlockState, sites: list[_Site], windows: int | None) -> dict[str, list[_Call]]:
-    """Runs the block over calibration windows and keeps the calls that judge each site, by the name of its input."""
-    assert state.io is not None
-    heard: dict[str, list[_Call]] = {site.shared.name: [] for site in sites}
+def _loss(state: BlockState, site: _Site, transform: ChannelTransform | None, calls: Iterable[Call]) -> float:
     with ExitStack() as stack:
-        for site in sites:
-            for path in site.runs:
-                stack.enter_context(_keeping(state, site, path, heard[site.shared.name]))
-        for i in range(len(state.io) if windows is None else min(windows, len(state.io))):
-            state.io.call(state.block, state.io.window(i))
-    return heard
-
-
-@contextmanager
-def _keeping(state: BlockState, site: _Site, path: str, calls: list[_Call]) -> Iterator[None]:
-    """While open, calls of module ``path`` are kept; those without a token are not."""
-    asked: list[tuple[tuple, dict]] = []
-    module = state.block.get_submodule(path)
-
-    def on_call(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        asked.append((args, kwargs))
-
-    def on_answer(*_: Any) -> None:
-        (args, kwargs), answer = asked.pop(), seen.pop()
-        if answer.numel():
-            calls.append(_Call(path, args, kwargs, answer))
-
-    with _watched(state, site, path) as seen:
-        # Arguments from before the module's own transforms, which a repeated call does again.
-        before = module.register_forward_pre_hook(on_call, with_kwargs=True, prepend=True)
-        after = module.register_forward_hook(on_answer)
-        try:
-            yield
-        finally:
-            before.remove()
-            after.remove()
-
-
-@contextmanager
-def _watched(state: BlockState, site: _Site, path: str) -> Iterator[list[Tensor]]:
-    """While open, what the site is judged by is appended to a list at each call of module ``path``."""
-    seen: list[Tensor] = []
-
-    def on_output(_: nn.Module, args: tuple, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
-
-    def on_input(_: nn.Module, args: tuple) -> None:
-        seen.append(args[0])
-
-    if site.behind is None:
-        hook = state.block.get_submodule(path).register_forward_hook(on_output)
-    else:
-        hook = state.linear(site.behind).register_forward_pre_hook(on_input, prepend=True)
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
-def _loss(state: BlockState, site: _Site, transform: ChannelTransform | None, calls: list[_Call]) -> float:
-    forwards = {path: simulated(state, path, transform) for path in site.readers}
-    total = 0.0
-    with state.replaced(forwards):
+        for path in site.readers:
+            stack.enter_context(state.draft(path).simulated(transform))
+        total = 0.0
         for call in calls:
-            with _watched(state, site, call.module) as seen:
-                state.block.get_submodule(call.module)(*call.args, **call.kwargs)
-            total += (seen.pop() - call.answer).square().sum().item()
+            total += call.error(state)
     state.tick("searching")
     return total
 
 
 def _weight_gram(state: BlockState, readers: tuple[str, ...]) -> Tensor:
-    w_OI = torch.cat([state.weight_OI(path).float() for path in readers])
+    w_OI = torch.cat([state.draft(path).weight.float() for path in readers])
     return w_OI.T @ w_OI

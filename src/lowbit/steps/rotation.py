@@ -45,7 +45,7 @@ class RotateResidual:
         return RandomHadamard(seed_of(seed, "residual", "") >> 31, width)  # of 32 bits: every reader of JSON holds it
 
     def run(self, state: BlockState) -> None:
-        if not state.rotated:
+        if not state.context.rotated:
             state.note(
                 f"the residual stream is not rotated: {state.resolved.residual.fixed or 'another block forbids it'}"
             )
@@ -72,13 +72,15 @@ class RotateInputs:
         return 0
 
     def run(self, state: BlockState) -> None:
-        edges = list(self._folded(state.resolved, state.formats, state.pre))
+        drafts = state.drafts
+        edges = list(self._folded(state.resolved, drafts, {path for path, draft in drafts.items() if draft.pre}))
         for edge in edges:
             assert edge.within is not None
             state.commit(edge, Rotate.hadamard(edge.within, seed_of(state.seed, "heads", edge.name)), Kind.ROTATE)
-        for name, readers in self._rotated(state.resolved, state.formats, state.rotated, edges):
-            width = state.weight_OI(readers[0]).shape[1]
-            state.transform_inputs(readers, RandomHadamard(seed_of(state.seed, "input", name), width))
+        for name, readers in self._rotated(state.resolved, drafts, state.context.rotated, edges):
+            width = drafts[readers[0]].weight.shape[1]
+            for path in readers:
+                state.transform(path, RandomHadamard(seed_of(state.seed, "input", name), width))
 
     def described(
         self, resolved: ResolvedBlock, path: str, columns: int, formats: Iterable[str], rotated: bool

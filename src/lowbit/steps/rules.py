@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lowbit.architectures import Kind, ResolvedEdge
+from lowbit.architectures import Kind, Port, ResolvedEdge
 from lowbit.numerics import AbsMax, Gram, Range, Statistic, serializable
 from lowbit.steps.state import BlockState, Stats
 from lowbit.transforms import ChannelTransform, Scale, Shift
@@ -33,8 +33,13 @@ class TransformRule(Protocol):
 
 def consumer_absmax(state: BlockState, edge: ResolvedEdge) -> Tensor:
     """Largest weight magnitude of each free channel over all consumers of ``edge`` (q, k and v together), ``[channels]``."""
-    parts = [port.reduce(state.weight_OI(port.module).abs().amax(0)) for port in edge.consumers]
+    parts = [port.reduce(_weight(state, port).abs().amax(0)) for port in edge.consumers]
     return torch.stack(parts).amax(0)
+
+
+def _weight(state: BlockState, port: Port) -> Tensor:
+    """``[O, I]``; a router is read by edges too, and is no draft."""
+    return state.block.get_parameter(port.weight).detach()
 
 
 def guard_dead(s: Tensor, *magnitudes: Tensor) -> Tensor:
@@ -85,8 +90,9 @@ class Balance:
         if gram is None:
             return None
         h = edge.reduce_sum(gram.diagonal().float())
-        quantized = [port for port in edge.consumers if port.module in state.formats]
-        w = torch.stack([port.reduce(state.weight_OI(port.module).square().sum(0), "sum") for port in quantized]).sum(0)
+        drafts = state.drafts
+        quantized = [port for port in edge.consumers if port.module in drafts]
+        w = torch.stack([port.reduce(_weight(state, port).square().sum(0), "sum") for port in quantized]).sum(0)
         d = guard_dead(h.div(w).pow(0.25), h, w)
         return Scale((d / d.log().mean().exp()).clamp(2.0**-14, 2.0**15).half())
 

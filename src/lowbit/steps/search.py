@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowbit.architectures import Kind, Port, ResolvedEdge
+from lowbit.modules import DraftLinear
 from lowbit.numerics import (
     AbsSum,
     Clipped,
@@ -23,8 +24,8 @@ from lowbit.numerics import (
     mean_abs,
     serializable,
 )
+from lowbit.steps.listen import Call, Place, listen
 from lowbit.steps.rules import Smooth, guard_dead
-from lowbit.steps.simulate import simulated
 from lowbit.steps.state import BlockState, Stats
 from lowbit.transforms import ChannelTransform, Scale
 
@@ -132,14 +133,6 @@ class Thresholds:
         return [Scale((magnitude / t).clamp(min=1)) for t in thresholds]
 
 
-@dataclass
-class _Calls:
-    """Calls of one module during calibration and what it answered."""
-
-    calls: list[tuple[tuple, dict]]
-    answers: list[Tensor]
-
-
 @serializable
 @dataclass(frozen=True)
 class Search:
@@ -178,27 +171,24 @@ class Search:
             self._search(state, edges)
             return
         for edge in sorted(edges, key=lambda edge: _stage(state, edge)):
+            drafts = state.drafts
             before = (path for stage in state.resolved.stages[: _stage(state, edge)] for path in stage)
-            forwards = {path: simulated(state, path) for path in before if path in state.formats}
-            self._search(state, [edge], forwards)
+            self._search(state, [edge], [drafts[path] for path in before if path in drafts])
 
-    def _search(
-        self,
-        state: BlockState,
-        edges: list[ResolvedEdge],
-        before: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
-    ) -> None:
-        """The best transform of each edge, folded when all are found; ``before``: what other linears compute meanwhile."""
+    def _search(self, state: BlockState, edges: list[ResolvedEdge], before: Iterable[DraftLinear] = ()) -> None:
+        """The best transform of each edge, folded when all are found; the linears ``before`` it are simulated meanwhile."""
         static = any(form.act is not None and form.act.static for form in state.formats.values())
-        with state.replaced(before or {}):
+        with ExitStack() as stack:
+            for draft in before:
+                stack.enter_context(draft.simulated())
             stats = state.collect(self.needs | ({Range()} if static else frozenset()))
-            heard = _listen(state, {path for edge in edges for path in self._judges(state, edge)}, self.windows)
+            calls = listen(state, {place: None for edge in edges for place in self._judges(state, edge)}, self.windows)
         winners = []
         for edge in edges:
             tried = self.candidates(state, edge, stats)
-            calls = {path: heard[path] for path in self._judges(state, edge)}
-            losses = [self._loss(state, edge, transform, stats, calls) for transform in tried]
-            if not losses or not any(each.calls for each in calls.values()):
+            judging = [call for place in self._judges(state, edge) for call in calls if call.place == place]
+            losses = [self._loss(state, edge, transform, stats, judging) for transform in tried]
+            if not losses or not judging:
                 state.note(f"edge {edge.name!r} saw no token: nothing was searched there")
                 continue
             best = min(range(len(losses)), key=lambda i: (not losses[i] >= 0, losses[i]))  # NaN last, first of equals
@@ -206,10 +196,11 @@ class Search:
         for edge, transform in winners:
             state.commit(edge, transform, self.candidates.kind)
 
-    def _judges(self, state: BlockState, edge: ResolvedEdge) -> list[str]:
+    def _judges(self, state: BlockState, edge: ResolvedEdge) -> list[Place]:
         if self.by == "judge":
-            return [edge.judge]
-        return [port.module for port in edge.consumers if port.module in state.formats]
+            return [Place(edge.judge)]
+        drafts = state.drafts
+        return [Place(port.module) for port in edge.consumers if port.module in drafts]
 
     def _loss(
         self,
@@ -217,21 +208,16 @@ class Search:
         edge: ResolvedEdge,
         transform: ChannelTransform,
         stats: Mapping[str, Stats],
-        heard: Mapping[str, _Calls],
+        calls: Iterable[Call],
     ) -> float:
-        forwards = {
-            port.module: simulated(
-                state, port.module, at_port(transform, port), state.stats_of(stats, port.module).get(Range())
-            )
-            for port in edge.consumers
-            if port.module in state.formats
-        }
-        total = 0.0
-        with state.replaced(forwards):
-            for path, each in heard.items():
-                judge = state.block.get_submodule(path)
-                for (args, kwargs), answer in zip(each.calls, each.answers, strict=True):
-                    total += (_hidden(judge(*args, **kwargs)) - answer).square().sum().item()
+        drafts = state.drafts
+        with ExitStack() as stack:
+            for port in (port for port in edge.consumers if port.module in drafts):
+                bounds = state.stats_of(stats, port.module).get(Range())
+                stack.enter_context(drafts[port.module].simulated(at_port(transform, port), bounds))
+            total = 0.0
+            for call in calls:
+                total += call.error(state)
         state.tick("searching")
         return total
 
@@ -246,31 +232,6 @@ def at_port(transform: ChannelTransform, port: Port) -> ChannelTransform:
     """A scale of the free channels as the consumer ``port`` has them."""
     assert isinstance(transform, Scale)
     return transform if port.expand is None else Scale(transform.s[port.expand])
-
-
-def _hidden(output) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _listen(state: BlockState, paths: set[str], windows: int | None) -> dict[str, _Calls]:
-    """Runs the block over calibration windows and keeps the calls of the named modules."""
-    assert state.io is not None
-    heard = {path: _Calls([], []) for path in paths}
-
-    def keep(path: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-            heard[path].calls.append((args, kwargs))
-            heard[path].answers.append(_hidden(output))
-
-        return hook
-
-    with ExitStack() as stack:
-        for path in paths:
-            handle = state.block.get_submodule(path).register_forward_hook(keep(path), with_kwargs=True)
-            stack.callback(handle.remove)
-        for i in range(len(state.io) if windows is None else min(windows, len(state.io))):
-            state.io.call(state.block, state.io.window(i))
-    return heard
 
 
 @serializable
@@ -297,14 +258,16 @@ class SearchClip:
     @torch.no_grad()
     def run(self, state: BlockState) -> None:
         stats = state.collect(self.needs)
-        for path, form in state.formats.items():
+        for path, draft in state.drafts.items():
+            assert draft.format is not None
             role, gram = state.resolved.linears[path], state.stats_of(stats, path).get(Gram())
             if role in self.skip or gram is None:
                 continue
-            if not isinstance(form.weight.granularity, PerGroup | PerChannel):
-                state.note(f"{path}: clipping is searched per channel or per group, not {form.weight.granularity}")
+            spec = draft.format.weight
+            if not isinstance(spec.granularity, PerGroup | PerChannel):
+                state.note(f"{path}: clipping is searched per channel or per group, not {spec.granularity}")
                 continue
-            state.clip[path] = self._clip(state.weight_OI(path), form.weight, gram)
+            draft.range_shares = self._clip(draft.weight, spec, gram)
 
     def _clip(self, w_OI: Tensor, spec, gram: Tensor) -> Clipped:
         size = w_OI.shape[1] if isinstance(spec.granularity, PerChannel) else spec.granularity.size

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowbit.modules import ActSpec, LinearFormat, fake_quantize_activation
+from lowbit.modules import ActSpec, DraftLinear, LinearFormat, fake_activation, fake_quantize_activation
 from lowbit.numerics import (
     AbsMax,
     Affine,
@@ -21,8 +21,8 @@ from lowbit.numerics import (
     Statistic,
     quantize,
     serializable,
+    usual_fit,
 )
-from lowbit.steps.simulate import fake_activation, usual_fit
 from lowbit.steps.state import BlockState, Stats
 
 _SMALLEST = 2.0**-60  # range of an input that is zero on every calibration token
@@ -87,18 +87,19 @@ class SearchFloat:
     @torch.no_grad()
     def run(self, state: BlockState) -> None:
         stats = state.collect(self.needs)
-        for path in list(state.formats):
-            self._place(state, path, state.stats_of(stats, path))
+        for path, draft in state.drafts.items():
+            self._place(state, path, draft, state.stats_of(stats, path))
 
-    def _place(self, state: BlockState, path: str, stats: Stats) -> None:
-        form, absmax_I, w_OI = state.formats[path], stats.get(AbsMax()), state.weight_OI(path)
+    def _place(self, state: BlockState, path: str, draft: DraftLinear, stats: Stats) -> None:
+        form, absmax_I, w_OI = draft.format, stats.get(AbsMax()), draft.weight
+        assert form is not None
         act = form.act if form.act is not None and form.act.static and isinstance(form.act.spec.grid, Float) else None
         floating = isinstance(form.weight.grid, Float)
         if absmax_I is None:
             state.note(f"{path} saw no token: its formats are not searched, and a static input reaches from -1 to 1")
             absmax_I = torch.ones(w_OI.shape[1])
         if act is not None:
-            state.act_params[path] = input_range(act.spec, absmax_I, 1.0)
+            draft.act_params = input_range(act.spec, absmax_I, 1.0)
         x_TI = stats.get(self._samples)
         if x_TI is None or not self.rounds or not (floating or act):
             state.tick("searching")
@@ -106,18 +107,18 @@ class SearchFloat:
         x_TI = x_TI.float()
         y_TO = x_TI @ w_OI.T
         for _ in range(self.rounds if floating and act is not None else 1):
-            before = state.formats[path], state.clip.get(path), state.act_params.get(path)
+            before = form, draft.range_shares, draft.act_params
             if floating:
-                seen_TI = fake_activation(x_TI, form.act, state.act_params.get(path))
-                spec, state.clip[path] = self._best_weight(w_OI, form.weight, seen_TI, y_TO)
+                seen_TI = fake_activation(x_TI, form.act, draft.act_params)
+                spec, draft.range_shares = self._best_weight(w_OI, form.weight, seen_TI, y_TO)
                 form = replace(form, weight=spec)
             if act is not None:
-                restored_OI = _restored(w_OI, form.weight, state.clip.get(path))
-                act, state.act_params[path] = self._best_input(x_TI, act, absmax_I, restored_OI, y_TO)
+                restored_OI = _restored(w_OI, form.weight, draft.range_shares)
+                act, draft.act_params = self._best_input(x_TI, act, absmax_I, restored_OI, y_TO)
                 form = replace(form, act=act)
-            state.formats[path] = form
+            draft.format = form
             state.tick("searching")
-            if _same(before, (form, state.clip.get(path), state.act_params.get(path))):
+            if _same(before, (form, draft.range_shares, draft.act_params)):
                 break
 
     def _best_weight(self, w_OI: Tensor, spec: Spec, seen_TI: Tensor, y_TO: Tensor) -> tuple[Spec, Clipped]:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.modules import ActSpec, fake_quantize_activation
+from lowbit.modules import ActSpec, fake_quantize_activation, static_params
 from lowbit.numerics import LaterRange, MovingRange, Range, Samples, Statistic, serializable
 from lowbit.steps.rules import TransformRule
-from lowbit.steps.simulate import static_params
 from lowbit.steps.state import BlockState, Stats
 
 _MASSIVE = 10.0  # times all other tokens: first tokens that do what no other does, not the luck of one window
@@ -92,8 +91,9 @@ class SetActivationRange:
 
     def run(self, state: BlockState) -> None:
         stats = state.collect(self.needs)
-        for path, form in state.formats.items():
-            if form.act is None or not form.act.static:
+        for path, draft in state.drafts.items():
+            act = None if draft.format is None else draft.format.act
+            if act is None or not act.static:
                 continue
             known = state.stats_of(stats, path)
             self._note_massive(state, path, known)
@@ -103,11 +103,11 @@ class SetActivationRange:
                     f"{path} saw no token{self._but_first}: its static activation range is unknown, [-1, 1] is stored"
                 )
                 bounds = torch.tensor([[-1.0], [1.0]])
-            bounds = bounds.expand(2, state.weight_OI(path).shape[1])
+            bounds = bounds.expand(2, draft.weight.shape[1])
             tried, share = known.get(_TRIED), 1.0
             if self.shrinks > 1 and tried is not None:
-                share = self._share(tried, state.weight_OI(path), form.act, bounds)
-            state.act_params[path] = static_params(form.act, bounds, share)
+                share = self._share(tried, draft.weight, act, bounds)
+            draft.act_params = static_params(act, bounds, share)
 
     def _note_massive(self, state: BlockState, path: str, known: Stats) -> None:
         if Range() not in known or self._rest not in known:

@@ -1,4 +1,4 @@
-"""Solve: codes. The last step of a recipe for weights; original linears leave, packed ones take their place."""
+"""Solve: codes. The last step of a recipe for weights; drafts leave, packed linears take their place."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.modules import ActSpec, QuantLinear
-from lowbit.numerics import Affine, PerInput, QTensor, Samples, Statistic, serializable
+from lowbit.modules import DraftLinear, QuantLinear
+from lowbit.numerics import QTensor, Samples, Statistic, serializable, usual_fit
 from lowbit.solve import Nearest, Solver
-from lowbit.steps.simulate import usual_fit
-from lowbit.steps.state import BlockState, LayerRecord, Stats, set_module
-from lowbit.transforms import ChannelTransform, Permute
+from lowbit.steps.state import BlockState, LayerRecord, Stats
 
 _CHECK = Samples(256, stride=2)  # tokens on which each layer's output error is measured for the report
 
@@ -37,12 +35,12 @@ class Solve:
         return linears + windows * (4 if self.true_sequential else 1)  # which are read for the report at least
 
     def run(self, state: BlockState) -> None:
-        paths = [path for path in state.resolved.linears if path in state.formats]
+        drafts = list(state.drafts)
         if not self.true_sequential:
-            self._solve(state, paths)
+            self._solve(state, drafts)
             return
         for stage in state.resolved.stages:
-            self._solve(state, [path for path in stage if path in state.formats])
+            self._solve(state, [path for path in stage if path in drafts])
 
     def _solve(self, state: BlockState, paths: list[str]) -> None:
         wanted = {shared.name for shared in state.resolved.shared_inputs if set(shared.readers) & set(paths)}
@@ -53,61 +51,37 @@ class Solve:
             state.tick("solving")
 
     def _replace(self, state: BlockState, path: str, stats: Stats) -> None:
-        linear, form, solver = state.linear(path), state.formats[path], self.solver
+        draft, solver, name = state.draft(path), self.solver, state.full_name(path)
+        assert draft.format is not None
         notes: tuple[str, ...] = ()
         if any(need not in stats for need in solver.needs):
-            solver, notes = Nearest(usual_fit(form.weight.grid)), ("saw no calibration token: rounded to nearest",)
-        w_OI = state.weight_OI(path)
-        if not torch.isfinite(w_OI).all():
-            raise ValueError(f"{state.full_name(path)}: the weight holds NaN or Inf after the transforms before it")
+            solver, notes = (
+                Nearest(usual_fit(draft.format.weight.grid)),
+                ("saw no calibration token: rounded to nearest",),
+            )
+        if not torch.isfinite(draft.weight).all():
+            raise ValueError(f"{name}: the weight holds NaN or Inf after the transforms before it")
         try:
-            target = w_OI + state.nudge[path] if path in state.nudge else w_OI
-            solution = solver.solve(target, form.weight, stats, state.clip.get(path))
-        except ValueError as error:
-            raise ValueError(f"{state.full_name(path)}: {error}") from error
-        bias = linear._parameters.get("bias")
-        bias = None if bias is None else bias.detach().to(state.store_dtype)
-
-        post = (*solution.post, *state.post.get(path, ()))
-        side = (*solution.side, *state.side.get(path, ()))
-
-        try:
-            act_params = _behind(solution.pre, form.act, state.act_params.get(path))
-        except ValueError as error:
-            raise ValueError(f"{state.full_name(path)}: {error}") from error
-
-        def pack(pre: tuple[ChannelTransform, ...]) -> QuantLinear:
-            return QuantLinear.from_qtensor(solution.q, bias, form.act, act_params, pre, post, side)
-
-        error = _output_error(state, path, pack(solution.pre), stats)
-        packed = pack((*state.pre.get(path, ()), *solution.pre))
+            solution = solver.solve(draft.target, draft.format.weight, stats, draft.range_shares)
+            parts = solution.q, state.store_dtype, solution.pre, solution.post, solution.side
+            packed = draft.pack(*parts)
+            error = _output_error(draft, draft.pack(*parts, own_pre=False), stats)
+        except ValueError as problem:
+            raise ValueError(f"{name}: {problem}") from problem
         if any(need.paired for need in self.needs):
-            state.originals[path] = linear
-        set_module(state.block, path, packed)
-        role, name = state.resolved.linears[path], state.full_name(path)
+            state.originals[path] = draft
+        state.block.set_submodule(path, packed)
         state.records.append(
             LayerRecord(
                 name,
-                role,
+                state.resolved.linears[path],
                 packed.bits_per_weight,
                 packed.in_features * packed.out_features,
                 error,
-                _zeroed(w_OI, solution.q),
+                _zeroed(draft.weight, solution.q),
                 (*notes, *solution.notes),
             )
         )
-
-
-def _behind(pre: tuple[ChannelTransform, ...], act: ActSpec | None, params: Affine | None) -> Affine | None:
-    """Static parameters of an input as they are after ``pre``, which the solver chose: scales of channels move with them."""
-    if act is None or params is None or not isinstance(act.spec.granularity, PerInput):
-        return params
-    for transform in pre:
-        if not isinstance(transform, Permute):
-            raise ValueError(f"a {type(transform).__name__} mixes input channels that have static scales of their own")
-        index = transform.index
-        params = Affine(params.scale[index], None if params.zero is None else params.zero[index])
-    return params
 
 
 def _zeroed(w_OI: Tensor, q: QTensor) -> float:
@@ -118,14 +92,12 @@ def _zeroed(w_OI: Tensor, q: QTensor) -> float:
 
 
 @torch.no_grad()
-def _output_error(state: BlockState, path: str, packed: QuantLinear, stats: Stats) -> float | None:
-    """Relative squared error of the packed linear on sampled tokens, run as it will run.
-
-    Samples are what the linear itself reads, so transforms in front of it (its hooks) are done already: ``forward``.
-    """
-    x_TI = stats.get(_CHECK)
-    if x_TI is None:
+def _output_error(draft: DraftLinear, packed: QuantLinear, stats: Stats) -> float | None:
+    """Relative squared error on sampled tokens, which are what the draft's weight reads: ``packed``, which runs as it will run,
+    has none of the draft's own transforms in front of it."""
+    h_TI = stats.get(_CHECK)
+    if h_TI is None:
         return None
-    wanted = state.output(path, state.linear(path).forward(x_TI)).double()
-    lost = (packed.forward(x_TI).double() - wanted).square().sum()
+    wanted = draft.product(h_TI).double()
+    lost = (packed.forward(h_TI).double() - wanted).square().sum()
     return (lost / wanted.square().sum().clamp(min=1e-300)).item()

@@ -1,9 +1,9 @@
-"""What a step works on: one block, its formats, and what earlier steps have decided about it.
+"""What a step works on: one block, and what earlier steps have decided about it.
 
-Steps know nothing of shards, files or other blocks. They see a block in float32 whose transforms so far are folded in,
-run windows of calibration tokens through it, and leave their decisions here: folded weights, clip shares, static
-activation ranges, and at last packed linears in place of the original ones. The walk owns everything else, so the same
-steps serve a streamed model and a single linear.
+Steps know nothing of shards, files or other blocks. They see a block in float32 whose linears are drafts
+(:class:`~lowbit.modules.DraftLinear`) with the transforms so far folded in, run windows of calibration tokens through it, and leave
+their decisions in the drafts: weights, formats, ranges, and at last packed linears in their place. The walk owns everything
+else, so the same steps serve a streamed model and a single linear.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lowbit.architectures import Kind, Port, ResolvedBlock, ResolvedEdge, add_bias, fold, needs_bias
-from lowbit.modules import LinearFormat
-from lowbit.numerics import Affine, Clipped, Fisher, Fixed, SideTerm, Statistic
-from lowbit.transforms import ChannelTransform, Permute, Scale, Seeded
+from lowbit.modules import DraftLinear, LinearFormat, QuantLinear, make_drafts
+from lowbit.modules.draft_linear import for_gradients, no_fisher
+from lowbit.numerics import Fisher, Statistic
+from lowbit.transforms import ChannelTransform, Permute, Scale
 
 Stats = Mapping[Statistic, Tensor]
 
@@ -66,38 +67,95 @@ class LayerRecord:
     notes: tuple[str, ...] = ()
 
 
-@dataclass
-class BlockState:
-    """See the module docstring. ``io`` is None for data-free recipes.
+@dataclass(frozen=True)
+class BlockContext:
+    """What is known of a block before its first step, and does not change.
 
-    ``store_dtype`` is the dtype in which unquantized parameters (norm gains) will be saved; a commit rounds to it, so
-    that later steps see what the saved model will have. ``fisher``: Fisher information ``[O, I]`` of the linears' weights as
-    they are now, by path; empty where no step of the recipe needs it. ``pre``, ``post``: what each linear does itself to its
-    input and its output at run time, in the order it is done; until a linear is packed, its hooks do it. ``side``: terms that
-    packed linears will have beside their codes; what is not packed yet does without. ``originals``: what packed linears
-    replaced, kept where paired statistics are still to be gathered. ``rotated``: the block reads and writes a residual stream
-    that was rotated, as ``io`` holds it.
+    Attributes:
+        name: of the block in the model; empty for a single linear.
+        resolved: its table.
+        io: its calibration windows; None for data-free recipes.
+        seed: what random choices in this block follow from.
+        store_dtype: in which unquantized parameters (norm gains) will be saved; what is folded into them is rounded to it, so
+            that later steps see what the saved model will have.
+        tick: called as work goes on, with what is being done.
+        rotated: whether the block reads and writes a residual stream that was rotated, as ``io`` holds it.
     """
 
     name: str
-    block: nn.Module
     resolved: ResolvedBlock
-    formats: dict[str, LinearFormat]
-    io: BlockIO | None
+    io: BlockIO | None = None
     seed: int = 0
     store_dtype: torch.dtype = torch.float32
     tick: Callable[[str], None] = lambda what: None
-    clip: dict[str, Clipped | Fixed] = field(default_factory=dict)
-    nudge: dict[str, Tensor] = field(default_factory=dict)
-    act_params: dict[str, Affine] = field(default_factory=dict)
-    pre: dict[str, tuple[ChannelTransform, ...]] = field(default_factory=dict)
-    post: dict[str, tuple[ChannelTransform, ...]] = field(default_factory=dict)
-    side: dict[str, tuple[SideTerm, ...]] = field(default_factory=dict)
-    fisher: dict[str, Tensor] = field(default_factory=dict)
-    originals: dict[str, nn.Module] = field(default_factory=dict)
     rotated: bool = False
+
+
+@dataclass
+class BlockState:
+    """See the module docstring. Made by :meth:`of`.
+
+    Attributes:
+        block: its linears are drafts, or packed.
+        originals: the drafts that packed linears replaced, kept where paired statistics are still to be gathered.
+        records: what the report says of each packed linear.
+        notes: named warnings for the report.
+    """
+
+    context: BlockContext
+    block: nn.Module
+    originals: dict[str, DraftLinear] = field(default_factory=dict)
     records: list[LayerRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        block: nn.Module,
+        resolved: ResolvedBlock,
+        formats: Mapping[str, LinearFormat],
+        io: BlockIO | None = None,
+        fisher: Mapping[str, Tensor] | None = None,
+        **context: Any,
+    ) -> BlockState:
+        """The state before the first step. The linears of ``block`` become drafts where they are none yet.
+
+        Args:
+            formats: of the linears that are to be quantized, by path.
+            fisher: Fisher information of their weights ``[O, I]``, by path.
+            context: further fields of :class:`BlockContext`.
+        """
+        make_drafts(block, resolved.linears)
+        state = cls(BlockContext(name, resolved, io, **context), block)
+        for path, form in formats.items():
+            state.draft(path).format = form
+        for path, f_OI in (fisher or {}).items():
+            state.draft(path).fisher = f_OI
+        return state
+
+    @property
+    def name(self) -> str:
+        return self.context.name
+
+    @property
+    def resolved(self) -> ResolvedBlock:
+        return self.context.resolved
+
+    @property
+    def io(self) -> BlockIO | None:
+        return self.context.io
+
+    @property
+    def seed(self) -> int:
+        return self.context.seed
+
+    @property
+    def store_dtype(self) -> torch.dtype:
+        return self.context.store_dtype
+
+    def tick(self, what: str) -> None:
+        self.context.tick(what)
 
     def full_name(self, path: str) -> str:
         return f"{self.name}.{path}" if self.name else path
@@ -107,28 +165,36 @@ class BlockState:
         if text not in self.notes:
             self.notes.append(text)
 
-    # Weights
+    # Linears
 
-    def linear(self, path: str) -> nn.Module:
-        return self.block.get_submodule(path)
+    def draft(self, path: str) -> DraftLinear:
+        """The linear at ``path``, which is not packed yet."""
+        draft = self.block.get_submodule(path)
+        assert isinstance(draft, DraftLinear), f"{path} is a {type(draft).__name__}"
+        return draft
 
-    def weight_OI(self, path: str) -> Tensor:
-        """The weight of a linear that is not quantized yet, ``[O, I]``, detached."""
-        return stored_as_OI(self.linear(path), self.block.get_parameter(f"{path}.weight").detach())
+    @property
+    def drafts(self) -> dict[str, DraftLinear]:
+        """The linears that are to be quantized and are not packed yet, by path."""
+        linears = {path: self.block.get_submodule(path) for path in self.resolved.linears}
+        return {p: each for p, each in linears.items() if isinstance(each, DraftLinear) and each.format is not None}
 
-    def weights(self) -> dict[str, Tensor]:
-        """The block's parameters by name: what transforms fold into."""
-        return dict(self.block.named_parameters())
+    @property
+    def formats(self) -> dict[str, LinearFormat]:
+        """Formats of the linears that are to be quantized, or are packed already, by path."""
+        linears = {path: self.block.get_submodule(path) for path in self.resolved.linears}
+        held = {path: each.format for path, each in linears.items() if isinstance(each, DraftLinear | QuantLinear)}
+        return {path: form for path, form in held.items() if form is not None}
 
     # Edges
 
     def edges(self, at: Iterable[str], kind: Kind, *, note: bool = True) -> Iterator[ResolvedEdge]:
         """Edges whose name matches one of the patterns ``at`` and that carry ``kind``; what is left out is noted."""
         for pattern in at:
-            found = [edge for edge in self.resolved.edges if fnmatch(edge.name, pattern)]
-            if not found and note:
+            matching = [edge for edge in self.resolved.edges if fnmatch(edge.name, pattern)]
+            if not matching and note:
                 self.note(f"no edge {pattern!r} in this architecture: its {kind.value} is not applied")
-            for edge in found:
+            for edge in matching:
                 if kind in edge.carries:
                     yield edge
                 elif note:
@@ -138,19 +204,12 @@ class BlockState:
         """An edge without a producer for every input that no edge with ``kind`` leads to: its readers, those to be
         quantized, can run the transform themselves."""
         carried = {name for edge in self.resolved.edges if kind in edge.carries for name in edge.inputs}
+        drafts = self.drafts
         for shared in self.resolved.shared_inputs:
-            readers = [path for path in shared.readers if path in self.formats]
+            readers = [path for path in shared.readers if path in drafts]
             if readers and shared.name not in carried:
-                ports = tuple(
-                    Port(
-                        path,
-                        side="in",
-                        has_bias=self.linear(path)._parameters.get("bias") is not None,
-                        transposed=isinstance(self.linear(path), Conv1D),
-                    )
-                    for path in readers
-                )
-                width = self.weight_OI(readers[0]).shape[1]
+                ports = tuple(Port(path, side="in", has_bias=drafts[path].bias is not None) for path in readers)
+                width = drafts[readers[0]].weight.shape[1]
                 yield ResolvedEdge(
                     shared.name, width, frozenset({kind}), ports, None, False, judge=readers[0], inputs=(shared.name,)
                 )
@@ -162,105 +221,71 @@ class BlockState:
             ValueError: a transform under which the Fisher information that a later step needs is not known, or a side of
                 the edge that is rotated at run time already.
         """
+        if not edge.producers:
+            for port in edge.consumers:
+                self.transform(port.module, transform)
+            return
         self._check_not_rotated(edge)
         with torch.no_grad():
             add_bias(self.block, needs_bias(edge, kind))
-            parameters = self.weights()
-            self.fisher |= self._folded_fisher(edge, transform, parameters)
-            packed = {f"{path}.weight" for path in self.formats}
-            for name, value in fold(
-                edge, transform, parameters
-            ).items():  # what is not packed runs as it will be stored
-                parameters[name].copy_(value if name in packed else value.to(self.store_dtype).to(value.dtype))
-        if not edge.producers:
-            for port in edge.consumers:
-                self._run_on_input(port.module, transform)
+            parameters = dict(self.block.named_parameters())
+            self._fold_fisher(edge, transform, parameters)
+            self.write(fold(edge, transform, parameters))
 
-    def rotate(self, path: str, of_input: Seeded, of_output: Seeded) -> None:
-        """Rotates the weight of a linear on both sides, in place; the linear undoes it at run time.
-
-        Raises:
-            ValueError: a later step needs Fisher information, which is not known behind a rotation.
-        """
-        if path in self.fisher:
-            raise ValueError(f"{self.full_name(path)}: {_NO_FISHER.format('rotation')}")
-        linear = self.linear(path)
-        w_OI, _ = of_input.fold_in(self.weight_OI(path).double(), None)
-        w_OI, _ = of_output.fold_out(w_OI, None)
-        with torch.no_grad():
-            linear.get_parameter("weight").copy_(stored_as_OI(linear, w_OI))
-        self._run_on_input(path, of_input)
-        self.post[path] = (of_output.inverse(), *self.post.get(path, ()))
-
-        def undo(module: nn.Module, args: tuple, y: Tensor) -> Tensor:
-            return _before_bias(of_output.inverse(), module, y)
-
-        linear.register_forward_hook(undo, prepend=True)  # what was rotated last is undone first
-
-    def transform_inputs(self, paths: Iterable[str], transform: ChannelTransform) -> None:
-        """Each named linear applies ``transform`` to its input at run time; its weight reads the result. The width of the
-        weight may change.
+    def transform(self, path: str, of_input: ChannelTransform, of_output: ChannelTransform | None = None) -> None:
+        """Linear ``path`` runs ``of_input`` itself, and undoes ``of_output``: see :meth:`DraftLinear.transform`.
 
         Raises:
             ValueError: a later step needs Fisher information, which does not follow.
         """
-        for path in paths:
-            if path in self.fisher:
-                raise ValueError(f"{self.full_name(path)}: {_NO_FISHER.format(type(transform).__name__)}")
-            assert path not in self.side and path not in self.nudge, f"{path}: a decision is for its input as it was"
-            linear = self.linear(path)
-            w_OI, _ = transform.fold_in(self.weight_OI(path), None)
-            linear.weight = nn.Parameter(stored_as_OI(linear, w_OI).contiguous(), requires_grad=False)
-            self._run_on_input(path, transform)
+        draft = self.draft(path)
+        try:
+            draft.transform(of_input, of_output)
+        except ValueError as error:
+            raise ValueError(f"{self.full_name(path)}: {error}") from error
+        if draft.bias is not None:
+            self.write({f"{path}.bias": draft.bias})
 
-    def output(self, path: str, y: Tensor) -> Tensor:
-        """What linear ``path``, not packed yet, makes of what its product and bias gave: ``post`` comes between the two."""
-        for transform in self.post.get(path, ()):
-            y = _before_bias(transform, self.linear(path), y)
-        return y
-
-    def _run_on_input(self, path: str, transform: ChannelTransform) -> None:
-        self.pre[path] = (*self.pre.get(path, ()), transform)
-        self.linear(path).register_forward_pre_hook(lambda _, args: (transform.forward(args[0]),))
+    @torch.no_grad()
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Gives the block's parameters new values, by name, in place. What will not be packed is rounded as it will be stored."""
+        packed = {f"{path}.weight" for path in self.drafts}
+        for name, value in values.items():
+            parameter = self.block.get_parameter(name)
+            parameter.copy_(value if name in packed else value.to(self.store_dtype).to(value.dtype))
 
     def _check_not_rotated(self, edge: ResolvedEdge) -> None:
         """A transform folded from here on would lie on the wrong side of those that a linear runs itself."""
-        if edge.producers:
-            for port in edge.ports:
-                if port.module in (self.pre if port.side == "in" else self.post):
-                    raise ValueError(
-                        f"{self.full_name(port.module)} is transformed at run time already, so what is folded across the edge "
-                        f"{edge.name!r} would be undone in the wrong order; put that step, or its method, first"
-                    )
+        for port in edge.ports:
+            linear = self.block.get_submodule(port.module)
+            if isinstance(linear, DraftLinear) and (linear.pre if port.side == "in" else linear.post):
+                raise ValueError(
+                    f"{self.full_name(port.module)} is transformed at run time already, so what is folded across the edge "
+                    f"{edge.name!r} would be undone in the wrong order; put that step, or its method, first"
+                )
 
-    def _folded_fisher(
-        self, edge: ResolvedEdge, transform: ChannelTransform, parameters: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """What the commit of ``transform`` changes in ``fisher``.
-
-        Where the new weights are ``A w``, gradients are multiplied by ``A^-T``: by 1/s where weights are by s, and a
-        permutation moves both alike. So the very fold of the weights serves, on square roots, with the reciprocal scale.
-        Mixing channels needs the covariance of gradients, and a shift their sums; the diagonal has neither.
-        """
-        ports = {port.module for port in edge.ports} & self.fisher.keys()
-        if not ports:
-            return {}
+    def _fold_fisher(self, edge: ResolvedEdge, transform: ChannelTransform, parameters: Mapping[str, Tensor]) -> None:
+        """What the fold of ``transform`` changes in the Fisher information of drafts: see ``fisher_behind``."""
+        drafts = self.drafts
+        known = {p.module: f for p in edge.ports if p.module in drafts and (f := drafts[p.module].fisher) is not None}
+        if not known:
+            return
         if not isinstance(transform, Scale | Permute):
-            raise ValueError(f"{self.full_name(edge.name)}: {_NO_FISHER.format(type(transform).__name__)}")
-        for_gradients = Scale(1 / transform.s) if isinstance(transform, Scale) else transform
-        roots = {f"{path}.weight": stored_as_OI(self.linear(path), self.fisher[path].sqrt()) for path in ports}
-        folded = fold(edge, for_gradients, {**parameters, **roots})
-        changed = {path: folded[f"{path}.weight"] for path in ports if f"{path}.weight" in folded}
-        return {path: stored_as_OI(self.linear(path), root).square() for path, root in changed.items()}
+            raise ValueError(f"{self.full_name(edge.name)}: {no_fisher(transform)}")
+        roots = {f"{path}.weight": f_OI.sqrt() for path, f_OI in known.items()}
+        folded = fold(edge, for_gradients(transform), {**parameters, **roots})
+        for path in known:
+            if f"{path}.weight" in folded:
+                drafts[path].fisher = folded[f"{path}.weight"].square()
 
     # Calibration
 
     def readers(self) -> dict[str, str]:
         """First reader to be quantized -> name, for every shared input that has one: the others may read it untransformed."""
-        wanted = {}
+        wanted, drafts = {}, self.drafts
         for shared in self.resolved.shared_inputs:
             for path in shared.readers:
-                if path in self.formats:
+                if path in drafts:
                     wanted[path] = shared.name
                     break
         return wanted
@@ -328,9 +353,9 @@ class BlockState:
     def _run(self, first: Mapping[str, str], window: Tensor, gather: Callable[[str, Tensor], None]) -> None:
         """One window through the block: ``gather(name, x_TI)`` for each shared input that a token reaches, as it does."""
 
-        def hook(name: str) -> Callable:
-            def on_input(module: nn.Module, args: tuple) -> None:
-                x_TI = args[0].detach().flatten(0, -2)
+        def observer(name: str) -> Callable[[Tensor], None]:
+            def on_input(x: Tensor) -> None:
+                x_TI = x.detach().flatten(0, -2)
                 if len(x_TI):
                     gather(name, x_TI)
 
@@ -339,24 +364,26 @@ class BlockState:
         assert self.io is not None
         with ExitStack() as stack, torch.no_grad():
             for name, path in first.items():
-                stack.callback(self.linear(path).register_forward_pre_hook(hook(name)).remove)
+                stack.enter_context(self.draft(path).observed(observer(name)))
             self.io.call(self.block, window)
 
     @contextmanager
     def _as_original(self) -> Iterator[None]:
-        """While open, packed linears are the ones that they replaced."""
-        packed = {path: self.linear(path) for path in self.originals}
+        """While open, packed linears are the drafts that they replaced."""
+        packed = {path: self.block.get_submodule(path) for path in self.originals}
         try:
-            for path, module in self.originals.items():
-                set_module(self.block, path, module)
+            for path, draft in self.originals.items():
+                self.block.set_submodule(path, draft)
             yield
         finally:
             for path, module in packed.items():
-                set_module(self.block, path, module)
+                self.block.set_submodule(path, module)
 
     def stats_of(self, stats: Mapping[str, Stats], path: str) -> Stats:
         """What is known of linear ``path``: statistics of the input it reads, from :meth:`collect`, and of its weight."""
-        own = {Fisher(): self.fisher[path]} if path in self.fisher else {}
+        linear = self.block.get_submodule(path)
+        fisher = linear.fisher if isinstance(linear, DraftLinear) else None
+        own = {} if fisher is None else {Fisher(): fisher}
         for shared in self.resolved.shared_inputs:
             if path in shared.readers:
                 return {**stats.get(shared.name, {}), **own}
@@ -370,37 +397,3 @@ class BlockState:
             if new is not None:
                 joined = new if joined is None else need.join(joined.clone(), new)
         return joined
-
-    @contextmanager
-    def replaced(self, forwards: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-        """While open, each named linear computes the given function of its input instead."""
-        changed = [self.linear(path) for path in forwards]
-        try:
-            for module, forward in zip(changed, forwards.values(), strict=True):
-                module.forward = forward
-            yield
-        finally:
-            for module in changed:
-                module.__dict__.pop("forward", None)
-
-
-_NO_FISHER = (
-    "the Fisher information behind a {} does not follow from that before it; leave that step out, or choose a solver that "
-    "needs no Fisher information"
-)
-
-
-def _before_bias(transform: ChannelTransform, linear: nn.Module, y: Tensor) -> Tensor:
-    bias = linear._parameters.get("bias")
-    return transform.forward(y) if bias is None else transform.forward(y - bias) + bias
-
-
-def stored_as_OI(linear: nn.Module, weight: Tensor) -> Tensor:
-    """``weight`` of ``linear`` as ``[O, I]``: GPT-2's Conv1D stores the transpose. Its own inverse."""
-    return weight.T if isinstance(linear, Conv1D) else weight
-
-
-def set_module(block: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts ``module`` in the place ``path`` of ``block``."""
-    parent, _, name = path.rpartition(".")
-    setattr(block.get_submodule(parent) if parent else block, name, module)

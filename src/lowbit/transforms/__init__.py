@@ -14,7 +14,7 @@ run them on their input and output.
 
 from __future__ import annotations
 
-from lowbit.transforms.base import ChannelTransform
+from lowbit.transforms.base import ChannelTransform, through
 from lowbit.transforms.permute import Permute
 from lowbit.transforms.rotate import Rotate
 from lowbit.transforms.scale import Scale
@@ -35,4 +35,5 @@ __all__ = [
     "Seeded",
     "Shift",
     "Split",
+    "through",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -36,3 +38,11 @@ class ChannelTransform(Protocol):
     def tile(self, copies: int) -> ChannelTransform:
         """The transform that acts alike on `copies` consecutive repetitions of the channels."""
         ...
+
+
+def through(transforms: Iterable[Any], x: Tensor) -> Tensor:
+    """``x`` ``[..., I]`` after ``transforms`` (anything with a ``forward``), in order: in float32 (float64 stays) and back."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    for transform in transforms:
+        y = transform.forward(y)
+    return y.to(x.dtype)

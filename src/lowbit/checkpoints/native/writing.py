@@ -108,7 +108,9 @@ def write_checkpoint(
 
 def plain_config(config: Any, dtype: torch.dtype) -> dict[str, Any]:
     """The content of config.json without ``quantization_config``, for a transformers config and a dtype of the weights."""
-    plain = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+    # "_name_or_path" is where the original lay on the machine that quantized it.
+    left_out = ("quantization_config", "_name_or_path")
+    plain = {key: value for key, value in config.to_dict().items() if key not in left_out}
     return plain | {"dtype": str(dtype).removeprefix("torch.")}
 
 

@@ -1,6 +1,6 @@
 """Grids: which numbers a format has. One contract (:mod:`base`), a file a family."""
 
-from lowbit.numerics.grids.base import Affine, Bases, Field, Grid, Lut, Params, RangeGrid, arity
+from lowbit.numerics.grids.base import Affine, Bases, Field, Grid, Lut, Params, RangeGrid, arity, straight_through
 from lowbit.numerics.grids.binary import BinaryCoded
 from lowbit.numerics.grids.codebook import Codebook
 from lowbit.numerics.grids.int import Int
@@ -28,4 +28,5 @@ __all__ = [
     "Table",
     "arity",
     "powers_of_two",
+    "straight_through",
 ]

@@ -86,6 +86,13 @@ class Grid(Protocol):
         ...
 
 
+def straight_through(value: Tensor, source: Tensor) -> Tensor:
+    """``value``, to the last bit, with the gradient of ``source`` of the same shape, which must be finite to have one."""
+    if not source.requires_grad:
+        return value
+    return value.detach() + (source - source.detach())
+
+
 def arity(grid: Grid) -> int:
     """How many neighbours of a granule are coded together; 1 where a grid has no attribute ``arity``."""
     return getattr(grid, "arity", 1)

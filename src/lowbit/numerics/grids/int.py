@@ -20,7 +20,7 @@ from lowbit.numerics.serialize import serializable
 
 def round_ste(x: Tensor) -> Tensor:
     """``x.round()`` with the gradient of the identity."""
-    return x + (x.round() - x).detach()
+    return x + (x.round() - x).detach() if x.requires_grad else x.round()
 
 
 @serializable

@@ -1,0 +1,129 @@
+"""Stages: the parts of a run, as frozen descriptions. What runs them is in :mod:`lowbit.stages`.
+
+A stage starts from a model, the original or the checkpoint that the stage before it left, and leaves a checkpoint. Packing is
+the end of a stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from lowbit.numerics import Fisher, check_types, serializable
+from lowbit.scheme import Scheme
+from lowbit.steps import Learn, SetAttentionRange, Solve, Step
+from lowbit.steps.combination import check_attention_ranges, check_combination
+from lowbit.training import AdamW, Objective, OneCycle, Trainable
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """One part of a run."""
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether it asks what the model computes from the calibration text."""
+        ...
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether it asks for Fisher information, which takes a backward pass over the whole original model first."""
+        ...
+
+    def check(self, scheme: Scheme, before: Sequence[Stage]) -> None:
+        """Raises ValueError where it cannot fill ``scheme``, or cannot follow the stages ``before`` it."""
+        ...
+
+
+@serializable
+@dataclass(frozen=True)
+class Blockwise:
+    """The steps on every block of the original model, one block after another; leaves packed linears.
+
+    Args:
+        steps: in order; ``Solve``, which packs the block's linears, comes last and once.
+        feed: the inputs that steps see: ``"quant"``, from the quantized blocks before, or ``"fp"``, from the original.
+
+    Raises:
+        ValueError: something that is no step, a setting of the wrong type, no Solve, or one that is not last.
+    """
+
+    steps: tuple[Any, ...]
+    feed: Literal["fp", "quant"] = "quant"
+
+    def __post_init__(self):
+        for step in self.steps:
+            if hasattr(type(step), "run"):  # first, because what a step needs may hang on a field of a wrong type
+                check_types(step)
+            if not isinstance(step, Step):
+                raise ValueError(f"{step!r} is not a step such as Solve(...)")
+        solves = [i for i, step in enumerate(self.steps) if isinstance(step, Solve)]
+        if solves != [len(self.steps) - 1]:
+            names = [type(step).__name__ for step in self.steps]
+            raise ValueError(f"Blockwise has one Solve, as its last step; found {names}")
+
+    @property
+    def reads_inputs(self) -> bool:
+        learns = any(isinstance(step, Learn | SetAttentionRange) for step in self.steps)
+        return learns or any(need.of_input for step in self.steps for need in step.needs)
+
+    @property
+    def needs_fisher(self) -> bool:
+        return any(Fisher() in step.needs for step in self.steps)
+
+    def check(self, scheme: Scheme, before: Sequence[Stage]) -> None:
+        if before:
+            names = ", ".join(type(stage).__name__ for stage in before)
+            raise ValueError(f"Blockwise quantizes the original model and comes first; found it after {names}")
+        weights = [rule.weight for rule in scheme.rules if rule.weight is not None]
+        if not weights:
+            raise ValueError("no rule of the scheme has a weight format, so nothing would be quantized")
+        activations = [rule.activation for rule in scheme.rules if rule.activation is not None]
+        check_combination(weights, activations, self.steps)
+        check_attention_ranges(scheme.attention, self.steps)
+
+
+@serializable
+@dataclass(frozen=True)
+class Train:
+    """Gradients on a whole model: ``what`` is trained to minimize ``objective`` on the calibration windows.
+
+    Args:
+        what: which parameters, how the model computes with them, and how they are stored.
+        objective: the loss.
+        epochs: passes over the calibration windows, in an order drawn from the recipe's seed.
+        lr: learning rate, in the units of ``what``; ``schedule`` raises it to this.
+        batch: windows a step.
+        amp: products in bfloat16 where the processor has instructions for it.
+        optimizer, schedule: what takes the steps, and how ``lr`` changes over them.
+    """
+
+    what: Trainable
+    objective: Objective
+    epochs: int = 4
+    lr: float = 2e-3
+    batch: int = 2
+    amp: bool = False
+    optimizer: AdamW = AdamW()
+    schedule: OneCycle = OneCycle()
+
+    def __post_init__(self):
+        if self.epochs < 1 or self.batch < 1 or self.lr <= 0:
+            raise ValueError(
+                f"training needs epochs and batch of at least 1 and a positive lr, found epochs={self.epochs}, "
+                f"batch={self.batch}, lr={self.lr}"
+            )
+
+    @property
+    def reads_inputs(self) -> bool:
+        return True
+
+    @property
+    def needs_fisher(self) -> bool:
+        return False
+
+    def check(self, scheme: Scheme, before: Sequence[Stage]) -> None:
+        if self.what.needs_packed and not before:
+            name = type(self.what).__name__
+            raise ValueError(f"Train({name}()) trains what a packed model stores; put it after Blockwise, which packs")

@@ -1,0 +1,71 @@
+"""A run: the stages of a recipe in order, each from the shards that the one before it left.
+
+All stages share one partial directory and one journal, in which each has a section of its own. What a stage finished is not
+done again; the shards of the last one have the names of a checkpoint's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowbit.checkpoints.source import ModelSource
+from lowbit.progress import Progress, silent
+from lowbit.recipes import Blockwise, Recipe, Train
+from lowbit.stages.blockwise import Walk
+from lowbit.stages.journal import Journal
+from lowbit.stages.train import Training
+
+
+@dataclass
+class Run:
+    """One recipe at work on one model.
+
+    Args:
+        ids: calibration windows ``[N, T]``, or None for a recipe that needs none.
+        journal: of the partial directory, open.
+        ram_limit: bytes of activations kept in memory.
+
+    Attributes:
+        walk: of the Blockwise stage; it keeps both streams behind the last block.
+        model: what the last Train stage left (float32, packed), or None: the model is the one that the walk left.
+        notes: what stages found that the report should say.
+    """
+
+    source: ModelSource
+    recipe: Recipe
+    ids: Tensor | None
+    journal: Journal
+    ram_limit: int = 2**32
+    progress: Progress = silent
+    model: nn.Module | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.walk = Walk(self.source, self.recipe, self.ids, self.journal, self.ram_limit, progress=self.progress)
+
+    def stages(self) -> None:
+        """Runs them. Raises what they raise."""
+        for number, stage in enumerate(self.recipe.stages):
+            _RUNNERS[type(stage)](self, number, stage)
+
+    def close(self) -> None:
+        self.walk.close()
+
+
+def _blockwise(run: Run, number: int, stage: Blockwise) -> None:
+    run.walk.run()
+    run.walk.write_rest()
+
+
+def _train(run: Run, number: int, stage: Train) -> None:
+    section = run.journal.section(number, last=number == len(run.recipe.stages) - 1)
+    run.model = None  # the one before is on disk
+    run.model, notes = Training(stage, run.walk, run.journal.section(number - 1), section, run.progress).run()
+    run.notes.extend(notes)
+
+
+_RUNNERS: Mapping[type, Callable[[Run, int, Any], None]] = {Blockwise: _blockwise, Train: _train}
