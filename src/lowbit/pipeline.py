@@ -21,6 +21,7 @@ from torch import Tensor
 from lowbit.checkpoints import native
 from lowbit.checkpoints.model_card import write_card
 from lowbit.checkpoints.source import ModelSource, open_model
+from lowbit.checkpoints.target import check_target
 from lowbit.data import Calibration, calibration_of
 from lowbit.evaluation import kl_and_agreement, output_error
 from lowbit.modules import restore
@@ -29,7 +30,7 @@ from lowbit.plan.model_plan import ModelPlan, lay_over
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Recipe, as_recipe
 from lowbit.stages.blockwise import WATCHED, BlockRecord, Broken, Walk
-from lowbit.stages.journal import Journal, check_target
+from lowbit.stages.journal import Journal
 from lowbit.stages.run import Run
 from lowbit.steps import LayerRecord
 from lowbit.version import __version__
@@ -325,12 +326,9 @@ def _refusal(job: Job, report: QuantizeReport) -> str:
 def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tensor, Tensor] | None) -> QuantizeReport:
     """Config, index, card and tokenizer into the partial directory; reload and compare there; then the rename."""
     journal, directory = walk.journal, walk.journal.directory
-    modules = {name: config for block in report.blocks for name, config in block.modules.items()}
     final = sorted(directory.glob("model-*.safetensors"))
     shards = [shard.name for shard in final]
-    native.write_checkpoint(
-        directory, job.source.config, modules, shards, job.source.dtype, walk.attention, walk.residual
-    )
+    native.write_checkpoint(directory, job.source.config, walk.description, shards, job.source.dtype)
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(directory)
     generation = job.source.path / "generation_config.json"

@@ -334,6 +334,7 @@ def test_this_version_claims_its_own_format_only_and_names_the_kernels(models):
         assert [key for key, text in found.items() if text.startswith("yes")] == [
             "lowbit",
             "transformers (import lowbit)",
+            "native format",
         ]
         assert all(text.startswith(("yes: ", "no: ")) for text in found.values())
     best = native.instruction_sets()[0]
@@ -342,7 +343,7 @@ def test_this_version_claims_its_own_format_only_and_names_the_kernels(models):
     assert answers(models, "rtn")["lowbit"].startswith(f"yes: kernel {best} for q, k")
 
 
-FITS = "no: this version writes the native format only; the numbers would fit this one as they are"
+FITS = "no: this version does not write it; the numbers would fit it as they are"
 
 
 @pytest.mark.parametrize(
@@ -352,8 +353,18 @@ FITS = "no: this version writes the native format only; the numbers would fit th
         ("rtn", {"group_size": 20}, "vLLM / compressed-tensors", "20 does not divide 32"),
         ("smoothquant", {}, "vLLM / compressed-tensors", FITS),
         ("smoothquant", {"bits": 4, "activation_bits": 4}, "vLLM / compressed-tensors", "integers of 8 bits"),
-        ("gptq", {"group_size": 16, "act_order": True}, "vLLM / compressed-tensors", "column order"),
-        ("omniquant", {"activation_bits": 4}, "vLLM / compressed-tensors", "shifts add biases"),
+        (
+            "gptq",
+            {"group_size": 16, "act_order": True},
+            "vLLM / compressed-tensors",
+            "layers keep column orders of inputs",
+        ),
+        (
+            "omniquant",
+            {"activation_bits": 4},
+            "vLLM / compressed-tensors",
+            "layers have biases that the model's class does not have",
+        ),
         ("rtn", {"group_size": 16, "symmetric": True}, "llama.cpp GGUF", "blocks are 32 inputs"),
         ("rtn", {"bits": 3}, "llama.cpp GGUF", "4, 5, 8 bits, not of 3"),
         ("rtn", {"group_size": 16}, "llama.cpp GGUF", "half precision"),

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lowbit import decoding
 from lowbit.architectures import for_config, model_blocks
 from lowbit.layouts import packed_layout
-from lowbit.modules import QuantLinear
-from lowbit.numerics import Int, PerGroup, Spec, to_dict
+from lowbit.modules import LinearDescription, QuantLinear
+from lowbit.numerics import Int, PerGroup, Spec
 from lowbit.progress import Progress
 
 
@@ -88,8 +88,7 @@ def _random_layer(linear: nn.Module, bits: int, group_size: int) -> QuantLinear:
     assert isinstance(linear, nn.Linear), "tables of named sizes hold linears only"
     shape = (linear.out_features, linear.in_features)
     spec = Spec(Int(bits, symmetric=False), PerGroup(group_size))
-    about = {"spec": to_dict(spec), "shape": list(shape), "bias": None, "act": None, "pre": []}
-    layer = QuantLinear(about, random_tensors(spec, shape))
+    layer = QuantLinear(LinearDescription(spec, shape), random_tensors(spec, shape))
     layer.prepare()
     return layer
 

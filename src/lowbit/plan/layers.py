@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from lowbit.modules import ActSpec, stored_bits_of
+from lowbit.modules import ActSpec
 from lowbit.numerics import (
     Block,
     Float,
@@ -96,7 +96,7 @@ def _of_block(plan: ModelPlan, block: BlockPlan) -> Iterator[PlannedLayer]:
         if layer is None:
             yield PlannedLayer(name, role, shape, None, None, _as_is(plan), _why_not(plan.recipe.scheme, name, role))
             continue
-        bits = stored_bits_of(plan.config(layer)) + 8 * layer.order_bytes
+        bits = plan.description(layer).stored_bits + 8 * layer.order_bytes
         act = None if layer.format.act is None else activation_text(layer.format.act)
         yield PlannedLayer(name, role, shape, weight_text(layer.format.weight), act, bits / prod(shape))
     for path, role in block.resolved.routers.items():

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,7 @@ from lowbit.architectures import (
     model_blocks,
 )
 from lowbit.checkpoints.source import ModelSource, open_model
-from lowbit.layouts import Layout
-from lowbit.modules import LinearFormat, OperandRanges, buffer_layout, weight_shape
-from lowbit.modules.quant_linear import Config
+from lowbit.modules import LinearDescription, LinearFormat, OperandRanges, ResidualRotation, weight_shape
 from lowbit.recipes import Recipe, as_recipe
 from lowbit.steps import BlockDescription, LayerDescription
 from lowbit.steps.rotation import residual_rotation
@@ -102,13 +99,14 @@ class ModelPlan:
         """In which packed linears store biases."""
         return torch.float32 if self.source.dtype == torch.float64 else self.source.dtype
 
-    def config(self, layer: LayerDescription) -> Config:
+    def description(self, layer: LayerDescription) -> LinearDescription:
         """The description of a packed linear, without what its solver may add."""
-        return layer.config(self.bias_dtype)
+        return layer.stored(self.bias_dtype)
 
-    def layout(self, layer: LayerDescription) -> Layout:
-        """Shape and dtype of each tensor of a packed linear, without what its solver may add."""
-        return buffer_layout(self.config(layer))
+    @property
+    def residual(self) -> ResidualRotation | None:
+        """The rotation of the residual stream as a checkpoint describes it."""
+        return None if self.rotation is None else ResidualRotation(self.architecture.blocks, self.rotation)
 
 
 def plan_model(model: str | PathLike[str], recipe: Recipe | str | Path | Mapping[str, Any]) -> ModelPlan:
@@ -142,7 +140,7 @@ def replan(source: ModelSource, architecture: Architecture, model: PreTrainedMod
     plan = ModelPlan(source, recipe, architecture, model, blocks, rotation)
     for block, path, layer in plan.layers:
         with _naming(block, path):
-            plan.layout(layer)
+            plan.description(layer)
     if recipe.scheme.attention is not None:
         check_attention(model)
     return plan
@@ -165,7 +163,7 @@ def _block_plan(block: ModelBlock, recipe: Recipe, heads: tuple[int, int, int, i
     plan = BlockPlan(block.name, block.module, block.resolved, formats, shapes, description)
     for path, layer in layers.items():
         with _naming(plan, path):
-            buffer_layout(layer.config(torch.float32))
+            layer.stored(torch.float32)
     for step in recipe.steps:
         description = step.describe(description)
     return replace(plan, description=description)
@@ -223,12 +221,7 @@ def base_name(name: str) -> str:
 
 def layer_bytes(plan: ModelPlan, layer: LayerDescription) -> int:
     """Bytes of all tensors of a packed linear, an order of its columns included."""
-    return layout_bytes(plan.layout(layer)) + layer.order_bytes
-
-
-def layout_bytes(layout: Layout) -> int:
-    """Bytes of the tensors that a layout describes."""
-    return sum(prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+    return plan.description(layer).nbytes + layer.order_bytes
 
 
 def rest_of_block(plan: ModelPlan, block: BlockPlan) -> int:

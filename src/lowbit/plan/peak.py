@@ -38,7 +38,7 @@ from __future__ import annotations
 
 from math import prod
 
-from lowbit.plan.model_plan import BlockPlan, ModelPlan, layout_bytes, outside_bytes
+from lowbit.plan.model_plan import BlockPlan, ModelPlan, outside_bytes
 from lowbit.recipes import Train
 from lowbit.steps import Step
 from lowbit.steps.step import FLOAT, RunSizes
@@ -75,7 +75,7 @@ def peak_parts(plan: ModelPlan, samples: int, seq_len: int, ram_limit: int) -> d
         return {"block": held | block}
     outside = outside_bytes(plan, FLOAT)
     logits = seq_len * plan.source.config.get_text_config().vocab_size * FLOAT
-    packed = sum(layout_bytes(plan.layout(layer)) for *_, layer in plan.layers)
+    packed = sum(plan.description(layer).nbytes for *_, layer in plan.layers)
     fisher = _fisher_parts(plan, worst, samples, seq_len, ram_limit) if plan.recipe.needs_fisher else {}
     train = _train_parts(plan, worst, seq_len, held, packed)
     return (fisher | train) | {

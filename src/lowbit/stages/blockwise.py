@@ -36,12 +36,14 @@ from lowbit.architectures import (
     quantize_attention,
     rotate_residual,
 )
+from lowbit.checkpoints.description import ModelDescription, has_unfused_experts
 from lowbit.checkpoints.source import return_free_memory
 from lowbit.modules import (
     AttentionSpec,
+    LinearDescription,
     OperandRanges,
     QuantLinear,
-    described_residual,
+    ResidualRotation,
     make_drafts,
     turned,
     unmake_drafts,
@@ -68,16 +70,26 @@ class BlockRecord:
     error: float | None
     layers: list[LayerRecord]
     notes: list[str] = field(default_factory=list)
-    modules: dict[str, dict[str, Any]] = field(default_factory=dict)  # configs of the packed linears by full name
-    attention: dict[str, dict[str, Any]] = field(default_factory=dict)  # formats of attention's operands, likewise
+    modules: dict[str, LinearDescription] = field(default_factory=dict)  # of the packed linears by full name
+    attention: dict[str, AttentionSpec] = field(default_factory=dict)  # formats of attention's operands, likewise
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain data for the journal."""
+        return {
+            "name": self.name,
+            "error": self.error,
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "notes": self.notes,
+            "modules": {name: description.to_json() for name, description in self.modules.items()},
+            "attention": {name: to_dict(spec) for name, spec in self.attention.items()},
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> BlockRecord:
         layers = [LayerRecord(**{**layer, "notes": tuple(layer["notes"])}) for layer in data["layers"]]
-        return cls(**{**data, "layers": layers})
+        modules = {name: LinearDescription.from_json(each) for name, each in data["modules"].items()}
+        attention = {name: from_dict(spec) for name, spec in data["attention"].items()}
+        return cls(**{**data, "layers": layers, "modules": modules, "attention": attention})
 
 
 class Broken(ValueError):
@@ -109,6 +121,7 @@ class Walk:
         self.blocks = block_modules(self.model, self.architecture)
         self.total = len(self.blocks)
         self.rotation = self.plan.rotation
+        self.unfused_experts = has_unfused_experts(self.model)
         self.store = ActivationStore(self.ram_limit, self.scratch or self.journal.directory / "scratch")
         self.records: list[BlockRecord] = []
         self.stream: Stream | None = None
@@ -116,9 +129,14 @@ class Walk:
         self._at, self._ticks, self._expected = 0, 0, 0  # the block at hand: number, done, about how many there will be
 
     @property
-    def residual(self) -> dict[str, Any] | None:
-        """What the checkpoint says of the rotation."""
-        return None if self.rotation is None else described_residual(self.architecture.blocks, self.rotation)
+    def description(self) -> ModelDescription:
+        """What the checkpoint of the blocks so far stores."""
+        return ModelDescription(
+            layers={name: layer for record in self.records for name, layer in record.modules.items()},
+            attention={name: spec for record in self.records for name, spec in record.attention.items()},
+            residual=None if self.rotation is None else ResidualRotation(self.architecture.blocks, self.rotation),
+            unfused_experts=self.unfused_experts,
+        )
 
     # Streams
 
@@ -247,18 +265,13 @@ class Walk:
             step.run(state)
         assert not state.drafts, f"{name}: {list(state.drafts)} left unquantized"
         unmake_drafts(block)
-        packed = {f"{name}.{path}": m.config() for path, m in block.named_modules() if isinstance(m, QuantLinear)}
+        packed = {f"{name}.{path}": m.description for path, m in block.named_modules() if isinstance(m, QuantLinear)}
         error = None if call is None else self._behind(block, call)
         specs = {f"{name}.{path}": attention_spec(m) for path, m in block.named_modules()}
-        attends = {path: to_dict(spec) for path, spec in specs.items() if spec is not None}
+        attends = {path: spec for path, spec in specs.items() if spec is not None}
         record = BlockRecord(name, error, state.records, state.notes, packed, attends)
         self.section.write(self._shard(i), self._tensors(block, name), record.to_dict())
         return record
-
-    @property
-    def attention(self) -> dict[str, AttentionSpec]:
-        """The formats of attention's operands, by name of the module that attends."""
-        return {name: from_dict(spec) for record in self.records for name, spec in record.attention.items()}
 
     def _state(
         self, i: int, block: nn.Module, call: Call | None, fisher: dict[str, Tensor] | None = None
@@ -289,7 +302,7 @@ class Walk:
         unmake_drafts(block)
         tensors = load_file(self.section.directory / entry["file"])
         for path, spec in record.attention.items():
-            quantize_attention(block.get_submodule(path.removeprefix(f"{record.name}.")), from_dict(spec))
+            quantize_attention(block.get_submodule(path.removeprefix(f"{record.name}.")), spec)
         install_packed(block, record.name, record.modules, tensors)
         self._behind(block, call)
         return record
@@ -357,11 +370,13 @@ class Walk:
         self.store.close()
 
 
-def install_packed(block: nn.Module, name: str, modules: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+def install_packed(
+    block: nn.Module, name: str, modules: dict[str, LinearDescription], tensors: dict[str, Tensor]
+) -> None:
     """Puts packed linears and stored tensors (names with prefix ``name``) into an original block, in place."""
-    for full, config in modules.items():
+    for full, description in modules.items():
         parent, _, leaf = full.removeprefix(f"{name}.").rpartition(".")
-        setattr(block.get_submodule(parent) if parent else block, leaf, QuantLinear.empty(config))
+        setattr(block.get_submodule(parent) if parent else block, leaf, QuantLinear.empty(description))
     local = {key.removeprefix(f"{name}."): value for key, value in tensors.items()}
     packed = {path for path, module in block.named_modules() if isinstance(module, QuantLinear | OperandRanges)}
     for key, value in local.items():

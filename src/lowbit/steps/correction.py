@@ -86,7 +86,7 @@ class LowRankCorrection(Maker):
         rows, columns = layer.shape
         rank, half = min(self.rank, rows, columns), torch.zeros((), dtype=torch.float16)
         term = LowRank(half.expand(rank, columns), half.expand(rows, rank))
-        return replace(layer, side=(*layer.side, *serialize_transforms.describe("side", [term])))
+        return replace(layer, side_terms=(*layer.side_terms, *serialize_transforms.describe("side", [term])))
 
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
         return _LowRank(state, self.rank, self.fold)

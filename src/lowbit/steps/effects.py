@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from lowbit.architectures import Kind, ResolvedBlock, ResolvedEdge, needs_bias
-from lowbit.modules import AttentionSpec, LinearFormat, serialize_transforms
-from lowbit.modules.quant_linear import Config
-from lowbit.numerics import Statistic, to_dict
+from lowbit.modules import AttentionSpec, LinearDescription, LinearFormat, PartDescription, serialize_transforms
+from lowbit.numerics import Statistic
 from lowbit.transforms import ChannelTransform, Scale, Shift
 
 
@@ -105,9 +104,6 @@ def uncovered_inputs(resolved: ResolvedBlock, kind: Kind, quantized: Mapping[str
     return {name: paths for name, paths in readers.items() if paths}
 
 
-Entries = tuple[Mapping[str, Any], ...]
-
-
 @dataclass(frozen=True)
 class LayerDescription:
     """How one linear will be stored, as far as it is known before any weight is read.
@@ -116,7 +112,7 @@ class LayerDescription:
         format: of the weight and of the input.
         shape: ``(O, I)``, I after the transforms that the layer runs on its input.
         biased: whether it has a bias.
-        pre, post, side: transforms of input and output that the layer runs, and terms added to its codes, as plain data.
+        pre, post, side_terms: transforms of input and output that the layer runs, and terms added to its codes.
         ordered: its solver may store an order of its columns, an int32 for each.
         outliers: its solver keeps weights in half precision, whose number is known only when they are chosen.
     """
@@ -124,9 +120,9 @@ class LayerDescription:
     format: LinearFormat
     shape: tuple[int, int]
     biased: bool
-    pre: Entries = ()
-    post: Entries = ()
-    side: Entries = ()
+    pre: tuple[PartDescription, ...] = ()
+    post: tuple[PartDescription, ...] = ()
+    side_terms: tuple[PartDescription, ...] = ()
     ordered: bool = False
     outliers: bool = False
 
@@ -135,16 +131,17 @@ class LayerDescription:
         """Bytes of the column order that the solver may store."""
         return 4 * self.shape[1] if self.ordered else 0
 
-    def config(self, dtype: torch.dtype) -> Config:
-        """The description of the packed linear, its bias in ``dtype``; without what its solver may add."""
-        about: Config = {
-            "spec": to_dict(self.format.weight),
-            "shape": list(self.shape),
-            "bias": str(dtype).removeprefix("torch.") if self.biased else None,
-            "act": to_dict(self.format.act),
-            "pre": list(self.pre),
-        }
-        return about | {name: list(getattr(self, name)) for name in ("post", "side") if getattr(self, name)}
+    def stored(self, bias: torch.dtype) -> LinearDescription:
+        """The description of the packed linear, its bias in ``bias``; without what its solver may add."""
+        return LinearDescription(
+            self.format.weight,
+            self.shape,
+            bias if self.biased else None,
+            self.format.act,
+            self.pre,
+            self.post,
+            self.side_terms,
+        )
 
     def running(self, *transforms: ChannelTransform, shape: tuple[int, int] | None = None) -> LayerDescription:
         """This layer with more transforms of its input, after which the weight has ``shape`` (None: as before)."""
