@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowbit.architectures import Kind, ResolvedEdge, add_bias, fold, needs_bias
 from lowbit.modules import DraftLinear
-from lowbit.numerics import Clipped, Fixed, Statistic, serializable
+from lowbit.numerics import Clipped, Fixed, Statistic, serializable, straight_through
 from lowbit.steps.effects import EdgeUse, Effects, Freedom
 from lowbit.steps.rules import Midpoint, Smooth, TransformRule
 from lowbit.steps.state import BlockState, Stats
@@ -206,13 +206,15 @@ class _Rounding(Parametrization):
         self.upper = nn.ParameterList(nn.Parameter(torch.ones(size, 1)) for size in sizes)
 
     def chosen(self, path: str, w_OI: Tensor) -> dict[str, Any]:
-        """The grid's parameters, and V steps of it as they are stored."""
+        """The grid's parameters as they are stored, and V steps of it."""
         i, spec = self.paths.index(path), self.specs[path]
         grain = spec.granularity
         placed = Clipped(self.lower[i], self.upper[i])(grain.split(w_OI), spec.grid)  # pyright: ignore[reportArgumentType]
         stored = spec.as_stored(placed._make(None if p is None else p.detach() for p in placed))  # pyright: ignore[reportArgumentType]
         offset_GK = grain.split(self.offsets[i]) * stored.scale  # pyright: ignore[reportAttributeAccessIssue]
-        return {"range_shares": Fixed(placed), "rounding_offset": grain.join(offset_GK, tuple(w_OI.shape))}
+        scale = straight_through(stored.scale, placed.scale)  # pyright: ignore[reportAttributeAccessIssue]
+        offset_OI = grain.join(offset_GK, tuple(w_OI.shape))
+        return {"range_shares": Fixed(placed._replace(scale=scale)), "rounding_offset": offset_OI}
 
     @torch.no_grad()
     def constrain(self) -> None:
