@@ -75,15 +75,6 @@ def load_text(spec: str, split: Split = "calibration") -> Text:
     return _hub_text(spec, split, hint)
 
 
-def default_text(split: Split = "calibration") -> Text:
-    """WikiText-2 where a hub answers within seconds (or its cache holds it, when told to stay offline), else
-    python-docs. The result's name says which."""
-    try:
-        return load_text("wikitext2", split)
-    except TextError:
-        return load_text(PYTHON_DOCS, split)
-
-
 def _text(name: str, text: str) -> Text:
     if not text.strip():
         raise TextError(f"{name}: the text is empty. {_FORMS}")

@@ -38,7 +38,7 @@ from lowbit.architectures.check import (
     randomize,
 )
 from lowbit.architectures.table import Edge, LinearRole, SharedInput
-from lowbit.transforms import ChannelTransform, Merge, Permute, Rotate, Scale, Shift, Split
+from lowbit.transforms import ChannelTransform, Permute, Rotate, Scale, Shift, Split
 
 TOKENS = {"vocab_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 PLAIN = TOKENS | {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -459,7 +459,6 @@ def test_a_shift_says_which_linears_must_gain_a_bias() -> None:
         ("v_o", Rotate(torch.eye(16)), "runs of 8 of 16"),
         ("v_o", Rotate(torch.eye(8).expand(3, 8, 8)), "runs of 8 of 16"),
         ("v_o", Split(torch.ones(16, dtype=torch.int64)), "changes the width"),
-        ("v_o", Merge(torch.arange(16)), "changes the width"),
     ],
 )
 def test_illegal_transforms_are_refused_by_name(name: str, transform: ChannelTransform, message: str) -> None:

@@ -454,7 +454,7 @@ def test_explain_says_whether_a_step_runs_and_if_not_why(monkeypatch):
     decoding.install(plain)
     assert "no layer is packed" in decoding.explain(plain)
     for act, why in (
-        (ActSpec(Spec(Float(4, 3), PerToken())), "quantized to what no integer product takes"),
+        (ActSpec(Spec(Float(4, 3), PerToken())), "quantized to a format without an integer product"),
         (ActSpec(Spec(Int(8), PerToken()), threshold=6.0), "threshold"),
     ):
         assert why in decoding.explain(packed(act=act))

@@ -100,7 +100,7 @@ def test_a_rotated_residual_stream_leaves_the_logits_unchanged(case: str, kind: 
 def test_a_stream_that_cannot_be_rotated_says_why_and_is_refused(case: str) -> None:
     model, table, _, _ = _prepared(case)
     residual = resolve(table, block_modules(model, table)[0], model.config).residual
-    assert ("LayerNorm" in residual.fixed) != ("norms behind attention" in residual.fixed)
+    assert ("LayerNorm" in residual.fixed) != ("norms after attention" in residual.fixed)
     with pytest.raises(ValueError, match="cannot be rotated: "):
         rotate_residual(residual, RandomHadamard(5, _width(case)), {})
 

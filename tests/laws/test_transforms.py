@@ -9,7 +9,6 @@ from torch.nn.functional import linear
 from lowbit.transforms import (
     ChannelTransform,
     Kronecker,
-    Merge,
     Permute,
     RandomHadamard,
     Reassembly,
@@ -50,9 +49,8 @@ EXACT: dict[str, ChannelTransform] = {
     "random hadamard": RandomHadamard(11, I),
     "random hadamard inverse in runs": RandomHadamard(11, 6, inverted=True),
 }
-MERGE = Merge(torch.randperm(I, generator=_generator(9)) % 9)
 REASSEMBLY = Reassembly(I, *(torch.tensor(each, dtype=torch.int16) for each in ([4, 9, 20], [6, 6, 20], [0, 0, 3])))
-ALL = EXACT | {"merge": MERGE, "reassembly": REASSEMBLY}
+ALL = EXACT | {"reassembly": REASSEMBLY}
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -92,7 +90,7 @@ def test_dual_keeps_inner_products(name: str) -> None:
     torch.testing.assert_close((t.forward(x) * t.dual().forward(y)).sum(-1), (x * y).sum(-1), **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["shift", "split", "merge", "reassembly"])
+@pytest.mark.parametrize("name", ["shift", "split", "reassembly"])
 def test_transforms_without_a_dual_say_so(name: str) -> None:
     with pytest.raises(ValueError, match="no dual"):
         ALL[name].dual()
@@ -102,22 +100,6 @@ def test_transforms_without_a_dual_say_so(name: str) -> None:
 def test_tile_acts_alike_on_each_repetition(name: str) -> None:
     t, x = ALL[name], _normal(T, 3, I)
     torch.testing.assert_close(t.tile(3).forward(x.flatten(1)), t.forward(x).flatten(1), **TOLERANCE)
-
-
-def test_merge_is_exact_only_where_the_merged_channels_are_equal() -> None:
-    x, w = _normal(T, I), _normal(O, I, seed=1)
-    alike = _normal(T, 9, seed=2)[:, MERGE.groups]
-    folded = MERGE.fold_in(w, None)
-    assert not MERGE.exact
-    torch.testing.assert_close(linear(MERGE.forward(alike), *folded), linear(alike, w), **TOLERANCE)
-    assert (linear(MERGE.forward(x), *folded) - linear(x, w)).abs().max() > 0.1
-
-
-def test_merge_puts_split_channels_together_again() -> None:
-    split = Split(torch.tensor([1, 3, 2]))
-    merge = Merge(torch.arange(3).repeat_interleave(split.counts))
-    x = _normal(T, 3)
-    torch.testing.assert_close(merge.forward(split.forward(x)) * split.counts, x, **TOLERANCE)
 
 
 def test_a_fold_with_the_wrong_parameter_breaks_the_law() -> None:

@@ -12,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from lowbit.data import (
     TextError,
     calibration_set,
-    default_text,
     disjoint_parts,
     load_text,
     sample_sequences,
@@ -146,14 +145,6 @@ def test_a_data_set_is_named_with_config_split_and_column(hub):
     assert hub == [("org/name", "small", "validation")]
     with pytest.raises(TextError, match="columns are text, label; name one: org/name::train:COLUMN"):
         load_text("org/name:::body")
-
-
-def test_the_default_text_is_wikitext2_where_a_hub_answers(hub):
-    assert default_text("evaluation").name == "Salesforce/wikitext:wikitext-2-raw-v1:test"
-
-
-def test_the_default_text_is_python_docs_where_no_hub_answers(no_hub):
-    assert default_text("evaluation") == load_text("python-docs", "evaluation")
 
 
 @pytest.fixture

@@ -27,7 +27,6 @@ from lowbit.numerics import (
     Spec,
     TruncationSearch,
     quantize,
-    to_binary_coded,
 )
 from lowbit.numerics.fit import _power
 from lowbit.numerics.kmeans import kmeans_rows
@@ -119,22 +118,6 @@ def test_binary_coding_never_loses_by_rounds_by_bases_or_to_greedy(offset):
             assert (more <= fewer + 1e-9).all()
         assert before is None or (losses[-1] <= before + 1e-9).all()
         before = losses[-1]
-
-
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("grid", [{}, {"symmetric": True}, {"zero": "real"}], ids=str)
-def test_every_uniform_grid_is_a_binary_coded_one_with_an_offset(bits, grid):
-    x = _values(12, 50).float() + 0.3
-    q = quantize(x, Spec(Int(bits, **grid), PerGroup(16)), MinMax())
-    coded = to_binary_coded(q)
-    assert torch.equal(coded.codes, q.codes)
-    assert (coded.dequantize() - q.dequantize()).abs().max() <= 2e-6 * q.dequantize().abs().max()
-
-
-def test_only_uniform_grids_are_converted_to_binary_coded_ones():
-    q = quantize(_values(4, 16).float(), Spec(Codebook(2), PerChannel()), KMeans())
-    with pytest.raises(ValueError, match="uniform"):
-        to_binary_coded(q)
 
 
 def test_searching_where_zero_lies_gains_on_lopsided_values_and_loses_little_to_the_extremes():

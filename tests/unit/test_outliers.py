@@ -188,10 +188,10 @@ def test_without_a_usable_gram_matrix_the_rules_that_do_not_need_it_still_hold()
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Nearest(outliers=LeaveOneOut()), "needs the solver Gptq"),
-        (lambda: Gptq(outliers=(LeaveOneOut(), LeaveOneOut(0.1))), "only one of the outlier rules"),
-        (lambda: WeakColumns(), "a count or target_bits"),
-        (lambda: WeakColumns(3, 4.0), "a count or target_bits"),
+        (lambda: Nearest(outliers=LeaveOneOut()), "use the solver Gptq"),
+        (lambda: Gptq(outliers=(LeaveOneOut(), LeaveOneOut(0.1))), "at most one outlier rule"),
+        (lambda: WeakColumns(), "either count or target_bits"),
+        (lambda: WeakColumns(3, 4.0), "either count or target_bits"),
         (lambda: WeakColumns(-1), "at least 0"),
         (lambda: RangeOutliers(1.0), "below 1"),
         (lambda: LeaveOneOut(-0.1), "at least 0"),

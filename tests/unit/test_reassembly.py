@@ -17,7 +17,7 @@ from lowbit.scheme import activation
 from lowbit.steps import BlockState, SearchReassembly, Solve
 from lowbit.steps.listen import Place, listen
 from lowbit.steps.reassembly import _loss, _site, assembled, disassembly, merge_distances, thresholds
-from lowbit.transforms import Merge, Reassembly, Split
+from lowbit.transforms import Reassembly, Split
 from unit.test_quip import assert_unchanged, model_of, states
 
 from helpers import assert_close_f64, held, sqnr_db
@@ -41,9 +41,9 @@ def test_a_reassembly_is_a_split_and_a_merge_in_place():
     x, w = normal(5, 8), normal(7, 8, seed=1)
     split = Split(torch.tensor([2, 1, 1, 1, 1, 3, 1, 1]))  # copies of 0 and 5 behind them
     groups = torch.tensor([0, 1, 7, 2, 3, 2, 4, 5, 6, 2, 8])  # 4 and 6 join 2; 1 keeps a group, to be dropped
-    merge = Merge(groups)
-    both = merge.forward(split.forward(x))
-    w_both, _ = merge.fold_in(split.fold_in(w, None)[0], None)
+    merge = torch.nn.functional.one_hot(groups).double()  # column g marks the channels of group g
+    both = split.forward(x) @ (merge / merge.sum(0))
+    w_both = split.fold_in(w, None)[0] @ merge
     keep = [g for g in range(9) if g != 7]
     wanted = linear(both[:, keep], w_both[:, keep])
     assert_close_f64(linear(MOVED.forward(x), MOVED.fold_in(w, None)[0]), wanted)

@@ -9,7 +9,7 @@ import yaml
 from lowbit.modules import ActSpec, QuantLinear
 from lowbit.numerics import ClipSearch, Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, Table, to_dict
 from lowbit.plan.model_plan import plan_model
-from lowbit.recipes import METHODS, Recipe, as_recipe, builtin_recipes, from_file, from_plain, mix, recipe
+from lowbit.recipes import METHODS, Blockwise, Recipe, as_recipe, builtin_recipes, from_file, from_plain, mix, recipe
 from lowbit.scheme import FormatRule, Scheme, activation, linears, weight
 from lowbit.solve import Gptq, Nearest
 from lowbit.stages.blockwise import Walk
@@ -89,6 +89,18 @@ def test_exponents_without_a_point_are_numbers_in_explicit_steps_too(tmp_path):
         "steps:\n- {type: Solve, solver: {type: Gptq, damp: 5e-3}}\n"
     )
     assert from_file(file).steps == (Solve(Gptq(damp=0.005)),)
+
+
+def test_steps_at_the_top_of_a_file_are_short_for_one_stage():
+    rules = [{"weight": {key: item for key, item in PLAIN_W4.items() if key != "type"}}]
+    stage = {"type": "Blockwise", "steps": [SOLVE], "feed": "fp"}
+    long = from_plain({"name": "mine", "scheme": {"rules": rules}, "stages": [stage]})
+    assert long == from_plain(explicit(feed="fp")) == from_plain(to_dict(long))
+    assert long == Recipe("mine", linears(weight(4, 64)), (Blockwise((Solve(Nearest()),), "fp"),))
+    with pytest.raises(ValueError, match="short for one Blockwise stage"):
+        from_plain(explicit(stages=[stage]))
+    with pytest.raises(ValueError, match="attention and kv go into the mapping"):
+        from_plain(explicit(scheme={"rules": rules}, attention={"bits": 8}))
 
 
 @pytest.mark.parametrize("name", BUILTIN)

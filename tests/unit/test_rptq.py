@@ -74,7 +74,7 @@ def test_no_cluster_is_empty_where_points_coincide_or_are_few():
     assert kmeans_points(torch.zeros(10, 2), 4, seed=0).unique().tolist() == [0, 1, 2, 3]
     assert sorted(kmeans_points(torch.randn(5, 2), 5, seed=0).tolist()) == [0, 1, 2, 3, 4]
     for wrong in (0, 6):
-        with pytest.raises(ValueError, match="5 points are in 1 to 5 clusters"):
+        with pytest.raises(ValueError, match="5 points have 1 to 5 clusters"):
             kmeans_points(torch.randn(5, 2), wrong, seed=0)
 
 

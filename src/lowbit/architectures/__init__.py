@@ -1,8 +1,8 @@
-"""Model architectures as tables: where a model's linears are, what they share, and what commutes across which edge.
+"""Model architectures as tables: the linears of a model, the inputs they share, and the transforms that each edge carries.
 
-`for_config` picks the table of a model type, or discovers blocks and linears where there is none; `resolve` puts it on
-one block; `fold` moves a transform's parameter into that block's weights,
-`rotate_residual` the stream between the blocks into another basis. README.md says how to add a model.
+`for_config` returns the table of a model type, or discovers blocks and linears if there is none. `resolve` applies a table
+to one block. `fold` folds a transform into the block's weights, and `rotate_residual` a rotation of the stream between the
+blocks. README.md says how to add a model.
 """
 
 from __future__ import annotations
@@ -73,8 +73,11 @@ def model_types() -> tuple[str, ...]:
 def for_config(config: Any) -> Architecture:
     """The architecture table for a transformers configuration, by its `model_type`.
 
-    A type without a table gets a discovered one, made from an empty model on the meta device; its `warnings` name what
-    is not available. ValueError: no table, and transformers cannot build a causal language model from `config`.
+    A type without a table gets a discovered one, from an empty model on the meta device; its `warnings` name what is not
+    available.
+
+    Raises:
+        ValueError: there is no table, and transformers cannot build a causal language model from `config`.
     """
     build = _TABLES.get(config.model_type)
     return _discover_from(config) if build is None else build(config)

@@ -1,7 +1,7 @@
-"""Quantized attention in transformers' models, which ask a registry for the function that attends.
+"""Quantized attention in transformers' models, which look up their attention function in a registry.
 
-A module whose operands are to be quantized says so by an attribute; all others attend as they always do. So one function
-serves a model in which some blocks are quantized already and others are not.
+An attribute of an attention module turns quantization on; all other modules attend as usual. One function thus serves a
+model in which only some blocks are quantized so far.
 """
 
 from __future__ import annotations
@@ -20,19 +20,23 @@ from lowbit.modules import AttentionSpec, OperandRanges, attend
 
 IMPLEMENTATION = "lowbit"
 SPEC = "lowbit_attention"
-"""The attribute of a module that attends in which its formats are."""
+"""The attribute of an attention module that holds its formats."""
 RANGES = "lowbit_operands"
-"""The submodule of a module that attends in which its static ranges are, once they are known."""
+"""The submodule of an attention module that holds its static ranges, once they are known."""
 _OBSERVER = "lowbit_observer"
 
 
 def attention_modules(resolved: ResolvedBlock) -> tuple[str, ...]:
-    """Paths of the block's modules that attend: those that hold an output projection."""
+    """Paths of the block's attention modules: those that hold an output projection."""
     return tuple(path.rpartition(".")[0] for path, role in resolved.linears.items() if role == "o")
 
 
 def check_attention(model: PreTrainedModel) -> None:
-    """Raises ValueError where ``model`` attends by code of its own, which nothing can take the place of."""
+    """Checks that ``model`` attends through transformers' interface.
+
+    Raises:
+        ValueError: it has its own attention code, which cannot be replaced.
+    """
     if not model._supports_attention_backend:
         raise ValueError(
             f"{type(model).__name__} does not attend through transformers' attention interface, so its queries, keys and values "
@@ -41,9 +45,9 @@ def check_attention(model: PreTrainedModel) -> None:
 
 
 def quantize_attention(module: nn.Module, spec: AttentionSpec | None) -> None:
-    """From now on ``module``, which attends, quantizes its operands as ``spec`` says; None: no longer.
+    """Makes an attention module quantize its operands to ``spec``, or stop doing so (None).
 
-    Static ranges begin as ones, and only where ``spec`` knows the heads; where it does not, nothing is quantized yet.
+    Static ranges start as ones. If ``spec`` does not know the heads there are no ranges, and nothing is quantized yet.
     """
     setattr(module, SPEC, spec)
     if hasattr(module, RANGES):
@@ -54,19 +58,23 @@ def quantize_attention(module: nn.Module, spec: AttentionSpec | None) -> None:
 
 
 def attention_spec(module: nn.Module) -> AttentionSpec | None:
-    """What :func:`quantize_attention` said last."""
+    """The formats that :func:`quantize_attention` set last."""
     return getattr(module, SPEC, None)
 
 
 def operand_ranges(module: nn.Module) -> OperandRanges | None:
-    """The static ranges of a module that attends, where they are known."""
+    """The static ranges of an attention module; None if they are not known."""
     return getattr(module, RANGES, None)
 
 
 @contextmanager
 def observed(module: nn.Module, observer: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
-    """While open, ``observer`` is given the queries, keys and values of every call in which ``module`` attends: ``[B, H, T, D]``,
-    ``[B, G, S, D]`` and ``[B, G, S, D]``, as they are multiplied."""
+    """While open, calls ``observer`` with the operands of every attention call of ``module``, as they are multiplied.
+
+    Args:
+        module: an attention module.
+        observer: takes queries ``[B, H, T, D]``, keys ``[B, G, S, D]`` and values ``[B, G, S, D]``.
+    """
     setattr(module, _OBSERVER, observer)
     try:
         yield

@@ -1,6 +1,6 @@
 """LayerNorm, ALiBi (no rotary embedding), queries, keys and values interleaved by head, plain MLP with GELU.
 
-With `apply_residual_connection_post_layernorm` the norms' outputs are also the residual stream and offer no edge.
+With `apply_residual_connection_post_layernorm` the norms' outputs are also the residual stream and have no edge.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which rows or columns of a weight belong to an end of an edge, and which free channel each of them is.
+"""The rows or columns of a weight that belong to an end of an edge, and the free channel of each.
 
-Head layouts live here and nowhere else. All are built by reshaping an arange, so the index is the layout's own
-definition: [K, n, D] for key-value head, query head within it, dim. K = H / n, r rotary dims.
+Only this file knows head layouts. Every index is a reshaped arange, so the layout [K, n, D] defines it: key-value head,
+query head within it, dim. K = H / n.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lowbit.architectures.table import Axis, Heads, LinearRole
 
 
 def part_rows(linear: LinearRole, part: str | None, out_features: int, heads: Heads | None) -> Tensor | None:
-    """[P] rows of `part` in a fused weight of `out_features` rows; None: the linear is not fused."""
+    """Rows [P] of `part` in a fused weight of `out_features` rows; None if the linear is not fused."""
     if part is None:
         return None
     rows = torch.arange(out_features)
@@ -36,7 +36,10 @@ def _part_size(part: str, heads: Heads | None) -> int | None:
 
 
 def axis_channels(axis: Axis, width: int, heads: Heads | None) -> tuple[int, int | None]:
-    """(free channels, run within which they may mix) of an edge whose first port has `width` rows or columns."""
+    """(number of free channels, length of the runs within which they may mix; None: anywhere) of an edge.
+
+    `width`: rows or columns of the edge's first port.
+    """
     if axis in (Axis.HIDDEN, Axis.INNER):
         return width, None
     assert heads is not None, f"axis {axis} needs heads"
@@ -49,10 +52,10 @@ def axis_channels(axis: Axis, width: int, heads: Heads | None) -> tuple[int, int
 
 
 def axis_ports(axis: Axis, heads: Heads | None, *, shares: bool) -> tuple[Tensor | None, Tensor | None]:
-    """(rows of the projection, free channel of each) of one end; None for all of them, each once, in order.
+    """(rows of the projection, free channel of each) of one end; None stands for all, each once, in order.
 
-    `shares`: the end has one head for each query head (queries, the output projection's columns) rather than one for
-    each key-value head (keys, values).
+    `shares`: the end has one head for each query head (queries, columns of the output projection), not one for each
+    key-value head (keys, values).
     """
     if axis in (Axis.HIDDEN, Axis.INNER):
         return None, None
@@ -73,6 +76,6 @@ def axis_ports(axis: Axis, heads: Heads | None, *, shares: bool) -> tuple[Tensor
 
 
 def _repeat_heads(key_value: int, shared: int, within: Tensor) -> Tensor:
-    """[K * n * len(within)] free channels: each key-value head's own run, once for each query head that shares it."""
+    """Free channels [K * n * len(within)]: the run of each key-value head, once for each query head that shares it."""
     starts_K11 = torch.arange(key_value)[:, None, None] * (int(within.max()) + 1)
     return (starts_K11 + within.expand(1, shared, -1)).flatten()

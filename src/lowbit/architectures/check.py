@@ -1,8 +1,8 @@
 """The proof of a table: every legal transform at every edge leaves the model's function unchanged.
 
-Run in float64 on a small model whose every parameter is random, norms and biases included, so that no transform is an
-identity by accident. transformers computes norms, rotary angles, routing and some softmaxes in float32 whatever the
-model's dtype; that rounding would hide errors below 1e-7, so the check lifts it to float64.
+It runs in float64 on a small model with random parameters, also in norms and biases, so that no transform is an identity
+by accident. transformers computes norms, rotary angles, routing and some softmaxes in float32 for every model dtype. That
+rounding would hide errors below 1e-7, so the check replaces float32 with float64.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ TOLERANCE = 1e-9
 """Largest accepted change of any logit, relative to the largest logit."""
 
 SENSITIVITY = 1e-6
-"""Smallest accepted change when only the first port is folded: shows that the edge is alive in this model."""
+"""Smallest accepted change when only the first port is folded: it shows that the edge has an effect in this model."""
 
 
 class float64_everywhere(TorchFunctionMode):
-    """Inside, whatever asks for float32 gets float64."""
+    """A context in which torch functions use float64 instead of float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         def widen(value: Any) -> Any:
@@ -45,15 +45,23 @@ class float64_everywhere(TorchFunctionMode):
 
 
 def check_architecture(model: PreTrainedModel, architecture: Architecture, *, seed: int = 0) -> list[str]:
-    """Prove the table on a small model; returns "block.edge kind" for each pair proved.
+    """Proves the table on a small model.
 
-    Proved: each fold of a random transform leaves the logits unchanged; readers of a shared input read one tensor;
-    stages follow the order of execution; every matrix of a block is listed; judges exist.
+    Each fold of a random transform must leave the logits unchanged; readers of a shared input must read one tensor; stages
+    must follow the order of execution; every matrix of a block must be listed; judges must exist.
 
-    model: any causal language model with few, narrow blocks (two are enough); its experts are unfused, its
-    linears become drafts and its parameters are randomized, in place.
-    ValueError: the table does not fit the model. AssertionError: names the edge and kind that changed the logits, or
-    the shared input or stage that the model contradicts.
+    Args:
+        model: any causal language model with few, narrow blocks (two are enough). It is changed: its experts are unfused,
+            its linears become drafts and its parameters random.
+        architecture: the table.
+        seed: of parameters, tokens and transforms.
+
+    Returns:
+        "block.edge kind" for each proved pair.
+
+    Raises:
+        ValueError: the table does not fit the model.
+        AssertionError: a fold changed the logits, or the model contradicts a shared input or stage; names which.
     """
     unfuse_experts(model)
     randomize(model.double().eval(), seed)
@@ -85,7 +93,7 @@ def drafted(architecture: Architecture, block: nn.Module, config: Any) -> Resolv
 
 
 def check_inputs(model: nn.Module, tokens: Tensor, block: nn.Module, resolved: ResolvedBlock) -> None:
-    """AssertionError unless readers of a shared input read one tensor and stages run in their order."""
+    """Asserts that readers of a shared input read one tensor and that stages run in their order."""
     seen: dict[str, Tensor] = {}
 
     def remember(path: str) -> Callable[[nn.Module, tuple], None]:
@@ -108,9 +116,9 @@ def check_inputs(model: nn.Module, tokens: Tensor, block: nn.Module, resolved: R
 
 
 def randomize(model: nn.Module, seed: int) -> None:
-    """Every parameter random, in place.
+    """Makes every parameter random, in place.
 
-    Embeddings N(0, 1), so that tokens differ; other matrices N(0, 1 / fan in); gains and biases N(0, 1) pushed away
+    Embeddings become N(0, 1), so that tokens differ; other matrices N(0, 1 / fan in); gains and biases N(0, 1) pushed away
     from zero.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -125,7 +133,7 @@ def randomize(model: nn.Module, seed: int) -> None:
 
 
 def random_transform(edge: ResolvedEdge, kind: Kind, seed: int) -> ChannelTransform:
-    """A random transform of that kind that the edge accepts and that is far from the identity."""
+    """A random transform of this kind that the edge accepts and that is far from the identity."""
     generator = torch.Generator().manual_seed(seed)
     run = edge.within or edge.channels
     if kind is Kind.SCALE:
@@ -150,14 +158,14 @@ def change_of_logits(
     edge: ResolvedEdge,
     transform: ChannelTransform,
 ) -> float:
-    """Largest change of a logit, relative to the largest, while `transform` is folded across `edge` of `block`."""
+    """Largest change of a logit, relative to the largest logit, with `transform` folded across `edge` of `block`."""
     with folded(block, edge, transform):
         return float((logits(model, tokens) - before).abs().max() / before.abs().max())
 
 
 @contextlib.contextmanager
 def folded(block: nn.Module, edge: ResolvedEdge, transform: ChannelTransform) -> Iterator[None]:
-    """The block with `transform` folded across the edge; its weights are restored on leaving, zero biases stay."""
+    """Folds `transform` across the edge while open. On leaving, weights are restored; added zero biases stay."""
     if isinstance(transform, Shift):
         add_bias(block, needs_bias(edge, Kind.SHIFT))
     old = {name: tensor.clone() for name, tensor in block.state_dict().items()}

@@ -1,7 +1,7 @@
-"""A table for a model that has none: its blocks and linears by structure, nothing that needs to know the model.
+"""A table for a model that has none: blocks and linears found by structure alone.
 
-That is enough for methods that change only weights. Which linears share an input and what commutes cannot be read off
-the modules, so each linear stands alone, there are no edges, and `warnings` says what is missing.
+This suffices for methods that change only weights. Modules do not show which linears share an input or which transforms
+commute, so each linear stands alone, there are no edges, and `warnings` says what is missing.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ _NOT_AVAILABLE = (
 
 
 def discover(model: nn.Module) -> Architecture:
-    """A table made from the modules of `model` (meta tensors will do), whose fused experts are already unfused.
+    """A table from the modules of `model`, whose experts must be unfused; meta tensors are enough.
 
-    The blocks are the longest ModuleList of one class that holds linears. A linear's role is its path in the block with
-    `*` for numbers. A linear beside a list of experts is taken for their router and not listed as quantizable.
-    ValueError: there is no such ModuleList.
+    The blocks are the longest ModuleList of one class that holds linears. The role of a linear is its path in the block
+    with `*` for numbers. A linear next to a list of experts counts as their router and not as quantizable.
+
+    Raises:
+        ValueError: there is no such ModuleList.
     """
     path, blocks = _longest_block_list(model)
     names = {name: None for block in blocks for name in _linear_patterns(block)}
@@ -80,6 +82,6 @@ def _router_patterns(block: nn.Module) -> list[str]:
 
 
 def _path_of(model: nn.Module, getter: str) -> tuple[str, ...]:
-    """The path of the module that the model's getter returns, if it has one."""
+    """The path of the module that the model's getter returns; empty if there is none."""
     wanted = getattr(model, getter, lambda: None)()
     return tuple(path for path, module in model.named_modules() if module is wanted)[:1]

@@ -1,12 +1,12 @@
-"""Fused experts taken apart, so that everything else sees ordinary linears.
+"""Replaces fused experts with ordinary linears.
 
-transformers stores a layer's experts as two parameters, `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I], which no
-hook, fold or packed layer can address by expert. Unfusing replaces them by one small gated MLP an expert at paths like
-`mlp.experts.3.down_proj`. The alternative, teaching every step about a third axis, would put experts into all of the
-code. The price is a loop over experts instead of one grouped product, which quantized experts pay anyway.
+transformers stores a layer's experts as two parameters, `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I]. Hooks, folds
+and packed layers cannot address one expert in them. Unfusing replaces them with one small gated MLP for each expert, at
+paths like `mlp.experts.3.down_proj`. The alternative, a third axis in every step, would put experts into all of the code.
+The price is a loop over experts instead of one grouped product; quantized experts need this loop anyway.
 
-Law: the replaced module gives the same output. Fused modules are recognized by their structure, and those that compute
-anything but down(act(gate) * up) are refused.
+Law: the new module gives the same output. Fused modules are recognized by their structure; those that compute anything
+except down(act(gate) * up) are refused.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Expert(nn.Module):
 
 
 class UnfusedExperts(nn.ModuleList):
-    """A ModuleList of `Expert`s with the call of the fused module it replaces."""
+    """A ModuleList of `Expert`s with the call signature of the fused module that it replaces."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum over each token's experts.
 
-        hidden_states [T, H], top_k_index [T, k] int64, top_k_weights [T, k] -> [T, H]. An expert without tokens is not
-        called; an index that names no expert contributes nothing.
+        hidden_states [T, H], top_k_index [T, k] int64, top_k_weights [T, k] -> [T, H]. Experts without tokens are not
+        called; an index without an expert contributes nothing.
         """
         out = torch.zeros_like(hidden_states)
         for number, expert in enumerate(self):
@@ -54,10 +54,12 @@ class UnfusedExperts(nn.ModuleList):
 
 
 def unfuse_experts(module: nn.Module) -> list[str]:
-    """Replace every fused-experts module inside `module`, in place; returns their paths.
+    """Replaces every fused-experts module inside `module`, in place, and returns their paths.
 
-    The new parameters are copies with the old ones' dtype and device; meta parameters stay meta.
-    ValueError: a fused module that computes something else than plain gated experts.
+    The new parameters are copies with the same dtype and device; meta parameters stay meta.
+
+    Raises:
+        ValueError: a fused module that computes something other than plain gated experts.
     """
     paths = [path for path, child in module.named_modules() if is_fused(child)]
     for path in paths:
@@ -71,13 +73,13 @@ def unfuse_experts(module: nn.Module) -> list[str]:
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether the module holds all of its experts' weights in two three-dimensional parameters."""
+    """Whether the module holds the weights of all its experts in two three-dimensional parameters."""
     own = dict(module.named_parameters(recurse=False))
     return all(name in own and own[name].dim() == 3 for name in ("gate_up_proj", "down_proj"))
 
 
 def _require_plain(path: str, fused: nn.Module) -> None:
-    """Raise if the module has anything that an `Expert` does not reproduce."""
+    """Raises ValueError if the module has anything that an `Expert` does not reproduce."""
     gate = getattr(type(fused), "_apply_gate", None)
     signature = [name for name in inspect.signature(type(fused).forward).parameters if name != "self"]
     gate_up, down = fused.get_parameter("gate_up_proj"), fused.get_parameter("down_proj")
@@ -91,10 +93,10 @@ def _require_plain(path: str, fused: nn.Module) -> None:
         f"a call of {signature}": signature != ["hidden_states", "top_k_index", "top_k_weights"],
         f"gate_up_proj of shape {tuple(gate_up.shape)}": gate_up.shape[1:] != (2 * inner, hidden),
     }
-    found = [name for name, present in problems.items() if present]
-    if found:
+    differences = [name for name, present in problems.items() if present]
+    if differences:
         raise ValueError(
-            f"Experts at {path!r} ({type(fused).__name__}) have {', '.join(found)}; expected plain gated experts "
+            f"Experts at {path!r} ({type(fused).__name__}) have {', '.join(differences)}; expected plain gated experts "
             "down(act(gate) * up) that take hidden_states, top_k_index, top_k_weights. They cannot be unfused."
         )
 
@@ -110,7 +112,7 @@ def _unfused(fused: nn.Module) -> UnfusedExperts:
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    """A linear that owns a copy of `weight`, so that the fused parameter can be freed."""
+    """A linear with its own copy of `weight`, so that the fused parameter can be freed."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
     return linear

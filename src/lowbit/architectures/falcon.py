@@ -1,7 +1,7 @@
-"""LayerNorm, grouped or single key-value heads in one interleaved projection, plain MLP, three ways to place the norms.
+"""LayerNorm, grouped or single key-value heads in one interleaved projection, plain MLP, three placements of the norms.
 
-In sequence: a norm before attention and one before the MLP. In parallel with one norm: attention and MLP read the same
-tensor, so they share an input and every transform of that norm folds into both. In parallel with two: one norm each.
+In sequence: one norm before attention and one before the MLP. In parallel with one norm: attention and MLP read the same
+tensor, so they share an input and every transform of that norm folds into both. In parallel with two norms: one for each.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _heads(config: Any) -> Heads:
 
 
 def _norms(config: Any) -> tuple[Norm, Norm | None]:
-    """Attention's norm and the MLP's, None where the MLP reads attention's."""
+    """The norms of attention and of the MLP; None if the MLP reads attention's norm."""
     in_parallel = config.new_decoder_architecture or config.parallel_attn
     if not in_parallel:
         return Norm("attention_norm", "input_layernorm"), Norm("mlp_norm", "post_attention_layernorm")

@@ -1,9 +1,8 @@
-"""Folding a transform into a block's weights: one pure, differentiable function for search, training and commit.
+"""Folds a transform into a block's weights: one pure, differentiable function for search, training and commit.
 
-The rules of each transform live in its own `fold_in` and `fold_out`; this file only brings a port's rows or columns
-into the order of the free channels and back. A repeated key-value head, a rotary pair and a slice of a fused weight are
-then all the same thing: an index. Law: after the fold the model computes the same function
-(`check_architecture` proves it for every edge and kind of a table).
+Each transform has its rules in `fold_in` and `fold_out`; this file only moves a port's rows or columns into the order of
+the free channels and back. Repeated key-value heads, rotary pairs and slices of a fused weight are all indices. Law: after
+the fold the model computes the same function (`check_architecture` proves it for every edge and kind of a table).
 """
 
 from __future__ import annotations
@@ -24,14 +23,19 @@ _KINDS: dict[type, Kind] = {Scale: Kind.SCALE, Shift: Kind.SHIFT, Permute: Kind.
 def fold(edge: ResolvedEdge, transform: ChannelTransform, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The entries of a block's state_dict that change when `transform` acts on the edge's activation.
 
-    weights: the block's state_dict, or at least its entries at the edge's ports; neither it nor its tensors change. Matrices
-    are `[O, I]`, as those of drafts (`lowbit.modules.make_drafts`) are whatever class the linears had.
-    Differentiable in the weights and in the transform's parameters; computed in the wider of their dtypes, so the
-    caller rounds once, when it stores the result. A shift needs the bias of every module that `needs_bias` names to be
-    in `weights`, zero where the linear had none.
+    Differentiable in the weights and in the transform's parameters. Computed in the wider of their dtypes, so the caller
+    rounds once, when it stores the result.
 
-    ValueError: a kind the edge does not carry, a parameter of the wrong length, a scale of the wrong sign, a
-    permutation or rotation that leaves its head, a missing entry.
+    Args:
+        edge: the edge.
+        transform: acts on the edge's free channels.
+        weights: the block's state_dict, or at least its entries at the edge's ports; not changed. Matrices are `[O, I]`, as
+            in drafts (`lowbit.modules.make_drafts`). A shift needs the bias of every module that `needs_bias` names, zero if
+            the linear had none.
+
+    Raises:
+        ValueError: a kind that the edge does not carry, a parameter of the wrong length, a scale of the wrong sign, a
+            permutation or rotation that leaves its head, or a missing entry.
     """
     kind = _kind_of(transform)
     _check(edge, kind, transform)
@@ -47,14 +51,14 @@ def fold(edge: ResolvedEdge, transform: ChannelTransform, weights: Mapping[str, 
 
 
 def needs_bias(edge: ResolvedEdge, kind: Kind) -> tuple[str, ...]:
-    """Paths of the linears that must gain a (zero) bias before `kind` is folded across the edge."""
+    """Paths of the linears that need a new zero bias before `kind` is folded across the edge."""
     if kind is not Kind.SHIFT:
         return ()
     return tuple(dict.fromkeys(port.module for port in edge.ports if kind in port.kinds and not port.has_bias))
 
 
 def add_bias(block: nn.Module, paths: Iterable[str]) -> None:
-    """Give each named linear that has no bias a zero one, in place; the block computes the same function."""
+    """Gives each named linear without a bias a zero one, in place; the block computes the same function."""
     for path in paths:
         linear = block.get_submodule(path)
         if linear.bias is None:
@@ -117,7 +121,7 @@ def _take(edge: ResolvedEdge, name: str, changed: Mapping[str, Tensor], weights:
 def _fold_port(
     port: Port, channels: int, transform: ChannelTransform, weight: Tensor, bias: Tensor | None
 ) -> dict[str, Tensor]:
-    """What changes at one port, by name. A norm is a linear map with one input: its gain as one column."""
+    """The entries that change at one port, by name. A norm counts as a linear with one input: its gain is one column."""
     weight = weight.to(torch.promote_types(weight.dtype, _parameter(transform).dtype))
     bias = None if bias is None else bias.to(weight.dtype)
     local = _as_dtype(transform.dual() if port.inverse else transform, weight.dtype).tile(port.copies(channels))

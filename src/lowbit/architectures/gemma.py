@@ -1,7 +1,7 @@
-"""Norm gains of 1 + weight. From the second generation on, norms also follow attention and MLP.
+"""Norm gains of 1 + weight. From the second generation, norms also follow attention and MLP.
 
-The norms after attention and MLP feed only the residual stream, so they carry nothing, and keep it from being rotated; the
-MLP's input norm is then `pre_feedforward_layernorm`. The third generation adds norms on queries and keys.
+The norms after attention and MLP feed only the residual stream. They have no edges, and the stream cannot rotate because of
+them. The MLP's input norm is then `pre_feedforward_layernorm`. The third generation adds norms on queries and keys.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """LayerNorm, rotary embedding on part of each head, queries, keys and values interleaved by head, plain MLP.
 
-Attention and MLP have their own norms whether they run in parallel or in sequence, so one table serves both.
+Attention and MLP have their own norms, in parallel and in sequence, so one table serves both.
 """
 
 from __future__ import annotations

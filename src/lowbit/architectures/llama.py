@@ -8,14 +8,14 @@ from lowbit.architectures.parts import decoder, plain_token_step
 from lowbit.architectures.table import Architecture
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "smollm3", "granite")
-_BESIDE = {
+_NO_TOKEN_STEP = {
     "smollm3": "some of its blocks have no rotary embedding",
     "granite": "it scales its residual stream and scores",
 }
 
 
 def build(config: Any) -> Architecture:
-    step = _BESIDE.get(config.model_type) or plain_token_step(config)
+    step = _NO_TOKEN_STEP.get(config.model_type) or plain_token_step(config)
     return decoder(config, name="llama", model_types=MODEL_TYPES, token_step=step)
 
 

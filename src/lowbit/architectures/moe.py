@@ -1,8 +1,8 @@
-"""The llama shape with experts in place of the MLP, in some blocks or all.
+"""The llama shape with experts in place of the MLP, in some or all blocks.
 
-The norm before the MLP feeds the router and every expert (and a shared expert and its gate, where there is one): a
-transform that forgets one of them changes the model. Experts have their own indices, so each has its own inputs and
-its own up -> down edge. Fused experts must be unfused first.
+The norm before the MLP feeds the router and every expert (and, if there are any, a shared expert and its gate). A transform
+must fold into all of them. Every expert has its own inputs and its own up -> down edge. Fused experts must be unfused
+first.
 """
 
 from __future__ import annotations

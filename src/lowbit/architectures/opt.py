@@ -1,6 +1,6 @@
-"""LayerNorm with bias, learned positions (so queries and keys are free per channel), two-linear MLP with ReLU.
+"""LayerNorm with bias, learned positions (so queries and keys are free per channel), MLP of two linears with ReLU.
 
-With `do_layer_norm_before` false the norm's output is the residual stream itself, so the norms offer no edge.
+With `do_layer_norm_before` false the norm's output is the residual stream itself, so the norms have no edge.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pieces most tables are made of. A table calls these and adds what is its own."""
+"""Parts that most tables share. A table combines them and adds its own entries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PERMUTE = frozenset({Kind.PERMUTE})
 SCALE_PERMUTE = frozenset({Kind.SCALE, Kind.PERMUTE})
 
 HOMOGENEOUS_ACTIVATIONS = frozenset({"relu", "leaky_relu"})
-"""f(s x) == s f(x) for s > 0, so a positive scale passes through."""
+"""Activations with f(s x) == s f(x) for s > 0, which a positive scale passes."""
 
 NORM_EDGES = ("norm_qkv", "norm_mlp")
 
@@ -37,7 +37,7 @@ def ends(*roles: str) -> tuple[End, ...]:
 
 
 def rotary_heads(config: Any) -> Heads:
-    """Heads of a model with a rotary embedding on queries and keys, over part of the head where the config says so."""
+    """Heads of a model with a rotary embedding on queries and keys, over all or part of each head."""
     query = config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // query
     rope = getattr(config, "rope_parameters", None) or {}
@@ -52,19 +52,19 @@ def plain_heads(config: Any) -> Heads:
 
 
 def norm_edge(name: str, norm: str, consumers: tuple[End, ...], judge: str) -> Edge:
-    """Norm -> every linear and router that reads it: any scale, and a shift where the norm has a bias."""
+    """Norm -> every linear and router that reads it: carries any scale, and a shift if the norm has a bias."""
     return Edge(name, ends(norm), consumers, SCALE_SHIFT, Axis.HIDDEN, judge)
 
 
 def value_edge(value: End, output: str, judge: str) -> Edge:
-    """Values -> output projection: attention averages over tokens, so whatever stays within a head passes."""
+    """Values -> output projection: attention averages over tokens, so every transform within a head passes."""
     return Edge("v_o", (value,), ends(output), HEAD_KINDS | SCALE_SHIFT, Axis.VALUE, judge)
 
 
 def query_key_edges(query: str, key: str, judge: str, heads: Heads, *, fused: str | None = None) -> tuple[Edge, ...]:
-    """Queries against keys, which take the dual: rotary pairs share a scale; the rest of a head is free.
+    """Queries and keys, which take the dual: the two channels of a rotary pair share a scale; other channels are free.
 
-    fused: the role of the fused projection of which `query` and `key` are parts.
+    `fused`: the role of the fused projection that has `query` and `key` as parts.
     """
     producers = (
         (End(query), End(key, inverse=True)) if fused is None else (End(fused, query), End(fused, key, inverse=True))
@@ -79,13 +79,13 @@ def query_key_edges(query: str, key: str, judge: str, heads: Heads, *, fused: st
 
 
 def gated_edge(gate: End, up: End, down: str, *, name: str = "up_down", judge: str) -> Edge:
-    """act(gate) * up -> down: linear in `up` alone, so a scale leaves the gate; a permutation moves both."""
+    """act(gate) * up -> down: linear in `up` only, so a scale does not touch the gate; a permutation moves both."""
     moved_gate = End(gate.role, gate.part, kinds=PERMUTE)
     return Edge(name, (up, moved_gate), ends(down), SCALE_PERMUTE, Axis.INNER, judge)
 
 
 def plain_mlp_edge(up: str, down: str, activation: str, *, judge: str) -> Edge:
-    """up -> activation -> down: a permutation passes any activation, a positive scale only a homogeneous one."""
+    """up -> activation -> down: a permutation passes every activation, a positive scale only a homogeneous one."""
     homogeneous = activation in HOMOGENEOUS_ACTIVATIONS
     carries = SCALE_PERMUTE if homogeneous else PERMUTE
     return Edge("up_down", ends(up), ends(down), carries, Axis.INNER, judge, positive=True)
@@ -93,8 +93,11 @@ def plain_mlp_edge(up: str, down: str, activation: str, *, judge: str) -> Edge:
 
 @dataclass(frozen=True)
 class Mlp:
-    """The MLP half of a decoder's table; `readers` are the roles that read the norm before it, routers included, and
-    `writers` those whose output is added to the residual stream."""
+    """The MLP part of a decoder's table.
+
+    `readers`: the roles that read the norm before the MLP, also routers. `writers`: the roles whose output is added to the
+    residual stream.
+    """
 
     linears: tuple[LinearRole, ...]
     shared_inputs: tuple[SharedInput, ...]
@@ -123,19 +126,25 @@ def decoder(
     gain_offset: float = 0.0,
     query_key_norms: bool = False,
     output_norms: bool = False,
-    token_step: TokenStep | str = "its blocks do more than the step knows",
+    token_step: TokenStep | str = "its blocks compute more than the step does",
 ) -> Architecture:
-    """The commonest decoder: split projections, RMSNorm before attention and MLP, rotary embedding.
+    """The most common decoder: split projections, RMSNorm before attention and MLP, rotary embedding.
 
-    mlp_norm: the norm that feeds the MLP. gain_offset: 1.0 where norms store their gain minus one. query_key_norms:
-    norms on each head of queries and keys, before the rotary embedding; their gains then carry the query/key edge,
-    because a norm forgets the scale of the projection before it. output_norms: norms behind attention and MLP too, whose
-    gains are of channels of the residual stream and fold into nothing. token_step: see `Architecture`.
+    Args:
+        config: the transformers configuration.
+        name: of the table.
+        model_types: that the table serves.
+        mlp: the MLP part.
+        mlp_norm: path of the norm that feeds the MLP.
+        gain_offset: 1.0 if norms store their gain minus one.
+        query_key_norms: norms on each head of queries and keys, before the rotary embedding. Their gains then carry the
+            query/key edge, because a norm removes the scale of the projection before it.
+        output_norms: norms also follow attention and MLP. Their gains act on channels of the residual stream and fold into
+            no weight.
+        token_step: see `Architecture`.
     """
     residual = (
-        Residual(
-            fixed="norms behind attention and MLP have a gain for each of its channels, with no weight behind them"
-        )
+        Residual(fixed="norms after attention and MLP have a gain for each of its channels, with no weight after them")
         if output_norms
         else Residual(NORM_EDGES, ("o", *mlp.writers))
     )
@@ -176,15 +185,15 @@ def decoder(
 
 
 def plain_token_step(config: Any) -> TokenStep | str:
-    """The compiled step of the commonest decoder, or what in `config` it does not know."""
+    """The compiled step of the most common decoder, or the reason why `config` does not allow it."""
     rope = getattr(config, "rope_parameters", None) or {}
     if config.hidden_act != "silu":
-        return f"the gate is {config.hidden_act}, it knows silu"
+        return f"the gate is {config.hidden_act}, the step supports only silu"
     if rope.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
         return f"rotary frequencies ({rope['rope_type']}) change with the length of the text"
     types = set(getattr(config, "layer_types", None) or ())
     if types - {"full_attention"} or (not types and getattr(config, "sliding_window", None) is not None):
-        return "attention sees a sliding window of the text, it knows all of it"
+        return "attention sees a sliding window of the text, the step supports only full attention"
     return TokenStep(rotary="model.rotary_emb")
 
 
@@ -199,4 +208,4 @@ FUSED_INPUTS = (
     SharedInput("mlp_in", ("fc1",)),
     SharedInput("mlp_hidden", ("fc2",)),
 )
-"""Fused attention, then a plain MLP, one after the other."""
+"""Shared inputs of fused attention followed by a plain MLP."""

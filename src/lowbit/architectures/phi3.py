@@ -1,4 +1,4 @@
-"""The llama shape with queries, keys and values in one projection, and gate and up in another, each stacked whole."""
+"""The llama shape with queries, keys and values stacked in one projection, and gate and up stacked in another."""
 
 from __future__ import annotations
 

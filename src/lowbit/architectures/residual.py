@@ -1,11 +1,11 @@
-"""Rotating the residual stream: one orthogonal matrix R for all of a model, folded into every block (QuaRot, arXiv:2404.00456).
+"""Rotates the residual stream: one orthogonal matrix R for a whole model, folded into every block (QuaRot, arXiv:2404.00456).
 
-An RMSNorm divides a token by its length, which R does not change, so that norm(h R) = norm(h) R once the norm has no gain:
-the gain g goes into what reads the norm, W diag(g) R, and what writes to the stream takes R^T W. Each block's fold depends
-on R alone, so a model that is streamed block by block rotates block by block. Where the stream begins and ends it is turned
-at run time (:mod:`lowbit.modules.residual`): embeddings and head stay as they are stored, and tied where they are tied.
+An RMSNorm divides a token by its length, which R does not change, so norm(h R) = norm(h) R for a norm without a gain. The
+gain g moves into the readers of the norm, W diag(g) R, and the writers to the stream become R^T W. The fold of a block
+depends only on R, so a model that is streamed block by block can rotate block by block. At both ends the stream is rotated
+at run time (:mod:`lowbit.modules.residual`), so embeddings and head stay as stored, and tied if they are tied.
 
-Law: the model computes the same function (tests/laws/test_residual.py, every table that does not say why it cannot).
+Law: the model computes the same function (tests/laws/test_residual.py, for every table that does not name a reason).
 """
 
 from __future__ import annotations
@@ -21,12 +21,18 @@ from lowbit.transforms import ChannelTransform
 def rotate_residual(
     residual: ResolvedResidual, rotation: ChannelTransform, weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The entries of a block's state_dict that change when the stream it reads and writes is ``rotation.forward(h)``.
+    """The entries of a block's state_dict that change when the block reads and writes ``rotation.forward(h)``.
 
-    weights: the block's state_dict, matrices `[O, I]` as drafts have them; neither it nor its tensors change. rotation: orthogonal, of the stream's width. The
-    result is float64, so that the caller rounds once; gains are one.
+    Args:
+        residual: the stream of the block.
+        rotation: orthogonal, of the stream's width.
+        weights: the block's state_dict with matrices ``[O, I]``, as in drafts; not changed.
 
-    ValueError: a stream that cannot be rotated, with the reason.
+    Returns:
+        Entries in float64, so that the caller rounds once; gains become one.
+
+    Raises:
+        ValueError: the stream cannot be rotated; the message says why.
     """
     if residual.fixed:
         raise ValueError(f"The residual stream cannot be rotated: {residual.fixed}.")

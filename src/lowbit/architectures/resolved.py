@@ -1,7 +1,7 @@
 """A table resolved on one block: paths, rows and free channels instead of roles and parts.
 
-Everything a fold, a search or a report needs is here as plain values; no one reads the table again. Shape suffixes: C
-free channel of an edge, P channel of a port (a row of a producer, a column of a consumer).
+Folds, searches and reports read these plain values and not the table. Shape suffixes: C free channel of an edge, P channel
+of a port (a row of a producer, a column of a consumer).
 """
 
 from __future__ import annotations
@@ -18,10 +18,16 @@ from lowbit.architectures.table import Kind
 class Port:
     """One place where a transform folds: rows of a producer (`side` "out") or columns of a consumer ("in").
 
-    `weight` and `bias` are names in the block's state_dict, `has_bias` whether the bias exists. `norm`: `weight` is a
-    gain of `weight + gain_offset` rather than a matrix. `rows`: [P] int64 or None, the rows of a fused weight that
-    belong to this port (None: all). `expand`: [P] int64 or None, the free channel of each of them (None: each free
-    channel once, in order). `inverse`: takes the dual of the transform.
+    Args:
+        module: path of the module; `weight` and `bias` are its names in the block's state_dict.
+        side: "out" or "in".
+        has_bias: whether the bias exists.
+        kinds: transforms that touch this port.
+        norm: `weight` is a gain of `weight + gain_offset`, not a matrix.
+        gain_offset: see `norm`.
+        rows: [P] int64, the rows of a fused weight that belong to this port; None: all.
+        expand: [P] int64, the free channel of each of them; None: each free channel once, in order.
+        inverse: takes the dual of the transform.
     """
 
     module: str
@@ -43,12 +49,12 @@ class Port:
         return f"{self.module}.bias"
 
     def copies(self, channels: int) -> int:
-        """How many times this port holds each free channel."""
+        """The number of times that this port holds each free channel."""
         return 1 if self.expand is None else len(self.expand) // channels
 
     @cached_property
     def order(self) -> Tensor | None:
-        """[P] rows or columns with all free channels once, then all of them again, and so on; None: as they are."""
+        """[P] rows or columns with all free channels once, then all again, and so on; None: as stored."""
         if self.expand is None:
             return self.rows
         copies = int(self.expand.bincount()[0])
@@ -56,7 +62,7 @@ class Port:
         return order if self.rows is None else self.rows[order]
 
     def reduce(self, stat_P: Tensor, how: str = "amax") -> Tensor:
-        """A statistic of the port's channels reduced to the free channels. `how`: "amax", "amin", "mean" or "sum"."""
+        """A statistic [P] of the port's channels, reduced to the free channels. `how`: "amax", "amin", "mean" or "sum"."""
         if self.expand is None:
             return stat_P
         size = int(self.expand.max()) + 1
@@ -68,10 +74,16 @@ class Port:
 class ResolvedEdge:
     """An edge of one block.
 
-    `channels`: length of a transform's parameter vector. `within`: a permutation or rotation mixes only inside
-    consecutive runs of this many free channels (None: anywhere). `positive`: scales must be > 0. `judge`: the module
-    whose output a search compares. `inputs`: the shared inputs that the consumers read, where the edge's activation
-    statistics come from; several where experts each see some of the tokens; empty on a query/key edge.
+    Args:
+        name: of the edge.
+        channels: length of a transform's parameter vector.
+        carries: the kinds of transform that it carries.
+        ports: all producers and consumers.
+        within: permutations and rotations mix only inside consecutive runs of this length; None: anywhere.
+        positive: scales must be > 0.
+        judge: path of the module whose output a search compares.
+        inputs: the shared inputs that the consumers read, which give the edge's activation statistics. Several if each
+            expert sees some of the tokens; empty on a query/key edge.
     """
 
     name: str
@@ -85,7 +97,7 @@ class ResolvedEdge:
 
     @property
     def input(self) -> str | None:
-        """The shared input that sees every token the consumers see, or None where only several together do."""
+        """The shared input that sees every token of the consumers; None if only several together do."""
         return self.inputs[0] if len(self.inputs) == 1 else None
 
     @property
@@ -113,7 +125,7 @@ class ResolvedEdge:
         return self._consumer().reduce(stat, "sum")
 
     def spread(self, free_C: Tensor) -> Tensor:
-        """Values of the free channels [channels] at the consumers' input channels [P], the opposite of a reduction."""
+        """Values of the free channels [channels] repeated at the consumers' input channels [P]."""
         expand = self._consumer().expand
         return free_C if expand is None else free_C[expand.to(free_C.device)]
 
@@ -125,7 +137,7 @@ class ResolvedEdge:
 
 @dataclass(frozen=True)
 class ResolvedInput:
-    """Linears (paths, in table order) that read one tensor and so share its statistics."""
+    """Linears (paths, in table order) that read one tensor and share its statistics."""
 
     name: str
     readers: tuple[str, ...]
@@ -133,8 +145,13 @@ class ResolvedInput:
 
 @dataclass(frozen=True, eq=False)
 class ResolvedResidual:
-    """The residual stream of one block: the edges from the norms that read it, the shared inputs that are the stream behind
-    one of these norms, and the linears that write to it. `fixed`: why it cannot be rotated; empty where it can.
+    """The residual stream of one block.
+
+    Args:
+        edges: the edges from the norms that read it.
+        inputs: the shared inputs directly after one of these norms.
+        writers: the linears that write to it.
+        fixed: the reason why it cannot be rotated; empty if it can.
     """
 
     edges: tuple[ResolvedEdge, ...] = ()
@@ -145,11 +162,18 @@ class ResolvedResidual:
 
 @dataclass(frozen=True, eq=False)
 class ResolvedBlock:
-    """One block: linears path -> role, shared inputs and stages in execution order, edges, routers path -> role.
+    """One block.
 
-    `stages` groups the linears for true-sequential quantization: each is calibrated with the earlier ones quantized.
-    `other_matrices` names the parameters of two or more dimensions that no role covers (convolutions, say): they keep
-    their precision, and a report must say so. `residual`: how the stream between the blocks rotates.
+    Args:
+        linears: path -> role.
+        shared_inputs: in execution order.
+        stages: groups of linears for true-sequential quantization, in execution order: each is calibrated with the earlier
+            ones quantized.
+        edges: of the block.
+        routers: path -> role.
+        other_matrices: parameters of two or more dimensions without a role (such as convolutions). They keep their
+            precision, and a report must say so.
+        residual: the stream between the blocks.
     """
 
     linears: dict[str, str]
@@ -161,7 +185,7 @@ class ResolvedBlock:
     residual: ResolvedResidual = ResolvedResidual(fixed="there is none")
 
     def edge(self, name: str) -> ResolvedEdge:
-        """The edge of that name, or ValueError with the names there are."""
+        """The edge of this name; raises ValueError with the known names if there is none."""
         for edge in self.edges:
             if edge.name == name:
                 return edge

@@ -1,4 +1,4 @@
-"""Sizes of well-known models: enough to build one of random weights, or the shapes of its linears."""
+"""Sizes of well-known models, for models with random weights and for the shapes of their linears."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def named_config(name: str) -> Any:
-    """The transformers configuration of a model of this name's sizes.
+    """The transformers configuration with the sizes of the model ``name``.
 
     Raises:
         ValueError: a name that is not in :data:`SHAPES`.
@@ -32,5 +32,5 @@ def named_config(name: str) -> Any:
     from transformers import AutoConfig  # slow to import, and most uses of this package need none
 
     if name not in SHAPES:
-        raise ValueError(f"no sizes are known of {name!r}{nearest(name, list(SHAPES))}; known: {', '.join(SHAPES)}")
+        raise ValueError(f"no sizes are known for {name!r}{nearest(name, list(SHAPES))}; known: {', '.join(SHAPES)}")
     return AutoConfig.for_model(**SHAPES[name])

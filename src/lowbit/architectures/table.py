@@ -1,9 +1,8 @@
-"""What a model's table says: where its linears are, which share an input, and across which edges transforms fold.
+"""The types of a model's table: its linears, their shared inputs, and the edges across which transforms fold.
 
-A table is a frozen value and holds no code. Everything that depends on the configuration (grouped heads, a norm's
-place, the activation between two linears) is decided once, when the family's function builds the table, so nothing
-downstream asks which model it is looking at. Paths are relative to one decoder block; `*` in a path stands for the
-index of an expert.
+A table is a frozen value without code. The family's function builds it and decides everything that depends on the
+configuration (grouped heads, places of norms, the activation between two linears), so no other code asks for the model.
+Paths are relative to one decoder block; `*` in a path stands for the number of an expert.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ class Kind(Enum):
 
 
 class Axis(Enum):
-    """What the free channels of an edge are; with the heads it fixes how ports repeat them."""
+    """The free channels of an edge. Axis and heads together determine how ports repeat them."""
 
     HIDDEN = "hidden"
     """Residual width: every port has each channel once."""
     INNER = "inner"
     """Width between the two MLP linears: every port has each channel once."""
     VALUE = "value"
-    """Key-value heads x head dim; the output projection reads each key-value head once a query head that shares it."""
+    """Key-value heads x head dim; the output projection reads a key-value head once for each query head that shares it."""
     ROTARY = "rotary"
-    """Key-value heads x rotary frequencies: the two channels that one frequency turns are one free channel."""
+    """Key-value heads x rotary frequencies: the two channels that one frequency rotates are one free channel."""
     UNROTATED = "unrotated"
-    """Key-value heads x the query and key channels that no rotary embedding turns."""
+    """Key-value heads x the query and key channels without rotary embedding."""
     HEAD_ROTARY = "head_rotary"
-    """Rotary frequencies, shared by all heads: the gains of query and key norms."""
+    """Rotary frequencies, shared by all heads: gains of query and key norms."""
 
 
 ROLE_GROUPS: dict[str, frozenset[str]] = {
@@ -50,17 +49,20 @@ ROLE_GROUPS: dict[str, frozenset[str]] = {
         | {f"{expert}_{role}" for expert in ("expert", "shared") for role in ("gate", "up")}
     ),
 }
-"""Names for several roles at once, whatever roles a model has: rules match by them. A model whose table was discovered has
-none of these roles, as what its linears are is not known."""
+"""Names for groups of roles, which rules can match. Discovered tables have none of these roles, because the functions of
+their linears are unknown."""
 
 
 @dataclass(frozen=True)
 class LinearRole:
-    """A quantizable linear: `role` is the name users and recipes give it, `path` its place in the block.
+    """A quantizable linear.
 
-    `parts` names the fused projections in the order of `layout`: "concat" stacks them whole, "grouped" interleaves them
-    by key-value head (its query heads, its key, its value), which is also the per-head interleaving of plain
-    multi-head attention.
+    Args:
+        role: its name for users and recipes.
+        path: its place in the block.
+        parts: the fused projections, in order.
+        layout: "concat" stacks the parts whole. "grouped" interleaves them by key-value head (its query heads, its key,
+            its value); in plain multi-head attention this interleaves them by head.
     """
 
     role: str
@@ -71,7 +73,7 @@ class LinearRole:
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalization with a gain of `weight + gain_offset` (offset 1.0 where the stored weight is centred on zero)."""
+    """A normalization with a gain of `weight + gain_offset` (offset 1.0 if the stored weight is centred on zero)."""
 
     role: str
     path: str
@@ -80,9 +82,9 @@ class Norm:
 
 @dataclass(frozen=True)
 class SharedInput:
-    """Linears that read one tensor: they share its statistics, and each is one stage of true-sequential quantization.
+    """Linears that read one tensor. They share its statistics and form one stage of true-sequential quantization.
 
-    Where every reader's path has a `*`, there is one such input for each expert, and all of them form one stage.
+    If the path of every reader has a `*`, each expert has its own input, and all of these form one stage.
     """
 
     name: str
@@ -91,11 +93,16 @@ class SharedInput:
 
 @dataclass(frozen=True)
 class End:
-    """One side of an edge: a linear, router or norm by role, with the part of a fused weight where it is one.
+    """One end of an edge: a linear, router or norm.
 
-    On the axes of attention, the role or part named "q" has one head for each query head, as has every consumer; all
-    others have one for each key-value head. `inverse` marks the keys of a query/key edge, which take the dual of what the queries take. `kinds` restricts the
-    transforms that touch this end: the gate of a gated MLP moves with a permutation but not with a scale.
+    On the axes of attention, the role or part "q" and every consumer have one head for each query head; all others have one
+    for each key-value head.
+
+    Args:
+        role: of the module.
+        part: of a fused weight.
+        inverse: takes the dual of the transform: the keys of a query/key edge.
+        kinds: the transforms that touch this end: the gate of a gated MLP moves with a permutation but not with a scale.
     """
 
     role: str
@@ -106,11 +113,17 @@ class End:
 
 @dataclass(frozen=True)
 class Edge:
-    """Producers and consumers of one activation, and what commutes with everything between them.
+    """Producers and consumers of one activation, and the transforms that commute with everything between them.
 
-    `positive`: scales must be > 0 (a ReLU in between). `judge`: the module whose output a search compares. `carries`
-    is what the mathematics allows; resolving drops a shift whose norm has no bias to hold it. Where every end's path
-    has a `*`, there is one edge for each expert.
+    If the path of every end has a `*`, each expert has its own edge.
+
+    Args:
+        name: of the edge.
+        producers, consumers: its ends.
+        carries: the transforms that the mathematics allows; resolving drops a shift if its norm has no bias.
+        axis: the free channels.
+        judge: path of the module whose output a search compares.
+        positive: scales must be > 0 (a ReLU lies in between).
     """
 
     name: str
@@ -124,10 +137,13 @@ class Edge:
 
 @dataclass(frozen=True)
 class Heads:
-    """Attention heads: `query` heads of width `dim`, `key_value` of them for keys and values, `rotary` dims rotated.
+    """Attention heads.
 
-    Rotary dims are the leading ones of a head, with frequency i turning dims i and i + rotary/2. 0: no rotary
-    embedding on queries and keys.
+    Args:
+        query: number of query heads.
+        key_value: number of heads of keys and values.
+        dim: width of a head.
+        rotary: leading dims of a head with rotary embedding; frequency i rotates dims i and i + rotary/2. 0: none.
     """
 
     query: int
@@ -138,15 +154,16 @@ class Heads:
 
 @dataclass(frozen=True)
 class TokenStep:
-    """Says that a model is exactly what the compiled step of one token computes:
+    """Marks a model that computes exactly the compiled step of one token:
 
-        h += o(attention(turn(q(norm h)), turn(k(norm h)), v(norm h)))
+        h += o(attention(rotary(q(norm h)), rotary(k(norm h)), v(norm h)))
         h += down(silu(gate(norm h)) * up(norm h))
 
-    and after the blocks the final norm and the head. Norms are RMSNorm; queries and keys pass the norms `q_norm` and `k_norm`
-    first where the table lists them; attention sees all earlier tokens, its scores divided by the root of the head dim.
+    and after the blocks the final norm and the head. Norms are RMSNorm. Queries and keys pass the norms `q_norm` and `k_norm`
+    first if the table lists them. Attention sees all earlier tokens and divides its scores by the root of the head dim.
 
-    `rotary`: the path of the module that gives cosines and sines of positions, which depend on nothing else.
+    Args:
+        rotary: path of the module for cosines and sines, which may depend on positions only.
     """
 
     rotary: str
@@ -154,11 +171,13 @@ class TokenStep:
 
 @dataclass(frozen=True)
 class Residual:
-    """Where the residual stream is read and written, so that all of the model may move to another orthogonal basis.
+    """The readers and writers of the residual stream, which a rotation of the stream folds into.
 
-    `edges` names those from the norms that read the stream to all that reads these norms, `writers` the roles whose output
-    is added to it. `fixed`: why the stream cannot be rotated; empty where it can: every norm on it is an RMSNorm, which an
-    orthogonal matrix commutes with once its gain is in the weights behind it.
+    Args:
+        edges: names of the edges from the norms that read the stream to the readers of these norms.
+        writers: the roles whose output is added to the stream.
+        fixed: the reason why the stream cannot be rotated; empty if it can. It can if every norm on it is an RMSNorm, which
+            commutes with an orthogonal matrix once its gain is folded into the weights after it.
     """
 
     edges: tuple[str, ...] = ()
@@ -168,13 +187,21 @@ class Residual:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The table of one model: module paths of the whole model, then roles, inputs and edges within a block.
+    """The table of one model.
 
-    `blocks` is the path of the ModuleList of decoder blocks; `embed` the modules with weights before the first block;
-    `final_norm`, `after` (rare projections) and `head` those after the last, where the model has them. `routers` choose
-    experts and are never quantized, but read what the experts read, so transforms fold into them. `residual` says whether
-    and how the stream between the blocks rotates. `warnings` names what is not available for this model. `token_step`:
-    whether one token has a compiled step, or why not.
+    Args:
+        name: of the table.
+        model_types: of transformers that it serves.
+        blocks: path of the ModuleList of decoder blocks.
+        linears, shared_inputs, edges, norms: within one block.
+        routers: choose experts. They are never quantized, but read the same input as the experts, so transforms fold into
+            them.
+        heads: of attention.
+        residual: whether and how the stream between the blocks rotates.
+        embed: paths of modules with weights before the first block.
+        final_norm, after, head: paths of modules after the last block, if the model has them; `after` are rare projections.
+        warnings: name features that are not available for this model.
+        token_step: the compiled step of one token, or the reason why there is none.
     """
 
     name: str
@@ -186,10 +213,10 @@ class Architecture:
     norms: tuple[Norm, ...] = ()
     routers: tuple[LinearRole, ...] = ()
     heads: Heads | None = None
-    residual: Residual = Residual(fixed="nothing is known of the norms that read it")
+    residual: Residual = Residual(fixed="the norms that read it are unknown")
     embed: tuple[str, ...] = ()
     final_norm: str | None = None
     after: tuple[str, ...] = ()
     head: str | None = None
     warnings: tuple[str, ...] = ()
-    token_step: TokenStep | str = "only blocks of RMSNorm, rotary heads and a gated MLP are described to it"
+    token_step: TokenStep | str = "the step supports only blocks of RMSNorm, rotary heads and a gated MLP"

@@ -1,4 +1,4 @@
-"""Decoding at the speed of memory: a packed model runs one token by one compiled call, inside transformers' own forward."""
+"""Decoding at the speed of memory: one compiled call runs one token of a packed model, inside transformers' forward."""
 
 from lowbit.decoding.cache import Growing
 from lowbit.decoding.model import explain, install, uninstall

@@ -1,8 +1,8 @@
-"""Keys and values with room for more, as layers of transformers' own dynamic cache.
+"""Buffers with spare room for keys and values, as layers of transformers' dynamic cache.
 
-transformers appends a token by copying all tokens. Here buffers have room, which doubles when it is used up, and the compiled
-step writes into them. The layers are otherwise transformers': what sets one's keys or values (reordering, selection,
-cropping) makes it an ordinary layer again, until :func:`adopt` takes it back.
+transformers copies all tokens to append one. These buffers have spare room, which doubles when it is used up, and the
+compiled step writes into them. Otherwise the layers behave as in transformers: setting keys or values (reordering,
+selection, cropping) makes an ordinary layer again, until :func:`adopt` takes it back.
 
 Shapes: H key-value head, C capacity, D dim of a head.
 """
@@ -17,19 +17,19 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 LEAST_ROOM = 256
-"""Tokens of the smallest buffer; all others have a power of two as many."""
+"""Tokens in the smallest buffer; larger buffers double it."""
 
 
 class Room:
     """The buffers ``[2, H, C, D]`` of all layers of a cache, for one sequence.
 
     Args:
-        layers: ordinary layers (batch 1) of equal length, whose tokens are copied.
+        layers: ordinary layers (batch 1) of equal length; their tokens are copied.
     """
 
     def __init__(self, layers: list[Any]):
         self.lengths = [layer.get_seq_length() for layer in layers]
-        """Tokens of each layer; -1: it has left."""
+        """Tokens of each layer; -1: the layer has left the room."""
         self.capacity = _capacity(max(self.lengths) + 1)
         self.buffers: list[Tensor] = []
         for layer, length in zip(layers, self.lengths, strict=True):
@@ -39,7 +39,7 @@ class Room:
             self.buffers.append(buffer)
 
     def reserve(self, tokens: int) -> None:
-        """Room for at least so many tokens in every layer."""
+        """Makes room for at least this number of tokens in every layer."""
         if tokens <= self.capacity:
             return
         self.capacity = _capacity(tokens)
@@ -49,24 +49,24 @@ class Room:
             self.buffers[i][:, :, :length] = old[:, :, :length]
 
     def addresses(self) -> tuple[list[int], list[int]]:
-        """Of the keys and of the values of each layer, ``[H, C, D]``."""
+        """Addresses of the keys and of the values ``[H, C, D]`` of each layer."""
         keys = [buffer.data_ptr() for buffer in self.buffers]
         half = self.buffers[0].nbytes // 2
         return keys, [address + half for address in keys]
 
     def advance(self) -> None:
-        """A token more is in every layer."""
+        """Counts one more token in every layer."""
         self.lengths = [length + 1 for length in self.lengths]
 
     def holds(self, layers: list[Any]) -> bool:
-        """Whether ``layers`` are all of these, and equally long."""
+        """Whether ``layers`` are exactly the layers of this room, with equal lengths."""
         lengths = self.lengths
         here = all(type(layer) is Growing and layer.is_in(self, i) for i, layer in enumerate(layers))
         return here and len(layers) == len(lengths) == lengths.count(lengths[0]) and lengths[0] > 0
 
 
 class Growing(DynamicLayer):
-    """A layer whose tokens are in a :class:`Room`, or that has left it and is as its base class."""
+    """A layer whose tokens are in a :class:`Room`; once it leaves the room it behaves like its base class."""
 
     def __init__(self, room: Room, index: int):
         self._room: Room | None = None
@@ -78,11 +78,11 @@ class Growing(DynamicLayer):
 
     @property
     def room(self) -> Room | None:
-        """Where the tokens are."""
+        """The room that holds the tokens; None after the layer left it."""
         return self._room
 
     def is_in(self, room: Room, index: int) -> bool:
-        """Whether its tokens are at that place of ``room``."""
+        """Whether its tokens are layer ``index`` of ``room``."""
         return self._room is room and self._index == index
 
     @property
@@ -104,7 +104,7 @@ class Growing(DynamicLayer):
         self._set("values", value)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends states ``[1, H, tokens, D]`` and returns all of them."""
+        """Appends states ``[1, H, tokens, D]`` and returns all states."""
         room, i = self._room, self._index
         plain = len(key_states) > 1 or key_states.dtype != self.dtype or key_states.device != self.device
         if room is None or plain or key_states.requires_grad or value_states.requires_grad:
@@ -118,7 +118,7 @@ class Growing(DynamicLayer):
         return self._view(0), self._view(1)
 
     def get_seq_length(self) -> int:
-        """Tokens that are held."""
+        """Number of tokens."""
         return super().get_seq_length() if self._room is None else self._room.lengths[self._index]
 
     def _view(self, which: int) -> Tensor:
@@ -137,30 +137,32 @@ class Growing(DynamicLayer):
 
 
 def adopt(cache: Any, layers: int, heads: int, dim: int, dtype: torch.dtype) -> Room | str:
-    """The room of the layers of ``cache``, all of one length; or why there is none.
-
-    Ordinary layers of the cache are replaced by :class:`Growing` ones of the same tokens.
+    """The room of a cache, whose ordinary layers become :class:`Growing` ones with the same tokens.
 
     Args:
-        cache: what a model's forward was given.
-        layers, heads, dim, dtype: of the keys and values that the model makes.
+        cache: the cache in a call of a model's forward.
+        layers: number of the model's layers.
+        heads, dim, dtype: of the model's keys and values.
+
+    Returns:
+        The room, or the reason why there is none.
     """
     if type(cache) is not DynamicCache or cache.offloading:
         return f"the cache is a {type(cache).__name__}, not a DynamicCache in memory"
-    found: list[Any] = cache.layers
-    if len(found) != layers:
-        return f"the cache has {len(found)} of {layers} layers"
-    room = found[0].room if type(found[0]) is Growing else None
-    if room is None or not room.holds(found):
-        for layer in found:
+    present: list[Any] = cache.layers
+    if len(present) != layers:
+        return f"the cache has {len(present)} of {layers} layers"
+    room = present[0].room if type(present[0]) is Growing else None
+    if room is None or not room.holds(present):
+        for layer in present:
             if type(layer) not in (Growing, DynamicLayer):
                 return f"the cache has a {type(layer).__name__}, not a DynamicLayer"
-            if layer.get_seq_length() == 0 or layer.get_seq_length() != found[0].get_seq_length():
+            if layer.get_seq_length() == 0 or layer.get_seq_length() != present[0].get_seq_length():
                 return "the cache is empty or uneven"
             if len(layer.keys) > 1 or layer.keys.device.type != "cpu":
                 return f"the cache holds {len(layer.keys)} sequences on {layer.keys.device}"
-        room = Room(found)
-        found[:] = [Growing(room, i) for i in range(layers)]
+        room = Room(present)
+        present[:] = [Growing(room, i) for i in range(layers)]
     if any((b.shape[1], b.shape[3], b.dtype) != (heads, dim, dtype) for b in (room.buffers[0], room.buffers[-1])):
         return "the cache is another model's"
     return room
@@ -174,7 +176,7 @@ def _capacity(tokens: int) -> int:
 
 
 def _buffer(like: Tensor, capacity: int) -> Tensor:
-    """Empty, with heads, dim and dtype of ``like`` ``[..., H, tokens, D]``."""
+    """An empty buffer with the heads, dim and dtype of ``like`` ``[..., H, tokens, D]``."""
     shape = (2, like.shape[-3], capacity, like.shape[-1])
-    with torch.inference_mode(False):  # it is written to again in any mode
+    with torch.inference_mode(False):  # so that it can be written in any mode later
         return torch.empty(shape, dtype=like.dtype, device=like.device)

@@ -1,9 +1,8 @@
-"""A model put into the terms of the compiled step, or the reason why it does not fit them.
+"""A description of a model for the compiled step, or the reason why the step cannot run it.
 
-What qualifies is said by the architecture's table (``token_step``) and by the layers themselves. A description holds
-addresses, so it also holds what it was made from, and compares: a layer that was replaced, restored, moved or cast, a parameter
-with other memory, a hook on anything inside make it old, and it is made again. Values that change in place are seen by the
-compiled code itself.
+The architecture's table (``token_step``) and the layers themselves decide whether a model qualifies. A description holds
+addresses, so it also records its sources and compares them. It is made again when a layer was replaced, restored, moved
+or cast, a parameter has new memory, or a hook was added. The compiled code itself sees values that change in place.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from lowbit.modules import QuantLinear
 
 
 class _NotDescribed(Exception):
-    """Why a model does not fit the step."""
+    """The reason why the step cannot run a model."""
 
 
 class _Watch:
-    """What a description was made from, and whether it is still there."""
+    """The sources of a description, and whether they are unchanged."""
 
     def __init__(self) -> None:
         self._entries = kernels.step.watch()
@@ -41,7 +40,7 @@ class _Watch:
         self._addresses: list[int] = []
 
     def module(self, parent: nn.Module, path: str) -> nn.Module:
-        """The module at ``path``, this and those on the way watched."""
+        """The module at ``path``; watches it and the modules on the way."""
         for name in path.split("."):
             inner = parent._modules.get(name)
             if inner is None:
@@ -57,7 +56,7 @@ class _Watch:
         return parent
 
     def tensor(self, module: nn.Module, name: str) -> Tensor | None:
-        """A parameter or buffer, watched."""
+        """A parameter or buffer, which is watched from now on."""
         parameter = name in module._parameters
         held = module._parameters if parameter else module._buffers
         self.see(held, name)
@@ -66,24 +65,24 @@ class _Watch:
             return None
         if tensor.dtype not in DTYPES or tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise _NotDescribed(f"a {name} is {tensor.dtype} on {tensor.device}")
-        if parameter:  # casts and moves give a parameter other memory, and a buffer's place another buffer
+        if parameter:  # casts and moves give a parameter new memory, but replace a buffer
             self._parameters.append(tensor)
             self._addresses.append(tensor.data_ptr())
         return tensor
 
     def current(self) -> bool:
-        """Whether everything is still what and where it was, and nobody else listens."""
-        there = [p.data_ptr() for p in self._parameters] == self._addresses
-        return there and self._entries.same() and not self.heard()
+        """Whether all sources are unchanged and no hook was added."""
+        unmoved = [p.data_ptr() for p in self._parameters] == self._addresses
+        return unmoved and self._entries.same() and not self.has_hooks()
 
-    def heard(self) -> bool:
-        """Whether a hook would miss what passes."""
+    def has_hooks(self) -> bool:
+        """Whether hooks exist, which the step would not call."""
         if torch_modules._has_any_global_hook():
             return True
         return not self._entries.all_empty() and any(_listens(hook) for hooks in self._hooks for hook in hooks.values())
 
     def see(self, place: dict[str, Any], name: str) -> bool:
-        """Watches ``place[name]``, which may be absent; False: it was watched before."""
+        """Watches ``place[name]``, which may be absent. Returns False if it was watched before."""
         if (id(place), name) in self._seen:
             return False
         self._seen.add((id(place), name))
@@ -92,17 +91,17 @@ class _Watch:
 
 
 def _listens(hook: Any) -> bool:
-    """Not transformers' own recorder, which stays and is asleep unless hidden states are asked for."""
+    """Whether a hook counts: transformers' own recorder does not, because it is idle unless hidden states are requested."""
     return getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
 
 
 @dataclass
 class Described:
-    """A model as the compiled step sees it.
+    """A model described for the compiled step.
 
     Args:
         isa: the kernel that runs.
-        cache: layers, heads, dim and dtype of the keys and values, as :func:`lowbit.decoding.cache.adopt` takes them.
+        cache: layers, heads, dim and dtype of the keys and values: arguments of :func:`lowbit.decoding.cache.adopt`.
     """
 
     isa: str
@@ -114,11 +113,11 @@ class Described:
     _angles: tuple[Tensor, Tensor] | None = None
 
     def current(self) -> bool:
-        """Whether the model is still the one that was described."""
+        """Whether the model is unchanged since its description."""
         return self._watch.current()
 
     def run(self, ids: Tensor, room: Room, position: int) -> Tensor:
-        """Logits ``[V]`` after the token ``ids`` ``[1, 1]``, whose keys and values ``room`` then holds."""
+        """Logits ``[V]`` after the token ``ids`` ``[1, 1]``; appends the token's keys and values to ``room``."""
         length = room.lengths[0]
         room.reserve(length + 1)
         cos, sin = self._turned(position)
@@ -128,7 +127,7 @@ class Described:
         return logits
 
     def _turned(self, position: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of at least all positions up to this one, float32 ``[positions, rotary]``."""
+        """Cosines and sines of all positions up to this one or further, float32 ``[positions, rotary]``."""
         if self._angles is None or position >= len(self._angles[0]):
             count = 512
             while count <= position:
@@ -142,19 +141,19 @@ class Described:
 
 @dataclass
 class Refused:
-    """Why the compiled step with kernel ``isa`` does not run a model."""
+    """The reason why the compiled step with kernel ``isa`` does not run a model."""
 
     isa: str
     reason: str
     _watch: _Watch
 
     def current(self) -> bool:
-        """Whether what was looked at is still what it was."""
+        """Whether the sources of the reason are unchanged."""
         return self._watch.current()
 
 
 def describe(model: PreTrainedModel, isa: str) -> Described | Refused:
-    """``model`` for the kernel ``isa``, or why the compiled step does not run it."""
+    """A description of ``model`` for the kernel ``isa``, or the reason why the compiled step does not run it."""
     watch = _Watch()
     try:
         return _describe(model, isa, watch)
@@ -168,9 +167,9 @@ def _describe(model: PreTrainedModel, isa: str, watch: _Watch) -> Described:
     if isa not in kernels.native.instruction_sets():
         raise _NotDescribed(f"{ENVIRONMENT}={isa} is set")
     table = for_config(model.config)
-    said = table.token_step
-    if isinstance(said, str):
-        raise _NotDescribed(f"{table.name}: {said}")
+    token_step = table.token_step
+    if isinstance(token_step, str):
+        raise _NotDescribed(f"{table.name}: {token_step}")
     heads = table.heads
     assert heads is not None and table.final_norm is not None and table.head is not None
     blocks = cast("nn.ModuleList", watch.module(model, table.blocks))
@@ -178,22 +177,22 @@ def _describe(model: PreTrainedModel, isa: str, watch: _Watch) -> Described:
     if not any(isinstance(module, QuantLinear) for module in blocks.modules()):
         raise _NotDescribed("no layer is packed")
     embed = watch.module(model, table.embed[0])
-    table_of_words = watch.tensor(embed, "weight")
-    if table_of_words is None:
-        raise _NotDescribed("the embedding is no table")
+    embedding = watch.tensor(embed, "weight")
+    if embedding is None:
+        raise _NotDescribed("the embedding is not a table")
     norm = _norm(watch, watch.module(model, table.final_norm), 0.0)
     head = _linear(watch, watch.module(model, table.head), table.head)
-    rotary = watch.module(model, said.rotary)
+    rotary = watch.module(model, token_step.rotary)
     watch.tensor(rotary, "inv_freq")
-    if watch.heard():
+    if watch.has_hooks():
         raise _NotDescribed("a forward hook is registered inside the model")
     try:
         step = TokenStep(
-            isa, table_of_words.shape[1], heads.query, heads.key_value, heads.dim, heads.rotary, parts, norm, head
+            isa, embedding.shape[1], heads.query, heads.key_value, heads.dim, heads.rotary, parts, norm, head
         )
     except ValueError as error:
         raise _NotDescribed(str(error)) from error
-    return Described(isa, (len(blocks), heads.key_value, heads.dim, table_of_words.dtype), step, embed, rotary, watch)
+    return Described(isa, (len(blocks), heads.key_value, heads.dim, embedding.dtype), step, embed, rotary, watch)
 
 
 def _block(watch: _Watch, block: nn.Module, table: Architecture) -> DecoderBlock:
@@ -202,7 +201,7 @@ def _block(watch: _Watch, block: nn.Module, table: Architecture) -> DecoderBlock
     attends = watch.module(block, paths["o"].rpartition(".")[0])
     watch.see(attends.__dict__, SPEC)
     if getattr(attends, SPEC, None) is not None:
-        raise _NotDescribed("queries, keys and values are quantized, which torch does")
+        raise _NotDescribed("queries, keys and values are quantized, which runs in torch")
 
     def linear(role: str) -> Linear:
         return _linear(watch, watch.module(block, paths[role]), role)

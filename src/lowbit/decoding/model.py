@@ -1,11 +1,11 @@
-"""A transformers model whose forward runs one new token by the compiled step, where that computes the same.
+"""A transformers model whose forward runs one new token by the compiled step if that computes the same.
 
-:func:`install` gives a model a class of its own, a child of its class that differs in ``forward`` alone. Generation, sampling,
-streaming and caches stay transformers'. Where anything asks for more than the next token's logits of one sequence, or
-the model is not what the step was described from, the ordinary forward runs; :func:`explain` says which it is, and why.
+:func:`install` changes the model's class to a child class with another ``forward``. Generation, sampling, streaming and
+caches stay transformers'. The ordinary forward runs when a call needs more than the next token's logits of one sequence,
+or when the step cannot run the model; :func:`explain` says which forward runs, and why.
 
-A replaced forward on the instance would be simpler, but is a reference of the model to itself, which keeps large models in
-memory until Python looks for such; and a copy of the model would run the original.
+A replaced forward on the instance would be simpler, but it ties the model to itself, which keeps large models in memory
+until Python collects cycles; and a copy of the model would run the original.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ _UNDERSTOOD = (
 
 
 def install(model: PreTrainedModel) -> None:
-    """Lets ``model`` run single tokens by the compiled step, whenever it can; see :func:`explain`."""
+    """Makes ``model`` run single tokens by the compiled step whenever possible; see :func:`explain`."""
     if not isinstance(model, _Stepping):
         model.__class__ = _stepping(type(model))
 
 
 def uninstall(model: PreTrainedModel) -> None:
-    """Undoes :func:`install`: every token runs by the ordinary forward."""
+    """Undoes :func:`install`: the ordinary forward runs every token."""
     if isinstance(model, _Stepping):
         model.__class__ = type(model).__bases__[1]
 
 
 def explain(model: nn.Module) -> str:
-    """Whether one new token runs by the compiled step, and if not why, as one sentence."""
+    """One sentence: whether the compiled step runs one new token, and if not, why."""
     if not isinstance(model, _Stepping):
         return "No compiled step of one token: the model was not loaded as a lowbit checkpoint."
-    found = model._described()
-    if isinstance(found, Refused):
-        return f"No compiled step of one token: {found.reason}."
-    isa = kernels.native.MATRIX_TILES.get(found.isa, found.isa)  # one token is too few for tiles
+    described = model._described()
+    if isinstance(described, Refused):
+        return f"No compiled step of one token: {described.reason}."
+    isa = kernels.native.MATRIX_TILES.get(described.isa, described.isa)  # one token is too few for tiles
     return f"One new token of one sequence runs as one compiled step ({isa}, {torch.get_num_threads()} threads)."
 
 
 class _Kept:
-    """The description of one model, or why there is none; a copy of the model makes its own."""
+    """The description of one model, or the reason why there is none; a copy of the model makes its own."""
 
     def __init__(self) -> None:
         self.described: Described | Refused | None = None
@@ -67,7 +67,7 @@ class _Kept:
 
 
 class _Stepping:
-    """What :func:`install` adds to a model's class."""
+    """The parts that :func:`install` adds to a model's class."""
 
     def _described(self: Any) -> Described | Refused:
         kept = self.__dict__.setdefault("_lowbit_step", _Kept())
@@ -78,7 +78,7 @@ class _Stepping:
         return now
 
     def _step(self: Any, inputs: dict[str, Any]) -> CausalLMOutputWithPast | None:
-        """The output for one new token, or None where the ordinary forward has to make it."""
+        """The output for one new token, or None if the ordinary forward must compute it."""
         ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
         if cache is None or not isinstance(ids, Tensor) or ids.shape != (1, 1):
             return None
@@ -100,7 +100,7 @@ class _Stepping:
 
 
 def _asks_more(inputs: dict[str, Any], config: Any) -> bool:
-    """Whether an input asks for anything but logits of the last token."""
+    """Whether the inputs ask for more than the logits of the last token."""
     if inputs.get("use_cache") is False or inputs.get("return_dict") is False:
         return True
     if not config.return_dict or config.output_attentions or config.output_hidden_states:
@@ -117,7 +117,7 @@ def _stepping(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Positional arguments but the first are nobody's way to call a model.
+        # Nobody calls a model with more than one positional argument.
         if not torch.compiler.is_compiling() and len(args) < 2:
             inputs = {"input_ids": args[0], **kwargs} if args else kwargs
             if (output := self._step(inputs)) is not None:
@@ -133,6 +133,6 @@ def _stepping(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def _revive(cls: type[PreTrainedModel]) -> Any:
-    """An empty model of the class that :func:`install` makes of ``cls``: for copies and pickles."""
+    """An empty model of the class that :func:`install` makes from ``cls``, for copies and pickles."""
     made = _stepping(cls)
     return made.__new__(made)

@@ -1,10 +1,10 @@
-"""Code that multiplies by packed weights. Kernels see tensors and specs, never modules; importing touches no device."""
+"""Kernels that multiply by packed weights. They see tensors and specs, never modules; importing them touches no device."""
 
 from lowbit.kernels import int8_torch as _int8_torch  # noqa: F401  (registers itself)
 from lowbit.kernels import triton as _triton  # noqa: F401  (registers itself)
 
 # isort: split
-# product registers itself, after what it is to be asked before
+# product registers last, because the last registered kernel is asked first
 from lowbit.kernels import native, product, side_terms, step
 from lowbit.kernels.activation import (
     fake_quantize_activation,

@@ -1,13 +1,15 @@
 """Quantization of activations at run time.
 
-Dynamic parameters are the extremes of each granule of this very call, in float32; nothing is stored, so they are rounded
-only where the format quantizes its scales (``stats``), as its hardware does. Static ones were fitted before and are given. Values that are NaN stay NaN: a saturating cast would turn a
-broken model into one that looks healthy. An infinite value makes its dynamic granule NaN; a static range clips it.
+Dynamic parameters are the extremes of each granule of one call, in float32. They are not stored, so they are rounded only
+if the format quantizes its scales (``stats``), as its hardware does. Static parameters are fitted before and given.
 
-With a ``threshold`` (LLM.int8(), arXiv:2208.07339) the channels in which any token of the call reaches it are taken out:
-their codes are those of zero, and who multiplies adds their product in floating point. Elements that reach it are kept
-out of the ranges, one by one, so that small values of such a channel still count. Which channels these are depends on
-all tokens of the call together: a sequence may give other numbers beside another one than by itself.
+NaN stays NaN: a saturating cast would make a broken model look healthy. An infinite value makes its dynamic granule NaN; a
+static range clips it.
+
+With a ``threshold`` (LLM.int8(), arXiv:2208.07339), channels that reach it in any token of the call are taken out. Their
+codes are those of zero, and the kernel adds their product in floating point. Ranges ignore only the elements that reach
+the threshold, so small values of such a channel still count. All tokens of a call choose the channels together, so the
+result for a sequence can depend on the other sequences in its batch.
 
 Shapes: G granule, K element within a granule.
 """
@@ -22,9 +24,14 @@ from lowbit.numerics.grids.base import OF_NOTHING
 
 
 def outlier_channels(x: Tensor, threshold: float) -> Tensor:
-    """Channels of ``x`` ``[..., I]`` in which any token has at least the magnitude ``threshold``, int64 ``[k]``, rising.
+    """Channels of ``x`` in which any token has at least the magnitude ``threshold``.
 
-    None where ``threshold`` is 0, which means that there is none. NaN reaches no threshold, infinity every one.
+    Args:
+        x: ``[..., I]``.
+        threshold: 0: no channel. NaN reaches no threshold, infinity reaches every one.
+
+    Returns:
+        Channel numbers, int64 ``[k]``, rising.
     """
     if not threshold:
         return torch.zeros(0, dtype=torch.int64, device=x.device)
@@ -32,10 +39,12 @@ def outlier_channels(x: Tensor, threshold: float) -> Tensor:
 
 
 def without_outliers(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What ranges are fitted to, what is encoded, and the :func:`outlier_channels`.
+    """Separates ``x`` ``[..., I]`` from its outliers. Differentiable.
 
-    The first two have the shape of ``x`` ``[..., I]``, with zero in place of the elements that reach ``threshold``, and in
-    place of all elements of their channels; they are ``x`` itself where there are none. Differentiable.
+    Returns:
+        The values for fitting ranges: ``x`` with zero for elements that reach ``threshold``.
+        The values to encode: ``x`` with zero for whole :func:`outlier_channels`.
+        The outlier channels. Without any, the first two are ``x`` itself.
     """
     taken = outlier_channels(x, threshold)
     if not len(taken):
@@ -44,12 +53,11 @@ def without_outliers(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tenso
 
 
 def dynamic_params(x: Tensor, spec: Spec) -> Affine:
-    """Parameters ``[G, 1]`` that reach the extremes of every granule of ``x`` ``[..., I]``; a NaN scale where it holds NaN or
-    infinity."""
+    """Parameters ``[G, 1]`` that cover each granule of ``x`` ``[..., I]``; granules with NaN or infinity get a NaN scale."""
     x_GK = spec.granularity.split(x)
     params = MinMax()(x_GK, spec.grid)  # pyright: ignore[reportArgumentType]
     finite = torch.isfinite(x_GK).all(1, keepdim=True)
-    if spec.stats is not None and len(x_GK):  # NaN and Inf are out of sight of the second level's own range
+    if spec.stats is not None and len(x_GK):  # the range of the second level must not see NaN and Inf
         seen = params._make(None if p is None else p.detach().where(finite, OF_NOTHING) for p in params)
         stored = spec.as_stored(seen, spec.granularity.param_shape(tuple(x.shape))[1])
         params = params._replace(scale=straight_through(stored[0], params.scale))
@@ -65,11 +73,11 @@ def quantize_activation(
         x: floating, of any dtype; computed in float32 (float64 stays).
         spec: grid, granularity and ``stats``; its ``scale_dtype`` does not apply to activations.
         params: static parameters, or None to fit them to ``x``.
-        threshold: channels that reach it get the code of zero; 0: none does.
+        threshold: channels that reach it get the code of zero; 0: no channel.
 
     Returns:
-        The codes and the parameters that decode them. Dynamic parameters of a granule that holds NaN or Inf are NaN;
-        under static ones NaN cannot be seen in the codes, so kernels that use codes alone have to look for it.
+        The codes and the parameters that decode them. A granule with NaN or Inf has NaN as dynamic parameters. With static
+        parameters the codes do not show NaN, so kernels that read only codes must check the input.
     """
     ranged, x, _ = without_outliers(_wide(x), threshold)
     if params is not None and isinstance(spec.granularity, PerCluster | PerInput):
@@ -83,10 +91,10 @@ def quantize_activation(
 
 
 def fake_quantize_activation(x: Tensor, spec: Spec, params: Affine | None = None, threshold: float = 0.0) -> Tensor:
-    """``x`` after quantization and back: decode(encode(x)), in float32 (float64 stays float64).
+    """``x`` quantized and decoded: decode(encode(x)), in float32 (float64 for float64 inputs).
 
-    Channels that reach ``threshold`` come back as they are: what is multiplied beside the codes, in the same product.
-    Differentiable, straight through the rounding, in ``x``, in static parameters and in dynamic ranges.
+    Channels that reach ``threshold`` are unchanged, as kernels multiply them in floating point. Gradients pass the rounding
+    straight through to ``x``, to static parameters and to dynamic ranges.
     """
     wide = _wide(x)
     ranged, kept, taken = without_outliers(wide, threshold)
@@ -106,7 +114,7 @@ def _as(params: Affine, dtype: torch.dtype) -> Affine:
 
 
 def _of_channels(grain: PerCluster | PerInput, params: Affine, dtype: torch.dtype) -> Affine:
-    """Parameters at every channel, ``[I]``: grids act on each element alone, so the codes are those of the granules."""
+    """Parameters at every channel, ``[I]``: grids code each element alone, so the codes equal those of the granules."""
     zero = None if params.zero is None else grain.spread(params.zero)
     return _as(Affine(grain.spread(params.scale), zero), dtype)
 

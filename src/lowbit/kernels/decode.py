@@ -1,7 +1,7 @@
-"""Packed weights to floating ones, quickly: what :meth:`QTensor.dequantize` gives, bit for bit, with fewer passes.
+"""Fast decoding of packed weights: bit for bit the result of :meth:`QTensor.dequantize`, in fewer passes.
 
-Uniform grids are decoded in place; grids that are lists of levels gather with 32-bit indices, several times faster than
-torch's fancy indexing. Any other grid decodes itself.
+Uniform grids are decoded in place. Level tables are gathered with 32-bit indices, several times faster than torch's fancy
+indexing. All other grids decode themselves.
 
 Shapes: G granule, K element within a granule, O output channel, I input channel.
 """

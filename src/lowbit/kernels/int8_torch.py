@@ -1,13 +1,13 @@
-"""Integer products through torch's int8 matrix product: what makes 8-bit weights and activations worth it on a CPU.
+"""Integer products with torch's int8 matrix product, which makes 8-bit weights and activations fast on a CPU.
 
-With weight levels ``b = code - 128`` and input levels ``a = code - 128``, both int8, and zero points moved alike,
+With weight levels ``b = code - 128`` and input levels ``a = code - 128``, both int8, and zero points shifted likewise,
 
     sum_I (a - za)(b - zb) = a @ b.T - za * sum_I b - zb * sum_I a + I * za * zb
 
-so one integer product serves symmetric and asymmetric grids of up to 8 bits; the sums vanish where zero is the middle.
-Everything before the final scales is exact; it agrees with the reference within float rounding. Where the processor has no
-instructions for such products they are taken in float32, of so few channels at a time that every sum is a whole number still.
-Channels that a threshold takes out have the code of zero there, and their decoded columns are multiplied in float32 beside it.
+so one integer product serves symmetric and asymmetric grids of up to 8 bits; the sums vanish if zero is in the middle.
+All integers before the final scales are exact, so the result equals the reference up to float rounding. Processors without
+int8 instructions take the products in float32, over few enough channels that all sums stay exact. Channels over a
+threshold have the code of zero there; their decoded columns are multiplied in float32 and added.
 
 Shapes: T token, O output channel, I input channel.
 """
@@ -23,9 +23,9 @@ from lowbit.kernels.ops import Kernel, PackedLinear, add_side, register
 from lowbit.layouts import unpack, unpack_params
 from lowbit.numerics import Affine, Int, PerChannel, PerTensor, PerToken, Spec
 
-# Of channels in a float32 product: each adds at most 2**14, and whole numbers are exact up to 2**24.
+# Most channels in one float32 product: each adds at most 2**14, and integers are exact up to 2**24.
 _EXACT_CHANNELS = 2**10
-# |a - za| and |b - zb| are at most 255, and the sum over I has to stay below 2**31.
+# |a - za| and |b - zb| are at most 255, and the sum over I must stay below 2**31.
 _MAX_CHANNELS = 2**31 // 255**2
 
 
@@ -38,7 +38,7 @@ def _grid_problem(spec: Spec, what: str) -> str | None:
 
 
 def why_not(layer: PackedLinear, rows: int) -> str | None:
-    """Why the integer product cannot run ``layer``."""
+    """The reason why the integer product cannot run ``layer``; None if it can."""
     if layer.act is None:
         return "the input is not quantized"
     problem = _grid_problem(layer.spec, "weight") or _grid_problem(layer.act, "activation")
@@ -72,10 +72,13 @@ def run(x: Tensor, layer: PackedLinear) -> Tensor:
 
 
 def integer_product(codes_TI: Tensor, a_spec: Spec, a: Affine, codes_OI: Tensor, b_spec: Spec, b: Affine) -> Tensor:
-    """The decoded ``[T, I]`` times the decoded ``[O, I]``, transposed: float32 ``[T, O]`` by one integer product.
+    """The decoded input times the transposed decoded weight, float32 ``[T, O]``, by one integer product.
 
-    Codes uint8; scales and zero points ``[1, 1]``, or one a row: ``[T, 1]`` of the first, ``[O, 1]`` of the second. Both grids
-    are integers with integer zero points.
+    Args:
+        codes_TI, codes_OI: uint8.
+        a_spec, b_spec: grids of integers with integer zero points.
+        a: scales and zero points ``[T, 1]`` or ``[1, 1]``.
+        b: scales and zero points ``[O, 1]`` or ``[1, 1]``.
     """
     a_TI, b_OI = _centred(codes_TI), _centred(codes_OI)
     za_T1, zb_O1 = _zero(a_spec, a.zero), _zero(b_spec, b.zero)
@@ -90,7 +93,7 @@ def integer_product(codes_TI: Tensor, a_spec: Spec, a: Affine, codes_OI: Tensor,
 
 def _product(a_TI: Tensor, b_OI: Tensor) -> Tensor:
     """``a @ b.T`` of int8, int32 ``[T, O]``."""
-    # torch 2.13's product takes a single column, transposed, for one that is contiguous, and reads past it.
+    # torch 2.13's product mistakes a single transposed column for a contiguous one and reads past its end.
     if a_TI.shape[1] == 1:
         return a_TI.int() * b_OI.T.int()
     if faster_than_float32(torch.int8) or a_TI.device.type != "cpu":

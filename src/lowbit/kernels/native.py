@@ -1,9 +1,9 @@
-"""The compiled CPU code (``cpu/*.cpp``): which layers it takes, how these are packed for it, and how it is called.
+"""The compiled CPU code (``cpu/*.cpp``): the layers it supports, their packing, and the calls.
 
-A weight is packed once, after loading, from its canonical codes into tiles that the kernels read as one stream; the codes
-are dropped, and made again from the tiles where something asks for them. One algorithm is compiled for each instruction
-set: ``avx512``, ``avxvnni``, ``avx2``, ``neon``, ``portable``. ``amx`` is another one, by matrix tiles, for inputs of many
-tokens; ``avx512`` does what it does not take. :mod:`lowbit.kernels.product` makes kernels of them.
+After loading, a weight is packed once from its canonical codes into tiles that the kernels read as one stream. The codes
+are dropped; they are made again from the tiles on request. One algorithm is compiled for each instruction set:
+``avx512``, ``avxvnni``, ``avx2``, ``neon``, ``portable``. ``amx`` is a second algorithm, with matrix tiles, for inputs of
+many tokens; ``avx512`` runs the products that it does not support. :mod:`lowbit.kernels.product` makes kernels of them.
 
 Shapes: T token, O output channel, I input channel.
 """
@@ -48,18 +48,18 @@ except ImportError:  # installed where there was no compiler
 
 UNIFORM, TABLE, CODEBOOK, BINARY = range(4)
 _FLOATS, _INT8, _HALVES, _FIXED = range(4)
-MATRIX_TILES = {"amx": "avx512"}  # instruction sets of matrix tiles, and who does what these do not take
+MATRIX_TILES = {"amx": "avx512"}  # instruction sets with matrix tiles, and the one that runs their other products
 TILE_ROWS = 16  # tokens that fill a tile
 DTYPES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 4}
 
 
 def instruction_sets() -> list[str]:
-    """Names of the compiled kernels that this CPU runs, the widest first; none without compiled code."""
+    """Names of the compiled kernels that this CPU runs, the widest first; empty without compiled code."""
     return [] if _cpu is None else _cpu.instruction_sets()
 
 
 def kind_of(spec: Spec) -> int | None:
-    """The kind of tiles that hold ``spec``: one of UNIFORM, TABLE, CODEBOOK and BINARY; None: there is none."""
+    """The kind of tiles for ``spec``: UNIFORM, TABLE, CODEBOOK or BINARY; None if there is none."""
     match spec.grid:
         case Int():
             return UNIFORM
@@ -75,8 +75,8 @@ def kind_of(spec: Spec) -> int | None:
 
 
 def _tile_bits(spec: Spec) -> int:
-    """Width of a code in the tiles. Pairs cannot be looked up one code at a time: the tiles hold the place of each value
-    among all values instead, in one bit more."""
+    """Width of a code in the tiles. Kernels look up codes one at a time, which pairs do not allow; for pairs the tiles hold
+    the rank of each value, which takes one more bit."""
     return spec.grid.bits + isinstance(spec.grid, OutlierVictim)
 
 
@@ -92,7 +92,7 @@ def _group(spec: Spec, columns: int) -> int | None:
 
 
 def why_unpackable(layer: PackedLinear) -> str | None:
-    """Why the weight cannot be packed for these kernels."""
+    """The reason why the weight cannot be packed for these kernels; None if it can."""
     if _cpu is None:
         return "lowbit was installed without its compiled kernels (no C++ compiler was found)"
     kind, group = kind_of(layer.spec), _group(layer.spec, layer.shape[1])
@@ -108,7 +108,7 @@ def why_unpackable(layer: PackedLinear) -> str | None:
 
 
 def why_no_matrix_tiles(layer: PackedLinear, rows: int) -> str | None:
-    """Why a product of ``rows`` tokens is none for :data:`MATRIX_TILES`, of a layer that :func:`pack` takes."""
+    """The reason why :data:`MATRIX_TILES` cannot run ``rows`` tokens of a packable layer; None if they can."""
     if rows < TILE_ROWS:
         return f"a matrix tile holds {TILE_ROWS} rows, the input has {rows}"
     kind = kind_of(layer.spec)
@@ -118,7 +118,7 @@ def why_no_matrix_tiles(layer: PackedLinear, rows: int) -> str | None:
 
 
 def pack(layer: PackedLinear) -> Tensor:
-    """The weight of ``layer`` as one uint8 buffer of tiles; :func:`why_unpackable` has to be None."""
+    """The weight of ``layer`` as one uint8 buffer of tiles; :func:`why_unpackable` must be None."""
     spec, (rows, columns) = layer.spec, layer.shape
     params = unpack_params(layer.tensors, spec, layer.shape)
     kind, group = kind_of(spec), _group(spec, columns)
@@ -135,7 +135,7 @@ def pack(layer: PackedLinear) -> Tensor:
         scale = params.values
     if isinstance(spec.granularity, PerTensor):
         scale, zero = scale.expand(rows, -1), None if zero is None else zero.expand(rows, -1)
-    if isinstance(spec.granularity, RowBands):  # one set for several rows: the tiles have one for each
+    if isinstance(spec.granularity, RowBands):  # tiles have one set of parameters for each row
         height = spec.granularity.height(layer.shape)
         scale = scale.repeat_interleave(height, 0)[:rows]
         zero = None if zero is None else zero.repeat_interleave(height, 0)[:rows]
@@ -164,20 +164,20 @@ def unpack(tiles: Tensor, spec: Spec, shape: tuple[int, int]) -> Tensor:
 
 
 def read(isa: str, memory: Tensor) -> None:
-    """Reads every byte, as fast as this machine can: what a product is compared with."""
+    """Reads every byte as fast as this machine can: the bound for the speed of a product."""
     assert _cpu is not None
     _cpu.read(isa, memory.data_ptr(), memory.numel(), torch.get_num_threads())
 
 
 def advise_large_pages(memory: Tensor) -> None:
-    """Asks the system for large pages, before the memory is touched: reading at full speed needs them."""
+    """Asks the system for large pages, which reading at full speed needs; call it before the memory is touched."""
     assert _cpu is not None
     _cpu.advise(memory.data_ptr(), memory.numel())
 
 
 @functools.cache
 def table_of(spec: Spec) -> Tensor | None:
-    """Values of the tiles' codes of a grid that is a table, float32 ``[2**bits]``; codes that no value has are zero."""
+    """Values of the tiles' codes for a grid that is a table, float32 ``[2**bits]``; unused codes are zero."""
     if kind_of(spec) != TABLE:
         return None
     grid = spec.grid
@@ -186,7 +186,7 @@ def table_of(spec: Spec) -> Tensor | None:
 
 
 def decode(isa: str, tiles: Tensor, table: Tensor | None, first: int, out_OI: Tensor) -> None:
-    """Fills ``out_OI`` (contiguous, float32, bfloat16 or float16) with decoded rows from ``first`` on, a multiple of 16."""
+    """Decodes rows into ``out_OI`` (contiguous, float32, bfloat16 or float16), from row ``first``, a multiple of 16."""
     assert _cpu is not None
     _cpu.decode(
         isa, tiles.data_ptr(), tiles.numel(), _address(table), first, first + len(out_OI),
@@ -195,7 +195,7 @@ def decode(isa: str, tiles: Tensor, table: Tensor | None, first: int, out_OI: Te
 
 
 def integer_input(layer: PackedLinear) -> bool:
-    """Whether the input is quantized to integers that multiply the codes as they are."""
+    """Whether the input is quantized to integers that multiply the codes directly."""
     act = layer.act
     return (
         act is not None
@@ -222,17 +222,20 @@ def linear(
     by_segment: bool = False,
     halves: bool = False,
 ) -> Tensor:
-    """``x @ W.T``, x ``[T, I]`` contiguous in float32, bfloat16 or float16, ``[T, O]`` in its dtype.
+    """``x @ W.T``, ``[T, O]`` in the dtype of x.
 
     Args:
         isa: one of :func:`instruction_sets`.
+        x_TI: contiguous, float32, bfloat16 or float16.
         tiles: made by :func:`pack`.
-        table: values of the codes where the grid is a table.
-        act_bits: width to which x is quantized; 0: not at all. act_reach: see :class:`~lowbit.numerics.Int`.
-        act_params: of all of x, where they are not fitted to each token.
+        out_features: O.
+        table: values of the codes if the grid is a table.
+        act_bits: width to which x is quantized; 0: not quantized.
+        act_symmetric, act_reach: see :class:`~lowbit.numerics.Int`.
+        act_params: one set for all of x; None: fitted to each token.
         tabled: the weight is a table or a codebook.
-        by_segment: x is rounded to 8 bits with a scale for each 128 channels: quicker than fixed point, an error of 1 %.
-        halves: x is bfloat16 and multiplied as it is, the weight rounded to bfloat16; of :data:`MATRIX_TILES` only.
+        by_segment: round x to 8 bits with one scale for each 128 channels; faster than fixed point, with an error of 1 %.
+        halves: x is bfloat16 and stays so, and the weight is rounded to bfloat16; only for :data:`MATRIX_TILES`.
     """
     assert _cpu is not None
     y_TO = x_TI.new_empty(len(x_TI), out_features)
@@ -250,7 +253,7 @@ def linear(
 
 
 def add_rows(isa: str, x_TI: Tensor, y_TO: Tensor, rows: tuple[int, int, int, int, int]) -> None:
-    """Adds to ``y`` what rows of few weights make of ``x``, both contiguous and each float32, bfloat16 or float16."""
+    """Adds to ``y`` the product of ``x`` with sparse rows; both contiguous, each float32, bfloat16 or float16."""
     assert _cpu is not None
     _cpu.side(
         isa, *rows, y_TO.shape[1], x_TI.data_ptr(), DTYPES[x_TI.dtype], len(x_TI), x_TI.shape[1], y_TO.data_ptr(),
@@ -259,11 +262,12 @@ def add_rows(isa: str, x_TI: Tensor, y_TO: Tensor, rows: tuple[int, int, int, in
 
 
 def row_arguments(value: Tensor, column: Tensor, start: Tensor | None = None) -> tuple[int, int, int, int, int]:
-    """Rows of few weights as the compiled code takes them, addresses of tensors that have to outlive their use.
+    """Sparse rows as arguments of the compiled code: addresses of tensors, which must outlive their use.
 
     Args:
-        value: float16; ``[n]`` of compressed rows, which begin at ``start`` int32 ``[O + 1]``, or ``[O, k]``.
-        column: int16 or int32, of each of the n values, or of the k in every row.
+        value: float16; ``[n]`` in compressed rows, or ``[O, k]``.
+        column: int16 or int32; the column of each of the n values, or of the k values in every row.
+        start: start of each compressed row, int32 ``[O + 1]``.
     """
     assert value.is_contiguous()
     width = 0 if start is not None else value.shape[1]
@@ -271,8 +275,7 @@ def row_arguments(value: Tensor, column: Tensor, start: Tensor | None = None) ->
 
 
 def input_mode(tabled: bool, rounded: bool) -> int:
-    """How the compiled code takes an input: as it is where the weight is looked up, in 8 bits where it is ``rounded``, or
-    in fixed point."""
+    """The form of the input in compiled code: floating for table look-ups, 8 bits if it is ``rounded``, else fixed point."""
     return _FLOATS if tabled else _INT8 if rounded else _FIXED
 
 
@@ -281,10 +284,10 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _torch_pool() -> tuple[int, int, int]:
-    """Addresses of ``GOMP_parallel``, ``omp_get_num_threads`` and ``omp_get_thread_num`` in the OpenMP runtime that torch
-    runs on; zeros where it is not to be found.
+    """Addresses of ``GOMP_parallel``, ``omp_get_num_threads`` and ``omp_get_thread_num`` in torch's OpenMP runtime; zeros if
+    it is not found.
 
-    LLVM's and Intel's runtimes offer the same entry. Only a library that is loaded already is looked at.
+    LLVM's and Intel's runtimes have the same entries. Only libraries that are already loaded count.
     """
     candidates: list[str | None] = [None]
     candidates += [str(path) for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*"))]

@@ -1,11 +1,11 @@
-"""Which code runs a packed linear: an ordered list of kernels, each with its reason not to.
+"""The choice of a kernel for a packed linear: an ordered list of kernels, each with its reason not to run.
 
-A kernel is a name, a predicate that answers why it cannot run this layer, and a function. The first that can, runs; the
-last, ``reference``, always can and is the specification of the others. The field's alternative, flags such as ``use_x``
-and ``disable_y``, leaves the user guessing; here :func:`explain` prints every answer.
+A kernel is a name, a predicate that returns the reason why it cannot run a layer, and a function. The first kernel without
+a reason runs. The last, ``reference``, always can and is the specification of the others. Flags such as ``use_x`` and
+``disable_y``, the usual alternative, leave users guessing; :func:`explain` shows every reason.
 
-A kernel sees plain data (:class:`PackedLinear`), never a module. To add one: a file in this package that ends in
-``register(Kernel(...))``, imported by ``__init__``; law: it agrees with the reference (tests/laws/test_kernels.py).
+A kernel sees plain data (:class:`PackedLinear`), never a module. To add one, end a file of this package in
+``register(Kernel(...))`` and import it in ``__init__``. Law: it agrees with the reference (tests/laws/test_kernels.py).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ ENVIRONMENT = "LOWBIT_KERNELS"
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """What a kernel may know of a layer.
+    """The data of a layer that kernels see.
 
     Args:
         spec, shape, tensors: the weight ``[O, I]`` in the canonical layout.
-        act: how the input is quantized, or None.
-        act_params: static parameters of ``act``, or None where they are fitted to each call's input.
-        side: terms added to the weight; they multiply the input as it comes, not its quantized form.
-        tiles: the codes once more, as the compiled kernels read them; ``tensors`` then makes its codes when asked.
-        threshold: input channels in which any token of a call reaches it multiply the decoded weight as they are, in
-            floating point (see :mod:`lowbit.kernels.activation`); 0: none do.
+        act: format of the input; None: not quantized.
+        act_params: static parameters of ``act``; None: fitted to the input of each call.
+        side: terms added to the weight; they multiply the unquantized input.
+        tiles: the codes as the compiled kernels read them; ``tensors`` then makes its codes on request.
+        threshold: input channels that reach it in any token of a call are multiplied in floating point (see
+            :mod:`lowbit.kernels.activation`); 0: none.
     """
 
     spec: Spec
@@ -58,10 +58,13 @@ class PackedLinear:
 class Kernel:
     """A name, a predicate and a function.
 
-    Where ``why_not(layer, rows)`` is None, ``rows`` the number of vectors in x, ``run(x, layer)`` gives
-    ``Q_act(x) @ W.T + x @ (sum of side).T`` for x ``[..., I]``, in the dtype of x. A ``tiled`` kernel reads tiles, which a
-    layer does not have while a run is still making it: the reference then stands in, even where the kernel is forced.
-    So does the kernel that ``leaves_to`` names, for layers and numbers of rows that this one is not made for.
+    Args:
+        name: unique.
+        why_not: ``why_not(layer, rows)`` is the reason why the kernel cannot run ``rows`` input vectors; None if it can.
+        run: ``run(x, layer)`` is ``Q_act(x) @ W.T + x @ (sum of side).T`` for x ``[..., I]``, in the dtype of x.
+        tiled: it reads tiles. A layer has none while a run still makes it; the reference runs instead, also if this kernel
+            is forced.
+        leaves_to: the kernel that runs instead if this one is forced and cannot run.
     """
 
     name: str
@@ -73,14 +76,14 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Reason:
-    """One line of :func:`explain`: why ``kernel`` does not run, or None for the one that does."""
+    """One line of :func:`explain`: the reason why ``kernel`` does not run; None for the one that runs."""
 
     kernel: str
     why_not: str | None
 
 
 def reference(x: Tensor, layer: PackedLinear) -> Tensor:
-    """Decodes the weight in float32, rounds it and the (de)quantized input to the dtype of x, and multiplies."""
+    """Decodes the weight in float32, rounds it and the quantized and decoded input to the dtype of x, and multiplies."""
     weight = decode_packed(layer.tensors, layer.spec, layer.shape)
     if layer.act is None:
         return F.linear(x, with_side(weight, layer.side).to(x.dtype))  # one product instead of one for each term
@@ -96,7 +99,7 @@ def with_side(weight_OI: Tensor, side: tuple[SideTerm, ...]) -> Tensor:
 
 
 def add_side(y: Tensor, x: Tensor, layer: PackedLinear) -> Tensor:
-    """``y`` ``[..., O]`` plus what the layer's side terms make of x ``[..., I]``: for kernels that leave them to this."""
+    """``y`` ``[..., O]`` plus the products of x ``[..., I]`` with the layer's side terms, for kernels that do not add them."""
     for term in layer.side:
         y = y + term.apply(x, layer.shape[0])
     return y
@@ -107,7 +110,7 @@ _KERNELS: list[Kernel] = []
 
 
 def register(kernel: Kernel) -> None:
-    """Adds a kernel before those registered earlier: the newest that can run, runs."""
+    """Adds a kernel before all registered earlier: the newest that can run, runs."""
     assert kernel.name not in names(), f"two kernels are called {kernel.name}"
     _KERNELS.insert(0, kernel)
 
@@ -118,12 +121,12 @@ def names() -> list[str]:
 
 
 def forced() -> str | None:
-    """The kernel that the environment variable LOWBIT_KERNELS forces, if it does."""
+    """The kernel that the environment variable LOWBIT_KERNELS forces; None if it is not set."""
     return os.environ.get(ENVIRONMENT) or None
 
 
 def choose(layer: PackedLinear, rows: int) -> Kernel:
-    """The kernel that runs ``layer`` for ``rows`` input vectors; the environment variable LOWBIT_KERNELS forces one.
+    """The kernel that runs ``layer`` for ``rows`` input vectors; the environment variable LOWBIT_KERNELS can force one.
 
     Raises:
         ValueError: LOWBIT_KERNELS names a kernel that does not exist, or that cannot run this layer.
@@ -150,7 +153,7 @@ def _called(name: str) -> Kernel:
 
 
 def explain(layer: PackedLinear, rows: int) -> list[Reason]:
-    """Every kernel in the order asked, with why it does not run; ``why_not`` is None for exactly the chosen one."""
+    """Every kernel in the order asked, with the reason why it does not run; None for the chosen one only."""
     chosen, given = choose(layer, rows).name, forced()
     reasons = []
     for kernel in (*_KERNELS, _REFERENCE):
@@ -162,5 +165,5 @@ def explain(layer: PackedLinear, rows: int) -> list[Reason]:
 
 
 def run(x: Tensor, layer: PackedLinear) -> Tensor:
-    """``Q_act(x) @ W.T + x @ (sum of side).T`` by the chosen kernel; x ``[..., I]``, ``[..., O]`` in the dtype of x."""
+    """``Q_act(x) @ W.T + x @ (sum of side).T`` by the chosen kernel, ``[..., O]`` in the dtype of x ``[..., I]``."""
     return choose(layer, x.numel() // max(1, x.shape[-1])).run(x, layer)

@@ -1,15 +1,15 @@
-"""Products with packed weights by compiled code: one kernel for each instruction set, and one operator of torch's.
+"""Products with packed weights by compiled code: one kernel for each instruction set, and one torch operator.
 
-How the input is multiplied:
+Inputs are multiplied as follows:
 
-* integers as the recipe quantizes them (:class:`Int` of up to 8 bits, a scale a token or one for all): one integer product,
-  and where channels of the input reach a threshold one more in fixed point, of these channels alone;
-* floating point against uniform and binary-coded weights: as 24-bit fixed point with a scale for each 128 channels, three
-  integer products. It costs less than converting weights, and errs less than a float32 sum does (over 110 dB);
-* floating point against tables and codebooks: in float32;
-* many tokens of bfloat16, where there are matrix tiles: as they are, by weights rounded to bfloat16 in cache;
-* many tokens of floating point otherwise: the weight is decoded by panels that stay in cache, and torch multiplies, in float32
-  where it has no matrix instructions for the input's dtype.
+* quantized integers (:class:`Int` of up to 8 bits, one scale for each token or for all): one integer product; input
+  channels that reach a threshold take one more product in fixed point;
+* floating inputs and uniform or binary-coded weights: three integer products in 24-bit fixed point with one scale for each
+  128 channels. This costs less than converting the weights, with a smaller error than a float32 sum (over 110 dB);
+* floating inputs and tables or codebooks: in float32;
+* many bfloat16 tokens with matrix tiles: unchanged, with weights rounded to bfloat16 in cache;
+* many other floating tokens: the weight is decoded in panels that stay in cache, and torch multiplies, in float32 if the
+  processor has no matrix instructions for the input's dtype.
 
 Shapes: T token, O output channel, I input channel.
 """
@@ -31,30 +31,32 @@ from lowbit.kernels.native import BINARY, CODEBOOK, TABLE, UNIFORM
 from lowbit.kernels.ops import Kernel, PackedLinear, reference, register
 from lowbit.numerics import Affine, Int, PerTensor, PerToken, Spec
 
-_PANEL_BYTES = 1 << 20  # of decoded weight: half of a usual second-level cache
-# Tokens up to which the packed product beats decoding the weight for torch to multiply: where torch has matrix tiles for the
-# dtype, where it has vectors, where it multiplies float32 with AVX-512, and with less.
+_PANEL_BYTES = 1 << 20  # of decoded weight: half of a common second-level cache
+# Most tokens for which the packed product is faster than decoding the weight and torch's product: with matrix tiles in
+# torch for the dtype, with vector instructions for it, with float32 in AVX-512, and with less.
 _FEW_TILED = {UNIFORM: 32, TABLE: 12, CODEBOOK: 12, BINARY: 8}
 _FEW = {UNIFORM: 64, TABLE: 48, CODEBOOK: 16, BINARY: 16}
 _FEW_FLOAT = {UNIFORM: 160, TABLE: 160, CODEBOOK: 24, BINARY: 24}
 _FEW_SLOW = 16
-# Of bfloat16, where there are matrix tiles here too: fixed point, or else lanes, up to here.
+# Most bfloat16 tokens for fixed point or vector lanes where matrix tiles are available.
 _FEW_BY_LANES = {UNIFORM: 24, TABLE: native.TILE_ROWS - 1, BINARY: native.TILE_ROWS - 1}
-# Instruction sets with integer dot products and float32 of no more than eight lanes: three of the former cost less than one of
-# the latter, however many tokens. So they do with AVX-512 where torch's own gain by integers is well over three.
+# Instruction sets with integer dot products and at most eight float32 lanes: three integer products cost less than one in
+# float32 for any number of tokens. With AVX-512 they do if torch's own gain from integers is well over three.
 _DOTS = ("avxvnni", "neon")
 _THREE_PAY = 4.5
 
 
 @dataclass(frozen=True)
 class Product:
-    """What the product of one packed layer needs to know beside its tiles; made once, called for every input.
+    """The product of one packed layer, without its tiles; made once and called for every input.
 
     Args:
         kind, rows, table: of the weight, see :mod:`lowbit.kernels.native`.
-        act: how the input is quantized; ``bits``, ``symmetric``, ``reach`` and ``whole`` (one range for all tokens) where that
-            is to integers which multiply the codes as they are, and 0 bits where it is not.
-        params: of a static ``act``.
+        act: format of the input; None: not quantized.
+        params: static parameters of ``act``.
+        bits: width of integers that multiply the codes directly; 0: the input has another form.
+        symmetric, reach: of these integers.
+        whole: one range for all tokens, instead of one for each.
         threshold: see :class:`~lowbit.kernels.ops.PackedLinear`.
     """
 
@@ -70,7 +72,7 @@ class Product:
     threshold: float = 0.0
 
     def __call__(self, x: Tensor, tiles: Tensor, isa: str = "") -> Tensor:
-        """``Q_act(x) @ W.T`` for x ``[..., I]``, ``[..., O]`` in its dtype; an empty ``isa`` is this machine's best."""
+        """``Q_act(x) @ W.T`` for x ``[..., I]``, ``[..., O]`` in its dtype; an empty ``isa`` takes this machine's best."""
         params = self.params
         if self.act is not None and not self.bits:
             x, params = fake_quantize_activation(x, self.act, params, self.threshold).to(x.dtype), None
@@ -83,7 +85,7 @@ class Product:
 
 
 def product_of(layer: PackedLinear) -> Product:
-    """The :class:`Product` of a layer that :func:`pack` takes."""
+    """The :class:`Product` of a packable layer."""
     kind, act = native.kind_of(layer.spec), layer.act
     assert kind is not None
     made = Product(kind, layer.shape[0], native.table_of(layer.spec), act, layer.act_params, threshold=layer.threshold)
@@ -109,9 +111,9 @@ def multiply(
     threshold: float,
     isa: str,
 ) -> Tensor:
-    """The body of the operator ``lowbit::packed_linear``: x ``[..., I]`` by the fastest way for so many tokens.
+    """The body of the operator ``lowbit::packed_linear``: the fastest product for the number of tokens in x ``[..., I]``.
 
-    Arguments as in :class:`Product`; ``scale`` and ``zero`` are its ``params``.
+    The arguments are those of :class:`Product`; ``scale`` and ``zero`` are its ``params``.
     """
     isa = isa or native.instruction_sets()[0]
     x_TI = x.reshape(-1, x.shape[-1])
@@ -144,7 +146,7 @@ def _of_integers(
     params = None if scale is None else Affine(scale, zero)
     spec = Spec(grid, PerTensor() if whole else PerToken())
     ranged, kept, taken = without_outliers(x_TI, threshold)
-    if params is None and (whole or len(taken)):  # without either, the compiled code fits each token's own
+    if params is None and (whole or len(taken)):  # otherwise the compiled code fits each token's range
         params = dynamic_params(ranged.float(), spec)
     if not len(taken):
         return native.linear(isa, x_TI, tiles, rows, None, grid.bits, grid.symmetric, grid.reach, params)
@@ -153,10 +155,10 @@ def _of_integers(
 
 
 def _of_channels(isa: str, x_TI: Tensor, taken: Tensor, tiles: Tensor, rows: int) -> Tensor:
-    """The product of the channels ``taken`` alone, in float32 as x is.
+    """The product of the channels ``taken`` alone, float32 like x.
 
-    It costs a floating row a token, or one a channel where these are fewer: rows of the identity bring out the columns of
-    the weight that are wanted.
+    It costs one floating row for each token, or for each channel if these are fewer: products with rows of the identity
+    extract the columns of the weight.
     """
     if len(x_TI) <= len(taken):
         alone = torch.zeros_like(x_TI).index_copy_(1, taken, x_TI[:, taken])
@@ -172,7 +174,7 @@ def decoded(tiles: Tensor, table: Tensor | None, rows: int, columns: int, isa: s
     return weight_OI
 
 
-# Operators of torch's own: torch.compile keeps them whole, and gradients pass through.
+# torch operators: torch.compile keeps them whole, and gradients pass through.
 torch.library.define(
     "lowbit::packed_linear",
     "(Tensor x, Tensor tiles, Tensor? table, Tensor? scale, Tensor? zero, int kind, int rows, int bits, bool symmetric, "
@@ -213,7 +215,7 @@ torch.library.register_autograd("lowbit::packed_linear", _backward, setup_contex
 
 
 def _few(isa: str, kind: int, dtype: torch.dtype) -> float:
-    """Tokens up to which the packed product is the faster one."""
+    """Most tokens for which the packed product is faster than decoding."""
     if faster_than_float32(dtype):
         return (_FEW_TILED if isa in native.MATRIX_TILES else _FEW)[kind]
     if kind == UNIFORM and (isa in _DOTS or (isa == "avx512" and speedup(torch.int8) > _THREE_PAY)):
@@ -224,7 +226,7 @@ def _few(isa: str, kind: int, dtype: torch.dtype) -> float:
 def _by_panels(isa: str, x_TI: Tensor, tiles: Tensor, rows: int, table: Tensor | None) -> Tensor:
     columns = x_TI.shape[1]
     step = max(16, _PANEL_BYTES // (columns * x_TI.element_size()) // 16 * 16) * torch.get_num_threads()
-    # One panel for all: memory that is new each time costs more than decoding.
+    # One panel is reused, because new memory costs more than decoding.
     panel, y_TO = x_TI.new_empty(min(step, rows), columns), x_TI.new_empty(len(x_TI), rows)
     for start in range(0, rows, step):
         weight = panel[: rows - start]

@@ -1,8 +1,8 @@
-"""Side terms by compiled code: what single weights add to a product costs as much as they store.
+"""Side terms in compiled code, where sparse weights cost time in proportion to their number.
 
-The torch form of each term (:mod:`lowbit.numerics.side_terms`) is the specification, and runs wherever this does not: on other
-devices, where there is no compiled code, in float64, and where a gradient is asked of the input. Whole columns and corrections
-of low rank are small products of matrices, which torch does well; the compiled step adds columns too.
+The torch form of each term (:mod:`lowbit.numerics.side_terms`) is the specification. It runs on other devices, without
+compiled code, in float64, and if the input needs a gradient. torch also computes whole columns and low-rank corrections,
+which are small matrix products; only the compiled step adds columns itself.
 
 Shapes: T token, O output channel, I input channel.
 """
@@ -17,9 +17,9 @@ from lowbit.numerics import KeptColumns, SideTerm, Sparse
 
 
 def why_not(term: SideTerm) -> str | None:
-    """Why compiled code does not read ``term``: a kind that it does not know, or parts that are not as they are stored."""
+    """The reason why compiled code cannot read ``term`` (its kind, or tensors not as stored); None if it can."""
     if not isinstance(term, Sparse | KeptColumns):
-        return f"a side term of type {type(term).__name__}, which takes products of its own"
+        return f"a side term of type {type(term).__name__}, which needs its own products"
     stored = term.value.dtype == torch.float16 and term.value.device.type == "cpu"
     if isinstance(term, Sparse):
         stored = stored and term.row_start.dtype == torch.int32 and term.column.dtype in (torch.int16, torch.int32)
@@ -31,7 +31,11 @@ def why_not(term: SideTerm) -> str | None:
 
 
 def check(term: SideTerm, shape: tuple[int, int]) -> None:
-    """Raises ValueError where a term of a layer ``[O, I]`` points outside of it: a torn file would have memory read."""
+    """Checks that a term stays inside a layer of ``shape`` (O, I), because compiled code would read other memory.
+
+    Raises:
+        ValueError: it does not; the file is damaged.
+    """
     rows, columns = shape
     at = term.column if isinstance(term, Sparse) else term.index if isinstance(term, KeptColumns) else torch.zeros(0)
     if at.numel() and not 0 <= int(at.amin()) <= int(at.amax()) < columns:
@@ -50,16 +54,23 @@ def check(term: SideTerm, shape: tuple[int, int]) -> None:
 
 
 def row_arguments(term: Sparse | KeptColumns) -> tuple[int, int, int, int, int]:
-    """A term as the compiled code takes it; the term has to outlive its use."""
+    """A term as arguments of the compiled code; the term must outlive their use."""
     if isinstance(term, Sparse):
         return native.row_arguments(term.value, term.column, term.row_start)
     return native.row_arguments(term.value, term.index)
 
 
 def add(y: Tensor, x: Tensor, terms: tuple[SideTerm, ...], isa: str = "") -> Tensor:
-    """``y + x @ (sum of terms).T`` for x ``[..., I]``: ``[..., O]`` in the dtype of y, which may be changed in place.
+    """``y + x @ (sum of terms).T``, for layers that are packed for compiled code.
 
-    For layers that are packed for compiled code; an empty ``isa`` is this machine's best.
+    Args:
+        y: ``[..., O]``; may be changed in place.
+        x: ``[..., I]``.
+        terms: the layer's side terms.
+        isa: one of :func:`~lowbit.kernels.native.instruction_sets`; empty: this machine's best.
+
+    Returns:
+        ``[..., O]`` in the dtype of y.
     """
     for term in terms:
         learns = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
@@ -73,7 +84,7 @@ def add(y: Tensor, x: Tensor, terms: tuple[SideTerm, ...], isa: str = "") -> Ten
 
 
 def _add(y: Tensor, x: Tensor, term: Sparse, isa: str) -> Tensor:
-    """``y``, contiguous and changed in place."""
+    """Changes the contiguous ``y`` in place."""
     x_TI = x.reshape(-1, x.shape[-1])
     x_TI = (x_TI if x.dtype in native.DTYPES else x_TI.float()).contiguous()
     native.add_rows(isa or native.instruction_sets()[0], x_TI, y.view(-1, y.shape[-1]), row_arguments(term))
@@ -81,7 +92,7 @@ def _add(y: Tensor, x: Tensor, term: Sparse, isa: str) -> Tensor:
 
 
 def _added(y: Tensor, x: Tensor, row_start: Tensor, column: Tensor, value: Tensor, isa: str) -> Tensor:
-    """The body of the operator ``lowbit::sparse_rows``, which leaves ``y`` as it is."""
+    """The body of the operator ``lowbit::sparse_rows``, which does not change ``y``."""
     return _add(y.clone(memory_format=torch.contiguous_format), x, Sparse(row_start, column, value), isa)
 
 

@@ -1,10 +1,10 @@
-"""One token through a whole model by one call of the compiled code (``cpu/step.cpp``).
+"""One call of the compiled code (``cpu/step.cpp``) runs one token through a whole model.
 
-A token of a small model costs less arithmetic than the calls around it: transformers makes some thirty for each block, and
-a thousand for a model of 135 million weights. Here a model is described once, as addresses of its tensors, and a call
-runs all of it. The products are those of :mod:`lowbit.kernels.product`, with the same arithmetic; what is between them is
-float32. Nothing of a model is copied: a tensor that changes in place is seen, one that is replaced is not, and whoever
-describes a model watches for that (:mod:`lowbit.decoding`).
+For a small model, the calls of transformers cost more than the arithmetic of a token: about thirty for each block, a
+thousand for a model of 135 million weights. Here a model is described once, by the addresses of its tensors, and one call
+runs all of it. The products are those of :mod:`lowbit.kernels.product`, with the same arithmetic; values between them are
+float32. Nothing is copied: the step sees tensors that change in place, but not tensors that are replaced;
+:mod:`lowbit.decoding` watches for these.
 
 Shapes: O output channel, I input channel, D dim of a head, V vocabulary.
 """
@@ -26,8 +26,8 @@ from lowbit.numerics import KeptColumns, SideTerm, Sparse
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear of the model: ``product`` and its ``tiles`` and ``side`` terms, or a dense ``weight`` ``[O, I]``; and a ``bias``
-    ``[O]``."""
+    """A linear of the model: a packed ``product`` with ``tiles`` and ``side`` terms, or a dense ``weight`` ``[O, I]``; and a
+    ``bias`` ``[O]``."""
 
     product: Product | None = None
     tiles: Tensor | None = None
@@ -47,7 +47,7 @@ class RmsNorm:
 
 @dataclass(frozen=True)
 class DecoderBlock:
-    """The parts of one block; ``q_norm`` and ``k_norm`` are of each head, and may be absent."""
+    """The parts of one block; the norms of each head, ``q_norm`` and ``k_norm``, may be absent."""
 
     attention_norm: RmsNorm
     q: Linear
@@ -63,21 +63,24 @@ class DecoderBlock:
 
 
 def watch() -> Any:
-    """Entries of dictionaries to be compared quickly: ``entry(place, name, value, present)``, ``empty(place)``, and what they
-    ask, ``same()`` and ``all_empty()``."""
+    """A fast comparison of dictionary entries with recorded values.
+
+    ``entry(place, name, value, present)`` records an entry and ``same()`` compares all of them; ``empty(place)`` records a
+    dictionary and ``all_empty()`` says whether all of these are empty.
+    """
     assert native._cpu is not None
     return native._cpu.Watch()
 
 
 def why_not(linear: Linear) -> str | None:
-    """Why the step cannot multiply by ``linear``, where its product says."""
+    """The reason why the step cannot multiply by ``linear``; None if it can."""
     product = linear.product
     if product is None:
         return None
     if product.act is not None and not product.bits:
-        return "its input is quantized to what no integer product takes"
+        return "its input is quantized to a format without an integer product"
     if product.threshold:
-        return "channels of its input that reach a threshold are multiplied apart"
+        return "channels of its input that reach a threshold are multiplied separately"
     for term in linear.side:
         if reason := side_terms.why_not(term):
             return reason
@@ -91,8 +94,8 @@ class TokenStep:
         isa: one of :func:`~lowbit.kernels.native.instruction_sets`.
         hidden: width of the residual stream.
         heads, kv_heads, head_dim: of attention; query heads that share a key-value head are neighbours.
-        rotary: leading channels of a head that positions turn, channel i with channel i + rotary / 2.
-        blocks, norm, head: :func:`why_not` is None for every linear of them. Contiguous, of the dtypes of
+        rotary: leading channels of a head that positions rotate, channel i together with channel i + rotary / 2.
+        blocks, norm, head: linears for which :func:`why_not` is None; contiguous tensors with dtypes in
             :data:`~lowbit.kernels.native.DTYPES`.
 
     Raises:
@@ -113,7 +116,7 @@ class TokenStep:
     ):
         assert native._cpu is not None
         self._step = native._cpu.Step(isa, hidden, heads, kv_heads, head_dim, rotary, head_dim**-0.5)
-        self._kept: list[object] = [tuple(blocks), norm, head]  # their memory is read
+        self._kept: list[object] = [tuple(blocks), norm, head]  # keeps alive the memory that the step reads
         for b in blocks:
             self._step.block(
                 self._norm(b.attention_norm), self._linear(b.q), self._linear(b.k), self._linear(b.v),

@@ -1,4 +1,4 @@
-"""Codes to machine words and back: bijections. Knows no module and no model."""
+"""Bijections between codes and bytes. Knows no module and no model."""
 
 from lowbit.layouts.bitstream import pack, packed_width, unpack
 from lowbit.layouts.canonical import Layout, pack_qtensor, packed_layout, unpack_params, unpack_qtensor

@@ -1,12 +1,12 @@
-"""Dense bit streams: codes of 1 to 8 bits, one after another, with no bit lost between them.
+"""Dense bit streams: codes of 1 to 8 bits, one after another, without gaps.
 
-Code i of a row sits at bits ``i * bits`` and up, least significant first; rows start at whole bytes. The usual
-alternative, as many codes as fit a 32-bit word, wastes bits at 3, 5, 6 and 7 and needs a table of special cases.
+Code i of a row starts at bit ``i * bits``, least significant bit first; rows start at whole bytes. The usual
+alternative, whole codes in 32-bit words, wastes bits at widths of 3, 5, 6 and 7 and needs special cases.
 
-A word of W codes, W the least number that fills whole bytes, is spread to W bytes in log2(W) steps: the upper half of
-the codes moves up to its place, in both halves of that the upper quarter moves, and so on. All widths share the one
-function, every step is a whole-tensor shift and mask, and packing is the same walk backwards. Bytes are read as
-little-endian words, as safetensors requires of its hosts too.
+A word is W codes, the least number that fills whole bytes. log2(W) steps spread it to W bytes: the upper half of the
+codes moves to its place, then the upper quarter within each half, and so on. All widths share this function, every step
+shifts and masks a whole tensor, and packing takes the steps in reverse. Bytes are read as little-endian words, which
+safetensors also requires.
 
 Law: ``unpack(pack(codes, bits), bits, n) == codes`` for all codes below ``2**bits``.
 """
@@ -22,12 +22,19 @@ _WORD = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def packed_width(n: int, bits: int) -> int:
-    """Bytes that a row of ``n`` codes takes."""
+    """Bytes in a row of ``n`` codes."""
     return -(-n * bits // 8)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """``[..., n]`` uint8 codes below ``2**bits`` to ``[..., ceil(n * bits / 8)]`` uint8; spare bits of a row are zero.
+    """Packs codes into bytes.
+
+    Args:
+        codes: uint8 ``[..., n]``, below ``2**bits``.
+        bits: 1 to 8.
+
+    Returns:
+        uint8 ``[..., ceil(n * bits / 8)]``; unused bits at the end of a row are zero.
 
     Raises:
         ValueError: codes that are not uint8, or that do not fit.
@@ -53,10 +60,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """``[..., ceil(n * bits / 8)]`` uint8 back to ``[..., n]`` uint8 codes.
+    """The inverse of :func:`pack`.
+
+    Args:
+        packed: uint8 ``[..., ceil(n * bits / 8)]``.
+        bits: 1 to 8.
+        n: codes in a row.
+
+    Returns:
+        Codes, uint8 ``[..., n]``.
 
     Raises:
-        ValueError: a row that is not as long as ``n`` codes are.
+        ValueError: a row whose length is not that of ``n`` codes.
     """
     _check(packed, bits)
     if packed.shape[-1] != packed_width(n, bits):
@@ -86,12 +101,12 @@ def _check(x: Tensor, bits: int) -> None:
 
 
 def _pad(x: Tensor, multiple: int) -> Tensor:
-    """The last dimension filled with zeros to a multiple; contiguous."""
+    """Fills the last dimension with zeros to a multiple of ``multiple``; contiguous."""
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % multiple)).contiguous()
 
 
 def _steps(bits: int, per_word: int) -> list[tuple[int, int, int]]:
-    """(codes that move, mask of their spread places, mask of those that stay), from the coarsest step to the finest."""
+    """(codes that move, mask of their new places, mask of the codes that stay) for each step, the coarsest first."""
     steps = []
     half = per_word // 2
     while half:

@@ -1,14 +1,14 @@
-"""The canonical layout: a quantized tensor as the named machine tensors of the native checkpoint.
+"""The canonical layout: a quantized tensor as the named tensors of the native checkpoint.
 
-    codes   uint8 [O, ceil(I * bits / 8)]            a bit stream a row
+    codes   uint8 [O, ceil(I * bits / 8)]            one bit stream for each row
     and for each field of the grid's parameters, by its name (scale, zero, values, alpha, ...):
-            scale_dtype [rows, columns * width]      of the granularity's parameters, where it is floating
-            uint8 [ceil(rows * columns * width * bits / 8)], one bit stream, where it is codes
+            scale_dtype [rows, columns * width]      if it is floating; rows and columns are the granularity's
+            uint8 [ceil(rows * columns * width * bits / 8)], one bit stream, if it holds codes
 
-With second-level statistics a floating field is itself a quantized tensor ``[columns * width, rows]``, and its tensors
-take its name as a prefix: ``scale_codes``, ``scale_scale``, ``scale_zero``; ``scale_mean`` float32 where it is centred.
+With second-level statistics a floating field is itself a quantized tensor ``[columns * width, rows]``, and the names of
+its tensors start with its name: ``scale_codes``, ``scale_scale``, ``scale_zero``; if it is centred, ``scale_mean`` float32.
 
-Laws: what is unpacked dequantizes to the same bits; the bytes of the tensors times 8 are ``stored_bits(spec, shape)``.
+Laws: unpacked tensors dequantize to the same bits; the bytes of the tensors times 8 are ``stored_bits(spec, shape)``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def packed_layout(spec: Spec, shape: tuple[int, ...], prefix: str = "") -> Layout:
-    """Shape and dtype of each tensor that a ``[O, I]`` weight is stored as. Needs no data."""
+    """Shape and dtype of each stored tensor of a weight of ``shape`` (O, I), by name. It needs no data."""
     rows, columns = spec.granularity.param_shape(shape)
     layout: Layout = {f"{prefix}codes": ((*shape[:-1], packed_width(shape[-1], spec.grid.bits)), torch.uint8)}
     for field in spec.grid.fields:
@@ -45,7 +45,7 @@ def pack_qtensor(q: QTensor, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of ``q``, contiguous, as :func:`packed_layout` describes them.
 
     Raises:
-        ValueError: parameters that are not what the spec stores (they were not passed through ``Spec.as_stored``).
+        ValueError: parameters that storage would change (they did not pass ``Spec.as_stored``).
     """
     spec, params = q.spec, q.params._asdict()
     rows, columns = spec.granularity.param_shape(q.shape)
@@ -77,18 +77,18 @@ def _same(stored: Tensor, x: Tensor, name: str) -> None:
 
 
 def unpack_qtensor(tensors: Mapping[str, Tensor], spec: Spec, shape: tuple[int, ...], prefix: str = "") -> QTensor:
-    """The quantized tensor of ``shape`` stored as ``tensors`` (others among them are ignored); parameters in float32.
+    """The quantized tensor of ``shape`` that ``tensors`` stores, with parameters in float32; further tensors are ignored.
 
     Raises:
-        ValueError: a tensor that is missing or has another shape or dtype than the format's.
+        ValueError: a tensor that is missing, or whose shape or dtype is not that of the format.
     """
     for name, (expected, dtype) in packed_layout(spec, shape, prefix).items():
         if name not in tensors:
             raise ValueError(f"the packed weight has no tensor {name!r}; found {', '.join(sorted(tensors))}")
-        found = tensors[name]
-        if tuple(found.shape) != expected or found.dtype != dtype:
+        tensor = tensors[name]
+        if tuple(tensor.shape) != expected or tensor.dtype != dtype:
             raise ValueError(
-                f"{name} should be {dtype} {list(expected)}, found {found.dtype} {list(found.shape)}: "
+                f"{name} should be {dtype} {list(expected)}, found {tensor.dtype} {list(tensor.shape)}: "
                 "the description and the tensors are of different layers"
             )
     codes = unpack(tensors[f"{prefix}codes"], spec.grid.bits, shape[-1])
@@ -97,7 +97,7 @@ def unpack_qtensor(tensors: Mapping[str, Tensor], spec: Spec, shape: tuple[int, 
 
 
 def unpack_params(tensors: Mapping[str, Tensor], spec: Spec, shape: tuple[int, ...], prefix: str = "") -> Params:
-    """Parameters in float32, leading axis G, without a look at the codes."""
+    """Parameters in float32, leading axis G; the codes are not read."""
     return _unpack_params(tensors, spec, shape, prefix)[0]
 
 
@@ -105,14 +105,14 @@ def _unpack_params(
     tensors: Mapping[str, Tensor], spec: Spec, shape: tuple[int, ...], prefix: str
 ) -> tuple[Params, dict[str, QTensor]]:
     rows, columns = spec.granularity.param_shape(shape)
-    found, second = {}, {}
+    params, second = {}, {}
     for field in spec.grid.fields:
         name, count = f"{prefix}{field.name}", rows * columns * field.width
         if field.bits is not None:
-            found[field.name] = unpack(tensors[name], field.bits, count).float().reshape(-1, field.width)
+            params[field.name] = unpack(tensors[name], field.bits, count).float().reshape(-1, field.width)
         elif spec.stats is None:
-            found[field.name] = tensors[name].float().reshape(-1, field.width)
+            params[field.name] = tensors[name].float().reshape(-1, field.width)
         else:
             second[field.name] = unpack_qtensor(tensors, spec.stats, (columns * field.width, rows), f"{name}_")
-            found[field.name] = spec.from_second(second[field.name], field)
-    return spec.grid.kind(**found), second
+            params[field.name] = spec.from_second(second[field.name], field)
+    return spec.grid.kind(**params), second

@@ -22,7 +22,6 @@ from lowbit.numerics import KeptColumns, LowRank, SideTerm, Sparse, nearest
 from lowbit.transforms import (
     ChannelTransform,
     Kronecker,
-    Merge,
     Permute,
     RandomHadamard,
     Reassembly,
@@ -50,7 +49,7 @@ def keeping_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
 
 _KEEP_WIDTH = (Scale, Shift, Permute, Rotate, Kronecker, RandomHadamard)
 _TYPES: dict[Place, dict[str, type[Any]]] = {
-    "pre": {cls.__name__: cls for cls in (*_KEEP_WIDTH, Split, Merge, Reassembly)},
+    "pre": {cls.__name__: cls for cls in (*_KEEP_WIDTH, Split, Reassembly)},
     "post": {cls.__name__: cls for cls in _KEEP_WIDTH},
     "side": {cls.__name__: cls for cls in (Sparse, KeptColumns, LowRank)},
 }
@@ -58,9 +57,7 @@ _DTYPES = {
     str(d).removeprefix("torch."): d
     for d in (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16)
 }
-_NUMBERS = frozenset(
-    {"index", "counts", "groups"}
-)  # tensors of channel numbers or counts, int32 where no dtype is said
+_NUMBERS = frozenset({"index", "counts"})  # tensors of channel numbers or counts, int32 where no dtype is given
 
 
 def tensors(place: Place, values: Sequence[ChannelTransform | SideTerm]) -> dict[str, Tensor]:

@@ -1,6 +1,9 @@
-"""Number formats: grids, granularities, fits and quantized tensors. Imports torch only; knows no model and no method."""
+"""Number formats: grids, granularities, fits and quantized tensors.
 
-from lowbit.numerics.binary_coding import Alternating, to_binary_coded
+Imports torch, numpy and numba; knows no model and no method.
+"""
+
+from lowbit.numerics.binary_coding import Alternating
 from lowbit.numerics.fake import fake_quantize, usual_fit
 from lowbit.numerics.fit import (
     Clipped,
@@ -51,10 +54,9 @@ from lowbit.numerics.grids import (
     powers_of_two,
     straight_through,
 )
-from lowbit.numerics.qtensor import QTensor, quantize, stored_bits
 from lowbit.numerics.serialize import check_types, from_dict, nearest, serializable, to_dict, untagged
 from lowbit.numerics.side_terms import KeptColumns, LowRank, SideTerm, Sparse
-from lowbit.numerics.spec import Spec, fit_params, fit_raw
+from lowbit.numerics.spec import QTensor, Spec, fit_params, fit_raw, quantize, stored_bits
 from lowbit.numerics.statistics import (
     AbsMax,
     AbsSum,
@@ -144,7 +146,6 @@ __all__ = [
     "serializable",
     "stored_bits",
     "straight_through",
-    "to_binary_coded",
     "to_dict",
     "untagged",
     "usual_fit",

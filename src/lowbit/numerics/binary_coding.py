@@ -1,30 +1,33 @@
-"""Binary-coded grids from values, and from uniform grids.
+"""The fit that places binary-coded grids.
 
 Shapes: G granule, K element within a granule, Q base.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowbit.numerics.grids import BinaryCoded, Int
+from lowbit.numerics.grids import BinaryCoded
 from lowbit.numerics.grids.base import Bases, Grid
-from lowbit.numerics.qtensor import QTensor
 from lowbit.numerics.serialize import serializable
 
 
 @serializable
 @dataclass(frozen=True)
 class Alternating:
-    """Bases one after another, each the mean magnitude of what is left (greedy); then ``rounds`` times the best bases for
-    the signs and the best signs for the bases (arXiv:1802.00150, as LUT-GEMM uses it). ``rounds=0`` is greedy.
+    """Bases by alternating least squares (arXiv:1802.00150, as LUT-GEMM uses it).
 
-    No half step raises the error: bases are exact least squares, and a granule whose error would grow by the rounding of
-    a nearly singular system keeps what it had. Where it ends depends on where it begins, so it also begins at evenly
-    spaced levels over each of the ``starts`` (shares of the range), and every granule keeps the best end.
+    The greedy start chooses one base after another, each the mean magnitude of the remainder. Each round then takes the
+    best bases for the signs and the best signs for the bases. No half step raises the error: bases are exact least
+    squares, and a granule keeps its old bases where the rounding of a nearly singular system would raise its error. The
+    result depends on the start, so the fit also starts from evenly spaced levels, and each granule keeps the best result.
+
+    Args:
+        rounds: alternating rounds; 0: greedy only.
+        starts: shares of the range over which the further starts spread their levels.
     """
 
     rounds: int = 15
@@ -41,11 +44,11 @@ class Alternating:
         x = x_GK if x_GK.dtype == torch.float64 else x_GK.float()
         w = torch.ones_like(x) if importance_GK is None else importance_GK.to(x.dtype)
         w = torch.where(w.sum(1, keepdim=True) > 0, w, torch.ones_like(w))
-        found = _greedy(x, w, grid)
+        greedy = _greedy(x, w, grid)
         if not self.rounds or (grid.bits == 1 and not grid.offset):
-            return found
-        best, best_error = found, _error(x, w, grid, found)
-        for start in (found, *(_even(x, grid, share) for share in self.starts)):
+            return greedy
+        best, best_error = greedy, _error(x, w, grid, greedy)
+        for start in (greedy, *(_even(x, grid, share) for share in self.starts)):
             bases, error = self._descend(x, w, grid, start)
             best, best_error = _better(bases, error, best, best_error)
         return best
@@ -53,16 +56,16 @@ class Alternating:
     def _descend(self, x: Tensor, w: Tensor, grid: BinaryCoded, bases: Bases) -> tuple[Bases, Tensor]:
         error = _error(x, w, grid, bases)
         for _ in range(self.rounds):
-            found = _least_squares(x, w, grid, grid.signs(grid.encode(x, bases)))
+            solved = _least_squares(x, w, grid, grid.signs(grid.encode(x, bases)))
             before = error
-            bases, error = _better(found, _error(x, w, grid, found), bases, error)
+            bases, error = _better(solved, _error(x, w, grid, solved), bases, error)
             if not (error < before).any():
                 break
         return bases, error
 
 
 def _better(a: Bases, error_a: Tensor, b: Bases, error_b: Tensor) -> tuple[Bases, Tensor]:
-    """Granule by granule the one of less error, b where they are equal."""
+    """For each granule the bases with the smaller error; b where both are equal."""
     wins = error_a < error_b
     offset = None if a.offset is None or b.offset is None else torch.where(wins, a.offset, b.offset)
     return Bases(torch.where(wins, a.alpha, b.alpha), offset), torch.where(wins, error_a, error_b)
@@ -103,27 +106,3 @@ def _least_squares(x: Tensor, w: Tensor, grid: BinaryCoded, signs_GKQ: Tensor) -
 
 def _error(x: Tensor, w: Tensor, grid: BinaryCoded, bases: Bases) -> Tensor:
     return (w * (grid.decode(grid.encode(x, bases), bases) - x).square()).sum(1, keepdim=True)
-
-
-def to_binary_coded(q: QTensor, scale_dtype: str = "float32") -> QTensor:
-    """The same values in a binary-coded grid with an offset, so that any uniform grid runs on look-up kernels.
-
-    Bit k of a code weighs ``scale * 2**k``, so ``alpha_k = scale * 2**(k-1)`` and
-    ``offset = scale * ((2**bits - 1) / 2 - zero)``; codes stay as they are. Exact but for the rounding of the offset and
-    of sums to the dtype of the computation; alphas are the scale times powers of two, exact even in float16 unless they
-    leave its range.
-
-    Raises:
-        ValueError: a grid that is not uniform.
-    """
-    grid = q.spec.grid
-    if not isinstance(grid, Int):
-        raise ValueError(f"only a uniform grid is a sum of doubling bases, found {grid}")
-    scale = q.params[0].double()  # pyright: ignore[reportOptionalMemberAccess]
-    zero = grid.zero_point(q.params)  # pyright: ignore[reportArgumentType]
-    powers = 2.0 ** torch.arange(-1, grid.bits - 1, dtype=torch.float64, device=scale.device)
-    middle = (2**grid.bits - 1) / 2
-    offset = scale * (middle - (zero.double() if isinstance(zero, Tensor) else zero))
-    bases = Bases((scale * powers).to(q.params[0].dtype), offset.to(q.params[0].dtype))  # pyright: ignore[reportOptionalMemberAccess]
-    spec = replace(q.spec, grid=BinaryCoded(grid.bits, offset=True), stats=None, scale_dtype=scale_dtype)
-    return QTensor.fitted(q.codes, bases, spec)

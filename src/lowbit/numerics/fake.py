@@ -1,7 +1,7 @@
-"""Quantization as searches and learning see it: floating, and differentiable.
+"""Simulated quantization for searches and learning: floating and differentiable.
 
-Law: with the same fit, :func:`fake_quantize` is the dequantized :class:`~lowbit.numerics.QTensor`, bit for bit in float32. What a
-solver adds to that (errors fed back, weights kept apart, a fit weighed by importance) is not simulated.
+Law: with the same fit, :func:`fake_quantize` is the dequantized :class:`~lowbit.numerics.QTensor`, bit for bit in
+float32. The work of a solver (error feedback, kept weights, importance) is not simulated.
 """
 
 from __future__ import annotations
@@ -11,21 +11,25 @@ from torch import Tensor
 from lowbit.numerics.binary_coding import Alternating
 from lowbit.numerics.fit import Fit, KMeans, MinMax
 from lowbit.numerics.grids.base import Grid, RangeGrid, straight_through
-from lowbit.numerics.qtensor import quantize
-from lowbit.numerics.spec import Spec
+from lowbit.numerics.spec import Spec, quantize
 
 
 def usual_fit(grid: Grid) -> Fit:
-    """What places ``grid`` where no recipe says how: the first of the plain fits that can."""
+    """The fit for ``grid`` when no recipe names one: the first plain fit that can place it."""
     return next(fit for fit in (MinMax(), KMeans(), Alternating()) if fit.why_not(grid) is None)
 
 
 def fake_quantize(x: Tensor, spec: Spec, fit: Fit | None = None) -> Tensor:
-    """``x`` ``[..., I]`` as ``spec`` restores it, in the dtype of ``x``.
+    """``x`` as ``spec`` restores it, in the dtype of ``x``.
 
-    Gradients reach ``x``, straight through the rounding, and, on grids that ranges place, the parameters of ``fit`` (None:
-    :func:`usual_fit`), straight through the rounding to how they are stored. Where a parameter does not fit its storage, or ``x``
-    is not finite, the result on such a grid is not finite either.
+    Gradients pass the rounding straight through to ``x``. On grids that ranges place they also reach the parameters of
+    ``fit``, straight through their rounding to storage. On such a grid the result is not finite if a parameter does not fit
+    its storage or ``x`` is not finite.
+
+    Args:
+        x: ``[..., I]``.
+        spec: the format.
+        fit: places the grid; None: :func:`usual_fit`.
     """
     fit = fit or usual_fit(spec.grid)
     if not isinstance(spec.grid, RangeGrid):

@@ -1,8 +1,8 @@
 """Fits: parameters from values.
 
-A fit looks at the granules ``[G, K]`` and places the grid on each. Most end in ``grid.from_range`` and serve any range grid;
-what differs is the range: the extremes, a quantile, or the shrink that loses least. Fits that place a table or a zero point
-freely serve one kind of grid and say so (``why_not``).
+A fit looks at the granules ``[G, K]`` and places the grid on each. Most fits choose a range (the extremes, a quantile, or
+the shrunk range with the least error), call ``grid.from_range`` and serve any range grid. Fits that place a table or a
+zero point freely serve one kind of grid; ``why_not`` says which.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ from lowbit.numerics.serialize import serializable
 
 @runtime_checkable
 class Fit(Protocol):
-    """Places ``grid`` on each granule of ``x_GK``; importance ``[G, K]`` (non-negative) weighs the elements."""
+    """Places a grid on each granule.
+
+    Calling it fits ``grid`` to the values ``x_GK`` ``[G, K]``, weighed by ``importance_GK`` ``[G, K]`` (at least 0; None: all
+    equal), and returns parameters with leading axis G.
+    """
 
     def why_not(self, grid: Grid) -> str | None:
-        """Why this fit cannot place ``grid``; None where it can."""
+        """The reason why this fit cannot place ``grid``; None if it can."""
         ...
 
     def __call__(self, x_GK: Tensor, grid: Any, importance_GK: Tensor | None = None) -> Params: ...
@@ -51,7 +55,7 @@ def extremes(x_GK: Tensor) -> tuple[Tensor, Tensor]:
 @serializable
 @dataclass(frozen=True)
 class MinMax(_RangeFit):
-    """The range of the values: nothing is clipped."""
+    """The extremes of the values; nothing is clipped."""
 
     def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
         return grid.from_range(*extremes(x_GK))
@@ -60,7 +64,7 @@ class MinMax(_RangeFit):
 @serializable
 @dataclass(frozen=True)
 class Percentile(_RangeFit):
-    """Clips the share ``1 - p`` of the values at each end, ``0.5 < p <= 1``; quantiles interpolate linearly."""
+    """Clips the share ``1 - p`` of the values at each end, ``0.5 < p <= 1``; quantiles are interpolated linearly."""
 
     p: float = 0.999
 
@@ -69,8 +73,8 @@ class Percentile(_RangeFit):
             raise ValueError(f"percentile is a share over 0.5 and at most 1, found {self.p} (99.9 % is 0.999)")
 
     def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
-        # torch.quantile refuses more than 2**24 elements, so the order statistics are taken from a sort, in which what
-        # fills up a short granule (importance 0) comes last and is not counted.
+        # torch.quantile refuses more than 2**24 elements, so a sort gives the order statistics. The filling of a short
+        # granule (importance 0) sorts last and is not counted.
         counted = torch.ones_like(x_GK, dtype=torch.bool) if importance_GK is None else importance_GK > 0
         counted = counted | ~counted.any(1, keepdim=True)
         ordered = x_GK.masked_fill(~counted, float("inf")).sort(dim=1).values
@@ -86,13 +90,13 @@ class Percentile(_RangeFit):
 
 
 _RUN = 2**18
-"""Values that a search goes through at once on a processor: what it makes of them stays in the cache."""
+"""Values that a search handles at once on a CPU, so that its intermediate results stay in the cache."""
 
 _Search = TypeVar("_Search", bound=Callable[..., Affine])
 
 
 def _in_runs(search: _Search) -> _Search:
-    """A search over granules, some of them at a time; none of them knows of another."""
+    """Runs a search on some granules at a time; granules are independent."""
 
     @wraps(search)
     def over_runs(self: Any, x_GK: Tensor, grid: Any, importance_GK: Tensor | None = None) -> Affine:
@@ -100,26 +104,26 @@ def _in_runs(search: _Search) -> _Search:
             return search(self, x_GK, grid, importance_GK)
         runs = x_GK.split(max(1, _RUN // x_GK.shape[1]))
         weights = [None] * len(runs) if importance_GK is None else importance_GK.split(len(runs[0]))
-        found = [search(self, x, grid, weight) for x, weight in zip(runs, weights, strict=True)]
-        zeros = [each.zero for each in found if each.zero is not None]
-        return Affine(torch.cat([each.scale for each in found]), torch.cat(zeros) if zeros else None)
+        parts = [search(self, x, grid, weight) for x, weight in zip(runs, weights, strict=True)]
+        zeros = [part.zero for part in parts if part.zero is not None]
+        return Affine(torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None)
 
     return cast(_Search, over_runs)
 
 
 def _power(error: Tensor, norm: float) -> Tensor:
-    """``|error|**norm``, in place. Through logarithms, a third of the time of torch's power, which is exact to the last bit
-    where 3e-6 of the value will do."""
+    """``|error|**norm``, in place. Logarithms take a third of the time of torch's power; their relative error of 3e-6 is
+    small enough for a search."""
     return error.square_() if norm == 2 else error.abs_().log2_().mul_(norm).exp2_()
 
 
 @serializable
 @dataclass(frozen=True)
 class ClipSearch(_RangeFit):
-    """The shrink of the extremes, the same at both ends, that loses least: ``sum importance * |x - q(x)|**norm``.
+    """Shrinks both extremes by one factor, chosen to minimize ``sum importance * |x - q(x)|**norm``.
 
-    Shrinks ``1 - i / steps`` for ``i = 0 .. max_shrink * steps - 1`` are tried and the first of the best is kept, so the
-    result never loses more than :class:`MinMax` (i = 0). Defaults are those of GPTQ's reference (`mse`): 100, 0.8, 2.4.
+    The search tries the factors ``1 - i / steps`` for ``i = 0 .. max_shrink * steps - 1`` and keeps the first of the best,
+    so the error never exceeds that of :class:`MinMax` (i = 0). The defaults are those of GPTQ's reference code (`mse`).
     """
 
     steps: int = 100
@@ -148,9 +152,9 @@ class ClipSearch(_RangeFit):
 
 @dataclass(frozen=True)
 class Clipped(_RangeFit):
-    """A range already chosen, as shares of the extremes: ``[lo_share * min, hi_share * max]``; shares ``[G, 1]`` in (0, 1].
+    """A range chosen before, as shares of the extremes: ``[lo_share * min, hi_share * max]``; shares ``[G, 1]`` in (0, 1].
 
-    Shares, not absolute ends, because a column solver moves the weights before it asks for their range.
+    It holds shares and not absolute ends because a column solver changes the weights before it fits them.
     """
 
     lo_share_G1: Tensor
@@ -167,7 +171,7 @@ class Clipped(_RangeFit):
 
 @dataclass(frozen=True, eq=False)
 class Fixed:
-    """Parameters already chosen, whatever the values are; leading axis G, for granules in the same order."""
+    """Parameters chosen before, independent of the values; leading axis G, for granules in the same order."""
 
     params: Params
 
@@ -186,12 +190,12 @@ class Fixed:
 @serializable
 @dataclass(frozen=True)
 class TruncationSearch(_RangeFit):
-    """The width of the range and where zero lies in it, both searched: ``sum importance * |x - q(x)|**norm`` is least.
+    """Searches the width of the range and the place of zero in it for the least ``sum importance * |x - q(x)|**norm``.
 
-    Widths are ``i / steps`` of the range of the values, ``i = 1 .. steps``, each with every code as zero point (OWQ,
-    arXiv:2306.02272, as its code has it). Where the zero point is a real number, zero need not be in the range, and
-    ``2**bits`` places for the window within the range of the values are tried instead; a grid without a zero point has only
-    its width searched. The range itself is among the candidates. Costs ``steps * 2**bits`` evaluations.
+    The search tries the widths ``i / steps`` of the range of the values, ``i = 1 .. steps``, each with every code as zero
+    point (OWQ, arXiv:2306.02272, as in the authors' code). A real zero point need not lie in the range; then the search
+    tries ``2**bits`` positions of the window within the range of the values. For a grid without a zero point it searches
+    the width only. The full range is always a candidate. The cost is ``steps * 2**bits`` evaluations.
     """
 
     steps: int = 100
@@ -228,13 +232,15 @@ class TruncationSearch(_RangeFit):
 @serializable
 @dataclass(frozen=True)
 class RangeSearch(_RangeFit):
-    """The symmetric range that loses least, ``sum importance * (x - q(x))**2``, of ``r = first, first + step, ..`` below
-    ``last`` times a unit: for grids whose values reach beyond the range that places them, and for values to be clipped.
+    """Searches the symmetric range with the least ``sum importance * (x - q(x))**2``.
 
-    Defaults are those of the scripts of OliVe (arXiv:2304.07493).
+    The candidates are the multiples ``first, first + step, ..`` (below ``last``) of a unit. For grids with values beyond the
+    range that places them, and for values that should be clipped. The defaults are those of OliVe's scripts
+    (arXiv:2304.07493).
 
     Args:
         unit: ``"sigma"``, the larger of ``|mean - 3 std|`` and ``|mean + 3 std|``, or ``"absmax"``, the largest magnitude.
+        first, last, step: the multiples of the unit.
     """
 
     unit: Literal["sigma", "absmax"] = "sigma"
@@ -269,17 +275,22 @@ def _three_sigma(x_GK: Tensor, importance_GK: Tensor | None) -> Tensor:
     return mean.abs() + 3 * std
 
 
-# Outermost level, in standard deviations, of the uniform grid of 2^bits levels that loses least of a normal distribution.
+# Outermost level, in standard deviations, of the uniform grid of 2^bits levels with the least squared error on a normal
+# distribution.
 _NORMAL = {1: 0.798, 2: 1.494, 3: 2.051, 4: 2.514, 5: 2.916, 6: 3.278, 7: 3.611, 8: 3.922}
 
 
 @serializable
 @dataclass(frozen=True)
 class RmsRange:
-    """``factor`` times the root mean square on both sides of zero (QuIP, arXiv:2307.13304): incoherent weights have no
-    extremes worth covering. Levels lie symmetrically, none of them at zero; the zero point is the real number between.
+    """A range of ``factor`` times the root mean square on both sides of zero (QuIP, arXiv:2307.13304).
 
-    ``factor`` None: what loses least of a normal distribution at the grid's width (J. Max, 1960); QuIP's code has 2.4.
+    Incoherent weights have no extremes worth covering. The levels are symmetric and none of them is zero; the zero point
+    is the real number halfway between the two middle levels.
+
+    Args:
+        factor: None: the factor with the least error on a normal distribution at the grid's width (J. Max, 1960); QuIP's
+            code uses 2.4.
     """
 
     factor: float | None = None
@@ -299,11 +310,17 @@ class RmsRange:
 @serializable
 @dataclass(frozen=True)
 class HalfQuadratic:
-    """The zero point under which a heavy-tailed error is least, by half-quadratic splitting (HQQ, Badri and Shaji, 2023).
+    """The zero point with the least heavy-tailed error, by half-quadratic splitting (HQQ, Badri and Shaji, 2023).
 
-    The step is that of the extremes. In turns, the error ``x - q(x)`` is shrunk towards zero by the proximal operator of
-    the p-norm (weight ``beta``, growing by ``kappa`` a round), and the zero point becomes the mean that the rest asks for. A
-    granule stops where its mean error no longer falls. With an integer zero point the result is rounded.
+    The step is that of the extremes. Each round shrinks the error ``x - q(x)`` towards zero by the proximal operator of the
+    p-norm and sets the zero point to the mean of the values that the remaining error implies. The rounds end when the mean
+    error of no granule falls. An integer zero point is rounded at the end.
+
+    Args:
+        p: exponent of the norm, above 0 and at most 1.
+        beta: weight of the penalty in the first round.
+        kappa: factor by which ``beta`` grows each round.
+        rounds: most rounds.
     """
 
     p: float = 0.7
@@ -322,7 +339,7 @@ class HalfQuadratic:
     def __call__(self, x_GK: Tensor, grid: Int, importance_GK: Tensor | None = None) -> Affine:
         counted = torch.ones_like(x_GK) if importance_GK is None else (importance_GK > 0).to(x_GK)
         number = counted.sum(1, keepdim=True).clamp(min=1)
-        scale, zero = grid.from_range(*extremes(x_GK))  # which holds zero where the zero point has to be a code
+        scale, zero = grid.from_range(*extremes(x_GK))  # this range contains zero if the zero point is a code
         assert zero is not None
         best, best_zero, beta = torch.full_like(scale, float("inf")), zero, self.beta
         for _ in range(self.rounds + 1):
@@ -345,7 +362,7 @@ class HalfQuadratic:
 @serializable
 @dataclass(frozen=True)
 class KMeans:
-    """The table that loses least, ``sum importance * (x - q(x))**2``: optimal k-means of every granule."""
+    """The table with the least ``sum importance * (x - q(x))**2``: optimal k-means for each granule."""
 
     def why_not(self, grid: Grid) -> str | None:
         return None if isinstance(grid, Codebook) else f"k-means places codebooks, not {grid}"

@@ -1,11 +1,11 @@
 """Which elements share quantization parameters.
 
-Every granularity cuts a tensor into ``[G, K]``: G granules, each with its own parameters, of K elements. Grids and fits
-see only this one canonical view, so that each of them works with each granularity. The alternative, strides and
-broadcast shapes known to every grid, is faster for none of the sizes that matter and multiplies the code.
+Every granularity cuts a tensor into ``[G, K]``: G granules of K elements, each with its own parameters. Grids and fits
+see only this view, so each of them works with each granularity. The alternative, strides and broadcast shapes in every
+grid, multiplies the code and is faster at none of the sizes that matter.
 
-Granules of unequal size (a ragged last group, clusters) are filled up to the longest with copies of the granule's own
-last element: ranges and fits over extremes are unchanged, and importance is filled with zeros instead.
+Granules of unequal size (a ragged last group, clusters) are filled to the longest with copies of their own last element,
+which leaves their extremes unchanged. Importance is filled with zeros instead.
 
 Law, for every granularity g that accepts the shape: ``g.join(g.split(x), x.shape) == x`` exactly.
 Shapes: G granule, K element within a granule, O output channel (row), I input channel (column).
@@ -27,10 +27,10 @@ Shape = tuple[int, ...]
 
 @runtime_checkable
 class Granularity(Protocol):
-    """Cuts tensors of two or more dimensions ``[..., I]`` (all but the last are rows) into granules and back."""
+    """Cuts tensors ``[..., I]`` of at least two dimensions into granules, and joins them. All but the last axis are rows."""
 
     def param_shape(self, shape: Shape) -> tuple[int, int]:
-        """How parameters of a tensor of ``shape`` are laid out: (rows, columns); G is their product, row-major."""
+        """Layout (rows, columns) of the parameters of a tensor of ``shape``; G is their product, row-major."""
         ...
 
     def split(self, x: Tensor, *, fill_zero: bool = False) -> Tensor:
@@ -47,7 +47,7 @@ def _rows(shape: Shape) -> int:
 
 
 def _fill(x: Tensor, width: int, fill_zero: bool) -> Tensor:
-    """Lengthens the last dimension to ``width`` by the last element, or by zeros."""
+    """Lengthens the last dimension to ``width`` with copies of the last element, or with zeros."""
     missing = width - x.shape[-1]
     if missing == 0:
         return x
@@ -84,22 +84,22 @@ class _PerRow:
 @serializable
 @dataclass(frozen=True)
 class PerToken(_PerRow):
-    """A granule a token: activations ``[..., I]``, one range for each vector of I."""
+    """One granule for each token: activations ``[..., I]``, one range for each vector of I."""
 
 
 @serializable
 @dataclass(frozen=True)
 class PerChannel(_PerRow):
-    """A granule an output channel: weights ``[O, I]``, one range for each row."""
+    """One granule for each output channel: weights ``[O, I]``, one range for each row."""
 
 
 @serializable
 @dataclass(frozen=True)
 class PerInput:
-    """A granule an input channel, shared by all rows: static activations whose channels have scales of their own.
+    """One granule for each input channel, shared by all rows: static activations with one scale for each channel.
 
-    No integer product can be taken with such scales; where each is one scale times a power of two, the power moves into
-    the weights' exponents and costs nothing (LLM-FP4, arXiv:2310.16836).
+    Integer products cannot use such scales. If each scale is a common scale times a power of two, the power moves into the
+    exponents of the weights and costs nothing (LLM-FP4, arXiv:2310.16836).
     """
 
     def param_shape(self, shape: Shape) -> tuple[int, int]:
@@ -112,7 +112,7 @@ class PerInput:
         return x_GK.T.reshape(shape)
 
     def spread(self, params_G1: Tensor) -> Tensor:
-        """Parameters at each column, ``[I]``: they act on ``[..., I]`` as it is, which needs no transposed copy."""
+        """Parameters at each column, ``[I]``. They apply to ``[..., I]`` directly, without a transposed copy."""
         return params_G1.reshape(-1)
 
 
@@ -143,9 +143,9 @@ class PerGroup:
 @serializable
 @dataclass(frozen=True)
 class Flat:
-    """Runs of ``size`` consecutive elements of the row-major flattened tensor, across the borders of rows.
+    """Runs of ``size`` consecutive elements of the row-major flattened tensor, across row borders.
 
-    The last run may be shorter. Where rows are a multiple of ``size`` this is :class:`PerGroup`.
+    The last run may be shorter. If the row length is a multiple of ``size`` this is :class:`PerGroup`.
     """
 
     size: int
@@ -196,10 +196,10 @@ class Block:
 @serializable
 @dataclass(frozen=True)
 class RowBands:
-    """Bands of whole rows of equal height, ``count`` of them at most (ZeroQuant, arXiv:2206.01861, whose code counts groups).
+    """At most ``count`` bands of whole rows of equal height (ZeroQuant, arXiv:2206.01861, whose code gives this number).
 
-    The height is the least with which ``count`` bands cover all rows; the last band may be lower. Where there are fewer rows
-    than that, each is a band of its own: :class:`PerChannel`.
+    The height is the least with which ``count`` bands cover all rows; the last band may be lower. With fewer rows than
+    ``count``, each row is its own band, as in :class:`PerChannel`.
     """
 
     count: int
@@ -209,7 +209,7 @@ class RowBands:
             raise ValueError(f"a weight has at least one band of rows, found {self.count}")
 
     def height(self, shape: Shape) -> int:
-        """Rows of a band, the last aside."""
+        """Rows in each band; the last may have fewer."""
         return max(1, -(-_rows(shape) // self.count))
 
     def param_shape(self, shape: Shape) -> tuple[int, int]:
@@ -227,7 +227,7 @@ class RowBands:
 @serializable
 @dataclass(frozen=True)
 class PerCluster:
-    """Consecutive columns in clusters of the given ``sizes``, shared by all rows: static activations after a reorder."""
+    """Clusters of consecutive columns with the given ``sizes``, shared by all rows: reordered static activations."""
 
     sizes: tuple[int, ...]
 
@@ -258,7 +258,7 @@ class PerCluster:
         return torch.cat(parts).T.reshape(shape)
 
     def spread(self, params_G1: Tensor) -> Tensor:
-        """Parameters of the clusters at each column, ``[I]``: they then act on ``[..., I]`` as it is, without the filling that
-        clusters of very unequal sizes cost :meth:`split`."""
+        """Parameters of the clusters at each column, ``[I]``. They apply to ``[..., I]`` directly, without the filling that
+        :meth:`split` needs for clusters of very unequal sizes."""
         sizes = torch.tensor(self.sizes, device=params_G1.device)
         return params_G1.reshape(-1).repeat_interleave(sizes)

@@ -1,13 +1,13 @@
-"""Optimal weighted k-means of numbers on a line, a row at a time; and k-means of points by Lloyd's rounds.
+"""Optimal weighted k-means of numbers, row by row; and k-means of points by Lloyd's rounds.
 
-In one dimension clusters are runs of the sorted values, so the best k of them are found by dynamic programming: the cost of
-the first j values in c runs is the least, over where the last run begins, of the cost before it and of the run itself.
-Prefix sums give a run's cost in constant time, and where the last run begins never moves left as j grows, so each layer
-is filled by divide and conquer in O(n log n). Lloyd's rounds, which the field uses, depend on their start and stop at a
-local optimum; this does neither.
+In one dimension clusters are runs of the sorted values, so dynamic programming finds the best k: the cost of the first j
+values in c runs is the least sum, over the starts of the last run, of its cost and the cost of the runs before it. Prefix
+sums give the cost of a run in constant time. The start of the last run never moves left as j grows, so divide and conquer
+fills each layer in O(n log n). Lloyd's rounds, the usual method, depend on their start and stop at a local optimum; this
+does neither.
 
-The recursion is sequential and branches on every value, which torch cannot express; numba compiles it. In more dimensions
-clusters are no runs of anything, and Lloyd's rounds from several starts are what there is (:func:`kmeans_points`).
+The recursion is sequential and branches on every value, which torch cannot express, so numba compiles it. In more
+dimensions clusters are not runs; :func:`kmeans_points` takes Lloyd's rounds from several starts.
 Shapes: G row (granule), K value within a row, C cluster; N point, F feature, S start.
 """
 
@@ -23,20 +23,23 @@ from torch import Tensor
 
 
 def kmeans_rows(x_GK: Tensor, weight_GK: Tensor | None, clusters: int) -> Tensor:
-    """Centroids ``[G, C]`` float64, rising, that minimize ``sum weight * (x - nearest centroid)**2`` of each row.
+    """Centroids that minimize ``sum weight * (x - nearest centroid)**2`` of each row.
 
     Args:
         x_GK: finite values.
-        weight_GK: at least 0; None for all ones. A value of weight 0 has no say, nor has one below 1e-13 of its row's sum,
-            which sums in float64 could not tell apart; a row of zeros counts as all ones.
-        clusters: C; a row of fewer distinct values repeats its largest centroid, and is exact.
+        weight_GK: at least 0; None: all ones. Values whose weight is 0 or below 1e-13 of their row's sum are ignored, because
+            sums in float64 cannot resolve them; a row of zeros counts as all ones.
+        clusters: C; a row with fewer distinct values is exact and repeats its largest centroid.
+
+    Returns:
+        ``[G, C]`` float64, rising along each row.
     """
     x = x_GK.detach().to("cpu", torch.float64).numpy()
     w = np.ones_like(x) if weight_GK is None else weight_GK.detach().to("cpu", torch.float64).numpy()
     out = np.empty((len(x), clusters))
     threads = max(1, torch.get_num_threads())
     cuts = np.linspace(0, len(x), 4 * threads + 1).astype(int) if threads > 1 else np.array([0, len(x)])
-    with ThreadPoolExecutor(threads) as pool:  # the compiled function lets go of the interpreter's lock
+    with ThreadPoolExecutor(threads) as pool:  # the compiled function releases the interpreter's lock
         list(
             pool.map(
                 lambda i: _rows(x[cuts[i] : cuts[i + 1]], w[cuts[i] : cuts[i + 1]], out[cuts[i] : cuts[i + 1]]),
@@ -47,21 +50,26 @@ def kmeans_rows(x_GK: Tensor, weight_GK: Tensor | None, clusters: int) -> Tensor
 
 
 def kmeans_points(x_NF: Tensor, clusters: int, seed: int, starts: int = 10, rounds: int = 300) -> Tensor:
-    """The cluster of each point, int64 ``[N]``: the best of ``starts`` runs of Lloyd's rounds, begun as k-means++ begins.
+    """The cluster of each point: the best of several runs of Lloyd's rounds from k-means++ starts.
 
-    No cluster is empty: where points coincide, equal ones are parted. Clusters are numbered by the mean of their first
-    feature, then of the others, so that their numbers do not depend on the start.
+    No cluster is empty: points that coincide are divided. Clusters are numbered by the mean of their first feature, then
+    of the others, so their numbers do not depend on the start.
 
     Args:
         x_NF: finite values; computed in float64.
         clusters: C, 1 to N.
-        seed: of the starts.
+        seed: of the random starts.
+        starts: number of runs.
+        rounds: most rounds.
+
+    Returns:
+        Cluster numbers, int64 ``[N]``.
 
     Raises:
         ValueError: more clusters than points.
     """
     if not 1 <= clusters <= len(x_NF):
-        raise ValueError(f"{len(x_NF)} points are in 1 to {len(x_NF)} clusters, found {clusters}")
+        raise ValueError(f"{len(x_NF)} points have 1 to {len(x_NF)} clusters, found {clusters}")
     x = x_NF.detach().to("cpu", torch.float64)
     generator = torch.Generator().manual_seed(seed)
     centre_SCF = _plus_plus(x, clusters, starts, generator)
@@ -81,14 +89,14 @@ def kmeans_points(x_NF: Tensor, clusters: int, seed: int, starts: int = 10, roun
 
 
 def _distances(centre_SCF: Tensor, x_NF: Tensor) -> Tensor:
-    """``[S, C, N]``, from differences: through matrix products the nearest of near centres would hang on the threads."""
+    """``[S, C, N]``, from differences: with matrix products, near ties would depend on the number of threads."""
     x_SNF = x_NF.expand(len(centre_SCF), -1, -1)
     return torch.cdist(centre_SCF, x_SNF, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _plus_plus(x_NF: Tensor, clusters: int, starts: int, generator: torch.Generator) -> Tensor:
-    """First centres ``[S, C, F]``: points, each the best of a few that are drawn with a probability like their squared distance
-    to the centres before (greedy k-means++)."""
+    """First centres ``[S, C, F]`` by greedy k-means++: each is the best of a few points drawn with a probability
+    proportional to their squared distance to the earlier centres."""
     every, trials = torch.arange(starts), 2 + int(math.log(clusters))
     chosen_SF = x_NF[torch.randint(len(x_NF), (starts,), generator=generator)]
     centres = [chosen_SF]
@@ -115,7 +123,7 @@ def _means(x_NF: Tensor, label_SN: Tensor, centre_SCF: Tensor) -> Tensor:
 
 
 def _none_empty(x_NF: Tensor, label_N: Tensor, centre_CF: Tensor) -> Tensor:
-    """Gives each empty cluster the point that is farthest from its centre, of those that are not alone."""
+    """Gives each empty cluster the point farthest from its centre, among points that share their cluster."""
     label_N = label_N.clone()
     for c in range(len(centre_CF)):
         if not (label_N == c).any():
@@ -136,7 +144,7 @@ def _row(x_K, w_K, out_C):
     order = np.argsort(x_K)
     least = 1e-13 * w_K.sum()
     everyone = least <= 0
-    # Distinct values with their summed weights; values without a say are left out.
+    # Distinct values with their summed weights, without the values that are ignored.
     values, weights, n = np.empty(len(x_K)), np.empty(len(x_K)), 0
     for i in order:
         weight = 1.0 if everyone else w_K[i]
@@ -152,7 +160,7 @@ def _row(x_K, w_K, out_C):
         for c in range(clusters):
             out_C[c] = values[min(c, n - 1)]
         return
-    # Prefix sums of weight, weighted value and square, about the mean: differences of large sums would cancel.
+    # Prefix sums of weight, weighted value and square around the mean; without it, differences of large sums would cancel.
     middle = (values[:n] * weights[:n]).sum() / weights[:n].sum()
     total, first, second = np.zeros(n + 1), np.zeros(n + 1), np.zeros(n + 1)
     for i in range(n):
@@ -160,7 +168,7 @@ def _row(x_K, w_K, out_C):
         total[i + 1] = total[i] + weights[i]
         first[i + 1] = first[i] + weights[i] * v
         second[i + 1] = second[i] + weights[i] * v * v
-    start = np.zeros((clusters, n + 1), dtype=np.int32)  # where the last of c + 1 runs over j values begins
+    start = np.zeros((clusters, n + 1), dtype=np.int32)  # start of the last of c + 1 runs over j values
     before, now = np.empty(n + 1), np.empty(n + 1)
     for j in range(n + 1):
         before[j] = _cost(total, first, second, 0, j)
@@ -176,7 +184,7 @@ def _row(x_K, w_K, out_C):
 
 @numba.njit(nogil=True, cache=True, inline="always")
 def _cost(total, first, second, i, j):
-    """Of the run of values ``i .. j - 1``."""
+    """Cost of the run of values ``i .. j - 1``."""
     if j - i < 2:
         return 0.0
     s = first[j] - first[i]
@@ -185,8 +193,8 @@ def _cost(total, first, second, i, j):
 
 @numba.njit(nogil=True, cache=True)
 def _layer(total, first, second, before, now, start, c, n):
-    """Fills ``now[j]``, j over ``c .. n``: the least cost of the first j values in c + 1 runs, none of them empty."""
-    # A stack of open ranges of j (both ends included), each with the range in which the last run can begin.
+    """Fills ``now[j]`` for j in ``c .. n``: the least cost of the first j values in c + 1 runs, none of them empty."""
+    # A stack of open ranges of j (both ends included), each with the possible starts of the last run.
     stack = np.empty((128, 4), dtype=np.int32)
     stack[0, 0], stack[0, 1], stack[0, 2], stack[0, 3] = c + 1, n, c, n - 1
     depth = 1

@@ -1,14 +1,14 @@
 """Frozen values to plain data and back: the one converter for recipes, journals and checkpoints.
 
 A dataclass marked ``@serializable`` is written with its name, ``{"type": "PerGroup", "size": 64}``, and read back by it. The
-alternative, a discriminated union for each contract, needs every contract to list its members, so that a new grid is a
-change in two places; here a new class is known as soon as its module is imported. A dataclass marked ``@untagged`` is written
-without a name: it is read only where the caller, or the type of a field, says which class is expected.
+alternative, a discriminated union for each contract, would list the members of every contract, so a new grid would be a
+change in two places. Here a class is known once its module is imported. A dataclass marked ``@untagged`` is written without
+a name; it is read only where the caller, or the type of a field, names its class.
 
-Dataclasses do not check the types of their fields: a pattern given where a tuple of patterns is meant would be taken letter by
-letter. So fields read from plain data are checked before their value is built, and :func:`check_types` checks a value that was
-built in Python. Both ask pydantic, field by field: it is a dependency already, for the options of methods, and its strict mode
-finds and says what is wrong, where cattrs converts without asking.
+Dataclasses do not check the types of their fields: a string given for a tuple of patterns would be read letter by letter.
+So :func:`from_dict` checks fields before it builds a value, and :func:`check_types` checks a value built in Python. Both
+use pydantic for each field. It is a dependency already, for the options of methods, and its strict mode reports what is
+wrong; cattrs converts silently.
 
 Law: ``from_dict(to_dict(x), type(x)) == x`` for every value built of such dataclasses, numbers, strings, None and tuples.
 """
@@ -39,7 +39,7 @@ def serializable(cls: T) -> T:
 
 
 def untagged(cls: T) -> T:
-    """Class decorator: the dataclass ``cls`` is written without its name, and read where it is the class expected."""
+    """Class decorator: the dataclass ``cls`` is written without its name, and read where it is the expected class."""
     assert dataclasses.is_dataclass(cls), f"{cls.__name__} must be a dataclass"
     _UNTAGGED.add(cls)
     return cls  # pyright: ignore[reportReturnType]
@@ -74,12 +74,13 @@ def from_dict(data: Any, expected: Any = None, where: str = "") -> Any:
 
     Args:
         data: plain data; lists become tuples.
-        expected: the class or the annotation of what is read. A mapping without a ``type`` is read as the one dataclass
-            among its alternatives; None: it stays a mapping.
+        expected: the expected class or annotation. A mapping without a ``type`` is read as the only dataclass among its
+            alternatives; None: it stays a mapping.
         where: the path to ``data``, for messages.
 
     Raises:
-        ValueError: an unknown type or field, with the nearest known; a missing field, or one of another type.
+        ValueError: an unknown type or field (the message names the nearest known one), a missing field, or a field of
+            another type.
     """
     if isinstance(data, list | tuple):
         kinds = _element_types(expected, len(data))
@@ -98,7 +99,11 @@ def from_dict(data: Any, expected: Any = None, where: str = "") -> Any:
 
 
 def check_types(value: Any, where: str = "") -> None:
-    """Raises ValueError where a field of the dataclass ``value``, or of a value in it, has another type than it declares."""
+    """Checks the types of all fields of the dataclass ``value`` and of the dataclasses in it.
+
+    Raises:
+        ValueError: a field has another type than it declares.
+    """
     path = _path(type(value), where)
     items = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     _check_fields(type(value), items, path)
@@ -125,7 +130,7 @@ def _build(cls: Any, data: Mapping[str, Any], where: str) -> Any:
 
 
 def _path(cls: type, where: str) -> str:
-    """``where`` and the name of the class; a class that is written without its name is named only where a path begins."""
+    """``where`` and the name of the class; an untagged class is named only at the start of a path."""
     return cls.__name__ if not where else where if cls in _UNTAGGED else f"{where}.{cls.__name__}"
 
 
@@ -157,12 +162,13 @@ def _hints(cls: type) -> dict[str, Any]:
 
 @cache
 def _adapter(cls: type, field: str) -> TypeAdapter[Any]:
-    # In a tuple of one: for a dataclass by itself pydantic would take the configuration of that class.
-    return TypeAdapter(GenericAlias(tuple, (_by_instance(_hints(cls)[field]),)), config=_STRICT)
+    # The tuple of one makes pydantic use this configuration and not that of a dataclass.
+    hint: Any = GenericAlias(tuple, (_by_instance(_hints(cls)[field]),))
+    return TypeAdapter(hint, config=_STRICT)
 
 
 def _by_instance(hint: Any) -> Any:
-    """The annotation with every dataclass in it taken as it is: whoever made the value has checked its fields, or will."""
+    """The annotation with every dataclass checked by its class only; its fields are checked elsewhere."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return InstanceOf[hint]
     origin, arguments = get_origin(hint), tuple(_by_instance(each) for each in get_args(hint))
@@ -172,13 +178,13 @@ def _by_instance(hint: Any) -> Any:
 
 
 def _alternatives(expected: Any) -> list[Any]:
-    """The members of a union, None left out; of anything else, itself."""
+    """The members of a union without None; any other annotation alone."""
     members = get_args(expected) if get_origin(expected) in (Union, UnionType) else (expected,)
     return [member for member in members if member not in (None, NoneType)]
 
 
 def _element_types(expected: Any, count: int) -> list[Any]:
-    """What the annotation of a tuple says of each of ``count`` elements; None where it says nothing."""
+    """The types that a tuple's annotation gives its ``count`` elements; None for each without a type."""
     for member in _alternatives(expected):
         arguments = get_args(member)
         if get_origin(member) is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:

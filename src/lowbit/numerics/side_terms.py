@@ -1,13 +1,13 @@
-"""Side terms: what a packed linear stores beside its codes, added to the decoded weight.
+"""Side terms: tensors that a packed linear stores next to its codes and adds to the decoded weight.
 
     W = decode(codes) + sum of side.dense(W.shape)
 
-Terms are ADDITIVE: whoever keeps a weight w in one writes ``code = encode(0)`` in its place and stores
-``w - decode(code)``, so that every decoder (a dense one that adds, a fused one that never builds W) gives the same sum,
-also on grids without an exact zero. The field's other convention, "replace where the sparse value is not zero", makes
-the result depend on the decoder.
+Terms are ADDITIVE. To keep a weight w in a term, write ``code = encode(0)`` in its place and store ``w - decode(code)``.
+Every decoder (a dense one that adds, a fused one that never builds W) then gives the same sum, also on grids without an
+exact zero. With the other usual convention, "replace where the sparse value is not zero", the result depends on the
+decoder.
 
-Values are stored in float16 and meant to be read so; ``of`` rounds to it. Shapes: O output channel, I input channel, R rank.
+Values are stored in float16; the constructors ``of`` round to it. Shapes: O output channel, I input channel, R rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 @runtime_checkable
 class SideTerm(Protocol):
-    """A frozen dataclass of tensors, all of which are stored as they are."""
+    """A frozen dataclass of tensors, which are all stored unchanged."""
 
     def dense(self, shape: tuple[int, int]) -> Tensor:
         """The term as a float32 matrix ``[O, I]``."""
@@ -45,10 +45,10 @@ class Sparse:
 
     @staticmethod
     def of(values_OI: Tensor, mask_OI: Tensor) -> Sparse:
-        """The entries of ``values_OI`` where ``mask_OI`` is set, zeros among them included.
+        """The entries of ``values_OI`` where ``mask_OI`` is set, also those that are zero.
 
         Raises:
-            ValueError: a value beyond float16.
+            ValueError: a value outside the range of float16.
         """
         rows, columns = mask_OI.nonzero(as_tuple=True)
         start = torch.zeros(len(mask_OI) + 1, dtype=torch.int32, device=mask_OI.device)
@@ -68,7 +68,7 @@ class Sparse:
         return out
 
     def apply(self, x: Tensor, out_features: int) -> Tensor:
-        # The specification, not the fast way: torch's own sparse product is in beta and warns every user.
+        # This is the specification and not fast: torch's own sparse product is in beta and warns every user.
         return x @ self.dense((out_features, x.shape[-1])).to(x.dtype).T
 
 
@@ -81,10 +81,10 @@ class KeptColumns:
 
     @staticmethod
     def of(values_Ok: Tensor, index: Tensor) -> KeptColumns:
-        """Columns ``values_Ok`` that belong at ``index``, in any order.
+        """Columns ``values_Ok`` whose channel numbers are ``index``, in any order.
 
         Raises:
-            ValueError: a value beyond float16.
+            ValueError: a value outside the range of float16.
         """
         order = index.argsort()
         return KeptColumns(index[order].to(torch.int32), _half(values_Ok[:, order]).contiguous())
@@ -110,7 +110,7 @@ class LowRank:
         """The factors rounded to float16.
 
         Raises:
-            ValueError: a value beyond float16, or factors of different ranks.
+            ValueError: a value outside the range of float16, or factors of different ranks.
         """
         if a_RI.shape[0] != b_OR.shape[1]:
             raise ValueError(f"factors are [R, I] and [O, R], found {list(a_RI.shape)} and {list(b_OR.shape)}")

@@ -1,13 +1,11 @@
-"""What a step or a solver may ask to know about the inputs of a linear layer, gathered token by token.
+"""Statistics of the inputs of a linear layer, gathered token by token for steps and solvers.
 
-A statistic is a frozen request; the walk keeps one accumulator for each request and shared input, so that q, k and v,
-which read one tensor, share one Gram matrix. Requests compare equal by value, so two steps that ask for the same thing
-get one accumulation. Nothing here keeps tokens except :class:`Samples`, which keeps as many as it says.
+A statistic is a frozen request. The walk keeps one accumulator for each request and shared input, so q, k and v, which
+read one tensor, share one Gram matrix. Requests compare by value, so equal requests of two steps share one accumulator.
+Only :class:`Samples` keeps tokens. :class:`Fisher` concerns the weights and needs a backward pass over the whole model.
 
-One request is of another kind: :class:`Fisher` is about the weights, and takes a backward pass over the whole model.
-
-Law: the result does not depend on how the tokens were cut into batches (:class:`Samples` with an even ``stride`` and
-:class:`MovingRange` aside).
+Law: the result does not depend on how the tokens were cut into batches. The exceptions are :class:`Samples` with an even
+``stride`` and :class:`MovingRange`.
 Shapes: T token, I input channel.
 """
 
@@ -23,11 +21,14 @@ from lowbit.numerics.serialize import serializable
 
 
 class Statistic:
-    """A request for one statistic of an input ``[T, I]``: how a batch of tokens gives it and how two of them join.
+    """A request for one statistic of an input ``[T, I]``: computed from a batch of tokens and joined over batches.
 
-    Subclasses are frozen dataclasses. ``of_input``: False where it cannot be gathered from inputs. ``paired``: its batches
-    are ``[2, T, I]``, the same tokens as the layer will read them and as the original model does. ``skip_first``: so many
-    positions at the start of each calibration window are left out of its batches; whoever gathers knows the positions.
+    Subclasses are frozen dataclasses.
+
+    Args:
+        of_input: False if inputs cannot give the statistic.
+        paired: batches are ``[2, T, I]``, the same tokens as the layer will read them and as the original model reads them.
+        skip_first: positions at the start of each calibration window that its batches leave out.
     """
 
     of_input: ClassVar[bool] = True
@@ -48,7 +49,7 @@ class Statistic:
         return new if old is None else self.join(old, new)
 
     def enough(self, acc: Tensor) -> bool:
-        """Whether more tokens would change nothing, so that a pass over them can be left out."""
+        """Whether further tokens would change nothing, so that the pass over them can be left out."""
         return False
 
     def nbytes(self, tokens: int, width: int) -> int:
@@ -99,7 +100,7 @@ class Range(Statistic):
 @serializable
 @dataclass(frozen=True)
 class TokenRange(Statistic):
-    """Smallest and largest value of each token, ``[2, T]``; :func:`clipped_tokens` makes a range of them."""
+    """Smallest and largest value of each token, ``[2, T]``; :func:`clipped_tokens` turns them into a range."""
 
     def merge(self, x_TI: Tensor) -> Tensor:
         return torch.stack(torch.aminmax(x_TI, dim=1))
@@ -111,14 +112,18 @@ class TokenRange(Statistic):
 def clipped_tokens(bounds_2T: Tensor, share: float) -> Tensor:
     """The range ``[2]`` that clips whole tokens (Outlier Suppression, arXiv:2209.13325, section 4.2).
 
-    With U the ``share`` quantile (linear) of ``|largest value of a token|`` the range ends at the largest of these values that
-    is not above U; its lower end likewise. A share of 1 is the range of all values, and a smaller share a range within it.
+    Let U be the linear ``share`` quantile of ``|largest value of a token|``. The range ends at the largest of these values
+    that is at most U; the lower end is found likewise.
+
+    Args:
+        bounds_2T: the result of :class:`TokenRange`.
+        share: above 0 and at most 1; 1 gives the range of all values, a smaller share a range within it.
 
     Raises:
-        ValueError: a share that is not above 0 and at most 1.
+        ValueError: a ``share`` outside these bounds.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"the share of tokens that a range is made of is above 0 and at most 1, found {share}")
+        raise ValueError(f"the share of tokens in a range is above 0 and at most 1, found {share}")
     smallest, largest = bounds_2T
     return torch.stack([-_up_to(-smallest, share), _up_to(largest, share)])
 
@@ -137,8 +142,8 @@ def _up_to(values_T: Tensor, share: float) -> Tensor:
 class MovingRange(Range):
     """Like :class:`Range`, but each end is a moving average of the windows' ends: ``decay * old + (1 - decay) * new``.
 
-    What a single window reaches is forgotten, so a range fixed by it clips rare extremes (RPTQ, arXiv:2304.01089). The one
-    statistic that depends on the order of the windows and on how tokens are cut into them.
+    The average forgets the extremes of a single window, so the range clips rare extremes (RPTQ, arXiv:2304.01089). The
+    result depends on the order of the windows and on how tokens are cut into them.
     """
 
     decay: float = 0.99
@@ -157,8 +162,8 @@ class MovingRange(Range):
 class LaterRange(Range):
     """:class:`Range` without the first ``skip_first`` tokens of every window.
 
-    They may carry values hundreds of times those of all others (attention sinks), which then set the range of everything
-    that shares a scale with them.
+    These tokens can have values hundreds of times larger than all others (attention sinks), and would then set the range
+    of everything that shares a scale with them.
     """
 
     skip_first: int = 1
@@ -171,7 +176,7 @@ class LaterRange(Range):
 @serializable
 @dataclass(frozen=True)
 class AbsSum(Statistic):
-    """``sum_t |x_t|`` and the number of tokens, ``[I + 1]`` in float64; :func:`mean_abs` divides."""
+    """``sum_t |x_t|``, then the number of tokens: ``[I + 1]`` in float64. :func:`mean_abs` divides them."""
 
     def merge(self, x_TI: Tensor) -> Tensor:
         return torch.cat([x_TI.abs().sum(0, dtype=torch.float64), x_TI.new_tensor([len(x_TI)], dtype=torch.float64)])
@@ -188,7 +193,7 @@ def mean_abs(abs_sum: Tensor) -> Tensor:
 @serializable
 @dataclass(frozen=True)
 class Samples(Statistic):
-    """Some of the tokens themselves, ``[count, I]`` at most: every ``stride``-th from the start, until ``count`` are kept."""
+    """Tokens, at most ``[count, I]``: every ``stride``-th from the start, until ``count`` are kept."""
 
     count: int = 512
     stride: int = 1
@@ -206,10 +211,11 @@ class Samples(Statistic):
 @serializable
 @dataclass(frozen=True)
 class Fisher(Statistic):
-    """Diagonal Fisher information of a weight, ``[O, I]`` float32: how much the model's loss minds a change of it.
+    """Diagonal Fisher information of a weight, ``[O, I]`` float32: the sensitivity of the model's loss to each element.
 
-    ``sum_n (dL_n / dw)^2`` over calibration windows n, L_n the mean next-token cross-entropy of window n alone (the square
-    of a sum over windows would be something else). Zero where no token reached the weight. Only its ratios mean something.
+    ``sum_n (dL_n / dw)^2`` over calibration windows n; L_n is the mean next-token cross-entropy of window n alone (the
+    square of a sum over windows would be another quantity). Zero where no token reached the weight. Only ratios of it have
+    a meaning.
     """
 
     of_input: ClassVar[bool] = False
@@ -218,9 +224,9 @@ class Fisher(Statistic):
 @serializable
 @dataclass(frozen=True)
 class CrossGram(Statistic):
-    """``D = sum_t (x'_t - x_t) x_t^T``, ``[I, I]`` in float32: x' the original model's input where the layer reads x.
+    """``D = sum_t (x'_t - x_t) x_t^T``, ``[I, I]`` in float32; the original model reads x' where the layer reads x.
 
-    How far the blocks quantized so far have moved the inputs; zero where they have not.
+    D measures the change of the inputs by the blocks quantized so far; it is zero before the first.
     """
 
     paired: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Weight solvers: codes for one weight matrix, from its values and, where needed, statistics of its inputs."""
+"""Weight solvers: codes for one weight matrix, from its values and, if needed, statistics of its inputs."""
 
 from lowbit.solve.base import Solution, Solver
 from lowbit.solve.gptq import Gptq

@@ -1,8 +1,8 @@
-"""What a weight solver is: the last act of quantization, which turns a weight matrix into codes.
+"""The contract of a weight solver, which turns a weight matrix into codes.
 
-A solver sees one matrix, the format to reach, and statistics of the matrix's input. It knows no layer and no model, so
-any solver serves any linear layer, and it changes nothing that it was given: layers that read one input share one Gram
-matrix. What it has to say (a fallback, dead channels) it returns as notes, because the caller knows the layer's name.
+A solver gets one matrix, its format, and statistics of its input. It knows no layer and no model, so any solver serves
+any linear layer. It does not change its arguments, because layers that read one input share one Gram matrix. Warnings (a
+fallback, dead channels) are returned as notes, because only the caller knows the layer's name.
 
 Shapes: O output channel, I input channel.
 """
@@ -23,11 +23,12 @@ from lowbit.transforms import ChannelTransform
 class Solution:
     """A solved weight.
 
-    q: codes and parameters, the parameters exactly as they will be stored.
-    pre: channel transforms that the layer applies to its input, in order, before it meets ``q``; empty for most.
-    post: channel transforms that the layer applies to its output, in order, before the bias.
-    side: terms added to the decoded ``q``.
-    notes: sentences that the report must show under the layer's name.
+    Args:
+        q: codes, and parameters exactly as stored.
+        pre: channel transforms that the layer applies to its input, in order, before the product; usually empty.
+        post: channel transforms that the layer applies to its output, in order, before the bias.
+        side: terms added to the decoded ``q``.
+        notes: sentences that the report must show under the layer's name.
     """
 
     q: QTensor
@@ -61,7 +62,7 @@ class Solver:
 
     @property
     def moves_groups(self) -> bool:
-        """Whether groups are formed in an order of columns that the solver chooses and the layer then stores."""
+        """Whether the solver forms groups in its own order of columns, which the layer then stores."""
         return False
 
     def memory(self, rows: int, columns: int) -> int:
@@ -71,9 +72,14 @@ class Solver:
         return factor + (_WEIGHT_COPIES + matrix) * 4 * rows * columns
 
     def check(self, spec: Spec, clipped: bool) -> None:
-        """Raises ValueError where no weight can be brought to ``spec`` by this solver.
+        """Checks that this solver can reach ``spec``.
 
-        clipped: a range will have been chosen earlier for each granule.
+        Args:
+            spec: the format.
+            clipped: an earlier step chooses a range for each granule.
+
+        Raises:
+            ValueError: it cannot, for any weight.
         """
 
     def solve(
@@ -84,17 +90,21 @@ class Solver:
         Args:
             w_OI: floating; float64 is solved in float64, everything else in float32.
             spec: the format to reach.
-            stats: at least what ``needs`` names.
-            clip: a range chosen earlier, one share for each granule (row-major); replaces the solver's own fit.
+            stats: at least the statistics in ``needs``.
+            clip: a range chosen earlier for each granule (row-major); it replaces the solver's own fit.
 
         Raises:
-            ValueError: NaN or Inf in the weight, or a format that this solver cannot do; the message says why.
+            ValueError: NaN or Inf in the weight, or a format that this solver cannot reach; the message says why.
         """
         raise NotImplementedError
 
 
 def check_weight(spec: Spec, fit: Fit | None) -> None:
-    """What every solver asks of a format, and of its own fit (None: the fit was chosen before).
+    """The checks that all solvers share.
+
+    Args:
+        spec: the format.
+        fit: the solver's fit; None: an earlier step chose the ranges.
 
     Raises:
         ValueError: a granularity of activations, or a fit that cannot place the grid.

@@ -1,8 +1,8 @@
-"""A weight's granules seen column by column: what a solver needs that fixes one column after another.
+"""A weight's granules by column, for solvers that round one column after another.
 
-Every granularity of a weight is a tiling: strips of rows crossed with bands of columns. Per channel is one band and a
-strip a row; per group is a band a group; per tensor is one strip and one band; blocks are both. So one description
-serves all granularities, and a solver can place the grid on one band when it arrives there.
+Every granularity of a weight is a tiling of row strips and column bands. Per channel: one band, and one strip for each
+row. Per group: one band for each group. Per tensor: one strip and one band. Blocks: several of both. One description
+thus serves all granularities, and a solver can place the grid of a band when it reaches it.
 
 Shapes: O output channel (row), I input channel (column), K columns of one band.
 """
@@ -20,7 +20,12 @@ from lowbit.numerics import Block, Fit, Granularity, Params, PerToken, Spec, fit
 
 @dataclass(frozen=True, eq=False)
 class Tiling:
-    """Strips of ``height`` rows (the last may be lower) and bands of columns; ``band_I`` (int64, rising): each column's."""
+    """Strips of rows and bands of columns.
+
+    Args:
+        height: rows in each strip; the last may have fewer.
+        band_I: the band of each column, int64, rising.
+    """
 
     height: int
     band_I: Tensor
@@ -30,7 +35,7 @@ class Tiling:
         """The tiling that ``granularity`` makes of ``w_OI``.
 
         Raises:
-            ValueError: granules that are no tiles, so that no column can be finished alone.
+            ValueError: granules that are not tiles, so no column can be finished alone.
         """
         if isinstance(granularity, PerToken):
             raise ValueError("PerToken() is for activations; a weight is quantized PerChannel(), PerGroup(size), ...")
@@ -54,23 +59,27 @@ class Tiling:
         return int(self.band_I[-1]) + 1
 
     def place(self, w_OK: Tensor, spec: Spec, fit: Fit, importance_K: Tensor, out_OK: Tensor | None = None) -> Params:
-        """Parameters, not yet as stored, of one band whose columns are ``w_OK`` (in any order); leading axis: strips.
+        """Fitted parameters of one band, before rounding to storage; leading axis: strips.
 
-        ``out_OK``: weights that the grid is not placed on.
+        Args:
+            w_OK: the columns of the band, in any order.
+            spec, fit: format, and the fit that places its grid.
+            importance_K: of each column.
+            out_OK: weights that the fit ignores.
         """
         tile = Block(self.height, w_OK.shape[1])
         here = Spec(spec.grid, tile, spec.stats, spec.scale_dtype, spec.stats_centred)
         return place(w_OK, here, fit, importance_K.expand_as(w_OK), out_OK)
 
     def of_rows(self, params: Params, rows: int) -> Params:
-        """One band's parameters, repeated for each of the ``rows`` rows: leading axis O."""
+        """The parameters of one band, repeated for each of the ``rows`` rows: leading axis O."""
         if self.height == 1:
             return params
         return params._make(None if p is None else p.repeat_interleave(self.height, 0)[:rows] for p in params)
 
 
 def place(w_OI: Tensor, spec: Spec, fit: Fit, importance_OI: Tensor | None, out_OI: Tensor | None) -> Params:
-    """``fit_raw`` that does not see what ``out_OI`` masks: no range reaches for it, no search weighs it."""
+    """``fit_raw`` without the weights that ``out_OI`` masks: neither ranges nor searches include them."""
     if out_OI is None:
         return fit_raw(w_OI, spec, fit, importance_OI)
     weight = torch.ones_like(w_OI) if importance_OI is None else importance_OI
@@ -78,7 +87,7 @@ def place(w_OI: Tensor, spec: Spec, fit: Fit, importance_OI: Tensor | None, out_
 
 
 def without(w_OI: Tensor, mask_OI: Tensor, granularity: Granularity) -> Tensor:
-    """``w_OI`` with what is masked replaced by the mean of the rest of its granule: invisible to any range."""
+    """``w_OI`` with masked weights replaced by the mean of the rest of their granule, which no range notices."""
     w, mask = granularity.split(w_OI), granularity.split(mask_OI)
     count = (~mask).sum(1, keepdim=True).clamp(min=1)
     mean = w.masked_fill(mask, 0).sum(1, keepdim=True) / count
@@ -86,12 +95,14 @@ def without(w_OI: Tensor, mask_OI: Tensor, granularity: Granularity) -> Tensor:
 
 
 class Bands:
-    """The grid of each band of ``tiling``, placed when the solver reaches it, kept as fitted and as it will be stored.
+    """The grids of the bands of ``tiling``, placed when the solver reaches them; kept as fitted and as stored.
 
     Args:
-        fit: of all granules.
-        importance_I: of each column, as stored.
-        rows: of the weight.
+        tiling: strips and bands of the weight.
+        spec: its format.
+        fit: for all granules.
+        rows: number of rows of the weight.
+        importance_I: of each column, in the stored order.
     """
 
     def __init__(self, tiling: Tiling, spec: Spec, fit: Fit, rows: int, importance_I: Tensor):
@@ -103,7 +114,7 @@ class Bands:
         return b in self._fitted
 
     def place_all(self, w_OI: Tensor, out_OI: Tensor | None) -> None:
-        """Places every band on ``w_OI``, columns as stored."""
+        """Places every band on ``w_OI``, whose columns are in the stored order."""
         wide = self.tiling.wide
         fitted = place(w_OI, self.spec, self.fit, self.importance_I.expand_as(w_OI), out_OI)
         stored = self.spec.as_stored(fitted, wide)
@@ -117,45 +128,45 @@ class Bands:
         self._by_row[b] = self.tiling.of_rows(self.spec.as_stored(self._fitted[b]), self.rows)
 
     def trial(self, b: int, w_OK: Tensor, columns: Tensor, out_OK: Tensor | None = None) -> Params:
-        """What :meth:`place` would fit, not kept; leading axis: strips."""
-        of_granules = getattr(self.fit, "rows", None)  # a choice made earlier, granule by granule
+        """The parameters that :meth:`place` would fit, without keeping them; leading axis: strips."""
+        of_granules = getattr(self.fit, "rows", None)  # an earlier choice for each granule
         fit = self.fit if of_granules is None else of_granules(slice(b, None, self.tiling.wide))
         return self.tiling.place(w_OK, self.spec, fit, self.importance_I[columns], out_OK)
 
     def of_rows(self, b: int) -> Params:
-        """Band b's parameters as stored, a set for each row."""
+        """Parameters of band b as stored, one set for each row."""
         return self._by_row[b]
 
     def fitted(self) -> Params:
-        """Parameters of all granules as fitted: G is strips x bands, row-major."""
+        """Parameters of all granules as fitted; G is strips x bands, row-major."""
         bands = [self._fitted[b] for b in range(self.tiling.wide)]
         both = zip(*bands, strict=True)
         return bands[0]._make(None if parts[0] is None else torch.stack(parts, 1).flatten(0, 1) for parts in both)
 
 
 def _every(params: Params, b: int, wide: int) -> Params:
-    """Band b's part of parameters of all granules."""
+    """The parameters of band b, from those of all granules."""
     return params._make(None if p is None else p[b::wide] for p in params)
 
 
 def by_score(score_I: Tensor) -> Tensor:
-    """Columns by falling score, such as the diagonal of H: those whose errors cost most first. Ties keep their order."""
+    """Columns by falling score, such as the diagonal of H: the most costly errors first. Ties keep their order."""
     return score_I.argsort(descending=True, stable=True)
 
 
 def by_band_and_score(score_I: Tensor, band_I: Tensor) -> Tensor:
-    """Columns by falling score inside each band, bands by their largest: a band's columns stay together."""
+    """Columns by falling score inside each band, and bands by their largest score: the columns of a band stay together."""
     largest = score_I.new_zeros(int(band_I[-1]) + 1).scatter_reduce(0, band_I, score_I, "amax", include_self=False)
-    rank = by_score(largest).argsort()  # place of each band; unique, so bands of equal maximum do not mix
+    rank = by_score(largest).argsort()  # place of each band; unique, so bands with equal maxima do not mix
     columns = by_score(score_I)
     return columns[rank[band_I[columns]].argsort(stable=True)]
 
 
 def lazy_blocks(width_of_runs: list[int], block: int) -> list[tuple[int, int]]:
-    """Cuts columns into blocks ``[i1, i2)`` of at most ``block``, never through a run that fits into a block.
+    """Cuts columns into blocks ``[i1, i2)`` of at most ``block`` columns, never inside a run that fits into a block.
 
-    Longer runs start a block. So at the first column of any run, all of the run is either inside the current block or
-    waits for no correction of it: its weights are up to date.
+    Longer runs start a block. At the first column of a run the weights of the whole run are therefore up to date: the run
+    lies inside the current block, or has no outstanding corrections.
     """
     edges = [0]
     end = 0

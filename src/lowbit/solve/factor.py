@@ -1,7 +1,7 @@
-"""The triangular factor that the column recursion runs on, from a Gram matrix that may be anything but well-behaved.
+"""The triangular factor for the column recursion, from a Gram matrix that may be badly conditioned.
 
-Calibration gives singular matrices (fewer tokens than channels), matrices that rounding made indefinite, and at times
-NaN. A ladder of remedies is climbed until a factor exists, and every rung used is told.
+Calibration can give singular matrices (fewer tokens than channels), matrices that rounding made indefinite, and NaN. The
+damping rises in steps until a factor exists, and a note names the damping that was needed.
 
 Shapes: I input channel.
 """
@@ -12,31 +12,40 @@ import torch
 from torch import Tensor
 
 _FLOAT64_UP_TO = 8192
-"""Channels up to which the factor is computed in float64: beyond, its time and memory outgrow the rest of the solve."""
+"""Most channels for a factor in float64; for wider weights its time and memory would exceed the rest of the solve."""
 
 
 def inverse_factor(h_II: Tensor, damp: float) -> tuple[Tensor | None, tuple[str, ...]]:
-    """U, upper triangular with ``U^T U = (H + d I)^-1``, and notes on how d differs from ``damp * mean(diag H)``.
+    """The upper triangular U with ``U^T U = (H + d I)^-1``.
 
-    The rungs: damping ``damp``, then in steps of 0.01 up to ``damp + 0.04``; then in addition ``1e-6 * max(diag H)``,
-    and ten times more up to a tenth of the maximum. None where even that fails. ``h_II`` is not changed.
+    d starts at ``damp * mean(diag H)``. If that fails, ``damp`` rises in steps of 0.01 to ``damp + 0.04``; then
+    ``1e-6 * max(diag H)`` is added, and ten times more in each step up to a tenth of the maximum.
 
     U is the inverse of the upper R with ``R R^T = H + d I`` (a Cholesky factor of the reversed matrix). The usual way,
     Cholesky of the inverse, finds the same U with one more factorization that can fail.
+
+    Args:
+        h_II: the Gram matrix; not changed.
+        damp: share of the mean diagonal.
+
+    Returns:
+        U, or None if every damping fails; and notes on a raised damping.
     """
     dtype = torch.float64 if h_II.shape[0] <= _FLOAT64_UP_TO else torch.float32
     h_II = h_II.to(dtype, copy=True)
     diag = h_II.diagonal().clone()
     lifts = [(damp + 0.01 * k) * diag.mean() for k in range(5)]
-    said = [f"damping raised to {damp + 0.01 * k:.2f}" for k in range(5)]
+    descriptions = [f"damping raised to {damp + 0.01 * k:.2f}" for k in range(5)]
     for k in range(6):
         lifts.append(lifts[4] + 10.0 ** (k - 6) * diag.max())
-        said.append(f"damping raised to {damp + 0.04:.2f} and {10.0 ** (k - 6):.0e} of the largest diagonal added")
+        descriptions.append(
+            f"damping raised to {damp + 0.04:.2f} and {10.0 ** (k - 6):.0e} of the largest diagonal added"
+        )
     for k, lift in enumerate(lifts):
         h_II.diagonal().copy_(diag + lift)
         U = _reversed_cholesky_inverse(h_II)
         if U is not None:
-            return U, (f"Gram matrix not positive definite: {said[k]}",) if k else ()
+            return U, (f"Gram matrix not positive definite: {descriptions[k]}",) if k else ()
     return None, ("Gram matrix not positive definite at any damping",)
 
 
@@ -50,15 +59,17 @@ def _reversed_cholesky_inverse(h_II: Tensor) -> Tensor | None:
 
 
 def asymmetric_target(w_IO: Tensor, d_II: Tensor, U: Tensor, share: float) -> Tensor:
-    """``W + share * W D H^-1``: the weight that a solver should aim at when the inputs it will see are not the original's.
+    """``W + share * W D H^-1``: the target for a weight whose inputs differ from those of the original model.
 
-    With inputs x behind quantized blocks and x' of the original model, ``sum_t |Q x_t - W x'_t|^2`` is
-    ``tr((Q - W*) H (Q - W*)^T)`` and a constant, with ``W* = W (I + D H^-1)``, ``D = sum_t (x'_t - x_t) x_t^T``. So any
-    solver of the second loss solves the first. GPTAQ (arXiv:2504.02692) corrects column by column inside the recursion
-    instead, which uses a part of D only; ``share`` is its alpha, and guards against fitting the calibration text.
+    Let x be the input after quantized blocks and x' the input in the original model. Then ``sum_t |Q x_t - W x'_t|^2`` is
+    ``tr((Q - W*) H (Q - W*)^T)`` plus a constant, with ``W* = W (I + D H^-1)`` and ``D = sum_t (x'_t - x_t) x_t^T``. A
+    solver of the second loss therefore solves the first. GPTAQ (arXiv:2504.02692) instead corrects each column inside the
+    recursion, which uses only a part of D.
 
     Args:
         w_IO: ``[I, O]``.
+        d_II: D, see :class:`~lowbit.numerics.CrossGram`.
         U: as :func:`inverse_factor` returns it.
+        share: 0 to 1, the alpha of GPTAQ; below 1 it guards against overfitting the calibration text.
     """
     return w_IO + share * (U.T @ (U @ (d_II.T @ w_IO)))

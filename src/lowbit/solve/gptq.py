@@ -1,19 +1,21 @@
-"""The column solver: rounds one column of a weight after another and moves each error onto the columns still to come.
+"""The column solver: rounds one column of a weight after another and moves each error onto the later columns.
 
-For the layer-output loss ``tr((Q - W) H (Q - W)^T)``, H the Gram matrix of the inputs, rounding column j costs least
-when the later columns absorb its error along row j of the Cholesky factor of H^-1 (GPTQ, arXiv:2210.17323; LDLQ of
-arXiv:2307.13304 is the same recursion). All rows share H, so the loop runs over columns and is vectorized over rows.
+The loss is the layer's output error ``tr((Q - W) H (Q - W)^T)``, with H the Gram matrix of the inputs. Rounding column j
+costs least if the later columns absorb its error along row j of the Cholesky factor of H^-1 (GPTQ, arXiv:2210.17323; LDLQ
+of arXiv:2307.13304 is the same recursion). All rows share H, so the loop runs over columns and is vectorized over rows.
 
-Three things are done differently from the authors' code (IST-DASLab/gptq). A group's grid is placed on weights that
-carry all corrections so far; there, a group that starts inside a lazy block misses the corrections of that block
-(``stale_groups=True`` brings this back). Fits are told the diagonal of H as each column's importance: a search for the
-range that ignores it clips what matters most where one input channel is huge. And dead channels get the mean diagonal,
-not 1, so that the solution does not depend on the scale of H at all.
+Three things differ from the authors' code (IST-DASLab/gptq):
 
-Outliers (``solve.outliers``) enter at three places and nowhere else: kept columns are visited last and never rounded, a
-grid is placed without the weights that will be kept, and a weight that is kept at its turn leaves no error.
+* A group's grid is placed on weights with all corrections so far. In the authors' code, a group that starts inside a lazy
+  block misses the corrections of that block; ``stale_groups=True`` does the same.
+* Fits get the diagonal of H as the importance of each column. A range search without it clips the most important weights
+  when one input channel is very large.
+* Dead channels get the mean diagonal, not 1, so the solution does not depend on the scale of H.
 
-Shapes: O output channel, I input channel, in the order they are visited once inside the loop. The loop holds matrices
+Outliers (``solve.outliers``) enter in three places only: kept columns are visited last and never rounded, grids are placed
+without the kept weights, and a weight that the loop keeps leaves no error.
+
+Shapes: O output channel, I input channel; inside the loop I is in the order of visits. The loop holds matrices
 column-major (W_IO), so that one column is contiguous.
 """
 
@@ -61,23 +63,21 @@ class Gptq(Solver):
 
     Args:
         fit: places the grid on each granule; the importance of a column is its diagonal entry of H.
-        order: ``"none"``, columns as they come. ``"act"``, by falling ``rank``; with groups that are not static the
-            groups are formed over the new order, the weight is stored in it and the layer permutes its input.
-            ``"group"``, by falling rank inside each group and groups by their largest: groups stay what they were, so
-            nothing is paid at run time.
-        rank: what orders columns: ``"diagonal"`` of H, or ``"perturbation"``, the diagonal times the squared error of
+        order: order of the columns. ``"none"``: as given. ``"act"``: by falling ``rank``; groups that are not static are
+            formed in the new order, the weight is stored in it, and the layer permutes its input. ``"group"``: by falling
+            rank inside each group, groups by their largest rank; groups stay unchanged, so it costs nothing at run time.
+        rank: the score of a column: ``"diagonal"`` of H, or ``"perturbation"``, the diagonal times the squared error of
             the column rounded to nearest (OWQ).
-        static_groups: place all grids before the first column, on the weights as given, instead of when the first
-            column of a group is reached.
+        static_groups: place all grids before the first column, on the weights as given, instead of each group's at its
+            first column.
         stale_groups: place a group's grid on weights without the corrections of the current block, as the authors'
             code does. For comparison only.
         damp: share of the mean diagonal that is added to the diagonal.
-        block: columns between two updates of the rest of the matrix. Changes speed, not results (but with
-            ``stale_groups``).
-        outliers: what stays in float16, a rule or several: see ``solve.outliers``.
-        greedy_passes: rounds of coordinate descent over the codes afterwards (QuIP), each of which can only lower the loss.
-        asymmetric: 0 to 1, how far to aim at the output for the original model's inputs instead of at the weight: see
-            :func:`asymmetric_target`.
+        block: columns between two updates of the rest of the matrix. It changes speed, and results only with
+            ``stale_groups``.
+        outliers: one rule or several for weights that stay in float16; see ``solve.outliers``.
+        greedy_passes: rounds of coordinate descent over the codes afterwards (QuIP); a round never raises the loss.
+        asymmetric: 0 to 1, weight of the correction towards the original model's output; see :func:`asymmetric_target`.
     """
 
     fit: Fit = MinMax()
@@ -97,7 +97,7 @@ class Gptq(Solver):
         if self.rank not in ("diagonal", "perturbation"):
             raise ValueError(f"rank is 'diagonal' or 'perturbation', found {self.rank!r}")
         if self.static_groups and self.stale_groups:
-            raise ValueError("static groups are placed before the first column: stale_groups cannot be asked with them")
+            raise ValueError("static groups are placed before the first column, so stale_groups cannot apply; use one")
         if self.damp < 0 or self.block < 1 or self.greedy_passes < 0:
             raise ValueError(
                 "damp and greedy_passes are at least 0 and block at least 1, "
@@ -106,7 +106,9 @@ class Gptq(Solver):
         if not 0 <= self.asymmetric <= 1:
             raise ValueError(f"asymmetric is a share between 0 and 1, found {self.asymmetric}")
         if sum(rule.live for rule in rules_of(self.outliers)) > 1:
-            raise ValueError("only one of the outlier rules can choose while columns are rounded (LeaveOneOut)")
+            raise ValueError(
+                "at most one outlier rule can choose while columns are rounded (LeaveOneOut); leave one out"
+            )
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -131,7 +133,7 @@ class Gptq(Solver):
                 "use static_groups=true, order='group', or leave the clipping out"
             )
         if grouped and spec.stats is not None and not self.static_groups:
-            # Two columns of groups over many rows: a second-level granule must not reach from one into the other.
+            # With two columns of groups over many rows, a second-level granule must not span both.
             if spec.stats_centred or spec.stats.granularity.param_shape((2, 2**20))[0] != 2:
                 raise ValueError(
                     f"{spec.stats.granularity} of the scales{' (centred)' if spec.stats_centred else ''} spans several "
@@ -147,7 +149,7 @@ class Gptq(Solver):
         self.check(spec, clip is not None)
         dead = H.diagonal() == 0
         if not torch.isfinite(H).all() or dead.all():
-            why = "no input was ever different from zero" if dead.all() else "NaN or Inf in the Gram matrix"
+            why = "all inputs were always zero" if dead.all() else "NaN or Inf in the Gram matrix"
             return self._nearest(w_OI, spec, stats, clip, (why,))
         W = w_OI.to(torch.float64 if w_OI.dtype == torch.float64 else torch.float32).masked_fill(dead, 0)
         fit = clip or self.fit
@@ -155,7 +157,7 @@ class Gptq(Solver):
         chosen = choose(rules_of(self.outliers), W, spec, fit, stats)
         diag = H.diagonal().to(W.dtype)
         score = diag * (perturbation(W, spec, fit) if self.rank == "perturbation" else 1)
-        stored, visit = self._orders(score, tiling, chosen.columns)  # columns as on disk; when those are visited
+        stored, visit = self._orders(score, tiling, chosen.columns)
         take = stored[visit]
         H = H[take][:, take]
         H.diagonal().masked_fill_(dead[take], H.diagonal()[~dead[take]].mean().item())
@@ -183,13 +185,13 @@ class Gptq(Solver):
         clip: Clipped | Fixed | None,
         notes: tuple[str, ...],
     ) -> Solution:
-        """What is left without a usable H: rounding to nearest, with the outliers that do not ask for H."""
+        """The fallback without a usable H: rounding to nearest, with the outlier rules that do not need H."""
         rules = tuple(r for r in rules_of(self.outliers) if not r.live and Gram() not in r.needs)
         rounded = Nearest(self.fit, rules or None).solve(w_OI, spec, stats, clip)
         return replace(rounded, notes=(*notes, "rounded to nearest", *rounded.notes))
 
     def _orders(self, score: Tensor, tiling: Tiling, last: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns in the order in which they are stored, and the visits to those; ``last`` are visited last."""
+        """The stored order of the columns, and the order of visits to the stored columns; ``last`` are visited last."""
         same, normal = _as_they_come(score), torch.ones_like(score, dtype=torch.bool)
         normal[last] = False
         order = same
@@ -201,8 +203,8 @@ class Gptq(Solver):
         return (order, same) if self.moves_groups and tiling.wide > 1 else (same, order)
 
     def _round(self, W: Tensor, H: Tensor, U: Tensor, visit: Tensor, bands: Bands, kept: Kept | None) -> Tensor:
-        """Codes ``[O, I]`` as stored; W ``[I, O]`` (used up), H and U in the order of visits. Fills ``bands``, ``kept``."""
-        n = len(W) if kept is None else kept.rounded  # columns to round; those behind are kept whole
+        """Codes ``[O, I]`` as stored. W ``[I, O]`` (overwritten), H and U are in the order of visits. Fills ``bands``, ``kept``."""
+        n = len(W) if kept is None else kept.rounded  # columns to round; later ones are kept whole
         grid, band = bands.spec.grid, bands.tiling.band_I[visit].tolist()
         width = Counter(band[:n])
         if self.static_groups:
@@ -213,7 +215,7 @@ class Gptq(Solver):
             if band[i] not in bands:
                 here = slice(i, i + width[band[i]])
                 out = None if kept is None else kept.hidden(here, W, grid, bands, band[i], visit[here])
-                bands.place(band[i], W[here].T, visit[here], out)  # on all corrections so far
+                bands.place(band[i], W[here].T, visit[here], out)  # W has all corrections so far
             return bands.of_rows(band[i])
 
         runs = [self.block] * (n // self.block) + [n % self.block]
@@ -223,7 +225,7 @@ class Gptq(Solver):
         codes_IO = _recursion(W, U, grid, lazy_blocks(runs, self.block), params_at, self.stale_groups, kept)
         for i in range(n, len(W)):
             assert kept is not None
-            if band[i] not in bands:  # a band of kept columns alone
+            if band[i] not in bands:  # a band with only kept columns
                 bands.place(band[i], torch.zeros_like(W[i : i + 1].T), visit[i : i + 1], None)
             w = W[i, :, None]
             codes_IO[i] = kept.at(i, w, codes_IO[i, :, None], w, grid, bands.of_rows(band[i]))[0][:, 0]
@@ -243,7 +245,7 @@ def _recursion(
     stale: bool,
     kept: Kept | None,
 ) -> Tensor:
-    """Algorithm 1 of arXiv:2210.17323, on W ``[I, O]`` (used up); U is its Cholesky(H^-1)^T. Returns codes ``[I, O]``."""
+    """Algorithm 1 of arXiv:2210.17323 on W ``[I, O]`` (overwritten); U is its Cholesky(H^-1)^T. Returns codes ``[I, O]``."""
     Q = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     for i1, i2 in blocks:
         Err = torch.empty_like(W[i1:i2])
@@ -256,9 +258,9 @@ def _recursion(
             if kept is not None:
                 codes, q = kept.at(i, w, codes, q, grid, params)
             err = (w - q)[:, 0] / U[i, i]
-            W[i:i2].addmm_(U[i, i:i2, None], err[None], alpha=-1)  # the block's later columns, at once
+            W[i:i2].addmm_(U[i, i:i2, None], err[None], alpha=-1)  # later columns of the block, immediately
             Q[i], Err[i - i1] = codes[:, 0], err
-        W[i2:].addmm_(U[i1:i2, i2:].T, Err, alpha=-1)  # all other columns, once a block
+        W[i2:].addmm_(U[i1:i2, i2:].T, Err, alpha=-1)  # all other columns, once for each block
     return Q
 
 

@@ -1,11 +1,11 @@
-"""Coordinate descent over codes: after a solver, lower the loss further by changing one column of codes at a time.
+"""Coordinate descent over codes: lowers the loss of a solved weight further, one column of codes at a time.
 
-QuIP's greedy passes (arXiv:2307.13304) in a form that cannot get worse. With ``S = Q - W`` the best value of column j, all
-others fixed, is ``q_j - (S H)_j / H_jj`` for each row on its own, and the nearest code to it is the best code. The
-authors' code clips codes only after a whole pass, so that S and the codes disagree wherever a code is clipped, and the
-loss can rise; here the clip is the grid's own, in the step, and S follows the codes.
+These are QuIP's greedy passes (arXiv:2307.13304) in a form that never raises the loss. Let ``S = Q - W``. The best value of
+column j, with all others fixed, is ``q_j - (S H)_j / H_jj`` in each row, and the nearest code to it is the best code. The
+authors' code clips codes after a whole pass; S then disagrees with clipped codes and the loss can rise. Here the grid
+clips in each step, and S follows the codes.
 
-Law: a pass never raises ``tr(S H S^T)``, H damped as the solver had it. Shapes: O output channel, I input channel.
+Law: a pass never raises ``tr(S H S^T)``, with H damped as in the solver. Shapes: O output channel, I input channel.
 """
 
 from __future__ import annotations
@@ -30,12 +30,18 @@ def descend(
     passes: int,
     block: int = 128,
 ) -> None:
-    """Improves ``codes_IO`` in place, at most ``passes`` times over all columns, fewer where a pass changes nothing.
+    """Improves ``codes_IO`` in place, in at most ``passes`` passes over all columns; it stops when a pass changes nothing.
 
     Args:
-        W: ``[I, O]``, what the codes should come close to; H ``[I, I]``, not damped yet, in the same order.
-        params_of: a column's parameters, a set for each row.
-        kept: what codes do not represent; stays as it is.
+        codes_IO: uint8 ``[I, O]``, changed.
+        W: the target ``[I, O]``.
+        H: ``[I, I]``, not damped, in the same order.
+        damp: share of the mean diagonal that is added to the diagonal of H.
+        params_of: parameters of a column, one set for each row.
+        grid: decodes the codes.
+        kept: weights stored outside the codes; not changed.
+        passes: most passes.
+        block: columns between two updates of S H; changes speed only.
     """
     H = H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
     n = len(W) if kept is None else kept.rounded
@@ -46,7 +52,7 @@ def descend(
         changed = False
         for i1 in range(0, n, block):
             i2 = min(i1 + block, n)
-            SH = H[i1:i2] @ S  # up to date for the columns of this block, and kept so within it
+            SH = H[i1:i2] @ S  # for the columns of this block; each change updates it
             for j in range(i1, i2):
                 params = params_of(j)
                 before = S[j] + W[j]

@@ -1,4 +1,4 @@
-"""What the column solver keeps in float16 while it runs: the choice so far, and the values to be stored.
+"""Weights that the column solver keeps in float16: the choice so far, and the values to store.
 
 Shapes: O output channel, I input channel in the order of visits; K column of one band.
 """
@@ -17,10 +17,14 @@ from lowbit.solve.outliers import Chosen, OutlierRule, Watch, side_terms
 
 @dataclass(eq=False)
 class Kept:
-    """Elements and whole columns.
+    """Kept weights and whole kept columns.
 
-    mask: bool ``[I, O]``, what is kept; value: ``[I, O]``, what is added to the decoded code there, as float16 has it.
-    rounded: how many columns are rounded; those visited after them are kept whole.
+    Args:
+        mask: bool ``[I, O]``, True where a weight is kept.
+        value: ``[I, O]``, added to the decoded code there, rounded to float16.
+        rounded: number of rounded columns; all later ones are kept whole.
+        u_I: diagonal of U, which scales errors.
+        watch: the part of a live rule in the column loop.
     """
 
     mask: Tensor
@@ -31,7 +35,15 @@ class Kept:
 
     @staticmethod
     def of(w_IO: Tensor, chosen: Chosen, take: Tensor, rules: tuple[OutlierRule, ...], u_I: Tensor) -> Kept | None:
-        """Before the first column of ``w_IO``; None where no rule keeps anything. ``take``: columns in order of visits."""
+        """The state before the first column of ``w_IO``; None if no rule keeps anything.
+
+        Args:
+            w_IO: the weight in the order of visits.
+            chosen: choices made before rounding.
+            take: original numbers of the columns, in the order of visits.
+            rules: all outlier rules.
+            u_I: diagonal of U.
+        """
         watch = next((rule.watch(w_IO.T, u_I) for rule in rules if rule.live), None)
         out_OI = chosen.out_of_fits(w_IO.T)
         if watch is None and out_OI is None:
@@ -40,7 +52,7 @@ class Kept:
         return Kept(mask, torch.zeros_like(w_IO), len(w_IO) - len(chosen.columns), u_I, watch)
 
     def hidden(self, here: slice, w_IO: Tensor, grid: Grid, bands: Bands, b: int, columns: Tensor) -> Tensor | None:
-        """What band b, visited ``here`` and stored at ``columns``, should not be placed on; bool ``[O, K]``."""
+        """Weights of band b, visited ``here`` and stored at ``columns``, that its fit must ignore; bool ``[O, K]``."""
         out = self.mask[here].T if self.mask[here].any() else None
         if self.watch is None:
             return out
@@ -50,26 +62,25 @@ class Kept:
             trial = bands.trial(b, w_OK[:, some], columns[some], None if out is None else out[:, some])
             return bands.tiling.of_rows(trial, len(w_OK))
 
-        found = self.watch.unfit(w_OK, self.u_I[here], grid, place)
-        return out if found is None else found if out is None else found | out
+        unfit = self.watch.unfit(w_OK, self.u_I[here], grid, place)
+        return out if unfit is None else unfit if out is None else unfit | out
 
     def at(
         self, i: int, w_O1: Tensor, codes_O1: Tensor, q_O1: Tensor, grid: Grid, params: Params
     ) -> tuple[Tensor, Tensor]:
-        """Codes and values of column i, the i-th visited, once what is kept of it is taken out of the rounding."""
+        """Codes and values of the i-th visited column, with its kept weights taken out of the rounding."""
         kept_O1 = self.mask[i, :, None]
         if self.watch is not None:
             kept_O1 = kept_O1 | self.watch.keep((w_O1 - q_O1) / self.u_I[i])
         zero = grid.encode(torch.zeros_like(w_O1), params)
         base = grid.decode(zero, params)
-        value = torch.where(
-            kept_O1, (w_O1 - base).half().to(w_O1.dtype), 0.0
-        )  # the error fed back is of what is stored
+        # Rounded to float16 first, so that the error fed back is that of the stored value.
+        value = torch.where(kept_O1, (w_O1 - base).half().to(w_O1.dtype), 0.0)
         self.mask[i], self.value[i] = kept_O1[:, 0], value[:, 0]
         return torch.where(kept_O1, zero, codes_O1), torch.where(kept_O1, base + value, q_O1)
 
     def side_terms(self, stored_at: Tensor) -> tuple[SideTerm, ...]:
-        """What to store; ``stored_at``: where each column belongs."""
+        """The terms to store; ``stored_at``: the stored place of each column."""
         back, n = stored_at.argsort(), self.rounded
         mask = self.mask.clone()
         mask[n:] = False

@@ -1,4 +1,4 @@
-"""Round to nearest: every element takes its nearest code, whatever the inputs are."""
+"""Round to nearest: every element takes its nearest code, independent of the inputs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ class Nearest(Solver):
 
     Args:
         fit: places the grid on each granule.
-        outliers: what stays in float16, a rule or several: see ``solve.outliers``. No grid is placed on it.
-        importance: what a fit weighs elements by: ``"none"``, all the same, or ``"fisher"``.
-        encode_before_storing: choose codes under the parameters as fitted. They are nearest under the parameters as stored
-            otherwise, which loses less; with quantized statistics the codes then differ from those of code that
-            quantizes its scales afterwards.
+        outliers: one rule or several for weights that stay in float16, which the fit ignores; see ``solve.outliers``.
+        importance: weights of the elements in the fit: ``"none"`` (all equal) or ``"fisher"``.
+        encode_before_storing: take the nearest codes under the parameters as fitted, as code does that quantizes its scales
+            afterwards. Otherwise they are nearest under the parameters as stored, which loses less.
     """
 
     fit: Fit = MinMax()
@@ -39,9 +38,7 @@ class Nearest(Solver):
             raise ValueError(f"importance is 'none' or 'fisher', found {self.importance!r}")
         for rule in rules_of(self.outliers):
             if rule.live:
-                raise ValueError(
-                    f"{rule} chooses while columns are rounded one after another: it needs the solver Gptq"
-                )
+                raise ValueError(f"{rule} chooses while columns are rounded one after another; use the solver Gptq")
 
     @property
     def needs(self) -> frozenset[Statistic]:

@@ -1,16 +1,15 @@
-"""Which weights stay in float16 beside the codes: the one hook that a solver gives to methods with outliers.
+"""Outlier rules: which weights stay in float16 next to the codes. Solvers give methods with outliers this one hook.
 
-A rule answers up to three questions, and most answer one:
+A rule can answer three questions; most answer one:
 
-* ``columns``: which whole input channels are never rounded. The column solver visits them last, so that they absorb what
-  every other column lost; they come back as ``KeptColumns``.
-* ``elements``: which single weights are kept, chosen before anything is rounded. They come back as ``Sparse``.
-* ``watch``: the same, chosen while the columns are rounded (a :class:`Watch`). Only the column solver can ask this.
+* ``columns``: which whole input channels are never rounded? The column solver visits them last, so they absorb the errors
+  of all other columns. They are stored as ``KeptColumns``.
+* ``elements``: which single weights are kept, before rounding starts? They are stored as ``Sparse``.
+* ``watch``: which single weights are kept while the columns are rounded (a :class:`Watch`)? Only the column solver asks.
 
-Whatever is kept is hidden from the fit of the grid (``columns.place``), has the code of zero, and is stored as what must
-be added to that code's value (``numerics.side``). Codes therefore stay where they are: groups, layouts and kernels do
-not know of outliers, and a format that could not be grouped in its authors' code (kept columns in the middle of a group)
-can be grouped here.
+The fit of the grid ignores kept weights (``columns.place``). A kept weight has the code of zero and stores the difference
+to that code's value (``numerics.side_terms``). Codes therefore stay in place: groups, layouts and kernels do not know
+outliers, and kept columns may lie inside a group, which some authors' code does not allow.
 
 Shapes: O output channel, I input channel, K column of one band, k kept column.
 """
@@ -47,22 +46,26 @@ Stats = Mapping[Statistic, Tensor]
 
 
 class Watch(Protocol):
-    """What a rule does inside the column loop. ``u``: diagonal of U, by which errors are scaled: ``e = (w - q) / u``."""
+    """The part of a rule inside the column loop. ``u`` is the diagonal of U; errors are ``e = (w - q) / u``."""
 
     def unfit(self, w_OK: Tensor, u_K: Tensor, grid: Grid, place: Callable[[Tensor], Params]) -> Tensor | None:
-        """Which weights of a band its grid should not be placed on, bool ``[O, K]``; None for no opinion.
+        """Weights of a band that its fit must ignore, bool ``[O, K]``; None: it ignores none.
 
-        ``place(columns)``: the parameters, one set a row, that the fit gives on these columns of ``w_OK`` alone.
+        Args:
+            w_OK: the band.
+            u_K: its part of the diagonal of U.
+            grid: the grid.
+            place: ``place(columns)`` fits these columns of ``w_OK`` alone; one set of parameters for each row.
         """
         ...
 
     def keep(self, e_O: Tensor) -> Tensor:
-        """Which weights of a column are kept, from the scaled errors that rounding them would leave; bool ``[O]``."""
+        """Kept weights of a column, bool ``[O]``, from the scaled errors that rounding them would leave."""
         ...
 
 
 class OutlierRule:
-    """See the module docstring. Subclasses are frozen dataclasses and override what they answer."""
+    """See the module docstring. Subclasses are frozen dataclasses and override the questions that they answer."""
 
     needs: ClassVar[frozenset[Statistic]] = frozenset()
     live: ClassVar[bool] = False
@@ -73,23 +76,23 @@ class OutlierRule:
         return torch.zeros(0, dtype=torch.int64, device=w_OI.device), ()
 
     def elements(self, w_OI: Tensor, taken_OI: Tensor, stats: Stats) -> Tensor:
-        """Kept weights other than those already ``taken``; both bool ``[O, I]``."""
+        """Further kept weights, in addition to ``taken``; both bool ``[O, I]``."""
         return torch.zeros_like(taken_OI)
 
     def watch(self, w_OI: Tensor, u_I: Tensor) -> Watch | None:
-        """For a live rule: its part of the loop. Columns in the order of visits."""
+        """The part of a live rule in the column loop; columns are in the order of visits."""
         return None
 
 
 @serializable
 @dataclass(frozen=True)
 class WeakColumns(OutlierRule):
-    """Keeps the columns that rounding would hurt most: ``H_jj * sum_i (w_ij - q_ij)^2``, q to nearest (arXiv:2306.02272).
+    """Keeps the columns with the largest ``H_jj * sum_i (w_ij - q_ij)^2``, q rounded to nearest (OWQ, arXiv:2306.02272).
 
     Args:
         count: columns kept in each matrix.
-        target_bits: instead: as many as fit, in each matrix by its own true bits: codes, parameters and kept columns
-            together take at most so many bits a weight.
+        target_bits: alternative to ``count``: as many columns as fit into this number of bits for each weight. Codes,
+            parameters and kept columns of the matrix are counted together.
     """
 
     count: int | None = None
@@ -98,7 +101,7 @@ class WeakColumns(OutlierRule):
 
     def __post_init__(self):
         if (self.count is None) == (self.target_bits is None):
-            raise ValueError(f"weak columns need a count or target_bits, one of the two; found {self}")
+            raise ValueError(f"weak columns need either count or target_bits, found {self}")
         if self.count is not None and self.count < 0:
             raise ValueError(f"the count of kept columns is at least 0, found {self.count}")
 
@@ -108,7 +111,7 @@ class WeakColumns(OutlierRule):
         return sensitivity_I.topk(count).indices.sort().values, notes
 
     def budget(self, spec: Spec, shape: tuple[int, int]) -> tuple[int, tuple[str, ...]]:
-        """How many columns of a matrix ``(O, I)`` are kept, and what there is to say about it."""
+        """The number of kept columns of a matrix ``(O, I)``, and notes on it."""
         rows, columns = shape
         if self.count is not None:
             return min(self.count, columns), ()
@@ -117,23 +120,24 @@ class WeakColumns(OutlierRule):
         count = int(min(max((self.target_bits * weights - codes) / column, 0), columns))
         if count:
             return count, ()
-        here, each = codes / weights, column / weights
-        said = f"of {self.target_bits:g} bits the codes take {here:.3f}, and a column would take {each:.3f}"
-        return 0, (f"no column kept: {said}",)
+        used, each = codes / weights, column / weights
+        return 0, (
+            f"no column kept: of {self.target_bits:g} bits the codes take {used:.3f}, and a column would take {each:.3f}",
+        )
 
 
 @serializable
 @dataclass(frozen=True)
 class LeaveOneOut(OutlierRule):
-    """Keeps weights whose rounding would cost too much, and places each grid as if they were not there (arXiv:2306.03078).
+    """Keeps weights whose rounding would cost too much, and fits each grid without them (SpQR, arXiv:2306.03078).
 
-    A weight is kept when, at its turn, its scaled squared error is over ``tau = threshold * mean_j(Var_i(w_ij) / U_jj^2)``
-    (section 4 of the paper, as its code has it). Before that, a weight is left out of the fit of its group when the error
-    of all others falls by more than tau once the grid is placed without it. A larger threshold keeps less.
+    A weight is kept if its scaled squared error, when its column is rounded, exceeds
+    ``tau = threshold * mean_j(Var_i(w_ij) / U_jj^2)`` (section 4 of the paper, as in its code). Earlier, the fit of a group
+    leaves out a weight if that lowers the error of all others by more than tau.
 
     Args:
-        threshold: relative, as above.
-        simplified: do not test the fit; a band of K columns saves K fits.
+        threshold: relative, as above; a larger one keeps fewer weights.
+        simplified: leave no weight out of the fit; this saves K fits for a band of K columns.
     """
 
     threshold: float = 0.2
@@ -142,7 +146,7 @@ class LeaveOneOut(OutlierRule):
 
     def __post_init__(self):
         if self.threshold < 0:
-            raise ValueError(f"the threshold of outliers is at least 0, found {self.threshold}")
+            raise ValueError(f"an outlier threshold is at least 0, found {self.threshold}")
 
     def watch(self, w_OI: Tensor, u_I: Tensor) -> Watch:
         spread = w_OI.var(0, correction=min(1, len(w_OI) - 1))
@@ -176,8 +180,8 @@ class _LeaveOneOut:
 class ReachingColumns(OutlierRule):
     """Keeps the columns whose input reaches ``threshold`` on the calibration text (LLM.int8(), arXiv:2208.07339).
 
-    That method multiplies such columns by the original weight, and knows them at run time only. To have every column at
-    hand then, all would have to be stored twice; these are the ones that calibration has seen.
+    That method finds the columns at run time and multiplies them by the original weight. To have every original column
+    available, a checkpoint would store all weights twice; this rule keeps the columns that calibration finds.
     """
 
     threshold: float = 6.0
@@ -185,7 +189,7 @@ class ReachingColumns(OutlierRule):
 
     def __post_init__(self):
         if not self.threshold > 0:
-            raise ValueError(f"columns reach a threshold over 0, found {self.threshold}")
+            raise ValueError(f"a threshold for columns is above 0, found {self.threshold}")
 
     def columns(self, w_OI: Tensor, spec: Spec, fit: Fit, stats: Stats) -> tuple[Tensor, tuple[str, ...]]:
         return (stats[AbsMax()] >= self.threshold).nonzero()[:, 0], ()
@@ -215,10 +219,10 @@ class _Largest(OutlierRule):
 @serializable
 @dataclass(frozen=True)
 class RangeOutliers(_Largest):
-    """Keeps the weights of largest magnitude, a ``share`` of each matrix (arXiv:2306.07629).
+    """Keeps the weights of largest magnitude, a ``share`` of each matrix (SqueezeLLM, arXiv:2306.07629).
 
-    The authors bound magnitudes by ``max(|q1 - t IQR|, |q3 + t IQR|)`` and tune t until the wanted share lies beyond. For
-    one matrix that is the share itself.
+    The authors keep magnitudes above ``max(|q1 - t IQR|, |q3 + t IQR|)`` and tune t for the wanted share. In one matrix
+    these are the same weights.
     """
 
     share: float = 0.0045
@@ -230,7 +234,7 @@ class RangeOutliers(_Largest):
 @serializable
 @dataclass(frozen=True)
 class Sensitive(_Largest):
-    """Keeps the weights of largest Fisher information, a ``share`` of each matrix (arXiv:2306.07629)."""
+    """Keeps the weights with the largest Fisher information, a ``share`` of each matrix (SqueezeLLM, arXiv:2306.07629)."""
 
     share: float = 0.0005
     needs: ClassVar[frozenset[Statistic]] = frozenset({Fisher()})
@@ -240,7 +244,7 @@ class Sensitive(_Largest):
 
 
 Outliers = OutlierRule | tuple[OutlierRule, ...] | None
-"""What a solver's field ``outliers`` may be: nothing, a rule, or several in order, each seeing what those before took."""
+"""The type of a solver's field ``outliers``: none, one rule, or several in order. A rule sees the choices before it."""
 
 
 def rules_of(outliers: Outliers) -> tuple[OutlierRule, ...]:
@@ -249,15 +253,20 @@ def rules_of(outliers: Outliers) -> tuple[OutlierRule, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """What rules chose before anything is rounded. columns: int64 ``[k]``, rising; elements: bool ``[O, I]``, none of them
-    in a kept column, or None where no rule chose any."""
+    """The choices of the rules before rounding.
+
+    Args:
+        columns: kept columns, int64 ``[k]``, rising.
+        elements: kept weights outside these columns, bool ``[O, I]``; None if no rule chose any.
+        notes: for the report.
+    """
 
     columns: Tensor
     elements: Tensor | None
     notes: tuple[str, ...] = ()
 
     def out_of_fits(self, w_OI: Tensor) -> Tensor | None:
-        """Everything kept, bool ``[O, I]``, or None."""
+        """All kept weights, bool ``[O, I]``; None if there are none."""
         if self.elements is None and not len(self.columns):
             return None
         mask = torch.zeros_like(w_OI, dtype=torch.bool) if self.elements is None else self.elements.clone()
@@ -270,8 +279,8 @@ def choose(rules: tuple[OutlierRule, ...], w_OI: Tensor, spec: Spec, fit: Fit, s
     column_I = torch.zeros(w_OI.shape[1], dtype=torch.bool, device=w_OI.device)
     notes: tuple[str, ...] = ()
     for rule in rules:
-        columns, said = rule.columns(w_OI, spec, fit, stats)
-        column_I[columns], notes = True, (*notes, *said)
+        columns, new_notes = rule.columns(w_OI, spec, fit, stats)
+        column_I[columns], notes = True, (*notes, *new_notes)
     if not rules:
         return Chosen(column_I.nonzero()[:, 0], None)
     taken = column_I.expand_as(w_OI)
@@ -282,10 +291,10 @@ def choose(rules: tuple[OutlierRule, ...], w_OI: Tensor, spec: Spec, fit: Fit, s
 
 
 def perturbation(w_OI: Tensor, spec: Spec, fit: Fit) -> Tensor:
-    """``sum_i (w_ij - q_ij)^2`` of each column j when all of ``w_OI`` is rounded to nearest, ``[I]``.
+    """``sum_i (w_ij - q_ij)^2`` of each column j with all of ``w_OI`` rounded to nearest, ``[I]``.
 
-    A fit that searches ranges searches more coarsely here: columns come out in nearly the same order, and the search would
-    cost as much as all else.
+    Range searches are coarser here: the order of the columns is nearly the same, and a full search would cost as much as
+    the rest of the solve.
     """
     fit = ClipSearch(steps=20) if isinstance(fit, ClipSearch | TruncationSearch) else fit
     return (w_OI - quantize(w_OI, spec, fit).dequantize().to(w_OI.dtype)).square().sum(0)
@@ -294,7 +303,14 @@ def perturbation(w_OI: Tensor, spec: Spec, fit: Fit) -> Tensor:
 def side_terms(
     columns: Tensor, column_values: Tensor, elements_OI: Tensor | None, values_OI: Tensor | None
 ) -> tuple[SideTerm, ...]:
-    """The terms to store: what must be added to the decoded codes, ``[O, k]`` at ``columns``, ``[O, I]`` at ``elements``."""
+    """The terms to store.
+
+    Args:
+        columns: kept columns, int64 ``[k]``.
+        column_values: added to the decoded codes there, ``[O, k]``.
+        elements_OI: kept weights outside these columns, bool.
+        values_OI: added to the decoded codes there.
+    """
     terms: list[SideTerm] = []
     if len(columns):
         terms.append(KeptColumns.of(column_values, columns))

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.layouts import pack_qtensor
-from lowbit.modules import QuantLinear, restore
+from lowbit.modules import QuantLinear, fake_activation, restore
 from lowbit.numerics import QTensor, serializable
-from lowbit.steps.simulate import fake_activation
 
 
 @serializable

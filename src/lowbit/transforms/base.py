@@ -1,4 +1,4 @@
-"""What a channel transform is."""
+"""The contract of a channel transform."""
 
 from __future__ import annotations
 
@@ -11,37 +11,40 @@ from torch import Tensor
 
 @runtime_checkable
 class ChannelTransform(Protocol):
-    """x' = T x over the last axis of an activation, with weights that absorb T on either side of it.
+    """x' = T x over the last axis of an activation, and the weights on both sides that absorb T.
 
-    Shapes: x [..., I], w_OI [O, I] as torch stores a linear, b [O] or None. Nothing is changed in place, and gradients
-    reach the transform's parameters and the weights. `exact` says whether `fold_in` undoes `forward` for every input.
+    Shapes: x [..., I], w_OI [O, I] as torch stores a linear, b [O] or None. No method changes its arguments, and gradients
+    reach the transform's parameters and the weights. `exact`: `fold_in` undoes `forward` for every input.
     """
 
     exact: ClassVar[bool]
 
     def forward(self, x: Tensor) -> Tensor:
-        """T x. [..., I] -> [..., I'] (I' differs from I for `Split` and `Merge` only)."""
+        """T x. [..., I] -> [..., I'] (I' differs from I for `Split` only)."""
         ...
 
     def fold_in(self, w_OI: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weights of a consumer that reads T x instead of x and gives the same output."""
+        """Weights of a consumer that reads T x instead of x, with the same output."""
         ...
 
     def fold_out(self, w_OI: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weights of a producer that gives T y where it gave y."""
+        """Weights of a producer that gives T y instead of y."""
         ...
 
     def dual(self) -> ChannelTransform:
-        """The transform U with (T x) . (U y) == x . y for all x and y: what keys get when queries get T."""
+        """The transform U with (T x) . (U y) == x . y for all x and y: keys get U when queries get T."""
         ...
 
     def tile(self, copies: int) -> ChannelTransform:
-        """The transform that acts alike on `copies` consecutive repetitions of the channels."""
+        """The transform that acts in the same way on each of `copies` consecutive repetitions of the channels."""
         ...
 
 
 def through(transforms: Iterable[Any], x: Tensor) -> Tensor:
-    """``x`` ``[..., I]`` after ``transforms`` (anything with a ``forward``), in order: in float32 (float64 stays) and back."""
+    """Applies ``transforms`` (objects with a ``forward``) to ``x`` ``[..., I]`` in order.
+
+    Computed in float32 (float64 for float64 inputs); the result has the dtype of ``x``.
+    """
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     for transform in transforms:
         y = transform.forward(y)

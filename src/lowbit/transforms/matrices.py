@@ -1,4 +1,4 @@
-"""Orthogonal matrices that rotations are made of, float64."""
+"""Orthogonal matrices for rotations, float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def haar(gaussian_NN: Tensor) -> Tensor:
-    """QR of a Gaussian matrix with the signs of R's diagonal moved into Q, which makes Q Haar distributed."""
+    """Q of the QR decomposition of a Gaussian matrix, times the signs of R's diagonal; this Q is Haar distributed."""
     q, r = torch.linalg.qr(gaussian_NN)
     return (q * r.diagonal().sign()).contiguous()
 
@@ -27,9 +27,9 @@ def odd_part(n: int) -> int:
 
 
 def hadamard_core(n: int) -> int | None:
-    """The smallest order from which doubling reaches a Hadamard matrix of order n; None where Paley's first has none.
+    """The smallest order from which doubling gives a Hadamard matrix of order n; None if Paley's first construction has none.
 
-    It is 1, or a doubled odd part of n that is p + 1 for a prime p with p % 4 == 3.
+    It is 1, or the odd part of n doubled until it is p + 1 for a prime p with p % 4 == 3.
     """
     order = odd_part(n)
     while order <= n:
@@ -41,7 +41,10 @@ def hadamard_core(n: int) -> int | None:
 
 
 def paley(order: int) -> Tensor:
-    """Orthonormal Hadamard matrix of order 1, or p + 1, p a prime with p % 4 == 3: I + S, S the bordered residue matrix."""
+    """Orthonormal Hadamard matrix of order 1, or of order p + 1 for a prime p with p % 4 == 3.
+
+    It is I + S, with S the bordered matrix of quadratic residues.
+    """
     if order == 1:
         return torch.ones(1, 1, dtype=torch.float64)
     p = order - 1

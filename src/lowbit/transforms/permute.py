@@ -1,4 +1,4 @@
-"""Channel permutation: puts channels of like range side by side."""
+"""Channel permutation: puts channels with similar ranges next to each other."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from torch import Tensor
 class Permute:
     """x[..., index]: channel j of the result is channel index[j] of x.
 
-    index: [I], int64, a permutation of 0 .. I-1 (as torch.argsort returns it). Both folds only move rows or columns, so
-    they are exact bit for bit.
+    Both folds only move rows or columns, so they are exact bit for bit.
+
+    Args:
+        index: [I], int64, a permutation of 0 .. I-1 (as torch.argsort returns it).
     """
 
     index: Tensor

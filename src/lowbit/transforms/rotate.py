@@ -1,10 +1,10 @@
 """Orthogonal rotation: spreads outlier channels over all channels.
 
-Two constructors. `hadamard` is a Hadamard matrix with random row signs, which bounds the largest entry of a rotated
-outlier as tightly as any orthogonal matrix can (all entries have magnitude 1/sqrt(n)); `random_orthogonal` is Haar
-distributed. Sizes that have no Hadamard matrix of Sylvester's and Paley's kinds get the Kronecker product of the
-largest power of two with a random orthogonal matrix of the odd part: still orthogonal, still mixing every channel with
-every other, without stored tables of large Hadamard matrices.
+There are two constructors. `hadamard` is a Hadamard matrix with random row signs. All its entries have magnitude
+1/sqrt(n), so it bounds the largest entry of a rotated outlier as tightly as an orthogonal matrix can. `random_orthogonal`
+is Haar distributed. For sizes without a Hadamard matrix of Sylvester's or Paley's kind, `hadamard` is the Kronecker
+product of the largest power of two with a random orthogonal matrix of the odd part. That matrix is orthogonal, mixes
+every channel with every other, and needs no stored tables of large Hadamard matrices.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from lowbit.transforms.matrices import haar, hadamard_core, odd_part, paley, syl
 class Rotate:
     """x @ q on each consecutive run of D channels, D the size of q; D == I is a dense rotation.
 
-    q: [D, D] orthogonal, the same for every run; or [R, D, D], one for each of the R = I / D runs. Only orthogonal
-    matrices obey the laws: the inverse is taken to be the transpose.
+    Args:
+        q: [D, D] orthogonal, the same for every run; or [R, D, D], one for each of the R = I / D runs. The laws hold for
+            orthogonal matrices only, because the inverse is taken to be the transpose.
     """
 
     q: Tensor
@@ -69,7 +70,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def _hadamard_matrix(n: int, seed: int) -> Tensor:
-    """Random row signs times core (x) Sylvester, the core as small as a Hadamard matrix of n's odd part allows."""
+    """Random row signs times core (x) Sylvester, with the smallest core that the odd part of n allows."""
     generator = _generator(seed)
     signs = torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
     order = hadamard_core(n)

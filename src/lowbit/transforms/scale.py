@@ -1,4 +1,4 @@
-"""Per-channel scale: the parametrization that migrates difficulty from activations to weights."""
+"""Per-channel scale: moves the difficulty of quantization from activations to weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """x / s. Consumer columns are multiplied by s, producer rows and bias divided.
+    """x / s. Consumer columns are multiplied by s; producer rows and bias are divided by s.
 
-    s: [I], nonzero. A zero or denormal entry is the caller's error: it divides by it.
+    Args:
+        s: [I], nonzero. Not checked: a zero or denormal entry gives Inf or NaN.
     """
 
     s: Tensor

@@ -1,24 +1,24 @@
-"""Orthogonal rotations that are stored as a seed, and applied without ever building the matrix.
+"""Orthogonal rotations that are stored as a seed and applied without building the whole matrix.
 
-A dense rotation of n channels is n^2 numbers, as many as the weight that it serves. These are 64 bits: what they apply is
-generated from the seed, and is a Kronecker product of two small matrices, so that a vector costs n (p + q)
-multiplications with p q = n. Two kinds, both mixing all channels:
+A dense rotation of n channels has n^2 numbers, as many as the weight that it serves. These have 64 bits. The seed
+generates a Kronecker product of two small matrices, so a vector costs n (p + q) multiplications with p q = n. There are
+two kinds, which both mix all channels:
 
 * :class:`Kronecker`: two Haar matrices between two random orders (QuIP, arXiv:2307.13304).
-* :class:`RandomHadamard`: random signs, then a Hadamard matrix, as flat as an orthogonal matrix can be.
+* :class:`RandomHadamard`: random signs, then a Hadamard matrix, whose entries all have the same magnitude.
 
-Not every n has a useful factorization, or a Hadamard matrix. Then the widest m < n that has is applied twice, to the
-first m channels and to the last m, m over n / 2: the product is orthogonal, nothing is padded, and an outlier anywhere is
-spread over at least m channels.
+Not every n has a useful factorization, or a Hadamard matrix. Then the largest suitable m < n, which is over n / 2, is
+applied twice: to the first m channels, then to the last m. The product is orthogonal, nothing is padded, and every
+outlier spreads over at least m channels.
 
-What is generated is part of the storage format. It is drawn from ``random.Random(seed).random()`` alone, the one
-sequence that Python promises never to change; torch promises nothing of the kind. From its numbers, in this order,
+The generated matrices are part of the storage format. They come only from ``random.Random(seed).random()``, the one
+sequence that Python promises never to change; torch makes no such promise. Its numbers give, in this order,
 
     k signs:               -1 where u < 1/2, else 1; the next k numbers
     an order of k:         the stable argsort of the next k numbers
-    a k x k Haar matrix:   of the normals sqrt(-2 log(1 - u)) cos(2 pi v), u the next k^2 numbers, v the k^2 after those
+    a k x k Haar matrix:   from the normals sqrt(-2 log(1 - u)) cos(2 pi v), u the next k^2 numbers, v the k^2 after those
 
-Results are cached, never stored. A law test freezes them.
+Results are cached and never stored. A law test freezes them.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from torch import Tensor
 from lowbit.transforms.matrices import haar, hadamard_core, paley, sylvester
 
 _LARGEST_FACTOR = 512
-"""Of a Haar matrix: beyond, its generation (cubic) and the product with it are felt."""
+"""Largest size of a Haar matrix; larger ones take noticeable time to generate (cubic) and to multiply."""
 _LARGEST_CORE = 128
-"""Of a Hadamard matrix that doubling starts from."""
+"""Largest size of the Hadamard matrix that doubling starts from."""
 
 
 class _Signs(NamedTuple):
@@ -78,7 +78,7 @@ _Part = _Signs | _Order | _Mix
 
 
 class _Round(NamedTuple):
-    """``parts``, one after another, on the channels from ``start`` to ``end``."""
+    """Applies ``parts`` in order to the channels from ``start`` to ``end``."""
 
     start: int
     end: int
@@ -101,7 +101,7 @@ class _Round(NamedTuple):
 
 
 class Made(NamedTuple):
-    """A rotation whose matrices exist: what is run again and again, and what torch can trace."""
+    """A rotation with its matrices in memory: it can run repeatedly, and torch can trace it."""
 
     size: int
     rounds: tuple[_Round, ...]
@@ -114,7 +114,7 @@ class Made(NamedTuple):
 
 
 class _Numbers:
-    """The sequence of a seed, and what is made of it; see the module docstring."""
+    """The random sequence of a seed, and the parts drawn from it; see the module docstring."""
 
     def __init__(self, seed: int):
         self._next = random.Random(seed).random
@@ -135,9 +135,14 @@ class _Numbers:
 
 @dataclass(frozen=True)
 class Seeded:
-    """A rotation of each consecutive run of ``size`` channels; ``inverted``: its inverse.
+    """A rotation of each consecutive run of ``size`` channels.
 
-    seed: 0 to 2^63 - 1, all that is stored. A layer's input is rotated by one of these, its output by an inverted one.
+    A layer rotates its input with one of these and its output with an inverted one.
+
+    Args:
+        seed: 0 to 2^63 - 1; the only number that is stored.
+        size: channels in a run.
+        inverted: apply the inverse.
     """
 
     seed: int
@@ -151,12 +156,12 @@ class Seeded:
 
     @staticmethod
     def width(n: int) -> int:
-        """How many of n channels are mixed at once."""
+        """Number of the n channels that one application mixes."""
         raise NotImplementedError
 
     @staticmethod
     def parts(numbers: _Numbers, width: int) -> tuple[_Part, ...]:
-        """What mixes ``width`` channels, float64, from the next numbers of the seed."""
+        """The parts that mix ``width`` channels, float64, drawn from the next numbers of the seed."""
         raise NotImplementedError
 
     def inverse(self) -> Self:
@@ -185,10 +190,10 @@ class Seeded:
 
 @dataclass(frozen=True)
 class Kronecker(Seeded):
-    """A random order, ``A (x) B`` with Haar A and B of about equal size, another random order.
+    """A random order, ``A (x) B`` with Haar A and B of about equal size, then another random order.
 
-    QuIP's code deals the prime factors of n to A and B in turn, and in its usual mode draws a new A for each row of the
-    other axis, which multiplies what has to be generated by up to 2 sqrt(n) and gains nothing that can be measured.
+    QuIP's code deals the prime factors of n to A and B in turn, and usually draws a new A for each row of the other axis.
+    That multiplies the numbers to generate by up to 2 sqrt(n) without a measurable gain.
     """
 
     @staticmethod
@@ -204,8 +209,8 @@ class Kronecker(Seeded):
 
 @dataclass(frozen=True)
 class RandomHadamard(Seeded):
-    """Random signs, then a Hadamard matrix: of order n where doubling reaches n from a small one, else of the largest
-    power of two below n, twice."""
+    """Random signs, then a Hadamard matrix: of order n if doubling a small one gives n, else twice one of the largest power
+    of two below n."""
 
     @staticmethod
     def width(n: int) -> int:
@@ -216,15 +221,15 @@ class RandomHadamard(Seeded):
     def parts(numbers: _Numbers, width: int) -> tuple[_Part, ...]:
         core = hadamard_core(width)
         assert core is not None
-        left, right = 1, width // core  # core (x) Sylvester, cut in two where the sizes come closest
+        left, right = 1, width // core  # core (x) Sylvester, cut into two factors of the closest sizes
         while 2 * core * left <= right // 2:
             left, right = left * 2, right // 2
         parts = sorted((torch.kron(paley(core), sylvester(left)), sylvester(right)), key=len)
-        return numbers.signs(width), _Mix(*parts)  # products with the last factor are one large one: it is the larger
+        return numbers.signs(width), _Mix(*parts)  # the larger factor is last: its products are one large product
 
 
 def _small_factor(n: int) -> int:
-    """The largest divisor of n that is not over its root."""
+    """The largest divisor of n that is at most its square root."""
     return next(p for p in range(math.isqrt(n), 0, -1) if n % p == 0)
 
 

@@ -1,4 +1,4 @@
-"""Per-channel shift: centres an activation whose channels have one-sided ranges."""
+"""Per-channel shift: centres channels whose ranges are not symmetric around zero."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Shift:
-    """x - d. The consumer gains W d in its bias, the producer loses d from its bias.
+    """x - d. The consumer adds W d to its bias; the producer subtracts d from its bias.
 
-    d: [I]. Both sides need a bias; with `b` None one is returned, and the caller must have room for it.
+    Both sides need a bias: if `b` is None the folds return a new one, which the caller must store.
+
+    Args:
+        d: [I].
     """
 
     d: Tensor

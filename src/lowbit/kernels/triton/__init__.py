@@ -1,14 +1,14 @@
-"""GPU kernels in Triton: which layers they take. Importing this imports no triton, and needs none.
+"""GPU kernels in Triton, and the layers they support. Importing this does not import triton.
 
-They read the canonical codes as they are on disk, so that a layer runs where it was moved to, without a second form. A tile
-of the weight is decoded in registers, in float32 as the reference decodes it, and multiplied
+The kernels read the canonical codes as on disk, so a layer can move between devices without a second form. They decode a
+tile of the weight in registers, in float32 like the reference, and multiply
 
 * one vector: elementwise in float32;
-* more of them: by the matrix instructions, both sides in the dtype of the input, sums in float32;
-* integers as the recipe quantizes them, against integers with one scale a row: by the integer matrix instructions.
+* more vectors: with matrix instructions, both sides in the dtype of the input, sums in float32;
+* quantized integers, with integer weights of one scale for each row: with integer matrix instructions.
 
-``launch.py`` prepares the arguments, ``device.py`` is what the GPU runs. With TRITON_INTERPRET=1 set before triton is
-imported, the same code runs on a CPU in numpy, slowly, which is how it is tested where there is no GPU.
+``launch.py`` prepares the arguments; ``device.py`` is the code that the GPU runs. With TRITON_INTERPRET=1, set before
+triton is imported, the same code runs slowly on a CPU in numpy; tests without a GPU use this.
 """
 
 from __future__ import annotations
@@ -24,57 +24,26 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels.ops import Kernel, PackedLinear, reference, register
-from lowbit.numerics import (
-    BinaryCoded,
-    Block,
-    Codebook,
-    Flat,
-    Float,
-    Int,
-    Normal,
-    PerChannel,
-    PerGroup,
-    PerTensor,
-    RowBands,
-    Spec,
-    Table,
-)
+from lowbit.kernels.triton.shares import shared_by
+from lowbit.numerics import BinaryCoded, Codebook, Float, Int, Normal, Spec, Table
 
-_OLDEST = (8, 0)  # compute capability that triton compiles for; a ROCm device has numbers of its own, from 9 up
+_OLDEST = (8, 0)  # oldest compute capability that triton compiles for; ROCm devices have other numbers, from 9 up
 
 
 def interpreted() -> bool:
-    """Whether the kernels run (or would, if none has yet) in triton's interpreter, on CPU tensors too."""
+    """Whether the kernels run (or would run) in triton's interpreter, also on CPU tensors."""
     device = sys.modules.get("lowbit.kernels.triton.device")
-    if device is not None:  # what triton was told when it compiled or did not compile is settled
+    if device is not None:  # triton decided when it was imported
         return device.INTERPRETED
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-def shared_by(spec: Spec, shape: tuple[int, int]) -> tuple[int, int] | None:
-    """Rows and columns of the rectangle of weights that share parameters; None where they share no such thing."""
-    match spec.granularity:
-        case PerTensor():
-            return shape
-        case PerChannel():
-            return 1, shape[1]
-        case PerGroup(size):
-            return 1, size
-        case Flat(size) if shape[1] % size == 0:
-            return 1, size
-        case Block(rows, columns):
-            return rows, columns
-        case RowBands():
-            return spec.granularity.height(shape), shape[1]
-    return None
-
-
 def why_not(layer: PackedLinear, rows: int) -> str | None:
-    """Why no Triton kernel runs ``layer``."""
+    """The reason why no Triton kernel can run ``layer``; None if one can."""
     if layer.device.type == "cpu" and not interpreted():
         return "written for GPUs, the layer is on cpu; TRITON_INTERPRET=1 runs it there, for tests"
     if layer.device.type not in ("cpu", "cuda"):
-        return f"triton is asked for CUDA and ROCm devices only, the layer is on {layer.device.type}"
+        return f"triton runs on CUDA and ROCm devices only, the layer is on {layer.device.type}"
     missing = _missing(interpreted()) or (_too_old(layer.device.index) if layer.device.type == "cuda" else None)
     if missing is not None:
         return f"{missing}; the weight is decoded at every call instead"
@@ -90,7 +59,7 @@ def why_not(layer: PackedLinear, rows: int) -> str | None:
 
 
 def _parameters(spec: Spec, shape: tuple[int, int]) -> int:
-    """Numbers, or bits where they are codes, of the largest field of the parameters."""
+    """Size of the largest field of the parameters, in numbers, or in bits if they are codes."""
     return prod(spec.granularity.param_shape(shape)) * max(
         field.width * (field.bits or 1) for field in spec.grid.fields
     )
@@ -98,9 +67,9 @@ def _parameters(spec: Spec, shape: tuple[int, int]) -> int:
 
 @functools.cache
 def _missing(interpreted: bool) -> str | None:
-    """What this machine lacks."""
-    found = importlib.util.find_spec("triton")
-    if found is None or found.origin is None:  # nothing, or a folder of that name
+    """The missing software, if any."""
+    package = importlib.util.find_spec("triton")
+    if package is None or package.origin is None:  # not installed, or a folder of that name
         return "triton is not installed (pip install 'lowbit[gpu]')"
     if not interpreted and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "triton builds its launchers with a C compiler and there is none (install gcc, or set CC)"
@@ -111,16 +80,16 @@ def _missing(interpreted: bool) -> str | None:
 def _too_old(index: int | None) -> str | None:
     if interpreted():
         return None
-    found = torch.cuda.get_device_capability(index)
-    if found >= _OLDEST:
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= _OLDEST:
         return None
-    return f"triton compiles for compute capability 8.0 and newer, this GPU has {found[0]}.{found[1]}"
+    return f"triton compiles for compute capability 8.0 and newer, this GPU has {capability[0]}.{capability[1]}"
 
 
 def run(x: Tensor, layer: PackedLinear) -> Tensor:
-    """The product with the packed weight, and the side terms: x ``[..., I]`` floating, ``[..., O]`` in its dtype.
+    """The product with the packed weight plus the side terms: x ``[..., I]`` floating, ``[..., O]`` in its dtype.
 
-    Where a gradient is asked for, the reference runs: it decodes the weight, and torch knows the rest.
+    If x needs a gradient the reference runs, because torch can differentiate it.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         return reference(x, layer)

@@ -1,10 +1,11 @@
-"""What the GPU runs. One program computes a tile of the output ``[T, O]``; it decodes the weights it needs and keeps none.
+"""The code that the GPU runs. One program computes a tile of the output ``[T, O]`` and decodes the weights it needs.
 
-A row of codes is a bit stream, read in words: the least bytes that hold whole codes (1 byte at 1, 2, 4 and 8 bits; 3 bytes
-and 8 codes at 3), gathered into one integer and shifted apart. No field crosses a word, so one function serves all widths.
+A row of codes is a bit stream, read in words. A word is the fewest bytes that hold whole codes (1 byte at 1, 2, 4 and 8
+bits; 3 bytes with 8 codes at 3 bits), gathered into one integer and shifted apart. No code crosses a word, so one function
+serves all widths.
 
-Parameters belong to rectangles of ``share`` rows by ``group`` columns. Within a tile they are loaded once for each SPAN
-columns, the longest run that is sure to lie within a group, and repeated.
+Parameters belong to rectangles of ``share`` rows by ``group`` columns. A tile loads them once for each SPAN columns, the
+longest run that always lies within one group, and repeats them.
 
 Shapes: T token, O output channel, I input channel; N and K: the tile's part of O and of I.
 """
@@ -23,11 +24,11 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 UNIFORM = tl.constexpr(native.UNIFORM)
 TABLE = tl.constexpr(native.TABLE)
 CODEBOOK = tl.constexpr(native.CODEBOOK)
-# How the zero point of a uniform grid is stored.
+# Storage of the zero point of a uniform grid.
 CONSTANT = tl.constexpr(0)
 CODES = tl.constexpr(1)
 FLOATING = tl.constexpr(2)
-# Added to a float32 below 2**22 and taken away again, it leaves the nearest integer, half to even.
+# Adding and subtracting it rounds a float32 below 2**22 to the nearest integer, half to even.
 ROUNDER = tl.constexpr(12582912.0)
 
 
@@ -36,9 +37,9 @@ def unpack(
     codes, start_N, valid_N, k0, row_bytes,
     BITS: tl.constexpr, PER: tl.constexpr, USED: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Codes ``[N, K]`` int32 of the rows that begin at byte ``start_N``, from column ``k0``, a multiple of PER, on.
+    """Codes ``[N, K]`` int32 of the rows that begin at byte ``start_N``, from column ``k0``, a multiple of PER.
 
-    A word is USED bytes and PER codes. Bytes beyond the end of a row are taken as zero.
+    A word has USED bytes and PER codes. Bytes beyond the end of a row count as zero.
     """
     first_W = (k0 // PER + tl.arange(0, K // PER)) * USED
     word_NW = tl.zeros((N, K // PER), tl.int64 if USED > 4 else tl.int32)
@@ -66,7 +67,7 @@ def unpack_at(stream, index, valid, BITS: tl.constexpr):
 
 @triton.jit
 def spread(x_NS, SPAN: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
-    """``[N, K / SPAN]`` to ``[N, K]``: each column SPAN times."""
+    """``[N, K / SPAN]`` to ``[N, K]``: repeats each column SPAN times."""
     return tl.reshape(tl.broadcast_to(x_NS[:, :, None], (N, K // SPAN, SPAN)), (N, K))
 
 
@@ -76,7 +77,7 @@ def decode(
     KIND: tl.constexpr, ZERO: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, USED: tl.constexpr,
     SPAN: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Weights ``[N, K]`` float32 of rows ``o_N`` from column ``k0`` on; beyond the end of a row they are finite.
+    """Weights ``[N, K]`` float32 of rows ``o_N`` from column ``k0``; beyond the end of a row they are any finite values.
 
     ``first`` and ``second`` are the parameters as stored: scale and zero, values, or alpha and offset.
     """
@@ -121,7 +122,7 @@ def linear(
 ):  # fmt: skip
     """``y[T, O] = x[T, I] @ decode(codes).T``, sums in float32.
 
-    M is 1, with a program for each token, or at least 16. WIDEN: both sides are multiplied in float32 whatever the dtype of x.
+    M is 1, with one program for each token, or at least 16. WIDEN: multiply in float32 for any dtype of x.
     """
     t_M = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     o_N = tl.program_id(1).to(tl.int64) * N + tl.arange(0, N)
@@ -158,10 +159,10 @@ def quantize(
     BITS: tl.constexpr, SYMMETRIC: tl.constexpr, REACH: tl.constexpr, GIVEN: tl.constexpr, NOTHING: tl.constexpr,
     K: tl.constexpr,
 ):  # fmt: skip
-    """A token ``x[I]`` to integers around the middle of the grid, int8; its scale, its zero point and the sum of its codes.
+    """Quantizes a token ``x[I]`` to int8 around the middle of the grid; stores its scale, zero point and sum of codes.
 
-    What :func:`lowbit.kernels.activation.quantize_activation` does, in one pass to find the range (where it is not GIVEN) and
-    one to round. The scale is NaN where the token must be: it holds NaN, or has no range because it holds Inf.
+    It computes :func:`lowbit.kernels.activation.quantize_activation`, with one pass for the range (unless it is GIVEN) and one
+    pass for rounding. The scale is NaN if the token holds NaN, or if its range is infinite.
     """
     MAX: tl.constexpr = 2**BITS - 1
     MIDDLE: tl.constexpr = 2 ** (BITS - 1)
@@ -198,7 +199,7 @@ def quantize(
         v_K = tl.load(x + t * stride_t + (k0 + k_K) * stride_i, mask=inside_K, other=0).to(tl.float32)
         nan_K |= (v_K != v_K).to(tl.int32)
         level_K = tl.math.div_rn(tl.where(v_K != v_K, 0.0, v_K), step)
-        level_K = tl.minimum(tl.maximum(level_K, -1024.0), 1024.0)  # where it is clipped anyway, and rounding is exact
+        level_K = tl.minimum(tl.maximum(level_K, -1024.0), 1024.0)  # codes clip earlier, and rounding stays exact
         if SYMMETRIC:
             level_K = ((level_K + MIDDLE) + ROUNDER) - ROUNDER
         else:
@@ -218,13 +219,13 @@ def linear_int8(
     A_ZERO: tl.constexpr, ZERO: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr, USED: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """``y[T, O]`` of tokens ``a[T, I]`` int8 made by :func:`quantize` and weights with one scale for each ``share`` rows.
+    """``y[T, O]`` from tokens ``a[T, I]`` int8 made by :func:`quantize`; one weight scale for each ``share`` rows.
 
-    With b the weight's codes, taken around the middle of their grid as a is, and za, zb the zero points,
+    With b the weight's codes around the middle of their grid, like a, and za, zb the zero points,
 
         sum_I (a - za)(b - zb) = sum_I ab - zb sum_I a - za (sum_I b - I zb)
 
-    in int32, exactly; the scales come last. Around the middle, the sum of ab alone stays within int32 too, at which NVIDIA's
+    exactly in int32; the scales come last. Codes around the middle also keep the sum of ab within int32, where NVIDIA's
     instruction saturates.
     """
     MIDDLE: tl.constexpr = 2 ** (BITS - 1)

@@ -1,4 +1,4 @@
-"""From a layer to the arguments of what the GPU runs. Imports triton.
+"""Arguments for the GPU code, from a layer. Imports triton.
 
 Shapes: T token, O output channel, I input channel.
 """
@@ -16,22 +16,23 @@ from torch import Tensor
 from lowbit.kernels import native
 from lowbit.kernels.activation import dynamic_params, fake_quantize_activation
 from lowbit.kernels.ops import PackedLinear, add_side
-from lowbit.kernels.triton import device, shared_by
+from lowbit.kernels.triton import device
+from lowbit.kernels.triton.shares import shared_by
 from lowbit.layouts import packed_width, unpack_params
 from lowbit.numerics import Affine, Int, PerChannel, PerTensor, Spec
 from lowbit.numerics.grids.base import OF_NOTHING
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# |a - za| and |b - zb| are at most 255, and the sum over I has to stay below 2**31.
+# |a - za| and |b - zb| are at most 255, and the sum over I must stay below 2**31.
 _MAX_CHANNELS = 2**31 // 255**2
-_TOKEN_BLOCK = 1024  # channels at a time, where tokens are quantized
+_TOKEN_BLOCK = 1024  # channels at a time when tokens are quantized
 
 
 @dataclass(frozen=True)
 class Tile:
-    """``m`` tokens by ``n`` output channels, ``k`` input channels at a time, by ``warps`` of 32 threads (64 on some AMD).
+    """``m`` tokens by ``n`` output channels, ``k`` input channels at a time, on ``warps`` of 32 threads (64 on some AMD).
 
-    Chosen so that tiles of both sides fit the 64 KB of shared memory that every supported GPU has; not tuned on any.
+    Tiles of both sides fit the 64 KB of shared memory that every supported GPU has. They are not tuned on any GPU.
     """
 
     m: int
@@ -42,13 +43,13 @@ class Tile:
 
 
 def tile_of(tokens: int, itemsize: int) -> Tile:
-    """The tile for so many tokens of a dtype of ``itemsize`` bytes.
+    """The tile for ``tokens`` of a dtype of ``itemsize`` bytes.
 
-    Few tokens wait for memory: many small programs, each with long rows of codes. Many wait for the multipliers.
+    Memory limits few tokens: many small programs read long rows of codes. Arithmetic limits many tokens.
     """
     if tokens == 1:
         return Tile(1, 16, 256, 4)
-    if itemsize == 4:  # float32 has no exact matrix instructions, and twice the bytes
+    if itemsize == 4:  # float32 has no exact matrix instructions and takes twice the bytes
         return Tile(16, 32, 64, 4) if tokens <= 16 else Tile(32, 64, 32, 4)
     if tokens <= 16:
         return Tile(16, 32, 128, 4, 3)
@@ -56,11 +57,13 @@ def tile_of(tokens: int, itemsize: int) -> Tile:
 
 
 def linear(x: Tensor, layer: PackedLinear) -> Tensor:
-    """``Q_act(x) @ W.T + x @ (sum of side).T``; x ``[..., I]`` floating, of any strides; ``[..., O]`` in its dtype."""
+    """``Q_act(x) @ W.T + x @ (sum of side).T``, ``[..., O]`` in the dtype of x; x ``[..., I]`` floating, with any strides."""
     x_TI = x.reshape(-1, x.shape[-1])
     if x.dtype not in _DTYPES:
         x_TI = x_TI.float()
-    narrow = device.INTERPRETED and x_TI.dtype == torch.bfloat16  # numpy has no bfloat16, the interpreter cuts it off
+    narrow = (
+        device.INTERPRETED and x_TI.dtype == torch.bfloat16
+    )  # numpy has no bfloat16; the interpreter truncates to it
     y_TO = x_TI.new_empty(len(x_TI), layer.shape[0], dtype=torch.float32 if narrow else x_TI.dtype)
     with torch.cuda.device_of(x_TI):  # triton launches on the current device
         if len(x_TI) == 0:
@@ -75,7 +78,7 @@ def linear(x: Tensor, layer: PackedLinear) -> Tensor:
 
 
 def _integers(layer: PackedLinear) -> bool:
-    """Whether one integer sum over I is the product: integers both, with one scale a row."""
+    """Whether one integer sum over I gives the product: both sides are integers with one scale for each row."""
     grid = layer.spec.grid
     return (
         native.integer_input(layer)
@@ -94,7 +97,7 @@ def _linear(x_TI: Tensor, y_TO: Tensor, layer: PackedLinear) -> None:
     shared, kind = shared_by(spec, layer.shape), native.kind_of(spec)
     assert shared is not None and kind is not None
     _, columns = spec.granularity.param_shape(layer.shape)
-    if spec.granularity.param_shape(layer.shape)[0] == 1:  # Flat lays the groups of all rows in one
+    if spec.granularity.param_shape(layer.shape)[0] == 1:  # Flat puts the groups of all rows into one
         columns = -(-inputs // shared[1])
     tile = tile_of(tokens, x_TI.element_size())
     first, second = _stored(layer)
@@ -123,11 +126,18 @@ def _linear_int8(x_TI: Tensor, y_TO: Tensor, layer: PackedLinear) -> None:
 
 
 def quantize(x_TI: Tensor, act: Spec, given: Affine | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``x_TI`` by ``act``, an :class:`Int` with a range for each token or one for all, without a copy in float32.
+    """Quantizes ``x_TI`` to integers without a copy in float32.
+
+    Args:
+        x_TI: floating.
+        act: an :class:`Int` with one range for each token, or one for all.
+        given: static parameters; None: fitted to x.
 
     Returns:
-        codes int8 ``[T, I]``, less the middle of the grid; their scales float32 ``[T]``, NaN for tokens that must be; zero
-        points int32 ``[T]``, less the middle too; the sums of the codes int32 ``[T]``.
+        Codes int8 ``[T, I]``, minus the middle of the grid.
+        Scales float32 ``[T]``, NaN for tokens with NaN or infinity.
+        Zero points int32 ``[T]``, minus the middle of the grid.
+        Sums of the codes int32 ``[T]``.
     """
     assert isinstance(act.grid, Int)
     if given is None and isinstance(act.granularity, PerTensor):
@@ -153,13 +163,13 @@ def _blocks(size: int, block: int) -> int:
 
 
 def _word(bits: int) -> dict[str, int]:
-    """Codes in a word of the bit stream, and bytes it takes."""
+    """Number of codes and bytes in a word of the bit stream."""
     per = 8 // gcd(bits, 8)
     return {"BITS": bits, "PER": per, "USED": per * bits // 8}
 
 
 def _zero_form(spec: Spec) -> int:
-    """How the second field of the grid is stored."""
+    """The storage of the grid's second field."""
     fields = spec.grid.fields
     if len(fields) == 1:
         return device.CONSTANT.value
@@ -167,22 +177,22 @@ def _zero_form(spec: Spec) -> int:
 
 
 def _constant(spec: Spec) -> float:
-    """The zero point of a uniform grid that stores none."""
+    """The zero point of a uniform grid that does not store one."""
     if not isinstance(spec.grid, Int) or not spec.grid.symmetric:
         return 0.0
     return float(spec.grid.zero_point(Affine(torch.empty(0))))
 
 
 def _stored(layer: PackedLinear) -> tuple[Tensor, Tensor | None]:
-    """The two fields of the grid's parameters as the kernels read them: as stored, or decoded where they are quantized."""
+    """The two fields of the grid's parameters for the kernels: as stored, or decoded if they are quantized."""
     decoded = {} if layer.spec.stats is None else unpack_params(layer.tensors, layer.spec, layer.shape)._asdict()
-    found = []
+    tensors = []
     for field in layer.spec.grid.fields:
         tensor = layer.tensors[field.name] if field.bits is not None or not decoded else decoded[field.name]
         if field.bits is None and tensor.dtype not in _DTYPES:
             tensor = tensor.float()
-        found.append(tensor.contiguous())
-    first, *second = found
+        tensors.append(tensor.contiguous())
+    first, *second = tensors
     return first, second[0] if second else None
 
 

@@ -1,4 +1,4 @@
-"""Grids: which numbers a format has. One contract (:mod:`base`), a file a family."""
+"""Grids: the numbers of a format. :mod:`base` is their contract; each family has a file."""
 
 from lowbit.numerics.grids.base import Affine, Bases, Field, Grid, Lut, Params, RangeGrid, arity, straight_through
 from lowbit.numerics.grids.binary import BinaryCoded

@@ -1,10 +1,10 @@
-"""What a grid is, and the parameters that place it on a granule.
+"""The contract of a grid, and the parameters that place it on a granule.
 
 A grid is a finite set of numbers in a normal position; parameters move it onto the values of one granule. Codes are
-unsigned integers below ``2 ** bits``, always, so that one packing serves all grids; what a code means is the grid's.
+always unsigned integers below ``2 ** bits``, so that one packing serves all grids; the grid gives them their meaning.
 
-Laws, run for every grid by ``tests/laws/test_numerics.py``: codes are a fixed point, ``encode(decode(c)) == c``; the error
-of a fitted grid does not grow with its bits; ``fake(x, p) == decode(encode(x, p), p)`` exactly.
+Laws, checked for every grid by ``tests/laws/test_numerics.py``: codes are a fixed point, ``encode(decode(c)) == c``; the
+error of a fitted grid does not grow with its bits; ``fake(x, p) == decode(encode(x, p), p)`` exactly.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 from torch import Tensor
 
 OF_NOTHING = 2.0**-100
-"""Scale of a granule of zeros, before it is stored. Any would restore them; one that is next to nothing does not move the
-scales of its neighbours where scales are themselves quantized together, and is far from underflow in a product."""
+"""Scale of a granule of zeros, before it is stored. Any scale restores them. This one is too small to change its
+neighbours where scales are quantized together, and large enough not to underflow in a product."""
 
 
 class Affine(NamedTuple):
@@ -33,7 +33,7 @@ class Lut(NamedTuple):
 
 
 class Bases(NamedTuple):
-    """``value = sum_k +-alpha_k + offset``. alpha ``[G, bits]`` floating, offset ``[G, 1]`` floating or None for none."""
+    """``value = sum_k +-alpha_k + offset``. alpha ``[G, bits]`` floating, offset ``[G, 1]`` floating or None for no offset."""
 
     alpha: Tensor
     offset: Tensor | None = None
@@ -45,13 +45,13 @@ Params = Affine | Lut | Bases
 
 @dataclass(frozen=True)
 class Field:
-    """One tensor of a grid's parameters as it is stored: ``width`` numbers a granule.
+    """One stored tensor of a grid's parameters.
 
     Args:
         name: of the tensor, in ``Params`` and on disk.
         width: numbers for each granule.
-        bits: width of a code where the numbers are codes (an integer zero point), None where they are floating.
-        floored: a number that vanished in storage is lifted to the smallest that is kept: scales, which divide.
+        bits: width of a code if the numbers are codes (an integer zero point); None if they are floating.
+        floored: raise numbers that vanish in storage to the smallest that it holds; for scales, which divide.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Field:
 
 @runtime_checkable
 class Grid(Protocol):
-    """Codes and values of one set of numbers. Frozen, comparable, hashable. ``params`` are of its ``kind``."""
+    """Codes and values of one set of numbers. Frozen, comparable, hashable. Its ``params`` have the type ``kind``."""
 
     @property
     def bits(self) -> int:
@@ -74,7 +74,7 @@ class Grid(Protocol):
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """What of its parameters is stored, in their order; what is absent (None) has no field."""
+        """The stored parameters, in order; a parameter that is None has no field."""
         ...
 
     def encode(self, x_GK: Tensor, params: Any) -> Tensor:
@@ -87,14 +87,14 @@ class Grid(Protocol):
 
 
 def straight_through(value: Tensor, source: Tensor) -> Tensor:
-    """``value``, to the last bit, with the gradient of ``source`` of the same shape, which must be finite to have one."""
+    """``value``, bit for bit, with the gradient of ``source`` (same shape, finite)."""
     if not source.requires_grad:
         return value
     return value.detach() + (source - source.detach())
 
 
 def arity(grid: Grid) -> int:
-    """How many neighbours of a granule are coded together; 1 where a grid has no attribute ``arity``."""
+    """Neighbours of a granule that ``grid`` codes together; 1 for a grid without an attribute ``arity``."""
     return getattr(grid, "arity", 1)
 
 
@@ -103,9 +103,9 @@ class RangeGrid(Grid, Protocol):
     """A grid that a range ``[lo, hi]`` places."""
 
     def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Affine:
-        """Parameters under which the grid covers ``[lo, hi]`` and represents zero. Differentiable in both ends."""
+        """Parameters with which the grid covers ``[lo, hi]`` and represents zero. Differentiable in both ends."""
         ...
 
     def fake(self, x_GK: Tensor, params: Affine) -> Tensor:
-        """``decode(encode(x))`` with a gradient: straight through the rounding to x, true to the parameters."""
+        """``decode(encode(x))`` with a gradient: straight through the rounding to x, exact in the parameters."""
         ...

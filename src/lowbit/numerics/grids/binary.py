@@ -1,7 +1,6 @@
 """Binary-coded grids: a weight is a sum of signed bases, ``w = sum_k +-alpha_k (+ offset)`` (LUT-GEMM, arXiv:2206.09557).
 
-A product with a plane of signs needs additions only, or look-ups in a table of partial sums, which is what this format is
-for. With an offset it holds every uniform grid exactly (:func:`to_binary_coded`).
+The format exists for products: a plane of signs needs additions only, or look-ups in a table of partial sums.
 """
 
 from __future__ import annotations
@@ -19,9 +18,11 @@ from lowbit.numerics.serialize import serializable
 @serializable
 @dataclass(frozen=True)
 class BinaryCoded:
-    """``bits`` bases a granule; bit k of a code set means ``+alpha_k``, clear ``-alpha_k``.
+    """Values with ``bits`` bases in each granule: bit k of a code adds ``+alpha_k`` where it is 1, ``-alpha_k`` where it is 0.
 
-    ``offset``: a further number for each granule that is added to all of its values.
+    Args:
+        bits: 1 to 8.
+        offset: each granule also stores a number that is added to all its values.
     """
 
     bits: int

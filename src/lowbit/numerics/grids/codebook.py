@@ -1,4 +1,4 @@
-"""Codebooks: every granule has a table of values of its own, placed freely (k-means of SqueezeLLM, arXiv:2306.07629)."""
+"""Codebooks: every granule has its own table of freely placed values (k-means of SqueezeLLM, arXiv:2306.07629)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowbit.numerics.serialize import serializable
 @serializable
 @dataclass(frozen=True)
 class Codebook:
-    """``2**bits`` values for each granule; a code is the rank of a value. Placed by a fit such as ``KMeans``."""
+    """``2**bits`` values for each granule; a code is the rank of a value. A fit such as ``KMeans`` places them."""
 
     bits: int
     kind: ClassVar[Any] = Lut
@@ -29,7 +29,7 @@ class Codebook:
         return (Field("values", width=2**self.bits),)
 
     def encode(self, x_GK: Tensor, params: Lut) -> Tensor:
-        """The nearest value's rank; a tie goes to the lower. Values must rise, as they do after rounding to storage."""
+        """Rank of the nearest value; a tie goes to the lower. Values must rise; rounding to storage keeps them rising."""
         values = params.values
         midpoints = (values[:, 1:] + values[:, :-1]) / 2
         return torch.searchsorted(midpoints.contiguous(), x_GK.to(values.dtype).contiguous()).to(torch.uint8)

@@ -1,9 +1,13 @@
 """Uniform integer grids of 1 to 8 bits, symmetric or with a zero point.
 
-Dialects differ in the field. This one: asymmetric as GPTQ's reference code, range forced to contain zero, step
-``(hi - lo) / (2**b - 1)``, ``code = clamp(round(w / step) + zero)`` with an integer zero in the code range; symmetric as
-SmoothQuant's, step ``absmax / (2**(b-1) - 1)``, so that both extremes are representable, or, with ``full``, as
-DeepSpeed's, step ``absmax / 2**(b-1)``. Rounding is half to even. A one-bit symmetric grid is ``{-absmax, +absmax}``.
+Conventions differ between codes. Here:
+
+* asymmetric, as in GPTQ's reference code: the range contains zero, the step is ``(hi - lo) / (2**b - 1)``, and
+  ``code = clamp(round(w / step) + zero)`` with an integer zero in the code range;
+* symmetric, as in SmoothQuant's: the step is ``absmax / (2**(b-1) - 1)``, so both extremes are representable;
+* symmetric with ``full``, as in DeepSpeed's: the step is ``absmax / 2**(b-1)``.
+
+Rounding is half to even. A one-bit symmetric grid is ``{-absmax, +absmax}``.
 """
 
 from __future__ import annotations
@@ -30,12 +34,12 @@ class Int:
 
     Args:
         bits: 1 to 8.
-        symmetric: levels mirror around zero and no zero point is stored.
-        zero: ``"int"``, a zero point that is a code (b bits stored), or ``"real"``, a real number (floating, or
-            quantized by the spec's ``stats``); ignored when symmetric.
-        full: symmetric only, from 2 bits: the lowest code is ``-absmax``, so that no code is left unused and the step is
-            smaller; what is over ``absmax * (1 - 2**(1-b))`` is clipped to that.
-        reach: share of a range that the levels span, over 0 and up to 1; what lies beyond is clipped.
+        symmetric: levels are symmetric around zero and no zero point is stored.
+        zero: ``"int"``: the zero point is a code (b bits stored). ``"real"``: it is a real number (floating, or quantized
+            by the spec's ``stats``). Ignored when symmetric.
+        full: only if symmetric, from 2 bits: the lowest code is ``-absmax``, so every code is used and the step is smaller;
+            values over ``absmax * (1 - 2**(1-b))`` are clipped to it.
+        reach: share of the range that the levels span, above 0 and at most 1; values outside are clipped.
     """
 
     bits: int
@@ -51,10 +55,10 @@ class Int:
         if self.zero not in ("int", "real"):
             raise ValueError(f"zero is 'int' or 'real', found {self.zero!r}")
         if self.full and (not self.symmetric or self.bits == 1):
-            raise ValueError(f"full belongs to symmetric grids of 2 bits and more, found {self}")
+            raise ValueError(f"full needs a symmetric grid of 2 or more bits, found {self}")
 
         if not 0 < self.reach <= 1:
-            raise ValueError(f"levels reach a share of the range over 0 and up to 1, found {self.reach}")
+            raise ValueError(f"reach is a share of the range, above 0 and at most 1, found {self.reach}")
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -83,8 +87,8 @@ class Int:
             return Affine(torch.where(scale > 0, scale, torch.full_like(scale, OF_NOTHING)))
         lo, hi = (lo_G1, hi_G1) if self.zero == "real" else (lo_G1.clamp(max=0), hi_G1.clamp(min=0))
         scale = (hi - lo) / self.max_code
-        # A granule of one value has no range; step = |value| represents that value and zero exactly. So does one of
-        # nearly one value, whose real zero point would be beyond what float16, in which it is stored, can tell apart.
+        # A granule with a single value has no range; step = |value| represents that value and zero exactly. The same step
+        # serves nearly equal values, whose real zero point would be too large for the resolution of float16, its storage.
         flat = scale <= (torch.maximum(lo.abs(), hi.abs()) * 2.0**-15 if self.zero == "real" else 0)
         scale = torch.where(flat, torch.where(hi != 0, hi.abs(), torch.full_like(hi, OF_NOTHING)), scale)
         zero = -lo / scale
@@ -102,7 +106,7 @@ class Int:
     def _level(self, v: Tensor, params: Affine, rounding) -> Tensor:
         zero = self.zero_point(params)
         whole = params.zero is not None and self.zero == "int"
-        # round(w/s) + z and round(w/s + z) differ at ties and when z is not whole: the first is the integer dialect.
+        # round(w/s) + z and round(w/s + z) differ at ties and when z is not whole; integer zero points use the first.
         level = rounding(v) + zero if whole else rounding(v + zero)
         return level.clamp(0, self.max_code)
 

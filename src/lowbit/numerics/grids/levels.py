@@ -1,9 +1,9 @@
 """Grids that are a list of levels: floating formats (ExMy) and tables (NF4).
 
-Both are the same act: scale the granule so that its largest magnitude meets the largest level, then take the nearest
-level. They differ in where the levels come from and in what a code means (a bit pattern; an index), so both share this
-base. Nearest is decided by midpoints between neighbouring levels; a value on a midpoint goes to the lower level of a
-table, and to the even code of a floating format, as processors round.
+Both scale the granule so that its largest magnitude meets the largest level, then take the nearest level. They differ in
+the source of the levels and in the meaning of a code (a bit pattern; an index). Midpoints between neighbouring levels
+decide which is nearest; a value on a midpoint goes to the lower level of a table, and to the even code of a floating
+format, as processors round.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch import Tensor
 from lowbit.numerics.grids.base import OF_NOTHING, Affine, Field
 from lowbit.numerics.serialize import serializable
 
-# Up to so many midpoints are compared one by one, which is many times as fast on a CPU as a search for each value; so many
-# values at once stay in the cache meanwhile.
+# Up to _FEW midpoints are compared one by one, which is much faster on a CPU than a search for each value; runs of _RUN
+# values stay in the cache meanwhile.
 _FEW, _RUN = 32, 2**12
 
 
 def _rank(v: Tensor, midpoints: Tensor) -> Tensor:
-    """How many of the rising ``midpoints`` lie below each value of ``v``, int32, in its shape."""
+    """Number of the rising ``midpoints`` below each value of ``v``, int32, in the shape of ``v``."""
     wide = torch.promote_types(v.dtype, torch.float32)  # exact, and numpy has no bfloat16
     v, midpoints = v.to(wide).contiguous(), midpoints.to(wide)
     if len(midpoints) > _FEW or v.device.type != "cpu" or torch.compiler.is_compiling():
@@ -44,12 +44,12 @@ def _count(values, midpoints, counts):
         value, count = values[start : start + _RUN], counts[start : start + _RUN]
         for j in range(len(midpoints)):
             midpoint = midpoints[j]
-            for i in range(len(value)):  # in this form it is compiled to vectors
+            for i in range(len(value)):  # this form compiles to vector instructions
                 count[i] += np.int32(1) if value[i] > midpoint else np.int32(0)
 
 
 def _looked_up(table: Tensor, index: Tensor) -> Tensor:
-    """``table[index]``; on a CPU the selection of rows is much the fastest way."""
+    """``table[index]``; on a CPU ``index_select`` is by far the fastest way."""
     return table.index_select(0, index.reshape(-1)).view(index.shape)
 
 
@@ -65,7 +65,7 @@ class _Levels:
         return (Field("scale", floored=True),)
 
     def table(self) -> tuple[float, ...]:
-        """Value of each code, in units of the scale; index = code. Codes that are never written repeat a level."""
+        """Value of each code, in units of the scale; index = code. Unused codes repeat a level."""
         raise NotImplementedError
 
     @property
@@ -75,7 +75,7 @@ class _Levels:
 
     def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Affine:
         lowest, highest = min(self.table()), max(self.table())
-        # The smallest scale under which both ends are inside; where the levels are one-sided that side is clipped.
+        # The smallest scale that keeps both ends inside; if the levels are one-sided, the other side is clipped.
         scale = torch.zeros_like(hi_G1)
         if highest > 0:
             scale = torch.maximum(scale, hi_G1 / highest)
@@ -104,7 +104,7 @@ class _Levels:
         values = torch.tensor(levels, dtype=dtype, device=device)
         ranked = torch.tensor(codes, dtype=torch.uint8, device=device)
         midpoints = (values[1:] + values[:-1]) / 2
-        if self.ties_to_even:  # of two neighbours one is even; below the midpoint by nothing but itself, a tie goes up
+        if self.ties_to_even:  # of two neighbours one code is even; lowering the midpoint by one float sends a tie up
             midpoints = torch.where(ranked[:-1] % 2 == 1, midpoints.nextafter(values[:1] - 1), midpoints)
         return values, ranked, midpoints
 
@@ -122,9 +122,9 @@ def _sorted_levels(table: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[i
 class Float(_Levels):
     """A floating format of 1 sign, ``exponent`` and ``mantissa`` bits with subnormals; a code is the bit pattern.
 
-    A real exponent bias b (LLM-FP4, arXiv:2310.16836) is a scale: it multiplies every number, subnormal ones too, by
-    ``2**(2**(exponent-1) - 1 - b)``. So there is one way to place a format, and a search for the bias is one for the
-    largest number ``(2 - 2**-mantissa) * 2**(2**exponent - 1 - b)``.
+    A real exponent bias b (LLM-FP4, arXiv:2310.16836) is a scale: it multiplies every number, also subnormal ones, by
+    ``2**(2**(exponent-1) - 1 - b)``. A search for the bias is therefore a search for the largest number
+    ``(2 - 2**-mantissa) * 2**(2**exponent - 1 - b)``, and one kind of parameter places every format.
 
     Args:
         exponent: 1 to 5 exponent bits; the bias is ``2**(exponent-1) - 1``.
@@ -132,8 +132,8 @@ class Float(_Levels):
         special: which patterns are not numbers: ``"none"`` (E2M1 and small formats), ``"fn"`` (only the all-ones
             pattern: E4M3FN, largest 448) or ``"ieee"`` (the top exponent: E5M2, largest 57344).
         shared_exponent: the scale is a power of two, ``2**(floor(log2 absmax) - top)`` with top the exponent of the largest
-            number (OCP Microscaling, arXiv:2310.10537). The largest magnitude comes into the highest binade, of which the
-            part beyond the largest number is clipped.
+            number (OCP Microscaling, arXiv:2310.10537). The largest magnitude falls into the highest binade, and values
+            beyond the largest number are clipped.
     """
 
     exponent: int
@@ -160,27 +160,31 @@ class Float(_Levels):
 
     @staticmethod
     def of(bits: int, name: str | None = None) -> Float:
-        """The format of ``bits`` called ``name`` (``"E2M1"``), all of whose patterns are numbers; None: half of them exponent.
+        """A format of ``bits`` in which every pattern is a number.
+
+        Args:
+            bits: width of a code.
+            name: such as ``"E2M1"``; None: half of the bits are exponent.
 
         Raises:
-            ValueError: a name that is none, or is of another number of bits.
+            ValueError: a name that is not of this form, or has another number of bits.
         """
         if name is None:
             return Float(bits // 2, bits - 1 - bits // 2)
-        found = re.fullmatch(r"E(\d)M(\d)", name)
-        if found is None or int(found[1]) + int(found[2]) + 1 != bits:
+        widths = re.fullmatch(r"E(\d)M(\d)", name)
+        if widths is None or int(widths[1]) + int(widths[2]) + 1 != bits:
             raise ValueError(
                 f"a floating format of {bits} bits is called such as {Float.of(bits).name}, found {name!r}"
             )
-        return Float(int(found[1]), int(found[2]))
+        return Float(int(widths[1]), int(widths[2]))
 
     @property
     def name(self) -> str:
-        """``"E2M1"``."""
+        """Such as ``"E2M1"``."""
         return f"E{self.exponent}M{self.mantissa}"
 
     def splits(self) -> tuple[Float, ...]:
-        """This format and all others of its bits, each with 1 to 5 exponent bits: this first, then by falling range."""
+        """This format, then all others of the same width with 1 to 5 exponent bits, by falling range."""
         widths = range(min(5, self.bits - 1), 0, -1)
         others = (replace(self, exponent=e, mantissa=self.bits - 1 - e) for e in widths if e != self.exponent)
         return (self, *others)
@@ -190,10 +194,10 @@ class Float(_Levels):
         if not self.shared_exponent:
             return Affine(scale)
         with torch.no_grad():
-            _, above = torch.frexp(torch.maximum(lo_G1.abs(), hi_G1.abs()))  # absmax < 2**above, at most twice it
+            _, above = torch.frexp(torch.maximum(lo_G1.abs(), hi_G1.abs()))  # absmax < 2**above <= 2 * absmax
             power = torch.ldexp(torch.ones_like(scale), above - 1 - (math.frexp(self.max_level)[1] - 1))
             power = torch.where((scale > OF_NOTHING) & (power > 0), power, torch.full_like(scale, OF_NOTHING))
-        return Affine(scale + (power - scale).detach())  # exactly the power: it is within a factor of two of the scale
+        return Affine(scale + (power - scale).detach())  # the sum is exact: the two differ by at most a factor of two
 
 
 @lru_cache
@@ -210,10 +214,10 @@ def _float_table(exponent: int, mantissa: int, special: str) -> tuple[float, ...
 @serializable
 @dataclass(frozen=True)
 class Normal(_Levels):
-    """The ``2 ** bits`` levels that lose least of a standard normal distribution (Lloyd and Max), 1 to 8 bits.
+    """The ``2 ** bits`` levels with the least squared error on a standard normal distribution (Lloyd and Max), 1 to 8 bits.
 
-    For weights that were rotated until they are nearly normal: at 2, 3, 4 and 5 bits they lose 1, 8, 18 and 28 % less of one
-    than the best integers do, and need no zero point. A code is an index, rising with its level.
+    For weights that a rotation made nearly normal. On a normal distribution at 2, 3, 4 and 5 bits their error is 1, 8, 18
+    and 28 % smaller than that of the best integers, without a zero point. A code is an index, rising with its level.
     """
 
     bits: int  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -228,8 +232,8 @@ class Normal(_Levels):
 
 @lru_cache
 def _normal_table(bits: int) -> tuple[float, ...]:
-    """Levels that are the means of their cells, whose borders are the midpoints of levels; by Newton's method on the positive
-    half, from the quantiles of the density's cube root (Panter and Dite), which is near. Rounded to float32."""
+    """Each level is the mean of its cell, and cells end at the midpoints between levels. Newton's method solves this for the
+    positive half, from the quantiles of the density's cube root (Panter and Dite). Rounded to float32."""
     half = 2 ** (bits - 1)
     share = (torch.arange(half, dtype=torch.float64) + 0.5) / half
     x = math.sqrt(3) * math.sqrt(2) * torch.erfinv(share)
@@ -257,10 +261,12 @@ def _cell_means(levels: Tensor) -> Tensor:
 @serializable
 @dataclass(frozen=True)
 class Table(_Levels):
-    """Levels given as ``values`` (2 to 256 numbers); a code is an index. See :data:`NF4`.
+    """Given levels; a code is an index. See :data:`NF4`.
 
-    ``absmax``: the largest magnitude of a granule meets the largest level, whatever their signs, as bitsandbytes scales
-    its tables; a table whose sides differ then clips a little where the extreme is on the shorter side.
+    Args:
+        values: 2 to 256 numbers.
+        absmax: the largest magnitude of a granule meets the largest level, whatever their signs, as in bitsandbytes. A table
+            with unequal sides then clips a little when the extreme is on the shorter side.
     """
 
     values: tuple[float, ...]
@@ -308,24 +314,24 @@ NF4 = Table(
 """NormalFloat 4 (QLoRA, arXiv:2305.14314): 7 negative levels, zero, 8 positive; the values bitsandbytes writes."""
 
 FLINT4 = Table((-16.0, -8.0, -6.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0))
-"""The 4-bit float-int hybrid of ANT (arXiv:2208.14286) with both signs: integers near zero, a float far from it."""
+"""The signed 4-bit float-int hybrid of ANT (arXiv:2208.14286): integers near zero, powers of two far from it."""
 
 
 FP4 = Table(tuple(v / 12 for v in (0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3)))
-"""The 4-bit floating table of bitsandbytes, in the order of its codes: E2M1 but for the smallest number, 1/192 of the
-largest where E2M1 has 1/12."""
+"""The 4-bit floating table of bitsandbytes, in the order of its codes. It is E2M1 except for the smallest number, which is
+1/192 of the largest; E2M1 has 1/12."""
 
 
 def powers_of_two(bits: int) -> Table:
-    """``1, 1/2, 1/4, ...``, a code being the exponent: what scales of which each is the largest, halved so often, are kept in."""
+    """The grid ``1, 1/2, 1/4, ...``; a code is the number of halvings. It stores scales relative to the largest of them."""
     return Table(tuple(2.0**-k for k in range(2**bits)))
 
 
 def _dynamic_map(exponents: int = 7) -> tuple[float, ...]:
-    """Signed numbers whose spacing grows tenfold from one exponent to the next, 1, 2, 4, ... of them at each.
+    """Signed numbers with ``exponents`` decimal exponents.
 
     Exponent e holds the midpoints of 2**e equal parts of [0.1, 1], times 10**(e - exponents + 1), with both signs; zero
-    and one complete the 256. Computed in float32, as bitsandbytes does: in float64 some would round to a neighbour.
+    and one complete the 256. Computed in float32 as in bitsandbytes; in float64 some would round to a neighbour.
     """
     values = [torch.tensor([0.0, 1.0])]
     for e in range(exponents):

@@ -1,18 +1,18 @@
-"""Outlier-victim pairs: two neighbours share their bits, and an outlier takes those of its neighbour (OliVe, arXiv:2304.07493).
+"""Outlier-victim pairs: two neighbours share their bits, and an outlier uses its neighbour's (OliVe, arXiv:2304.07493).
 
-Values are coded two by two, (2i, 2i + 1) of a granule. A pair is stored in one of two ways:
+The values 2i and 2i + 1 of a granule are coded as a pair. A pair is stored in one of two ways:
 
-* two normal values, each an index ``k`` in two's complement, ``|k| <= 2**(b-1) - 1``, into levels that rise with it;
-* an outlier and its victim. The victim's code is the identifier ``100..0``, the one that no normal value has, and its
-  value is zero. The partner is then read as an *abfloat*: a sign and an index ``i = 1 .. 2**(b-1) - 1`` for
-  ``+-2**(i >> m) * (1 + (i mod 2**m) / 2**m)`` times the power of two behind the normal levels, ``m = b - 3`` mantissa
-  bits and 2 exponent bits. Index 0 is left out, so that no abfloat looks like the identifier.
+* two normal values, each an index ``k`` in two's complement, ``|k| <= 2**(b-1) - 1``, into rising levels;
+* an outlier and its victim. The victim's value is zero and its code is the identifier ``100..0``, which no normal value
+  has. Its partner is then read as an *abfloat*: a sign and an index ``i = 1 .. 2**(b-1) - 1`` for
+  ``+-2**(i >> m) * (1 + (i mod 2**m) / 2**m)`` times the next power of two above the normal levels, with ``m = b - 3``
+  mantissa bits and 2 exponent bits. Index 0 is left out, so that no abfloat looks like the identifier.
 
-So a format of b bits reaches ``2**4`` times as far as its integers without an index or a side term, and every pair stays
-where it is: with 4 bits a pair is a byte. A value is decoded with its partner only, which is why nothing that fixes one
-column after another can solve for this grid.
+A format of b bits thus reaches ``2**4`` times as far as its integers without an index or a side term, and every pair stays
+in its place: with 4 bits a pair is a byte. A value can only be decoded with its partner, so solvers that round one column
+after another cannot use this grid.
 
-With 8 bits the paper and its code differ: E4M3 is said there, E2M5 is what the code computes and what this grid has.
+With 8 bits the paper and its code differ: the paper says E4M3, the code computes E2M5. This grid follows the code.
 
 Shapes: G granule, K element within a granule (even), P pair.
 """
@@ -33,7 +33,7 @@ from lowbit.numerics.grids.base import OF_NOTHING, Affine, Field
 from lowbit.numerics.serialize import serializable
 
 _NORMAL = {"int": None, "flint": (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0)}
-"""Magnitudes of the normal values; None: evenly spaced, as many as the bits tell apart. Flint is ANT's (arXiv:2208.14286)."""
+"""Magnitudes of the normal values; None: evenly spaced, as many as the bits allow. Flint is from ANT (arXiv:2208.14286)."""
 
 
 @serializable
@@ -41,14 +41,14 @@ _NORMAL = {"int": None, "flint": (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0)}
 class OutlierVictim:
     """Normal values of ``bits`` around zero, and outliers up to 16 times as large that zero their neighbour.
 
-    The range that places the grid is that of its normal values; what lies beyond is coded as an outlier.
+    The range that places the grid is that of its normal values; values outside are coded as outliers.
 
     Args:
         bits: 3 to 8.
         normal: ``"int"``, evenly spaced, or ``"flint"``, 0 1 2 3 4 6 8 16 with both signs (4 bits).
-        keep: which of two neighbours beyond the normal values stays. ``"first"``, as published: an outlier is never
-            clipped, and of two the even one stays. ``"nearest"``: whatever loses least of the pair, clipping both to normal
-            values included. The stored format is the same.
+        keep: which of two neighbours outside the normal values stays. ``"first"``, as published: outliers are never clipped,
+            and of two outliers the even one stays. ``"nearest"``: the choice with the least error of the pair, where
+            clipping both to normal values is also a choice. The stored format is the same.
     """
 
     bits: int = 4
@@ -94,7 +94,7 @@ class OutlierVictim:
         return self._codes(rank, victim)
 
     def decode(self, codes_GK: Tensor, params: Affine) -> Tensor:
-        at = self._beside(codes_GK)
+        at = self._with_victim_bit(codes_GK)
         table = torch.tensor(_levels(self.bits, self.normal).decoded, dtype=params.scale.dtype, device=codes_GK.device)
         return _at(table, at) * params.scale
 
@@ -108,60 +108,67 @@ class OutlierVictim:
         inside = torch.where(
             outlier, v.clamp(levels[0].item(), levels[-1].item()), v.clamp(-self.max_normal, self.max_normal)
         )
-        inside = inside.masked_fill(victim, 0)  # nothing of a victim is stored, so nothing reaches it
+        inside = inside.masked_fill(victim, 0)  # a victim is not stored, so it gets no gradient
         return (nearest + (inside - inside.detach())) * params.scale  # the bracket is exactly zero, with a gradient
 
     def ranks(self, codes_GK: Tensor) -> Tensor:
-        """The place of each code's value among :meth:`levels`, uint8: codes that can be read one by one. 3 to 7 bits."""
-        assert self.bits < 8, "509 levels are more than a byte tells apart"
+        """The rank of each code's value among :meth:`levels`, uint8: a code that is readable alone. 3 to 7 bits."""
+        assert self.bits < 8, "a byte cannot number 509 levels"
         table = torch.tensor(_levels(self.bits, self.normal).ranks, dtype=torch.uint8, device=codes_GK.device)
-        return _at(table, self._beside(codes_GK))
+        return _at(table, self._with_victim_bit(codes_GK))
 
     def codes(self, rank_GK: Tensor) -> Tensor:
-        """What :meth:`ranks` was given: a zero beside an outlier is its victim."""
+        """The inverse of :meth:`ranks`: a zero next to an outlier is its victim."""
         return self._codes(rank_GK, _partner(self._is_outlier(rank_GK)))
 
     def _paired(self, v_GK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of values in units of the scale: rank of the level, and which are outliers and which victims (bool)."""
-        found = _levels(self.bits, self.normal)
-        # All midpoints between levels are multiples of a half, so that a table of half steps finds the nearest; a tie goes to
-        # the lower. Searching the midpoints themselves takes ten times as long. NaN goes to the top.
-        end = len(found.cells) // 2
+        """For values in units of the scale: rank of the level, whether it is an outlier, whether it is a victim (bool)."""
+        grid = _levels(self.bits, self.normal)
+        # All midpoints between levels are multiples of a half, so a table of half steps gives the nearest level; a tie goes
+        # to the lower. Searching the midpoints takes ten times as long. NaN goes to the top.
+        end = len(grid.cells) // 2
         cell = (v_GK * 2).ceil_().clamp_(-end, end).nan_to_num_(nan=end).add_(end)
-        rank = _at(torch.tensor(found.cells, dtype=torch.int32, device=v_GK.device), cell.int())
+        rank = _at(torch.tensor(grid.cells, dtype=torch.int32, device=v_GK.device), cell.int())
         outlier = self._is_outlier(rank)
         even, odd = _pairs(outlier).unbind(-1)
         if self.keep == "first":
             kept = torch.stack([even, odd & ~even], -1).view(v_GK.shape)
             return rank, kept, _partner(kept)
-        levels = torch.tensor(found.values, dtype=v_GK.dtype, device=v_GK.device)
-        normal = rank.clamp(found.outliers, len(found.values) - 1 - found.outliers)
+        levels = torch.tensor(grid.values, dtype=v_GK.dtype, device=v_GK.device)
+        normal = rank.clamp(grid.outliers, len(grid.values) - 1 - grid.outliers)
         lost = (v_GK - _at(levels, normal)).square_()
-        saved = lost - (v_GK - _at(levels, rank)).square_()  # zero but for outliers
+        saved = lost - (v_GK - _at(levels, rank)).square_()  # zero except for outliers
         of_even, of_odd = _pairs(saved + _partner(lost - v_GK.square())).unbind(-1)
         even &= (of_even > 0) & ~(odd & (of_odd > of_even))
         odd &= (of_odd > 0) & ~(even & (of_even >= of_odd))
         kept = torch.stack([even, odd], -1).view(v_GK.shape)
         return torch.where(kept, rank, normal), kept, _partner(kept)
 
-    def _beside(self, codes_GK: Tensor) -> Tensor:
-        """Codes, with one more bit set where the partner is a victim; int32."""
+    def _with_victim_bit(self, codes_GK: Tensor) -> Tensor:
+        """Codes with one further bit, set where the partner is a victim; int32."""
         return codes_GK.int() + (_partner(codes_GK == self.identifier).int() << self.bits)
 
     def _is_outlier(self, rank: Tensor) -> Tensor:
-        found = _levels(self.bits, self.normal)
-        return (rank < found.outliers) | (rank >= len(found.values) - found.outliers)
+        grid = _levels(self.bits, self.normal)
+        return (rank < grid.outliers) | (rank >= len(grid.values) - grid.outliers)
 
     def _codes(self, rank: Tensor, victim: Tensor) -> Tensor:
-        found = _levels(self.bits, self.normal)
-        codes = torch.tensor(found.codes, dtype=torch.uint8, device=rank.device)
+        codes = torch.tensor(_levels(self.bits, self.normal).codes, dtype=torch.uint8, device=rank.device)
         return _at(codes, rank.int()).masked_fill_(victim, self.identifier)
 
 
 class _Levels(NamedTuple):
-    """values: rising. codes: of each value. outliers: how many of the values at either end are. cells: of every half step
-    ``(n / 2 - 1 / 2, n / 2]`` the place of the nearest value, the zeroth in the middle. decoded, ranks: value, and place among
-    the values, of each code, first beside a normal value (or of a victim), then beside a victim."""
+    """The values of a grid and the tables that code them.
+
+    Args:
+        values: rising.
+        codes: of each value.
+        outliers: number of outliers at each end of the values.
+        cells: rank of the nearest value for each half step ``(n / 2 - 1 / 2, n / 2]``, n = 0 in the middle.
+        decoded: value of each code, first for codes whose partner is a normal value (and for victims), then for codes whose
+            partner is a victim.
+        ranks: rank of each of these among the values.
+    """
 
     values: tuple[float, ...]
     codes: tuple[int, ...]
@@ -174,9 +181,9 @@ class _Levels(NamedTuple):
 def _magnitudes(bits: int, normal: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Magnitudes of the normal values, from zero, and of the outliers, both rising."""
     inside, mantissa = _NORMAL[normal] or tuple(float(k) for k in range(2 ** (bits - 1))), bits - 3
-    behind = 2.0 ** math.ceil(math.log2(inside[-1]))
+    above = 2.0 ** math.ceil(math.log2(inside[-1]))
     parts = (divmod(i, 2**mantissa) for i in range(1, 2 ** (bits - 1)))
-    return inside, tuple(behind * 2.0**exponent * (1 + m / 2**mantissa) for exponent, m in parts)
+    return inside, tuple(above * 2.0**exponent * (1 + m / 2**mantissa) for exponent, m in parts)
 
 
 @lru_cache
@@ -213,5 +220,5 @@ def _pairs(x_GK: Tensor) -> Tensor:
 
 
 def _partner(x_GK: Tensor) -> Tensor:
-    """Each value replaced by that of the other of its pair."""
+    """Each value replaced by its partner's."""
     return _pairs(x_GK).flip(-1).view(x_GK.shape)
