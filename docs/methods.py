@@ -1,15 +1,16 @@
-"""Writes docs/methods/<name>.md from the registry and the methods' docstrings. `make docs` runs it.
+"""Writes docs/methods/<name>.md, and the index that `lowbit methods` reads, from the registry and the methods' docstrings.
 
-A test runs it again and compares, so a page cannot say anything that the code does not.
+`make docs` runs it. A test runs it again and compares, so that neither can say anything that the code does not.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
-import lowbit.methods  # noqa: F401  (registers)
+from lowbit.catalog import INDEX
 from lowbit.recipes import METHODS, Method
 
 DIRECTORY = Path(__file__).parent / "methods"
@@ -59,7 +60,13 @@ def _type(parameter: inspect.Parameter) -> str:
     return text.replace("typing.", "").replace("|", "or")
 
 
+def index() -> str:
+    """The file that :func:`lowbit.list_methods` reads."""
+    return json.dumps([METHODS[name].describe() for name in sorted(METHODS)], indent=1) + "\n"
+
+
 def main() -> None:
+    INDEX.write_text(index(), encoding="utf-8")
     DIRECTORY.mkdir(exist_ok=True)
     for stale in {path.stem for path in DIRECTORY.glob("*.md")} - set(METHODS):
         (DIRECTORY / f"{stale}.md").unlink()

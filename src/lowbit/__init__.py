@@ -1,20 +1,24 @@
 """lowbit: quantize large language models by any published method, run them packed, and measure what it cost.
 
-Importing this package makes ``quant_method: "lowbit"`` known to transformers, so that
-``AutoModelForCausalLM.from_pretrained`` reads its checkpoints. It touches no device and loads no model.
-
-Some names are both a function here and a module (``lowbit.recipe("gptq")``, ``from lowbit.recipes import Recipe``): every
-module is imported first, so that the functions below are what the names mean.
+After ``import lowbit``, transformers reads its checkpoints: ``AutoModelForCausalLM.from_pretrained`` knows
+``quant_method: "lowbit"``. Importing touches no device, loads no model, and imports neither torch nor transformers: each
+public name is imported when it is first used (PEP 562).
 """
 
-from lowbit import methods as _methods  # noqa: F401  (fills the registry of methods)
-from lowbit.allocation import Allocation, allocate
-from lowbit.api import evaluate, list_methods, load, load_tokenizer
-from lowbit.comparison import compare
-from lowbit.linear_api import quantize_linear
-from lowbit.pipeline import BrokenModel, QuantizeReport, quantize
-from lowbit.recipes import Recipe, recipe
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING, Any
+
+from lowbit import transformers_hook as _transformers_hook
 from lowbit.version import __version__
+
+if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors; tests/unit/test_imports.py compares the two
+    from lowbit.allocation import Allocation, allocate
+    from lowbit.api import evaluate, load, load_tokenizer
+    from lowbit.catalog import list_methods
+    from lowbit.comparison import compare
+    from lowbit.linear_api import quantize_linear
+    from lowbit.pipeline import BrokenModel, QuantizeReport, quantize
+    from lowbit.recipes import Recipe, recipe
 
 __all__ = [
     "Allocation",
@@ -32,3 +36,34 @@ __all__ = [
     "quantize_linear",
     "recipe",
 ]
+
+_HOMES = {
+    "Allocation": "lowbit.allocation",
+    "BrokenModel": "lowbit.pipeline",
+    "QuantizeReport": "lowbit.pipeline",
+    "Recipe": "lowbit.recipes",
+    "allocate": "lowbit.allocation",
+    "compare": "lowbit.comparison",
+    "evaluate": "lowbit.api",
+    "list_methods": "lowbit.catalog",
+    "load": "lowbit.api",
+    "load_tokenizer": "lowbit.api",
+    "quantize": "lowbit.pipeline",
+    "quantize_linear": "lowbit.linear_api",
+    "recipe": "lowbit.recipes",
+}
+"""The module that each public name is imported from."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
+    value = globals()[name] = getattr(_import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_transformers_hook.install()

@@ -1,4 +1,4 @@
-"""The functions of the public interface that are one line of other modules' work: load, evaluate, list."""
+"""The functions of the public interface that are one line of other modules' work: load, evaluate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from lowbit.checkpoints.source import load_tokenizer
 from lowbit.data import load_text
 from lowbit.evaluation import Evaluation, directory_bytes, evaluate_model
 from lowbit.progress import Progress
-from lowbit.recipes import METHODS
 
 
 def load(
@@ -80,9 +79,4 @@ def evaluate(
     return dataclasses.replace(result, bits_per_weight=bits, bytes=size)
 
 
-def list_methods() -> list[dict[str, Any]]:
-    """Every method: name, family, paper, what it needs, its options with their defaults."""
-    return [METHODS[name].describe() for name in sorted(METHODS)]
-
-
-__all__ = ["evaluate", "list_methods", "load", "load_tokenizer"]
+__all__ = ["evaluate", "load", "load_tokenizer"]

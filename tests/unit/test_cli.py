@@ -399,11 +399,12 @@ def test_methods_json_has_the_five_methods():
 def test_recipes_are_listed_and_printed(tmp_path, monkeypatch):
     file = tmp_path / "small.yaml"
     file.write_text("method: rtn\noptions: {bits: 3}\ndescription: As small as it gets.\n")
-    monkeypatch.setattr(sys.modules["lowbit.recipes"], "builtin_recipes", lambda: {"small": file})
+    monkeypatch.setattr("lowbit.cli.recipes.builtin_recipes", lambda: {"small": file})
     assert "As small as it gets." in run("recipes").stdout
     [entry] = json.loads(run("recipes", "--json").stdout)
     assert (entry["name"], entry["method"], entry["description"]) == ("small", "rtn", "As small as it gets.")
     assert run("recipes", "small").stdout == file.read_text()
+    assert json.loads(run("recipes", "small", "--json").stdout)["recipe"]["name"] == "rtn"
     assert_refused(run("recipes", "smal"), "did you mean 'small'")
 
 

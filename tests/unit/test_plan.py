@@ -13,8 +13,8 @@ from lowbit.checkpoints.source import open_model
 from lowbit.kernels import native
 from lowbit.numerics import Gram, Int, PerChannel, PerCluster, PerGroup, Spec, to_dict
 from lowbit.plan import explain, plan
-from lowbit.plan.peak import statistics_bytes
-from lowbit.plan.survey import survey
+from lowbit.plan.model_plan import plan_model
+from lowbit.plan.peak import run_sizes
 from lowbit.recipes import METHODS, Recipe, from_plain, recipe
 from lowbit.scheme import FormatRule, Scheme
 from lowbit.solve import Nearest
@@ -74,7 +74,7 @@ def walked(model: Path, wanted: Recipe, out: Path) -> tuple[Walk, dict[str, shar
     ids = (
         torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(0)) if wanted.needs_calibration else None
     )
-    walk = Walk(open_model(model), wanted, ids, journal)
+    walk = Walk(plan_model(model, wanted), ids, journal)
     walk.run()
     walk.write_rest()
     files = (journal.directory / entry["file"] for entry in journal.finished)
@@ -255,7 +255,7 @@ def test_a_format_that_a_layer_cannot_have_names_the_layer(models):
         name="mine", scheme=Scheme(rules=(FormatRule(weight=clusters),)), steps=(Solve(Nearest()),)
     )
     with pytest.raises(
-        ValueError, match=r"layers\.0\.mlp\.down_proj \(32 x 48\) cannot have this format.*override for 'down'"
+        ValueError, match=r"layers\.0\.mlp\.down_proj \(32 x 48\) cannot have its format.*override for 'down'"
     ):
         plan(models("llama"), wanted)
 
@@ -283,19 +283,19 @@ def test_activations_go_to_files_as_the_store_decides(models, tmp_path):
 
 def test_statistics_are_counted_as_a_block_gathers_them(models):
     source = open_model(models("mixtral"))
-    found = survey(models("mixtral"), recipe("gptq", group_size=16))
+    planned = plan_model(models("mixtral"), recipe("gptq", group_size=16))
     model = source.load_full()
     from lowbit.architectures import unfuse_experts
 
     unfuse_experts(model)
-    block, meta = model.model.layers[0], found.blocks[0]
+    block, meta = model.model.layers[0], planned.blocks[0]
     x = torch.randn(2, 8, 32)
     cos_sin = model.model.rotary_emb(x, torch.arange(8)[None])
     io = BlockIO(x, None, lambda run, window: run(window, position_embeddings=cos_sin))
     state = BlockState.of("", block, meta.resolved, meta.formats, io)
     kept = [stat.nbytes for stats in state.collect([Gram()]).values() for stat in stats.values()]
     assert len(kept) == len(meta.resolved.shared_inputs)
-    assert statistics_bytes(meta, [Gram()], 16) == sum(kept) + max(kept)
+    assert run_sizes(planned, meta, 2, 8).statistics_bytes([Gram()]) == sum(kept) + max(kept)
 
 
 def test_the_memory_estimate_grows_with_what_the_steps_hold(models):

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lowbit.architectures import attention_spec
-from lowbit.checkpoints import transformers_plugin as _transformers_plugin  # noqa: F401  (teaches transformers to read these)
 from lowbit.checkpoints.description import METHOD, layer_configs, quantization_config
 from lowbit.checkpoints.shards import INDEX, ModelError, TensorHeader, read_headers, read_json, read_shard_header
 from lowbit.modules import AttentionSpec, QuantLinear, buffer_layout, features, residual_of, stored_bits_of

@@ -3,6 +3,9 @@
 transformers builds the model without weights, lets a quantizer change it, and then fills it tensor by tensor. Ours puts
 empty packed layers in place; their buffers already have the checkpoint's dtypes, and transformers casts a tensor to the
 dtype of its place, so that whatever dtype is asked for the packed tensors arrive bit for bit and only the rest is cast.
+
+:mod:`lowbit.transformers_hook` imports this module while transformers itself is being imported. At its top this module
+may therefore import only what ``transformers.quantizers.auto`` has imported before; the rest is imported in functions.
 """
 
 from __future__ import annotations
@@ -10,18 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowbit import decoding
-from lowbit.architectures import IMPLEMENTATION
-from lowbit.checkpoints.description import METHOD, attention_specs, layer_configs, swap
-from lowbit.modules import OperandRanges, prepare
+METHOD = "lowbit"
+"""The ``quant_method`` of native checkpoints; equal to ``description.METHOD``, which cannot be imported here."""
 
 
 class LowbitConfig(QuantizationConfigMixin):
@@ -32,6 +28,8 @@ class LowbitConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, **description: Any):
+        from lowbit.checkpoints.description import attention_specs, layer_configs
+
         layer_configs(description)
         attention_specs(description)
         self.__dict__.update(description)
@@ -44,12 +42,20 @@ class LowbitQuantizer(HfQuantizer):
     quantization_config: LowbitConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from lowbit.checkpoints.description import swap
+        from lowbit.modules import OperandRanges
+
         swapped = swap(model, self.quantization_config.to_dict())
         ranges = (name for name, module in model.named_modules() if isinstance(module, OperandRanges))
         self._packed = tuple(f"{name}." for name in (*swapped, *ranges))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from lowbit import decoding
+        from lowbit.architectures import IMPLEMENTATION
+        from lowbit.checkpoints.description import attention_specs
+        from lowbit.modules import prepare
+
         if attention_specs(self.quantization_config.to_dict()):
             model.set_attn_implementation(IMPLEMENTATION)
         prepare(model)
@@ -78,6 +84,15 @@ class LowbitQuantizer(HfQuantizer):
         return False
 
 
-if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-    register_quantization_config(METHOD)(LowbitConfig)
-    register_quantizer(METHOD)(LowbitQuantizer)
+def register() -> None:
+    """Makes the two classes known to transformers; a second call changes nothing."""
+    # Here and not at the top: a reload of that module makes new mappings.
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        register_quantization_config,
+        register_quantizer,
+    )
+
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(LowbitConfig)
+        register_quantizer(METHOD)(LowbitQuantizer)

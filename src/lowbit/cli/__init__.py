@@ -2,22 +2,44 @@
 
 What every command keeps: results on stdout and everything else on stderr, so that ``--json`` is JSON alone; exit code 0
 only on success, 1 with one line that says what is wrong and what to do, 2 for a command that is not well formed, 130
-after Ctrl-C. Commands import what they run when they run it.
+after Ctrl-C. Commands import what they run when they run it, so that help, lists and completion need no torch.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from lowbit.cli import allocate, bench, compare, evaluate, explain, generate, inspect, methods, plan, quantize, recipes
 from lowbit.cli.common import guarded
 
+
+class _Flags:
+    """Flags that are off when they are not given. typer leaves its own (--help, --show-completion) None, and imports
+    pydantic to make sure that None is no mistake: a quarter of the time of a help page."""
+
+    def get_params(self, ctx: typer.Context) -> list[Any]:
+        params = super().get_params(ctx)  # pyright: ignore[reportAttributeAccessIssue]
+        for param in params:
+            if getattr(param, "is_flag", False) and param.default is None:
+                param.default = False
+        return params
+
+
+class _Group(_Flags, TyperGroup):
+    pass
+
+
+class _Command(_Flags, TyperCommand):
+    pass
+
+
 app = typer.Typer(
     name="lowbit",
+    cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",  # the only mode that joins the lines of a paragraph
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -44,6 +66,6 @@ def main(
 
 for module in (quantize, evaluate, compare, allocate, generate, plan, explain, methods, recipes, inspect, bench):
     command = guarded(module.command, getattr(module, "INTERRUPTED", "interrupted"))
-    app.command(module.__name__.rpartition(".")[2], epilog=module.EXAMPLE)(command)
+    app.command(module.__name__.rpartition(".")[2], cls=_Command, epilog=module.EXAMPLE)(command)
 
 __all__ = ["app"]

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
-import yaml
+
+from lowbit.cli.complete import methods, recipes
 
 METHOD_PANEL = "What to do"
 _PER_CHANNEL = ("channel", "none", "0")
@@ -19,12 +20,18 @@ MethodOption = Annotated[
     typer.Option(
         metavar="NAME",
         help="A method (see `lowbit methods`), or a mix such as smoothquant+gptq.",
+        autocompletion=methods,
         rich_help_panel=METHOD_PANEL,
     ),
 ]
 RecipeOption = Annotated[
     str | None,
-    typer.Option(metavar="FILE", help="A recipe file, or a name from `lowbit recipes`.", rich_help_panel=METHOD_PANEL),
+    typer.Option(
+        metavar="FILE",
+        help="A recipe file, or a name from `lowbit recipes`.",
+        autocompletion=recipes,
+        rich_help_panel=METHOD_PANEL,
+    ),
 ]
 Bits = Annotated[int | None, typer.Option(help="Bits of a weight.", rich_help_panel=METHOD_PANEL)]
 GroupSize = Annotated[
@@ -135,6 +142,8 @@ def byte_count(text: str) -> int:
 
 
 def _scalar(text: str) -> Any:
+    import yaml
+
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:

@@ -11,15 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 from lowbit.progress import Progress as Report
+
+if TYPE_CHECKING:  # rich is imported where something is drawn
+    from rich.console import Console
+    from rich.table import Table
 
 LOG_WIDTH = 160  # columns of a table that goes to a file or a pipe
 LOG_SECONDS = 10  # between progress lines where there is no terminal to draw a bar on
@@ -43,6 +43,8 @@ TEXT_HELP = (
 
 def console(*, stderr: bool = False) -> Console:
     """A console on stdout or stderr; wide where nobody looks, because a file does not wrap."""
+    from rich.console import Console
+
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, width=None if stream.isatty() else LOG_WIDTH, highlight=False)
 
@@ -54,6 +56,8 @@ def say(message: str) -> None:
 
 def warn(messages: Iterable[str], kind: str = "warning") -> None:
     """Each message as a line on stderr."""
+    from rich.text import Text
+
     for message in messages:
         console(stderr=True).print(Text.assemble((f"{kind}: ", "yellow"), message), soft_wrap=True)
 
@@ -73,6 +77,8 @@ def _finite(value: Any) -> Any:
 
 def table(*columns: str, title: str | None = None, numbers: tuple[str, ...] = ()) -> Table:
     """An empty table; columns in ``numbers`` are aligned to the right."""
+    from rich.table import Table
+
     made = Table(title=title, title_justify="left", title_style="bold")
     for name in columns:
         first = not made.columns  # names are for copying: never broken in two
@@ -149,14 +155,13 @@ def guarded(command: Callable[..., None], interrupted: str = "interrupted") -> C
 
 
 def _quiet() -> None:
-    """No bars and no advice of transformers' and datasets' own between ours; their errors stay."""
-    from transformers.utils import logging
+    """No bars and no advice of transformers' and datasets' own between ours; their errors stay.
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    os.environ.setdefault(
-        "HF_DATASETS_DISABLE_PROGRESS_BARS", "1"
-    )  # read when datasets is imported, which takes a second
+    By the variables that they read when they are imported, so that a command imports them only if it needs them.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 # Progress
@@ -169,6 +174,15 @@ def progress() -> Iterator[Report]:
     if not screen.is_terminal:
         yield _lines()
         return
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli import common
+from lowbit.cli import common, complete
 from lowbit.cli.choose import METHOD_PANEL, ActivationBits, GroupSize, RamLimit, Settings, byte_count, method_options
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def command(
             "--recipe",
             metavar="FILE",
             help="A row: a recipe file, or a name. May be repeated.",
+            autocompletion=complete.recipes,
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None,
@@ -49,6 +50,7 @@ def command(
             "--method",
             metavar="NAME",
             help="Rows: a method, at each of --bits. May be repeated.",
+            autocompletion=complete.methods,
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None,

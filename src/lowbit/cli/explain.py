@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli import common
+from lowbit.cli import common, complete
 from lowbit.cli.choose import (
     ActivationBits,
     Bits,
@@ -23,7 +23,12 @@ EXAMPLE = "Example: lowbit explain smoothquant+gptq smollm2-135m --activation-bi
 
 def command(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A recipe file, a recipe's name, a method's name, or a mix.")
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe file, a recipe's name, a method's name, or a mix.",
+            autocompletion=complete.recipes_and_methods,
+        ),
     ],
     model: common.Model,
     bits: Bits = None,

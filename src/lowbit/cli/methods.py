@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from lowbit.catalog import list_methods
 from lowbit.cli import common
 
 EXAMPLE = "Example: lowbit methods --json"
@@ -11,9 +12,7 @@ EXAMPLE = "Example: lowbit methods --json"
 
 def command(as_json: common.Json = False) -> None:
     """List the quantization methods with their papers, needs and options."""
-    import lowbit
-
-    found = lowbit.list_methods()
+    found = list_methods()
     if as_json:
         common.print_json(found)
         return

@@ -54,10 +54,9 @@ from lowbit.numerics.grids import (
     powers_of_two,
     straight_through,
 )
-from lowbit.numerics.qtensor import QTensor, quantize, stored_bits
 from lowbit.numerics.serialize import check_types, from_dict, nearest, serializable, to_dict, untagged
 from lowbit.numerics.side_terms import KeptColumns, LowRank, SideTerm, Sparse
-from lowbit.numerics.spec import Spec, fit_params, fit_raw
+from lowbit.numerics.spec import QTensor, Spec, fit_params, fit_raw, quantize, stored_bits
 from lowbit.numerics.statistics import (
     AbsMax,
     AbsSum,

@@ -11,8 +11,7 @@ from torch import Tensor
 from lowbit.numerics.binary_coding import Alternating
 from lowbit.numerics.fit import Fit, KMeans, MinMax
 from lowbit.numerics.grids.base import Grid, RangeGrid, straight_through
-from lowbit.numerics.qtensor import quantize
-from lowbit.numerics.spec import Spec
+from lowbit.numerics.spec import Spec, quantize
 
 
 def usual_fit(grid: Grid) -> Fit:

@@ -12,29 +12,21 @@ from dataclasses import replace
 import torch
 
 from lowbit.kernels import PackedLinear, explain, native
-from lowbit.modules import ActSpec, buffer_layout
-from lowbit.modules.quant_linear import Config
-from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, from_dict
-from lowbit.plan.survey import Survey
-from lowbit.steps import (
-    Cluster,
-    Incoherence,
-    Learn,
-    LowRankCorrection,
-    RotateInputs,
-    SearchReassembly,
-    Set,
-)
+from lowbit.layouts import Layout
+from lowbit.modules import ActSpec
+from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec
+from lowbit.plan.model_plan import ModelPlan
+from lowbit.steps import LayerDescription
 
 
-def compatibility(found: Survey) -> dict[str, str]:
+def compatibility(plan: ModelPlan) -> dict[str, str]:
     """``yes: ...`` or ``no: ...`` by the name of a runtime or format."""
-    kernels = kernel_reasons(found)
-    ordered = any(found.order_bytes(block, path) for block in found.blocks for path in block.formats)
+    kernels = kernel_reasons(plan)
+    ordered = any(layer.ordered for *_, layer in plan.layers)
     order = "a column order is stored with its groups" if ordered else ""
-    beside = _beside(found)
-    biases = "shifts add biases that the model's class does not have" if _adds_biases(found) else ""
-    shapes = _shapes(found)
+    beside = _beside(plan)
+    biases = "shifts add biases that the model's class does not have" if _adds_biases(plan) else ""
+    shapes = _shapes(plan)
     return {
         "lowbit": "yes: " + "; ".join(f"kernel {name} for {roles}" for name, roles in kernels.items()),
         "transformers (import lowbit)": "yes: AutoModelForCausalLM.from_pretrained(DIR) after `import lowbit`",
@@ -44,68 +36,69 @@ def compatibility(found: Survey) -> dict[str, str]:
     }
 
 
-def _beside(found: Survey) -> str:
-    """What layers do or hold beside their codes that no other format has a place for."""
-    steps = found.recipe.steps
-    parts = {
-        "rotations of inputs and outputs": any(isinstance(step, Incoherence) for step in steps),
-        "rotations of inputs": any(isinstance(step, RotateInputs) for step in steps),
-        "scales of inputs": any(isinstance(step, Set) and step.run_time for step in steps),
-        "copies and means of input channels": any(isinstance(step, SearchReassembly) and step.ratio for step in steps),
-        "low-rank corrections": any(
-            isinstance(maker, LowRankCorrection) and not maker.fold
-            for step in steps
-            if isinstance(step, Learn)
-            for maker in step.makers
-        ),
-        "orders of inputs": any(isinstance(step, Cluster) for step in steps) and any(b.gathers for b in found.blocks),
-        "integer operands of attention": found.recipe.scheme.attention is not None,
-        "outliers in half precision": getattr(steps[-1].solver, "outliers", None) is not None,
-    }
-    held = [what for what, there in parts.items() if there]
+_TRANSFORMS = {
+    "Scale": "scales",
+    "Shift": "shifts",
+    "Permute": "orders",
+    "Rotate": "rotations",
+    "Kronecker": "rotations",
+    "RandomHadamard": "rotations",
+    "Split": "copies of channels",
+    "Merge": "means of channels",
+    "Reassembly": "copies and means of channels",
+}
+_SIDE_TERMS = {"LowRank": "low-rank corrections"}
+
+
+def _beside(plan: ModelPlan) -> str:
+    """What layers do or hold apart from their codes that no other format has a place for."""
+    held: dict[str, None] = {}
+    for *_, layer in plan.layers:
+        for end, entries in (("inputs", layer.pre), ("outputs", layer.post)):
+            held |= {f"{_TRANSFORMS[entry['type']]} of {end}": None for entry in entries}
+        held |= {_SIDE_TERMS[entry["type"]]: None for entry in layer.side}
+        held |= {"outliers in half precision": None} if layer.outliers else {}
+    held |= {"integer operands of attention": None} if plan.recipe.scheme.attention is not None else {}
     return f"layers keep {' and '.join(held)}, for which it has no place" if held else ""
 
 
 def _answer(*problems: str) -> str:
-    found = list(dict.fromkeys(problem for problem in problems if problem))
-    if found:
-        return f"no: {'; '.join(found)}"
+    reasons = list(dict.fromkeys(problem for problem in problems if problem))
+    if reasons:
+        return f"no: {'; '.join(reasons)}"
     return "no: this version writes the native format only; the numbers would fit this one as they are"
 
 
-def _adds_biases(found: Survey) -> bool:
-    return any(found.new_biases(block) for block in found.blocks)
+def _adds_biases(plan: ModelPlan) -> bool:
+    return any(block.description.biases for block in plan.blocks)
 
 
 _Shape = tuple[Spec, ActSpec | None, tuple[int, int]]
 
 
-def _shapes(found: Survey) -> list[_Shape]:
+def _shapes(plan: ModelPlan) -> list[_Shape]:
     """The distinct pairs of format and matrix size."""
-    all_of_them = (
-        (form.weight, form.act, block.shape(path)) for block in found.blocks for path, form in block.formats.items()
-    )
-    return list(dict.fromkeys(all_of_them))
+    every = ((layer.format.weight, layer.format.act, block.shapes[path]) for block, path, layer in plan.layers)
+    return list(dict.fromkeys(every))
 
 
 # Kernels of this package
 
 
-def kernel_reasons(found: Survey) -> dict[str, str]:
+def kernel_reasons(plan: ModelPlan) -> dict[str, str]:
     """Kernel -> what it runs, in words, over the distinct layers; each as it would be chosen for one vector on a CPU."""
     roles: dict[str, dict[str, None]] = {}
-    for block in found.blocks:
-        for path in block.formats:
-            kernel = chosen_kernel(found.config(block, path))
-            roles.setdefault(kernel, {})[block.resolved.linears[path]] = None
+    for block, path, layer in plan.layers:
+        kernel = chosen_kernel(layer, plan.layout(layer))
+        roles.setdefault(kernel, {})[block.resolved.linears[path]] = None
     return {kernel: ", ".join(names) for kernel, names in roles.items()}
 
 
-def chosen_kernel(config: Config) -> str:
+def chosen_kernel(described: LayerDescription, layout: Layout) -> str:
     """The kernel that would run the described layer. Allocates nothing: every tensor is one number, expanded."""
-    tensors = {name: torch.zeros((), dtype=d).expand(s) for name, (s, d) in buffer_layout(config).items()}
-    act = from_dict(config["act"])
-    layer = PackedLinear(from_dict(config["spec"]), tuple(config["shape"]), tensors, act and act.spec)
+    tensors = {name: torch.zeros((), dtype=dtype).expand(shape) for name, (shape, dtype) in layout.items()}
+    act = described.format.act
+    layer = PackedLinear(described.format.weight, described.shape, tensors, act and act.spec)
     layer = replace(layer, threshold=0.0 if act is None else act.threshold)
     if native.why_unpackable(layer) is None:  # it would be packed when it is loaded
         layer = replace(layer, tiles=torch.empty(0, dtype=torch.uint8))

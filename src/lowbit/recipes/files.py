@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
+from lowbit.catalog import builtin_recipes
 from lowbit.modules import AttentionSpec, KVSpec
 from lowbit.numerics import from_dict, untagged
 from lowbit.recipes.recipe import Recipe
@@ -130,11 +131,6 @@ def from_file(path: str | Path) -> Recipe:
         raise ValueError(f"{path} is not YAML: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def builtin_recipes() -> dict[str, Path]:
-    """The recipe files that come with the package, by name."""
-    return {path.stem: path for path in sorted((Path(__file__).parent).glob("*.yaml"))}
 
 
 def as_recipe(value: Recipe | str | Path | Mapping[str, Any]) -> Recipe:

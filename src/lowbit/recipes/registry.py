@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError, validate_call
 
 from lowbit.numerics import nearest, to_dict
 from lowbit.recipes.mix import mix
 from lowbit.recipes.recipe import Recipe
-from lowbit.recipes.stages import Train
-from lowbit.steps import Learn
 
 
 @dataclass(frozen=True)
@@ -40,18 +39,15 @@ class Method:
             raise ValueError(f"method {self.name!r}: {_plain(error)}") from error
 
     def describe(self) -> dict[str, Any]:
-        """What ``lowbit methods`` prints."""
+        """What ``lowbit methods`` prints, by way of the index that ``make docs`` writes (:mod:`lowbit.catalog`)."""
         recipe = self.recipe()
-        learns = any(isinstance(step, Learn) for step in recipe.steps) or any(
-            isinstance(stage, Train) for stage in recipe.stages
-        )
         needs = {type(need).__name__ for step in recipe.steps for need in step.needs}
         return {
             "name": self.name,
             "family": self.family,
             "paper": self.paper,
             "summary": self.summary,
-            "needs": sorted(needs) + (["gradients"] if learns else []),
+            "needs": sorted(needs) + (["gradients"] if recipe.learns else []),
             "options": {key: to_dict(p.default) for key, p in self.options.items()},
         }
 
@@ -66,8 +62,37 @@ def _plain(error: ValidationError) -> str:
     return "; ".join(lines)
 
 
-METHODS: dict[str, Method] = {}
-ALIASES: dict[str, str] = {}
+V = TypeVar("V")
+
+
+class _Registered(Mapping[str, V], Generic[V]):
+    """Entries by name. The first read imports the package of methods, whose modules add theirs.
+
+    Imported by name, because methods are plug-ins: the recipes below them know none.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[str, V] = {}
+
+    def add(self, name: str, entry: V) -> None:
+        self._entries[name] = entry
+
+    def _all(self) -> dict[str, V]:
+        import_module("lowbit.methods")
+        return self._entries
+
+    def __getitem__(self, name: str) -> V:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
+METHODS = _Registered[Method]()
+ALIASES = _Registered[str]()
 """Short names of methods; none may hold a ``+``, which mixes."""
 
 
@@ -78,10 +103,11 @@ def method(name: str, *, family: str, paper: str, alias: str | None = None):
         assert name not in METHODS, f"two methods are called {name}"
         if alias is not None:
             assert alias not in METHODS and alias not in ALIASES, f"two methods are called {alias}"
-            ALIASES[alias] = name
+            ALIASES.add(alias, name)
         summary = (inspect.getdoc(build) or "").split("\n")[0]
-        METHODS[name] = Method(name, family, paper, summary, validate_call(build))
-        return METHODS[name].build
+        added = Method(name, family, paper, summary, validate_call(build))
+        METHODS.add(name, added)
+        return added.build
 
     return register
 

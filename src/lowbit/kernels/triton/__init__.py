@@ -24,21 +24,8 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels.ops import Kernel, PackedLinear, reference, register
-from lowbit.numerics import (
-    BinaryCoded,
-    Block,
-    Codebook,
-    Flat,
-    Float,
-    Int,
-    Normal,
-    PerChannel,
-    PerGroup,
-    PerTensor,
-    RowBands,
-    Spec,
-    Table,
-)
+from lowbit.kernels.triton.shares import shared_by
+from lowbit.numerics import BinaryCoded, Codebook, Float, Int, Normal, Spec, Table
 
 _OLDEST = (8, 0)  # oldest compute capability that triton compiles for; ROCm devices have other numbers, from 9 up
 
@@ -49,24 +36,6 @@ def interpreted() -> bool:
     if device is not None:  # triton decided when it was imported
         return device.INTERPRETED
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-
-
-def shared_by(spec: Spec, shape: tuple[int, int]) -> tuple[int, int] | None:
-    """Rows and columns of the rectangle of weights that share parameters; None if it is not a rectangle."""
-    match spec.granularity:
-        case PerTensor():
-            return shape
-        case PerChannel():
-            return 1, shape[1]
-        case PerGroup(size):
-            return 1, size
-        case Flat(size) if shape[1] % size == 0:
-            return 1, size
-        case Block(rows, columns):
-            return rows, columns
-        case RowBands():
-            return spec.granularity.height(shape), shape[1]
-    return None
 
 
 def why_not(layer: PackedLinear, rows: int) -> str | None:

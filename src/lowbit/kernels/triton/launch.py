@@ -16,7 +16,8 @@ from torch import Tensor
 from lowbit.kernels import native
 from lowbit.kernels.activation import dynamic_params, fake_quantize_activation
 from lowbit.kernels.ops import PackedLinear, add_side
-from lowbit.kernels.triton import device, shared_by
+from lowbit.kernels.triton import device
+from lowbit.kernels.triton.shares import shared_by
 from lowbit.layouts import packed_width, unpack_params
 from lowbit.numerics import Affine, Int, PerChannel, PerTensor, Spec
 from lowbit.numerics.grids.base import OF_NOTHING

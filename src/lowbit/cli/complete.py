@@ -1,0 +1,24 @@
+"""What a shell offers after ``--method`` and ``--recipe``, from the catalog alone: a shell asks at every press of the key."""
+
+from __future__ import annotations
+
+from lowbit.catalog import builtin_recipes, list_methods
+
+
+def methods(incomplete: str) -> list[tuple[str, str]]:
+    """Names of methods with their summaries; in a mix such as ``smoothquant+g``, for its last part."""
+    start, plus, part = incomplete.rpartition("+")
+    return [
+        (f"{start}{plus}{entry['name']}", entry["summary"])
+        for entry in list_methods()
+        if entry["name"].startswith(part)
+    ]
+
+
+def recipes(incomplete: str) -> list[tuple[str, str]]:
+    """Names of the recipes that come along. Where none fits, shells offer files."""
+    return [(name, "") for name in builtin_recipes() if name.startswith(incomplete)]
+
+
+def recipes_and_methods(incomplete: str) -> list[tuple[str, str]]:
+    return recipes(incomplete) + methods(incomplete)
