@@ -66,10 +66,22 @@ def spelled(recipe: str | dict[str, Any], fields: Collection[str]) -> str | dict
     """
     if isinstance(recipe, str) or "model_steps" in fields or not recipe.keys() & {"steps", "model_steps"}:
         return recipe
+    if "stages" in fields:
+        return _in_stages(dict(recipe))
     raise ValueError(
-        f"lowbit.Recipe has the fields {sorted(fields)} and no 'model_steps': add the new spelling to spelled() in "
+        f"lowbit.Recipe has the fields {sorted(fields)}, neither 'model_steps' nor 'stages': add the new spelling to spelled() in "
         "tests/identity_runs.py"
     )
+
+
+def _in_stages(recipe: dict[str, Any]) -> dict[str, Any]:
+    """``model_steps`` as stages: after a method's own, or after one of the ``steps``."""
+    parts = {"what": {"type": "StoredFloats"}, "objective": {"type": "OriginalKL"}}
+    later = [{**step, "type": "Train", **parts} for step in recipe.pop("model_steps", ())]
+    if "method" in recipe:
+        return recipe | {"then": later}
+    feed = {"feed": recipe.pop("feed")} if "feed" in recipe else {}
+    return recipe | {"stages": [{"type": "Blockwise", "steps": recipe.pop("steps"), **feed}, *later]}
 
 
 RUNS: list[Run] = []

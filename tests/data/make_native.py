@@ -53,6 +53,21 @@ def method(name: str, **options: Any) -> Recipe:
     return {"method": name, "options": options}
 
 
+def spelled_out(recipe: Any) -> Recipe:
+    """With rules, steps and feed at the top, as every version reads them."""
+    if hasattr(recipe, "to_dict"):  # the commits before recipes were dataclasses
+        return recipe.to_dict()
+    attention = recipe.scheme.attention
+    return {
+        "name": recipe.name,
+        "scheme": to_dict(recipe.scheme.rules),
+        "steps": to_dict(recipe.steps),
+        "feed": recipe.feed,
+        "seed": recipe.seed,
+        **({} if attention is None else {"attention": to_dict(attention)}),
+    }
+
+
 def nearest(weight: Spec, activation: ActSpec | None = None) -> Recipe:
     """Round to nearest in a format that no method of the time has."""
     rule = {"match": "*", "weight": to_dict(weight)}
@@ -220,7 +235,7 @@ def run(directory: Path, config: PretrainedConfig, recipe: Recipe) -> None:
     for name in ("README.md", "lowbit-report.json"):
         (directory / name).unlink()
     config_json = json.loads((directory / "config.json").read_text())
-    del config_json["_name_or_path"]  # of the temporary directory
+    config_json.pop("_name_or_path", None)  # of the temporary directory
     (directory / "config.json").write_text(json.dumps(config_json, indent=2, sort_keys=True) + "\n")
 
 
@@ -232,14 +247,16 @@ def native_v2_low_rank(directory: Path) -> None:
 
 def native_v3(directory: Path) -> None:
     """A rotated residual stream, and attention's operands quantized for each token."""
-    recipe = lowbit.recipe("quarot", bits=4, activation_bits=8, group_size=16).to_dict()
+    recipe = spelled_out(lowbit.recipe("quarot", bits=4, activation_bits=8, group_size=16))
     attention = {"type": "AttentionSpec", "bits": 8, "probability_bits": 8}
     run(directory, LlamaConfig(**SIZES, tie_word_embeddings=False), {**recipe, "attention": attention})
 
 
 def native_v3_static(directory: Path) -> None:
     """A rotated residual stream, and static ranges of clusters for attention's operands and for inputs."""
-    recipe = lowbit.recipe("rptq", bits=4, activation_bits=8, clusters=4, attention_bits=8, head_clusters=3).to_dict()
+    recipe = spelled_out(
+        lowbit.recipe("rptq", bits=4, activation_bits=8, clusters=4, attention_bits=8, head_clusters=3)
+    )
     steps = [{"type": "RotateResidual"}, *recipe["steps"]]
     run(directory, LlamaConfig(**SIZES, tie_word_embeddings=True), {**recipe, "name": "rotated rptq", "steps": steps})
 

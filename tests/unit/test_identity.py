@@ -26,7 +26,7 @@ def test_the_list_has_at_least_sixty_runs_with_names_of_their_own():
 
 
 def test_every_method_runs_on_five_kinds_of_architecture():
-    for method in (entry["name"] for entry in lowbit.methods()):
+    for method in (entry["name"] for entry in lowbit.list_methods()):
         places = {run["model"] for run in RUNS if _methods(run) == {method}}
         assert places >= set(FIVE), f"{method} is missing on {set(FIVE) - places}"
     assert len({MODELS[name][0] for name in FIVE}) == 5
@@ -53,10 +53,13 @@ def test_a_run_is_plain_data_that_refers_to_what_is_there():
 def test_recipes_are_spelled_as_the_lowbit_at_hand_reads_them():
     for run in RUNS:
         assert spelled(run["recipe"], lowbit.Recipe.__annotations__)
-    tuned = {"method": "gptq", "model_steps": []}
+        lowbit.recipes.as_recipe(spelled(run["recipe"], lowbit.Recipe.__annotations__))
+    tuned = {"method": "gptq", "model_steps": [{"type": "Tune", "epochs": 2}]}
     assert spelled(tuned, {"name", "model_steps"}) == tuned
+    train = {"type": "Train", "what": {"type": "StoredFloats"}, "objective": {"type": "OriginalKL"}, "epochs": 2}
+    assert spelled(tuned, {"name", "stages"}) == {"method": "gptq", "then": [train]}
     with pytest.raises(ValueError, match="add the new spelling"):
-        spelled(tuned, {"name", "stages"})
+        spelled(tuned, {"name"})
 
 
 def test_a_difference_is_named_by_file_and_tensor(tmp_path):
