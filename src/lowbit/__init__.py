@@ -13,7 +13,7 @@ from lowbit.version import __version__
 
 if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors; tests/unit/test_imports.py compares the two
     from lowbit.allocation import Allocation, allocate
-    from lowbit.api import evaluate, load, load_tokenizer
+    from lowbit.api import ExportReport, evaluate, export, load, load_tokenizer
     from lowbit.catalog import list_methods
     from lowbit.comparison import compare
     from lowbit.linear_api import quantize_linear
@@ -23,12 +23,14 @@ if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors; tests/unit
 __all__ = [
     "Allocation",
     "BrokenModel",
+    "ExportReport",
     "QuantizeReport",
     "Recipe",
     "__version__",
     "allocate",
     "compare",
     "evaluate",
+    "export",
     "list_methods",
     "load",
     "load_tokenizer",
@@ -40,11 +42,13 @@ __all__ = [
 _HOMES = {
     "Allocation": "lowbit.allocation",
     "BrokenModel": "lowbit.pipeline",
+    "ExportReport": "lowbit.api",
     "QuantizeReport": "lowbit.pipeline",
     "Recipe": "lowbit.recipes",
     "allocate": "lowbit.allocation",
     "compare": "lowbit.comparison",
     "evaluate": "lowbit.api",
+    "export": "lowbit.api",
     "list_methods": "lowbit.catalog",
     "load": "lowbit.api",
     "load_tokenizer": "lowbit.api",

@@ -26,7 +26,7 @@ from lowbit.data import Calibration, calibration_of
 from lowbit.modules import LinearFormat
 from lowbit.numerics import ClipSearch, Gram, RangeGrid, Spec, quantize, to_dict
 from lowbit.plan.layers import planned_layers
-from lowbit.plan.survey import survey
+from lowbit.plan.model_plan import ModelPlan, plan_model, replan
 from lowbit.progress import Progress
 from lowbit.recipes import Recipe, as_recipe
 from lowbit.scheme import FormatRule
@@ -123,10 +123,11 @@ def allocate(
     """
     base = as_recipe(recipe)
     widths = sorted(set(widths))
-    given, stored = _bits(model, base), {width: _bits(model, _all_at(base, width)) for width in widths}
-    found = survey(model, base)
-    forms = {f"{block.name}.{path}": form for block in found.blocks for path, form in block.formats.items()}
-    sizes = {f"{block.name}.{path}": math.prod(block.shape(path)) for block in found.blocks for path in block.formats}
+    plan = plan_model(model, base)
+    at_width = {width: replan(plan.source, plan.architecture, plan.model, _all_at(base, width)) for width in widths}
+    given, stored = _bits(plan), {width: _bits(other) for width, other in at_width.items()}
+    forms = {f"{block.name}.{path}": form for block in plan.blocks for path, form in block.formats.items()}
+    sizes = {f"{block.name}.{path}": math.prod(block.shapes[path]) for block in plan.blocks for path in block.formats}
     if not sizes:
         raise ValueError(f"recipe {base.name!r} quantizes no linear of this model")
     total = sum(sizes.values())
@@ -140,13 +141,13 @@ def allocate(
             f"{bits} bits a weight were asked for; with codes of {widths[0]} bits this recipe takes {least / total:.3f}, everything "
             "stored counted: ask for more, or use larger groups"
         )
-    text = calibration_of(found.source, calibration, samples, seq_len)
+    text = calibration_of(plan.source, calibration, samples, seq_len)
     curves: dict[str, dict[int, float]] = {}
     before = 0.0
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         journal = Journal(Path(folder) / "allocate", {})
         journal.open()
-        walk = Walk(found.source, base, text.ids, journal, ram_limit, progress=progress or (lambda *_: None))
+        walk = Walk(plan, text.ids, journal, ram_limit, progress=progress or (lambda *_: None))
         try:
             for state, f_OI in walk.originals():
                 for path, (loss_at, least) in _curves(state, f_OI, base, widths).items():
@@ -263,6 +264,6 @@ def _all_at(base: Recipe, width: int) -> Recipe:
     return replace(base, scheme=replace(base.scheme, rules=tuple(rules)))
 
 
-def _bits(model: str | PathLike[str], recipe: Recipe) -> dict[str, float]:
+def _bits(plan: ModelPlan) -> dict[str, float]:
     """Stored bits a weight, by layer."""
-    return {layer.name: layer.bits_per_weight for layer in planned_layers(survey(model, recipe))}
+    return {layer.name: layer.bits_per_weight for layer in planned_layers(plan)}

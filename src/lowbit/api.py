@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lowbit.checkpoints import native
 from lowbit.checkpoints import source as sources
+from lowbit.checkpoints.export import ExportReport, export
 from lowbit.checkpoints.source import load_tokenizer
 from lowbit.data import load_text
 from lowbit.evaluation import Evaluation, directory_bytes, evaluate_model
@@ -79,4 +80,4 @@ def evaluate(
     return dataclasses.replace(result, bits_per_weight=bits, bytes=size)
 
 
-__all__ = ["evaluate", "load", "load_tokenizer"]
+__all__ = ["ExportReport", "evaluate", "export", "load", "load_tokenizer"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,16 @@ from torch import Tensor
 from lowbit.checkpoints import native
 from lowbit.checkpoints.model_card import write_card
 from lowbit.checkpoints.source import ModelSource, open_model
+from lowbit.checkpoints.target import check_target
 from lowbit.data import Calibration, calibration_of
 from lowbit.evaluation import kl_and_agreement, output_error
 from lowbit.modules import restore
 from lowbit.numerics import to_dict
+from lowbit.plan.model_plan import ModelPlan, lay_over
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Recipe, as_recipe
-from lowbit.stages.blockwise import WATCHED, BlockRecord, Broken, Walk, check_scheme
-from lowbit.stages.journal import Journal, check_target
+from lowbit.stages.blockwise import WATCHED, BlockRecord, Broken, Walk
+from lowbit.stages.journal import Journal
 from lowbit.stages.run import Run
 from lowbit.steps import LayerRecord
 from lowbit.version import __version__
@@ -114,12 +117,19 @@ class BrokenModel(ValueError):
 class Job:
     """A checked request: everything that a run needs, and nothing has been loaded yet."""
 
-    source: ModelSource
-    recipe: Recipe
+    plan: ModelPlan
     calibration: Calibration | None
     tokenizer: Any
     out: Path
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def source(self) -> ModelSource:
+        return self.plan.source
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
 
     @property
     def header(self) -> dict[str, Any]:
@@ -152,19 +162,15 @@ def prepare(
     recipe, out = as_recipe(recipe), Path(out).expanduser()
     recipe.check_runs()
     check_target(out)
-    source = open_model(model, trust_remote_code=trust_remote_code)
-    from lowbit.architectures import for_config
-
-    architecture = for_config(source.config)
-    check_scheme(recipe.scheme, architecture, source.skeleton(unfuse=True), source.config)
-    job = Job(source, recipe, None, None, out, list(architecture.warnings))
+    plan = lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe)
+    job = Job(plan, None, None, out, list(plan.architecture.warnings))
     if calibration is None and recipe.needs_calibration:
         raise ValueError(
             f"recipe {recipe.name!r} needs calibration text: pass a file, python-docs, a hub dataset or self"
         )
     if calibration is not None:
-        job.calibration = calibration_of(source, calibration, samples, seq_len)
-    job.tokenizer = _tokenizer_if_any(source)
+        job.calibration = calibration_of(plan.source, calibration, samples, seq_len)
+    job.tokenizer = _tokenizer_if_any(plan.source)
     return job
 
 
@@ -221,7 +227,7 @@ def run(
     journal = Journal(job.out, job.header)
     journal.open(restart=restart)
     ids = None if job.calibration is None else job.calibration.ids
-    running = Run(job.source, job.recipe, ids, journal, ram_limit, progress or silent)
+    running = Run(job.plan, ids, journal, ram_limit, progress or silent)
     walk = running.walk
     try:
         try:
@@ -271,10 +277,8 @@ def _measure(
 def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max_kl: float) -> QuantizeReport:
     layers = [layer for block in walk.records for layer in block.layers]
     weights = sum(layer.weights for layer in layers)
-    skeleton = job.source.skeleton(unfuse=True)
-    linears = check_scheme(job.recipe.scheme, walk.architecture, skeleton, job.source.config)
-    sizes = {name: skeleton.get_parameter(f"{name}.weight").numel() for name in linears}
-    promised = sum(sizes[name] for name, role in linears.items() if job.recipe.scheme.format(name, role) is not None)
+    every = sum(prod(shape) for block in job.plan.blocks for shape in block.shapes.values())
+    promised = sum(prod(block.shapes[path]) for block in job.plan.blocks for path in block.formats)
     notes = {f"{block.name}: {note}" for block in walk.records for note in block.notes}
     notes |= {f"{layer.name}: {note}" for layer in layers for note in layer.notes}
     report = QuantizeReport(
@@ -285,7 +289,7 @@ def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max
         bytes=0,
         kl=kl,
         top1_agreement=agreement,
-        coverage=weights / max(1, sum(sizes.values())),
+        coverage=weights / max(1, every),
         blocks=tuple(walk.records),
         warnings=(*job.warnings, *_grouped(sorted(notes))),
     )
@@ -322,12 +326,9 @@ def _refusal(job: Job, report: QuantizeReport) -> str:
 def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tensor, Tensor] | None) -> QuantizeReport:
     """Config, index, card and tokenizer into the partial directory; reload and compare there; then the rename."""
     journal, directory = walk.journal, walk.journal.directory
-    modules = {name: config for block in report.blocks for name, config in block.modules.items()}
     final = sorted(directory.glob("model-*.safetensors"))
     shards = [shard.name for shard in final]
-    native.write_checkpoint(
-        directory, job.source.config, modules, shards, job.source.dtype, walk.attention, walk.residual
-    )
+    native.write_checkpoint(directory, job.source.config, walk.description, shards, job.source.dtype)
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(directory)
     generation = job.source.path / "generation_config.json"

@@ -54,7 +54,7 @@ def _solve(record: dict, recipe: Recipe, tensors: dict[str, Tensor]) -> tuple[So
 
 
 def _true_bits(solution: Solution) -> float:
-    return QuantLinear.from_qtensor(solution.q, pre=solution.pre, side=solution.side).bits_per_weight
+    return QuantLinear.from_qtensor(solution.q, pre=solution.pre, side_terms=solution.side).bits_per_weight
 
 
 def _kept_columns(record: dict) -> int:

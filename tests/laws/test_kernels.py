@@ -99,8 +99,8 @@ def test_the_integer_product_does_not_overflow_at_its_widest():
     ("spec", "act", "reason"),
     [
         (Spec(Int(8), PerChannel()), None, "the input is not quantized"),
-        (Spec(Int(8), PerGroup(10)), Spec(Int(8), PerToken()), "one scale an output channel"),
-        (Spec(Int(8), PerChannel()), Spec(Int(8), PerGroup(10)), "one scale a token"),
+        (Spec(Int(8), PerGroup(10)), Spec(Int(8), PerToken()), "one scale for each output channel"),
+        (Spec(Int(8), PerChannel()), Spec(Int(8), PerGroup(10)), "one scale for each token"),
         (Spec(NF4, PerChannel()), Spec(Int(8), PerToken()), "weights are Table of 4 bits"),
         (Spec(Int(8), PerChannel()), Spec(Float(4, 3), PerToken()), "activations are Float of 8 bits"),
         (Spec(Int(8, zero="real"), PerChannel()), Spec(Int(8), PerToken()), "integer zero points"),

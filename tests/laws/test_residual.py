@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -18,7 +19,7 @@ from lowbit.architectures.check import TOLERANCE, drafted, logits, randomize
 from lowbit.architectures.experts import unfuse_experts
 from lowbit.architectures.parts import NORM_EDGES
 from lowbit.architectures.table import Residual
-from lowbit.modules import described_residual, residual_of, rotation_of, turn_residual
+from lowbit.modules import ResidualRotation, residual_of, turn_residual
 from lowbit.transforms import ChannelTransform, Kronecker, RandomHadamard, Rotate, Seeded
 
 from laws.test_architectures import CASES, _model
@@ -62,7 +63,7 @@ def _rotated(model: PreTrainedModel, table: Architecture, rotation: Seeded, wron
     for block in blocks:
         residual = wrong(drafted(table, block, model.config).residual)
         block.load_state_dict(rotate_residual(residual, rotation, block.state_dict()), strict=False)
-    turn_residual(model, table.blocks, rotation)
+    turn_residual(model, ResidualRotation(table.blocks, rotation))
     try:
         yield
     finally:
@@ -208,13 +209,13 @@ def test_a_model_says_how_its_stream_is_rotated() -> None:
     model, table, _, _ = _prepared("qwen2")
     assert residual_of(model) is None
     with _rotated(model, table, RandomHadamard(7, 24), lambda r: r):
-        said = residual_of(model)
-        assert said == described_residual("model.layers", RandomHadamard(7, 24))
-        assert rotation_of(said) == RandomHadamard(7, 24)
+        residual = residual_of(model)
+        assert residual == ResidualRotation("model.layers", RandomHadamard(7, 24))
+        assert ResidualRotation.from_json(json.loads(json.dumps(residual.to_json()))) == residual
     with pytest.raises(ValueError, match="has a type"):
-        rotation_of({"type": "Rotate", "seed": 1, "size": 2, "blocks": "x"})
+        ResidualRotation.from_json({"type": "Rotate", "seed": 1, "size": 2, "blocks": "x"})
     with pytest.raises(ValueError, match="damaged"):
-        rotation_of({"type": "Kronecker", "seed": "1", "size": 2, "blocks": "x"})
+        ResidualRotation.from_json({"type": "Kronecker", "seed": "1", "size": 2, "blocks": "x"})
 
 
 def test_any_orthogonal_matrix_will_do() -> None:

@@ -171,6 +171,6 @@ def test_a_term_that_points_outside_of_its_layer_is_refused_before_it_is_read():
         with pytest.raises(ValueError, match=said):
             side_terms.check(term, (40, 129))
     q = quantize(torch.randn(40, 129), Spec(Int(4), PerGroup(32)), MinMax())
-    layer = QuantLinear.from_qtensor(q, side=(KeptColumns(kept.index + 100, kept.value),))
+    layer = QuantLinear.from_qtensor(q, side_terms=(KeptColumns(kept.index + 100, kept.value),))
     with pytest.raises(ValueError, match="damaged"):
         layer.prepare()

@@ -94,13 +94,13 @@ def test_impossible_budgets_and_grids_without_widths_are_refused_before_any_work
 
 @pytest.mark.parametrize("feed", ["fp", "quant"])
 def test_every_block_is_judged_by_its_inputs_in_the_original_model(llama, tmp_path, feed):
-    from lowbit.checkpoints.source import open_model
+    from lowbit.plan.model_plan import plan_model
     from lowbit.stages.blockwise import Walk
     from lowbit.stages.journal import Journal
 
     journal = Journal(tmp_path / "none", {})
     journal.open()
-    walk = Walk(open_model(llama), lowbit.recipe("gptq").with_blockwise(feed=feed), IDS, journal, 2**30)
+    walk = Walk(plan_model(llama, lowbit.recipe("gptq").with_blockwise(feed=feed)), IDS, journal, 2**30)
     with torch.no_grad():
         wanted = lowbit.load(llama)(input_ids=IDS, output_hidden_states=True).hidden_states
     for i, (state, fisher) in enumerate(walk.originals()):

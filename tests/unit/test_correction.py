@@ -79,7 +79,7 @@ def test_learning_lowers_the_error_of_the_packed_block(state, fold):
     Solve().run(plain)
     found = learned(state(), LowRankCorrection(4, 5e-2, fold), epochs=25)
     assert mse(found) < 0.95 * mse(plain)
-    assert all(bool(found.block.get_submodule(path).side) is not fold for path in found.formats)
+    assert all(bool(found.block.get_submodule(path).side_terms) is not fold for path in found.formats)
 
 
 def test_a_folded_correction_is_the_plain_rounding_of_another_weight(state):
@@ -103,7 +103,7 @@ def test_a_kept_correction_leaves_the_codes_and_reads_the_input_before_it_is_qua
         layer, without = found.block.get_submodule(path), plain.block.get_submodule(path)
         assert isinstance(layer, QuantLinear)
         assert_same(layer.qtensor().codes, without.qtensor().codes)
-        (term,) = layer.side
+        (term,) = layer.side_terms
         x = normal(5, layer.in_features, seed=3).float()
         torch.testing.assert_close(layer(x), without(x) + term.apply(x, layer.out_features), rtol=1e-4, atol=1e-4)
         assert layer.stored_bits == without.stored_bits + 16 * 4 * (layer.in_features + layer.out_features)

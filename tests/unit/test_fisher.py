@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 import lowbit
 from lowbit.architectures import Kind, block_modules, for_config, resolve
-from lowbit.checkpoints.source import open_model
 from lowbit.modules import LinearFormat
 from lowbit.numerics import Codebook, Fisher, Int, KMeans, PerChannel, PerGroup, Spec, Statistic, serializable
 from lowbit.plan import explain, plan
+from lowbit.plan.model_plan import plan_model
 from lowbit.recipes import Recipe
 from lowbit.scheme import linears
 from lowbit.solve import Gptq, Nearest, Solution
@@ -118,7 +118,7 @@ def test_streaming_equals_per_sample_autograd_on_the_whole_model(tmp_path, model
     path, ids = MODELS[model](tmp_path / "model"), random_ids(3, 10)
     journal = Journal(tmp_path / "out", {})
     journal.open()
-    walk = Walk(open_model(path), recipe_of(), ids, journal, ram_limit=ram_limit)
+    walk = Walk(plan_model(path, recipe_of()), ids, journal, ram_limit=ram_limit)
     held: list[int] = []
     walk.progress = lambda *_: held.append(sum(not next(b.parameters()).is_meta for b in walk.blocks))
     calls = walk._start()
@@ -150,7 +150,7 @@ def test_where_products_are_in_bfloat16_the_information_is_nearly_the_same_and_i
         monkeypatch.setattr(precision, "has_bfloat16", lambda device, fast=fast: fast)
         journal = Journal(tmp_path / f"out {fast}", {})
         journal.open()
-        walk = Walk(open_model(path), recipe_of(), ids, journal)
+        walk = Walk(plan_model(path, recipe_of()), ids, journal)
         walk._find_sensitivities(walk._start())
         assert walk.fisher is not None
         found.append([walk.fisher.load(i) for i in range(walk.total)])

@@ -72,7 +72,7 @@ def test_threshold_0_and_infinity_take_nothing_out(linear, x):
     )
     for threshold in (0.0, float("inf")):
         q = quantized(linear, threshold=threshold)
-        assert torch.equal(q(x), plain(x)) and q.config() == plain.config()
+        assert torch.equal(q(x), plain(x)) and q.description == plain.description
 
 
 def test_a_tiny_threshold_multiplies_every_channel_in_floating_point(linear, x):
@@ -95,7 +95,7 @@ def test_stored_bits_are_eight_and_a_scale_a_row_and_count_every_original_column
     q = quantized(linear)
     assert q.bits_per_weight == pytest.approx(8 + 16 / I)
     original = quantized(linear, x, outlier_weight="original")
-    (kept,) = original.side
+    (kept,) = original.side_terms
     assert isinstance(kept, KeptColumns) and kept.index.tolist() == list(LOUD)
     assert original.bits_per_weight == pytest.approx(8 + 16 / I + len(LOUD) * (16 / I + 32 / (O * I)))
     everything = quantized(linear, x, outlier_weight="original", threshold=1e-9)
@@ -113,7 +113,7 @@ def test_an_outlier_that_calibration_has_not_seen_multiplies_the_decoded_integer
     quiet = x.clone()
     quiet[7, LOUD[1]] = 1.0
     q = quantized(linear, quiet, outlier_weight="original")
-    (kept,) = q.side
+    (kept,) = q.side_terms
     assert kept.index.tolist() == [LOUD[0]]
     alone = torch.zeros(1, I)
     alone[0, LOUD[1]] = 25.0

@@ -23,9 +23,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lowbit.architectures.experts import unfuse_experts
 from lowbit.checkpoints import native
-from lowbit.checkpoints.description import layer_configs, quantization_config, swap
+from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.native import SHARD_METADATA
 from lowbit.checkpoints.shards import read_shard_header
+from lowbit.checkpoints.swap import swap
 from lowbit.modules import ActSpec, QuantLinear
 from lowbit.numerics import NF4, Affine, Int, MinMax, PerChannel, PerGroup, PerTensor, PerToken, Spec, quantize
 from lowbit.transforms import Scale, Shift
@@ -228,7 +229,8 @@ def test_descriptions_are_shared_by_blocks_and_say_only_what_is_stored(saved):
     assert description["quant_method"] == "lowbit" and description["version"] == 1
     assert len(description["layers"]) == 14 and len(description["schemes"]) == 7  # one for each role
     assert set(description) == {"quant_method", "version", "schemes", "layers"}
-    assert set(layer_configs(description)) == set(description["layers"])
+    assert set(ModelDescription.from_json(description).layers) == set(description["layers"])
+    assert ModelDescription.from_json(description) == ModelDescription.of(saved["untied"][0])
     experts = json.loads((saved["experts"][1] / "config.json").read_text())["quantization_config"]
     assert experts["unfused_experts"] is True
 
@@ -268,9 +270,8 @@ def test_a_directory_is_a_checkpoint_only_when_its_config_is_written(saved, tmp_
         shutil.copy(directory / shard, tmp_path / shard)
     with pytest.raises(ValueError, match=r"unfinished, it has weights but no config.json"):
         native.load(tmp_path)
-    configs = {name: m.config() for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     (tmp_path / "journal.jsonl").write_text("{}\n")
-    native.write_checkpoint(tmp_path, model.config, configs, shards, torch.float32)
+    native.write_checkpoint(tmp_path, model.config, ModelDescription.of(model), shards, torch.float32)
     assert (tmp_path / "config.json").read_bytes() == (directory / "config.json").read_bytes()
     with pytest.raises(ValueError, match="an unfinished run; run the command that makes it again"):
         native.load(tmp_path)
@@ -350,7 +351,7 @@ def test_other_missing_and_unexpected_tensors_are_named(saved, copy):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 4}, "version 4 of the native format, this lowbit reads versions 1 to 3"),
+        ({"version": 5}, "version 5 of the native format, this lowbit reads versions 1 to 4"),
         ({"schemes": []}, "has scheme 1 of 0|has scheme 0 of 0"),
         ({"schemes": None}, "damaged: expected a list 'schemes'"),
         ({"layers": {}}, "damaged"),
@@ -388,7 +389,7 @@ def test_swapping_fits_empty_layers_into_a_model_of_any_device(saved, device):
     model, _ = saved["gpt2"]
     with torch.device(device):
         fresh = AutoModelForCausalLM.from_config(CONFIGS["gpt2"]).eval()
-    swapped = swap(fresh, quantization_config(model))
+    swapped = swap(fresh, ModelDescription.of(model))
     assert set(swapped) == {name for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert all(buffer.device.type == device for layer in swapped.values() for buffer in layer.buffers())
     if device == "cpu":
@@ -397,11 +398,10 @@ def test_swapping_fits_empty_layers_into_a_model_of_any_device(saved, device):
 
 
 def test_places_that_do_not_fit_are_refused(saved):
-    description = quantization_config(saved["untied"][0])
-    q_proj = layer_configs(description)["model.layers.0.self_attn.q_proj"]
+    q_proj = saved["untied"][0].get_submodule("model.layers.0.self_attn.q_proj").description
 
-    def put(name, config=q_proj, kind="untied"):
-        swap(AutoModelForCausalLM.from_config(CONFIGS[kind]), quantization_config({name: config}))
+    def put(name, description=q_proj, kind="untied"):
+        swap(AutoModelForCausalLM.from_config(CONFIGS[kind]), ModelDescription({name: description}))
 
     with pytest.raises(ValueError, match=r"model.layers.7.self_attn.q_proj, which LlamaForCausalLM does not have"):
         put("model.layers.7.self_attn.q_proj")
@@ -409,12 +409,12 @@ def test_places_that_do_not_fit_are_refused(saved):
         put("model.norm")
     with pytest.raises(ValueError, match=r"maps 32 channels to 32 in the checkpoint, \(32, 16\) here"):
         put("model.layers.0.self_attn.k_proj")
-    head = QuantLinear.from_qtensor(quantize(torch.randn(96, 32), Spec(Int(8), PerChannel()), MinMax())).config()
+    head = QuantLinear.from_qtensor(quantize(torch.randn(96, 32), Spec(Int(8), PerChannel()), MinMax())).description
     with pytest.raises(ValueError, match="lm_head is quantized but its weight is tied"):
         put("lm_head", head, "tied")
     put("lm_head", head, "untied")
     with pytest.raises(ValueError, match="no layer is quantized"):
-        quantization_config(nn.Linear(2, 2))
+        ModelDescription.of(nn.Linear(2, 2)).to_json()
 
 
 def test_nothing_is_saved_over_other_files(saved, tmp_path):

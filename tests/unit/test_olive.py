@@ -350,7 +350,7 @@ def test_each_weight_gets_the_type_that_loses_less_of_it_and_stores_which():
         for normal in ("int", "flint", "best"):
             q = lowbit.quantize_linear(each, None, lowbit.recipe("olive", activation_bits=None, normal=normal))
             lost[normal] = (q.dequantize() - each.weight).square().sum().item()
-            types[name, normal] = QuantLinear.empty(q.config()).spec.grid
+            types[name, normal] = q.spec.grid
         assert lost["best"] == min(lost["int"], lost["flint"]) < max(lost["int"], lost["flint"])
     assert types["normal", "best"] == OutlierVictim() and types["heavy", "best"] == OutlierVictim(4, "flint")
 

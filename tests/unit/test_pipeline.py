@@ -14,6 +14,7 @@ import lowbit
 from lowbit.checkpoints.source import open_model
 from lowbit.modules import QuantLinear
 from lowbit.numerics import Int, PerGroup, Spec
+from lowbit.plan.model_plan import plan_model
 from lowbit.recipes import Recipe
 from lowbit.scheme import linears
 from lowbit.stages.blockwise import Walk
@@ -77,10 +78,10 @@ def test_activations_in_files_give_the_same_bytes_as_in_memory(model, tmp_path):
 
 
 def test_at_no_time_is_more_than_one_block_of_original_weights_in_memory(tmp_path):
-    source = open_model(tiny_llama(tmp_path / "model", blocks=4))
+    plan = plan_model(tiny_llama(tmp_path / "model", blocks=4), lowbit.recipe("awq+gptq", bits=4, group_size=32))
     journal = Journal(tmp_path / "q", {})
     journal.open()
-    walk = Walk(source, lowbit.recipe("awq+gptq", bits=4, group_size=32), random_ids(2, 16), journal)
+    walk = Walk(plan, random_ids(2, 16), journal)
     most = []
 
     def look(*_):

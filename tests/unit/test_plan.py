@@ -13,8 +13,8 @@ from lowbit.checkpoints.source import open_model
 from lowbit.kernels import native
 from lowbit.numerics import Gram, Int, PerChannel, PerCluster, PerGroup, Spec, to_dict
 from lowbit.plan import explain, plan
-from lowbit.plan.peak import statistics_bytes
-from lowbit.plan.survey import survey
+from lowbit.plan.model_plan import plan_model
+from lowbit.plan.peak import run_sizes
 from lowbit.recipes import METHODS, Recipe, from_plain, recipe
 from lowbit.scheme import FormatRule, Scheme
 from lowbit.solve import Nearest
@@ -74,7 +74,7 @@ def walked(model: Path, wanted: Recipe, out: Path) -> tuple[Walk, dict[str, shar
     ids = (
         torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(0)) if wanted.needs_calibration else None
     )
-    walk = Walk(open_model(model), wanted, ids, journal)
+    walk = Walk(plan_model(model, wanted), ids, journal)
     walk.run()
     walk.write_rest()
     files = (journal.directory / entry["file"] for entry in journal.finished)
@@ -255,7 +255,7 @@ def test_a_format_that_a_layer_cannot_have_names_the_layer(models):
         name="mine", scheme=Scheme(rules=(FormatRule(weight=clusters),)), steps=(Solve(Nearest()),)
     )
     with pytest.raises(
-        ValueError, match=r"layers\.0\.mlp\.down_proj \(32 x 48\) cannot have this format.*override for 'down'"
+        ValueError, match=r"layers\.0\.mlp\.down_proj \(32 x 48\) cannot have its format.*override for 'down'"
     ):
         plan(models("llama"), wanted)
 
@@ -283,19 +283,19 @@ def test_activations_go_to_files_as_the_store_decides(models, tmp_path):
 
 def test_statistics_are_counted_as_a_block_gathers_them(models):
     source = open_model(models("mixtral"))
-    found = survey(models("mixtral"), recipe("gptq", group_size=16))
+    planned = plan_model(models("mixtral"), recipe("gptq", group_size=16))
     model = source.load_full()
     from lowbit.architectures import unfuse_experts
 
     unfuse_experts(model)
-    block, meta = model.model.layers[0], found.blocks[0]
+    block, meta = model.model.layers[0], planned.blocks[0]
     x = torch.randn(2, 8, 32)
     cos_sin = model.model.rotary_emb(x, torch.arange(8)[None])
     io = BlockIO(x, None, lambda run, window: run(window, position_embeddings=cos_sin))
     state = BlockState.of("", block, meta.resolved, meta.formats, io)
     kept = [stat.nbytes for stats in state.collect([Gram()]).values() for stat in stats.values()]
     assert len(kept) == len(meta.resolved.shared_inputs)
-    assert statistics_bytes(meta, [Gram()], 16) == sum(kept) + max(kept)
+    assert run_sizes(planned, meta, 2, 8).statistics_bytes([Gram()]) == sum(kept) + max(kept)
 
 
 def test_the_memory_estimate_grows_with_what_the_steps_hold(models):
@@ -334,6 +334,7 @@ def test_this_version_claims_its_own_format_only_and_names_the_kernels(models):
         assert [key for key, text in found.items() if text.startswith("yes")] == [
             "lowbit",
             "transformers (import lowbit)",
+            "native format",
         ]
         assert all(text.startswith(("yes: ", "no: ")) for text in found.values())
     best = native.instruction_sets()[0]
@@ -342,7 +343,7 @@ def test_this_version_claims_its_own_format_only_and_names_the_kernels(models):
     assert answers(models, "rtn")["lowbit"].startswith(f"yes: kernel {best} for q, k")
 
 
-FITS = "no: this version writes the native format only; the numbers would fit this one as they are"
+FITS = "no: this version does not write it; the numbers would fit it as they are"
 
 
 @pytest.mark.parametrize(
@@ -352,8 +353,18 @@ FITS = "no: this version writes the native format only; the numbers would fit th
         ("rtn", {"group_size": 20}, "vLLM / compressed-tensors", "20 does not divide 32"),
         ("smoothquant", {}, "vLLM / compressed-tensors", FITS),
         ("smoothquant", {"bits": 4, "activation_bits": 4}, "vLLM / compressed-tensors", "integers of 8 bits"),
-        ("gptq", {"group_size": 16, "act_order": True}, "vLLM / compressed-tensors", "column order"),
-        ("omniquant", {"activation_bits": 4}, "vLLM / compressed-tensors", "shifts add biases"),
+        (
+            "gptq",
+            {"group_size": 16, "act_order": True},
+            "vLLM / compressed-tensors",
+            "layers keep column orders of inputs",
+        ),
+        (
+            "omniquant",
+            {"activation_bits": 4},
+            "vLLM / compressed-tensors",
+            "layers have biases that the model's class does not have",
+        ),
         ("rtn", {"group_size": 16, "symmetric": True}, "llama.cpp GGUF", "blocks are 32 inputs"),
         ("rtn", {"bits": 3}, "llama.cpp GGUF", "4, 5, 8 bits, not of 3"),
         ("rtn", {"group_size": 16}, "llama.cpp GGUF", "half precision"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lowbit.modules import ActSpec, QuantLinear, buffer_layout, fake_quantize_activation, quantize_activation
+from lowbit.modules import ActSpec, LinearDescription, QuantLinear, fake_quantize_activation, quantize_activation
 from lowbit.numerics import (
     NF4,
     Affine,
@@ -147,13 +147,15 @@ SPECS = [
 @pytest.mark.parametrize("pre", ["none", "reassembly", "all"])
 def test_a_layer_rebuilds_from_its_description_and_state(spec, act, pre):
     q = layer(spec, act, bias=pre != "none", pre=TRANSFORMS.get(pre, ()))
-    empty = QuantLinear.empty(json.loads(json.dumps(q.config())), "cpu")
+    description = LinearDescription.from_json(json.loads(json.dumps(q.description.to_json())))
+    assert description == q.description and hash(description) == hash(q.description)
+    empty = QuantLinear.empty(description, "cpu")
     state = q.state_dict()
-    assert {n: (tuple(t.shape), t.dtype) for n, t in state.items()} == buffer_layout(q.config())
+    assert {n: (tuple(t.shape), t.dtype) for n, t in state.items()} == description.layout()
     empty.load_state_dict(state, strict=True)
     x = random(5, I, seed=7)
     assert torch.equal(empty(x), q(x))
-    assert QuantLinear.empty(q.config()).codes.is_meta
+    assert QuantLinear.empty(description).codes.is_meta
     assert (empty.in_features, empty.out_features) == (I, O)
 
 
@@ -210,11 +212,11 @@ def test_descriptions_and_parts_that_do_not_fit_are_refused():
         QuantLinear.from_qtensor(q, act=ACTS["static"])
     with pytest.raises(ValueError, match="act_zero should be"):
         QuantLinear.from_qtensor(q, act=ACTS["static asymmetric"], act_params=Affine(torch.ones(1, 1)))
-    config = QuantLinear.from_qtensor(q).config()
+    data = QuantLinear.from_qtensor(q).description.to_json()
     with pytest.raises(ValueError, match="lacks bias, pre"):
-        QuantLinear.empty({k: v for k, v in config.items() if k not in ("bias", "pre")})
+        LinearDescription.from_json({k: v for k, v in data.items() if k not in ("bias", "pre")})
     with pytest.raises(ValueError, match="did you mean 'Scale'"):
-        QuantLinear.empty(config | {"pre": [{"type": "Scael", "s": [I]}]})
+        LinearDescription.from_json(data | {"pre": [{"type": "Scael", "s": [I]}]})
 
 
 def test_activation_formats_round_trip_through_plain_data_and_refuse_static_ranges_a_token():
@@ -280,7 +282,7 @@ def test_a_layer_computes_its_formula_transforms_before_the_bias_and_sides_on_th
     for t in q.pre:
         h = t.forward(h)
     seen = h if q.act is None else fake_quantize_activation(h, q.act, q.act_params)
-    y = F.linear(seen, q.qtensor().dequantize()) + sum(term.apply(h, O) for term in q.side)
+    y = F.linear(seen, q.qtensor().dequantize()) + sum(term.apply(h, O) for term in q.side_terms)
     for t in POST[post]:
         y = t.forward(y)
     assert sqnr_db(y + q.bias, q(x)) > 110
@@ -310,9 +312,11 @@ def test_a_rotation_on_both_sides_is_undone_by_the_layer():
 @pytest.mark.parametrize("act", ["none", "static clusters"])
 def test_a_layer_with_everything_rebuilds_and_counts_every_bit(act):
     q = full(act=act)
-    empty = QuantLinear.empty(json.loads(json.dumps(q.config())), "cpu")
+    description = LinearDescription.from_json(json.loads(json.dumps(q.description.to_json())))
+    assert description == q.description and hash(description) == hash(q.description)
+    empty = QuantLinear.empty(description, "cpu")
     state = q.state_dict()
-    assert {n: (tuple(t.shape), t.dtype) for n, t in state.items()} == buffer_layout(q.config())
+    assert {n: (tuple(t.shape), t.dtype) for n, t in state.items()} == description.layout()
     empty.load_state_dict(state, strict=True)
     x = random(5, I, seed=7)
     assert torch.equal(empty(x), q(x))
@@ -327,11 +331,11 @@ def test_a_layer_with_everything_rebuilds_and_counts_every_bit(act):
 
 
 def test_descriptions_from_before_there_were_outputs_and_sides_load_and_are_still_written():
-    config = layer(pre=TRANSFORMS["permute"]).config()
-    assert set(config) == {"spec", "shape", "bias", "act", "pre"} and config["pre"] == [
-        {"type": "Permute", "index": [I]}
-    ]
-    assert QuantLinear.empty(config, "cpu").post == QuantLinear.empty(config, "cpu").side == ()
+    data = layer(pre=TRANSFORMS["permute"]).description.to_json()
+    assert set(data) == {"spec", "shape", "bias", "act", "pre"}
+    assert data["pre"] == [{"type": "Permute", "index": [I]}]
+    empty = QuantLinear.empty(LinearDescription.from_json(data), "cpu")
+    assert empty.post == empty.side_terms == ()
 
 
 def test_integer_products_add_side_terms_too():
@@ -349,12 +353,12 @@ def test_what_no_layer_has_at_a_place_is_refused():
     q = quantize(random(O, I), W4, MinMax())
     with pytest.raises(ValueError, match="no Split as post"):
         QuantLinear.from_qtensor(q, post=(Split(torch.ones(O, dtype=torch.int64)),))
-    config = full().config()
+    data = full().description.to_json()
     with pytest.raises(ValueError, match="did you mean 'Sparse'"):
-        QuantLinear.empty(config | {"side": [{"type": "Sparce"}]})
+        LinearDescription.from_json(data | {"side": [{"type": "Sparce"}]})
     with pytest.raises(ValueError, match="seed is stored as one of"):
-        said = {"shape": [1], "dtype": "float8"}
-        QuantLinear.empty(config | {"post": [{"type": "Kronecker", "seed": said, "size": O, "inverted": True}]})
+        seed = {"shape": [1], "dtype": "float8"}
+        LinearDescription.from_json(data | {"post": [{"type": "Kronecker", "seed": seed, "size": O, "inverted": True}]})
 
 
 def test_layers_that_were_given_one_transform_keep_one_each():

@@ -12,6 +12,7 @@ import lowbit
 from lowbit import decoding
 from lowbit.architectures import attention_spec, observed, operand_ranges
 from lowbit.checkpoints import native
+from lowbit.checkpoints.description import ModelDescription
 from lowbit.modules import AttentionSpec, restore
 from lowbit.numerics import to_dict
 from lowbit.plan import explain, plan
@@ -191,7 +192,7 @@ def test_explain_and_plan_say_so(tmp_path):
     told = "queries, keys and values of 8 bits, a range for each token of each head; its probabilities are of 8 bits"
     assert any(told in note for note in explain(RECIPE, place).notes)
     (answer,) = (a for name, a in plan(place, RECIPE).compatibility.items() if name.startswith("vLLM"))
-    assert "integer operands of attention, for which it has no place" in answer
+    assert "attention multiplies quantized queries, keys and values, for which it has no place" in answer
 
 
 def test_recipes_with_it_are_plain_data_and_overrides_keep_it():
@@ -215,4 +216,4 @@ def test_models_that_attend_by_code_of_their_own_are_refused_before_any_work(tmp
 def test_a_damaged_description_of_it_is_refused(quantized, tmp_path, damage):
     config = json.loads((quantized / "out/config.json").read_text())["quantization_config"]
     with pytest.raises(ValueError, match=r"damaged|No"):
-        lowbit.checkpoints.description.attention_specs(config | {"attention": damage})
+        ModelDescription.from_json(config | {"attention": damage})

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowbit
 from lowbit.checkpoints import native
-from lowbit.checkpoints.description import quantization_config
+from lowbit.checkpoints.description import ModelDescription
 from lowbit.kernels import PackedLinear
 from lowbit.kernels.native import integer_input
 from lowbit.modules import QuantLinear, residual_of
@@ -75,9 +75,9 @@ def test_a_rotated_model_is_saved_again_and_loaded_as_it_was(quantized, tmp_path
     second = native.load(tmp_path / "again")
     ids = random_ids(1, 16, seed=6)
     assert torch.equal(first(ids).logits, second(ids).logits)
-    assert residual_of(second) == residual_of(first) == second.config.quantization_config.to_dict()["residual"]
-    description = first.config.quantization_config.to_dict()
-    assert description["version"] == 3 and quantization_config(first)["residual"] == description["residual"]
+    assert residual_of(second) == residual_of(first) == second.config.quantization_config.description().residual
+    assert ModelDescription.of(first) == first.config.quantization_config.description()
+    assert ModelDescription.of(first).version == first.config.quantization_config.to_dict()["version"] == 3
     assert native.bits_report(quantized)["layers"] == 14
 
 
@@ -214,7 +214,7 @@ def test_a_mix_runs_to_the_end_and_takes_less_from_the_model_than_rounding_alone
 
 def test_the_rotation_follows_the_recipes_seed_alone():
     step = RotateResidual()
-    assert step.rotation(64, 0) == step.rotation(64, 0) != step.rotation(64, 1)
+    assert step.residual_rotation(64, 0) == step.residual_rotation(64, 0) != step.residual_rotation(64, 1)
     assert 0 <= step.rotation(576, 5).seed < 2**32
     assert RotateInputs() != RotateInputs("all")
 

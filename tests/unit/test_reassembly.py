@@ -80,7 +80,7 @@ def test_a_packed_layer_stores_it_and_reads_the_input_as_it_comes(transform):
     held = 3 * 3 * 16 if isinstance(transform, Reassembly) else 8 * 16
     assert layer.stored_bits == 8 * layer.shape[0] * layer.shape[1] + 7 * (16 + 8) + held
     assert (layer.in_features, layer.out_features) == (8, 7)
-    again = QuantLinear.empty(layer.config(), "cpu")
+    again = QuantLinear.empty(layer.description, "cpu")
     again.load_state_dict(layer.state_dict())
     wanted = linear(transform.forward(x), transform.fold_in(w, None)[0])
     assert sqnr_db(wanted, again(x)) > 35

@@ -6,14 +6,13 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import yaml
 
-from lowbit.architectures import for_config
-from lowbit.checkpoints.source import open_model
 from lowbit.modules import ActSpec, QuantLinear
 from lowbit.numerics import ClipSearch, Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, Table, to_dict
-from lowbit.recipes import METHODS, Recipe, as_recipe, builtin_recipes, from_file, from_plain, mix, recipe
+from lowbit.plan.model_plan import plan_model
+from lowbit.recipes import METHODS, Blockwise, Recipe, as_recipe, builtin_recipes, from_file, from_plain, mix, recipe
 from lowbit.scheme import FormatRule, Scheme, activation, linears, weight
 from lowbit.solve import Gptq, Nearest
-from lowbit.stages.blockwise import Walk, check_scheme
+from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Journal
 from lowbit.steps import (
     ClipShares,
@@ -92,6 +91,18 @@ def test_exponents_without_a_point_are_numbers_in_explicit_steps_too(tmp_path):
     assert from_file(file).steps == (Solve(Gptq(damp=0.005)),)
 
 
+def test_steps_at_the_top_of_a_file_are_short_for_one_stage():
+    rules = [{"weight": {key: item for key, item in PLAIN_W4.items() if key != "type"}}]
+    stage = {"type": "Blockwise", "steps": [SOLVE], "feed": "fp"}
+    long = from_plain({"name": "mine", "scheme": {"rules": rules}, "stages": [stage]})
+    assert long == from_plain(explicit(feed="fp")) == from_plain(to_dict(long))
+    assert long == Recipe("mine", linears(weight(4, 64)), (Blockwise((Solve(Nearest()),), "fp"),))
+    with pytest.raises(ValueError, match="short for one Blockwise stage"):
+        from_plain(explicit(stages=[stage]))
+    with pytest.raises(ValueError, match="attention and kv go into the mapping"):
+        from_plain(explicit(scheme={"rules": rules}, attention={"bits": 8}))
+
+
 @pytest.mark.parametrize("name", BUILTIN)
 def test_every_builtin_recipe_loads_says_what_for_and_survives_plain_data(name):
     data = yaml.safe_load(builtin_recipes()[name].read_text())
@@ -118,7 +129,7 @@ def test_every_builtin_recipe_quantizes_every_linear(tiny, tmp_path, name):
     wanted = wanted.with_blockwise(steps=tuple(quick))
     journal = Journal(tmp_path / "out", {})
     journal.open()
-    walk = Walk(open_model(tiny), wanted, random_ids(2, 16), journal)
+    walk = Walk(plan_model(tiny, wanted), random_ids(2, 16), journal)
     records = walk.run()
     layers = [layer for record in records for layer in record.layers]
     assert {layer.name: layer.role for layer in layers} == LLAMA_LINEARS
@@ -281,17 +292,15 @@ def test_a_setting_of_the_wrong_type_is_found_before_any_work(step, message):
 
 
 def test_a_rule_that_matches_nothing_names_the_nearest_role_or_layer(tiny):
-    source = open_model(tiny)
-    arguments = for_config(source.config), source.skeleton(), source.config
-    assert check_scheme(recipe("rtn").scheme, *arguments) == LLAMA_LINEARS
+    assert plan_model(tiny, "rtn").linears == LLAMA_LINEARS
     for pattern, message in [
         ("doown", r"'doown' matches no layer \(did you mean 'down'\?\)"),
         ("model.layers.7.mlp.down_proj", r"did you mean 'model\.layers\.\d\.mlp\.down_proj'"),
         ("re:^nothing$", "has the roles down, gate, k, o, q, up, v, and names such as model.layers.0.self_attn.q_proj"),
     ]:
-        scheme = recipe("rtn").with_overrides([{"match": pattern, "skip": True}]).scheme
+        wanted = recipe("rtn").with_overrides([{"match": pattern, "skip": True}])
         with pytest.raises(ValueError, match=message):
-            check_scheme(scheme, *arguments)
+            plan_model(tiny, wanted)
 
 
 CLIP = Learn((ClipShares(),))
@@ -384,6 +393,6 @@ def test_a_missing_or_broken_file_says_what_to_do(tmp_path):
 def test_quantized_layers_are_packed_linears(tiny, tmp_path):
     journal = Journal(tmp_path / "out", {})
     journal.open()
-    record = Walk(open_model(tiny), recipe("rtn", group_size=16), None, journal).run()[0]
+    record = Walk(plan_model(tiny, recipe("rtn", group_size=16)), None, journal).run()[0]
     layer = QuantLinear.empty(record.modules["model.layers.0.mlp.down_proj"])
     assert layer.spec == weight(4, 16) and layer.shape == (32, 48)

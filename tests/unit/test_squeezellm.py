@@ -54,7 +54,7 @@ def weighted_error(w_OI: Tensor, q_OI: Tensor, f_OI: Tensor) -> Tensor:
 
 
 def kept(q: QuantLinear) -> Sparse:
-    (side,) = q.side
+    (side,) = q.side_terms
     assert isinstance(side, Sparse)
     return side
 

@@ -25,7 +25,7 @@ from lowbit.architectures.discover import discover
 from lowbit.architectures.experts import UnfusedExperts, unfuse_experts
 from lowbit.architectures.fold import add_bias, fold, needs_bias
 from lowbit.architectures.residual import rotate_residual
-from lowbit.architectures.resolve import block_modules, resolve
+from lowbit.architectures.resolve import ModelBlock, block_modules, model_blocks, resolve
 from lowbit.architectures.resolved import Port, ResolvedBlock, ResolvedEdge, ResolvedInput, ResolvedResidual
 from lowbit.architectures.table import ROLE_GROUPS, Architecture, Kind, TokenStep
 
@@ -34,6 +34,7 @@ __all__ = [
     "ROLE_GROUPS",
     "Architecture",
     "Kind",
+    "ModelBlock",
     "Port",
     "ResolvedBlock",
     "ResolvedEdge",
@@ -49,6 +50,7 @@ __all__ = [
     "discover",
     "fold",
     "for_config",
+    "model_blocks",
     "model_types",
     "needs_bias",
     "observed",

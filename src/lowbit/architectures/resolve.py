@@ -25,6 +25,23 @@ from lowbit.modules import DraftLinear, weight_shape
 LINEAR_TYPES = (nn.Linear, Conv1D, DraftLinear)
 
 
+@dataclass(frozen=True, eq=False)
+class ModelBlock:
+    """One block of a model: its name in the model, its module, and the architecture's table on it."""
+
+    name: str
+    module: nn.Module
+    resolved: ResolvedBlock
+
+
+def model_blocks(model: nn.Module, architecture: Architecture, config: Any) -> tuple[ModelBlock, ...]:
+    """Every block of ``model`` in order, resolved. ``config``: the model's."""
+    return tuple(
+        ModelBlock(f"{architecture.blocks}.{i}", block, resolve(architecture, block, config))
+        for i, block in enumerate(block_modules(model, architecture))
+    )
+
+
 def resolve(architecture: Architecture, block: nn.Module, config: Any = None) -> ResolvedBlock:
     """The table of `architecture` on one decoder block.
 

@@ -10,11 +10,14 @@ may therefore import only what ``transformers.quantizers.auto`` has imported bef
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+if TYPE_CHECKING:
+    from lowbit.checkpoints.description import ModelDescription
 
 METHOD = "lowbit"
 """The ``quant_method`` of native checkpoints; equal to ``description.METHOD``, which cannot be imported here."""
@@ -28,11 +31,16 @@ class LowbitConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, **description: Any):
-        from lowbit.checkpoints.description import attention_specs, layer_configs
+        from lowbit.checkpoints.description import ModelDescription
 
-        layer_configs(description)
-        attention_specs(description)
+        ModelDescription.from_json(description)
         self.__dict__.update(description)
+
+    def description(self) -> ModelDescription:
+        """What the checkpoint stores."""
+        from lowbit.checkpoints.description import ModelDescription
+
+        return ModelDescription.from_json(self.to_dict())
 
 
 class LowbitQuantizer(HfQuantizer):
@@ -42,10 +50,10 @@ class LowbitQuantizer(HfQuantizer):
     quantization_config: LowbitConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from lowbit.checkpoints.description import swap
+        from lowbit.checkpoints.swap import swap
         from lowbit.modules import OperandRanges
 
-        swapped = swap(model, self.quantization_config.to_dict())
+        swapped = swap(model, self.quantization_config.description())
         ranges = (name for name, module in model.named_modules() if isinstance(module, OperandRanges))
         self._packed = tuple(f"{name}." for name in (*swapped, *ranges))
         return model
@@ -53,10 +61,9 @@ class LowbitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from lowbit import decoding
         from lowbit.architectures import IMPLEMENTATION
-        from lowbit.checkpoints.description import attention_specs
         from lowbit.modules import prepare
 
-        if attention_specs(self.quantization_config.to_dict()):
+        if self.quantization_config.description().attention:
             model.set_attn_implementation(IMPLEMENTATION)
         prepare(model)
         decoding.install(model)

@@ -12,7 +12,20 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lowbit.cli import allocate, bench, compare, evaluate, explain, generate, inspect, methods, plan, quantize, recipes
+from lowbit.cli import (
+    allocate,
+    bench,
+    compare,
+    evaluate,
+    explain,
+    export,
+    generate,
+    inspect,
+    methods,
+    plan,
+    quantize,
+    recipes,
+)
 from lowbit.cli.common import guarded
 
 
@@ -64,7 +77,20 @@ def main(
     """Quantize large language models, run them packed, and measure what it cost."""
 
 
-for module in (quantize, evaluate, compare, allocate, generate, plan, explain, methods, recipes, inspect, bench):
+for module in (
+    quantize,
+    evaluate,
+    compare,
+    allocate,
+    export,
+    generate,
+    plan,
+    explain,
+    methods,
+    recipes,
+    inspect,
+    bench,
+):
     command = guarded(module.command, getattr(module, "INTERRUPTED", "interrupted"))
     app.command(module.__name__.rpartition(".")[2], cls=_Command, epilog=module.EXAMPLE)(command)
 

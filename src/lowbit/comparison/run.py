@@ -25,7 +25,7 @@ from lowbit.evaluation.machine import cpu_name
 from lowbit.evaluation.perplexity import check_fits, windows_sha256
 from lowbit.evaluation.windows import cut
 from lowbit.numerics import to_dict
-from lowbit.plan.survey import survey
+from lowbit.plan.model_plan import lay_over
 from lowbit.progress import Progress
 from lowbit.recipes import Recipe
 from lowbit.version import __version__
@@ -114,7 +114,7 @@ def _check(source: ModelSource, rows: list[Row]) -> None:
     """Every recipe against the model, without reading a weight."""
     for row in rows:
         try:
-            survey(source.path, row.recipe)
+            lay_over(source, row.recipe)
         except ValueError as error:
             raise ValueError(f"row {row.label!r}: {error}") from error
 

@@ -244,7 +244,7 @@ def _linear(watch: _Watch, layer: nn.Module, role: str) -> Linear:
         raise _NotDescribed(f"{role} is not packed for the compiled kernels")
     if any(ready.transforms.values()):
         raise _NotDescribed(f"{role} has transforms of its own, which run in torch")
-    linear = Linear(product=ready.product, tiles=tiles, side=ready.side, bias=bias)
+    linear = Linear(product=ready.product, tiles=tiles, side_terms=ready.side_terms, bias=bias)
     if reason := why_not(linear):
         raise _NotDescribed(f"{role}: {reason}")
     return linear

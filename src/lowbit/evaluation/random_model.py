@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowbit import decoding
-from lowbit.architectures import block_modules, for_config, resolve
+from lowbit.architectures import for_config, model_blocks
 from lowbit.layouts import packed_layout
-from lowbit.modules import QuantLinear
-from lowbit.numerics import Int, PerGroup, Spec, to_dict
+from lowbit.modules import LinearDescription, QuantLinear
+from lowbit.numerics import Int, PerGroup, Spec
 from lowbit.progress import Progress
 
 
 def linear_shapes(config: Any) -> tuple[tuple[int, int], ...]:
     """``(out, in)`` of the linears of a block of the model that ``config`` describes, each once, in their order."""
     model = _empty(config)
-    block = block_modules(model, for_config(config))[0]
-    found = (block.get_parameter(f"{path}.weight").shape for path in _linears(config, block))
+    block = model_blocks(model, for_config(config), config)[0]
+    found = (block.module.get_parameter(f"{path}.weight").shape for path in block.resolved.linears)
     return tuple(dict.fromkeys((shape[0], shape[1]) for shape in found))
 
 
@@ -62,14 +62,15 @@ def random_model(
     if bits != 16 and not 1 <= bits <= 8:
         raise ValueError(f"block linears have 1 to 8 bits, or 16 for none packed; found {bits}")
     model = _empty(config, dtype)
-    blocks = block_modules(model, for_config(config))
+    blocks = model_blocks(model, for_config(config), config)
     for done, block in enumerate(blocks):
         if progress:
             progress(done, len(blocks), "building a random model")
         if bits != 16:
-            for path in _linears(config, block):
-                block.set_submodule(path, _random_layer(block.get_submodule(path), bits, group_size))
-        _fill(block)
+            for path in block.resolved.linears:
+                linear = block.module.get_submodule(path)
+                block.module.set_submodule(path, _random_layer(linear, bits, group_size))
+        _fill(block.module)
     _fill(model)
     model.tie_weights()  # what was filled is new
     decoding.install(model)
@@ -83,16 +84,11 @@ def _empty(config: Any, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     return model
 
 
-def _linears(config: Any, block: nn.Module) -> list[str]:
-    return list(resolve(for_config(config), block, config).linears)
-
-
 def _random_layer(linear: nn.Module, bits: int, group_size: int) -> QuantLinear:
     assert isinstance(linear, nn.Linear), "tables of named sizes hold linears only"
     shape = (linear.out_features, linear.in_features)
     spec = Spec(Int(bits, symmetric=False), PerGroup(group_size))
-    about = {"spec": to_dict(spec), "shape": list(shape), "bias": None, "act": None, "pre": []}
-    layer = QuantLinear(about, random_tensors(spec, shape))
+    layer = QuantLinear(LinearDescription(spec, shape), random_tensors(spec, shape))
     layer.prepare()
     return layer
 

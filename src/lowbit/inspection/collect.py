@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowbit.architectures import block_modules, for_config, resolve
+from lowbit.architectures import for_config, model_blocks
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.data import Calibration, calibration_of
 from lowbit.evaluation import output_error
@@ -94,25 +94,24 @@ def _original_blocks(source: ModelSource, ids: Tensor) -> Iterator[tuple[BlockSt
     A block must have been run over all windows, once, before the next is asked for: its answers are the next one's inputs.
     """
     model, architecture = source.skeleton(unfuse=True), for_config(source.config)
-    blocks = block_modules(model, architecture)
+    blocks = model_blocks(model, architecture, source.config)
     entered = list(Stream(model, architecture).enter_all(source, ids))
     x, calls = torch.cat([hidden for hidden, _ in entered]), entered[0][1]
     for i, block in enumerate(blocks):
-        name = f"{architecture.blocks}.{i}"
-        source.load_into(model, name)
-        resolved = resolve(architecture, block, source.config)
+        source.load_into(model, block.name)
         answers: list[Tensor] = []
 
         def run(module: Any, window: Tensor, call: Call = calls[i], answers: list[Tensor] = answers) -> Tensor:
             answers.append(call(module, window))
             return answers[-1]
 
-        formats = {path: LinearFormat(ROUNDED) for path in resolved.linears}
-        yield BlockState.of(name, block, resolved, formats, BlockIO(x, None, run)), len(blocks)
-        assert len(answers) == len(x), f"{name} was run over {len(answers)} of {len(x)} windows"
+        formats = {path: LinearFormat(ROUNDED) for path in block.resolved.linears}
+        io = BlockIO(x, None, run)
+        yield BlockState.of(block.name, block.module, block.resolved, formats, io), len(blocks)
+        assert len(answers) == len(x), f"{block.name} was run over {len(answers)} of {len(x)} windows"
         x = torch.cat(answers)
-        unmake_drafts(block)
-        source.release(model, name)
+        unmake_drafts(block.module)
+        source.release(model, block.name)
 
 
 @torch.no_grad()

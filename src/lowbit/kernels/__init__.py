@@ -26,7 +26,7 @@ from lowbit.kernels.ops import (
     reference,
     register,
     run,
-    with_side,
+    with_side_terms,
 )
 
 __all__ = [
@@ -50,6 +50,6 @@ __all__ = [
     "run",
     "side_terms",
     "step",
-    "with_side",
+    "with_side_terms",
     "without_outliers",
 ]

@@ -45,9 +45,9 @@ def why_not(layer: PackedLinear, rows: int) -> str | None:
     if problem:
         return problem
     if not isinstance(layer.spec.granularity, PerChannel | PerTensor):
-        return f"weight scales are {layer.spec.granularity}, an integer sum needs one scale an output channel"
+        return f"weight scales are {layer.spec.granularity}, an integer sum needs one scale for each output channel"
     if not isinstance(layer.act.granularity, PerToken | PerTensor):
-        return f"activation scales are {layer.act.granularity}, an integer sum needs one scale a token"
+        return f"activation scales are {layer.act.granularity}, an integer sum needs one scale for each token"
     if layer.device.type != "cpu":
         return f"proved on the CPU only, the layer is on {layer.device.type}"
     if layer.shape[1] > _MAX_CHANNELS:

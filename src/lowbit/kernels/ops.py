@@ -34,7 +34,7 @@ class PackedLinear:
         spec, shape, tensors: the weight ``[O, I]`` in the canonical layout.
         act: format of the input; None: not quantized.
         act_params: static parameters of ``act``; None: fitted to the input of each call.
-        side: terms added to the weight; they multiply the unquantized input.
+        side_terms: terms added to the weight; they multiply the unquantized input.
         tiles: the codes as the compiled kernels read them; ``tensors`` then makes its codes on request.
         threshold: input channels that reach it in any token of a call are multiplied in floating point (see
             :mod:`lowbit.kernels.activation`); 0: none.
@@ -45,7 +45,7 @@ class PackedLinear:
     tensors: Mapping[str, Tensor]
     act: Spec | None = None
     act_params: Affine | None = None
-    side: tuple[SideTerm, ...] = ()
+    side_terms: tuple[SideTerm, ...] = ()
     tiles: Tensor | None = None
     threshold: float = 0.0
 
@@ -61,7 +61,7 @@ class Kernel:
     Args:
         name: unique.
         why_not: ``why_not(layer, rows)`` is the reason why the kernel cannot run ``rows`` input vectors; None if it can.
-        run: ``run(x, layer)`` is ``Q_act(x) @ W.T + x @ (sum of side).T`` for x ``[..., I]``, in the dtype of x.
+        run: ``run(x, layer)`` is ``Q_act(x) @ W.T + x @ (sum of side terms).T`` for x ``[..., I]``, in the dtype of x.
         tiled: it reads tiles. A layer has none while a run still makes it; the reference runs instead, also if this kernel
             is forced.
         leaves_to: the kernel that runs instead if this one is forced and cannot run.
@@ -86,21 +86,23 @@ def reference(x: Tensor, layer: PackedLinear) -> Tensor:
     """Decodes the weight in float32, rounds it and the quantized and decoded input to the dtype of x, and multiplies."""
     weight = decode_packed(layer.tensors, layer.spec, layer.shape)
     if layer.act is None:
-        return F.linear(x, with_side(weight, layer.side).to(x.dtype))  # one product instead of one for each term
+        return F.linear(
+            x, with_side_terms(weight, layer.side_terms).to(x.dtype)
+        )  # one product instead of one for each term
     fake = fake_quantize_activation(x, layer.act, layer.act_params, layer.threshold).to(x.dtype)
     return add_side(F.linear(fake, weight.to(x.dtype)), x, layer)
 
 
-def with_side(weight_OI: Tensor, side: tuple[SideTerm, ...]) -> Tensor:
+def with_side_terms(weight_OI: Tensor, side_terms: tuple[SideTerm, ...]) -> Tensor:
     """``weight_OI`` plus the side terms, in float32 and in place."""
-    for term in side:
+    for term in side_terms:
         weight_OI += term.dense((weight_OI.shape[0], weight_OI.shape[1]))
     return weight_OI
 
 
 def add_side(y: Tensor, x: Tensor, layer: PackedLinear) -> Tensor:
     """``y`` ``[..., O]`` plus the products of x ``[..., I]`` with the layer's side terms, for kernels that do not add them."""
-    for term in layer.side:
+    for term in layer.side_terms:
         y = y + term.apply(x, layer.shape[0])
     return y
 
@@ -135,7 +137,7 @@ def choose(layer: PackedLinear, rows: int) -> Kernel:
     if name is None:
         return next(kernel for kernel in (*_KERNELS, _REFERENCE) if kernel.why_not(layer, rows) is None)
     if name not in names():
-        raise ValueError(f"{ENVIRONMENT}={name!r} is no kernel{nearest(name, names())}; all: {', '.join(names())}")
+        raise ValueError(f"{ENVIRONMENT}={name!r} is not a kernel{nearest(name, names())}; all: {', '.join(names())}")
     kernel = _called(name)
     if kernel.tiled and layer.tiles is None:
         return _REFERENCE
@@ -165,5 +167,5 @@ def explain(layer: PackedLinear, rows: int) -> list[Reason]:
 
 
 def run(x: Tensor, layer: PackedLinear) -> Tensor:
-    """``Q_act(x) @ W.T + x @ (sum of side).T`` by the chosen kernel, ``[..., O]`` in the dtype of x ``[..., I]``."""
+    """``Q_act(x) @ W.T + x @ (sum of side terms).T`` by the chosen kernel, ``[..., O]`` in the dtype of x ``[..., I]``."""
     return choose(layer, x.numel() // max(1, x.shape[-1])).run(x, layer)

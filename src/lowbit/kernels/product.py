@@ -249,7 +249,7 @@ def run(isa: str, x: Tensor, layer: PackedLinear) -> Tensor:
     if layer.act is not None and torch.is_grad_enabled() and x.requires_grad:
         return reference(x, layer)
     assert layer.tiles is not None
-    return side_terms.add(product_of(layer)(x, layer.tiles, isa), x, layer.side, isa)
+    return side_terms.add(product_of(layer)(x, layer.tiles, isa), x, layer.side_terms, isa)
 
 
 for _isa in reversed(native.instruction_sets()):

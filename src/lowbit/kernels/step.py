@@ -26,12 +26,12 @@ from lowbit.numerics import KeptColumns, SideTerm, Sparse
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear of the model: a packed ``product`` with ``tiles`` and ``side`` terms, or a dense ``weight`` ``[O, I]``; and a
+    """A linear of the model: a packed ``product`` with ``tiles`` and ``side_terms``, or a dense ``weight`` ``[O, I]``; and a
     ``bias`` ``[O]``."""
 
     product: Product | None = None
     tiles: Tensor | None = None
-    side: tuple[SideTerm, ...] = ()
+    side_terms: tuple[SideTerm, ...] = ()
     weight: Tensor | None = None
     bias: Tensor | None = None
 
@@ -81,7 +81,7 @@ def why_not(linear: Linear) -> str | None:
         return "its input is quantized to a format without an integer product"
     if product.threshold:
         return "channels of its input that reach a threshold are multiplied separately"
-    for term in linear.side:
+    for term in linear.side_terms:
         if reason := side_terms.why_not(term):
             return reason
     return None
@@ -166,7 +166,7 @@ class TokenStep:
         matrix = self._step.packed(
             tiles.data_ptr(), tiles.numel(), addresses[0], mode, p.bits, p.symmetric, p.reach, *addresses[1:], *bias
         )
-        for term in linear.side:
+        for term in linear.side_terms:
             assert isinstance(term, Sparse | KeptColumns)
             self._step.beside(matrix, *side_terms.row_arguments(term))
         return matrix

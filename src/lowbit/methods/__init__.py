@@ -1,4 +1,4 @@
-"""Published methods, one a file; importing this package registers them. README.md says how to add one."""
+"""Published methods, each in its own file; importing this package registers them. README.md says how to add one."""
 
 from lowbit.methods import (
     autoround,

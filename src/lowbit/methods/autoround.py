@@ -1,4 +1,4 @@
-"""AutoRound (SignRound): learn which way every weight is rounded, block by block, by the sign of the gradient."""
+"""AutoRound (SignRound): learns how every weight is rounded, block by block, from the sign of the gradient."""
 
 from lowbit.recipes import Recipe, method
 from lowbit.scheme import activation, linears, weight
@@ -18,14 +18,16 @@ def autoround(
     lr: float | None = None,
     amp: bool = True,
 ) -> Recipe:
-    """Rounding offsets and ranges learned by signed gradient descent against the block's output.
+    """Rounding offsets and ranges learned by signed gradient descent on the error of the block's output.
 
-    symmetric: no zero point. activation_bits: also quantize each linear's input, per token, symmetric.
-    steps: gradient steps a block, rounded up to whole passes over the calibration windows. batch: windows a step.
-    lr: of offsets and ranges, falling linearly to zero; None: 1 / steps, as published. amp: products in bfloat16 while
-    learning.
+    * symmetric: no zero point.
+    * activation_bits: also quantize each linear's input, per token, symmetric.
+    * steps: gradient steps for each block, rounded up to whole passes over the calibration windows.
+    * batch: windows in each step.
+    * lr: learning rate of offsets and ranges, falling linearly to zero; None: 1 / steps, as published.
+    * amp: products in bfloat16 while learning.
 
-    The parameters after the best pass are kept, where the authors' code keeps those of the best single step.
+    The parameters after the best pass are kept; the authors' code keeps those of the best single step.
     """
     learn = Learn((Rounding(lr or 1 / max(1, steps)),), BlockMSE(), batch=batch, amp=amp, steps=steps, descent="sign")
     scheme = linears(weight(bits, group_size, symmetric=symmetric), activation(activation_bits))

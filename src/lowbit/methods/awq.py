@@ -1,4 +1,4 @@
-"""AWQ: scale up the channels that meet large activations, then clip; both found by search, nothing by gradients."""
+"""AWQ: scales up the channels that meet large activations, then clips; a search finds both, without gradients."""
 
 from lowbit.recipes import Recipe, method
 from lowbit.scheme import activation, linears, weight
@@ -18,11 +18,14 @@ def awq(
     clip: bool = True,
     windows: int | None = None,
 ) -> Recipe:
-    """Activation-aware scales s = mean|x|^r with r searched on the output error, and searched clipping.
+    """Activation-aware scales s = mean|x|^r, with r searched on the output error, and searched clipping.
 
-    symmetric: no zero point. activation_bits: also quantize each linear's input, per token, symmetric.
-    grid: how many exponents r are tried. scale, clip: which of the two searches to run.
-    windows: how many calibration windows the scale search judges by (None: all, as the authors' code).
+    * symmetric: no zero point.
+    * activation_bits: also quantize each linear's input, per token, symmetric.
+    * grid: number of exponents r to try.
+    * scale: run the search for scales.
+    * clip: run the search for clipping.
+    * windows: calibration windows that judge the scales; None: all, as in the authors' code.
     """
     scales = (Search(MeanAbsPower(grid), ("norm_*", "v_o", "*up_down*"), windows),) if scale else ()
     clips = (SearchClip(),) if clip else ()

@@ -1,4 +1,4 @@
-"""FP8: weights and activations in the two 8-bit floating formats that processors have."""
+"""FP8: weights and activations in the two 8-bit floating formats that processors support."""
 
 from typing import Literal
 
@@ -22,9 +22,11 @@ def fp8(
 ) -> Recipe:
     """OCP's E4M3 (largest 448) or E5M2 (largest 57344), scaled so that the largest magnitude meets the largest number.
 
-    group_size: None, a scale for each output channel. activations: each linear's input: "none", not quantized; "token" and
-    "tensor", a scale found at run time for each token or for a whole call; "static", one scale, calibrated.
-    weight_format, activation_format: which of the two.
+    * group_size: of weights; None: one scale for each output channel.
+    * weight_format: E4M3 or E5M2.
+    * activations: scales of each linear's input. "none": not quantized. "token" and "tensor": found at run time, for each
+      token or for a whole call. "static": one calibrated scale.
+    * activation_format: E4M3 or E5M2.
     """
     act = None
     if activations != "none":

@@ -1,4 +1,4 @@
-"""GPTQ: round column by column, each error absorbed by the columns still to come."""
+"""GPTQ: rounds column by column; the later columns absorb each error."""
 
 from typing import Literal
 
@@ -27,16 +27,20 @@ def gptq(
 ) -> Recipe:
     """Second-order rounding with the inverse Hessian of the layer's output error (Cholesky form).
 
-    symmetric: no zero point. activation_bits: also quantize each linear's input, per token, symmetric.
-    order: in which columns are rounded: "none", as they come; "act", by falling Hessian diagonal (also act_order=true);
-    "group", the same inside and between groups, which costs nothing at run time. static_groups: place all grids first.
-    damp: share of the mean diagonal added to it. true_sequential: stage by stage within a block.
-    mse: shrink each range to where the error, weighed by the Hessian diagonal, is least. greedy_passes: rounds of
-    coordinate descent over the codes afterwards (QuIP's, in a form that cannot get worse).
-    asymmetric: 0 to 1, how much of what the quantized blocks before changed in the input each weight makes good (GPTAQ).
+    * symmetric: no zero point.
+    * activation_bits: also quantize each linear's input, per token, symmetric.
+    * order: of rounding the columns. "none": as stored. "act": by falling Hessian diagonal. "group", the default: the same
+      inside groups and between them, which costs nothing at run time.
+    * act_order: true means order="act".
+    * static_groups: place all grids before the first column is rounded.
+    * damp: share of the mean Hessian diagonal that is added to the diagonal.
+    * mse: shrink each range to the least error, weighed by the Hessian diagonal.
+    * true_sequential: calibrate each stage of a block with the earlier stages quantized.
+    * greedy_passes: rounds of coordinate descent over the codes afterwards (QuIP's, in a form that never raises the error).
+    * asymmetric: 0 to 1, how much each weight corrects the changes of its input by earlier quantized blocks (GPTAQ).
 
-    Differs from the authors' code in its defaults: theirs are order="none" and mse=false. The ones here cost no bits and
-    no time to run, and halve SmolLM2's perplexity at 3 bits in groups of 64.
+    The authors' defaults are order="none" and mse=false. The defaults here cost no bits and no time at run time, and halve
+    SmolLM2's perplexity at 3 bits in groups of 64.
     """
     if act_order and order not in (None, "act"):
         raise ValueError(f"act_order=true is order='act'; found order={order!r} as well")

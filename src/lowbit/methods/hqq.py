@@ -1,4 +1,4 @@
-"""HQQ: zero points found by half-quadratic splitting, without any data, in seconds."""
+"""HQQ: finds zero points by half-quadratic splitting, in seconds and without data."""
 
 from lowbit.numerics import HalfQuadratic, Int, PerChannel, PerGroup, Spec
 from lowbit.recipes import Recipe, method
@@ -19,11 +19,14 @@ def hqq(
     rounds: int = 20,
     activation_bits: int | None = None,
 ) -> Recipe:
-    """Round to nearest with the zero point under which a heavy-tailed error is least.
+    """Round to nearest, with the zero point that minimizes a heavy-tailed error.
 
-    real_zero: keep the zero point as a 16-bit number, as published; otherwise it is rounded to a code, and costs bits bits.
-    p: exponent of the error. beta, kappa, rounds: weight of the penalty, its growth, and how many rounds.
-    activation_bits: also quantize each linear's input, per token, symmetric.
+    * real_zero: store the zero point as a 16-bit number, as published; otherwise round it to a code of the weight's width.
+    * p: exponent of the error.
+    * beta: weight of the penalty in the first round.
+    * kappa: factor by which the penalty grows in each round.
+    * rounds: most rounds.
+    * activation_bits: also quantize each linear's input, per token, symmetric.
     """
     grid = Int(bits, zero="real" if real_zero else "int")
     spec = Spec(grid, PerChannel() if group_size is None else PerGroup(group_size))

@@ -1,4 +1,4 @@
-"""LLM-FP4 (FPQ): floating-point weights and activations whose split into exponent and mantissa, and whose range, are searched."""
+"""LLM-FP4 (FPQ): floating-point weights and activations with searched formats and ranges."""
 
 from lowbit.modules import ActSpec
 from lowbit.numerics import Float, PerChannel, PerGroup, PerInput, PerTensor, Spec, powers_of_two
@@ -23,21 +23,23 @@ def llm_fp4(
     grid: int = 19,
     tokens: int = 2048,
 ) -> Recipe:
-    """Floating formats and their largest numbers searched by each layer's output error; a power of two for each input channel.
+    """Floating formats and ranges searched by each layer's output error, and a power of two for each input channel.
 
-    bits, activation_bits: 2 to 8 each, of weights and of each linear's input, which is static; activation_bits=16: not at all.
-    attention_bits, attention_format: of queries, keys and values, floating too, with a range for each token of each head;
-    None: not quantized, as in the authors' code; E2M1 for 4 bits where only the bits are given.
-    group_size: None, as published, one range for each output channel.
-    weight_format, activation_format: such as E2M1 or E4M3; None: the best split for each linear.
-    channel_bias: scales of the input channels are the tensor's, halved up to 2^E - 1 times (pre-shifted exponent bias).
-    rounds: of searching weight and input in turns; 0: ranges are the extremes (MinMax). grid: how many ranges are tried.
-    tokens: calibration tokens by which the output error is judged.
+    * bits: 2 to 8, of weights.
+    * activation_bits: 2 to 8, of each linear's input, which is static; 16: not quantized.
+    * group_size: of weights; None, as published: one range for each output channel.
+    * attention_bits: of queries, keys and values, floating, one range for each token of each head; None, as in the authors'
+      code: not quantized.
+    * attention_format: of these; None: half of the bits are exponent (E2M1 at 4 bits).
+    * weight_format, activation_format: such as E2M1 or E4M3; None: the best split for each linear.
+    * channel_bias: the scale of an input channel is the tensor's, halved up to 2^E - 1 times (pre-shifted exponent bias).
+    * rounds: of searching weight and input in turn; 0: ranges are the extremes (MinMax).
+    * grid: number of ranges to try.
+    * tokens: calibration tokens that judge the output error.
 
-    Differs from the authors' code: the range is searched, not the exponent bias, which is the same where that is positive;
-    the exponents of channels are stored once for each linear, with the width of the widest format searched. The embedding
-    and the head stay as they are (theirs quantizes them); keys and values are rounded where they are read, in the cache they are
-    as they were.
+    Differs from the authors' code: the search is over ranges, which equals theirs over exponent biases where these are
+    positive; the exponents of channels are stored once for each linear, in the width of the widest format searched; embedding
+    and head are not quantized; keys and values are rounded when they are read, and the cache holds them unrounded.
     """
     start = Float.of(bits, weight_format)
     act = None

@@ -1,4 +1,4 @@
-"""LUT-GEMM's format (nuQmm): weights as sums of signed bases, which a look-up kernel multiplies without decoding them."""
+"""LUT-GEMM's format (nuQmm): weights are sums of signed bases, which a look-up kernel multiplies without decoding."""
 
 from lowbit.numerics import Alternating, BinaryCoded, PerChannel, PerGroup, Spec
 from lowbit.recipes import Recipe, method
@@ -16,13 +16,15 @@ def lut_gemm(
     offset: bool = False,
     activation_bits: int | None = None,
 ) -> Recipe:
-    """Binary-coded weights, each a sum of bits signed bases of its group, fitted greedily and then in turns.
+    """Binary-coded weights: each is a sum of signed bases of its group, fitted greedily and then by alternating rounds.
 
-    bits: bases a group; each costs 16 bits a group. rounds: of alternating fits of bases and signs (0: greedy only).
-    offset: a further base that is added to every weight of the group, so that the grid need not be symmetric.
-    activation_bits: also quantize each linear's input, per token, symmetric.
+    * bits: bases in each group, 16 bits each.
+    * group_size: weights that share bases; None: one set for each output channel.
+    * rounds: of alternating fits of bases and signs; 0: greedy only.
+    * offset: one more base in each group that is added to all its weights, so that the grid need not be symmetric.
+    * activation_bits: also quantize each linear's input, per token, symmetric.
 
-    No data is needed. Bases are exact least squares where the authors' code takes steps of conjugate gradients.
+    No data is needed. Bases are exact least squares; the authors' code takes steps of conjugate gradients.
     """
     spec = Spec(BinaryCoded(bits, offset), PerChannel() if group_size is None else PerGroup(group_size))
     return Recipe.blockwise(

@@ -1,4 +1,4 @@
-"""MXFP4: the 4-bit floating format of OCP Microscaling, blocks of 32 with a power of two as scale."""
+"""MXFP4: the 4-bit floating format of OCP Microscaling, with one power of two as the scale of each block of 32."""
 
 from typing import Literal
 
@@ -18,10 +18,12 @@ _ELEMENTS = {
 
 @method("mxfp4", family="weight-activation", paper="arXiv:2310.10537")
 def mxfp4(*, activation_bits: Literal[4, 6, 8] | None = None, mse: bool = False) -> Recipe:
-    """E2M1 numbers in blocks of 32 along the input, each block with a scale of 8 bits (E8M0); nothing is calibrated.
+    """E2M1 numbers in blocks of 32 along the input, with one scale of 8 bits (E8M0) for each block; nothing is calibrated.
 
-    activation_bits: also quantize each linear's input by such blocks at run time: 4 (MXFP4), 6 (MXFP6, E3M2) or 8 (MXFP8, E4M3).
-    mse: shrink a block's range where that loses less (norm 2.4), instead of the published scale 2^(floor(log2 absmax) - 2).
+    * activation_bits: also quantize each linear's input in such blocks at run time: 4 (MXFP4), 6 (MXFP6, E3M2) or 8 (MXFP8,
+      E4M3).
+    * mse: shrink the range of a block if that lowers the error (norm 2.4), instead of the published scale
+      2^(floor(log2 absmax) - 2).
     """
     act = (
         None

@@ -1,4 +1,4 @@
-"""NF4: the base that QLoRA trains adapters on, sixteen levels at the quantiles of a normal distribution."""
+"""NF4: the base on which QLoRA trains adapters, with sixteen levels at the quantiles of a normal distribution."""
 
 from typing import Literal
 
@@ -19,10 +19,10 @@ def nf4(
 ) -> Recipe:
     """Every block of the flattened weight takes the nearest of 16 levels, scaled by its largest magnitude; no data.
 
-    block: elements that share a scale, across the borders of rows as in bitsandbytes, whose codes these are.
-    levels: "nf4", or "fp4", the floating table that bitsandbytes has beside it.
-    double_quant: keep the scales themselves in 8 bits (mean subtracted, bitsandbytes' dynamic map, blocks of 256).
-    activation_bits: also quantize each linear's input, per token, symmetric.
+    * block: consecutive elements that share a scale, across row borders as in bitsandbytes, which defines the codes.
+    * levels: "nf4", or "fp4", the floating table of bitsandbytes.
+    * double_quant: store the scales in 8 bits (mean subtracted, bitsandbytes' dynamic map, blocks of 256).
+    * activation_bits: also quantize each linear's input, per token, symmetric.
     """
     second = Spec(DYNAMIC_MAP, Flat(256), scale_dtype="float32") if double_quant else None
     return Recipe.blockwise(

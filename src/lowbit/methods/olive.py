@@ -1,4 +1,4 @@
-"""OliVe: an outlier takes the bits of its neighbour, so that four bits a value hold both without an index."""
+"""OliVe: an outlier uses the bits of its neighbour, so values and outliers fit into four bits without an index."""
 
 from typing import Literal
 
@@ -21,17 +21,20 @@ def olive(
     outliers: bool = True,
     tokens: int = 1024,
 ) -> Recipe:
-    """Outlier-victim pairs for weights and activations, each placed by a search over multiples of its three sigmas.
+    """Outlier-victim pairs for weights and activations, each placed by a search over multiples of three standard deviations.
 
-    bits: 3 to 8, one scale an output channel, or a group of group_size. activation_bits: of each linear's input, one static
-    scale a tensor, fitted on the first so many calibration tokens; the authors take the first batch that the model sees.
-    normal: the values beside outliers, "int", "flint" (4 bits), or "best", for every tensor the one that loses less of it;
-    each packed layer's format says which. keep: of two neighbours that are outliers the even one stays ("first", as published),
-    or a pair is coded as loses least ("nearest"), in the same bits.
-    outliers: false gives the plain number types, searched over multiples of the largest magnitude: ANT (arXiv:2208.14286).
+    * bits: 3 to 8, of weights.
+    * activation_bits: of each linear's input, with one static scale for the tensor.
+    * group_size: of weights; None: one scale for each output channel.
+    * normal: the values that are not outliers: "int", "flint" (4 bits), or "best", the one with the smaller error on each
+      tensor, which the format of each packed layer records.
+    * keep: of two neighbouring outliers "first" keeps the even one, as published; "nearest" codes each pair with the least
+      error, in the same bits.
+    * outliers: false: plain number types, searched over multiples of the largest magnitude, as in ANT (arXiv:2208.14286).
+    * tokens: the first calibration tokens, which fit the input's scale; the authors use the first batch of the model.
 
-    At 8 bits outliers are E2M5, as the authors' code has them; the paper says E4M3. Their option to give the layers that
-    lose most 8 bits is an override here. Solvers that round column by column cannot code pairs.
+    At 8 bits outliers are E2M5, as in the authors' code; the paper says E4M3. Their option of 8 bits for the layers with the
+    largest errors is an override here. Solvers that round column by column cannot code pairs.
     """
 
     def grids(width: int) -> tuple[Grid, ...]:

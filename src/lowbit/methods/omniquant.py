@@ -1,4 +1,4 @@
-"""OmniQuant: learn the clipping of weights and the equivalent transform of activations, block by block."""
+"""OmniQuant: learns the clipping of weights and the equivalent transform of activations, block by block."""
 
 from lowbit.recipes import Recipe, method
 from lowbit.scheme import activation, attention, linears, weight
@@ -24,13 +24,17 @@ def omniquant(
     batch: int = 1,
     amp: bool = False,
 ) -> Recipe:
-    """Learned weight clipping, and with quantized activations a learned equivalent transformation.
+    """Learned weight clipping and, with quantized activations, a learned equivalent transformation.
 
-    activation_bits: quantize each linear's input, per token, with a zero point. attention_bits: queries, keys and values as
-    well, per token of each head (the authors: as many bits as activations have).
-    transform: learn scales and shifts at the edges; None: only where activations are quantized, as the authors' LLaMA
-    scripts. clip_lr, transform_lr: learning rates. batch: windows a gradient step. alpha: of the smoothing that scales start from. epochs: passes over the calibration windows (authors: 20;
-    40 at 2 bits). augment: the authors' second loss term. amp: products in bfloat16 while learning.
+    * activation_bits: also quantize each linear's input, per token, with a zero point.
+    * attention_bits: also quantize queries, keys and values, per token of each head (the authors: as activation_bits).
+    * transform: learn scales and shifts at the edges; None: only for quantized activations, as in the authors' LLaMA scripts.
+    * epochs: passes over the calibration windows (the authors: 20; 40 at 2 bits).
+    * alpha: of the smoothing from which scales start.
+    * clip_lr, transform_lr: learning rates.
+    * augment: add the authors' second loss term.
+    * batch: windows in each gradient step.
+    * amp: products in bfloat16 while learning.
     """
     moves = transform if transform is not None else activation_bits is not None and activation_bits < 16
     transforms = (Shifts(("norm_*", "v_o"), Midpoint(), transform_lr), Scales(EDGES, Smooth(alpha), transform_lr))

@@ -1,4 +1,4 @@
-"""Outlier Suppression: take the gain out of the norms, which amplifies outliers, and clip what few tokens stretch."""
+"""Outlier Suppression: moves the gains out of the norms, where they amplify outliers, and clips ranges that few tokens need."""
 
 from lowbit.recipes import Recipe, method
 from lowbit.scheme import activation, attention, linears, weight
@@ -27,20 +27,21 @@ def outlier_suppression(
     epochs: int = 3,
     lr: float = 5e-3,
 ) -> Recipe:
-    """Gamma migration, then one static range for each activation that clips whole tokens, searched and refined by gradients.
+    """Gamma migration, then static activation ranges that clip whole tokens, found by search and refined by gradients.
 
-    bits, group_size: of weights, symmetric, per channel where group_size is None. activation_bits: of each linear's input,
-    one static range with a zero point. attention_bits: of queries, keys, values and probabilities (the authors: as many as
-    activations have), static too. migrate: move the gain of every norm into the weights behind it.
-    span: share of the tokens up to which may be clipped; None: 0.1 from 8 bits on, 0.3 from 6, else 0.9, as the authors have it.
-    windows: how many calibration windows the clipping is searched on (None: all).
-    epochs, lr: of the gradient stage, which learns steps and zero points; lr is relative to the step. epochs=0: none.
+    * bits, group_size: of weights, symmetric; group_size=None: per channel.
+    * activation_bits: of each linear's input, which gets one static range with a zero point.
+    * attention_bits: of queries, keys, values and probabilities, static too (the authors: the same as activation_bits).
+    * migrate: move the gain of every norm into the weights after it.
+    * span: largest share of the tokens to clip; None, as in the authors' code: 0.1 from 8 bits, 0.3 from 6 bits, else 0.9.
+    * windows: calibration windows that judge the clipping; None: all.
+    * epochs: of the gradient stage, which learns steps and zero points; 0: none.
+    * lr: learning rate of that stage, relative to the step.
 
-    Differs from the authors' code, which is for BERT, where its walk is block by block: one share of the tokens for each block
-    instead of the model, against the block's output instead of the model's, with weights rounded. Quantiles are over all
-    calibration tokens, not averaged over batches; Adam has a constant, relative rate, and the best epoch is kept. Norms whose
-    output is also the residual stream (OPT-350m, some BLOOMs) keep their gain, which the report says. Ranges of attention's
-    operands are their extremes, which are neither clipped nor learned; probabilities reach from 0 to 1.
+    The authors' code is for BERT; here the walk is block by block. One share of the tokens is searched for each block, not for
+    the model, on the block's output with rounded weights. Quantiles cover all calibration tokens instead of averages of batches.
+    Adam has a constant, relative rate, and the best epoch is kept. Norms whose output is the residual stream (OPT-350m, some
+    BLOOMs) keep their gain; the report says so. Ranges of attention's operands are their extremes; probabilities range from 0 to 1.
     """
     share = span if span is not None else 0.1 if activation_bits >= 8 else 0.3 if activation_bits >= 6 else 0.9
     stored = weight(bits, group_size, symmetric=True)

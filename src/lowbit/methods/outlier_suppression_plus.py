@@ -1,4 +1,4 @@
-"""Outlier Suppression+: centre every channel, then shrink those beyond a threshold that is searched by the output's error."""
+"""Outlier Suppression+: centres every channel, then shrinks channels beyond a searched threshold."""
 
 from typing import Literal
 
@@ -27,20 +27,24 @@ def outlier_suppression_plus(
 ) -> Recipe:
     """Shifts z = (max + min) / 2 and scales s = max(1, max|x| / t) of channels, with t searched; "osplus" for short.
 
-    bits, group_size: of weights, per channel where group_size is None. activation_bits: of each linear's input. symmetric: no
-    zero points in either. per: one activation range a token or one a tensor; static: the tensor's is fixed beforehand.
-    shift: centre channels where the norm has a bias to hold it; RMSNorms have none, and none is added. scale: search scales.
-    grid, smallest: t falls from the largest magnitude to smallest in grid steps or more; the authors have smallest=1.0
-    for OPT and BLOOM, and 0.1 for LLaMA. windows: how many calibration windows the search is judged on (None: all).
-    by: "judge", the error of what the linears are part of (attention, MLP), or "linears", that of their own outputs.
-    in_turn: search each edge behind the quantized linears before it, or (false) in the block as it was.
+    * bits, group_size: of weights; group_size=None: per channel.
+    * activation_bits: of each linear's input.
+    * symmetric: no zero points, in weights and activations.
+    * per: one activation range for each "token", or one for the "tensor".
+    * static: the tensor's range is calibrated.
+    * shift: centre channels if the norm has a bias to hold the shift; RMSNorms have none, and none is added.
+    * scale: search scales.
+    * grid, smallest: t falls from the largest magnitude to smallest in at least grid steps; the authors use smallest=1.0 for OPT
+      and BLOOM, 0.1 for LLaMA.
+    * windows: calibration windows that judge the search; None: all.
+    * by: the error that is searched: "judge", of the module around the linears (attention, MLP), or "linears", of their outputs.
+    * in_turn: search each edge with the linears before it quantized; false: in the block as it was.
 
     Authors: symmetric=true, per="tensor", static=true at 8 bits on OPT; the defaults are those on LLaMA at 6 and 4 bits.
-    Differs from their code: channels' ranges are of all calibration windows, and not of one, and shifts are measured on the
-    block before anything in it is quantized; where a tenth of the largest magnitude is under smallest, t ends there; attention
-    is judged behind its output projection, gate and up behind down; ReLU's fc1 -> fc2 is searched too. 1/s is folded into up
-    before it is quantized: with a scale for each row or group that gives the codes they have, who divide its scales
-    afterwards, up to the rounding of stored scales. Norms whose output is the residual stream are left alone.
+    Differs from their code: ranges of channels cover all calibration windows, not one; shifts are measured before the block is
+    quantized; t ends at a tenth of the largest magnitude if that is under smallest; attention is judged after its output
+    projection, gate and up after down; ReLU's fc1 -> fc2 is searched too. 1/s is folded into up before quantization; per row or
+    group this gives their codes, up to the rounding of scales. Norms whose output is the residual stream are left alone.
     """
     shifts = (Set(Midpoint(), ("norm_*",)),) if shift else ()
     scales = (Search(Thresholds(grid, smallest), ("norm_*", "*up_down*"), windows, by, in_turn),) if scale else ()

@@ -1,4 +1,4 @@
-"""OWQ: the few input columns that meet outlier activations stay in float16, and absorb the error of all others."""
+"""OWQ: the input columns that meet outlier activations stay in float16 and absorb the error of all others."""
 
 from typing import Literal
 
@@ -23,19 +23,22 @@ def owq(
     greedy_passes: int = 3,
     true_sequential: bool = False,
 ) -> Recipe:
-    """Second-order rounding with weak columns kept in float16, chosen by Hessian diagonal times squared perturbation.
+    """Second-order rounding; weak columns stay in float16, chosen by Hessian diagonal times squared perturbation.
 
-    target_bits: stored bits a weight that each linear may take, scales, indices and kept columns counted; as many columns
-    are kept as fit. Default: 0.1 over the codes and the scales of their groups. kept_columns: a count instead.
-    symmetric: no zero point. order: of columns by falling sensitivity, as in gptq ("act" and "group" are one without groups).
-    mse: search the width of each range and its zero point. damp, greedy_passes, true_sequential: as in gptq.
+    * target_bits: stored bits for each weight of a linear, with scales, indices and kept columns counted; as many columns are
+      kept as fit. Default: 0.1 more than the codes and the scales of their groups.
+    * kept_columns: number of kept columns instead.
+    * symmetric: no zero point.
+    * order: of columns by falling sensitivity, as in gptq ("act" and "group" are equal without groups).
+    * damp, greedy_passes, true_sequential: as in gptq.
+    * mse: search the width of each range and its zero point.
 
-    The kept columns are a buffer of their own in the packed layer (index, value), so they can be trained alone afterwards
-    (weak column tuning). With groups they stay inside theirs, whose grid is placed without them.
+    The packed layer holds the kept columns in their own buffers (index, value), so they can be trained alone afterwards (weak
+    column tuning). With groups they stay inside their groups, whose grids are placed without them.
 
-    Differs from the authors' code: their budget assumes blocks of 12 d^2 weights, gives MLP linears less than attention,
-    and so misses the target wherever heads share keys and values or q, k and v are one linear; here each linear keeps
-    what its own shape allows. Theirs: order="none", damp=0.01, greedy_passes=0, and ranges searched in 100 steps.
+    Differs from the authors' code: their budget assumes blocks of 12 d^2 weights and gives MLP linears less than attention, so
+    it misses the target if heads share keys and values or q, k and v are one linear. Here each linear keeps as much as its own
+    shape allows. Theirs: order="none", damp=0.01, greedy_passes=0, and ranges searched in 100 steps.
     """
     if target_bits is not None and kept_columns is not None:
         raise ValueError("target_bits and kept_columns both say how many columns are kept; give one of them")

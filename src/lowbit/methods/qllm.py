@@ -1,4 +1,4 @@
-"""QLLM: split the channels that hold outliers, merge like ones to make room, and learn a low-rank correction."""
+"""QLLM: splits the channels with outliers, merges similar ones to make room, and learns a low-rank correction."""
 
 from typing import Literal
 
@@ -28,20 +28,22 @@ def qllm(
     batch: int = 1,
     amp: bool = False,
 ) -> Recipe:
-    """Outlier channels split in front of their linears, others averaged to make room, and a learned low-rank correction.
+    """Outlier channels split before their linears, similar channels merged, and a learned low-rank correction.
 
-    activation_bits: of each linear's input, per token, with a zero point. attention_bits: of queries, keys and values, per
-    token of each head (the authors: as many as activations have). channel_ratio: share of the channels that may be
-    added (0: none); how many are is searched for each input. assembly: room is made by averaging pairs of channels
-    ("merge"), by dropping channels ("prune"), or the layers grow ("none").
-    threshold_steps: how many thresholds are tried. windows: calibration windows to judge them by (None: all; authors: 1).
-    attention_output: also for the input of the output projection, which the authors leave alone.
-    rank: of the correction (0: none). fold: add it to the weights before they are rounded, as published, where else it
-    is kept beside them in float16. norms: learn the gains of norms and biases as well. epochs, lr, batch, amp: of that
-    learning, at rates that fall to zero.
+    * activation_bits: of each linear's input, per token, with a zero point.
+    * attention_bits: of queries, keys and values, per token of each head (the authors: the same as activation_bits).
+    * channel_ratio: largest share of channels to add, searched for each input; 0: none.
+    * assembly: "merge" averages pairs of channels to make room, "prune" drops channels, "none" lets the layers grow.
+    * threshold_steps: number of thresholds to try.
+    * windows: calibration windows that judge them; None: all (the authors: 1).
+    * attention_output: also for the input of the output projection, which the authors leave alone.
+    * rank: of the correction; 0: none.
+    * fold: add it to the weights before rounding, as published; otherwise it is stored separately in float16.
+    * norms: also learn the gains of norms, and biases.
+    * epochs, lr, batch, amp: of the learning, with rates that fall to zero.
 
     Differs from the authors' code: one block is learned at a time (theirs: four together, and the final norm at the end);
-    like channels are those of the paper's distance, not the code's; a folded correction is learned through the rounding.
+    similar channels are those of the paper's distance, not the code's; a folded correction is learned through the rounding.
     """
     steps = (
         SearchReassembly(

@@ -1,4 +1,4 @@
-"""QuaRot: rotate the residual stream, the heads and the MLP's inside until no channel stands out, then quantize plainly."""
+"""QuaRot: rotates the residual stream, the heads and the MLP's inside until no channel stands out, then quantizes."""
 
 from dataclasses import replace
 from typing import Literal
@@ -26,19 +26,23 @@ def quarot(
 ) -> Recipe:
     """Random Hadamard rotations of every linear's input, most of them folded; then GPTQ, and activations per token.
 
-    The residual stream is rotated once for the whole model, folded into every block, with the gains of norms in the weights
-    behind them; it is turned where it enters the first block and back where it leaves the last, at run time, so that embeddings
-    and head stay as they are, tied or not. Where norms do not commute with a rotation (LayerNorm, norms behind attention and
-    MLP) the report says so, and those inputs are rotated at run time. So is what the MLP's last linear reads, everywhere.
-    bits, group_size: of weights, per channel where group_size is None; symmetric: without zero points.
-    activation_bits, activation_symmetric: of each linear's input, per token; activation_clip: share of a token's range that is
-    kept, 0.9 as in the paper. solver: of the weights, both with ranges shrunk to the least error. damp: as in gptq.
-    heads: what the output projection reads is rotated "all" together at run time, as published (theirs in two parts, heads
-    and across them), or "folded", each head by itself, which costs nothing to run.
+    * bits, group_size: of weights; group_size=None: per channel.
+    * activation_bits, activation_symmetric: of each linear's input, per token.
+    * solver: of the weights; both shrink ranges to the least error.
+    * symmetric: weights without zero points.
+    * activation_clip: share of a token's range that is kept; 0.9 as in the paper.
+    * heads: rotation of the output projection's input. "all": over all heads at run time, as published (theirs in two parts).
+      "folded": within each head, which costs nothing at run time.
+    * damp: as in gptq.
 
-    Differs from the paper: keys, values and queries are not quantized, so queries and keys are not rotated behind the rotary
-    embedding; channels whose number has no Hadamard matrix are rotated in two overlapping parts. Shares below one are not an
-    integer product in the compiled kernels: the quantized input multiplies decoded weights.
+    The residual stream is rotated once for the model: the rotation is folded into every block, with the gains of norms in the
+    weights after them. It runs where the stream enters the first block and leaves the last, so embeddings and head stay as they
+    are. Where norms do not commute with a rotation (LayerNorm, norms after attention and MLP), inputs are rotated at run time
+    and the report says so. The input of the MLP's last linear is always rotated at run time.
+
+    Differs from the paper: queries, keys and values are not quantized, so queries and keys are not rotated after the rotary
+    embedding. Widths without a Hadamard matrix are rotated in two overlapping parts. With activation_clip below one, compiled
+    kernels take no integer product: the quantized input multiplies decoded weights.
     """
     act = activation(activation_bits, symmetric=activation_symmetric)
     by = Gptq(ClipSearch(), order="group", damp=damp) if solver == "gptq" else Nearest(ClipSearch())

@@ -1,4 +1,4 @@
-"""QuIP: rotate each weight on both sides until nothing stands out, then round column by column on one grid."""
+"""QuIP: rotates each weight on both sides until nothing stands out, then rounds column by column on one grid."""
 
 from typing import Literal
 
@@ -26,16 +26,19 @@ def quip(
 ) -> Recipe:
     """Random rotations of inputs and outputs, run with the layer and stored as seeds; LDLQ, which is GPTQ's recursion.
 
-    group_size: None, as published, one range for each matrix. activation_bits: also quantize each rotated input, per token.
-    transform: the rotations: "kronecker", as published, or "hadamard", flatter and cheaper to run. balance: first rescale
-    input channels by (H_jj / (W^T W)_jj)^(1/4); folded into what comes before where that is legal, else run by the layer.
-    rho: outermost level over the root mean square of the weights; None: what loses least of a normal distribution.
-    order: in which columns are rounded. greedy_passes: coordinate descent over the codes afterwards, never worse.
+    * group_size: None, as published: one range for each matrix.
+    * transform: the rotations: "kronecker", as published, or "hadamard", flatter and cheaper to run.
+    * balance: first rescale input channels by (H_jj / (W^T W)_jj)^(1/4), folded into the layers before if possible, else at run
+      time.
+    * rho: outermost level divided by the root mean square of the weights; None: the least error on a normal distribution.
+    * order: of rounding the columns.
+    * greedy_passes: rounds of coordinate descent over the codes afterwards, which never raise the error.
+    * damp: share of the mean Hessian diagonal that is added to the diagonal.
+    * activation_bits: also quantize each rotated input, per token.
 
-    Differs from the authors' code in its defaults: theirs are transform="kronecker" (with a new factor for each slice),
-    balance=true, rho=2.4 at any number of bits, order="none". On real layers the published range almost doubles the error
-    at 2 bits, and the rescale adds a few per cent (to SmolLM2's perplexity at 3 bits, more). Their two dampings of 0.01 are
-    one here.
+    The authors' defaults are transform="kronecker" (with a new factor for each slice), balance=true, rho=2.4 at every width,
+    order="none". On real layers the published range almost doubles the error at 2 bits, and the rescale adds a few per cent
+    (more to SmolLM2's perplexity at 3 bits). Their two dampings of 0.01 are one here.
     """
     spec = Spec(Int(bits, zero="real"), PerTensor() if group_size is None else PerGroup(group_size))
     rescale = (Set(Balance(), _EDGES, run_time=True),) if balance else ()

@@ -1,4 +1,4 @@
-"""RPTQ: reorder channels into clusters of like range, and give each cluster a static range of its own."""
+"""RPTQ: reorders channels into clusters of similar range and gives each cluster its own static range."""
 
 from typing import Literal
 
@@ -23,21 +23,21 @@ def rptq(
     solver: Literal["gptq", "nearest"] = "gptq",
     damp: float = 0.01,
 ) -> Recipe:
-    """Channels sorted into clusters of like (max, min), a static range for each cluster; weights by GPTQ.
+    """Channels sorted into clusters of similar (max, min), with one static range for each; weights by GPTQ.
 
-    clusters: of an input; head_clusters: in each head of the output projection's input, of queries with keys, and of values.
-    attention_bits: of queries, keys and values (the authors: as activation_bits), with probabilities of 8 bits or more;
-    None: floating. activation_bits: of the inputs of the attention's output projection and the MLP's last linear. norm_bits:
-    of what norms give (q, k, v, gate, up, fc1); None: activation_bits, but at least 8, as in what the authors call W4A4.
-    ranges: "minmax", the extremes of all tokens; "ema", a moving average of each window's (0.99 old, 0.01 new), the authors'
-    default, which clips; "search", the extremes shrunk, cluster by cluster, to where sampled tokens lose least (inputs of
-    linears only): on real layers about half the error of "ema" at 4 bits.
-    solver: of the weights, with inputs that are not rounded; damp: as in gptq.
+    * clusters: of each linear's input.
+    * head_clusters: in each head: of the output projection's input, of queries with keys, and of values.
+    * activation_bits: of the inputs of attention's output projection and of the MLP's last linear.
+    * norm_bits: of the outputs of norms (for q, k, v, gate, up, fc1); None: activation_bits, at least 8, as in the authors' W4A4.
+    * attention_bits: of queries, keys and values (authors: activation_bits), with probabilities in 8 or more; None: floating.
+    * ranges: "minmax": all extremes. "ema", the authors' default: moving averages of windows (0.99 old, 0.01 new), which clip.
+      "search": extremes shrunk for each cluster to the least error on sampled tokens (only inputs of linears), on real layers
+      about half the error of "ema" at 4 bits.
+    * solver, damp: of the weights, with unrounded inputs; damp as in gptq.
 
-    The order is folded into weights where it can be; behind norms each linear gathers its input (the authors' norm kernel
-    writes in the new order), and attention its queries and keys behind the rotary embedding.
-    Differs from the authors' code: weights have a range a row (or group), not one for each cluster in it, and a step is
-    (max - min) / (2^bits - 1), where theirs divides by 2^bits.
+    The order is folded into weights where possible. After norms each linear gathers its input (the authors' norm kernel writes
+    in the new order), and attention gathers queries and keys after the rotary embedding. Differs from the authors' code: weights
+    have a range for each row (or group), not for each cluster in it, and steps are (max - min) / (2^bits - 1), not / 2^bits.
     """
     norms, spec = max(8, activation_bits) if norm_bits is None else norm_bits, weight(bits, group_size)
     widths = {"*": activation_bits} | ({} if norms == activation_bits else {"behind_norm": norms})

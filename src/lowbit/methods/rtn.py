@@ -1,4 +1,4 @@
-"""Round to nearest: the baseline every method is measured against."""
+"""Round to nearest: the baseline for every other method."""
 
 from lowbit.numerics import ClipSearch, MinMax
 from lowbit.recipes import Recipe, method
@@ -18,8 +18,11 @@ def rtn(
 ) -> Recipe:
     """Every weight takes the nearest value of its group's grid; nothing is calibrated.
 
-    symmetric: no zero point. activation_bits: also quantize each linear's input, per token, symmetric.
-    mse: shrink each range to where the error (norm 2.4) is least, instead of its extremes.
+    * bits: width of a weight.
+    * group_size: consecutive weights of a row that share a scale; None: one scale for each output channel.
+    * symmetric: no zero point.
+    * activation_bits: also quantize each linear's input, per token, symmetric.
+    * mse: shrink each range to the least error (norm 2.4); otherwise it covers the extremes.
     """
     return Recipe.blockwise(
         name="rtn",

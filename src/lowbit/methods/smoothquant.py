@@ -1,4 +1,4 @@
-"""SmoothQuant: move the difficulty of activation outliers into the weights, then quantize both plainly."""
+"""SmoothQuant: moves the difficulty of activation outliers into the weights, then quantizes both."""
 
 from typing import Literal
 
@@ -28,16 +28,16 @@ def smoothquant(
 ) -> Recipe:
     """Per-channel smoothing s = max|x|^alpha / max|w|^(1-alpha), then symmetric weights and activations.
 
-    bits, activation_bits: of weights and of each linear's input, both symmetric. level: the paper's O1 (per-tensor weights,
-    per-token dynamic activations), O2 (per-tensor dynamic), O3 (per-tensor static, measured after smoothing), or "O1-pc"
-    (per-channel weights, or groups of group_size, and per-token activations: what its repository evaluates).
-    attention_bits: of the operands of attention's two products, as the paper's kernels for OPT have (8): with level O3 one
-    static range a tensor, as theirs, else one for each token of each head. None: floating.
-    alpha: 0.5 for OPT and BLOOM, 0.8 to 0.9 for LLaMA-like models; "search": for each edge that of grid + 1 values from 0 to
-    1, or no smoothing, under which its linears lose least, judged on so many calibration windows (None: all).
-    all_edges: smooth v -> o and up -> down too, which the authors' code does not.
-    skip_first: with level O3, so many tokens at the start of each calibration window are kept out of the static ranges,
-    and clipped at run time: for models whose first tokens are massive, which the report names.
+    * bits, activation_bits: of weights and of each linear's input.
+    * level: weights and activations: "O1", per tensor and per token, dynamic; "O2", per tensor, dynamic; "O3", per tensor, static
+      after smoothing; "O1-pc", per channel (or groups of group_size) and per token, as the authors' repository evaluates.
+    * attention_bits: of the operands of attention's two products (8 in the paper's kernels for OPT): with O3 one static range for
+      each tensor, as theirs, else one for each token of each head; None: floating.
+    * alpha: 0.5 for OPT and BLOOM, 0.8 to 0.9 for LLaMA-like models; "search": the best value, or no smoothing, for each edge.
+    * grid: the search tries grid + 1 values from 0 to 1.
+    * windows: calibration windows that judge the search; None: all.
+    * all_edges: also smooth v -> o and up -> down, which the authors' code does not.
+    * skip_first: with O3, tokens at the start of each window that ranges ignore and clip, for massive first tokens (see report).
     """
     if level != "O1-pc" and group_size is not None:
         raise ValueError(f"level {level} has one scale for each weight tensor; group_size goes with level 'O1-pc'")

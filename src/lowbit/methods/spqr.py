@@ -1,4 +1,4 @@
-"""SpQR: very small groups whose scales and zero points are themselves quantized, and single outlier weights in float16."""
+"""SpQR: very small groups with quantized scales and zero points, and single outlier weights in float16."""
 
 from typing import Literal
 
@@ -25,16 +25,16 @@ def spqr(
 ) -> Recipe:
     """Second-order rounding that keeps single outliers in float16, over small groups with quantized scales and zeros.
 
-    stats_bits, stats_group: scales and real-valued zero points are quantized in runs of stats_group rows.
-    threshold: of the scaled squared error over which a weight is kept; a larger one keeps less, infinity (inf) nothing.
-    simplified: no leave-one-out test of what a group's range should ignore.
-    order: "act" forms groups in the order of falling Hessian diagonal, as the authors do, and stores that order (32 bits
-    an input channel); "group" stores none, and loses where a few channels dominate. damp, greedy_passes,
-    true_sequential: as in gptq.
+    * stats_bits, stats_group: width of the quantized scales and real zero points, in runs of stats_group rows.
+    * threshold: a weight is kept if its scaled squared error exceeds it; larger values keep fewer, infinity (inf) none.
+    * simplified: no leave-one-out test for the weights that a group's range ignores.
+    * order: "act", as in the authors' code, forms groups by falling Hessian diagonal and stores the order (32 bits for each
+      input channel); "group" stores none, and has larger errors if a few channels dominate.
+    * damp, greedy_passes, true_sequential: as in gptq.
 
-    Outliers are stored additively, as what is missing from the decoded code of zero, so every decoder agrees. The bits
-    count what the paper's formula leaves out (row offsets, the order of columns). The authors' settings are
-    threshold=0.2, damp=1, greedy_passes=0; the defaults here reach their error with these bits counted too.
+    Outliers are stored additively, as the difference to the decoded code of zero, so every decoder agrees. The bits include
+    what the paper's formula leaves out (row offsets, the order of columns). The authors' settings are threshold=0.2, damp=1,
+    greedy_passes=0; the defaults here reach their error with these bits counted too.
     """
     stats = Spec(Int(stats_bits, zero="real"), PerGroup(stats_group))
     solver = Gptq(

@@ -1,4 +1,4 @@
-"""ZeroQuant: groups of weights, a range for every token, and layer-by-layer distillation from the original model."""
+"""ZeroQuant: groups of weights, one range for each token, and layer-by-layer distillation from the original model."""
 
 from lowbit.numerics import Int, PerChannel, PerGroup, RowBands, Spec
 from lowbit.recipes import Recipe, method
@@ -21,18 +21,21 @@ def zeroquant(
     batch: int = 32,
     steps: int = 100,
 ) -> Recipe:
-    """Group-wise weights, token-wise dynamic activations; each block learns to give what the original gives.
+    """Group-wise weights and token-wise dynamic activations; each block learns the output of the original block.
 
-    groups: bands of whole rows of each matrix, what the authors' code counts (48 for BERT, 64 for GPT). group_size: runs along
-    the input instead, as in other methods; neither of the two: one scale an output channel, finer than the authors' bands.
-    activation_bits: of every linear's input, one range a token. ffn_bits: of the MLP's weights, where they differ: bits=8,
-    ffn_bits=4 is the paper's W4/8. symmetric: no zero points, in weights and activations.
-    distil: fit all weights, biases and norms of a block to the original block's output for the original inputs, through the
-    rounding. lr, batch, steps: of AdamW, a batch in windows; windows pass one by one.
+    * groups: bands of whole rows in each matrix, as counted in the authors' code (48 for BERT, 64 for GPT).
+    * group_size: runs along the input instead, as in other methods. Without both: one scale for each output channel, finer than
+      the authors' bands.
+    * activation_bits: of each linear's input, one range for each token.
+    * ffn_bits: of the MLP's weights, if different: bits=8, ffn_bits=4 is the paper's W4/8.
+    * symmetric: no zero points, in weights and activations.
+    * distil: fit all weights, biases and norms of a block to the original block's output on original inputs, through the
+      rounding.
+    * lr, batch, steps: of AdamW; a batch counts windows, which pass one by one.
 
-    Symmetric weights are in the authors' dialect, with a step of 2 absmax / 2^bits (every code is used and the positive
-    extreme clipped); activations in this package's, absmax / (2^(bits-1) - 1), which its integer kernels compute.
-    The authors' released configuration distils with activations of attention alone quantized; here all are.
+    Symmetric weights have the authors' step of 2 absmax / 2^bits (every code is used and the positive extreme clipped);
+    activations have the step absmax / (2^(bits-1) - 1), which the integer kernels here compute. The authors' released
+    configuration distils with only attention's activations quantized; here all are.
     """
     if groups is not None and group_size is not None:
         raise ValueError(

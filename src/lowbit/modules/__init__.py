@@ -9,34 +9,35 @@ from lowbit.modules.activation import (
 )
 from lowbit.modules.attention import AttentionSpec, attend
 from lowbit.modules.attention_ranges import OperandRanges
+from lowbit.modules.description import LinearDescription
 from lowbit.modules.draft_linear import DraftLinear, make_drafts, unmake_drafts, weight_shape
 from lowbit.modules.kv_spec import KVSpec
 from lowbit.modules.linear_format import LinearFormat
-from lowbit.modules.quant_linear import QuantLinear, buffer_layout, features, prepare, restore, stored_bits_of
-from lowbit.modules.residual import described_residual, residual_of, rotation_of, turn_residual, turned
+from lowbit.modules.quant_linear import QuantLinear, prepare, restore
+from lowbit.modules.residual import ResidualRotation, residual_of, turn_residual, turned
+from lowbit.modules.serialize_transforms import PartDescription, TensorInfo
 
 __all__ = [
     "ActSpec",
     "AttentionSpec",
     "DraftLinear",
     "KVSpec",
+    "LinearDescription",
     "LinearFormat",
     "OperandRanges",
+    "PartDescription",
     "QuantLinear",
+    "ResidualRotation",
+    "TensorInfo",
     "attend",
-    "buffer_layout",
-    "described_residual",
     "fake_activation",
     "fake_quantize_activation",
-    "features",
     "make_drafts",
     "prepare",
     "quantize_activation",
     "residual_of",
     "restore",
-    "rotation_of",
     "static_params",
-    "stored_bits_of",
     "turn_residual",
     "turned",
     "unmake_drafts",

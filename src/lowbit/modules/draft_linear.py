@@ -199,9 +199,7 @@ class DraftLinear(nn.Module):
         Raises:
             ValueError: Fisher information of the weight does not follow.
         """
-        assert not self.side_terms and self.rounding_offset is None, (
-            "a decision is for the weight and its input as they were"
-        )
+        assert not self.side_terms, "side terms are for the input as it was"
         if self.fisher is not None:
             if not isinstance(of_input, Scale | Permute) or of_output is not None:
                 raise ValueError(no_fisher(of_input))
@@ -213,6 +211,7 @@ class DraftLinear(nn.Module):
             self.post = (of_output.inverse(), *self.post)  # pyright: ignore[reportAttributeAccessIssue]
         if bias is not None and bias is not self.bias:
             self.bias = nn.Parameter(bias, requires_grad=False)
+        assert self.rounding_offset is None or new.shape == self.weight.shape, "an offset is for the weight as it was"
         new = new.to(self.weight.dtype)
         new = new.T.contiguous().T if self._transposed else new.contiguous()
         self.weight = nn.Parameter(new, requires_grad=False)

@@ -1,17 +1,16 @@
 """The one packed linear layer: every method's result, every kernel's input, every checkpoint's unit.
 
     h = pre(x)
-    y = post(Q_act(h) @ decode(codes, params).T + sum of side(h)) + bias
+    y = post(Q_act(h) @ decode(codes, params).T + sum of side_terms(h)) + bias
 
-A layer is a description (plain data, :meth:`QuantLinear.config`) and buffers laid out by it (:func:`buffer_layout`);
-the weight is held in its canonical packed form only, and decoded by the kernel that runs. The field's alternative, a
+A layer is a :class:`~lowbit.modules.LinearDescription` and buffers laid out by it; the weight is held in its canonical packed form only, and decoded by the kernel that runs. The field's alternative, a
 class for each method, multiplies the loaders and kernels by the methods.
 
 The packed buffers mean what they mean in their own dtype, so casts (``.half()``, ``.to(torch.bfloat16)``) move this
 module between devices but never convert it; it computes in the dtype of its input instead.
 
-``pre`` and ``post`` are channel transforms that no neighbour could absorb, ``side`` are weights kept beside the codes,
-which multiply the input before it is quantized: they are few and were kept because they matter.
+``pre`` and ``post`` are channel transforms that no neighbour could absorb. ``side_terms`` are weights in floating point that
+multiply the input before it is quantized: they are few and were kept because they matter.
 
 Shapes: O output channel, I input channel after ``pre``.
 """
@@ -21,66 +20,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit import kernels
 from lowbit.kernels import PackedLinear, Reason
-from lowbit.layouts import Layout, pack_qtensor, packed_layout, unpack_qtensor
+from lowbit.layouts import pack_qtensor, packed_layout, unpack_qtensor
 from lowbit.modules import serialize_transforms
-from lowbit.modules.activation import ActSpec, pack_static, static_layout, unpack_static
+from lowbit.modules.activation import ActSpec, pack_static, unpack_static
+from lowbit.modules.description import LinearDescription
 from lowbit.modules.linear_format import LinearFormat
-from lowbit.numerics import Affine, QTensor, SideTerm, Spec, Table, from_dict, to_dict
+from lowbit.modules.serialize_transforms import PLACES, Place
+from lowbit.numerics import Affine, QTensor, SideTerm, Spec, Table
 from lowbit.transforms import ChannelTransform, Made, Seeded, through
-
-Config = dict[str, Any]
-_BIAS_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_PLACES: tuple[serialize_transforms.Place, ...] = ("pre", "post", "side")
-
-
-def buffer_layout(config: Config) -> Layout:
-    """Shape and dtype of each buffer of the layer that ``config`` describes. Allocates nothing.
-
-    ``post`` and ``side`` may be absent: a layer without them is described as it was before there were any.
-
-    Raises:
-        ValueError: a description that no layer has.
-    """
-    missing = {"spec", "shape", "bias", "act", "pre"} - config.keys()
-    if missing:
-        raise ValueError(f"the description of a packed linear lacks {', '.join(sorted(missing))}")
-    spec, act, shape = from_dict(config["spec"]), from_dict(config["act"]), tuple(config["shape"])
-    if config["bias"] is not None and config["bias"] not in _BIAS_DTYPES:
-        raise ValueError(f"bias is stored as one of {', '.join(_BIAS_DTYPES)} or null, found {config['bias']!r}")
-    spec.check_shape(shape)
-    layout = packed_layout(spec, shape)
-    if act is not None:
-        act.spec.check_shape((1, shape[1]))
-    layout |= static_layout(act, shape[1])
-    for place in _PLACES:
-        layout |= serialize_transforms.layout(place, config.get(place, ()))
-    if config["bias"] is not None:
-        layout["bias"] = (shape[0],), _BIAS_DTYPES[config["bias"]]
-    return layout
-
-
-def stored_bits_of(config: Config) -> int:
-    """Bits of everything the described layer stores but its bias, which is stored the same without quantization."""
-    return sum(
-        8 * dtype.itemsize * prod(shape) for name, (shape, dtype) in buffer_layout(config).items() if name != "bias"
-    )
-
-
-def features(config: Config) -> tuple[int, int]:
-    """(in, out) as the rest of the model sees the described layer: before transforms that change the width."""
-    width = config["shape"][1]
-    for entry in reversed(config["pre"]):
-        changed = serialize_transforms.shape_of(entry.get("counts") or entry.get("groups"))
-        width = changed[0] if changed else width
-    return width, config["shape"][0]
 
 
 @dataclass(frozen=True)
@@ -88,7 +42,7 @@ class Prepared:
     """What a prepared layer has made once, so that a call does nothing but call: the product, and what is around it."""
 
     product: kernels.product.Product
-    side: tuple[SideTerm, ...]
+    side_terms: tuple[SideTerm, ...]
     transforms: dict[str, tuple[ChannelTransform | Made, ...]]
 
 
@@ -96,24 +50,22 @@ class QuantLinear(nn.Module):
     """A packed linear. Build it with :meth:`from_qtensor` or :meth:`empty`.
 
     Args:
-        config: the description, see :meth:`config`.
-        buffers: tensors by name, laid out as :func:`buffer_layout` says.
+        description: what the layer stores; :meth:`empty` builds the same layer from it.
+        buffers: tensors by name, laid out as ``description.layout()`` says.
     """
 
-    def __init__(self, config: Config, buffers: Mapping[str, Tensor]):
+    def __init__(self, description: LinearDescription, buffers: Mapping[str, Tensor]):
         super().__init__()
-        self._config = config
-        self.spec: Spec = from_dict(config["spec"])
-        self.shape = cast("tuple[int, int]", tuple(config["shape"]))
-        self.act: ActSpec | None = from_dict(config["act"])
-        self.in_features, self.out_features = features(config)
+        self.description = description
+        self.spec, self.shape, self.act = description.spec, description.shape, description.act
+        self.in_features, self.out_features = description.features
         self._weight_names = tuple(packed_layout(self.spec, self.shape))
-        for name in buffer_layout(config):
+        for name in description.layout():
             self.register_buffer(name, buffers[name])
         self.tiles: Tensor | None
         self.register_buffer("tiles", None, persistent=False)
         self._prepared: Prepared | None = None
-        if config["bias"] is None:
+        if description.bias is None:
             self.register_buffer("bias", None)
 
     @classmethod
@@ -125,7 +77,7 @@ class QuantLinear(nn.Module):
         act_params: Affine | None = None,
         pre: tuple[ChannelTransform, ...] = (),
         post: tuple[ChannelTransform, ...] = (),
-        side: tuple[SideTerm, ...] = (),
+        side_terms: tuple[SideTerm, ...] = (),
     ) -> QuantLinear:
         """Packs ``q`` ``[O, I]``.
 
@@ -136,42 +88,38 @@ class QuantLinear(nn.Module):
             act_params: parameters of a static ``act``, for granularity ``act.spec.granularity`` over I.
             pre: transforms of the input that no earlier layer could absorb, in the order they run.
             post: transforms of the output, before the bias, in the order they run; they keep its width.
-            side: terms added to the decoded ``q``.
+            side_terms: terms added to the decoded ``q``.
 
         Raises:
             ValueError: shapes that do not fit together, or parameters that are not as the spec stores them.
         """
         bias = None if bias is None else (bias.float() if bias.dtype == torch.float64 else bias).detach().clone()
-        config = {
-            "spec": to_dict(q.spec),
-            "shape": list(q.shape),
-            "bias": None if bias is None else str(bias.dtype).removeprefix("torch."),
-            "act": to_dict(act),
-        }
+        description = LinearDescription(
+            spec=q.spec,
+            shape=(q.shape[0], q.shape[1]),
+            bias=None if bias is None else bias.dtype,
+            act=act,
+            pre=serialize_transforms.describe("pre", pre),
+            post=serialize_transforms.describe("post", post),
+            side_terms=serialize_transforms.describe("side", side_terms),
+        )
         buffers = pack_qtensor(q)
-        for place, values in zip(_PLACES, (pre, post, side), strict=True):
+        for place, values in zip(PLACES, (pre, post, side_terms), strict=True):
             buffers |= serialize_transforms.tensors(place, values)
-            if values or place == "pre":
-                config[place] = serialize_transforms.describe(place, values)
         if act is not None and act.static != (act_params is not None):
             raise ValueError("act_params are given exactly when act is static")
         if act is not None and act_params is not None:
             buffers |= pack_static(act, act_params, q.shape[-1])
         if bias is not None:
             buffers["bias"] = bias
-        _check(config, buffers)
-        return cls(config, buffers)
+        _check(description, buffers)
+        return cls(description, buffers)
 
     @classmethod
-    def empty(cls, config: Config, device: torch.device | str = "meta") -> QuantLinear:
-        """The layer that ``config`` describes, buffers of the right shapes and dtypes without content: for loading."""
-        layout = buffer_layout(config)
-        return cls(config, {n: torch.empty(s, dtype=dtype, device=device) for n, (s, dtype) in layout.items()})
-
-    def config(self) -> Config:
-        """Plain data (JSON) from which :meth:`empty` builds the same layer: spec, shape, bias dtype, act, pre, and post and
-        side where there are any."""
-        return self._config
+    def empty(cls, description: LinearDescription, device: torch.device | str = "meta") -> QuantLinear:
+        """The described layer, its buffers of the right shapes and dtypes without content: for loading."""
+        layout = description.layout()
+        return cls(description, {n: torch.empty(s, dtype=dtype, device=device) for n, (s, dtype) in layout.items()})
 
     @property
     def format(self) -> LinearFormat:
@@ -189,9 +137,9 @@ class QuantLinear(nn.Module):
         return self._transforms("post", torch.float32)
 
     @property
-    def side(self) -> tuple[SideTerm, ...]:
+    def side_terms(self) -> tuple[SideTerm, ...]:
         """The terms added to the decoded weight, around this module's buffers."""
-        return serialize_transforms.build("side", self._config.get("side", ()), self._tensors())
+        return serialize_transforms.build("side", self.description.side_terms, self._tensors())
 
     @property
     def act_params(self) -> Affine | None:
@@ -218,14 +166,14 @@ class QuantLinear(nn.Module):
         if ready is None or not compiled or (self.act is not None and torch.is_grad_enabled() and x.requires_grad):
             return kernels.run(x, self.packed())
         assert self.tiles is not None
-        return kernels.side_terms.add(ready.product(x, self.tiles, forced or ""), x, ready.side, forced or "")
+        return kernels.side_terms.add(ready.product(x, self.tiles, forced or ""), x, ready.side_terms, forced or "")
 
     def packed(self) -> PackedLinear:
         """This layer as kernels see it."""
         threshold = 0.0 if self.act is None else self.act.threshold
         act = self.act and self.act.spec
         return PackedLinear(
-            self.spec, self.shape, self._tensors(), act, self.act_params, self.side, self.tiles, threshold
+            self.spec, self.shape, self._tensors(), act, self.act_params, self.side_terms, self.tiles, threshold
         )
 
     def prepare(self) -> str | None:
@@ -240,7 +188,7 @@ class QuantLinear(nn.Module):
         packed = self.packed()
         reason = kernels.native.why_unpackable(packed)
         if reason is None:
-            for term in packed.side:
+            for term in packed.side_terms:
                 kernels.side_terms.check(term, self.shape)
             self.tiles = kernels.native.pack(packed)
             del self._buffers["codes"]
@@ -251,7 +199,7 @@ class QuantLinear(nn.Module):
                 )
                 for place in ("pre", "post")
             }
-            self._prepared = Prepared(kernels.product.product_of(packed), packed.side, made)
+            self._prepared = Prepared(kernels.product.product_of(packed), packed.side_terms, made)
         return reason
 
     @property
@@ -276,14 +224,14 @@ class QuantLinear(nn.Module):
     def dequantize(self) -> Tensor:
         """The stored weight ``[O, I]``, float32, side terms included. It reads the input after ``pre`` and gives the output
         before ``post``; see :meth:`effective_weight`."""
-        return kernels.with_side(kernels.decode_packed(self._tensors(), self.spec, self.shape), self.side)
+        return kernels.with_side_terms(kernels.decode_packed(self._tensors(), self.spec, self.shape), self.side_terms)
 
     def effective_weight(self) -> Tensor:
         """``[out_features, in_features]`` float32: the layer's map, transforms folded in, activations not quantized."""
         weight = self.dequantize()
-        if self._config.get("post"):
+        if self.description.post:
             weight = (self._through("post", weight.T) - self._through("post", torch.zeros_like(weight[:, 0]))).T
-        if not self._config["pre"]:
+        if not self.description.pre:
             return weight
         with torch.inference_mode(False), torch.enable_grad():
             x = torch.zeros(self.out_features, self.in_features, device=weight.device, requires_grad=True)
@@ -294,7 +242,7 @@ class QuantLinear(nn.Module):
         """The bias, float32 ``[out_features]``, with the constant that shifts in the transforms add; None without either."""
         bias = self._buffers["bias"]
         bias = None if bias is None else bias.float()
-        if not self._config["pre"] and not self._config.get("post"):
+        if not self.description.pre and not self.description.post:
             return bias
         weight = self.dequantize()
         constant = weight @ self._through("pre", torch.zeros(self.in_features, device=weight.device))
@@ -316,7 +264,7 @@ class QuantLinear(nn.Module):
     def stored_bits(self) -> int:
         """Bits of everything stored, transforms (a seed is 64), side terms and static activation parameters included; only
         the bias is left out, since it is stored the same without quantization."""
-        return stored_bits_of(self._config)
+        return self.description.stored_bits
 
     @property
     def bits_per_weight(self) -> float:
@@ -331,10 +279,10 @@ class QuantLinear(nn.Module):
             parts.append(f"act={_short(self.act.spec)}, {'static' if self.act.static else 'dynamic'}")
             if self.act.threshold:
                 parts.append(f"channels of {self.act.threshold:g} and over in floating point")
-        for place in _PLACES:
-            if entries := self._config.get(place):
+        for place in PLACES:
+            if entries := self.description.parts(place):
                 parts.append(
-                    f"{place}={(' and ' if place == 'side' else ' then ').join(entry['type'] for entry in entries)}"
+                    f"{place}={(' and ' if place == 'side' else ' then ').join(part.type for part in entries)}"
                 )
         return "; ".join(parts)
 
@@ -358,12 +306,12 @@ class QuantLinear(nn.Module):
             return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         return _Restoring(self)
 
-    def _transforms(self, place: serialize_transforms.Place, dtype: torch.dtype) -> tuple[ChannelTransform, ...]:
-        return serialize_transforms.build(place, self._config.get(place, ()), self._tensors(), dtype)
+    def _transforms(self, place: Place, dtype: torch.dtype) -> tuple[ChannelTransform, ...]:
+        return serialize_transforms.build(place, self.description.parts(place), self._tensors(), dtype)
 
-    def _through(self, place: serialize_transforms.Place, x: Tensor) -> Tensor:
+    def _through(self, place: Place, x: Tensor) -> Tensor:
         """The transforms of ``place`` on x, in float32 (float64 stays) and back."""
-        if not self._config.get(place):
+        if not self.description.parts(place):
             return x
         wide = torch.promote_types(x.dtype, torch.float32)
         ready = self._prepared if wide == torch.float32 else None
@@ -416,8 +364,8 @@ def _short(spec: Spec) -> str:
     return f"{grid} {spec.granularity}"
 
 
-def _check(config: Config, buffers: Mapping[str, Tensor]) -> None:
-    layout = buffer_layout(config)
+def _check(description: LinearDescription, buffers: Mapping[str, Tensor]) -> None:
+    layout = description.layout()
     for name in layout.keys() | buffers.keys():
         found = (tuple(buffers[name].shape), buffers[name].dtype) if name in buffers else None
         if found != layout.get(name):

@@ -28,14 +28,47 @@ def turned(x: Tensor, rotation: Seeded) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Enter:
+class ResidualRotation:
+    """The rotation of a model's residual stream.
+
+    Args:
+        blocks: the path of the list of blocks between whose ends the stream is rotated.
+        rotation: what turns the stream, not inverted.
+    """
+
     blocks: str
     rotation: Seeded
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data that :meth:`from_json` reads."""
+        kind, rotation = type(self.rotation).__name__, self.rotation
+        return {"type": kind, "seed": rotation.seed, "size": rotation.size, "blocks": self.blocks}
+
+    @classmethod
+    def from_json(cls, data: Any) -> ResidualRotation:
+        """The rotation that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: data that describe no rotation.
+        """
+        kind = _KINDS.get(str(data.get("type"))) if isinstance(data, Mapping) else None
+        if kind is None or set(data) != {"type", "seed", "size", "blocks"}:
+            raise ValueError(
+                f"a rotation of the residual stream has a type ({', '.join(_KINDS)}), seed, size and blocks, found {data}"
+            )
+        if not all(isinstance(data[key], int) for key in ("seed", "size")) or not isinstance(data["blocks"], str):
+            raise ValueError(f"the rotation of the residual stream is damaged: {data}")
+        return cls(data["blocks"], kind(data["seed"], data["size"]))
+
+
+@dataclass(frozen=True)
+class _Enter:
+    residual: ResidualRotation
+
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:
-            return (turned(args[0], self.rotation), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": turned(kwargs["hidden_states"], self.rotation)}
+            return (turned(args[0], self.residual.rotation), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": turned(kwargs["hidden_states"], self.residual.rotation)}
 
 
 @dataclass(frozen=True)
@@ -48,39 +81,18 @@ class _Leave:
         return turned(output, self.rotation.inverse())
 
 
-def turn_residual(model: nn.Module, blocks: str, rotation: Seeded) -> None:
-    """Turns what enters the first of the blocks at the path ``blocks`` by ``rotation``, and what leaves the last back."""
-    listed = model.get_submodule(blocks)
-    assert isinstance(listed, nn.ModuleList) and len(listed), f"{blocks!r} is not a list of blocks"
-    listed[0].register_forward_pre_hook(_Enter(blocks, rotation), with_kwargs=True)
-    listed[-1].register_forward_hook(_Leave(rotation))
+def turn_residual(model: nn.Module, residual: ResidualRotation) -> None:
+    """Turns what enters the first of the blocks by the rotation, and what leaves the last back."""
+    listed = model.get_submodule(residual.blocks)
+    assert isinstance(listed, nn.ModuleList) and len(listed), f"{residual.blocks!r} is not a list of blocks"
+    listed[0].register_forward_pre_hook(_Enter(residual), with_kwargs=True)
+    listed[-1].register_forward_hook(_Leave(residual.rotation))
 
 
-def residual_of(model: nn.Module) -> dict[str, Any] | None:
-    """What :func:`turn_residual` did to a model, as plain data; None where it did nothing."""
+def residual_of(model: nn.Module) -> ResidualRotation | None:
+    """What :func:`turn_residual` did to a model; None where it did nothing."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, _Enter):
-                return described_residual(hook.blocks, hook.rotation)
+                return hook.residual
     return None
-
-
-def described_residual(blocks: str, rotation: Seeded) -> dict[str, Any]:
-    """Plain data that :func:`rotation_of` reads."""
-    return {"type": type(rotation).__name__, "seed": rotation.seed, "size": rotation.size, "blocks": blocks}
-
-
-def rotation_of(said: Mapping[str, Any]) -> Seeded:
-    """The rotation that is described.
-
-    Raises:
-        ValueError: not such a description.
-    """
-    kind = _KINDS.get(str(said.get("type")))
-    if set(said) != {"type", "seed", "size", "blocks"} or kind is None:
-        raise ValueError(
-            f"a rotation of the residual stream has a type ({', '.join(_KINDS)}), seed, size and blocks, found {said}"
-        )
-    if not all(isinstance(said[key], int) for key in ("seed", "size")) or not isinstance(said["blocks"], str):
-        raise ValueError(f"the rotation of the residual stream is damaged: {said}")
-    return kind(said["seed"], said["size"])

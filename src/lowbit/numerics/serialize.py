@@ -10,7 +10,6 @@ So :func:`from_dict` checks fields before it builds a value, and :func:`check_ty
 use pydantic for each field. It is a dependency already, for the options of methods, and its strict mode reports what is
 wrong; cattrs converts silently.
 
-
 Law: ``from_dict(to_dict(x), type(x)) == x`` for every value built of such dataclasses, numbers, strings, None and tuples.
 """
 
@@ -164,7 +163,8 @@ def _hints(cls: type) -> dict[str, Any]:
 @cache
 def _adapter(cls: type, field: str) -> TypeAdapter[Any]:
     # The tuple of one makes pydantic use this configuration and not that of a dataclass.
-    return TypeAdapter(GenericAlias(tuple, (_by_instance(_hints(cls)[field]),)), config=_STRICT)
+    hint: Any = GenericAlias(tuple, (_by_instance(_hints(cls)[field]),))
+    return TypeAdapter(hint, config=_STRICT)
 
 
 def _by_instance(hint: Any) -> Any:

@@ -52,6 +52,13 @@ class Statistic:
         """Whether further tokens would change nothing, so that the pass over them can be left out."""
         return False
 
+    def nbytes(self, tokens: int, width: int) -> int:
+        """Bytes of the accumulator of one input of ``width`` channels after ``tokens``; 0 where it is not of inputs."""
+        if not self.of_input:
+            return 0
+        shape = (2, tokens, width) if self.paired else (tokens, width)
+        return self.merge(torch.empty(shape, device="meta")).nbytes
+
 
 @serializable
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from typing import Any
 
 from lowbit.numerics import Fisher
 from lowbit.plan.layers import PlannedLayer, planned_layers, ragged_groups
-from lowbit.plan.survey import EdgeUse, Survey, base_name, edge_notes, edge_uses, edges_of, survey
+from lowbit.plan.model_plan import ModelPlan, base_name, edge_notes, plan_model
 from lowbit.recipes import Recipe
+from lowbit.steps import EdgeUse
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,20 @@ class Explanation:
 
 def explain(recipe: Recipe | str | Path | dict[str, Any], model: str | PathLike[str]) -> Explanation:
     """What ``recipe`` would do to each layer of ``model``, without reading a weight. Raises as :func:`lowbit.plan.plan`."""
-    found = survey(model, recipe)
-    steps = tuple(" ".join(_sentences(found, step)) for step in found.recipe.steps)
-    notes = (*_feed(found), *_attention(found), *found.architecture.warnings, *_left_out(found))
-    return Explanation(steps, planned_layers(found), notes)
+    plan = plan_model(model, recipe)
+    steps = tuple(" ".join(_sentences(plan, step)) for step in plan.recipe.steps)
+    notes = (*_feed(plan), *_attention(plan), *plan.architecture.warnings, *_left_out(plan))
+    return Explanation(steps, planned_layers(plan), notes)
 
 
-def _feed(found: Survey) -> Iterator[str]:
-    if found.recipe.needs_calibration:
-        whose = "the original model gives" if found.recipe.feed == "fp" else "the quantized blocks before it give"
-        yield f"every block sees the hidden states that {whose} for the calibration text (feed: {found.recipe.feed})"
+def _feed(plan: ModelPlan) -> Iterator[str]:
+    if plan.recipe.needs_calibration:
+        whose = "the original model gives" if plan.recipe.feed == "fp" else "the quantized blocks before it give"
+        yield f"every block sees the hidden states that {whose} for the calibration text (feed: {plan.recipe.feed})"
 
 
-def _attention(found: Survey) -> Iterator[str]:
-    spec = found.recipe.scheme.attention
+def _attention(plan: ModelPlan) -> Iterator[str]:
+    spec = plan.recipe.scheme.attention
     if spec is not None:
         floating, bits = spec.probability_bits is None, spec.probability_bits
         clusters = "static, one for each of the three" if spec.clusters is None else f"static, {spec.clusters} a head"
@@ -57,18 +58,18 @@ def _attention(found: Survey) -> Iterator[str]:
         )
 
 
-def _left_out(found: Survey) -> list[str]:
-    return [*edge_notes(found), *ragged_groups(found)]
+def _left_out(plan: ModelPlan) -> list[str]:
+    return [*edge_notes(plan), *ragged_groups(plan)]
 
 
-def _sentences(found: Survey, step: Any) -> Iterator[str]:
+def _sentences(plan: ModelPlan, step: Any) -> Iterator[str]:
     """What the step is, its settings, the transforms it makes and where, and what it must measure."""
     yield f"{type(step).__name__}: {_summary(step)}"
     settings = _settings(step, " = ")
     if settings:
         yield f"Here {', '.join(settings)}."
-    for use in edge_uses(step):
-        yield _where(found, use)
+    for use in step.transforms:
+        yield from _where(plan, use)
     needs = sorted(_value(need) for need in step.needs if need.of_input)
     if needs:
         yield f"Measures {', '.join(needs)} of every input first."
@@ -76,17 +77,29 @@ def _sentences(found: Survey, step: Any) -> Iterator[str]:
         yield "Reads the Fisher information of every weight, from a backward pass over the whole model before the first block."
 
 
-def _where(found: Survey, use: EdgeUse) -> str:
-    names: dict[str, set[str]] = {}
-    for block in found.blocks:
-        for edge, name, why_not in edges_of(use, block):
-            if edge is not None and not why_not:
-                names.setdefault(base_name(name), set()).add(block.name)
-    if not names:
-        return f"No {use.kind.value} is applied: no edge of this model can carry one there."
-    total = len(found.blocks)
-    places = [name if len(blocks) == total else f"{name} (in {len(blocks)} blocks)" for name, blocks in names.items()]
-    return f"A {use.kind.value} by {_value(use.rule)} is folded into the weights on both sides of {', '.join(places)}."
+def _where(plan: ModelPlan, use: EdgeUse) -> Iterator[str]:
+    """Where a transform is folded, and where linears run it."""
+    folded: dict[str, set[str]] = {}
+    run: dict[str, set[str]] = {}
+    for block in plan.blocks:
+        for edge in use.legal_edges(block.resolved):
+            folded.setdefault(base_name(edge.name), set()).add(block.name)
+        for name in use.run_time_inputs(block.description):
+            run.setdefault(base_name(name), set()).add(block.name)
+    made = f"A {use.kind.value} by {_value(use.rule)}"
+    if folded:
+        yield f"{made} is folded into the weights on both sides of {_places(plan, folded)}."
+    if run:
+        yield f"{made} is run and stored by the linears that read {_places(plan, run)}."
+    if not folded and not run:
+        yield f"No {use.kind.value} is applied: no edge of this model can carry one there."
+
+
+def _places(plan: ModelPlan, names: dict[str, set[str]]) -> str:
+    total = len(plan.blocks)
+    return ", ".join(
+        name if len(blocks) == total else f"{name} (in {len(blocks)} blocks)" for name, blocks in names.items()
+    )
 
 
 def _summary(value: Any) -> str:

@@ -8,12 +8,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lowbit.modules import buffer_layout
 from lowbit.numerics import PerCluster, to_dict
 from lowbit.plan.compatibility import compatibility, kernel_reasons
 from lowbit.plan.layers import PlannedLayer, planned_layers, ragged_groups
+from lowbit.plan.model_plan import ModelPlan, edge_notes, layer_bytes, outside_bytes, plan_model, rest_of_block
 from lowbit.plan.peak import peak_disk_bytes, peak_parts
-from lowbit.plan.survey import Survey, edge_notes, layout_bytes, outside_bytes, rest_of_block, survey
 from lowbit.recipes import Recipe
 
 
@@ -25,9 +24,9 @@ class Plan:
         name: the model's. recipe: as plain data. architecture: the table's name.
         layers: every matrix of the model, quantized or not, with why not.
         bytes_in: of all tensors of the original checkpoint.
-        bytes_out: of all tensors that will be written; file headers, a few KiB a block, come on top. Exact but for what
-            a solver or a search decides: a column order or copied channels that may be stored are counted, and so are the biases that a shift adds to
-            experts even if no calibration token reaches them.
+        bytes_out: of all tensors that will be written; file headers, a few KiB a block, come on top. Exact where no solver and
+            no search decides. A column order or copied channels that may be stored are counted, weights kept in half precision
+            are not; and biases that a shift adds to experts are counted even if no calibration token reaches them.
         bits_per_weight: all stored bits of the quantized linears over their weights, counted the same.
         peak_ram_bytes: an estimate, see :mod:`lowbit.plan.peak`; ``peak_ram_parts`` are its terms by moment of the run.
         peak_disk_bytes: of temporary files: activations beyond the memory limit, Fisher information; the checkpoint comes on top.
@@ -72,40 +71,37 @@ def plan(
         ValueError: what a run would refuse: a model that cannot be opened or is quantized already, a rule that matches no
             layer, a format that a layer cannot have.
     """
-    found = survey(model, recipe)
-    layers = planned_layers(found)
+    checked = plan_model(model, recipe)
+    layers = planned_layers(checked)
     quantized = [layer for layer in layers if not layer.reason]
     weights = sum(prod(layer.shape) for layer in quantized)
-    parts = peak_parts(found, samples, seq_len, ram_limit)
+    parts = peak_parts(checked, samples, seq_len, ram_limit)
     return Plan(
-        name=found.source.name,
-        recipe=to_dict(found.recipe),
-        architecture=found.architecture.name,
+        name=checked.source.name,
+        recipe=to_dict(checked.recipe),
+        architecture=checked.architecture.name,
         layers=layers,
-        bytes_in=sum(header.nbytes for header in found.source.headers.values()),
-        bytes_out=_bytes_out(found),
+        bytes_in=sum(header.nbytes for header in checked.source.headers.values()),
+        bytes_out=_bytes_out(checked),
         bits_per_weight=sum(layer.bits_per_weight * prod(layer.shape) for layer in quantized) / max(1, weights),
         peak_ram_bytes=max(sum(terms.values()) for terms in parts.values()),
-        peak_disk_bytes=peak_disk_bytes(found, samples * seq_len, ram_limit),
-        warnings=tuple(_warnings(found, layers, samples, seq_len)),
-        compatibility=compatibility(found),
+        peak_disk_bytes=peak_disk_bytes(checked, samples * seq_len, ram_limit),
+        warnings=tuple(_warnings(checked, layers, samples, seq_len)),
+        compatibility=compatibility(checked),
         peak_ram_parts=parts,
     )
 
 
-def _bytes_out(found: Survey) -> int:
-    total = outside_bytes(found, found.source.dtype.itemsize)
-    for block in found.blocks:
-        total += rest_of_block(found, block)
-        for path in block.formats:
-            total += layout_bytes(buffer_layout(found.config(block, path))) + found.order_bytes(block, path)
-    return total
+def _bytes_out(plan: ModelPlan) -> int:
+    rest = sum(rest_of_block(plan, block) for block in plan.blocks)
+    packed = sum(layer_bytes(plan, layer) for *_, layer in plan.layers)
+    return outside_bytes(plan, plan.source.dtype.itemsize) + rest + packed
 
 
-def _warnings(found: Survey, layers: tuple[PlannedLayer, ...], samples: int, seq_len: int) -> list[str]:
-    acts = [form.act for block in found.blocks for form in block.formats.values() if form.act is not None]
-    warnings = [*found.architecture.warnings, *ragged_groups(found), *edge_notes(found)]
-    slow = kernel_reasons(found).get("reference")
+def _warnings(plan: ModelPlan, layers: tuple[PlannedLayer, ...], samples: int, seq_len: int) -> list[str]:
+    acts = [layer.format.act for *_, layer in plan.layers if layer.format.act is not None]
+    warnings = [*plan.architecture.warnings, *ragged_groups(plan), *edge_notes(plan)]
+    slow = kernel_reasons(plan).get("reference")
     if acts and slow:
         warnings.append(
             f"activations are quantized, but no fast kernel computes {slow} with them: they are rounded and multiplied in "
@@ -120,13 +116,14 @@ def _warnings(found: Survey, layers: tuple[PlannedLayer, ...], samples: int, seq
         warnings.append(
             f"static activation ranges are fixed by the {samples} x {seq_len} calibration tokens; larger inputs are clipped"
         )
-    orders = sum(found.order_bytes(block, path) for block in found.blocks for path in block.formats)
+    orders = sum(layer.order_bytes for *_, layer in plan.layers)
     if orders:
         warnings.append(f"the solver stores a column order with each layer: up to {orders} bytes, counted in bytes_out")
-    if found.searched_channels:
-        warnings.append("a search decides how many channels are copied; bytes_out counts as many as it may choose")
-    if found.recipe.needs_calibration and samples < 1:
-        warnings.append(f"recipe {found.recipe.name!r} needs calibration text, but samples is {samples}")
+    if any(layer.outliers for *_, layer in plan.layers):
+        warnings.append("the solver keeps weights in half precision as it finds them; bytes_out does not count them")
+    warnings += [step.upper_bound for step in plan.recipe.steps if step.upper_bound]
+    if plan.recipe.needs_calibration and samples < 1:
+        warnings.append(f"recipe {plan.recipe.name!r} needs calibration text, but samples is {samples}")
     if not any(not layer.reason for layer in layers):
         warnings.append("nothing is quantized: every linear is skipped")
     return warnings

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from lowbit.modules import ActSpec, stored_bits_of
+from lowbit.modules import ActSpec
 from lowbit.numerics import (
     Block,
     Float,
@@ -25,7 +25,7 @@ from lowbit.numerics import (
     Spec,
     Table,
 )
-from lowbit.plan.survey import Survey, SurveyedBlock, outside_names
+from lowbit.plan.model_plan import BlockPlan, ModelPlan, outside_names
 from lowbit.scheme import Scheme
 
 
@@ -54,59 +54,59 @@ class PlannedLayer:
         return asdict(self) | {"shape": list(self.shape)}
 
 
-def planned_layers(found: Survey) -> tuple[PlannedLayer, ...]:
+def planned_layers(plan: ModelPlan) -> tuple[PlannedLayer, ...]:
     """All matrices in the order of the model: what comes before the blocks, the blocks, what comes after."""
-    names = outside_names(found)
-    outside = [_outside(found, name) for name in names] + [
-        _tied(found, *pair) for pair in found.model.all_tied_weights_keys.items()
+    names = outside_names(plan)
+    outside = [_outside(plan, name) for name in names] + [
+        _tied(plan, *pair) for pair in plan.model.all_tied_weights_keys.items()
     ]
     first = [row for row in outside if row and row.role == "embedding"]
     last = [row for row in outside if row and row.role != "embedding"]
-    return (*first, *(row for block in found.blocks for row in _of_block(found, block)), *last)
+    return (*first, *(row for block in plan.blocks for row in _of_block(plan, block)), *last)
 
 
-def _outside(found: Survey, name: str) -> PlannedLayer | None:
-    shape, module = tuple(found.model.state_dict()[name].shape), name.rpartition(".")[0]
+def _outside(plan: ModelPlan, name: str) -> PlannedLayer | None:
+    shape, module = tuple(plan.model.state_dict()[name].shape), name.rpartition(".")[0]
     if len(shape) < 2:
         return None
-    if module in found.architecture.embed:
+    if module in plan.architecture.embed:
         role, reason = "embedding", "embedding: looked up, not multiplied"
-    elif module == found.architecture.head:
+    elif module == plan.architecture.head:
         role, reason = "head", "head: not in a block"
     else:
         role, reason = "other", "not in a block"
-    return PlannedLayer(module, role, shape, None, None, _as_is(found), reason)
+    return PlannedLayer(module, role, shape, None, None, _as_is(plan), reason)
 
 
-def _tied(found: Survey, name: str, other: str) -> PlannedLayer:
-    module, shape = name.rpartition(".")[0], tuple(found.model.state_dict()[name].shape)
-    role = "head" if module == found.architecture.head else "other"
+def _tied(plan: ModelPlan, name: str, other: str) -> PlannedLayer:
+    module, shape = name.rpartition(".")[0], tuple(plan.model.state_dict()[name].shape)
+    role = "head" if module == plan.architecture.head else "other"
     reason = f"{role}: tied to {other.rpartition('.')[0]}, which is stored once for both"
     return PlannedLayer(module, role, shape, None, None, 0.0, reason)
 
 
-def _as_is(found: Survey) -> float:
-    return 8.0 * found.source.dtype.itemsize
+def _as_is(plan: ModelPlan) -> float:
+    return 8.0 * plan.source.dtype.itemsize
 
 
-def _of_block(found: Survey, block: SurveyedBlock) -> Iterator[PlannedLayer]:
+def _of_block(plan: ModelPlan, block: BlockPlan) -> Iterator[PlannedLayer]:
     for path, role in block.resolved.linears.items():
-        name, shape = f"{block.name}.{path}", block.shape(path)
-        form = block.formats.get(path)
-        if form is None:
-            yield PlannedLayer(name, role, shape, None, None, _as_is(found), _why_not(found.recipe.scheme, name, role))
+        name, shape = f"{block.name}.{path}", block.shapes[path]
+        layer = block.layers.get(path)
+        if layer is None:
+            yield PlannedLayer(name, role, shape, None, None, _as_is(plan), _why_not(plan.recipe.scheme, name, role))
             continue
-        bits = stored_bits_of(found.config(block, path)) + 8 * found.order_bytes(block, path)
-        act = None if form.act is None else activation_text(form.act)
-        yield PlannedLayer(name, role, shape, weight_text(form.weight), act, bits / prod(shape))
+        bits = plan.description(layer).stored_bits + 8 * layer.order_bytes
+        act = None if layer.format.act is None else activation_text(layer.format.act)
+        yield PlannedLayer(name, role, shape, weight_text(layer.format.weight), act, bits / prod(shape))
     for path, role in block.resolved.routers.items():
         shape = tuple(block.module.get_submodule(path).get_parameter("weight").shape)
         reason = "router: a small error here sends a token to other experts"
-        yield PlannedLayer(f"{block.name}.{path}", role, shape, None, None, _as_is(found), reason)
+        yield PlannedLayer(f"{block.name}.{path}", role, shape, None, None, _as_is(plan), reason)
     for parameter in block.resolved.other_matrices:
         shape = tuple(block.module.get_parameter(parameter).shape)
         reason = "the architecture's table gives it no role"
-        yield PlannedLayer(f"{block.name}.{parameter}", "other", shape, None, None, _as_is(found), reason)
+        yield PlannedLayer(f"{block.name}.{parameter}", "other", shape, None, None, _as_is(plan), reason)
 
 
 def _why_not(scheme: Scheme, name: str, role: str) -> str:
@@ -166,15 +166,14 @@ def _granularity_text(granularity: Any) -> str:
     return str(granularity)
 
 
-def ragged_groups(found: Survey) -> list[str]:
+def ragged_groups(plan: ModelPlan) -> list[str]:
     """Where groups do not divide the inputs, one sentence for each group size and width."""
     where: dict[tuple[int, int], list[str]] = {}
-    for block in found.blocks:
-        for path, form in block.formats.items():
-            inputs, grain = block.shape(path)[1], form.weight.granularity
-            size = grain.size if isinstance(grain, PerGroup) else grain.cols if isinstance(grain, Block) else inputs
-            if inputs % size:
-                where.setdefault((size, inputs), []).append(block.resolved.linears[path])
+    for block, path, layer in plan.layers:
+        inputs, grain = block.shapes[path][1], layer.format.weight.granularity
+        size = grain.size if isinstance(grain, PerGroup) else grain.cols if isinstance(grain, Block) else inputs
+        if inputs % size:
+            where.setdefault((size, inputs), []).append(block.resolved.linears[path])
     return [
         f"group size {size} does not divide the {inputs} inputs of {', '.join(dict.fromkeys(roles))} ({len(roles)} layers): "
         + (f"the last group of each row holds {inputs % size}" if size < inputs else "each row is one group")

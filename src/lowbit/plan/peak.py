@@ -36,59 +36,50 @@ with a vocabulary of 49,152, and d 1,024), five methods peaked between 0.95 and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import prod
-from typing import Any
 
-import torch
-
-from lowbit.architectures import ResolvedEdge
-from lowbit.modules import buffer_layout
-from lowbit.numerics import Samples, Statistic
-from lowbit.plan.survey import Survey, SurveyedBlock, edge_uses, edges_of, layout_bytes, outside_bytes
+from lowbit.plan.model_plan import BlockPlan, ModelPlan, outside_bytes
 from lowbit.recipes import Train
-from lowbit.steps import Learn, Search, SearchReassembly, Solve
+from lowbit.steps import Step
+from lowbit.steps.step import FLOAT, RunSizes
 
 PROCESS = 420 * 2**20
 """Bytes of a process that has imported everything and run a tiny model."""
-FLOAT = 4
-_LEARN_COPIES, _FACTOR_COPIES, _SOLVER_COPIES, _SEARCH_COPIES, _DISTANCE_COPIES = 8, 6, 4, 3, 4
-_CHECKED_TOKENS = Samples(256)  # of every input, on which the walk measures each layer's error
 
 
-def activation_bytes(found: Survey, tokens: int, ram_limit: int, arrays: int = 3) -> tuple[int, int]:
+def activation_bytes(plan: ModelPlan, tokens: int, ram_limit: int, arrays: int = 3) -> tuple[int, int]:
     """(in memory, in files): arrays of float32, each in memory while all there fit the limit, as the store decides."""
-    size, ram = tokens * found.source.config.get_text_config().hidden_size * FLOAT, 0
+    size, ram = tokens * plan.source.config.get_text_config().hidden_size * FLOAT, 0
     for _ in range(arrays):
         ram += size if ram + size <= ram_limit else 0
     return ram, arrays * size - ram
 
 
-def peak_disk_bytes(found: Survey, tokens: int, ram_limit: int) -> int:
+def peak_disk_bytes(plan: ModelPlan, tokens: int, ram_limit: int) -> int:
     """Of temporary files: activations beyond the limit, and Fisher information where the recipe needs it."""
-    if not found.recipe.needs_fisher:
-        return activation_bytes(found, tokens, ram_limit)[1]
-    squares = sum(prod(block.shape(path)) for block in found.blocks for path in block.formats) * FLOAT
-    return activation_bytes(found, tokens, ram_limit, 3 + len(found.blocks))[1] + squares
+    if not plan.recipe.needs_fisher:
+        return activation_bytes(plan, tokens, ram_limit)[1]
+    squares = sum(prod(block.shapes[path]) for block, path, _ in plan.layers) * FLOAT
+    return activation_bytes(plan, tokens, ram_limit, 3 + len(plan.blocks))[1] + squares
 
 
-def peak_parts(found: Survey, samples: int, seq_len: int, ram_limit: int) -> dict[str, dict[str, int]]:
+def peak_parts(plan: ModelPlan, samples: int, seq_len: int, ram_limit: int) -> dict[str, dict[str, int]]:
     """Bytes of each moment's terms (see the module docstring); the peak is the largest sum."""
     tokens = samples * seq_len
-    held = {"process": PROCESS, "activations": activation_bytes(found, tokens, ram_limit)[0]}
-    worst = max(found.blocks, key=lambda block: _block_bytes(block) + _largest_step(found, block, samples, seq_len)[1])
-    step, need = _largest_step(found, worst, samples, seq_len)
-    largest = max(p.numel() for p in worst.module.parameters()) * found.source.dtype.itemsize
+    held = {"process": PROCESS, "activations": activation_bytes(plan, tokens, ram_limit)[0]}
+    worst = max(plan.blocks, key=lambda block: _block_bytes(block) + _largest_step(plan, block, samples, seq_len)[1])
+    step, need = _largest_step(plan, worst, samples, seq_len)
+    largest = max(p.numel() for p in worst.module.parameters()) * plan.source.dtype.itemsize
     block = {"block": _block_bytes(worst), "largest tensor": largest, f"step {step}": need}
     if not tokens:
         return {"block": held | block}
-    outside = outside_bytes(found, FLOAT)
-    logits = seq_len * found.source.config.get_text_config().vocab_size * FLOAT
-    packed = sum(layout_bytes(buffer_layout(found.config(b, path))) for b in found.blocks for path in b.formats)
-    fisher = _fisher_parts(found, worst, samples, seq_len, ram_limit) if found.recipe.needs_fisher else {}
-    train = _train_parts(found, worst, seq_len, held, packed)
+    outside = outside_bytes(plan, FLOAT)
+    logits = seq_len * plan.source.config.get_text_config().vocab_size * FLOAT
+    packed = sum(plan.description(layer).nbytes for *_, layer in plan.layers)
+    fisher = _fisher_parts(plan, worst, samples, seq_len, ram_limit) if plan.recipe.needs_fisher else {}
+    train = _train_parts(plan, worst, seq_len, held, packed)
     return (fisher | train) | {
-        "start": held | {"embeddings": _base_bytes(found), "block": _block_bytes(found.blocks[0])},
+        "start": held | {"embeddings": _base_bytes(plan), "block": _block_bytes(plan.blocks[0])},
         "block": held | block,
         "compare": held | {"outside the blocks": outside, "logits": 8 * logits},
         "reload": held | {"outside the blocks": outside, "packed layers": packed, "logits": 6 * logits},
@@ -96,147 +87,79 @@ def peak_parts(found: Survey, samples: int, seq_len: int, ram_limit: int) -> dic
 
 
 def _train_parts(
-    found: Survey, worst: SurveyedBlock, seq_len: int, held: dict[str, int], packed: int
+    plan: ModelPlan, worst: BlockPlan, seq_len: int, held: dict[str, int], packed: int
 ) -> dict[str, dict[str, int]]:
-    batch = max((stage.batch for stage in found.recipe.stages if isinstance(stage, Train)), default=0)
+    batch = max((stage.batch for stage in plan.recipe.stages if isinstance(stage, Train)), default=0)
     if not batch:
         return {}
-    logits = seq_len * found.source.config.get_text_config().vocab_size * FLOAT
-    weights = sum(prod(block.shape(path)) for block in found.blocks for path in block.formats)
-    kept = len(found.blocks) * _window_bytes(found, worst, seq_len)
+    logits = seq_len * plan.source.config.get_text_config().vocab_size * FLOAT
+    weights = sum(prod(block.shapes[path]) for block, path, _ in plan.layers)
+    kept = len(plan.blocks) * run_sizes(plan, worst, 1, seq_len).window_bytes
     return {
         "train": held
         | {
-            "outside the blocks, packed and original": 2 * outside_bytes(found, FLOAT),
+            "outside the blocks, packed and original": 2 * outside_bytes(plan, FLOAT),
             "packed layers": packed,
             "codes": weights,
             "logits": 8 * batch * logits,
             "activations of a batch": int(batch * kept),
-            "decoded layer": 4 * FLOAT * max((prod(worst.shape(path)) for path in worst.formats), default=0),
+            "decoded layer": 4 * FLOAT * max((prod(worst.shapes[path]) for path in worst.formats), default=0),
         }
     }
 
 
 def _fisher_parts(
-    found: Survey, worst: SurveyedBlock, samples: int, seq_len: int, ram_limit: int
+    plan: ModelPlan, worst: BlockPlan, samples: int, seq_len: int, ram_limit: int
 ) -> dict[str, dict[str, int]]:
-    boundaries = activation_bytes(found, samples * seq_len, ram_limit, 3 + len(found.blocks))[0]
+    boundaries = activation_bytes(plan, samples * seq_len, ram_limit, 3 + len(plan.blocks))[0]
     held = {"process": PROCESS, "activations": boundaries}
-    logits = seq_len * found.source.config.get_text_config().vocab_size * FLOAT
-    largest = max((prod(worst.shape(path)) for path in worst.formats), default=0) * FLOAT
+    logits = seq_len * plan.source.config.get_text_config().vocab_size * FLOAT
+    largest = max((prod(worst.shapes[path]) for path in worst.formats), default=0) * FLOAT
     return {
-        "loss": held | {"outside the blocks": outside_bytes(found, FLOAT), "logits": 6 * logits},
+        "loss": held | {"outside the blocks": outside_bytes(plan, FLOAT), "logits": 6 * logits},
         "gradients": held
         | {
             "block": _block_bytes(worst),
             "squares": _block_bytes(worst),
             "largest gradient": largest,
-            "window": int(3 * _window_bytes(found, worst, seq_len)),
+            "window": int(3 * run_sizes(plan, worst, 1, seq_len).window_bytes),
         },
     }
 
 
-def _block_bytes(block: SurveyedBlock) -> int:
+def _block_bytes(block: BlockPlan) -> int:
     return sum(p.numel() for p in block.module.parameters()) * FLOAT
 
 
-def _base_bytes(found: Survey) -> int:
-    prefix, base = f"{found.architecture.blocks}.", f"{found.model.base_model_prefix}."
-    named = found.model.named_parameters()
+def _base_bytes(plan: ModelPlan) -> int:
+    prefix, base = f"{plan.architecture.blocks}.", f"{plan.model.base_model_prefix}."
+    named = plan.model.named_parameters()
     return sum(p.numel() for name, p in named if name.startswith(base) and not name.startswith(prefix)) * FLOAT
 
 
-def _largest_step(found: Survey, block: SurveyedBlock, samples: int, seq_len: int) -> tuple[str, int]:
-    sizes = [(type(step).__name__, _step_bytes(found, block, step, samples, seq_len)) for step in found.recipe.steps]
-    return max(sizes, key=lambda size: size[1])
+def _largest_step(plan: ModelPlan, block: BlockPlan, samples: int, seq_len: int) -> tuple[str, int]:
+    sizes = run_sizes(plan, block, samples, seq_len)
+    steps = [(type(step).__name__, step_bytes(step, sizes)) for step in plan.recipe.steps]
+    return max(steps, key=lambda size: size[1])
 
 
-def _step_bytes(found: Survey, block: SurveyedBlock, step: Any, samples: int, seq_len: int) -> int:
-    tokens = samples * seq_len
-    window = _window_bytes(found, block, seq_len)
-    size = statistics_bytes(block, step.needs, tokens) + (window if tokens else 0)
-    if isinstance(step, Search):
-        heard = tokens if step.windows is None else min(step.windows, samples) * seq_len
-        size += heard * _judged_width(found, block, step) * FLOAT + _SEARCH_COPIES * _edge_bytes(block, step)
-    if isinstance(step, SearchReassembly):
-        heard = (samples if step.windows is None else min(step.windows, samples)) * seq_len
-        read = [(block.shape(path)[1], _share(found, block, path)) for path in _first_readers(block)]
-        size += 2 * heard * sum(width * share for width, share in read) * FLOAT
-        size += _DISTANCE_COPIES * max((width for width, _ in read), default=0) ** 2 * FLOAT
-    if isinstance(step, Learn):
-        weights = sum(prod(block.shape(path)) for path in block.formats)
-        size += _LEARN_COPIES * (weights * FLOAT + step.batch * window)
-    if isinstance(step, Solve):
-        size += statistics_bytes(block, {_CHECKED_TOKENS}, tokens) + _solver_bytes(block, step.solver)
-    return int(size)
+def step_bytes(step: Step, sizes: RunSizes) -> int:
+    """Bytes that a step keeps on one block: statistics, one window's activations, and what it says of itself."""
+    window = sizes.window_bytes if sizes.tokens() else 0
+    return int(sizes.statistics_bytes(step.needs) + window + step.memory(sizes))
 
 
-def _window_bytes(found: Survey, block: SurveyedBlock, seq_len: int) -> float:
-    """Inputs and outputs of all linears for one window."""
-    return seq_len * sum(sum(block.shape(path)) * _share(found, block, path) for path in block.resolved.linears) * FLOAT
+def run_sizes(plan: ModelPlan, block: BlockPlan, samples: int, seq_len: int) -> RunSizes:
+    """The sizes of a run with so many calibration windows, at one block."""
+    hidden = plan.source.config.get_text_config().hidden_size
+    shares = {path: _share(plan, block, path) for path in block.resolved.linears}
+    return RunSizes(block.description, block.shapes, samples, seq_len, hidden, shares)
 
 
-def statistics_bytes(block: SurveyedBlock, needs: Iterable[Statistic], tokens: int) -> int:
-    """What is kept of the block's shared inputs, and the largest item once more. Nothing without tokens."""
-    if not tokens:
-        return 0
-    widths = [block.shape(path)[1] for path in _first_readers(block)]
-    sizes = [_statistic_bytes(need, tokens, width) for need in needs for width in widths]
-    return sum(sizes) + max(sizes, default=0)
-
-
-def _first_readers(block: SurveyedBlock) -> list[str]:
-    """The first linear to be quantized of each shared input that has one."""
-    inputs = ([path for path in shared.readers if path in block.formats] for shared in block.resolved.shared_inputs)
-    return [readers[0] for readers in inputs if readers]
-
-
-def _statistic_bytes(need: Statistic, tokens: int, width: int) -> int:
-    if not need.of_input:
-        return 0
-    with torch.device("meta"):
-        return need.merge(torch.empty(2, tokens, width) if need.paired else torch.empty(tokens, width)).nbytes
-
-
-def _solver_bytes(block: SurveyedBlock, solver: Any) -> int:
-    sizes = [0]
-    for path in block.formats:
-        rows, columns = block.shape(path)
-        matrix = any(_statistic_bytes(need, 1, columns) >= columns**2 * FLOAT for need in solver.needs)
-        factor = _FACTOR_COPIES * 8 * columns**2 if matrix else 0
-        sizes.append(factor + (_SOLVER_COPIES if matrix else _SOLVER_COPIES - 1) * FLOAT * rows * columns)
-    return max(sizes)
-
-
-def _judged_width(found: Survey, block: SurveyedBlock, step: Search) -> float:
-    """Values a token that a search keeps: inputs and outputs of the modules it judges by."""
-    hidden = found.source.config.get_text_config().hidden_size
-    width = 0.0
-    for judge in {path for edge in _legal(block, step) for path in _judges(block, step, edge)}:
-        width += _share(found, block, judge) * (
-            sum(block.shape(judge)) if judge in block.resolved.linears else 2 * hidden
-        )
-    return width
-
-
-def _judges(block: SurveyedBlock, step: Search, edge: ResolvedEdge) -> list[str]:
-    return [edge.judge] if step.by == "judge" else [p.module for p in edge.consumers if p.module in block.formats]
-
-
-def _legal(block: SurveyedBlock, step: Any) -> list[ResolvedEdge]:
-    return [edge for use in edge_uses(step) for edge, _, why_not in edges_of(use, block) if edge and not why_not]
-
-
-def _edge_bytes(block: SurveyedBlock, step: Any) -> int:
-    """Bytes of the weights behind the largest edge that the step works on, in float32."""
-    behind = [{port.module for port in edge.consumers} & set(block.formats) for edge in _legal(block, step)]
-    return max((sum(prod(block.shape(path)) for path in paths) for paths in behind), default=0) * FLOAT
-
-
-def _share(found: Survey, block: SurveyedBlock, path: str) -> float:
-    """The share of the tokens that a module sees: all, or those routed to an expert if all experts are chosen alike."""
-    role = block.resolved.linears.get(path)
+def _share(plan: ModelPlan, block: BlockPlan, path: str) -> float:
+    """The share of the tokens that a linear sees: all, or those routed to an expert if all experts are chosen alike."""
+    role = block.resolved.linears[path]
     experts = [each for each, other in block.resolved.linears.items() if other == role]
-    starred = any(linear.role == role and "*" in linear.path for linear in found.architecture.linears)
-    chosen = getattr(found.source.config.get_text_config(), "num_experts_per_tok", None) or len(experts)
-    return min(1.0, chosen / len(experts)) if role is not None and starred else 1.0
+    starred = any(linear.role == role and "*" in linear.path for linear in plan.architecture.linears)
+    chosen = getattr(plan.source.config.get_text_config(), "num_experts_per_tok", None) or len(experts)
+    return min(1.0, chosen / len(experts)) if starred else 1.0

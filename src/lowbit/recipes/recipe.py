@@ -79,6 +79,11 @@ class Recipe:
         return any(stage.reads_inputs for stage in self.stages)
 
     @property
+    def learns(self) -> bool:
+        """Whether a stage follows gradients."""
+        return any(stage.learns for stage in self.stages)
+
+    @property
     def needs_calibration(self) -> bool:
         return self.reads_inputs or self.needs_fisher
 

@@ -13,8 +13,6 @@ from pydantic import ValidationError, validate_call
 from lowbit.numerics import nearest, to_dict
 from lowbit.recipes.mix import mix
 from lowbit.recipes.recipe import Recipe
-from lowbit.recipes.stages import Train
-from lowbit.steps import Learn
 
 
 @dataclass(frozen=True)
@@ -43,16 +41,13 @@ class Method:
     def describe(self) -> dict[str, Any]:
         """What ``lowbit methods`` prints, by way of the index that ``make docs`` writes (:mod:`lowbit.catalog`)."""
         recipe = self.recipe()
-        learns = any(isinstance(step, Learn) for step in recipe.steps) or any(
-            isinstance(stage, Train) for stage in recipe.stages
-        )
         needs = {type(need).__name__ for step in recipe.steps for need in step.needs}
         return {
             "name": self.name,
             "family": self.family,
             "paper": self.paper,
             "summary": self.summary,
-            "needs": sorted(needs) + (["gradients"] if learns else []),
+            "needs": sorted(needs) + (["gradients"] if recipe.learns else []),
             "options": {key: to_dict(p.default) for key, p in self.options.items()},
         }
 

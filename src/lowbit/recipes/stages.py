@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from lowbit.numerics import Fisher, check_types, serializable
 from lowbit.scheme import Scheme
-from lowbit.steps import Learn, SetAttentionRange, Solve, Step
+from lowbit.steps import Freedom, Step
 from lowbit.steps.combination import check_attention_ranges, check_combination
 from lowbit.training import AdamW, Objective, OneCycle, Trainable
 
@@ -24,6 +24,11 @@ class Stage(Protocol):
     @property
     def reads_inputs(self) -> bool:
         """Whether it asks what the model computes from the calibration text."""
+        ...
+
+    @property
+    def learns(self) -> bool:
+        """Whether it follows gradients."""
         ...
 
     @property
@@ -58,15 +63,18 @@ class Blockwise:
                 check_types(step)
             if not isinstance(step, Step):
                 raise ValueError(f"{step!r} is not a step such as Solve(...)")
-        solves = [i for i, step in enumerate(self.steps) if isinstance(step, Solve)]
+        solves = [i for i, step in enumerate(self.steps) if Freedom.CODES in step.fixes]
         if solves != [len(self.steps) - 1]:
             names = [type(step).__name__ for step in self.steps]
             raise ValueError(f"Blockwise has one Solve, as its last step; found {names}")
 
     @property
     def reads_inputs(self) -> bool:
-        learns = any(isinstance(step, Learn | SetAttentionRange) for step in self.steps)
-        return learns or any(need.of_input for step in self.steps for need in step.needs)
+        return any(step.reads_inputs for step in self.steps)
+
+    @property
+    def learns(self) -> bool:
+        return any(step.learns for step in self.steps)
 
     @property
     def needs_fisher(self) -> bool:
@@ -117,6 +125,10 @@ class Train:
 
     @property
     def reads_inputs(self) -> bool:
+        return True
+
+    @property
+    def learns(self) -> bool:
         return True
 
     @property

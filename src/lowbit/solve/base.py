@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from lowbit.numerics import Clipped, Fit, Fixed, PerToken, QTensor, SideTerm, Spec, Statistic
+from lowbit.solve.outliers import OutlierRule
 from lowbit.transforms import ChannelTransform
 
 
@@ -38,19 +38,38 @@ class Solution:
     notes: tuple[str, ...] = ()
 
 
-@runtime_checkable
-class Solver(Protocol):
-    """Frozen and comparable; all work happens in :meth:`solve`."""
+_FACTOR_COPIES, _WEIGHT_COPIES = (
+    6,
+    3,
+)  # float64 matrices of an input's width, and float32 copies of a weight, held at once
+
+
+class Solver:
+    """Subclasses are frozen dataclasses and comparable; all work happens in :meth:`solve`.
+
+    ``fit``: places the grid where no earlier step did. ``outliers``: what stays in float16, if anything. ``damp``: see
+    :class:`~lowbit.solve.Gptq`; of solvers that invert no matrix it means nothing.
+    """
+
+    fit: Fit
+    outliers: OutlierRule | tuple[OutlierRule, ...] | None = None
+    damp: float = 0.0
 
     @property
     def needs(self) -> frozenset[Statistic]:
-        """Statistics of the layer's input that ``solve`` reads."""
-        ...
+        """Statistics of the layer's input, or of its weight, that ``solve`` reads."""
+        return frozenset()
 
     @property
     def moves_groups(self) -> bool:
         """Whether the solver forms groups in its own order of columns, which the layer then stores."""
-        ...
+        return False
+
+    def memory(self, rows: int, columns: int) -> int:
+        """About the bytes that solving one weight takes, besides the weight and the statistics."""
+        matrix = any(need.nbytes(1, columns) >= 4 * columns**2 for need in self.needs)
+        factor = _FACTOR_COPIES * 8 * columns**2 if matrix else 0
+        return factor + (_WEIGHT_COPIES + matrix) * 4 * rows * columns
 
     def check(self, spec: Spec, clipped: bool) -> None:
         """Checks that this solver can reach ``spec``.
@@ -62,7 +81,6 @@ class Solver(Protocol):
         Raises:
             ValueError: it cannot, for any weight.
         """
-        ...
 
     def solve(
         self, w_OI: Tensor, spec: Spec, stats: Mapping[Statistic, Tensor], clip: Clipped | Fixed | None = None
@@ -78,7 +96,7 @@ class Solver(Protocol):
         Raises:
             ValueError: NaN or Inf in the weight, or a format that this solver cannot reach; the message says why.
         """
-        ...
+        raise NotImplementedError
 
 
 def check_weight(spec: Spec, fit: Fit | None) -> None:

@@ -46,7 +46,7 @@ from lowbit.numerics import (
     arity,
     serializable,
 )
-from lowbit.solve.base import Solution, check_weight
+from lowbit.solve.base import Solution, Solver, check_weight
 from lowbit.solve.columns import Bands, Tiling, by_band_and_score, by_score, lazy_blocks
 from lowbit.solve.factor import asymmetric_target, inverse_factor
 from lowbit.solve.greedy import descend
@@ -58,7 +58,7 @@ from lowbit.transforms import Permute
 
 @serializable
 @dataclass(frozen=True)
-class Gptq:
+class Gptq(Solver):
     """Second-order rounding, column by column.
 
     Args:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics import Clipped, Fisher, Fit, Fixed, MinMax, QTensor, Spec, Statistic, quantize, serializable
-from lowbit.solve.base import Solution, check_weight
+from lowbit.solve.base import Solution, Solver, check_weight
 from lowbit.solve.columns import place
 from lowbit.solve.outliers import OutlierRule, choose, rules_of, side_terms
 
 
 @serializable
 @dataclass(frozen=True)
-class Nearest:
+class Nearest(Solver):
     """Fits each granule by ``fit`` and rounds.
 
     Args:
@@ -44,10 +44,6 @@ class Nearest:
     def needs(self) -> frozenset[Statistic]:
         own: frozenset[Statistic] = frozenset({Fisher()} if self.importance == "fisher" else ())
         return own.union(*(rule.needs for rule in rules_of(self.outliers)))
-
-    @property
-    def moves_groups(self) -> bool:
-        return False
 
     def check(self, spec: Spec, clipped: bool) -> None:
         check_weight(spec, None if clipped else self.fit)

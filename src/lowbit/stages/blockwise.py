@@ -30,37 +30,32 @@ from transformers import PreTrainedModel
 
 from lowbit.architectures import (
     IMPLEMENTATION,
-    Architecture,
     attention_modules,
     attention_spec,
     block_modules,
-    check_attention,
-    for_config,
     quantize_attention,
-    resolve,
     rotate_residual,
 )
-from lowbit.checkpoints.source import ModelSource, return_free_memory
+from lowbit.checkpoints.description import ModelDescription, has_unfused_experts
+from lowbit.checkpoints.source import return_free_memory
 from lowbit.modules import (
     AttentionSpec,
+    LinearDescription,
     OperandRanges,
     QuantLinear,
-    described_residual,
+    ResidualRotation,
     make_drafts,
     turned,
     unmake_drafts,
-    weight_shape,
 )
 from lowbit.numerics import from_dict, to_dict
+from lowbit.plan.model_plan import ModelPlan
 from lowbit.progress import Progress, silent
-from lowbit.recipes import Recipe
-from lowbit.scheme import Scheme
 from lowbit.stages.fisher import FisherPass
 from lowbit.stages.journal import Journal
 from lowbit.stages.store import ActivationStore
 from lowbit.stages.stream import Call, Stream, outside
 from lowbit.steps import BlockIO, BlockState, LayerRecord
-from lowbit.steps.rotation import residual_step
 from lowbit.transforms import Seeded
 
 WATCHED = 8
@@ -75,16 +70,26 @@ class BlockRecord:
     error: float | None
     layers: list[LayerRecord]
     notes: list[str] = field(default_factory=list)
-    modules: dict[str, dict[str, Any]] = field(default_factory=dict)  # configs of the packed linears by full name
-    attention: dict[str, dict[str, Any]] = field(default_factory=dict)  # formats of attention's operands, likewise
+    modules: dict[str, LinearDescription] = field(default_factory=dict)  # of the packed linears by full name
+    attention: dict[str, AttentionSpec] = field(default_factory=dict)  # formats of attention's operands, likewise
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain data for the journal."""
+        return {
+            "name": self.name,
+            "error": self.error,
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "notes": self.notes,
+            "modules": {name: description.to_json() for name, description in self.modules.items()},
+            "attention": {name: to_dict(spec) for name, spec in self.attention.items()},
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> BlockRecord:
         layers = [LayerRecord(**{**layer, "notes": tuple(layer["notes"])}) for layer in data["layers"]]
-        return cls(**{**data, "layers": layers})
+        modules = {name: LinearDescription.from_json(each) for name, each in data["modules"].items()}
+        attention = {name: from_dict(spec) for name, spec in data["attention"].items()}
+        return cls(**{**data, "layers": layers, "modules": modules, "attention": attention})
 
 
 class Broken(ValueError):
@@ -96,12 +101,12 @@ class Walk:
     """One run over a model. See the module docstring; :meth:`run` does everything but the last files of a checkpoint.
 
     Args:
+        plan: the model and the recipe, checked.
         ids: calibration windows ``[N, T]``, or None for a recipe that needs none.
         ram_limit: bytes of activations kept in memory; beyond it they live in memory-mapped files in ``scratch``.
     """
 
-    source: ModelSource
-    recipe: Recipe
+    plan: ModelPlan
     ids: Tensor | None
     journal: Journal
     ram_limit: int = 2**32
@@ -109,30 +114,29 @@ class Walk:
     progress: Progress = silent
 
     def __post_init__(self):
+        self.source, self.recipe, self.architecture = self.plan.source, self.plan.recipe, self.plan.architecture
         attends = None if self.recipe.scheme.attention is None else IMPLEMENTATION
         self.model: PreTrainedModel = self.source.skeleton(unfuse=True, attn_implementation=attends)
-        self.architecture: Architecture = for_config(self.source.config)
         self.section = self.journal.section(0, last=len(self.recipe.stages) == 1)  # Blockwise comes first
         self.blocks = block_modules(self.model, self.architecture)
         self.total = len(self.blocks)
-        self.rotation = self._rotation()
+        self.rotation = self.plan.rotation
+        self.unfused_experts = has_unfused_experts(self.model)
         self.store = ActivationStore(self.ram_limit, self.scratch or self.journal.directory / "scratch")
         self.records: list[BlockRecord] = []
         self.stream: Stream | None = None
         self.fisher: FisherPass | None = None
         self._at, self._ticks, self._expected = 0, 0, 0  # the block at hand: number, done, about how many there will be
 
-    def _rotation(self) -> Seeded | None:
-        """That of the residual stream, where the recipe asks for one and the architecture has it."""
-        resolved = (resolve(self.architecture, block, self.source.config) for block in self.blocks)
-        step = residual_step(self.recipe.steps, (block.residual for block in resolved))
-        width = self.source.config.get_text_config().hidden_size
-        return None if step is None else step.rotation(width, self.recipe.seed)
-
     @property
-    def residual(self) -> dict[str, Any] | None:
-        """What the checkpoint says of the rotation."""
-        return None if self.rotation is None else described_residual(self.architecture.blocks, self.rotation)
+    def description(self) -> ModelDescription:
+        """What the checkpoint of the blocks so far stores."""
+        return ModelDescription(
+            layers={name: layer for record in self.records for name, layer in record.modules.items()},
+            attention={name: spec for record in self.records for name, spec in record.attention.items()},
+            residual=None if self.rotation is None else ResidualRotation(self.architecture.blocks, self.rotation),
+            unfused_experts=self.unfused_experts,
+        )
 
     # Streams
 
@@ -209,9 +213,7 @@ class Walk:
     def _find_sensitivities(self, calls: list[Call]) -> None:
         """Fisher information of every block that is still to be quantized, into files."""
         assert self.stream is not None and self.ids is not None
-        resolved = [resolve(self.architecture, block, self.source.config) for block in self.blocks]
-        names = [f"{self.architecture.blocks}.{i}" for i in range(self.total)]
-        linears = [list(self.recipe.scheme.formats(r, n)) for r, n in zip(resolved, names, strict=True)]
+        linears = [list(block.formats) for block in self.plan.blocks]
         self.fisher = FisherPass(
             self.source, self.stream, calls, self.ids, linears, self.store, self.journal, self.progress
         )
@@ -222,8 +224,7 @@ class Walk:
         windows = 0 if self.ids is None else len(self.store["fp"])
         if i < len(self.section.finished):
             return 2 * windows
-        resolved = resolve(self.architecture, self.blocks[i], self.source.config)
-        linears = len(self.recipe.scheme.formats(resolved, f"{self.architecture.blocks}.{i}"))
+        linears = len(self.plan.blocks[i].formats)
         return 2 * windows + sum(step.ticks(windows, linears) for step in self.recipe.steps)
 
     def _tick(self, what: str) -> None:
@@ -234,25 +235,24 @@ class Walk:
     def _original(self, i: int, call: Call | None) -> nn.Module:
         """Block i with its original weights, its linears drafts, in the basis of the stream; the original stream behind it is in
         ``next``."""
-        self.source.load_into(self.model, f"{self.architecture.blocks}.{i}")
-        make_drafts(self.blocks[i], resolve(self.architecture, self.blocks[i], self.source.config).linears)
+        self.source.load_into(self.model, self.plan.blocks[i].name)
+        make_drafts(self.blocks[i], self.plan.blocks[i].resolved.linears)
         if self.rotation is not None:
             self._fold(i, self.rotation)
         if call is not None:
             self._advance(call, self.blocks[i], self.store["fp"], self.store["next"])
         if self.recipe.scheme.attention is not None:  # from here on, for the steps and for what comes behind them
-            for path in attention_modules(resolve(self.architecture, self.blocks[i], self.source.config)):
+            for path in attention_modules(self.plan.blocks[i].resolved):
                 quantize_attention(self.blocks[i].get_submodule(path), self.recipe.scheme.attention)
         return self.blocks[i]
 
     def _fold(self, i: int, rotation: Seeded) -> None:
         """Rotates the residual stream of block i. What stays unquantized is rounded as it will be stored."""
-        block, name = self.blocks[i], f"{self.architecture.blocks}.{i}"
-        resolved = resolve(self.architecture, block, self.source.config)
-        packed = {f"{path}.weight" for path in self.recipe.scheme.formats(resolved, name)}
-        parameters = dict(block.named_parameters())
+        plan = self.plan.blocks[i]
+        packed = {f"{path}.weight" for path in plan.formats}
+        parameters = dict(self.blocks[i].named_parameters())
         with torch.no_grad():
-            for key, value in rotate_residual(resolved.residual, rotation, parameters).items():
+            for key, value in rotate_residual(plan.resolved.residual, rotation, parameters).items():
                 parameters[key].copy_(value if key in packed else value.to(self.source.dtype))
 
     def _quantize(self, i: int, call: Call | None) -> BlockRecord:
@@ -265,33 +265,26 @@ class Walk:
             step.run(state)
         assert not state.drafts, f"{name}: {list(state.drafts)} left unquantized"
         unmake_drafts(block)
-        packed = {f"{name}.{path}": m.config() for path, m in block.named_modules() if isinstance(m, QuantLinear)}
+        packed = {f"{name}.{path}": m.description for path, m in block.named_modules() if isinstance(m, QuantLinear)}
         error = None if call is None else self._behind(block, call)
         specs = {f"{name}.{path}": attention_spec(m) for path, m in block.named_modules()}
-        attends = {path: to_dict(spec) for path, spec in specs.items() if spec is not None}
+        attends = {path: spec for path, spec in specs.items() if spec is not None}
         record = BlockRecord(name, error, state.records, state.notes, packed, attends)
         self.section.write(self._shard(i), self._tensors(block, name), record.to_dict())
         return record
 
-    @property
-    def attention(self) -> dict[str, AttentionSpec]:
-        """The formats of attention's operands, by name of the module that attends."""
-        return {name: from_dict(spec) for record in self.records for name, spec in record.attention.items()}
-
     def _state(
         self, i: int, block: nn.Module, call: Call | None, fisher: dict[str, Tensor] | None = None
     ) -> BlockState:
-        name = f"{self.architecture.blocks}.{i}"
-        resolved = resolve(self.architecture, block, self.source.config)
-        io = None
+        plan, io = self.plan.blocks[i], None
         if call is not None:
             fp = self.store["fp"]
             io = BlockIO(fp if self.recipe.feed == "fp" else self.store["quant"], self.store["next"], call, x_fp=fp)
         return BlockState.of(
-            name,
+            plan.name,
             block,
-            resolved,
-            self.recipe.scheme.formats(resolved, name),
+            plan.resolved,
+            dict(plan.formats),
             io,
             fisher,
             seed=derived_seed(self.recipe.seed, i),
@@ -309,7 +302,7 @@ class Walk:
         unmake_drafts(block)
         tensors = load_file(self.section.directory / entry["file"])
         for path, spec in record.attention.items():
-            quantize_attention(block.get_submodule(path.removeprefix(f"{record.name}.")), from_dict(spec))
+            quantize_attention(block.get_submodule(path.removeprefix(f"{record.name}.")), spec)
         install_packed(block, record.name, record.modules, tensors)
         self._behind(block, call)
         return record
@@ -323,7 +316,7 @@ class Walk:
         kept = sum(fp[w].double().square().sum() for w in range(len(fp)))
         error = float(lost / kept)
         if not error < float("inf"):
-            raise Broken(f"{self.architecture.blocks}.{len(self.records)}: hidden states behind it are NaN or Inf")
+            raise Broken(f"{self.plan.blocks[len(self.records)].name}: hidden states behind it are NaN or Inf")
         return error
 
     def _tensors(self, block: nn.Module, name: str) -> dict[str, Tensor]:
@@ -377,11 +370,13 @@ class Walk:
         self.store.close()
 
 
-def install_packed(block: nn.Module, name: str, modules: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+def install_packed(
+    block: nn.Module, name: str, modules: dict[str, LinearDescription], tensors: dict[str, Tensor]
+) -> None:
     """Puts packed linears and stored tensors (names with prefix ``name``) into an original block, in place."""
-    for full, config in modules.items():
+    for full, description in modules.items():
         parent, _, leaf = full.removeprefix(f"{name}.").rpartition(".")
-        setattr(block.get_submodule(parent) if parent else block, leaf, QuantLinear.empty(config))
+        setattr(block.get_submodule(parent) if parent else block, leaf, QuantLinear.empty(description))
     local = {key.removeprefix(f"{name}."): value for key, value in tensors.items()}
     packed = {path for path, module in block.named_modules() if isinstance(module, QuantLinear | OperandRanges)}
     for key, value in local.items():
@@ -398,27 +393,3 @@ def install_packed(block: nn.Module, name: str, modules: dict[str, dict[str, Any
 def derived_seed(seed: int, block: int) -> int:
     """A seed for one block, independent of which blocks ran before it."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{block}".encode()).digest()[:4], "big")
-
-
-def check_scheme(scheme: Scheme, architecture: Architecture, model: PreTrainedModel, config: Any) -> dict[str, str]:
-    """Every linear of the model, name -> role, after checking that each rule matches one (see Scheme.check_matches) and that
-    each linear can have its format."""
-    linears: dict[str, str] = {}
-    for i, block in enumerate(block_modules(model, architecture)):
-        name, resolved = f"{architecture.blocks}.{i}", resolve(architecture, block, config)
-        linears |= {f"{name}.{path}": role for path, role in resolved.linears.items()}
-        for path, form in scheme.formats(resolved, name).items():
-            rows, columns = weight_shape(block.get_submodule(path))
-            try:
-                form.check_shape((rows, columns))
-            except ValueError as error:
-                raise ValueError(
-                    f"{name}.{path} ({rows} x {columns}) cannot have its format: {error}. Give it another one with an "
-                    f"override for {resolved.linears[path]!r}, or skip it"
-                ) from error
-        if scheme.attention is not None and not attention_modules(resolved):
-            raise ValueError(f"{name} has no module that is known to attend; leave attention_bits out")
-    scheme.check_matches(linears)
-    if scheme.attention is not None:
-        check_attention(model)
-    return linears

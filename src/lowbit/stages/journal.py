@@ -22,9 +22,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-
-class OutputError(ValueError):
-    """The target cannot be used as given; the message says what was found and what to do."""
+from lowbit.checkpoints.target import OutputError, check_target
 
 
 class Journal:
@@ -174,14 +172,6 @@ class Section:
     def write(self, file: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """As :meth:`Journal.write`."""
         self.journal.write(file, tensors, record, self.stage)
-
-
-def check_target(out: Path) -> None:
-    """Raises OutputError unless ``out`` does not exist or is an empty directory."""
-    if out.is_file():
-        raise OutputError(f"{out} is a file; choose a directory with -o DIR")
-    if out.is_dir() and any(out.iterdir()):
-        raise OutputError(f"{out} exists and is not empty; nothing is overwritten: remove it or choose another -o DIR")
 
 
 def file_sha256(path: Path) -> str:

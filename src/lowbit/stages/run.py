@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowbit.checkpoints.source import ModelSource
+from lowbit.plan.model_plan import ModelPlan
 from lowbit.progress import Progress, silent
-from lowbit.recipes import Blockwise, Recipe, Train
+from lowbit.recipes import Blockwise, Train
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Journal
 from lowbit.stages.train import Training
@@ -25,6 +25,7 @@ class Run:
     """One recipe at work on one model.
 
     Args:
+        plan: the model and the recipe, checked.
         ids: calibration windows ``[N, T]``, or None for a recipe that needs none.
         journal: of the partial directory, open.
         ram_limit: bytes of activations kept in memory.
@@ -35,8 +36,7 @@ class Run:
         notes: what stages found that the report should say.
     """
 
-    source: ModelSource
-    recipe: Recipe
+    plan: ModelPlan
     ids: Tensor | None
     journal: Journal
     ram_limit: int = 2**32
@@ -45,7 +45,8 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        self.walk = Walk(self.source, self.recipe, self.ids, self.journal, self.ram_limit, progress=self.progress)
+        self.recipe = self.plan.recipe
+        self.walk = Walk(self.plan, self.ids, self.journal, self.ram_limit, progress=self.progress)
 
     def stages(self) -> None:
         """Runs them. Raises what they raise."""

@@ -59,10 +59,8 @@ class Training:
         return self._load(section.files), section.finished[0]["record"]["notes"]
 
     def _load(self, shards: list[str]) -> nn.Module:
-        walk = self.walk
-        modules = {name: config for block in walk.records for name, config in block.modules.items()}
-        rest = walk.source.dtype, walk.attention, walk.residual
-        native.write_checkpoint(self.section.directory, walk.source.config, modules, shards, *rest)
+        source = self.walk.source
+        native.write_checkpoint(self.section.directory, source.config, self.walk.description, shards, source.dtype)
         return native.load(self.section.directory, dtype=torch.float32, unfinished=True)
 
     def _train(self, model: nn.Module) -> list[str]:

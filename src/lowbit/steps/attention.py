@@ -12,16 +12,18 @@ from torch import Tensor
 
 from lowbit.architectures import attention_modules, attention_spec, observed, operand_ranges, quantize_attention
 from lowbit.modules import AttentionSpec
-from lowbit.numerics import Int, MovingRange, Range, Statistic, serializable
+from lowbit.numerics import Int, MovingRange, Range, serializable
 from lowbit.numerics.kmeans import kmeans_points
+from lowbit.steps.effects import BlockDescription, Freedom, MixOrder
 from lowbit.steps.state import BlockState
+from lowbit.steps.step import Step
 
 _Extremes = dict[str, Tensor]  # of "query", "key" and "value": [2, heads * channels], lowest and highest
 
 
 @serializable
 @dataclass(frozen=True)
-class SetAttentionRange:
+class SetAttentionRange(Step):
     """Fixes static ranges of queries, keys and values as the block is now: their extremes over the calibration text.
 
     Queries and keys are taken as they are multiplied, behind the rotary embedding. With clusters, those of a head's keys and of
@@ -41,8 +43,20 @@ class SetAttentionRange:
             raise ValueError(f"skip_first is a number of tokens, found {self.skip_first}")
 
     @property
-    def needs(self) -> frozenset[Statistic]:
-        return frozenset()
+    def reads_inputs(self) -> bool:
+        return True
+
+    @property
+    def fixes(self) -> frozenset[Freedom]:
+        return frozenset({Freedom.ATTENTION_RANGES})
+
+    @property
+    def mix_order(self) -> MixOrder:
+        return MixOrder.LAST
+
+    def describe(self, block: BlockDescription) -> BlockDescription:
+        static = {path: replace(spec, heads=block.heads) for path, spec in block.attention.items() if spec.static}
+        return replace(block, attention={**block.attention, **static})
 
     @property
     def _need(self) -> Range:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics import Fit, Grid, MinMax, Params, RangeSearch, Samples, Spec, Statistic, fit_params, serializable
+from lowbit.steps.effects import Freedom
 from lowbit.steps.state import BlockState
+from lowbit.steps.step import Step
 
 
 def _check_grids(grids: tuple[Grid, ...], fit: Fit) -> None:
@@ -41,7 +43,7 @@ def _best(x: Tensor, spec: Spec, grids: tuple[Grid, ...], fit: Fit) -> tuple[Spe
 
 @serializable
 @dataclass(frozen=True)
-class ChooseGrid:
+class ChooseGrid(Step):
     """Gives each weight the one of ``grids`` that loses least of it: the least squared error, summed over the tensor, with each
     grid placed by ``fit`` (the numeric types of ANT, arXiv:2208.14286).
 
@@ -56,10 +58,6 @@ class ChooseGrid:
         if not self.grids:
             raise ValueError("there is no grid to choose from")
         _check_grids(self.grids, self.fit)
-
-    @property
-    def needs(self) -> frozenset[Statistic]:
-        return frozenset()
 
     def ticks(self, windows: int, linears: int) -> int:
         return linears
@@ -76,7 +74,7 @@ class ChooseGrid:
 
 @serializable
 @dataclass(frozen=True)
-class FitActivation:
+class FitActivation(Step):
     """Fixes every static activation by ``fit`` on the first ``tokens`` calibration tokens, as the block is now.
 
     grids: where the format has one of these, it gets the one that loses least of those tokens; none: it stays what it is.
@@ -94,6 +92,14 @@ class FitActivation:
     @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset({Samples(self.tokens)})
+
+    @property
+    def fixes(self) -> frozenset[Freedom]:
+        return frozenset({Freedom.INPUT_RANGES})
+
+    @property
+    def one_input_range(self) -> bool:
+        return True
 
     def ticks(self, windows: int, linears: int) -> int:
         return windows + linears

@@ -7,24 +7,25 @@ where the weights before the input can take it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lowbit.architectures import Kind, ResolvedBlock, ResolvedEdge
 from lowbit.modules import ActSpec, LinearFormat
-from lowbit.numerics import PerCluster, Range, Statistic, serializable
+from lowbit.numerics import PerCluster, Range, Spec, Statistic, arity, serializable
 from lowbit.numerics.kmeans import kmeans_points
+from lowbit.steps.effects import TRANSFORMING, BlockDescription, Freedom
 from lowbit.steps.state import BlockState
+from lowbit.steps.step import Step, names_of
 from lowbit.transforms import Permute
 
 
 @serializable
 @dataclass(frozen=True)
-class Cluster:
+class Cluster(Step):
     """Sorts the channels of every static activation into clusters of like (max, min), each with its own range (RPTQ,
     arXiv:2304.01089).
 
@@ -39,7 +40,6 @@ class Cluster:
 
     count: int = 32
     head_count: int = 4
-    kind: ClassVar[Kind] = Kind.PERMUTE
 
     def __post_init__(self):
         if self.count < 1 or self.head_count < 1:
@@ -51,20 +51,64 @@ class Cluster:
     def needs(self) -> frozenset[Statistic]:
         return frozenset({Range()})
 
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        return frozenset({Kind.PERMUTE})
+
+    @property
+    def fixes(self) -> frozenset[Freedom]:
+        return frozenset({Freedom.CHANNEL_ORDER})
+
+    @property
+    def disturbs(self) -> frozenset[Freedom]:
+        return TRANSFORMING | {Freedom.WEIGHT_RANGES}
+
+    def check(self, weights: Sequence[Spec], activations: Sequence[ActSpec], steps: Sequence[Step]) -> None:
+        if not any(act.static for act in activations):
+            raise ValueError(
+                "Cluster gives static activations a range for each cluster, and activations here are dynamic or not quantized; "
+                "make them static, or leave it out"
+            )
+        pairs = sorted({str(act.spec.grid) for act in activations if arity(act.spec.grid) > 1})
+        whole = [names_of([step]) for step in steps if step.one_input_range]
+        if pairs or whole:
+            raise ValueError(
+                f"Cluster gives every cluster of channels a range of its own, which {', '.join([*pairs, *whole])} "
+                "cannot; leave one of the two out"
+            )
+
+    def describe(self, block: BlockDescription) -> BlockDescription:
+        """Sizes of clusters are unknown before calibration: here they are even."""
+        layers = dict(block.layers)
+        formats = {path: layer.format for path, layer in layers.items()}
+        for edge in _folded(block.resolved, formats):
+            for path in (port.module for port in edge.consumers if _static(formats.get(port.module))):
+                width = layers[path].shape[1]
+                run = edge.within or edge.channels
+                count = self._in_run(run, edge.within is not None) * (width // run)
+                layers[path] = replace(layers[path], format=_clustered(formats[path], _even(width, count)))
+        for path in _gathered(block.resolved, formats):
+            width = layers[path].shape[1]
+            layers[path] = layers[path].running(Permute(torch.arange(width)))
+            if _static(formats[path]):
+                clustered = _clustered(formats[path], _even(width, self._in_run(width, False)))
+                layers[path] = replace(layers[path], format=clustered)
+        return block.changed(layers)
+
     def ticks(self, windows: int, linears: int) -> int:
         return windows
 
     def run(self, state: BlockState) -> None:
         stats = state.collect(self.needs)
         gathered = set(_gathered(state.resolved, state.formats))
-        loose = [edge for edge in state.loose_ends(self.kind) if gathered & {port.module for port in edge.consumers}]
+        loose = [edge for edge in state.loose_ends(Kind.PERMUTE) if gathered & {port.module for port in edge.consumers}]
         for edge in (*_folded(state.resolved, state.formats), *loose):
             bounds = state.edge_stat(edge, stats, Range())
             if bounds is None:
                 state.note(f"edge {edge.name!r} saw no token: its channels are clustered as they come")
                 bounds = torch.arange(state.draft(edge.consumers[0].module).weight.shape[1]).expand(2, -1).float()
             sizes, order = self._sorted(edge, bounds, state.seed)
-            state.commit(edge, Permute(order), self.kind)
+            state.commit(edge, Permute(order), Kind.PERMUTE)
             for port in edge.consumers:
                 draft = state.draft(port.module)
                 if draft.format is not None and _static(draft.format):
@@ -91,24 +135,6 @@ class Cluster:
 
     def _in_run(self, channels: int, in_head: bool) -> int:
         return min(self.head_count if in_head else self.count, channels)
-
-    def foreseen(
-        self, resolved: ResolvedBlock, formats: Mapping[str, LinearFormat], widths: Mapping[str, int]
-    ) -> tuple[dict[str, LinearFormat], dict[str, Permute]]:
-        """What :meth:`run` will make of ``formats``, sizes of clusters aside (those here are even), and what each linear that
-        gathers its input will gather it by, the order itself aside. ``widths``: of the linears' inputs."""
-        changed, gathers = dict(formats), {}
-        for edge in _folded(resolved, formats):
-            for path in (port.module for port in edge.consumers if _static(formats.get(port.module))):
-                run = edge.within or edge.channels
-                number = self._in_run(run, edge.within is not None) * (widths[path] // run)
-                changed[path] = _clustered(formats[path], _even(widths[path], number))
-        for path in _gathered(resolved, formats):
-            width = widths[path]
-            gathers[path] = Permute(torch.arange(width))
-            if _static(formats[path]):
-                changed[path] = _clustered(formats[path], _even(width, self._in_run(width, False)))
-        return changed, gathers
 
 
 def _static(form: LinearFormat | None) -> bool:

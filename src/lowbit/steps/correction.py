@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.modules import serialize_transforms
-from lowbit.numerics import LowRank, Statistic, serializable
-from lowbit.steps.parametrizations import Differences, Parametrization, Weights
+from lowbit.numerics import LowRank, serializable
+from lowbit.steps.effects import BlockDescription, Freedom, LayerDescription
+from lowbit.steps.parametrizations import Differences, Maker, Parametrization, Weights
 from lowbit.steps.state import BlockState, Stats
 
 
@@ -58,7 +59,7 @@ class _LowRank(Parametrization):
 
 @serializable
 @dataclass(frozen=True)
-class LowRankCorrection:
+class LowRankCorrection(Maker):
     """A correction ``B A`` of ``rank`` for every linear (QLLM, arXiv:2310.08041, section 4.3).
 
     Kept: it stays beside the codes in float16, costs ``16 rank (in + out)`` bits, and multiplies the input before that is
@@ -75,18 +76,17 @@ class LowRankCorrection:
             raise ValueError(f"a correction has a rank of 1 or more, found {self.rank}")
 
     @property
-    def needs(self) -> frozenset[Statistic]:
-        return frozenset()
+    def fixes(self) -> frozenset[Freedom]:
+        return frozenset() if self.fold else frozenset({Freedom.CORRECTIONS})
 
-    def described(self, rows: int, columns: int) -> list[dict]:
-        """What the description of a packed linear of that shape gains as its side terms."""
-        rank = min(self.rank, rows, columns)
-        half = torch.zeros((), dtype=torch.float16)
-        return (
-            []
-            if self.fold
-            else serialize_transforms.describe("side", [LowRank(half.expand(rank, columns), half.expand(rows, rank))])
-        )
+    def describe(self, block: BlockDescription) -> BlockDescription:
+        return block if self.fold else block.changed({p: self._corrected(layer) for p, layer in block.layers.items()})
+
+    def _corrected(self, layer: LayerDescription) -> LayerDescription:
+        rows, columns = layer.shape
+        rank, half = min(self.rank, rows, columns), torch.zeros((), dtype=torch.float16)
+        term = LowRank(half.expand(rank, columns), half.expand(rows, rank))
+        return replace(layer, side_terms=(*layer.side_terms, *serialize_transforms.describe("side", [term])))
 
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
         return _LowRank(state, self.rank, self.fold)
@@ -94,14 +94,10 @@ class LowRankCorrection:
 
 @serializable
 @dataclass(frozen=True)
-class NormsAndBiases:
+class NormsAndBiases(Maker):
     """The gains of norms and all biases of the block, which are stored as they are anyway: learning them costs no bits."""
 
     lr: float = 5e-4
-
-    @property
-    def needs(self) -> frozenset[Statistic]:
-        return frozenset()
 
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
         return Differences(state.block, lambda parameter: parameter.dim() == 1)

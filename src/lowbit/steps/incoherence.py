@@ -6,14 +6,16 @@ A rotation of the residual stream is shared by the whole model, and one between 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from lowbit.architectures import Kind
 from lowbit.modules import serialize_transforms
-from lowbit.numerics import Statistic, serializable
+from lowbit.numerics import serializable
+from lowbit.steps.effects import TRANSFORMING, BlockDescription, Freedom, LayerDescription
 from lowbit.steps.rotation import seed_of
 from lowbit.steps.state import BlockState
+from lowbit.steps.step import Step
 from lowbit.transforms import Kronecker, RandomHadamard, Seeded
 
 _KINDS: dict[str, type[Seeded]] = {"kronecker": Kronecker, "hadamard": RandomHadamard}
@@ -21,7 +23,7 @@ _KINDS: dict[str, type[Seeded]] = {"kronecker": Kronecker, "hadamard": RandomHad
 
 @serializable
 @dataclass(frozen=True)
-class Incoherence:
+class Incoherence(Step):
     """Replaces each weight W by ``U W V^T``: its linear computes ``U^T (U W V^T) V x`` (QuIP, arXiv:2307.13304).
 
     U and V are random rotations of the given kind. Linears that read one input rotate it alike, so that they share its
@@ -30,26 +32,30 @@ class Incoherence:
     """
 
     transform: Literal["kronecker", "hadamard"] = "hadamard"
-    kind: ClassVar[Kind] = Kind.ROTATE
 
     def __post_init__(self):
         if self.transform not in _KINDS:
             raise ValueError(f"a rotation is one of {', '.join(_KINDS)}, found {self.transform!r}")
 
     @property
-    def needs(self) -> frozenset[Statistic]:
-        return frozenset()
+    def kinds(self) -> frozenset[Kind]:
+        return frozenset({Kind.ROTATE})
 
-    def ticks(self, windows: int, linears: int) -> int:
-        return 0
+    @property
+    def fixes(self) -> frozenset[Freedom]:
+        return frozenset({Freedom.CHANNEL_BASIS})
 
-    def described(self, rows: int, columns: int) -> dict[str, list[dict[str, Any]]]:
-        """What the description of a packed linear of that shape gains by this step."""
-        rotation = _KINDS[self.transform]
-        return {
-            "pre": serialize_transforms.describe("pre", [rotation(0, columns)]),
-            "post": serialize_transforms.describe("post", [rotation(0, rows).inverse()]),
-        }
+    @property
+    def disturbs(self) -> frozenset[Freedom]:
+        return TRANSFORMING - {Freedom.CHANNEL_COPIES}  # the rotation follows them
+
+    def describe(self, block: BlockDescription) -> BlockDescription:
+        return block.changed({path: self._rotated(layer) for path, layer in block.layers.items()})
+
+    def _rotated(self, layer: LayerDescription) -> LayerDescription:
+        (rows, columns), rotation = layer.shape, _KINDS[self.transform]
+        post = serialize_transforms.describe("post", [rotation(0, rows).inverse()])
+        return replace(layer.running(rotation(0, columns)), post=(*post, *layer.post))
 
     def run(self, state: BlockState) -> None:
         rotation = _KINDS[self.transform]

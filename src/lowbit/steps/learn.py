@@ -11,16 +11,21 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from lowbit.architectures import Kind
 from lowbit.numerics import Statistic, serializable
+from lowbit.steps.effects import BlockDescription, EdgeUse, Freedom, MixOrder
 from lowbit.steps.objectives import BlockMSE, Objective
 from lowbit.steps.parametrizations import Maker, Parametrization, Weights
 from lowbit.steps.precision import faster_products
 from lowbit.steps.state import BlockState
+from lowbit.steps.step import FLOAT, RunSizes, Step
+
+_COPIES = 8  # of weights and activations, that learning holds at once
 
 
 @serializable
 @dataclass(frozen=True)
-class Learn:
+class Learn(Step):
     """AdamW on the parameters of ``makers``, each with its own learning rate, against ``objective``.
 
     The block sees the inputs that the recipe feeds (with quantized inputs, errors of earlier blocks can be corrected);
@@ -66,6 +71,43 @@ class Learn:
     @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset().union(*(maker.needs for maker in self.makers))
+
+    @property
+    def learns(self) -> bool:
+        return True
+
+    @property
+    def reads_inputs(self) -> bool:
+        return True
+
+    @property
+    def transforms(self) -> tuple[EdgeUse, ...]:
+        return tuple(use for maker in self.makers for use in maker.transforms)
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        return frozenset().union(*(maker.kinds for maker in self.makers))
+
+    @property
+    def fixes(self) -> frozenset[Freedom]:
+        return frozenset().union(*(maker.fixes for maker in self.makers))
+
+    @property
+    def disturbs(self) -> frozenset[Freedom]:
+        return frozenset().union(*(maker.disturbs for maker in self.makers))
+
+    @property
+    def mix_order(self) -> MixOrder:
+        return min(maker.mix_order for maker in self.makers)
+
+    def describe(self, block: BlockDescription) -> BlockDescription:
+        for maker in self.makers:
+            block = maker.describe(block)
+        return block
+
+    def memory(self, sizes: RunSizes) -> float:
+        """Weights and activations of one batch, several times each, for the backward pass."""
+        return _COPIES * (sizes.quantized_weights * FLOAT + self.batch * sizes.window_bytes)
 
     def ticks(self, windows: int, linears: int) -> int:
         return windows * bool(self.needs) + (self._epochs(windows) + 1) * -(-windows // self.batch)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lowbit.architectures import Kind, ResolvedEdge, add_bias, fold, needs_bias
 from lowbit.modules import DraftLinear
 from lowbit.numerics import Clipped, Fixed, Statistic, serializable
+from lowbit.steps.effects import EdgeUse, Effects, Freedom
 from lowbit.steps.rules import Midpoint, Smooth, TransformRule
 from lowbit.steps.state import BlockState, Stats
 from lowbit.transforms import Scale, Shift
@@ -44,17 +45,15 @@ class Parametrization(nn.Module):
         raise NotImplementedError
 
 
-@runtime_checkable
-class Maker(Protocol):
-    """Builds a parametrization for one block. ``lr`` is its learning rate, ``needs`` what its start needs to know."""
+class Maker(Effects):
+    """Builds a parametrization for one block, and declares what learning it does. Subclasses are frozen dataclasses with a
+    field ``lr``, the learning rate."""
 
-    @property
-    def lr(self) -> float: ...
+    lr: float
 
-    @property
-    def needs(self) -> frozenset[Statistic]: ...
-
-    def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization: ...
+    def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
+        """The parametrization of one block; ``stats``: what ``needs`` asks for, by shared input."""
+        raise NotImplementedError
 
 
 class _EdgeTransforms(Parametrization):
@@ -96,7 +95,7 @@ def _at_edges(state: BlockState, stats: dict[str, Stats], at: tuple[str, ...], r
 
 @serializable
 @dataclass(frozen=True)
-class Scales:
+class Scales(Maker):
     """A scale at every edge in ``at``, starting from ``init``; edges without consumers (query and key) start from 1."""
 
     at: tuple[str, ...]
@@ -106,6 +105,10 @@ class Scales:
     @property
     def needs(self) -> frozenset[Statistic]:
         return self.init.needs
+
+    @property
+    def transforms(self) -> tuple[EdgeUse, ...]:
+        return (EdgeUse(Kind.SCALE, self.at, self.init, measured=False),)
 
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
         edges, starts = [], []
@@ -121,7 +124,7 @@ class Scales:
 
 @serializable
 @dataclass(frozen=True)
-class Shifts:
+class Shifts(Maker):
     """A shift at every edge in ``at`` that can carry one, starting from ``init``."""
 
     at: tuple[str, ...]
@@ -131,6 +134,10 @@ class Shifts:
     @property
     def needs(self) -> frozenset[Statistic]:
         return self.init.needs
+
+    @property
+    def transforms(self) -> tuple[EdgeUse, ...]:
+        return (EdgeUse(Kind.SHIFT, self.at, self.init),)
 
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
         found = list(_at_edges(state, stats, self.at, self.init))
@@ -163,7 +170,7 @@ class _Clip(Parametrization):
 
 @serializable
 @dataclass(frozen=True)
-class ClipShares:
+class ClipShares(Maker):
     """Learned weight clipping: both ends of every granule's range (OmniQuant, arXiv:2308.13137, section 3.2).
 
     ``init`` is the logit at the start: 4.0 is a share of 0.982.
@@ -173,8 +180,8 @@ class ClipShares:
     lr: float = 1e-2
 
     @property
-    def needs(self) -> frozenset[Statistic]:
-        return frozenset()
+    def fixes(self) -> frozenset[Freedom]:
+        return frozenset({Freedom.WEIGHT_RANGES})
 
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
         return _Clip(state, self.init)
@@ -224,7 +231,7 @@ class _Rounding(Parametrization):
 
 @serializable
 @dataclass(frozen=True)
-class Rounding:
+class Rounding(Maker):
     """Learned rounding (SignRound, arXiv:2309.05516, section 3): every weight may be moved by up to half a step before it
     is rounded, and both ends of every range may shrink. Meant for ``Learn(descent="sign")``; authors: lr is 1 over the steps.
     """
@@ -232,8 +239,8 @@ class Rounding:
     lr: float = 5e-3
 
     @property
-    def needs(self) -> frozenset[Statistic]:
-        return frozenset()
+    def fixes(self) -> frozenset[Freedom]:
+        return frozenset({Freedom.WEIGHT_RANGES, Freedom.ROUNDING})
 
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
         for path in state.drafts:
@@ -262,17 +269,13 @@ class Differences(Parametrization):
 
 @serializable
 @dataclass(frozen=True)
-class AllWeights:
+class AllWeights(Maker):
     """Every parameter of the block: weights, biases and norms (layer-by-layer distillation, ZeroQuant, arXiv:2206.01861).
 
     What the report says of a single linear is then its distance from what was learned, not from the original.
     """
 
     lr: float = 5e-6
-
-    @property
-    def needs(self) -> frozenset[Statistic]:
-        return frozenset()
 
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
         return Differences(state.block, Tensor.is_floating_point)

@@ -5,6 +5,7 @@ Where nothing may be clipped, :class:`~lowbit.steps.SetActivationRange` is enoug
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.modules import ActSpec, static_params
-from lowbit.numerics import Affine, PerTensor, Statistic, TokenRange, clipped_tokens, serializable
+from lowbit.numerics import Affine, PerTensor, Spec, Statistic, TokenRange, clipped_tokens, serializable
 from lowbit.numerics.grids.int import round_ste
+from lowbit.steps.effects import Freedom, MixOrder
 from lowbit.steps.objectives import BlockMSE, Objective
-from lowbit.steps.parametrizations import SMALLEST_SCALE, Parametrization
+from lowbit.steps.parametrizations import SMALLEST_SCALE, Maker, Parametrization
 from lowbit.steps.state import BlockState, Stats
+from lowbit.steps.step import Step
 
 
 def static_linears(state: BlockState) -> dict[str, ActSpec]:
@@ -28,7 +31,7 @@ def static_linears(state: BlockState) -> dict[str, ActSpec]:
 
 @serializable
 @dataclass(frozen=True)
-class SearchActivationRange:
+class SearchActivationRange(Step):
     """Fixes the range of every static activation by its tokens, of which the loudest may be clipped whole.
 
     Token-wise clipping, coarse stage (Outlier Suppression, arXiv:2209.13325, section 4.2). One share of the tokens serves all
@@ -53,6 +56,26 @@ class SearchActivationRange:
     @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset({TokenRange()})
+
+    @property
+    def fixes(self) -> frozenset[Freedom]:
+        return frozenset({Freedom.INPUT_RANGES})
+
+    @property
+    def mix_order(self) -> MixOrder:
+        return MixOrder.LAST
+
+    @property
+    def one_input_range(self) -> bool:
+        return True
+
+    def check(self, weights: Sequence[Spec], activations: Sequence[ActSpec], steps: Sequence[Step]) -> None:
+        grains = {act.spec.granularity for act in activations if act.static} - {PerTensor()}
+        if grains:
+            raise ValueError(
+                f"SearchActivationRange clips tokens where one range serves the whole input, not "
+                f"{', '.join(sorted(map(str, grains)))}; use PerTensor() or SetActivationRange"
+            )
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -162,7 +185,7 @@ class _LearnedStepSizes(Parametrization):
 
 @serializable
 @dataclass(frozen=True)
-class LearnedStepSizes:
+class LearnedStepSizes(Maker):
     """Learned steps and zero points of static activations (Outlier Suppression, arXiv:2209.13325, section 4.2, fine stage; LSQ+).
 
     They start from the ranges that a step before has set. ``lr`` is relative: of the step, and of the number of codes.
@@ -171,8 +194,8 @@ class LearnedStepSizes:
     lr: float = 5e-3
 
     @property
-    def needs(self) -> frozenset[Statistic]:
-        return frozenset()
+    def mix_order(self) -> MixOrder:
+        return MixOrder.LAST
 
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
         return _LearnedStepSizes(state)

@@ -15,19 +15,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lowbit.architectures import Kind, ResolvedBlock, ResolvedInput
-from lowbit.modules import serialize_transforms
+from lowbit.architectures import Kind, ResolvedInput
 from lowbit.numerics import AbsMax, Gram, Statistic, serializable
+from lowbit.steps.effects import TRANSFORMING, BlockDescription, Freedom, LayerDescription
 from lowbit.steps.listen import Call, Place, listen
 from lowbit.steps.state import BlockState, Stats
+from lowbit.steps.step import FLOAT, RunSizes, Step
 from lowbit.transforms import ChannelTransform, Reassembly, Split
 
 Assembly = Literal["merge", "prune", "none"]
+_DISTANCE_MATRICES = 4  # of the width of an input, held at once
 NEGLIGIBLE = 1e-12
 """Of the median energy that a channel adds to the output: what adds less is nothing."""
 
@@ -109,7 +111,7 @@ def _narrow(numbers: Tensor, size: int) -> Tensor:
 
 @serializable
 @dataclass(frozen=True)
-class SearchReassembly:
+class SearchReassembly(Step):
     """Splits the outlier channels of every input and lets others make room, at the threshold that hurts least.
 
     A channel whose largest calibrated magnitude is M becomes ``ceil(M / threshold)`` channels. Thresholds are tried from
@@ -131,7 +133,6 @@ class SearchReassembly:
     steps: int = 20
     windows: int | None = 4
     skip: tuple[str, ...] = ("attention_out",)
-    kind: ClassVar[Kind] = Kind.SPLIT
 
     def __post_init__(self):
         if not 0 <= self.ratio <= 0.5:
@@ -145,21 +146,48 @@ class SearchReassembly:
     def needs(self) -> frozenset[Statistic]:
         return frozenset({AbsMax()} if self.assembly == "none" else {AbsMax(), Gram()})
 
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        return frozenset({Kind.SPLIT})
+
+    @property
+    def fixes(self) -> frozenset[Freedom]:
+        return frozenset({Freedom.CHANNEL_COPIES})
+
+    @property
+    def disturbs(self) -> frozenset[Freedom]:
+        return TRANSFORMING | {Freedom.ROUNDING}
+
+    @property
+    def upper_bound(self) -> str:
+        if not self.ratio:
+            return ""
+        return "a search decides how many channels are copied; bytes_out counts as many as it may choose"
+
+    def describe(self, block: BlockDescription) -> BlockDescription:
+        inputs = [shared for shared in block.resolved.shared_inputs if not self._skips(shared)]
+        paths = [path for shared in inputs for path in shared.readers if path in block.layers]
+        return block.changed({path: self._reassembled(block.layers[path]) for path in paths})
+
+    def _reassembled(self, layer: LayerDescription) -> LayerDescription:
+        rows, columns = layer.shape
+        copies = int(self.ratio * columns)
+        if not copies:
+            return layer
+        if self.assembly == "none":
+            return layer.running(Split(_narrow(torch.ones(columns), columns)), shape=(rows, columns + copies))
+        numbers = _narrow(torch.zeros(copies), columns)
+        return layer.running(Reassembly(columns, numbers, numbers, numbers))
+
+    def memory(self, sizes: RunSizes) -> float:
+        """Inputs and outputs of the judged modules over the calibration windows, and distances between channels."""
+        widths = {path: sizes.shapes[path][1] for path in sizes.first_readers}
+        read = sum(width * sizes.shares.get(path, 1.0) for path, width in widths.items())
+        distances = _DISTANCE_MATRICES * max(widths.values(), default=0) ** 2
+        return (2 * sizes.tokens(self.windows) * read + distances) * FLOAT
+
     def ticks(self, windows: int, linears: int) -> int:
         return windows + 3 * (1 + self.steps)
-
-    def described(self, resolved: ResolvedBlock, path: str, columns: int) -> tuple[list[dict[str, Any]], int]:
-        """What the description of a packed linear gains in front of it by this step, at most, and how wide it becomes."""
-        shared = next(each for each in resolved.shared_inputs if path in each.readers)
-        copies = int(self.ratio * columns)
-        if not copies or self._skips(shared):
-            return [], columns
-        numbers = _narrow(torch.zeros(copies), columns)
-        if self.assembly == "none":
-            return serialize_transforms.describe(
-                "pre", [Split(_narrow(torch.ones(columns), columns))]
-            ), columns + copies
-        return serialize_transforms.describe("pre", [Reassembly(columns, numbers, numbers, numbers)]), columns
 
     def _skips(self, shared: ResolvedInput) -> bool:
         return any(fnmatch(shared.name, pattern) for pattern in self.skip)

@@ -8,14 +8,15 @@ projection, by folding; the rest (behind the activation of an MLP; everything, w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from lowbit.architectures import Kind, ResolvedBlock, ResolvedEdge, ResolvedResidual
-from lowbit.modules import serialize_transforms
-from lowbit.numerics import Statistic, serializable
+from lowbit.numerics import serializable
+from lowbit.steps.effects import TRANSFORMING, BlockDescription, Freedom, MixOrder
 from lowbit.steps.state import BlockState
+from lowbit.steps.step import Step
 from lowbit.transforms import RandomHadamard, Rotate, Seeded
 
 _HEADS = "v_o"
@@ -23,7 +24,7 @@ _HEADS = "v_o"
 
 @serializable
 @dataclass(frozen=True)
-class RotateResidual:
+class RotateResidual(Step):
     """One random Hadamard rotation of the residual stream, folded into every block before its first step.
 
     The gains of norms go into the weights behind them. It is a property of the model that all other steps see, so it comes
@@ -31,17 +32,15 @@ class RotateResidual:
     architecture's norms do not commute with a rotation, the report says why, and nothing is rotated by this step.
     """
 
-    kind: ClassVar[Kind] = Kind.ROTATE
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        return frozenset({Kind.ROTATE})
 
     @property
-    def needs(self) -> frozenset[Statistic]:
-        return frozenset()
+    def rotates_residual(self) -> bool:
+        return True
 
-    def ticks(self, windows: int, linears: int) -> int:
-        return 0
-
-    def rotation(self, width: int, seed: int) -> Seeded:
-        """That of a stream of so many channels, by the recipe's seed."""
+    def residual_rotation(self, width: int, seed: int) -> Seeded:
         return RandomHadamard(seed_of(seed, "residual", "") >> 31, width)  # of 32 bits: every reader of JSON holds it
 
     def run(self, state: BlockState) -> None:
@@ -53,7 +52,7 @@ class RotateResidual:
 
 @serializable
 @dataclass(frozen=True)
-class RotateInputs:
+class RotateInputs(Step):
     """Hadamard rotations of every input that a rotated residual stream does not reach (QuaRot, arXiv:2404.00456).
 
     heads: of what the output projection reads, "folded", each head by itself, into values and projection, where an edge
@@ -62,14 +61,32 @@ class RotateInputs:
     """
 
     heads: Literal["folded", "all"] = "folded"
-    kind: ClassVar[Kind] = Kind.ROTATE
 
     @property
-    def needs(self) -> frozenset[Statistic]:
-        return frozenset()
+    def kinds(self) -> frozenset[Kind]:
+        return frozenset({Kind.ROTATE})
 
-    def ticks(self, windows: int, linears: int) -> int:
-        return 0
+    @property
+    def fixes(self) -> frozenset[Freedom]:
+        return frozenset({Freedom.CHANNEL_BASIS})
+
+    @property
+    def disturbs(self) -> frozenset[Freedom]:
+        return TRANSFORMING - {Freedom.CHANNEL_COPIES} | {Freedom.WEIGHT_RANGES}
+
+    @property
+    def mix_order(self) -> MixOrder:
+        return MixOrder.AFTER_TRANSFORMS
+
+    def describe(self, block: BlockDescription) -> BlockDescription:
+        transformed = [path for path, layer in block.layers.items() if layer.pre]
+        edges = list(self._folded(block.resolved, block.layers, transformed))
+        for _, readers in self._rotated(block.resolved, block.layers, block.rotated, edges):
+            layers = {path: block.layers[path] for path in readers}
+            block = block.changed(
+                {path: layer.running(RandomHadamard(0, layer.shape[1])) for path, layer in layers.items()}
+            )
+        return block
 
     def run(self, state: BlockState) -> None:
         drafts = state.drafts
@@ -81,14 +98,6 @@ class RotateInputs:
             width = drafts[readers[0]].weight.shape[1]
             for path in readers:
                 state.transform(path, RandomHadamard(seed_of(state.seed, "input", name), width))
-
-    def described(
-        self, resolved: ResolvedBlock, path: str, columns: int, formats: Iterable[str], rotated: bool
-    ) -> list[dict[str, Any]]:
-        """What the description of the packed linear at ``path`` gains by this step, of those in ``formats``."""
-        edges = list(self._folded(resolved, formats, ()))
-        runs = any(path in readers for _, readers in self._rotated(resolved, formats, rotated, edges))
-        return serialize_transforms.describe("pre", [RandomHadamard(0, columns)]) if runs else []
 
     def _folded(
         self, resolved: ResolvedBlock, formats: Iterable[str], transformed: Iterable[str]
@@ -112,10 +121,18 @@ class RotateInputs:
                 yield shared.name, readers
 
 
-def residual_step(steps: Iterable[Any], blocks: Iterable[ResolvedResidual]) -> RotateResidual | None:
-    """The step that rotates the stream through these blocks, if one does and every block lets it."""
-    found = next((step for step in steps if isinstance(step, RotateResidual)), None)
-    return None if found is None or any(block.fixed for block in blocks) else found
+def residual_rotation(
+    steps: Sequence[Step], blocks: Iterable[ResolvedResidual], width: int, seed: int
+) -> Seeded | None:
+    """The rotation of the residual stream through ``blocks``; None where no step has one, or a block forbids it.
+
+    Args:
+        steps: a recipe's.
+        width: channels of the stream.
+        seed: the recipe's.
+    """
+    step = next((step for step in steps if step.rotates_residual), None)
+    return None if step is None or any(block.fixed for block in blocks) else step.residual_rotation(width, seed)
 
 
 def seed_of(block: int, side: str, name: str) -> int:

@@ -21,10 +21,11 @@ from lowbit.transforms import ChannelTransform, Scale, Shift
 
 @runtime_checkable
 class TransformRule(Protocol):
-    """Makes the transform of one edge; None where its activation was never seen."""
+    """Makes the transform of one edge; None where its activation was never seen. ``dtype``: of the transform's vector."""
 
     kind: ClassVar[Kind]
     needs: ClassVar[frozenset[Statistic]]
+    dtype: ClassVar[torch.dtype]
 
     def __call__(
         self, state: BlockState, edge: ResolvedEdge, stats: Mapping[str, Stats]
@@ -58,6 +59,7 @@ class Smooth:
     alpha: float = 0.5
     kind: ClassVar[Kind] = Kind.SCALE
     needs: ClassVar[frozenset[Statistic]] = frozenset({AbsMax()})
+    dtype: ClassVar[torch.dtype] = torch.float32
 
     def __post_init__(self):
         if not 0 <= self.alpha <= 1:
@@ -84,6 +86,7 @@ class Balance:
 
     kind: ClassVar[Kind] = Kind.SCALE
     needs: ClassVar[frozenset[Statistic]] = frozenset({Gram()})
+    dtype: ClassVar[torch.dtype] = torch.float16
 
     def __call__(self, state: BlockState, edge: ResolvedEdge, stats: Mapping[str, Stats]) -> Scale | None:
         gram = state.edge_stat(edge, stats, Gram())
@@ -104,6 +107,7 @@ class Ones:
 
     kind: ClassVar[Kind] = Kind.SCALE
     needs: ClassVar[frozenset[Statistic]] = frozenset()
+    dtype: ClassVar[torch.dtype] = torch.float32
 
     def __call__(self, state: BlockState, edge: ResolvedEdge, stats: Mapping[str, Stats]) -> Scale:
         return Scale(torch.ones(edge.channels))
@@ -121,6 +125,7 @@ class OwnGain:
     floor: float = 1e-4
     kind: ClassVar[Kind] = Kind.SCALE
     needs: ClassVar[frozenset[Statistic]] = frozenset()
+    dtype: ClassVar[torch.dtype] = torch.float32
 
     def __call__(self, state: BlockState, edge: ResolvedEdge, stats: Mapping[str, Stats]) -> Scale:
         norms = [port for port in edge.producers if port.norm]
@@ -142,6 +147,7 @@ class Midpoint:
 
     kind: ClassVar[Kind] = Kind.SHIFT
     needs: ClassVar[frozenset[Statistic]] = frozenset({Range()})
+    dtype: ClassVar[torch.dtype] = torch.float32
 
     def __call__(self, state: BlockState, edge: ResolvedEdge, stats: Mapping[str, Stats]) -> Shift | None:
         bounds = state.edge_stat(edge, stats, Range())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -24,9 +25,11 @@ from lowbit.numerics import (
     mean_abs,
     serializable,
 )
+from lowbit.steps.effects import EdgeUse, Freedom
 from lowbit.steps.listen import Call, Place, listen
 from lowbit.steps.rules import Smooth, guard_dead
 from lowbit.steps.state import BlockState, Stats
+from lowbit.steps.step import FLOAT, RunSizes, Step
 from lowbit.transforms import ChannelTransform, Scale
 
 
@@ -133,9 +136,12 @@ class Thresholds:
         return [Scale((magnitude / t).clamp(min=1)) for t in thresholds]
 
 
+_WEIGHT_COPIES = 3  # of the weights that an edge's consumers hold, while candidates are tried
+
+
 @serializable
 @dataclass(frozen=True)
-class Search:
+class Search(Step):
     """Tries ``candidates`` at every edge in ``at``; judges by the output error of the edge's judge module.
 
     Every edge is searched on the unchanged block and the winners are folded at the end, each as AWQ's reference does; with
@@ -161,6 +167,18 @@ class Search:
     def needs(self) -> frozenset[Statistic]:
         return self.candidates.needs
 
+    @property
+    def transforms(self) -> tuple[EdgeUse, ...]:
+        return (EdgeUse(self.candidates.kind, self.at, self.candidates),)
+
+    def memory(self, sizes: RunSizes) -> float:
+        """Calls of the judges over the calibration windows, and copies of the weights of one edge's consumers."""
+        edges, quantized = self.transforms[0].legal_edges(sizes.block.resolved), sizes.block.layers
+        judges = {place.module for edge in edges for place in self._judges(quantized, edge)}
+        consumers = [{port.module for port in edge.consumers} & quantized.keys() for edge in edges]
+        largest = max((sum(prod(sizes.shapes[path]) for path in paths) for paths in consumers), default=0)
+        return sizes.judged_bytes(judges, self.windows) + _WEIGHT_COPIES * largest * FLOAT
+
     def ticks(self, windows: int, linears: int) -> int:
         return windows * (len(self.at) if self.in_turn else 1) + self.candidates.count * len(self.at)
 
@@ -182,11 +200,12 @@ class Search:
             for draft in before:
                 stack.enter_context(draft.simulated())
             stats = state.collect(self.needs | ({Range()} if static else frozenset()))
-            calls = listen(state, {place: None for edge in edges for place in self._judges(state, edge)}, self.windows)
+            places = {place: None for edge in edges for place in self._judges(state.drafts, edge)}
+            calls = listen(state, places, self.windows)
         winners = []
         for edge in edges:
             tried = self.candidates(state, edge, stats)
-            judging = [call for place in self._judges(state, edge) for call in calls if call.place == place]
+            judging = [call for place in self._judges(state.drafts, edge) for call in calls if call.place == place]
             losses = [self._loss(state, edge, transform, stats, judging) for transform in tried]
             if not losses or not judging:
                 state.note(f"edge {edge.name!r} saw no token: nothing was searched there")
@@ -196,11 +215,10 @@ class Search:
         for edge, transform in winners:
             state.commit(edge, transform, self.candidates.kind)
 
-    def _judges(self, state: BlockState, edge: ResolvedEdge) -> list[Place]:
+    def _judges(self, quantized: Container[str], edge: ResolvedEdge) -> list[Place]:
         if self.by == "judge":
             return [Place(edge.judge)]
-        drafts = state.drafts
-        return [Place(port.module) for port in edge.consumers if port.module in drafts]
+        return [Place(port.module) for port in edge.consumers if port.module in quantized]
 
     def _loss(
         self,
@@ -236,7 +254,7 @@ def at_port(transform: ChannelTransform, port: Port) -> ChannelTransform:
 
 @serializable
 @dataclass(frozen=True)
-class SearchClip:
+class SearchClip(Step):
     """For every granule of every linear (but the roles in ``skip``) the symmetric clip that hurts its own product least.
 
     Thresholds ``c = max|w| * (1 - i / steps)`` for ``i = 0 .. max_shrink * steps - 1`` (AWQ's clip search). A granule's
@@ -251,6 +269,10 @@ class SearchClip:
     @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset({Gram()})
+
+    @property
+    def fixes(self) -> frozenset[Freedom]:
+        return frozenset({Freedom.WEIGHT_RANGES})
 
     def ticks(self, windows: int, linears: int) -> int:
         return windows

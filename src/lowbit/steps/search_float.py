@@ -23,14 +23,16 @@ from lowbit.numerics import (
     serializable,
     usual_fit,
 )
+from lowbit.steps.effects import Freedom
 from lowbit.steps.state import BlockState, Stats
+from lowbit.steps.step import Step
 
 _SMALLEST = 2.0**-60  # range of an input that is zero on every calibration token
 
 
 @serializable
 @dataclass(frozen=True)
-class SearchFloat:
+class SearchFloat(Step):
     """For every linear the floating formats and ranges, of its weight and of its static input, that hurt its output least.
 
     In rounds: for each format of the weight, each output channel takes the share of its range with the least squared error
@@ -64,6 +66,16 @@ class SearchFloat:
     @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset({AbsMax(), self._samples} if self.rounds else {AbsMax()})
+
+    @property
+    def fixes(self) -> frozenset[Freedom]:
+        return frozenset({Freedom.INPUT_RANGES})
+
+    def places_weight(self, spec: Spec) -> bool:
+        return isinstance(spec.grid, Float)
+
+    def places_input(self, act: ActSpec) -> bool:
+        return isinstance(act.spec.grid, Float)
 
     @property
     def _samples(self) -> Samples:

@@ -9,19 +9,21 @@ from torch import Tensor
 
 from lowbit.modules import ActSpec, fake_quantize_activation, static_params
 from lowbit.numerics import LaterRange, MovingRange, Range, Samples, Statistic, serializable
+from lowbit.steps.effects import EdgeUse, Freedom, MixOrder
 from lowbit.steps.rules import TransformRule
 from lowbit.steps.state import BlockState, Stats
+from lowbit.steps.step import Step
 
 _MASSIVE = 10.0  # times all other tokens: first tokens that do what no other does, not the luck of one window
 
 
 @serializable
 @dataclass(frozen=True)
-class Set:
+class Set(Step):
     """Applies a rule at every edge whose name matches ``at`` (patterns as in file names), where it is legal.
 
-    ``run_time``: also at every input that no edge with the rule's kind leads to; the linears that read it then apply the
-    transform themselves, which costs them its bits.
+    ``run_time``: also at every input that no edge with the rule's kind covers: its linears apply the transform at run time and
+    store it.
     """
 
     rule: TransformRule
@@ -31,6 +33,10 @@ class Set:
     @property
     def needs(self) -> frozenset[Statistic]:
         return self.rule.needs
+
+    @property
+    def transforms(self) -> tuple[EdgeUse, ...]:
+        return (EdgeUse(self.rule.kind, self.at, self.rule, bool(self.rule.needs), self.run_time, self.rule.dtype),)
 
     def ticks(self, windows: int, linears: int) -> int:
         return windows if self.needs else 0
@@ -48,7 +54,7 @@ class Set:
 
 @serializable
 @dataclass(frozen=True)
-class SetActivationRange:
+class SetActivationRange(Step):
     """Fixes the range of every static activation from the calibration set, as the block is now (after any transform).
 
     skip_first: so many tokens at the start of each calibration window are left out. Where first tokens are massive, a range
@@ -71,6 +77,14 @@ class SetActivationRange:
             raise ValueError(f"a range is tried as it is at least: shrinks is 1 or more, found {self.shrinks}")
         if self.skip_first and self.decay is not None:
             raise ValueError("a moving average has all tokens of a window in it; leave out skip_first or decay")
+
+    @property
+    def fixes(self) -> frozenset[Freedom]:
+        return frozenset({Freedom.INPUT_RANGES})
+
+    @property
+    def mix_order(self) -> MixOrder:
+        return MixOrder.LAST
 
     @property
     def _need(self) -> Statistic:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lowbit.modules import DraftLinear, QuantLinear
-from lowbit.numerics import QTensor, Samples, Statistic, serializable, usual_fit
+from lowbit.modules import ActSpec, DraftLinear, QuantLinear
+from lowbit.numerics import PerChannel, PerTensor, QTensor, Samples, Spec, Statistic, serializable, usual_fit
 from lowbit.solve import Nearest, Solver
+from lowbit.steps.effects import BlockDescription, Freedom, LayerDescription
 from lowbit.steps.state import BlockState, LayerRecord, Stats
+from lowbit.steps.step import RunSizes, Step, names_of
 
 _CHECK = Samples(256, stride=2)  # tokens on which each layer's output error is measured for the report
 
 
 @serializable
 @dataclass(frozen=True)
-class Solve:
+class Solve(Step):
     """Hands every linear and the statistics of its input to ``solver``.
 
     ``true_sequential``: linears are solved stage by stage ({q, k, v}, {o}, {gate, up}, {down}), each stage with
@@ -30,6 +33,32 @@ class Solve:
     @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset(self.solver.needs)
+
+    @property
+    def fixes(self) -> frozenset[Freedom]:
+        return frozenset({Freedom.CODES})
+
+    def check(self, weights: Sequence[Spec], activations: Sequence[ActSpec], steps: Sequence[Step]) -> None:
+        for spec in weights:
+            self.solver.check(spec, any(step.places_weight(spec) for step in steps))
+        grouped = any(not isinstance(spec.granularity, PerChannel | PerTensor) for spec in weights)
+        ordering = [step for step in steps if Freedom.CHANNEL_ORDER in step.fixes]
+        if ordering and grouped and self.solver.moves_groups:
+            raise ValueError(
+                f"{names_of(ordering)} puts input channels in an order, and Solve, with order='act', in another; use order='group' "
+                "or static_groups=true"
+            )
+
+    def describe(self, block: BlockDescription) -> BlockDescription:
+        return block.changed({path: self._solved(layer) for path, layer in block.layers.items()})
+
+    def _solved(self, layer: LayerDescription) -> LayerDescription:
+        several = layer.format.weight.granularity.param_shape(layer.shape)[1] > 1
+        return replace(layer, ordered=several and self.solver.moves_groups, outliers=self.solver.outliers is not None)
+
+    def memory(self, sizes: RunSizes) -> float:
+        solving = max((self.solver.memory(*sizes.shapes[path]) for path in sizes.block.layers), default=0)
+        return sizes.statistics_bytes({_CHECK}) + solving
 
     def ticks(self, windows: int, linears: int) -> int:
         return linears + windows * (4 if self.true_sequential else 1)  # which are read for the report at least

@@ -134,7 +134,7 @@ class _Linear:
         h = fake_activation(x, self.layer.act, self.layer.act_params)
         y = DecodedProduct.apply(h, self._dense, *(part.value() for part in self.parts.values()))
         assert isinstance(y, Tensor)
-        for term in self.layer.side:
+        for term in self.layer.side_terms:
             y = y + term.apply(x, self.layer.shape[0])
         return y
 

@@ -57,7 +57,7 @@ def tile_of(tokens: int, itemsize: int) -> Tile:
 
 
 def linear(x: Tensor, layer: PackedLinear) -> Tensor:
-    """``Q_act(x) @ W.T + x @ (sum of side).T``, ``[..., O]`` in the dtype of x; x ``[..., I]`` floating, with any strides."""
+    """``Q_act(x) @ W.T + x @ (sum of side terms).T``, ``[..., O]`` in the dtype of x; x ``[..., I]`` floating, with any strides."""
     x_TI = x.reshape(-1, x.shape[-1])
     if x.dtype not in _DTYPES:
         x_TI = x_TI.float()

@@ -59,7 +59,7 @@ class OutlierVictim:
 
     def __post_init__(self):
         if not 3 <= self.bits <= 8:
-            raise ValueError(f"outlier-victim pairs have 3 to 8 bits a value, found {self.bits}")
+            raise ValueError(f"outlier-victim pairs have 3 to 8 bits for each value, found {self.bits}")
         if self.normal not in _NORMAL:
             raise ValueError(f"normal values are 'int' or 'flint', found {self.normal!r}")
         if self.normal != "int" and self.bits != 4:

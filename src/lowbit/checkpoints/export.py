@@ -1,0 +1,100 @@
+"""export: a finished checkpoint, written again in a file format."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lowbit.checkpoints.description import ModelDescription
+from lowbit.checkpoints.formats import find_format
+from lowbit.checkpoints.native import Native
+from lowbit.checkpoints.source import locate, open_model
+from lowbit.checkpoints.target import OutputError, check_target
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        out: the directory.
+        format: the name of the format.
+        layers: how many packed layers it holds.
+        bytes: of all its files.
+    """
+
+    out: Path
+    format: str
+    layers: int
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return asdict(self) | {"out": str(self.out)}
+
+
+def export(
+    checkpoint: str | os.PathLike[str],
+    format: str = "native",
+    *,
+    out: str | os.PathLike[str],
+    trust_remote_code: bool = False,
+) -> ExportReport:
+    """Writes a lowbit checkpoint in a file format. The weights are the same bits; one layer is read at a time.
+
+    Everything is written into ``<out>.partial``, which becomes ``out`` when it is whole.
+
+    Args:
+        checkpoint: a directory that ``lowbit quantize`` wrote, or a hub id of one.
+        format: the name of a format; ``lowbit plan`` lists them.
+        out: the directory to write, which must not exist or be empty.
+        trust_remote_code: lets the model's own Python code run, where its class has to be known.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: an unknown format, a target that exists, a directory that is no lowbit checkpoint, or a model that the
+            format cannot hold, with the reason. Nothing is written then.
+    """
+    file_format, out = find_format(format), Path(out).expanduser()
+    check_target(out)
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():
+        raise OutputError(
+            f"{partial} exists: a run or an export did not finish there. Finish it or remove it, or choose another -o DIR"
+        )
+    _, path = locate(checkpoint, trust_remote_code=trust_remote_code)
+    model = Native().read(path)
+    skeleton = open_model(path, trust_remote_code=trust_remote_code, allow_quantized=True).skeleton(unfuse=True)
+    reason = file_format.why_not(model.description, new_biases(model.description, skeleton))
+    if reason is not None:
+        raise ValueError(f"{path} cannot be written as {file_format.title}: {reason}")
+    partial.mkdir(parents=True)
+    try:
+        file_format.write(model, partial)
+        if out.exists():
+            out.rmdir()  # empty: checked above
+        os.replace(partial, out)  # noqa: PTH105  (atomic on every system)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if type(error).__name__ == "SafetensorError":  # its own type for a full disk
+            raise OutputError(f"{partial} could not be written ({error}); make room there and repeat") from error
+        raise
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    return ExportReport(out, file_format.name, len(model.description.layers), size)
+
+
+def new_biases(description: ModelDescription, skeleton: nn.Module) -> Collection[str]:
+    """Names of the packed linears that have a bias though the model's class, of which ``skeleton`` is one, gives them none."""
+    return [
+        name
+        for name, layer in description.layers.items()
+        if layer.bias is not None and getattr(skeleton.get_submodule(name), "bias", None) is None
+    ]

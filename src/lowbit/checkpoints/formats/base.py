@@ -1,0 +1,148 @@
+"""A file format: what it cannot hold, and how models are written and read in it.
+
+:func:`lowbit.plan` prints what :meth:`FileFormat.why_not` answers, and :func:`lowbit.export` refuses by it, so that the
+two cannot disagree. The answer follows from the description of the model alone: a recipe's is foreseen, a checkpoint's
+is read.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from lowbit.checkpoints.description import ModelDescription
+from lowbit.checkpoints.packed_model import PackedModel
+from lowbit.modules import ActSpec, LinearDescription
+from lowbit.numerics import Int, PerChannel, PerGroup, Spec
+
+
+class FileFormat(Protocol):
+    """One file format. A new one is a class in a file of this package and a line in ``FORMATS``.
+
+    Attributes:
+        name: what ``lowbit export --format`` calls it.
+        title: what tables call it.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def title(self) -> str: ...
+
+    def why_not(self, description: ModelDescription, new_biases: Collection[str] = ()) -> str | None:
+        """The reason why the format cannot hold a model, or None where it can.
+
+        Args:
+            description: what the model's packed layers store.
+            new_biases: names of the linears that have a bias though the model's class gives them none.
+        """
+        ...
+
+    def write(self, model: PackedModel, directory: Path) -> None:
+        """Writes ``model``, for which :meth:`why_not` is None, into the empty ``directory``.
+
+        It reads the parts of ``model`` once, in order, and holds one file at most.
+        """
+        ...
+
+    def read(self, directory: Path) -> PackedModel:
+        """A model in this format. Raises ModelError where ``directory`` holds none."""
+        ...
+
+
+class WithoutWriter(ABC):
+    """A format that this version of lowbit knows and cannot write: it refuses every model.
+
+    The reason is the format's own where the model has no place in it, so that a user learns what a writer would change.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+
+    def why_not(self, description: ModelDescription, new_biases: Collection[str] = ()) -> str | None:
+        problems = list(dict.fromkeys(self.problems(description, new_biases)))
+        return "; ".join(problems) or "this version does not write it; the numbers would fit it as they are"
+
+    @abstractmethod
+    def problems(self, description: ModelDescription, new_biases: Collection[str]) -> Iterator[str]:
+        """What of the model the format cannot hold, one sentence each; the same may come again."""
+
+    def write(self, model: PackedModel, directory: Path) -> None:
+        raise NotImplementedError(f"there is no writer for {self.title}")
+
+    def read(self, directory: Path) -> PackedModel:
+        raise NotImplementedError(f"there is no reader for {self.title}")
+
+
+# What several formats have in common
+
+
+def beside_codes(description: ModelDescription, *, order: bool = False) -> Iterator[str]:
+    """What a model does or stores that formats of plain linears have no place for.
+
+    Args:
+        order: a format for which one column order of each linear is no problem.
+    """
+    kept: dict[str, None] = {}
+    for layer in set(description.layers.values()):
+        pre = layer.pre[:-1] if order and layer.pre and layer.pre[-1].type == "Permute" else layer.pre
+        kept |= dict.fromkeys(f"{_WORDS.get(part.type, part.type)} of inputs" for part in pre)
+        kept |= dict.fromkeys(f"{_WORDS.get(part.type, part.type)} of outputs" for part in layer.post)
+        kept |= dict.fromkeys(_WORDS.get(part.type, part.type) for part in layer.side_terms)
+    if kept:
+        yield f"layers keep {' and '.join(sorted(kept))}, for which it has no place"
+    if description.attention:
+        yield "attention multiplies quantized queries, keys and values, for which it has no place"
+    if description.kv is not None:
+        yield "the cache is quantized, for which it has no place"
+    if description.residual is not None:
+        yield "the residual stream is rotated when the model runs, for which it has no place"
+
+
+_WORDS = {
+    "Scale": "scales",
+    "Shift": "shifts",
+    "Permute": "column orders",
+    "Rotate": "rotations",
+    "Kronecker": "rotations",
+    "RandomHadamard": "rotations",
+    "Split": "copies",
+    "Merge": "means",
+    "Reassembly": "copies and means",
+    "Sparse": "outliers in half precision",
+    "KeptColumns": "outliers in half precision",
+    "LowRank": "low-rank corrections",
+}
+
+
+def biases(new_biases: Collection[str]) -> Iterator[str]:
+    """The problem of formats whose readers take the biases from the model's class."""
+    if new_biases:
+        yield "layers have biases that the model's class does not have"
+
+
+def shapes(description: ModelDescription) -> list[tuple[Spec, ActSpec | None, tuple[int, int]]]:
+    """The distinct pairs of format and matrix size, in an order that the names of layers do not change."""
+    layers: Collection[LinearDescription] = description.layers.values()
+    return sorted({(layer.spec, layer.act, layer.shape) for layer in layers}, key=str)
+
+
+def integers(spec: Spec, bits: tuple[int, ...]) -> str:
+    """Why weights in ``spec`` are no integers of one of these widths with plain scales, or ""."""
+    grid = spec.grid
+    if not isinstance(grid, Int) or grid.real_zero or spec.stats is not None:
+        return "its weights are integers with integer zero points and plain scales"
+    if grid.bits not in bits:
+        return f"it has weights of {', '.join(map(str, bits))} bits, not of {grid.bits}"
+    return ""
+
+
+def group_size(spec: Spec, inputs: int) -> int | None:
+    """The run of one row that shares a scale; None where scales are not shared so."""
+    granularity = spec.granularity
+    if isinstance(granularity, PerGroup):
+        return granularity.size
+    return inputs if isinstance(granularity, PerChannel) else None

@@ -1,0 +1,127 @@
+"""Native checkpoints without their weights: config and headers, checked against each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit.checkpoints.description import METHOD, ModelDescription
+from lowbit.checkpoints.shards import ModelError, TensorHeader, read_headers, read_json
+
+CONFIG = "config.json"
+JOURNAL = "journal.jsonl"  # of a run that writes here; gone when it has finished
+_CONTINUE = "run the command that makes it again, and it continues where it stopped"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model directory. ``description``: of the packed layers; None where the model is not quantized by lowbit."""
+
+    config: dict[str, Any]
+    headers: dict[str, TensorHeader]
+    description: ModelDescription | None
+
+
+def read_checkpoint(directory: str | os.PathLike[str], *, unfinished: bool = False) -> Checkpoint:
+    """The config and every tensor's header of a model directory, native or not, checked without reading weights.
+
+    ``unfinished`` reads a directory whose run has written everything but not been declared finished.
+
+    Raises:
+        ModelError: not a directory, unfinished, a missing or truncated shard, or a packed layer that is not whole.
+    """
+    directory = Path(directory)
+    partial = directory.with_name(directory.name + ".partial")
+    if not directory.is_dir():
+        hint = f"; {partial} holds an unfinished run: {_CONTINUE}" if partial.is_dir() else ""
+        raise ModelError(f"{directory}: no such directory{hint}")
+    if (directory / JOURNAL).is_file() and not unfinished:
+        raise ModelError(f"{directory}: an unfinished run; {_CONTINUE}")
+    if not (directory / CONFIG).is_file():
+        if any(directory.glob("*.safetensors")):
+            raise ModelError(
+                f"{directory}: unfinished, it has weights but no {CONFIG}, which is written last; {_CONTINUE}"
+            )
+        raise ModelError(f"{directory}: no {CONFIG}; expected a directory that lowbit or save_pretrained wrote")
+    config = read_json(directory / CONFIG)
+    headers = read_headers(directory)
+    description = check_layers(directory, config["quantization_config"], headers) if is_native(config) else None
+    return Checkpoint(config, headers, description)
+
+
+def read_quantized(directory: str | os.PathLike[str]) -> tuple[Checkpoint, ModelDescription]:
+    """:func:`read_checkpoint` of a directory that must be native. Raises ModelError where it is not."""
+    checkpoint = read_checkpoint(directory)
+    if checkpoint.description is None:
+        raise ModelError(f"{directory}: not quantized by lowbit; {CONFIG} has no quantization_config of it")
+    return checkpoint, checkpoint.description
+
+
+def is_native(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a lowbit checkpoint."""
+    description = config.get("quantization_config")
+    return isinstance(description, Mapping) and description.get("quant_method") == METHOD
+
+
+def check_layers(
+    directory: Path, quantization_config: Mapping[str, Any], headers: Mapping[str, TensorHeader]
+) -> ModelDescription:
+    """The description in a config.json, checked against the tensors that are there.
+
+    Raises:
+        ModelError: a damaged description, or a tensor of a packed layer that is missing or has another shape or dtype than
+            the one described.
+    """
+    try:
+        description = ModelDescription.from_json(quantization_config)
+    except ValueError as error:
+        raise ModelError(f"{directory}: {error}") from error
+    for layer, layer_description in description.layers.items():
+        for buffer, (shape, dtype) in layer_description.layout().items():
+            name = f"{layer}.{buffer}"
+            if name not in headers:
+                raise ModelError(
+                    f"{directory}: tensor {name} of a quantized layer is not in the checkpoint; it is incomplete, "
+                    "copy it or quantize the model again"
+                )
+            if (headers[name].shape, headers[name].dtype) != (shape, dtype):
+                raise ModelError(
+                    f"{directory}: tensor {name} is {headers[name].dtype} {list(headers[name].shape)}, config.json "
+                    f"describes {dtype} {list(shape)}; the files are of different checkpoints"
+                )
+    return description
+
+
+def bits_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """How large a native checkpoint is, from headers and config alone; every stored bit is counted.
+
+    Returns:
+        ``bytes``: of the weight files. ``quantized_bytes``: of packed layers without their biases (codes, scales, zero
+        points, transforms, static activation parameters). ``quantized_weights``: how many weights these replace.
+        ``bits_per_weight``: of the packed layers. ``model_bits_per_weight``: all tensors over all parameters of the
+        model. ``layers``: how many are packed.
+
+    Raises:
+        ModelError: not a native checkpoint, or a damaged one.
+    """
+    checkpoint, description = read_quantized(directory)
+    layers = description.layers
+    quantized_bits = sum(layer.stored_bits for layer in layers.values())
+    quantized = sum(layer.features[0] * layer.features[1] for layer in layers.values())
+    packed = {f"{name}.{buffer}" for name, layer in layers.items() for buffer in layer.layout() if buffer != "bias"}
+    others = [header for name, header in checkpoint.headers.items() if name not in packed]
+    other_bits = 8 * sum(header.nbytes for header in others)
+    parameters = quantized + sum(torch.Size(header.shape).numel() for header in others)
+    return {
+        "bytes": sum(file.stat().st_size for file in {header.file for header in checkpoint.headers.values()}),
+        "quantized_bytes": quantized_bits // 8,
+        "quantized_weights": quantized,
+        "bits_per_weight": quantized_bits / quantized,
+        "model_bits_per_weight": (quantized_bits + other_bits) / parameters,
+        "layers": len(layers),
+    }

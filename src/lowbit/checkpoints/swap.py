@@ -1,0 +1,71 @@
+"""Puts what a description names into a model without weights, before a checkpoint fills it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lowbit.architectures import quantize_attention
+from lowbit.checkpoints.description import ModelDescription
+from lowbit.modules import LinearDescription, QuantLinear, turn_residual
+from lowbit.modules.kv_spec import unsupported
+
+
+def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLinear]:
+    """Puts empty packed layers in the places that ``description`` names, in place; the new layers by module name.
+
+    Works on the meta device. Linears, GPT-2's Conv1D and, where the description says so, experts taken apart first.
+    A model without the head that the checkpoint was written with is found under the names without its prefix.
+
+    Raises:
+        ValueError: a name that the model does not have, a place that holds another kind of module or another width, or a
+            quantized cache.
+    """
+    if description.kv is not None:
+        raise ValueError(unsupported(description.kv, "the checkpoint"))
+    if description.unfused_experts:
+        from lowbit.architectures.experts import unfuse_experts  # the common model has no experts, and need not load it
+
+        unfuse_experts(model)
+    swapped = {}
+    for written, layer_description in description.layers.items():
+        name, old = _find(model, written)
+        device = _check_place(model, name, old, layer_description)
+        parent, _, leaf = name.rpartition(".")
+        layer = QuantLinear.empty(layer_description, device).train(old.training)
+        setattr(model.get_submodule(parent), leaf, layer)
+        swapped[name] = layer
+    for written, spec in description.attention.items():
+        quantize_attention(_find(model, written)[1], spec)
+    if description.residual is not None:
+        turn_residual(model, replace(description.residual, blocks=_find(model, description.residual.blocks)[0]))
+    return swapped
+
+
+def _find(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    for candidate in (name, name.removeprefix(prefix)):
+        try:
+            return candidate, model.get_submodule(candidate)
+        except AttributeError:
+            continue
+    raise ValueError(
+        f"the checkpoint changes {name}, which {type(model).__name__} does not have: another model's checkpoint"
+    )
+
+
+def _check_place(model: nn.Module, name: str, old: nn.Module, description: LinearDescription) -> torch.device:
+    weight = old._parameters.get("weight")
+    if weight is None or weight.dim() != 2 or isinstance(old, nn.Embedding):
+        raise ValueError(f"the checkpoint quantizes {name}, which is a {type(old).__name__} and not a linear")
+    # GPT-2's Conv1D holds [in, out]; every other linear [out, in].
+    widths = tuple(weight.shape) if type(old).__name__ == "Conv1D" else tuple(weight.shape)[::-1]
+    if widths != description.features:
+        raise ValueError(
+            f"{name} maps {description.features[0]} channels to {description.features[1]} in the checkpoint, {widths} here"
+        )
+    if f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}):
+        raise ValueError(f"{name} is quantized but its weight is tied; set tie_word_embeddings to false in config.json")
+    return weight.device

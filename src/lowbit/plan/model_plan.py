@@ -1,0 +1,250 @@
+"""A checked plan: a recipe laid over a model, made once, before any weight is read.
+
+Everything follows from config.json and the headers of the shards. The model is made on the meta device, where shapes are known
+and nothing is allocated. The walk, Fisher information, ``plan``, ``explain`` and allocation all read this one object: the blocks
+with the architecture's table on them, the format of every linear, and how each will be stored after the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lowbit.architectures import (
+    Architecture,
+    Kind,
+    ModelBlock,
+    ResolvedBlock,
+    attention_modules,
+    check_attention,
+    for_config,
+    model_blocks,
+)
+from lowbit.checkpoints.source import ModelSource, open_model
+from lowbit.modules import LinearDescription, LinearFormat, OperandRanges, ResidualRotation, weight_shape
+from lowbit.recipes import Recipe, as_recipe
+from lowbit.steps import BlockDescription, LayerDescription
+from lowbit.steps.rotation import residual_rotation
+from lowbit.transforms import Seeded
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """One block.
+
+    Attributes:
+        name: in the model.
+        module: on the meta device.
+        resolved: the architecture's table on it.
+        formats: of the linears to be quantized, by path in the block, as the recipe's rules give them.
+        shapes: ``(O, I)`` of all its linears, by path.
+        description: how the linears will be stored after the recipe's steps.
+    """
+
+    name: str
+    module: nn.Module
+    resolved: ResolvedBlock
+    formats: dict[str, LinearFormat]
+    shapes: dict[str, tuple[int, int]]
+    description: BlockDescription
+
+    @property
+    def layers(self) -> Mapping[str, LayerDescription]:
+        """How each linear to be quantized will be stored, by path."""
+        return self.description.layers
+
+
+@dataclass(frozen=True, eq=False)
+class ModelPlan:
+    """A checked pair of model and recipe.
+
+    Attributes:
+        source: the original model, of which config and headers have been read.
+        architecture: its table.
+        model: its skeleton on the meta device, experts unfused.
+        blocks: in order.
+        rotation: of the residual stream; None where it stays as it is.
+    """
+
+    source: ModelSource
+    recipe: Recipe
+    architecture: Architecture
+    model: PreTrainedModel
+    blocks: tuple[BlockPlan, ...]
+    rotation: Seeded | None
+
+    @cached_property
+    def linears(self) -> dict[str, str]:
+        """All linears in blocks, full name -> role."""
+        return {f"{block.name}.{path}": role for block in self.blocks for path, role in block.resolved.linears.items()}
+
+    @property
+    def layers(self) -> Iterator[tuple[BlockPlan, str, LayerDescription]]:
+        """Every linear to be quantized: its block, its path there, how it will be stored."""
+        for block in self.blocks:
+            for path, layer in block.layers.items():
+                yield block, path, layer
+
+    @property
+    def bias_dtype(self) -> torch.dtype:
+        """In which packed linears store biases."""
+        return torch.float32 if self.source.dtype == torch.float64 else self.source.dtype
+
+    def description(self, layer: LayerDescription) -> LinearDescription:
+        """The description of a packed linear, without what its solver may add."""
+        return layer.stored(self.bias_dtype)
+
+    @property
+    def residual(self) -> ResidualRotation | None:
+        """The rotation of the residual stream as a checkpoint describes it."""
+        return None if self.rotation is None else ResidualRotation(self.architecture.blocks, self.rotation)
+
+
+def plan_model(model: str | PathLike[str], recipe: Recipe | str | Path | Mapping[str, Any]) -> ModelPlan:
+    """Opens ``model`` without weights and lays ``recipe`` over it. Raises as :func:`open_model` and :func:`lay_over`, and where this
+    version cannot carry out the recipe."""
+    recipe = as_recipe(recipe)
+    recipe.check_runs()
+    return lay_over(open_model(model), recipe)
+
+
+def lay_over(source: ModelSource, recipe: Recipe) -> ModelPlan:
+    """The plan of ``recipe`` on an opened model.
+
+    Raises:
+        ValueError: a rule that matches no layer; a format that a layer cannot have, with the layer's name; operands of
+            attention to be quantized in a model that attends in its own way.
+    """
+    return replan(source, for_config(source.config), source.skeleton(unfuse=True), recipe)
+
+
+def replan(source: ModelSource, architecture: Architecture, model: PreTrainedModel, recipe: Recipe) -> ModelPlan:
+    """:func:`lay_over` for a model whose table and skeleton (experts unfused) are there already."""
+    resolved = model_blocks(model, architecture, source.config)
+    recipe.scheme.check_matches(
+        {f"{block.name}.{path}": role for block in resolved for path, role in block.resolved.linears.items()}
+    )
+    text_config = source.config.get_text_config()
+    streams = (block.resolved.residual for block in resolved)
+    rotation = residual_rotation(recipe.steps, streams, text_config.hidden_size, recipe.seed)
+    blocks = tuple(_block_plan(block, recipe, _heads(text_config), rotation is not None) for block in resolved)
+    plan = ModelPlan(source, recipe, architecture, model, blocks, rotation)
+    for block, path, layer in plan.layers:
+        with _naming(block, path):
+            plan.description(layer)
+    if recipe.scheme.attention is not None:
+        check_attention(model)
+    return plan
+
+
+def _block_plan(block: ModelBlock, recipe: Recipe, heads: tuple[int, int, int, int], rotated: bool) -> BlockPlan:
+    linears = {path: block.module.get_submodule(path) for path in block.resolved.linears}
+    shapes = {path: weight_shape(linear) for path, linear in linears.items()}
+    formats = recipe.scheme.formats(block.resolved, block.name)
+    layers = {
+        path: LayerDescription(form, shapes[path], linears[path]._parameters.get("bias") is not None)
+        for path, form in formats.items()
+    }
+    attention = {}
+    if recipe.scheme.attention is not None:
+        attention = dict.fromkeys(attention_modules(block.resolved), recipe.scheme.attention)
+        if not attention:
+            raise ValueError(f"{block.name} has no module that is known to attend; leave attention_bits out")
+    description = BlockDescription(block.resolved, layers, rotated=rotated, attention=attention, heads=heads)
+    plan = BlockPlan(block.name, block.module, block.resolved, formats, shapes, description)
+    for path, layer in layers.items():
+        with _naming(plan, path):
+            layer.stored(torch.float32)
+    for step in recipe.steps:
+        description = step.describe(description)
+    return replace(plan, description=description)
+
+
+@contextmanager
+def _naming(block: BlockPlan, path: str) -> Iterator[None]:
+    """While open, a ValueError about a format is raised again with the name of the layer that cannot have it."""
+    try:
+        yield
+    except ValueError as error:
+        rows, columns = block.shapes[path]
+        raise ValueError(
+            f"{block.name}.{path} ({rows} x {columns}) cannot have its format: {error}. Give it another one with an override "
+            f"for {block.resolved.linears[path]!r}, or skip it"
+        ) from error
+
+
+def _heads(config: Any) -> tuple[int, int, int, int]:
+    """Query heads, key-value heads, channels of a key and of a value."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, width, width
+
+
+# Transforms at edges
+
+
+def edge_notes(plan: ModelPlan) -> list[str]:
+    """Where the recipe asks for a transform that this model cannot have, one sentence for each edge and reason."""
+    blocks_of: dict[tuple[Kind, str, str], set[str]] = {}
+    for use in (use for step in plan.recipe.steps for use in step.transforms):
+        for block in plan.blocks:
+            for edge, name, why_not in use.edges(block.resolved):
+                if why_not and not (edge and use.runs_at(edge)):
+                    blocks_of.setdefault((use.kind, base_name(name), why_not), set()).add(block.name)
+    return [
+        f"the {kind.value} at edge {name!r} is not applied ({_count(len(blocks), len(plan.blocks))}): {why_not}"
+        for (kind, name, why_not), blocks in blocks_of.items()
+    ]
+
+
+def _count(blocks: int, total: int) -> str:
+    return f"all {total} blocks" if blocks == total else f"{blocks} of {total} blocks"
+
+
+def base_name(name: str) -> str:
+    """The name of an edge or a shared input without the number of its expert."""
+    head, _, last = name.rpartition(".")
+    return head if head and last.isdigit() else name
+
+
+# Bytes
+
+
+def layer_bytes(plan: ModelPlan, layer: LayerDescription) -> int:
+    """Bytes of all tensors of a packed linear, an order of its columns included."""
+    return plan.description(layer).nbytes + layer.order_bytes
+
+
+def rest_of_block(plan: ModelPlan, block: BlockPlan) -> int:
+    """Bytes of what a block stores apart from its packed linears: the rest in the checkpoint's dtype, and attention's ranges."""
+    itemsize = plan.source.dtype.itemsize
+    state = {key: t for key, t in block.module.state_dict().items() if key.rpartition(".")[0] not in block.layers}
+    added = sum(block.shapes[path][0] for path in block.description.biases if path not in block.layers)
+    ranges = (OperandRanges(spec, "meta") for spec in block.description.attention.values() if spec.heads is not None)
+    stored = sum(buffer.nbytes for module in ranges for buffer in module.buffers())
+    return _bytes(state.values(), itemsize) + itemsize * added + stored
+
+
+def outside_names(plan: ModelPlan) -> list[str]:
+    """Names of the tensors outside the blocks that are stored: of tied ones, one."""
+    prefix, tied = f"{plan.architecture.blocks}.", set(plan.model.all_tied_weights_keys)
+    return [key for key in plan.model.state_dict() if not key.startswith(prefix) and key not in tied]
+
+
+def outside_bytes(plan: ModelPlan, itemsize: int) -> int:
+    """Bytes of everything outside the blocks, floating tensors at ``itemsize`` bytes an element."""
+    state = plan.model.state_dict()
+    return _bytes((state[name] for name in outside_names(plan)), itemsize)
+
+
+def _bytes(tensors: Iterable[Any], itemsize: int) -> int:
+    return sum(t.numel() * (itemsize if t.is_floating_point() else t.element_size()) for t in tensors)

@@ -1,0 +1,115 @@
+"""Formats of a KV cache: what they may be, where they are carried, and that nothing pretends to run them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import lowbit
+from lowbit.modules import KVSpec
+from lowbit.numerics import (
+    NF4,
+    Block,
+    Codebook,
+    Int,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Spec,
+    from_dict,
+    to_dict,
+)
+from lowbit.plan import plan
+from lowbit.recipes import Recipe, from_file, from_plain, mix
+from lowbit.scheme import Scheme, linears, weight
+
+from helpers import random_ids, tiny_llama
+
+KIVI = KVSpec(Spec(Int(2), Block(32, 1)), Spec(Int(2), PerGroup(32)), recent=128)
+REFUSED = r"has a KV cache format, KVSpec\(.*cannot store or run a quantized cache: remove kv"
+GROUPS, TOKENS = Spec(Int(4), PerGroup(32)), Spec(Int(4), PerToken())
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [KIVI, KVSpec(TOKENS, TOKENS), KVSpec(GROUPS, Spec(NF4, PerGroup(64)), recent=5, sink=4, past_only=False)],
+    ids=["kivi", "per token", "groups and tables"],
+)
+def test_a_format_survives_its_plain_form(spec):
+    assert from_dict(json.loads(json.dumps(to_dict(spec)))) == spec
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"recent": -1}, "recent is a number of tokens, 0 or more, found -1"),
+        ({"sink": 1.5}, "sink is a number of tokens, 0 or more, found 1.5"),
+        ({"key": Int(4)}, r"KVSpec\.key needs a Spec .* found Int"),
+        ({"value": Spec(Codebook(4), PerToken())}, r"KVSpec\.value needs a Spec with a grid that a range places"),
+        ({"key": Spec(Int(4), PerChannel())}, r"KVSpec\.key .* PerChannel.* change with every token"),
+        ({"value": Spec(Int(4), PerTensor())}, r"KVSpec\.value .* PerTensor.* change with every token"),
+        ({"value": replace(TOKENS, stats=TOKENS)}, r"KVSpec\.value quantizes its scales"),
+        ({"recent": 0, "key": Spec(Int(4), Block(32, 1))}, r"blocks of 32 tokens.* a multiple of 32, found 0"),
+        ({"recent": 48, "value": Spec(Int(4), Block(32, 4))}, r"KVSpec\.value .* a multiple of 32, found 48"),
+    ],
+)
+def test_a_format_that_no_cache_can_have_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        KVSpec(**{"key": TOKENS, "value": TOKENS, **settings})
+
+
+def test_a_file_of_either_kind_takes_the_format_and_a_mix_keeps_it(tmp_path):
+    kv = "kv: {key: {grid: {type: Int, bits: 4}, granularity: {type: PerToken}}, value: {grid: {type: Int, bits: 4}, granularity: {type: PerToken}}, sink: 4}\n"
+    wanted = KVSpec(TOKENS, TOKENS, sink=4)
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\n" + kv)
+    alone = from_file(file)
+    assert alone == Recipe("mine", Scheme(kv=wanted)) and not alone.needs_calibration and alone.steps == ()
+    file.write_text("method: gptq\n" + kv)
+    both = from_file(file)
+    assert both.scheme == replace(lowbit.recipe("gptq").scheme, kv=wanted) and both.steps == lowbit.recipe("gptq").steps
+    assert mix("mine", [alone, lowbit.recipe("gptq")]) == replace(both, name="mine")
+    assert mix("mine", [alone, alone]) == alone
+    for recipe in (alone, both):
+        assert from_plain(json.loads(json.dumps(to_dict(recipe)))) == recipe
+        assert recipe.with_overrides([]) == recipe
+    assert both.with_overrides([{"match": "down", "bits": 8}]).scheme.kv == wanted
+
+
+def test_a_mistake_in_a_file_is_named_with_its_place():
+    data = {"method": "gptq", "kv": {"key": to_dict(TOKENS), "value": to_dict(TOKENS), "recent": "all"}}
+    with pytest.raises(ValueError, match=r"kv\.KVSpec\.recent: .*integer, found 'all'"):
+        from_plain(data)
+    del data["kv"]["value"]
+    with pytest.raises(ValueError, match=r"kv\.KVSpec\.value: Field required"):
+        from_plain(data)
+
+
+def test_a_recipe_has_a_stage_or_only_a_cache_format():
+    for scheme in (Scheme(), linears(weight(4, 64)), replace(linears(weight(4, 64)), kv=KIVI)):
+        with pytest.raises(ValueError, match=r"has a stage.* or only a KV cache format"):
+            Recipe("mine", scheme)
+
+
+def test_a_run_and_a_plan_refuse_it_before_any_work(tmp_path):
+    model = tiny_llama(tmp_path / "model")
+    gptq = lowbit.recipe("gptq")
+    for recipe in (Recipe("mine", Scheme(kv=KIVI)), replace(gptq, name="mine", scheme=replace(gptq.scheme, kv=KIVI))):
+        with pytest.raises(ValueError, match=f"recipe 'mine' {REFUSED}"):
+            lowbit.quantize(model, recipe, random_ids(2, 16), out=tmp_path / "out")
+        with pytest.raises(ValueError, match=f"recipe 'mine' {REFUSED}"):
+            plan(model, recipe)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_checkpoint_that_describes_one_is_refused(tmp_path):
+    lowbit.quantize(tiny_llama(tmp_path / "model"), "rtn", None, out=tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["kv"] = to_dict(KIVI)
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"the checkpoint {REFUSED}"):
+        lowbit.load(tmp_path / "out")
