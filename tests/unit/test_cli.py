@@ -229,12 +229,12 @@ def test_a_recipe_file_and_options_give_the_same_recipe(place, tmp_path):
 @pytest.mark.parametrize("spelling", ["channel", "none", "0"])
 def test_group_size_channel_is_one_scale_for_each_row(place, spelling):
     result = run("plan", place / "model", "--method", "rtn", "--group-size", spelling, "--json")
-    assert json.loads(result.stdout)["recipe"]["scheme"][0]["weight"]["granularity"] == {"type": "PerChannel"}
+    assert json.loads(result.stdout)["recipe"]["scheme"]["rules"][0]["weight"]["granularity"] == {"type": "PerChannel"}
 
 
 def test_a_group_size_that_is_not_given_is_the_methods_own(place):
     result = run("plan", place / "model", "--method", "gptq", "--json")
-    assert json.loads(result.stdout)["recipe"]["scheme"][0]["weight"]["granularity"] == {
+    assert json.loads(result.stdout)["recipe"]["scheme"]["rules"][0]["weight"]["granularity"] == {
         "type": "PerGroup",
         "size": 128,
     }
@@ -492,7 +492,7 @@ def test_allocate_writes_a_recipe_that_quantize_takes_and_keeps_to_the_budget(pl
     result = run("allocate", place / "model", *asked, "-o", out, "--json")
     assert result.exit_code == 0, result.stderr
     told = json.loads(result.stdout)
-    assert told["bits_per_weight"] <= 5.5 and len(told["scheme"]) > 2
+    assert told["bits_per_weight"] <= 5.5 and len(told["scheme"]["rules"]) > 2
     made = quantize(place, tmp_path / "q", "--json", method=("--recipe", out))
     assert made.exit_code == 0, made.stderr
     assert json.loads(made.stdout)["bits_per_weight"] == pytest.approx(told["bits_per_weight"])
