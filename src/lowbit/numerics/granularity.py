@@ -125,7 +125,9 @@ class PerGroup:
 
     def __post_init__(self):
         if self.size < 1:
-            raise ValueError(f"group size must be at least 1, found {self.size}; for one range for each row use per channel")
+            raise ValueError(
+                f"group size must be at least 1, found {self.size}; for one range for each row use per channel"
+            )
 
     def param_shape(self, shape: Shape) -> tuple[int, int]:
         return _rows(shape), -(-shape[-1] // self.size)
