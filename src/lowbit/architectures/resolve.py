@@ -27,7 +27,7 @@ LINEAR_TYPES = (nn.Linear, Conv1D, DraftLinear)
 
 @dataclass(frozen=True, eq=False)
 class ModelBlock:
-    """One block of a model: its name in the model, its module, and the architecture's table on it."""
+    """One block of a model: its name in the model, its module, and the resolved table."""
 
     name: str
     module: nn.Module
@@ -35,7 +35,7 @@ class ModelBlock:
 
 
 def model_blocks(model: nn.Module, architecture: Architecture, config: Any) -> tuple[ModelBlock, ...]:
-    """Every block of ``model`` in order, resolved. ``config``: the model's."""
+    """Every block of ``model`` in order, resolved; ``config`` is the model's configuration."""
     return tuple(
         ModelBlock(f"{architecture.blocks}.{i}", block, resolve(architecture, block, config))
         for i, block in enumerate(block_modules(model, architecture))

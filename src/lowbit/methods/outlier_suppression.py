@@ -38,10 +38,10 @@ def outlier_suppression(
     * epochs: of the gradient stage, which learns steps and zero points; 0: none.
     * lr: learning rate of that stage, relative to the step.
 
-    The authors' code is for BERT; here the walk is block by block. One share of the tokens is searched for each block, not for
-    the model, on the block's output with rounded weights. Quantiles cover all calibration tokens instead of averages of batches.
-    Adam has a constant, relative rate, and the best epoch is kept. Norms whose output is the residual stream (OPT-350m, some
-    BLOOMs) keep their gain; the report says so. Ranges of attention's operands are their extremes; probabilities range from 0 to 1.
+    The authors' code is for BERT; the walk here is block by block. One share of tokens is searched for each block, not for the
+    model, on the block's output with rounded weights. Quantiles cover all calibration tokens, not averages of batches. Adam
+    has a constant, relative rate, and the best epoch is kept. Norms whose output is the residual stream (OPT-350m, some
+    BLOOMs) keep their gain; the report says so. Attention's operands range over their extremes, probabilities from 0 to 1.
     """
     share = span if span is not None else 0.1 if activation_bits >= 8 else 0.3 if activation_bits >= 6 else 0.9
     stored = weight(bits, group_size, symmetric=True)

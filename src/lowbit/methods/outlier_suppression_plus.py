@@ -34,8 +34,8 @@ def outlier_suppression_plus(
     * static: the tensor's range is calibrated.
     * shift: centre channels if the norm has a bias to hold the shift; RMSNorms have none, and none is added.
     * scale: search scales.
-    * grid, smallest: t falls from the largest magnitude to smallest in at least grid steps; the authors use smallest=1.0 for OPT
-      and BLOOM, 0.1 for LLaMA.
+    * grid, smallest: t falls from the largest magnitude to smallest in at least grid steps; the authors have smallest=1.0 for
+      OPT and BLOOM, 0.1 for LLaMA.
     * windows: calibration windows that judge the search; None: all.
     * by: the error that is searched: "judge", of the module around the linears (attention, MLP), or "linears", of their outputs.
     * in_turn: search each edge with the linears before it quantized; false: in the block as it was.

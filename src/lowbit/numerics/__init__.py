@@ -1,6 +1,6 @@
 """Number formats: grids, granularities, fits and quantized tensors.
 
-Imports torch, numpy and numba; knows no model and no method.
+Imports torch, numpy, numba and pydantic; knows no model and no method.
 """
 
 from lowbit.numerics.binary_coding import Alternating

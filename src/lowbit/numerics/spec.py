@@ -1,5 +1,7 @@
-"""Storage formats, :class:`Spec`: a grid, the elements that share parameters, and the storage of the parameters. Tensors
-in such a format, :class:`QTensor`. One file holds both, because the scales of a tensor may be a quantized tensor again.
+"""Storage formats and tensors in these formats.
+
+A :class:`Spec` is a grid, the elements that share parameters, and the storage of the parameters. A :class:`QTensor` is a
+tensor in such a format. One file holds both, because the scales of a quantized tensor can be a quantized tensor again.
 """
 
 from __future__ import annotations

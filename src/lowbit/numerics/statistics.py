@@ -53,7 +53,7 @@ class Statistic:
         return False
 
     def nbytes(self, tokens: int, width: int) -> int:
-        """Bytes of the accumulator of one input of ``width`` channels after ``tokens``; 0 where it is not of inputs."""
+        """Bytes of the accumulator for an input of ``width`` channels after ``tokens``; 0 if inputs do not give the statistic."""
         if not self.of_input:
             return 0
         shape = (2, tokens, width) if self.paired else (tokens, width)

@@ -38,17 +38,17 @@ class Solution:
     notes: tuple[str, ...] = ()
 
 
-_FACTOR_COPIES, _WEIGHT_COPIES = (
-    6,
-    3,
-)  # float64 matrices of an input's width, and float32 copies of a weight, held at once
+_FACTOR_COPIES = 6  # float64 matrices of the input's width in memory at once
+_WEIGHT_COPIES = 3  # float32 copies of the weight in memory at once
 
 
 class Solver:
-    """Subclasses are frozen dataclasses and comparable; all work happens in :meth:`solve`.
+    """A weight solver. Subclasses are frozen, comparable dataclasses; all work happens in :meth:`solve`.
 
-    ``fit``: places the grid where no earlier step did. ``outliers``: what stays in float16, if anything. ``damp``: see
-    :class:`~lowbit.solve.Gptq`; of solvers that invert no matrix it means nothing.
+    Args:
+        fit: places the grid unless an earlier step did.
+        outliers: rules for weights that stay in float16.
+        damp: see :class:`~lowbit.solve.Gptq`; unused by solvers that invert no matrix.
     """
 
     fit: Fit
@@ -66,7 +66,7 @@ class Solver:
         return False
 
     def memory(self, rows: int, columns: int) -> int:
-        """About the bytes that solving one weight takes, besides the weight and the statistics."""
+        """Approximate bytes for solving a weight of ``rows`` x ``columns``, without the weight and the statistics."""
         matrix = any(need.nbytes(1, columns) >= 4 * columns**2 for need in self.needs)
         factor = _FACTOR_COPIES * 8 * columns**2 if matrix else 0
         return factor + (_WEIGHT_COPIES + matrix) * 4 * rows * columns

@@ -203,7 +203,10 @@ class Gptq(Solver):
         return (order, same) if self.moves_groups and tiling.wide > 1 else (same, order)
 
     def _round(self, W: Tensor, H: Tensor, U: Tensor, visit: Tensor, bands: Bands, kept: Kept | None) -> Tensor:
-        """Codes ``[O, I]`` as stored. W ``[I, O]`` (overwritten), H and U are in the order of visits. Fills ``bands``, ``kept``."""
+        """Codes ``[O, I]`` as stored; fills ``bands`` and ``kept``.
+
+        W ``[I, O]`` (overwritten), H and U are in the order of visits.
+        """
         n = len(W) if kept is None else kept.rounded  # columns to round; later ones are kept whole
         grid, band = bands.spec.grid, bands.tiling.band_I[visit].tolist()
         width = Counter(band[:n])

@@ -1,4 +1,4 @@
-"""The weights that share parameters, as the kernels need them: in rectangles. Imports no triton."""
+"""The rectangles of weights that share parameters, for the Triton kernels. Does not import triton."""
 
 from __future__ import annotations
 
