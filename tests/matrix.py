@@ -2,15 +2,18 @@
 
 Every cell is a whole run on a random model of two blocks: quantize, save, load, compare the loaded model's logits. A cell
 says that it works, or gives the reason with which it was refused before any work. `python tests/matrix.py` writes the
-page; tests/unit/test_matrix.py runs every cell of the first table again, and tests/unit/test_mixes.py every mix on an
-architecture of its own. `python tests/matrix.py --everywhere [ARCHITECTURE]...` runs every mix on every architecture
-(hours) and prints what is not as on the page.
+page. tests/unit/test_matrix.py checks every cell of the first table, and tests/unit/test_mixes.py every mix, on one
+architecture: that it is refused, or that work begins, and some run whole (see WHOLE_CELLS and WHOLE_MIXES; all of them in
+`make exhaustive`). `python tests/matrix.py --everywhere [ARCHITECTURE]...` runs every mix on every architecture (hours)
+and prints what is not as on the page.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Collection, Hashable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowbit
+from lowbit.architectures import for_config
 from lowbit.recipes import METHODS
 
 from helpers import sqnr_db
 from laws.test_architectures import CASES
+from pairwise import cases
 
 PAGE = Path(__file__).parents[1] / "docs" / "matrix.md"
 WORKS = "works"
@@ -76,18 +81,29 @@ def save_model(case: str, directory: Path) -> Any:
     return model
 
 
-def outcome(name: str, original: Any, model: Path, out: Path) -> str:
-    """``works``, or the reason of the refusal. Anything but a ValueError before the first block is a failure."""
+class Begun(Exception):
+    """All checks have passed and work begins, where no more is to be seen."""
+
+
+def outcome(name: str, original: Any, model: Path, out: Path, whole: bool = True) -> str:
+    """``works``, or the reason of the refusal. Anything but a ValueError before the first block is a failure.
+
+    whole: false to stop where work begins, so that ``works`` only says that nothing refused it.
+    """
     ids = torch.randint(3, 48, (4, 24), generator=torch.Generator().manual_seed(0))
     begun = False
 
     def progress(*_: Any) -> None:
         nonlocal begun
         begun = True
+        if not whole:
+            raise Begun
 
     try:
         recipe = lowbit.recipe(name, **options_of(name))
         report = lowbit.quantize(model, recipe, ids, out=out, max_kl=50, progress=progress)
+    except Begun:
+        return WORKS
     except ValueError as error:
         assert not begun, f"{name}: refused after work had begun: {error}"
         return str(error)
@@ -96,6 +112,47 @@ def outcome(name: str, original: Any, model: Path, out: Path) -> str:
         signal = sqnr_db(original(ids).logits, lowbit.load(out, torch.float32)(ids).logits)
     assert signal > FLOOR, f"{name}: {signal:.1f} dB"
     return WORKS
+
+
+@cache
+def made_of(case: str) -> tuple[Hashable, ...]:
+    """What the table of a case is made of: its linears, edges and norms, its residual stream, and how heads share keys."""
+    model_type, options = CASES[case]
+    table = for_config(AutoConfig.for_model(model_type, **options))
+    assert table.heads is not None
+    layout, edges = {linear.role: linear.layout for linear in table.linears}, {edge.name for edge in table.edges}
+    return (
+        *(layout.get(role) for role in ("qkv", "gate_up", "fc1", "expert_up", "shared_up")),
+        ("norm_qkv" in edges, "norm_mlp" in edges),
+        "q_k_unrotated" in edges,
+        max(norm.gain_offset for norm in table.norms),
+        table.residual.fixed,
+        (table.heads.key_value == table.heads.query, table.heads.key_value == 1),
+    )
+
+
+@cache
+def steps_of(name: str) -> tuple[Hashable, ...]:
+    """What a method does: the kinds of its steps, and of its solver."""
+    steps = lowbit.recipe(name, **options_of(name)).steps
+    return *map(type, steps), *(type(step.solver) for step in steps if hasattr(step, "solver"))
+
+
+def whole_cells() -> set[tuple[str, str]]:
+    """Cells of the first table that run whole: every method with everything that tables are made of."""
+    return set(cases(CASES, METHODS, traits=lambda case, name: (*made_of(case), name)))
+
+
+def whole_mixes() -> set[str]:
+    """Mixes that run whole: of those that work, all steps of one method with all steps of another."""
+    mixed = read_page()[1]
+    works = cases(
+        METHODS,
+        METHODS,
+        where=lambda a, b: mixed.get(f"{a}+{b}") == WORKS,
+        traits=lambda a, b: (steps_of(a), steps_of(b)),
+    )
+    return {f"{a}+{b}" for a, b in works}
 
 
 def pairs() -> list[str]:
@@ -110,13 +167,13 @@ def places() -> dict[str, list[str]]:
     return found
 
 
-def differences(case: str, names: list[str], root: Path) -> list[str]:
-    """What is not as on the page when the mixes ``names`` run on ``case``: a sentence for each."""
+def differences(case: str, names: list[str], root: Path, whole: Collection[str]) -> list[str]:
+    """What is not as on the page when the mixes ``names`` run on ``case``, those in ``whole`` to their end: a sentence each."""
     original, wanted, found = save_model(case, root / "model"), read_page()[1], []
     for name in names:
         with tempfile.TemporaryDirectory(dir=root) as out:
             try:
-                said = generic(name, outcome(name, original, root / "model", Path(out) / "q"))
+                said = generic(name, outcome(name, original, root / "model", Path(out) / "q", name in whole))
             except Exception as error:  # to be listed, whatever it is
                 said = repr(error)
         if said != wanted[name]:
@@ -142,8 +199,10 @@ def page(found: dict[str, dict[str, str]], mixed: dict[str, str]) -> str:
         [
             "# What runs on what, and what mixes with what",
             "",
-            "Written by `make docs` from whole runs on random models of two blocks: quantized, saved, loaded, compared. The "
-            "tests run every cell again, mixes on an architecture each. A number is the reason of a refusal, below.",
+            "Written by `make docs` from whole runs on random models of two blocks: quantized, saved, loaded, compared. "
+            "`make exhaustive` runs every cell again, mixes on an architecture each; `make test` checks for every cell whether "
+            "it is refused, and runs enough of them for every method to meet every kind of block, and every kind of step "
+            "every other. A number is the reason of a refusal, below.",
             "",
             "## Methods by architecture",
             "",
@@ -208,7 +267,7 @@ def main() -> None:
 def everywhere(cases: list[str]) -> None:
     for case in cases or CASES:
         with tempfile.TemporaryDirectory() as scratch:
-            found = differences(case, pairs(), Path(scratch))
+            found = differences(case, pairs(), Path(scratch), pairs())
         print(f"{case}: {len(pairs())} mixes, {len(found)} not as on the page", *found, sep="\n  ", flush=True)
 
 

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import copy
 from functools import cache
-from pathlib import Path
 
-import platformdirs
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lowbit
@@ -36,13 +33,7 @@ def _model():
 @cache
 def _inputs(block: int) -> dict[str, Tensor]:
     """For each split the block's inputs ``[windows, 512, d]`` in the unquantized model."""
-    cache_file = Path(platformdirs.user_cache_dir("lowbit")) / "tests" / f"official-inputs-of-block-{block}.safetensors"
-    if not cache_file.exists():
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = cache_file.with_suffix(".unfinished")
-        save_file(_gather(block), unfinished)
-        unfinished.replace(cache_file)
-    return load_file(cache_file)
+    return layers.cached(f"official-inputs-of-block-{block}", lambda: _gather(block))
 
 
 def _gather(block: int) -> dict[str, Tensor]:

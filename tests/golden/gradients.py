@@ -8,11 +8,7 @@ float32, by autograd over the whole model: independent of the streaming pass tha
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import platformdirs
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import layers
@@ -24,14 +20,8 @@ def gather(where: str = "") -> dict[str, Tensor]:
     The backward pass goes no further down than the first of them.
     """
     wanted = [layer for layer in layers.LAYERS if where in layer]
-    name = f"official-fisher-smollm2-135m{where.replace('.', '-')}-32x512.safetensors"
-    cache = Path(platformdirs.user_cache_dir("lowbit")) / "tests" / name
-    if not cache.exists():
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = cache.with_suffix(".unfinished")
-        save_file(_run_model(wanted), unfinished)
-        unfinished.replace(cache)
-    return load_file(cache)
+    name = f"official-fisher-smollm2-135m{where.replace('.', '-')}-32x512"
+    return layers.cached(name, lambda: _run_model(wanted))
 
 
 def _run_model(wanted: list[str]) -> dict[str, Tensor]:
@@ -48,4 +38,4 @@ def _run_model(wanted: list[str]) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    print(layers.missing() or f"{len(gather())} tensors in {platformdirs.user_cache_dir('lowbit')}")
+    print(layers.missing() or f"{len(gather())} tensors in {layers.CACHE}")

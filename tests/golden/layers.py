@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
@@ -22,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+CACHE = Path(platformdirs.user_cache_dir("lowbit")) / "tests"
 WINDOW = 512
 SPLITS = {"calibration": ("wikitext2.valid.raw", 32), "evaluation": ("wikitext2.test.raw", 16)}
 FIRST_IDS = {
@@ -50,17 +53,18 @@ def official(*methods: str, where: str = "") -> list[dict]:
 
 def gather() -> dict[str, Tensor]:
     """``{layer}.weight`` float32 ``[O, I]``, ``{layer}.calibration`` and ``{layer}.evaluation`` float64 ``[I, I]``."""
-    cache = (
-        Path(platformdirs.user_cache_dir("lowbit"))
-        / "tests"
-        / "official-layers-smollm2-135m-2-14-32x512-16x512.safetensors"
-    )
-    if not cache.exists():
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = cache.with_suffix(".unfinished")
-        save_file(_run_model(), unfinished)
-        unfinished.replace(cache)
-    return load_file(cache)
+    return cached("official-layers-smollm2-135m-2-14-32x512-16x512", _run_model)
+
+
+def cached(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What ``make`` returns, kept in a file ``name`` of the user's cache; two processes may make it at once."""
+    file = CACHE / f"{name}.safetensors"
+    if not file.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        save_file(make(), unfinished)
+        unfinished.replace(file)
+    return load_file(file)
 
 
 def output_energy(w_OI: Tensor, h_II: Tensor) -> float:
@@ -118,4 +122,4 @@ def _grams(model, batches: Tensor) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    print(missing() or f"{len(gather())} tensors in {platformdirs.user_cache_dir('lowbit')}")
+    print(missing() or f"{len(gather())} tensors in {CACHE}")

@@ -24,11 +24,18 @@ from lowbit.numerics import (
     quantize,
 )
 
+from pairwise import cases
+
 SHAPES = [(1, 1), (1, 7), (5, 3), (8, 8), (17, 33), (64, 48), (40, 129)]
 ROWS = [1, 2, 7, 17]
 WEIGHTS = [Spec(Int(b, s), g) for b, s, g in product((2, 4, 7, 8), (True, False), (PerChannel(), PerTensor()))]
 INPUTS = [Spec(Int(b, s), g) for b, s, g in product((4, 8), (True, False), (PerToken(), PerTensor()))]
 INPUTS += [Spec(Int(4, symmetric=True, reach=0.9), PerToken())]
+
+
+def traits(spec: Spec) -> tuple:
+    """What one of these formats consists of."""
+    return spec.grid.bits, spec.grid.symmetric, spec.grid.reach, spec.granularity
 
 
 def layer(spec: Spec, shape=(24, 50), act: Spec | None = None, act_params=None) -> PackedLinear:
@@ -58,8 +65,11 @@ def check_kernel(name: str, layer: PackedLinear, x: torch.Tensor, floor_db: floa
     assert torch.equal(found, expected) or sqnr_db(expected, found) > floor_db
 
 
-@pytest.mark.parametrize("weight", WEIGHTS, ids=str)
-@pytest.mark.parametrize("act", INPUTS, ids=str)
+@pytest.mark.parametrize(
+    ("act", "weight"),
+    cases(INPUTS, WEIGHTS, traits=lambda act, weight: (*traits(act), *traits(weight))),
+    ids=str,
+)
 def test_the_integer_product_agrees_with_the_reference(weight, act):
     for shape in SHAPES:
         packed = layer(weight, shape, act)

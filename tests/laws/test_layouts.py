@@ -41,21 +41,21 @@ def weight(shape: tuple[int, int] = SHAPE, size: float = 0.05) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9, 31, 64, 129])
-def test_element_i_sits_at_bit_i_times_bits_least_significant_first(bits, n):
-    x = codes(3, n, bits=bits)
-    packed = pack(x, bits)
-    assert packed.shape == (3, packed_width(n, bits))
-    for row, bytes_ in zip(x.tolist(), packed.tolist(), strict=True):
-        stream = sum(code << i * bits for i, code in enumerate(row))
-        assert bytes(bytes_) == stream.to_bytes(-(-n * bits // 8), "little")
+def test_element_i_sits_at_bit_i_times_bits_least_significant_first(bits):
+    for n in (1, 2, 3, 7, 8, 9, 31, 64, 129):
+        x = codes(3, n, bits=bits)
+        packed = pack(x, bits)
+        assert packed.shape == (3, packed_width(n, bits))
+        for row, bytes_ in zip(x.tolist(), packed.tolist(), strict=True):
+            stream = sum(code << i * bits for i, code in enumerate(row))
+            assert bytes(bytes_) == stream.to_bytes(-(-n * bits // 8), "little")
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("shape", [(1,), (5, 1), (4, 33), (2, 3, 64), (3, 1001)])
-def test_unpacking_restores_every_code(bits, shape):
-    x = codes(*shape, bits=bits)
-    assert torch.equal(unpack(pack(x, bits), bits, shape[-1]), x)
+def test_unpacking_restores_every_code(bits):
+    for shape in ((1,), (5, 1), (4, 33), (2, 3, 64), (3, 1001)):
+        x = codes(*shape, bits=bits)
+        assert torch.equal(unpack(pack(x, bits), bits, shape[-1]), x)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

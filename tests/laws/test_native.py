@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Hashable
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ from lowbit.numerics import (
     fit_params,
     quantize,
 )
+
+from pairwise import cases
 
 SETS = native.instruction_sets()
 SHAPES = [(40, 129), (17, 33), (64, 256), (3, 5)]
@@ -73,6 +76,20 @@ INPUTS = [
 ]
 
 
+def traits(spec: Spec) -> tuple[Hashable, ...]:
+    """What a format consists of: its kind of numbers, bits, signs, groups, and how its scales are stored."""
+    grid = spec.grid
+    kind = (type(grid), getattr(grid, "zero", None), getattr(grid, "full", None), spec.stats, spec.scale_dtype)
+    return kind, grid.bits, getattr(grid, "symmetric", None), spec.granularity
+
+
+def by_set(spec: Spec, isa: str) -> tuple[Hashable, ...]:
+    return *traits(spec), isa
+
+
+FORMATS_BY_SET = cases([*UNIFORM, *OTHERS], SETS, traits=by_set)
+
+
 @functools.cache
 def weight(spec: Spec, shape: tuple[int, int]) -> QTensor:
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.02
@@ -108,8 +125,7 @@ def test_tiles_are_a_bijection_of_the_codes(spec):
         assert torch.equal(native.unpack(packed.tiles, spec, shape), packed.tensors["codes"])
 
 
-@pytest.mark.parametrize("isa", SETS)
-@pytest.mark.parametrize("spec", [*UNIFORM, *OTHERS], ids=str)
+@pytest.mark.parametrize(("spec", "isa"), FORMATS_BY_SET, ids=str)
 def test_tiles_decode_to_the_bits_of_dequantize(spec, isa):
     for shape in SHAPES:
         tiles, exact = layer(spec, shape).tiles, weight(spec, shape).dequantize()
@@ -126,8 +142,7 @@ def test_tiles_decode_to_the_bits_of_dequantize(spec, isa):
             )
 
 
-@pytest.mark.parametrize("isa", SETS)
-@pytest.mark.parametrize("spec", [*UNIFORM, *OTHERS], ids=str)
+@pytest.mark.parametrize(("spec", "isa"), FORMATS_BY_SET, ids=str)
 def test_a_floating_input_is_multiplied_as_in_float32(spec, isa):
     for shape in SHAPES:
         packed, w = layer(spec, shape), weight(spec, shape).dequantize().double()
@@ -147,9 +162,11 @@ def test_every_number_of_tokens_up_to_33_is_right(isa):
             assert rows == 0 or sqnr_db(x.double() @ w.T, y) > 100
 
 
-@pytest.mark.parametrize("isa", SETS)
-@pytest.mark.parametrize("act", INPUTS, ids=str)
-@pytest.mark.parametrize("spec", [*UNIFORM[::3], *OTHERS], ids=str)
+@pytest.mark.parametrize(
+    ("spec", "act", "isa"),
+    cases([*UNIFORM[::3], *OTHERS], INPUTS, SETS, traits=lambda spec, act, isa: (*traits(spec), act, isa)),
+    ids=str,
+)
 def test_a_quantized_input_gives_what_the_reference_gives(spec, act, isa):
     packed = layer(spec, act=act)
     for rows in (1, 4, 11):
@@ -205,9 +222,9 @@ def test_an_outlier_channel_does_not_drown_the_others(isa):
     assert sqnr_db(exact, found) > 60
 
 
-@pytest.mark.parametrize("isa", SETS)
-@pytest.mark.parametrize("act", [None, Spec(Int(8, True), PerToken())], ids=str)
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    ("bad", "act", "isa"), cases([torch.nan, torch.inf], [None, Spec(Int(8, True), PerToken())], SETS), ids=str
+)
 def test_nan_and_inf_reach_the_output_of_their_token_only(bad, act, isa):
     for spec in (Spec(Int(4), PerGroup(64)), Spec(NF4, PerGroup(64)), Spec(BinaryCoded(2), PerGroup(64))):
         x = inputs(3, 129)
@@ -252,8 +269,7 @@ def test_the_number_of_threads_changes_nothing(isa):
 TILED = [isa for isa in SETS if isa in native.MATRIX_TILES]
 
 
-@pytest.mark.parametrize("isa", TILED)
-@pytest.mark.parametrize("spec", [*UNIFORM, *OTHERS], ids=str)
+@pytest.mark.parametrize(("spec", "isa"), cases([*UNIFORM, *OTHERS], TILED, traits=by_set), ids=str)
 def test_matrix_tiles_multiply_integers_as_lanes_do(spec, isa):
     for act in (INPUTS[1], INPUTS[3]):
         for shape, rows in (((40, 129), 16), ((17, 33), 33), ((100, 200), 50)):
@@ -263,8 +279,7 @@ def test_matrix_tiles_multiply_integers_as_lanes_do(spec, isa):
             assert sqnr_db(reference(x, packed), found) > 90
 
 
-@pytest.mark.parametrize("isa", TILED)
-@pytest.mark.parametrize("spec", [*UNIFORM, *OTHERS], ids=str)
+@pytest.mark.parametrize(("spec", "isa"), cases([*UNIFORM, *OTHERS], TILED, traits=by_set), ids=str)
 def test_matrix_tiles_multiply_bfloat16_by_the_rounded_weight(spec, isa):
     for shape, rows in (((40, 129), 25), ((17, 33), 33), ((3, 5), 31), ((100, 200), 48)):  # fewer may be fixed point
         packed, x = layer(spec, shape), inputs(rows, shape[1], torch.bfloat16)
@@ -304,9 +319,11 @@ def test_matrix_tiles_take_static_ranges_and_more_columns_than_stay_in_cache(isa
             assert sqnr_db(reference(x, packed), product.run(isa, x, packed)) > 90
 
 
-@pytest.mark.parametrize("isa", TILED)
-@pytest.mark.parametrize("act", [None, Spec(Int(8, True), PerToken())], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "act", "isa"),
+    cases([torch.float32, torch.bfloat16], [None, Spec(Int(8, True), PerToken())], TILED),
+    ids=str,
+)
 def test_nan_and_inf_stay_with_their_token_in_a_matrix_tile(dtype, act, isa):
     for spec in (Spec(Int(4), PerGroup(64)), Spec(Int(8), PerChannel()), Spec(NF4, PerGroup(64))):
         x = inputs(37, 129, dtype)

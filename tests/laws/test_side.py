@@ -13,6 +13,7 @@ from lowbit.modules import QuantLinear
 from lowbit.numerics import Int, KeptColumns, LowRank, MinMax, PerGroup, SideTerm, Sparse, Spec, quantize
 
 from helpers import sqnr_db
+from pairwise import cases
 
 if not native.instruction_sets():
     pytest.skip("lowbit was installed without its compiled kernels", allow_module_level=True)
@@ -46,9 +47,7 @@ def by_rows(y: Tensor, x: Tensor, term: SideTerm, isa: str) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("isa", SETS)
-@pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "kind", "isa"), cases(SHAPES, ROWS, SETS), ids=str)
 def test_what_is_added_is_the_product_with_the_float_matrix_for_every_number_of_tokens(shape, kind, isa):
     term, generator = term_of(kind, shape), torch.Generator().manual_seed(2)
     floor = min(120, 20 * math.log10(2**24 / shape[1] ** 0.5))  # what rounding leaves of a float32 sum of so many terms
@@ -62,9 +61,7 @@ def test_what_is_added_is_the_product_with_the_float_matrix_for_every_number_of_
         )
 
 
-@pytest.mark.parametrize("isa", SETS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize(("kind", "dtype", "isa"), cases(ROWS, [torch.bfloat16, torch.float16], SETS), ids=str)
 def test_half_width_inputs_are_multiplied_in_float32_and_rounded_once(kind, dtype, isa):
     term = term_of(kind, (40, 129))
     for tokens in (1, 3, 20):
@@ -82,9 +79,7 @@ def test_terms_of_a_layer_are_added_together_whatever_the_input_looks_like(kinds
     torch.testing.assert_close(side_terms.add(y.clone(), x, terms, isa).double(), wanted, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("isa", SETS)
-@pytest.mark.parametrize("tokens", [2, 20])
-@pytest.mark.parametrize("kind", ["full rows", "most columns"])
+@pytest.mark.parametrize(("kind", "tokens", "isa"), cases(["full rows", "most columns"], [2, 20], SETS))
 def test_a_value_that_is_not_finite_stays_with_its_token(kind, tokens, isa):
     term = term_of(kind, (40, 129))
     x, y = torch.randn(tokens, 129), torch.randn(tokens, 40)

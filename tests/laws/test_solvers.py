@@ -40,6 +40,8 @@ from lowbit.solve.columns import Tiling, by_band_and_score, lazy_blocks
 from lowbit.solve.factor import asymmetric_target, inverse_factor
 from lowbit.solve.greedy import descend
 
+from pairwise import cases
+
 O, I = 20, 40
 GROUPED = Spec(Int(3), PerGroup(16), scale_dtype="float32")  # the last group is ragged: 40 = 16 + 16 + 8
 CHANNEL = Spec(Int(3), PerChannel(), scale_dtype="float32")
@@ -70,6 +72,16 @@ SPECS = [
     Spec(NF4, PerGroup(16)),
     Spec(Float(2, 1), PerGroup(16)),
 ]
+
+
+def solved(solvers: list, specs: list[Spec]) -> list[tuple]:
+    """Combinations of solvers and formats that hold every format with every value of each option."""
+    options = ("fit", "order", "static_groups", "stale_groups", "greedy_passes")
+
+    def traits(solver: Solver, spec: Spec) -> tuple:
+        return type(solver), *(getattr(solver, option, None) for option in options), spec
+
+    return cases(solvers, specs, traits=traits)
 
 
 def _name(value) -> str:
@@ -128,8 +140,7 @@ def _same(a: QTensor, b: QTensor) -> bool:
 # ----------------------------------------------------------------------------------------------------- every solver
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=_name)
-@pytest.mark.parametrize("solver", SOLVERS, ids=_name)
+@pytest.mark.parametrize(("solver", "spec"), solved(SOLVERS, SPECS), ids=_name)
 def test_a_solution_has_the_format_that_was_asked(solver, spec):
     w = _weight().float()
     solution = _solve(solver, w, spec, _gram().float())
@@ -144,8 +155,7 @@ def test_a_solution_has_the_format_that_was_asked(solver, spec):
     assert error_db > 5
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=_name)
-@pytest.mark.parametrize("solver", SOLVERS, ids=_name)
+@pytest.mark.parametrize(("solver", "spec"), solved(SOLVERS, SPECS), ids=_name)
 def test_parameters_are_as_stored(solver, spec):
     q = _solve(solver, _weight().float(), spec, _gram().float()).q
     stored = spec.as_stored(q.params, spec.granularity.param_shape((O, I))[1])
@@ -252,15 +262,13 @@ def test_the_two_bit_example_worked_by_hand():
     assert _loss(w, solved, _damped(h)) == pytest.approx(0.236106, abs=1e-6)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=_name)
-@pytest.mark.parametrize("solver", COLUMN_SOLVERS, ids=_name)
+@pytest.mark.parametrize(("solver", "spec"), solved(COLUMN_SOLVERS, SPECS), ids=_name)
 def test_uncorrelated_equal_inputs_give_exactly_round_to_nearest(solver, spec):
     w, h = _weight(), 4.0 * torch.eye(I, dtype=torch.float64)
     assert _same(_solve(solver, w, spec, h).q, _solve(Nearest(solver.fit), w, spec, h).q)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=_name)
-@pytest.mark.parametrize("solver", [s for s in COLUMN_SOLVERS if s.fit == MinMax()], ids=_name)
+@pytest.mark.parametrize(("solver", "spec"), solved([s for s in COLUMN_SOLVERS if s.fit == MinMax()], SPECS), ids=_name)
 def test_the_column_solver_beats_nearest_on_correlated_inputs(solver, spec):
     solved = nearest = 0.0
     for seed in range(3):

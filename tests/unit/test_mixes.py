@@ -13,9 +13,9 @@ from lowbit.solve import Gptq, LeaveOneOut, WeakColumns
 from lowbit.steps import Incoherence, Solve
 
 from helpers import random_ids, sqnr_db, tiny_llama
-from matrix import differences, pairs, places, read_page
+from matrix import differences, pairs, places, read_page, whole_mixes
 
-PLACES = places()
+PLACES, WHOLE = places(), whole_mixes()
 
 
 def test_every_pair_has_a_place_and_every_architecture_has_pairs():
@@ -26,7 +26,7 @@ def test_every_pair_has_a_place_and_every_architecture_has_pairs():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", PLACES)
 def test_every_pair_runs_end_to_end_on_an_architecture_or_is_refused_with_its_reason(case, tmp_path):
-    assert not differences(case, PLACES[case], tmp_path)
+    assert not differences(case, PLACES[case], tmp_path, WHOLE)
 
 
 OWN = {

@@ -33,6 +33,8 @@ from lowbit.numerics import (
 )
 from lowbit.transforms import Kronecker, Permute, RandomHadamard, Reassembly, Rotate, Scale, Shift, Split
 
+from pairwise import cases
+
 O, I = 24, 40
 
 
@@ -134,19 +136,17 @@ def test_transforms_run_on_the_buffers_without_a_copy():
     assert [type(t).__name__ for t in q.pre] == ["Scale", "Shift", "Permute", "Rotate"]
 
 
-SPECS = [
-    Spec(Int(3), PerGroup(16)),
-    Spec(Int(8, True), PerChannel()),
-    Spec(NF4, PerGroup(16), stats=Spec(Int(8), PerGroup(256), scale_dtype="float32")),
-    Spec(Int(4, zero="real"), PerGroup(16), stats=Spec(Int(8), PerGroup(16))),
-]
+SPECS = {
+    "w3": Spec(Int(3), PerGroup(16)),
+    "w8": Spec(Int(8, True), PerChannel()),
+    "nf4": Spec(NF4, PerGroup(16), stats=Spec(Int(8), PerGroup(256), scale_dtype="float32")),
+    "real zeros": Spec(Int(4, zero="real"), PerGroup(16), stats=Spec(Int(8), PerGroup(16))),
+}
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=["w3", "w8", "nf4", "real zeros"])
-@pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("pre", ["none", "reassembly", "all"])
-def test_a_layer_rebuilds_from_its_description_and_state(spec, act, pre):
-    q = layer(spec, act, bias=pre != "none", pre=TRANSFORMS.get(pre, ()))
+@pytest.mark.parametrize(("pre", "act", "spec"), cases(["none", "reassembly", "all"], ACTS, SPECS))
+def test_a_layer_rebuilds_from_its_description_and_state(pre, act, spec):
+    q = layer(SPECS[spec], act, bias=pre != "none", pre=TRANSFORMS.get(pre, ()))
     description = LinearDescription.from_json(json.loads(json.dumps(q.description.to_json())))
     assert description == q.description and hash(description) == hash(q.description)
     empty = QuantLinear.empty(description, "cpu")

@@ -3,87 +3,72 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import lowbit
+from lowbit.stages import journal as journals
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Journal, OutputError
 
 from helpers import random_ids, tiny_llama
 from matrix import save_model
 
-# Quantizes argv[1] into argv[2]; kills itself without notice at the progress call or journal act that argv[3] names.
-SCRIPT = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-import lowbit
-from lowbit.stages import journal
-from helpers import random_ids
+# Where the runs of one test come from: a process that has imported everything once and forks for each.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["lowbit", "transformers.models.llama.modeling_llama"])
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
 
-what, _, count = sys.argv[3].partition(":")
-calls = 0
+def _quantize(model: Path, out: Path, point: str) -> None:
+    """Quantizes ``model`` into ``out``; kills itself without notice at the progress call or journal act named by ``point``."""
+    torch.set_num_threads(1)
+    what, _, count = point.partition(":")
+    calls = 0
 
-def progress(done, total, text):
-    global calls
-    if what == "tick":
-        calls += 1
-        if calls == int(count):
+    def passed(kind: str) -> bool:
+        nonlocal calls
+        calls += what == kind
+        return what == kind and calls == int(count)
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def progress(done, total, text) -> None:
+        if passed("tick"):
             die()
 
-def dying(name, original):
-    def act(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == int(count):
-            if name == "replace":
-                original(*args, **kwargs)
-            die()
-        return original(*args, **kwargs)
-    return act
+    replace, append = os.replace, Journal._append
 
-if what == "before-rename":
-    journal.os.replace = dying(what, os.replace)
-if what == "after-rename":
-    journal.os.replace = dying("replace", os.replace)
-if what == "half-line":
-    write = journal.Journal._append
-    def append(self, entry):
-        global calls
-        calls += 1
-        if calls == int(count):
+    def renamed(*args, **kwargs) -> None:
+        if passed("before-rename"):
+            die()
+        replace(*args, **kwargs)
+        if passed("after-rename"):
+            die()
+
+    def appended(self, entry) -> None:
+        if passed("half-line"):
             with self.path.open("a") as file:
-                file.write(journal._line(entry)[:40])
+                file.write(journals._line(entry)[:40])
             die()
-        write(self, entry)
-    journal.Journal._append = append
-recipe = lowbit.recipe("awq+gptq", bits=3, group_size=32, order="group")
-lowbit.quantize(sys.argv[1], recipe, random_ids(3, 24), out=sys.argv[2], max_kl=50, progress=progress)
-"""
+        append(self, entry)
+
+    journals.os.replace, Journal._append = renamed, appended
+    recipe = lowbit.recipe("awq+gptq", bits=3, group_size=32, order="group")
+    lowbit.quantize(model, recipe, random_ids(3, 24), out=out, max_kl=50, progress=progress)
 
 
 def _run(model: Path, out: Path, point: str) -> int:
-    tests = Path(__file__).parents[1]
-    env = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent / 'src'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(model), str(out), point],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode
+    process = PROCESSES.Process(target=_quantize, args=(model, out, point))
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode
 
 
 def _hashes(directory: Path) -> dict[str, str]:
@@ -162,12 +147,10 @@ def test_a_target_that_is_in_use_is_refused_before_any_work(tmp_path):
 
 
 def test_a_full_disk_leaves_finished_blocks_and_says_how_to_continue(tmp_path, monkeypatch):
-    from lowbit.stages import journal as module
-
     journal = Journal(tmp_path / "out", {"recipe": "a"})
     journal.open()
     journal.write("one.safetensors", {"x": torch.zeros(2)}, {})
-    monkeypatch.setattr(module, "save_file", _raise_no_space)
+    monkeypatch.setattr(journals, "save_file", _raise_no_space)
     with pytest.raises(OutputError, match=r"No space left.*repeat the same command"):
         journal.write("two.safetensors", {"x": torch.zeros(2)}, {})
     monkeypatch.undo()
