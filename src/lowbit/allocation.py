@@ -86,11 +86,11 @@ class Allocation:
 
     def to_dict(self) -> dict[str, Any]:
         """A recipe file's data."""
-        said = (
+        summary = (
             f"{self.base.name} at {self.bits_per_weight:.3f} bits a weight, each linear as wide as its sensitivity asks for; "
             f"expected loss {self.loss / self.loss_before:.2f} of that at {self.bits_before:.3f} bits without this choice"
         )
-        return {**to_dict(self.recipe), "description": said}
+        return {**to_dict(self.recipe), "description": summary}
 
 
 def allocate(
@@ -210,23 +210,23 @@ def _curves(
         gradients[path] = f_OI[path].sum(1) / stats.diagonal().sum().clamp(min=1e-30)
     for step in recipe.steps[:-1]:
         step.run(state)
-    found = {}
+    curves = {}
     for path, H in _grams(state).items():
         spec, w_OI, g_O = state.formats[path].weight, state.draft(path).weight, gradients[path]
         if state.draft(path).post:  # outputs are mixed, and so are their gradients
             g_O = g_O.mean().expand_as(g_O)
         curve = _curve(w_OI, g_O, H, spec, recipe, {*widths, _width(spec)})
-        found[path] = {width: curve[width] for width in widths}, curve[_width(spec)]
-    for path in state.formats.keys() - found.keys():  # no token came, as to an expert that was never chosen
-        found[path] = {_width(state.formats[path].weight): 0.0}, 0.0
-    return found
+        curves[path] = {width: curve[width] for width in widths}, curve[_width(spec)]
+    for path in state.formats.keys() - curves.keys():  # no token came, as to an expert that was never chosen
+        curves[path] = {_width(state.formats[path].weight): 0.0}, 0.0
+    return curves
 
 
 def _grams(state: BlockState) -> dict[str, Tensor]:
     """Gram matrix ``[I, I]`` of what each linear reads, by path; without those that saw no token."""
     stats = state.collect([Gram()])
-    found = {path: state.stats_of(stats, path).get(Gram()) for path in state.formats}
-    return {path: H for path, H in found.items() if H is not None}
+    grams = {path: state.stats_of(stats, path).get(Gram()) for path in state.formats}
+    return {path: H for path, H in grams.items() if H is not None}
 
 
 def _curve(w_OI: Tensor, g_O: Tensor, H: Tensor, spec: Spec, recipe: Recipe, widths: Iterable[int]) -> dict[int, float]:

@@ -180,13 +180,13 @@ def windows(ids: Tensor, seq_len: int, count: int | None = None, *, name: str = 
     """
     if seq_len < 1 or (count is not None and count < 1):
         raise TextError(f"seq_len = {seq_len} and {count} windows were asked; both must be at least 1.")
-    found = len(ids) // seq_len
-    if found < (count or 1):
+    count_of_windows = len(ids) // seq_len
+    if count_of_windows < (count or 1):
         raise TextError(
-            f"{name} is too short: {len(ids)} tokens = {found} windows of {seq_len}; asked for {count or 1}. "
+            f"{name} is too short: {len(ids)} tokens = {count_of_windows} windows of {seq_len}; asked for {count or 1}. "
             "Use a longer text, fewer samples or a smaller seq_len."
         )
-    count = found if count is None else count
+    count = count_of_windows if count is None else count
     return ids[: count * seq_len].view(count, seq_len)
 
 

@@ -293,24 +293,24 @@ def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max
         blocks=tuple(walk.records),
         warnings=(*job.warnings, *_grouped(sorted(notes))),
     )
-    found = _problems(report, max_kl)
+    problems = _problems(report, max_kl)
     if weights < promised or not layers:
-        found.append(f"{weights:,} weights are quantized, the recipe promised {promised:,}")
-    return replace(report, problems=tuple(found))
+        problems.append(f"{weights:,} weights are quantized, the recipe promised {promised:,}")
+    return replace(report, problems=tuple(problems))
 
 
 def _problems(report: QuantizeReport, max_kl: float) -> list[str]:
-    found = []
+    problems = []
     if report.kl is not None and not report.kl <= max_kl:
-        found.append(
+        problems.append(
             f"the mean KL divergence from the original is {report.kl:.3g} nats a token, over the limit {max_kl:g}"
         )
     for layer in report.layers:
         if layer.error is not None and not layer.error < 1.0:
-            found.append(f"{layer.name} keeps nothing of its output (relative error {layer.error:.3g})")
+            problems.append(f"{layer.name} keeps nothing of its output (relative error {layer.error:.3g})")
         if layer.zeroed > MAX_ZEROED:
-            found.append(f"{layer.name}: {layer.zeroed:.0%} of its groups came out all zero")
-    return found
+            problems.append(f"{layer.name}: {layer.zeroed:.0%} of its groups came out all zero")
+    return problems
 
 
 def _refusal(job: Job, report: QuantizeReport) -> str:

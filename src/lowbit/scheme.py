@@ -68,8 +68,8 @@ class Scheme:
 
     def formats(self, resolved: ResolvedBlock, block_name: str) -> dict[str, LinearFormat]:
         """Formats of the block's linears by path, those left alone omitted."""
-        found = {path: self.format(f"{block_name}.{path}", role) for path, role in resolved.linears.items()}
-        return {path: form for path, form in found.items() if form is not None}
+        formats = {path: self.format(f"{block_name}.{path}", role) for path, role in resolved.linears.items()}
+        return {path: form for path, form in formats.items() if form is not None}
 
     def check_matches(self, linears: Mapping[str, str]) -> None:
         """``linears``: every linear of the model, name -> role.
@@ -162,13 +162,13 @@ def activation(
 
 
 def attention(
-    bits: int | None, *, symmetric: bool = True, probabilities: int | None = 2, **more: Any
+    bits: int | None, *, symmetric: bool = True, probabilities: int | None = 2, **options: Any
 ) -> AttentionSpec | None:
     """Operands of attention of ``bits``, and as many for probabilities but at least ``probabilities`` (None: floating); ``more``
     goes to :class:`~lowbit.modules.AttentionSpec`. None where ``bits`` is None or 16 and over."""
     if bits is None or bits >= 16:
         return None
-    return AttentionSpec(bits, symmetric, None if probabilities is None else max(bits, probabilities), **more)
+    return AttentionSpec(bits, symmetric, None if probabilities is None else max(bits, probabilities), **options)
 
 
 def linears(weight: Spec, activation: ActSpec | None = None, attention: AttentionSpec | None = None) -> Scheme:

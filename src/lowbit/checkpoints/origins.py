@@ -136,18 +136,18 @@ def _checked_meta(origin: Origin, model: PreTrainedModel) -> dict[str, Tensor]:
         ) from error
 
 
-def _shape_message(model: PreTrainedModel, name: str, origin: Origin, found: Tensor, expected: Tensor) -> str:
+def _shape_message(model: PreTrainedModel, name: str, origin: Origin, tensor: Tensor, expected: Tensor) -> str:
     heads = (model.get_input_embeddings(), model.get_output_embeddings())
     tables = {id(head.weight) for head in heads if head is not None and hasattr(head, "weight")}
     where = f"{name} (stored as {origin.first_source})"
-    if id(model.get_parameter_or_buffer(name)) in tables and found.shape[1:] == expected.shape[1:]:
+    if id(model.get_parameter_or_buffer(name)) in tables and tensor.shape[1:] == expected.shape[1:]:
         return (
-            f"{where} has {found.shape[0]} rows and config.json says vocab_size = {expected.shape[0]}. The vocabulary "
+            f"{where} has {tensor.shape[0]} rows and config.json says vocab_size = {expected.shape[0]}. The vocabulary "
             "was resized without saving one of the two: correct vocab_size in config.json, or save the model again "
             "after resize_token_embeddings."
         )
     return (
-        f"{where} has shape {list(found.shape)}; config.json asks for {list(expected.shape)}. "
+        f"{where} has shape {list(tensor.shape)}; config.json asks for {list(expected.shape)}. "
         "The checkpoint and config.json are not of one model."
     )
 

@@ -117,8 +117,8 @@ def _no_weights(directory: Path) -> str:
             "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR), and use NEW_DIR."
         )
     others = sorted(file.name for file in directory.glob("*.safetensors"))
-    found = f"found only {_some(others)}" if others else "found no .safetensors file"
-    return f"{directory}: {found}; expected {WEIGHTS} or {INDEX}. Check that this is a model's directory."
+    content = f"found only {_some(others)}" if others else "found no .safetensors file"
+    return f"{directory}: {content}; expected {WEIGHTS} or {INDEX}. Check that this is a model's directory."
 
 
 def read_shard_header(file: Path) -> dict[str, TensorHeader]:

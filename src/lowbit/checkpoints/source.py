@@ -105,9 +105,9 @@ def _quantization_method(raw: dict[str, Any]) -> str | None:
     """The method named by a config that says its weights are quantized, else None."""
     text_config = raw.get("text_config")
     for part in (raw, text_config if isinstance(text_config, dict) else {}):
-        found = part.get("quantization_config") or part.get("compression_config")
-        if found:
-            return str(found.get("quant_method", "unknown")) if isinstance(found, dict) else "unknown"
+        quantization = part.get("quantization_config") or part.get("compression_config")
+        if quantization:
+            return str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else "unknown"
     return None
 
 

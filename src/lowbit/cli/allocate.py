@@ -69,7 +69,7 @@ def command(
 
     text = common.text_or_default(calibration, "calibration")
     with common.progress() as report:
-        found = lowbit.allocate(
+        allocation = lowbit.allocate(
             model,
             chosen,
             target_bits,
@@ -79,14 +79,16 @@ def command(
             ram_limit=limit,
             progress=report,
         )
-    data = found.to_dict()
+    data = allocation.to_dict()
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(yaml.safe_dump(data, sort_keys=False, width=2**16, default_flow_style=None))
     if as_json:
-        common.print_json({**data, "bits_per_weight": found.bits_per_weight, "out": str(out)})
+        common.print_json({**data, "bits_per_weight": allocation.bits_per_weight, "out": str(out)})
         return
-    table = common.table("bits of a code", "layers", "kinds", title=f"{found.base.name} -> {out}", numbers=("layers",))
-    for width, names in found.by_width().items():
+    table = common.table(
+        "bits of a code", "layers", "kinds", title=f"{allocation.base.name} -> {out}", numbers=("layers",)
+    )
+    for width, names in allocation.by_width().items():
         table.add_row(str(width), str(len(names)), ", ".join(sorted({name.rpartition(".")[2] for name in names})))
     common.console().print(table)
     common.say(f"{data['description']}")

@@ -84,8 +84,8 @@ def _of_kernels(shapes: str, bits: str, rows: str, group_size: int) -> dict[str,
 
     chosen = tuple(dict.fromkeys(shape for text in shapes.split(",") for shape in shape_of(text.strip())))
     with common.progress() as report:
-        found = measure_kernels(chosen, _numbers(bits, "bits"), _numbers(rows, "rows"), group_size, progress=report)
-    return {"kernels": [speed.to_dict() for speed in found]}
+        speeds = measure_kernels(chosen, _numbers(bits, "bits"), _numbers(rows, "rows"), group_size, progress=report)
+    return {"kernels": [speed.to_dict() for speed in speeds]}
 
 
 def _of_model(model: str, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _of_sizes(
         named_config(name)
     if len(names) * len(widths) == 1:
         return [_of_size(names[0], widths[0], group_size, prompt_tokens, new_tokens)]
-    found = []
+    speeds = []
     for name in names:
         for width in widths:  # each in a process of its own, which alone tells its memory
             common.say(f"{name}, {width} bits")
@@ -116,8 +116,8 @@ def _of_sizes(
             done = subprocess.run(run, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 raise typer.Exit(done.returncode)
-            found += json.loads(done.stdout)["models"]
-    return found
+            speeds += json.loads(done.stdout)["models"]
+    return speeds
 
 
 def _of_size(name: str, width: int, group_size: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:

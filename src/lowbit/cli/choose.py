@@ -135,10 +135,10 @@ def override(text: str) -> dict[str, Any]:
 
 def byte_count(text: str) -> int:
     """``4GB`` (10^9), ``4GiB`` (2^30), ``512MB`` or plain bytes."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
-    if found is None:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    if match is None:
         raise typer.BadParameter(f"expected a size such as 4GB or 512MiB, found {text!r}")
-    return int(float(found[1]) * (_UNITS | _BINARY)[found[2] or ""])
+    return int(float(match[1]) * (_UNITS | _BINARY)[match[2] or ""])
 
 
 def _scalar(text: str) -> Any:

@@ -207,18 +207,18 @@ def progress() -> Iterator[Report]:
 
 
 def _lines() -> Report:
-    said = time.monotonic()
-    began, last = said, (0.0, 0.0)
+    last_line = time.monotonic()
+    began, last = last_line, (0.0, 0.0)
 
     def report(done: float, total: float, what: str) -> None:
-        nonlocal said, began, last
+        nonlocal last_line, began, last
         now = time.monotonic()
         if total != last[1] or done < last[0]:  # another phase has begun
             began = now
         last = (done, total)
-        if now - said < LOG_SECONDS:
+        if now - last_line < LOG_SECONDS:
             return
-        said, elapsed = now, now - began
+        last_line, elapsed = now, now - began
         left = f", ETA {_clock(elapsed * (total - done) / done)}" if done > 0 else ""
         say(f"{what}: {done / total:.0%}, elapsed {_clock(elapsed)}{left}")
 

@@ -12,12 +12,12 @@ EXAMPLE = "Example: lowbit methods --json"
 
 def command(as_json: common.Json = False) -> None:
     """List the quantization methods with their papers, needs and options."""
-    found = list_methods()
+    methods = list_methods()
     if as_json:
-        common.print_json(found)
+        common.print_json(methods)
         return
     table = common.table("method", "family", "paper", "needs", "what it does", "options and defaults")
-    for entry in found:
+    for entry in methods:
         options = ", ".join(f"{key}={_plain(value)}" for key, value in entry["options"].items())
         needs = ", ".join(entry["needs"]) or "nothing"
         table.add_row(entry["name"], entry["family"], entry["paper"] or "-", needs, entry["summary"], options)

@@ -67,8 +67,8 @@ def run_in_child(work: Work, threads: int, log: Path, progress: Any) -> dict[str
         if answer is not None:
             return answer
         words.seek(0)
-        said = words.read().decode("utf-8", "replace").strip().splitlines()
-    return {"error": _crash(process.returncode, said[-TAIL:])}
+        lines = words.read().decode("utf-8", "replace").strip().splitlines()
+    return {"error": _crash(process.returncode, lines[-TAIL:])}
 
 
 def _talk(process: subprocess.Popen[bytes], request: bytes, progress: Any) -> dict[str, Any] | None:
@@ -89,15 +89,15 @@ def _talk(process: subprocess.Popen[bytes], request: bytes, progress: Any) -> di
     return None
 
 
-def _crash(code: int, said: list[str]) -> str:
+def _crash(code: int, lines: list[str]) -> str:
     if code >= 0:
-        return f"the process ended with exit code {code}: {' / '.join(said)}"
+        return f"the process ended with exit code {code}: {' / '.join(lines)}"
     try:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
     killed = name == "SIGKILL"
-    reason = ", as the system does when memory runs out" if killed else f": {' / '.join(said)}" if said else ""
+    reason = ", as the system does when memory runs out" if killed else f": {' / '.join(lines)}" if lines else ""
     return f"the process was ended by {name}{reason}"
 
 
@@ -106,12 +106,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to both; the parent decides
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # what a library prints is not an answer
-    said = -REPORT_SECONDS
+    last_report = -REPORT_SECONDS
 
     def report(share: float, what: str) -> None:
-        nonlocal said
-        if time.monotonic() - said >= REPORT_SECONDS:
-            said = time.monotonic()
+        nonlocal last_report
+        if time.monotonic() - last_report >= REPORT_SECONDS:
+            last_report = time.monotonic()
             answers.write(json.dumps({"progress": [share, what]}) + "\n")
 
     work, threads = pickle.load(sys.stdin.buffer)

@@ -96,9 +96,9 @@ def _row(entry: Any, folder: Path) -> Row:
     if isinstance(entry, Recipe):
         return Row(label_of(entry), entry)
     if isinstance(entry, str | PathLike):
-        found = as_recipe(Path(entry) if isinstance(entry, PathLike) else entry)
+        recipe_of_row = as_recipe(Path(entry) if isinstance(entry, PathLike) else entry)
         is_file = str(entry).endswith((".yaml", ".yml"))
-        return Row(Path(entry).stem if is_file else label_of(found), found)
+        return Row(Path(entry).stem if is_file else label_of(recipe_of_row), recipe_of_row)
     if not isinstance(entry, Mapping):
         raise ValueError(f"expected a mapping with 'method' or 'recipe', found {entry!r}")
     options = dict(entry)

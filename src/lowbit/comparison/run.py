@@ -87,12 +87,12 @@ def compare(
     source = open_model(model, trust_remote_code=trust_remote_code)
     chosen = _chosen(asked, tuple(only))
     _check(source, asked)
-    setting, told = _setting(source, text, protocol, eval_seq_len, windows, ram_limit)
+    setting, warnings_of_text = _setting(source, text, protocol, eval_seq_len, windows, ram_limit)
     run = _Run(
         results=results,
         setting=replace(setting, calibration=_calibration(source, asked, calibration, samples, seq_len)),
         model={"name": source.name, "sha256": source.fingerprint},
-        protocol=told,
+        protocol=warnings_of_text,
         labels=tuple(row.label for row in asked),
         threads=threads or torch.get_num_threads(),
         progress=progress or (lambda done, total, what: None),
@@ -168,8 +168,8 @@ class _Run:
         if todo or not self._has(None):
             with tempfile.TemporaryDirectory(prefix=f"{self.results.path.stem}-", dir=place) as scratch:
                 self._measure(todo, Path(scratch))
-        found = (self.results.latest(self._head(row)) for row in (None, *rows))
-        return [record for record in found if record is not None]
+        latest = (self.results.latest(self._head(row)) for row in (None, *rows))
+        return [record for record in latest if record is not None]
 
     def _measure(self, todo: list[Row], scratch: Path) -> None:
         total = len(todo) + 1
@@ -190,8 +190,8 @@ class _Run:
         return run_in_child(work, self.threads, work.scratch / "log.txt", report)
 
     def _has(self, row: Row | None) -> bool:
-        found = self.results.latest(self._head(row))
-        return found is not None and "error" not in found
+        latest = self.results.latest(self._head(row))
+        return latest is not None and "error" not in latest
 
     def _keep(self, row: Row | None, figures: Record) -> None:
         self.on_record(self.results.add(self._head(row) | self._tail() | figures))

@@ -143,12 +143,12 @@ def _figures(result: Evaluation) -> dict[str, Any]:
 
 def _problems(report: QuantizeReport, result: Evaluation) -> list[str]:
     """Why the row's model counts as broken; the guard's limits, with the divergence on held-out text."""
-    found = list(report.problems)
+    problems = list(report.problems)
     if result.broken:
-        found.append(f"{result.broken_tokens} of {result.tokens} predictions are NaN or infinite")
+        problems.append(f"{result.broken_tokens} of {result.tokens} predictions are NaN or infinite")
     elif result.kl is not None and result.kl > MAX_KL:
-        found.append(f"KL over {MAX_KL:g}")
-    return found
+        problems.append(f"KL over {MAX_KL:g}")
+    return problems
 
 
 def _since(started: float) -> float:

@@ -94,15 +94,15 @@ def measure_kernels(
     """
     if not native.instruction_sets():
         raise ValueError("lowbit was installed without its compiled kernels; install a C++ compiler and reinstall it")
-    found: list[KernelSpeed] = []
+    speeds: list[KernelSpeed] = []
     total = len(shapes) * len(rows)
     for done, (shape, tokens) in enumerate((s, t) for s in shapes for t in rows):
         if progress:
             progress(done, total, f"{shape[0]}x{shape[1]}, {tokens} tokens")
-        found += _one_shape(shape, tokens, bits, group_size)
+        speeds += _one_shape(shape, tokens, bits, group_size)
     if progress:
         progress(total, total, "measured")
-    return found
+    return speeds
 
 
 def _one_shape(shape: tuple[int, int], tokens: int, bits: tuple[int, ...], group_size: int) -> list[KernelSpeed]:

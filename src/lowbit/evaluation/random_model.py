@@ -25,8 +25,8 @@ def linear_shapes(config: Any) -> tuple[tuple[int, int], ...]:
     """``(out, in)`` of the linears of a block of the model that ``config`` describes, each once, in their order."""
     model = _empty(config)
     block = model_blocks(model, for_config(config), config)[0]
-    found = (block.module.get_parameter(f"{path}.weight").shape for path in block.resolved.linears)
-    return tuple(dict.fromkeys((shape[0], shape[1]) for shape in found))
+    shapes = (block.module.get_parameter(f"{path}.weight").shape for path in block.resolved.linears)
+    return tuple(dict.fromkeys((shape[0], shape[1]) for shape in shapes))
 
 
 def random_tensors(spec: Spec, shape: tuple[int, int]) -> dict[str, Tensor]:

@@ -78,14 +78,14 @@ def inspect_model(
             progress(block, total, f"block {block + 1} of {total}")
         new_inputs, new_rows, new_channels = _look(state, block, tuple(text.ids.shape))
         inputs, rows, channels = inputs + new_inputs, rows + new_rows, channels | new_channels
-    found = Inspection(
+    inspection = Inspection(
         source.name,
         f"{text.name}, {list(text.ids.shape)}",
         tuple(rows),
         tuple(inputs),
         for_config(source.config).warnings,
     )
-    return found if out is None else _write(found, channels, Path(out))
+    return inspection if out is None else _write(inspection, channels, Path(out))
 
 
 def _original_blocks(source: ModelSource, ids: Tensor) -> Iterator[tuple[BlockState, int]]:
@@ -185,15 +185,15 @@ def _layer_row(state: BlockState, path: str, shared: str, x_TI: Tensor | None) -
 # Files
 
 
-def _write(found: Inspection, channels: dict[str, Tensor], out: Path) -> Inspection:
+def _write(inspection: Inspection, channels: dict[str, Tensor], out: Path) -> Inspection:
     from lowbit.inspection import plots  # matplotlib takes a second to import
 
     out.mkdir(parents=True, exist_ok=True)
     names = ("inspection.md", "inspection.json", "channels.safetensors", *plots.DRAWINGS)
-    found = dataclasses.replace(found, files=tuple(out / name for name in names))
+    inspection = dataclasses.replace(inspection, files=tuple(out / name for name in names))
     for name, draw in plots.DRAWINGS.items():
-        draw(found, channels, out / name)
+        draw(inspection, channels, out / name)
     save_file(channels, out / "channels.safetensors")
-    (out / "inspection.json").write_text(json.dumps(found.to_dict(), indent=2) + "\n")
-    (out / "inspection.md").write_text(markdown(found))
-    return found
+    (out / "inspection.json").write_text(json.dumps(inspection.to_dict(), indent=2) + "\n")
+    (out / "inspection.md").write_text(markdown(inspection))
+    return inspection

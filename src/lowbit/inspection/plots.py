@@ -20,18 +20,18 @@ _BINS = 512  # columns of a heat map; more channels are pooled by maximum, so th
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
-def draw_channels(found: Inspection, channels: Mapping[str, Tensor], file: Path) -> None:
+def draw_channels(inspection: Inspection, channels: Mapping[str, Tensor], file: Path) -> None:
     """A heat map for each role of input: blocks down, channels across, the ratio of a channel's maximum to the median's."""
-    roles = _roles(found)
+    roles = _roles(inspection)
     rows = -(-len(roles) // 2)
     figure = Figure(figsize=(13, 1.2 + 3.2 * rows), layout="constrained")
     grid = figure.subplots(rows, min(2, len(roles)), squeeze=False).flatten()
-    maps = {role: _ratios([row for row in found.inputs if row.role == role], channels) for role in roles}
+    maps = {role: _ratios([row for row in inspection.inputs if row.role == role], channels) for role in roles}
     top = max([2 * OUTLIER, *(ratio_BC.nan_to_num(0).max().item() for ratio_BC in maps.values())])
     image = None
     for axes, role in zip(grid, roles, strict=False):
         ratio_BC = maps[role]
-        wide = max(row.channels for row in found.inputs if row.role == role)
+        wide = max(row.channels for row in inspection.inputs if row.role == role)
         image = axes.imshow(
             ratio_BC.clamp(min=0.1).numpy(),
             aspect="auto",
@@ -41,12 +41,14 @@ def draw_channels(found: Inspection, channels: Mapping[str, Tensor], file: Path)
             extent=(0, wide, len(ratio_BC) - 0.5, -0.5),
         )
         axes.set(title=f"{role} ({wide} channels)", xlabel="channel", ylabel="block")
-        _mark_outliers(axes, [row for row in found.inputs if row.role == role], wide)
+        _mark_outliers(axes, [row for row in inspection.inputs if row.role == role], wide)
     for axes in grid[len(roles) :]:
         axes.set_visible(False)
     if image is not None:
         figure.colorbar(image, ax=list(grid), label="largest magnitude / that of the median channel", shrink=0.9)
-    figure.suptitle(f"{found.model}: largest magnitude of each channel (an outlier: over {OUTLIER:g} times the median)")
+    figure.suptitle(
+        f"{inspection.model}: largest magnitude of each channel (an outlier: over {OUTLIER:g} times the median)"
+    )
     figure.savefig(file, dpi=110)
 
 
@@ -73,8 +75,8 @@ def _mark_outliers(axes: Any, inputs: list[InputRow], wide: int, count: int = 4)
         )
 
 
-def _roles(found: Inspection) -> list[str]:
-    return list(dict.fromkeys(row.role for row in found.inputs))
+def _roles(inspection: Inspection) -> list[str]:
+    return list(dict.fromkeys(row.role for row in inspection.inputs))
 
 
 def _ratios(inputs: list[InputRow], channels: Mapping[str, Tensor]) -> Tensor:
@@ -88,12 +90,12 @@ def _ratios(inputs: list[InputRow], channels: Mapping[str, Tensor]) -> Tensor:
     return ratio_BC
 
 
-def draw_tokens(found: Inspection, channels: Mapping[str, Tensor], file: Path) -> None:
+def draw_tokens(inspection: Inspection, channels: Mapping[str, Tensor], file: Path) -> None:
     """Lines over blocks for each role of input: the largest and the median token; massive ones are marked and named."""
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots()
-    for role, colour in zip(_roles(found), _COLOURS * 99, strict=False):
-        inputs = _one_a_block([row for row in found.inputs if row.role == role])
+    for role, colour in zip(_roles(inspection), _COLOURS * 99, strict=False):
+        inputs = _one_a_block([row for row in inspection.inputs if row.role == role])
         blocks = [row.block for row in inputs]
         axes.plot(blocks, [row.largest for row in inputs], color=colour, marker=".", label=role)
         axes.plot(blocks, [row.median_token for row in inputs], color=colour, linestyle=":")
@@ -106,10 +108,10 @@ def draw_tokens(found: Inspection, channels: Mapping[str, Tensor], file: Path) -
             markersize=10,
             fillstyle="none",
         )
-    massive = [(row, row.massive[0]) for row in found.inputs if row.massive]
+    massive = [(row, row.massive[0]) for row in inspection.inputs if row.massive]
     for row, token in sorted(massive, key=lambda pair: -pair[1].magnitude)[:6]:
         where = "" if token.position is None else f" at position {token.position}"
-        right = row.block > 0.85 * max(each.block for each in found.inputs)
+        right = row.block > 0.85 * max(each.block for each in inspection.inputs)
         axes.annotate(
             f"{token.magnitude:.0f}{where}",
             (row.block, row.largest),
@@ -123,7 +125,7 @@ def draw_tokens(found: Inspection, channels: Mapping[str, Tensor], file: Path) -
     axes.set(
         xlabel="block",
         ylabel="largest magnitude of a token",
-        title=f"{found.model}: the largest token (solid) and the median token (dotted);\n"
+        title=f"{inspection.model}: the largest token (solid) and the median token (dotted);\n"
         f"circles: massive, over {MASSIVE:g} times the median",
     )
     axes.grid(alpha=0.3)
@@ -140,17 +142,17 @@ def _one_a_block(inputs: list[InputRow]) -> list[InputRow]:
     return [worst[block] for block in sorted(worst)]
 
 
-def draw_layers(found: Inspection, channels: Mapping[str, Tensor], file: Path) -> None:
+def draw_layers(inspection: Inspection, channels: Mapping[str, Tensor], file: Path) -> None:
     """Above, the error of each role over blocks (of experts, the worst); below, the 20 layers that lose most."""
-    hardest = found.hardest[:20]
-    roles = list(dict.fromkeys(row.role for row in found.rows))
+    hardest = inspection.hardest[:20]
+    roles = list(dict.fromkeys(row.role for row in inspection.rows))
     colour = dict(zip(roles, _COLOURS * 99, strict=False))
     figure = Figure(figsize=(11, 5.5 + 0.26 * len(hardest)), layout="constrained")
     above, below = figure.subplots(2, height_ratios=(4.2, 1 + 0.26 * len(hardest)))
-    block_of = {row.name: row.block for row in found.inputs}
+    block_of = {row.name: row.block for row in inspection.inputs}
     for role in roles:
         worst: dict[int, float] = {}
-        for row in found.rows:
+        for row in inspection.rows:
             if row.role == role and row.error is not None:
                 worst[block_of[row.input]] = max(row.error, worst.get(block_of[row.input], 0.0))
         above.plot(list(worst), list(worst.values()), color=colour[role], marker=".", label=role)
@@ -165,7 +167,7 @@ def draw_layers(found: Inspection, channels: Mapping[str, Tensor], file: Path) -
     below.set(xlabel="relative squared output error", title="the hardest layers")
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{found.model}: output error when rounded to nearest, 4 bits, groups of 64")
+    figure.suptitle(f"{inspection.model}: output error when rounded to nearest, 4 bits, groups of 64")
     figure.savefig(file, dpi=110)
 
 

@@ -92,14 +92,14 @@ class Inspection:
         }
 
 
-def markdown(found: Inspection, count: int = 20) -> str:
+def markdown(inspection: Inspection, count: int = 20) -> str:
     """Tables of the hardest layers, the widest inputs and the massive tokens, ``count`` rows each."""
-    widest = sorted(found.inputs, key=lambda row: -row.largest / max(row.median_channel, 1e-30))[:count]
-    massive = [(row.name, token) for row in found.inputs for token in row.massive]
+    widest = sorted(inspection.inputs, key=lambda row: -row.largest / max(row.median_channel, 1e-30))[:count]
+    massive = [(row.name, token) for row in inspection.inputs for token in row.massive]
     massive = sorted(massive, key=lambda pair: -pair[1].magnitude)[:count]
     hard = [
         (row.name, f"{row.error:.3g}", f"{row.weight_min:.3g} .. {row.weight_max:.3g}", f"{row.weight_std:.3g}")
-        for row in found.hardest[:count]
+        for row in inspection.hardest[:count]
     ]
     wide = [
         (
@@ -113,8 +113,8 @@ def markdown(found: Inspection, count: int = 20) -> str:
     ]
     tokens = [(name, _at(token), f"{token.magnitude:.4g}", f"{token.ratio:.0f}x") for name, token in massive]
     parts = [
-        f"# {found.model}\n\nOn {found.calibration}.",
-        *(f"Warning: {warning}" for warning in found.warnings),
+        f"# {inspection.model}\n\nOn {inspection.calibration}.",
+        *(f"Warning: {warning}" for warning in inspection.warnings),
         "## Hardest layers\n\nRelative squared output error when rounded to nearest, 4 bits, groups of 64.",
         _table(("layer", "error", "weight range", "weight std"), hard),
         f"## Widest inputs\n\nOutlier channels are over {OUTLIER:g} times the median channel's largest magnitude.",

@@ -96,8 +96,8 @@ class OperandRanges(nn.Module):
             return Affine(picked, at)
 
         labels, value_labels = (
-            None if found is None else found[g].long()
-            for found in (self._buffers.get("labels"), self._buffers.get("value_labels"))
+            None if buffer is None else buffer[g].long()
+            for buffer in (self._buffers.get("labels"), self._buffers.get("value_labels"))
         )
         count = self.key_scale.shape[1]
         clusters: tuple[Tensor | slice, ...] = (slice(None),)

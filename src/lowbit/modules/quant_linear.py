@@ -367,6 +367,6 @@ def _short(spec: Spec) -> str:
 def _check(description: LinearDescription, buffers: Mapping[str, Tensor]) -> None:
     layout = description.layout()
     for name in layout.keys() | buffers.keys():
-        found = (tuple(buffers[name].shape), buffers[name].dtype) if name in buffers else None
-        if found != layout.get(name):
-            raise ValueError(f"{name} should be {layout.get(name, 'absent')}, found {found or 'nothing'}")
+        held = (tuple(buffers[name].shape), buffers[name].dtype) if name in buffers else None
+        if held != layout.get(name):
+            raise ValueError(f"{name} should be {layout.get(name, 'absent')}, found {held or 'nothing'}")

@@ -57,8 +57,8 @@ def _plain(error: ValidationError) -> str:
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
-        found = f" (found {item['input']!r})" if item["type"] != "value_error" and item["loc"] else ""
-        lines.append((f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ") + found)
+        value_given = f" (found {item['input']!r})" if item["type"] != "value_error" and item["loc"] else ""
+        lines.append((f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ") + value_given)
     return "; ".join(lines)
 
 

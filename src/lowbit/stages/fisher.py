@@ -153,11 +153,11 @@ class FisherPass:
     def path(self, i: int) -> Path:
         return self.journal.directory / f"fisher-{i:05d}.safetensors"
 
-    def _save(self, i: int, found: dict[str, Tensor]) -> None:
-        for path, f_OI in found.items():
+    def _save(self, i: int, squares: dict[str, Tensor]) -> None:
+        for path, f_OI in squares.items():
             if not torch.isfinite(f_OI).all():
                 raise ValueError(f"{self._block(i)}.{path}: gradients on the calibration text are NaN or Inf")
-        self.journal.save(self.path(i).name, found)
+        self.journal.save(self.path(i).name, squares)
 
     def load(self, i: int) -> dict[str, Tensor]:
         """``[O, I]`` float32 by path of block i's linears; empty where none of them is to be quantized."""

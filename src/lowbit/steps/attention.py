@@ -69,18 +69,18 @@ class SetAttentionRange(Step):
     def run(self, state: BlockState) -> None:
         if state.io is None:
             raise ValueError("static ranges of attention's operands need calibration text; none was given")
-        found: dict[str, tuple[_Extremes, tuple[int, int, int, int]]] = {}
+        observed_ranges: dict[str, tuple[_Extremes, tuple[int, int, int, int]]] = {}
         if (tokens := state.io.window(0).shape[1]) <= self.skip_first:
             raise ValueError(f"calibration windows of {tokens} tokens have none behind the first {self.skip_first}")
         paths = [path for path in attention_modules(state.resolved) if self._spec(state, path).static]
         with ExitStack() as stack:
             for path in paths:
-                observer = partial(self._observe, found, path)
+                observer = partial(self._observe, observed_ranges, path)
                 stack.enter_context(observed(state.block.get_submodule(path), observer))
             for i in range(len(state.io)):
                 state.io.call(state.block, state.io.window(i))
                 state.tick("calibrating attention")
-        for path, (extremes, heads) in found.items():
+        for path, (extremes, heads) in observed_ranges.items():
             self._place(state, path, extremes, heads)
 
     def _spec(self, state: BlockState, path: str) -> AttentionSpec:
@@ -89,14 +89,14 @@ class SetAttentionRange(Step):
             raise ValueError("SetAttentionRange: the recipe quantizes no operands of attention; leave it out")
         return spec
 
-    def _observe(self, found: dict, path: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def _observe(self, observed_ranges: dict, path: str, query: Tensor, key: Tensor, value: Tensor) -> None:
         heads = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
-        before = found[path][0] if path in found else {}
+        before = observed_ranges[path][0] if path in observed_ranges else {}
         now = {
             name: self._need.update(before.get(name), self._rows(x_BHTD))
             for name, x_BHTD in (("query", query), ("key", key), ("value", value))
         }
-        found[path] = now, heads
+        observed_ranges[path] = now, heads
 
     def _rows(self, x_BHTD: Tensor) -> Tensor:
         return x_BHTD[:, :, self.skip_first :].transpose(1, 2).flatten(2).flatten(0, 1).float()

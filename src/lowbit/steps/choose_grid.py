@@ -28,17 +28,17 @@ def _check_grids(grids: tuple[Grid, ...], fit: Fit) -> None:
 
 def _best(x: Tensor, spec: Spec, grids: tuple[Grid, ...], fit: Fit) -> tuple[Spec, Params]:
     """``spec`` with the grid of ``grids`` (none: its own) whose total squared error of ``x`` is least, and its parameters."""
-    best, found = float("inf"), None
+    best, chosen = float("inf"), None
     for grid in grids or (spec.grid,):
         tried = replace(spec, grid=grid)
         params = fit_params(x, tried, fit)
         x_GK = spec.granularity.split(x)
         restored = spec.granularity.join(grid.decode(grid.encode(x_GK, params), params), tuple(x.shape))
         loss = (restored - x).double().square().sum().item()
-        if found is None or loss < best:
-            best, found = loss, (tried, params)
-    assert found is not None
-    return found
+        if chosen is None or loss < best:
+            best, chosen = loss, (tried, params)
+    assert chosen is not None
+    return chosen
 
 
 @serializable

@@ -140,11 +140,11 @@ class Shifts(Maker):
         return (EdgeUse(Kind.SHIFT, self.at, self.init),)
 
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
-        found = list(_at_edges(state, stats, self.at, self.init))
-        for edge, _ in found:
+        edges = list(_at_edges(state, stats, self.at, self.init))
+        for edge, _ in edges:
             add_bias(state.block, needs_bias(edge, Kind.SHIFT))
-        starts = [start.d for _, start in found]  # pyright: ignore[reportAttributeAccessIssue]
-        return _EdgeTransforms(Kind.SHIFT, Shift, [edge for edge, _ in found], starts)
+        starts = [start.d for _, start in edges]  # pyright: ignore[reportAttributeAccessIssue]
+        return _EdgeTransforms(Kind.SHIFT, Shift, [edge for edge, _ in edges], starts)
 
 
 class _Clip(Parametrization):

@@ -104,7 +104,7 @@ class SearchActivationRange(Step):
         self._fix(state, static, bounds, self.shares[best])
 
     def _bounds(self, state: BlockState, static: dict[str, ActSpec]) -> dict[str, Tensor]:
-        stats, found = state.collect(self.needs), {}
+        stats, bounds = state.collect(self.needs), {}
         for path, act in static.items():
             if not isinstance(act.spec.granularity, PerTensor):
                 raise ValueError(
@@ -115,8 +115,8 @@ class SearchActivationRange(Step):
             if seen is None:
                 state.note(f"{path} saw no token: its static activation range is unknown, [-1, 1] is stored")
                 seen = torch.tensor([[-1.0], [1.0]])
-            found[path] = seen
-        return found
+            bounds[path] = seen
+        return bounds
 
     def _fix(self, state: BlockState, static: dict[str, ActSpec], bounds: dict[str, Tensor], share: float) -> None:
         for path, act in static.items():

@@ -197,10 +197,10 @@ class SearchReassembly(Step):
         every = (_site(state, shared) for shared in state.resolved.shared_inputs if not self._skips(shared))
         sites = [site for site in every if site.readers and self.ratio]
         stats = state.collect(self.needs, {site.shared.name for site in sites})
-        heard = listen(state, [place for site in sites for place in site.places], self.windows)
+        recorded = listen(state, [place for site in sites for place in site.places], self.windows)
         winners = []
         for site in sites:
-            known, calls = stats.get(site.shared.name, {}), [call for call in heard if call.place in site.places]
+            known, calls = stats.get(site.shared.name, {}), [call for call in recorded if call.place in site.places]
             if not known or not calls:
                 state.note(f"{site.shared.name} saw no token: its channels stay as they are")
                 continue

@@ -130,9 +130,9 @@ class OwnGain:
     def __call__(self, state: BlockState, edge: ResolvedEdge, stats: Mapping[str, Stats]) -> Scale:
         norms = [port for port in edge.producers if port.norm]
         if len(norms) != 1 or norms[0].expand is not None:
-            found = [port.module for port in edge.producers]
+            modules = [port.module for port in edge.producers]
             raise ValueError(
-                f"edge {edge.name!r} has no norm of its own whose gain could move, its producers are {found}; name edges "
+                f"edge {edge.name!r} has no norm of its own whose gain could move, its producers are {modules}; name edges "
                 "behind norms, such as 'norm_*'"
             )
         gain = state.block.get_parameter(norms[0].weight).detach() + norms[0].gain_offset

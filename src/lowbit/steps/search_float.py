@@ -134,7 +134,7 @@ class SearchFloat(Step):
                 break
 
     def _best_weight(self, w_OI: Tensor, spec: Spec, seen_TI: Tensor, y_TO: Tensor) -> tuple[Spec, Clipped]:
-        best, found = float("inf"), (spec, Clipped(*[torch.ones(1, 1)] * 2))
+        best, chosen = float("inf"), (spec, Clipped(*[torch.ones(1, 1)] * 2))
         rows, columns = spec.granularity.param_shape((w_OI.shape[0], w_OI.shape[1]))
         for grid in _formats(spec, self.weight_format):
             here, lost_O, share_O = replace(spec, grid=grid), None, torch.ones(len(w_OI))
@@ -149,21 +149,21 @@ class SearchFloat(Step):
             lost = lost_O.double().sum().item() if rows == len(w_OI) else lost_O[0].item()
             if lost < best:
                 of_granules = share_O[:rows].repeat_interleave(columns)[:, None]
-                best, found = lost, (here, Clipped(of_granules, of_granules))
-        return found
+                best, chosen = lost, (here, Clipped(of_granules, of_granules))
+        return chosen
 
     def _best_input(
         self, x_TI: Tensor, act: ActSpec, absmax_I: Tensor, w_OI: Tensor, y_TO: Tensor
     ) -> tuple[ActSpec, Affine]:
-        best, found = float("inf"), (act, input_range(act.spec, absmax_I, 1.0))
+        best, chosen = float("inf"), (act, input_range(act.spec, absmax_I, 1.0))
         for grid in _formats(act.spec, self.activation_format):
             here = replace(act, spec=replace(act.spec, grid=grid))
             for share, covering in self._ranges(here.spec):
                 params = input_range(here.spec, absmax_I, share, covering)
                 lost = (fake_quantize_activation(x_TI, here, params) @ w_OI.T - y_TO).double().square().sum().item()
                 if lost < best:
-                    best, found = lost, (here, params)
-        return found
+                    best, chosen = lost, (here, params)
+        return chosen
 
 
 def input_range(spec: Spec, absmax_I: Tensor, share: float, covering: bool = False) -> Affine:

@@ -322,9 +322,9 @@ class BlockState:
                 seen[name] = x_TI.clone()
 
         def pair(name: str, x_TI: Tensor) -> None:
-            mine = seen.get(name)
-            if mine is not None and mine.shape == x_TI.shape:
-                update(name, torch.stack([mine, x_TI]), paired=True)
+            own = seen.get(name)
+            if own is not None and own.shape == x_TI.shape:
+                update(name, torch.stack([own, x_TI]), paired=True)
                 del seen[name]
 
         for i in range(len(self.io)):
@@ -332,12 +332,12 @@ class BlockState:
             if seen:
                 with self._as_original():
                     self._run(first, self.io.window(i, original=True), pair)
-                for name, mine in seen.items():
+                for name, own in seen.items():
                     self.note(f"{name}: other tokens reach it in the original model, which it is not corrected for")
-                    update(name, torch.stack([mine, mine]), paired=True)
+                    update(name, torch.stack([own, own]), paired=True)
                 seen.clear()
             self.tick("calibrating")
-            if all(need in found and need.enough(found[need]) for found in gathered.values() for need in needs):
+            if all(need in known and need.enough(known[need]) for known in gathered.values() for need in needs):
                 break
         return dict(gathered)
 
