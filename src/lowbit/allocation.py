@@ -215,7 +215,7 @@ def _curves(
         spec, w_OI, g_O = state.formats[path].weight, state.draft(path).weight, gradients[path]
         if state.draft(path).post:  # outputs are mixed, and so are their gradients
             g_O = g_O.mean().expand_as(g_O)
-        curve = _curve(w_OI, g_O, H, spec, recipe, {*widths, _width(spec)})
+        curve = error_by_width(w_OI, g_O, H, spec, recipe, {*widths, _width(spec)})
         curves[path] = {width: curve[width] for width in widths}, curve[_width(spec)]
     for path in state.formats.keys() - curves.keys():  # no token came, as to an expert that was never chosen
         curves[path] = {_width(state.formats[path].weight): 0.0}, 0.0
@@ -229,7 +229,9 @@ def _grams(state: BlockState) -> dict[str, Tensor]:
     return {path: H for path, H in grams.items() if H is not None}
 
 
-def _curve(w_OI: Tensor, g_O: Tensor, H: Tensor, spec: Spec, recipe: Recipe, widths: Iterable[int]) -> dict[int, float]:
+def error_by_width(
+    w_OI: Tensor, g_O: Tensor, H: Tensor, spec: Spec, recipe: Recipe, widths: Iterable[int]
+) -> dict[int, float]:
     """By a sample of the output channels."""
     solver = recipe.steps[-1].solver
     picked = torch.linspace(0, len(w_OI) - 1, min(_ROWS, len(w_OI))).long()

@@ -70,7 +70,7 @@ def quantize_linear(
             y = torch.cat([block(window[None]) for window in x])
         io = BlockIO(x, y, lambda run, window: run(window))
     known = {} if fisher is None else {_PATH: fisher.detach().float()}
-    state = BlockState.of("", block, _resolved(linear), {_PATH: form}, io, known, seed=recipe.seed)
+    state = BlockState.of("", block, lone_block(linear), {_PATH: form}, io, known, seed=recipe.seed)
     for step in recipe.steps:
         step.run(state)
     return block.linear  # pyright: ignore[reportReturnType]
@@ -99,7 +99,7 @@ def _copy(linear: nn.Linear) -> nn.Linear:
     return copy.requires_grad_(False)
 
 
-def _resolved(linear: nn.Linear) -> ResolvedBlock:
+def lone_block(linear: nn.Linear) -> ResolvedBlock:
     """One input, read by one linear, and one edge without a producer, named as an edge behind a norm is."""
     port = Port(module=_PATH, side="in", has_bias=linear.bias is not None)
     edge = ResolvedEdge(

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 import lowbit
-from lowbit.allocation import _curve, spend
+from lowbit.allocation import error_by_width, spend
 from lowbit.checkpoints.native import bits_report
 from lowbit.numerics import ClipSearch, Gram, Int, PerChannel, Spec
 from lowbit.recipes import as_recipe, from_plain
@@ -120,7 +120,7 @@ def test_errors_that_a_column_solver_hides_in_correlated_inputs_count_less():
     ratio = {}
     for method in ("rtn", "gptq"):
         recipe = lowbit.recipe(method, group_size=None)
-        curves = [_curve(w, g, H, spec, recipe, [3, 4]) for H in (correlated, apart)]
+        curves = [error_by_width(w, g, H, spec, recipe, [3, 4]) for H in (correlated, apart)]
         assert all(curve[4] < curve[3] / 3 for curve in curves)
         ratio[method] = curves[0][4] / curves[1][4]
     assert ratio["rtn"] == pytest.approx(1, rel=0.5)
@@ -128,4 +128,4 @@ def test_errors_that_a_column_solver_hides_in_correlated_inputs_count_less():
     # The prediction is of the right size: what the solver really loses, over what is predicted for one gradient.
     solved = Gptq(ClipSearch(norm=2.0)).solve(w, spec, {Gram(): correlated}).q.dequantize() - w
     lost = 0.5 * torch.einsum("oi,ij,oj->", solved, correlated, solved).item()
-    assert _curve(w, g, correlated, spec, lowbit.recipe("gptq"), [4])[4] == pytest.approx(lost, rel=0.5)
+    assert error_by_width(w, g, correlated, spec, lowbit.recipe("gptq"), [4])[4] == pytest.approx(lost, rel=0.5)

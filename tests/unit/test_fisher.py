@@ -121,9 +121,9 @@ def test_streaming_equals_per_sample_autograd_on_the_whole_model(tmp_path, model
     walk = Walk(plan_model(path, recipe_of()), ids, journal, ram_limit=ram_limit)
     held: list[int] = []
     walk.progress = lambda *_: held.append(sum(not next(b.parameters()).is_meta for b in walk.blocks))
-    calls = walk._start()
+    calls = walk.start()
     before = walk.store["fp"].clone()
-    walk._find_sensitivities(calls)
+    walk.find_sensitivities(calls)
     assert set(held) == {0, 1}, "more than one block of weights at a time"
     assert_same(walk.store["fp"], before)
     assert set(walk.store._live) == {"fp", "quant", "next"}, "the pass leaves activations behind"
@@ -151,7 +151,7 @@ def test_where_products_are_in_bfloat16_the_information_is_nearly_the_same_and_i
         journal = Journal(tmp_path / f"out {fast}", {})
         journal.open()
         walk = Walk(plan_model(path, recipe_of()), ids, journal)
-        walk._find_sensitivities(walk._start())
+        walk.find_sensitivities(walk.start())
         assert walk.fisher is not None
         found.append([walk.fisher.load(i) for i in range(walk.total)])
     for exact, rounded in zip(*found, strict=True):

@@ -28,7 +28,7 @@ from lowbit.numerics import (
     TruncationSearch,
     quantize,
 )
-from lowbit.numerics.fit import _power
+from lowbit.numerics.fit import absolute_power
 from lowbit.numerics.kmeans import kmeans_rows
 
 
@@ -223,5 +223,7 @@ def test_a_search_by_runs_of_granules_finds_what_a_search_of_all_at_once_finds(f
 @pytest.mark.parametrize("norm", [1.0, 2.0, 2.4])
 def test_the_power_of_an_error_is_that_power_and_of_none_is_none(norm):
     error = torch.tensor([0.0, -0.0, 1e-8, -0.3, 2.0, -50.0])
-    torch.testing.assert_close(_power(error.clone(), norm), error.abs().double().pow(norm).float(), rtol=1e-5, atol=0)
-    assert _power(torch.tensor([float("nan")]), norm).isnan().all()
+    torch.testing.assert_close(
+        absolute_power(error.clone(), norm), error.abs().double().pow(norm).float(), rtol=1e-5, atol=0
+    )
+    assert absolute_power(torch.tensor([float("nan")]), norm).isnan().all()

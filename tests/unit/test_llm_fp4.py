@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.linear_api import _resolved
+from lowbit.linear_api import lone_block
 from lowbit.modules import ActSpec, QuantLinear, fake_quantize_activation
 from lowbit.numerics import Float, PerChannel, PerInput, PerTensor, Spec, powers_of_two, quantize
 from lowbit.plan import plan
@@ -224,7 +224,7 @@ def test_a_linear_that_saw_no_token_is_stored_in_the_scheme_of_the_recipe():
     block.linear = layer.requires_grad_(False)
     form = recipe.scheme.format("linear", "linear")
     assert form is not None
-    state = BlockState.of("b", block, _resolved(layer), {"linear": form})
+    state = BlockState.of("b", block, lone_block(layer), {"linear": form})
     SearchFloat()._place(state, "linear", state.draft("linear"), {})
     assert state.formats["linear"] == form and not held(state, "range_shares") and "saw no token" in state.notes[0]
     torch.testing.assert_close(state.draft("linear").act_params.scale, torch.full((I, 1), 1 / 6))

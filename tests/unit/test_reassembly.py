@@ -16,7 +16,7 @@ from lowbit.numerics import AbsMax, Gram, Int, PerChannel, Spec
 from lowbit.scheme import activation
 from lowbit.steps import BlockState, SearchReassembly, Solve
 from lowbit.steps.listen import Place, listen
-from lowbit.steps.reassembly import _loss, _site, assembled, disassembly, merge_distances, thresholds
+from lowbit.steps.reassembly import assembled, disassembly, loss_with, merge_distances, site_of, thresholds
 from lowbit.transforms import Reassembly, Split
 from unit.test_quip import assert_unchanged, model_of, states
 
@@ -213,7 +213,7 @@ def split_everything(step: SearchReassembly, state: BlockState) -> None:
     """The last candidate of every input, whatever it does to the error."""
     stats = state.collect(step.needs)
     for shared in state.resolved.shared_inputs:
-        site = _site(state, shared)
+        site = site_of(state, shared)
         *_, last = step._candidates(state, site, stats[shared.name])
         for path in site.readers:
             state.transform(path, last)
@@ -254,11 +254,11 @@ def test_what_is_chosen_loses_no_more_than_no_change_and_outliers_are_split(asse
     original = copy.deepcopy(state)
     step.run(state)
     for name, channel in (("attention_in", 3), ("mlp_in", 5)):
-        site = _site(original, next(s for s in original.resolved.shared_inputs if s.name == name))
+        site = site_of(original, next(s for s in original.resolved.shared_inputs if s.name == name))
         calls = listen(original, site.places)
         (transform,) = state.draft(site.readers[0]).pre
         assert all(state.draft(path).pre == (transform,) for path in site.readers)
-        losses = [_loss(original, site, t, calls) for t in (None, transform)]
+        losses = [loss_with(original, site, t, calls) for t in (None, transform)]
         assert losses[1] < (0.6 if assembly == "none" else 0.9) * losses[0]
         counts = (
             transform.counts
@@ -271,7 +271,7 @@ def test_what_is_chosen_loses_no_more_than_no_change_and_outliers_are_split(asse
 
 def test_attention_is_judged_before_its_output_projection_and_an_mlp_in_its_hidden_layer():
     _, _, (state, *_) = outlier_states()
-    judged = {s.name: _site(state, s) for s in state.resolved.shared_inputs}
+    judged = {s.name: site_of(state, s) for s in state.resolved.shared_inputs}
     assert judged["attention_in"].places == (Place("self_attn", "self_attn.o_proj"),)
     assert judged["mlp_in"].places == (Place("mlp", "mlp.down_proj"),)
     assert judged["mlp_hidden"].places == (Place("mlp.down_proj"),)

@@ -54,7 +54,7 @@ def _quantize(model: Path, out: Path, point: str) -> None:
     def appended(self, entry) -> None:
         if passed("half-line"):
             with self.path.open("a") as file:
-                file.write(journals._line(entry)[:40])
+                file.write(journals.journal_line(entry)[:40])
             die()
         append(self, entry)
 

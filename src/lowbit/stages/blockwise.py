@@ -140,7 +140,7 @@ class Walk:
 
     # Streams
 
-    def _start(self) -> list[Call]:
+    def start(self) -> list[Call]:
         """Fills both streams with the first block's inputs; returns every block's arguments."""
         assert self.ids is not None
         self.stream = Stream(self.model, self.architecture)
@@ -176,9 +176,9 @@ class Walk:
 
     def run(self) -> list[BlockRecord]:
         """Quantizes every block that the journal does not have yet. Raises what steps raise, and Broken."""
-        calls = None if self.ids is None else self._start()
+        calls = None if self.ids is None else self.start()
         if calls is not None and self.recipe.needs_fisher:
-            self._find_sensitivities(calls)
+            self.find_sensitivities(calls)
         if calls is not None and not self.recipe.reads_inputs:
             self._keep_windows(WATCHED)
         if calls is not None:
@@ -198,8 +198,8 @@ class Walk:
     def originals(self) -> Iterator[tuple[BlockState, dict[str, Tensor]]]:
         """Each block as it is before the first step, with its inputs in the original model, and the Fisher information of
         the linears that the recipe quantizes (by path). Quantizes nothing and writes nothing that lasts."""
-        calls = self._start()
-        self._find_sensitivities(calls)
+        calls = self.start()
+        self.find_sensitivities(calls)
         self._turn_streams()
         assert self.fisher is not None
         for i, call in enumerate(calls):
@@ -210,7 +210,7 @@ class Walk:
                 self.store[stream].copy_(self.store["next"])
             self.blocks[i] = nn.Identity()
 
-    def _find_sensitivities(self, calls: list[Call]) -> None:
+    def find_sensitivities(self, calls: list[Call]) -> None:
         """Fisher information of every block that is still to be quantized, into files."""
         assert self.stream is not None and self.ids is not None
         linears = [list(block.formats) for block in self.plan.blocks]

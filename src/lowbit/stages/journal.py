@@ -84,7 +84,7 @@ class Journal:
             if not file.exists() or file_sha256(file) != entry["sha256"]:
                 break  # damaged since: this unit and those after it are made again
             self.finished.append(entry)
-        self.path.write_text("".join(_line(entry) for entry in ({"header": self.header}, *self.finished)))
+        self.path.write_text("".join(journal_line(entry) for entry in ({"header": self.header}, *self.finished)))
 
     def section(self, stage: int, *, last: bool = False) -> Section:
         """The part of stage number ``stage``. ``last``: no stage follows, so its shards are the checkpoint's."""
@@ -123,7 +123,7 @@ class Journal:
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         with self.path.open("a") as file:
-            file.write(_line(entry))
+            file.write(journal_line(entry))
             file.flush()
             os.fsync(file.fileno())
 
@@ -180,7 +180,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _line(entry: Mapping[str, Any]) -> str:
+def journal_line(entry: Mapping[str, Any]) -> str:
     return json.dumps(entry, sort_keys=True) + "\n"
 
 

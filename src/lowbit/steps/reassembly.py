@@ -194,7 +194,7 @@ class SearchReassembly(Step):
 
     @torch.no_grad()
     def run(self, state: BlockState) -> None:
-        every = (_site(state, shared) for shared in state.resolved.shared_inputs if not self._skips(shared))
+        every = (site_of(state, shared) for shared in state.resolved.shared_inputs if not self._skips(shared))
         sites = [site for site in every if site.readers and self.ratio]
         stats = state.collect(self.needs, {site.shared.name for site in sites})
         recorded = listen(state, [place for site in sites for place in site.places], self.windows)
@@ -204,9 +204,9 @@ class SearchReassembly(Step):
             if not known or not calls:
                 state.note(f"{site.shared.name} saw no token: its channels stay as they are")
                 continue
-            best, least = None, _loss(state, site, None, calls)
+            best, least = None, loss_with(state, site, None, calls)
             for transform in self._candidates(state, site, known):
-                loss = _loss(state, site, transform, calls)
+                loss = loss_with(state, site, transform, calls)
                 if loss < least or not least >= 0:
                     best, least = transform, loss
             if best is not None:
@@ -215,7 +215,7 @@ class SearchReassembly(Step):
             for path in site.readers:
                 state.transform(path, transform)
 
-    def _candidates(self, state: BlockState, site: _Site, stats: Stats) -> Iterator[ChannelTransform]:
+    def _candidates(self, state: BlockState, site: Site, stats: Stats) -> Iterator[ChannelTransform]:
         largest = stats[AbsMax()]
         limit = int(self.ratio * len(largest))
         if not limit:
@@ -239,7 +239,7 @@ class SearchReassembly(Step):
 
 
 @dataclass(frozen=True)
-class _Site:
+class Site:
     """An input, the linears to be quantized that read it, and the places that judge them."""
 
     shared: ResolvedInput
@@ -247,18 +247,18 @@ class _Site:
     places: tuple[Place, ...]
 
 
-def _site(state: BlockState, shared: ResolvedInput) -> _Site:
+def site_of(state: BlockState, shared: ResolvedInput) -> Site:
     drafts = state.drafts
     readers = tuple(path for path in shared.readers if path in drafts)
     for edge in state.resolved.edges:
         if {port.module for port in edge.consumers} == set(shared.readers):
             later = [path for path in state.resolved.linears if path.startswith(f"{edge.judge}.")]
             later = [path for path in later if path not in shared.readers]
-            return _Site(shared, readers, (Place(edge.judge, later[0] if len(later) == 1 else None),))
-    return _Site(shared, readers, tuple(map(Place, readers)))
+            return Site(shared, readers, (Place(edge.judge, later[0] if len(later) == 1 else None),))
+    return Site(shared, readers, tuple(map(Place, readers)))
 
 
-def _loss(state: BlockState, site: _Site, transform: ChannelTransform | None, calls: Iterable[Call]) -> float:
+def loss_with(state: BlockState, site: Site, transform: ChannelTransform | None, calls: Iterable[Call]) -> float:
     with ExitStack() as stack:
         for path in site.readers:
             stack.enter_context(state.draft(path).simulated(transform))
