@@ -17,7 +17,7 @@ from lowbit.steps import BlockIO, BlockState
 _PATH = "linear"
 
 
-class _Alone(nn.Module):
+class LoneLinear(nn.Module):
     """A block of one linear."""
 
     def __init__(self, linear: nn.Linear):
@@ -62,7 +62,7 @@ def quantize_linear(
     form = recipe.scheme.format(_PATH, _PATH)
     if form is None:
         raise ValueError(f"recipe {recipe.name!r} leaves a linear without a role as it is; add a rule that matches '*'")
-    block = _Alone(_copy(linear))
+    block = LoneLinear(_copy(linear))
     io = None
     if inputs is not None:
         x = inputs.detach().float().reshape(-1, *inputs.shape[-2:])

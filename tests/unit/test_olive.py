@@ -13,7 +13,7 @@ import lowbit
 from lowbit import kernels
 from lowbit.kernels import native, product
 from lowbit.layouts import pack, pack_qtensor, unpack_qtensor
-from lowbit.linear_api import _Alone, _resolved
+from lowbit.linear_api import LoneLinear, lone_block
 from lowbit.modules import LinearFormat, QuantLinear
 from lowbit.numerics import (
     FLINT4,
@@ -335,7 +335,7 @@ def state_of(linear: nn.Linear, x: Tensor, recipe: Recipe) -> BlockState:
     assert form is not None
     io = BlockIO(x, None, lambda run, window: run(window))
     return BlockState.of(
-        "", _Alone(copy.deepcopy(linear).requires_grad_(False)), _resolved(linear), {"linear": form}, io
+        "", LoneLinear(copy.deepcopy(linear).requires_grad_(False)), lone_block(linear), {"linear": form}, io
     )
 
 

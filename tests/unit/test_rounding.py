@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lowbit
-from lowbit.linear_api import _Alone, _resolved
+from lowbit.linear_api import LoneLinear, lone_block
 from lowbit.modules import LinearFormat
 from lowbit.numerics import Fixed, Int, PerGroup, Spec
 from lowbit.recipes import Recipe
@@ -23,10 +23,10 @@ def _state(seed: int = 0) -> BlockState:
     torch.manual_seed(seed)
     linear = torch.nn.Linear(32, 24, bias=False).requires_grad_(False)
     x = torch.randn(8, 16, 32) @ torch.randn(32, 32)  # correlated channels: what rounding can make use of
-    block = _Alone(linear)
+    block = LoneLinear(linear)
     y = torch.cat([block(window[None]) for window in x])
     io = BlockIO(x, y, lambda run, window: run(window))
-    return BlockState.of("", block, _resolved(linear), {"linear": LinearFormat(SPEC)}, io)
+    return BlockState.of("", block, lone_block(linear), {"linear": LinearFormat(SPEC)}, io)
 
 
 def _learn(steps: int = 60) -> Learn:

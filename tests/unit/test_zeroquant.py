@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 import lowbit
 from lowbit.architectures import ROLE_GROUPS, for_config
-from lowbit.linear_api import _Alone, _resolved
+from lowbit.linear_api import LoneLinear, lone_block
 from lowbit.modules import LinearFormat, QuantLinear
 from lowbit.numerics import Int, MinMax, PerChannel, RowBands, Spec, quantize
 from lowbit.scheme import activation
@@ -29,10 +29,10 @@ def _state(spec: Spec = BANDS, act=None, bias: bool = True) -> BlockState:
     torch.manual_seed(0)
     linear = torch.nn.Linear(32, 24, bias=bias).requires_grad_(False)
     x = torch.randn(8, 16, 32) @ torch.randn(32, 32)
-    block = _Alone(linear)
+    block = LoneLinear(linear)
     y = torch.cat([block(window[None]) for window in x])
     io = BlockIO(x, y, lambda run, window: run(window))
-    return BlockState.of("", block, _resolved(linear), {"linear": LinearFormat(spec, act)}, io)
+    return BlockState.of("", block, lone_block(linear), {"linear": LinearFormat(spec, act)}, io)
 
 
 def _loss(state: BlockState) -> float:
