@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "identity"
 SIDE = Path(__file__).with_name("identity_side.py")
 SOURCES = ("CMakeLists.txt", "*.cpp", "*.h", "*.inl")  # of the compiled kernels
+SHOWN = 6  # differing tensors of a file that are printed: what comes after the first differs in consequence
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -238,7 +239,10 @@ def compare_files(
             result.different += 1
             result.lines.append(f"{file}: differs")
             old, new = (_path(directory, file) for directory in directories)
-            result.lines += [f"  {line}" for line in tensor_differences(old, new, labels)]
+            tensors = tensor_differences(old, new, labels)
+            result.lines += [f"  {line}" for line in tensors[:SHOWN]]
+            if len(tensors) > SHOWN:
+                result.lines.append(f"  and {len(tensors) - SHOWN} more tensors")
     return result
 
 

@@ -5,7 +5,7 @@ the path. The job says ``tree``, ``kernels`` (the compiled module, or null), ``m
 ``runs`` (names). A job without a tree saves the models, with transformers alone.
 
 Every run is a line of the results: its files with their hashes, or its error. Beside the weights of the checkpoint there
-is ``computed.safetensors``: what the loaded checkpoint, or the packed linear, computes.
+is ``outputs.safetensors``: what the loaded checkpoint, or the packed linear, computes.
 
 Lowbit decides by a clock whether the processor multiplies bfloat16 and int8 faster than float32, and learns in bfloat16
 where it does. Here the answer is always yes, so that neither the machine nor its load decides which code a run tests. That
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from identity_runs import LINEAR, MODELS, RUNS, VOCABULARY, Run, spelled
 
-COMPUTED = "computed.safetensors"
+OUTPUTS = "outputs.safetensors"
 _MEASURED = "faster_than_float32"
 
 
@@ -167,7 +167,7 @@ def quantize_linear(lowbit: Any, run: Run, models: Path, out: Path) -> None:
     (out / "checkpoint").mkdir(parents=True)
     save_file(buffers, out / "checkpoint" / "linear.safetensors")
     with torch.no_grad():
-        save_file({"output": packed(tensors["inputs"][:32])}, out / COMPUTED)
+        save_file({"output": packed(tensors["inputs"][:32])}, out / OUTPUTS)
 
 
 def stop(job: dict[str, Any], lowbit: Any, run: Run, out: Path) -> None:
@@ -200,8 +200,8 @@ def execute(job: dict[str, Any], lowbit: Any, run: Run) -> dict[str, str]:
         ids = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(2))
         with torch.no_grad():
             logits = lowbit.load(out / "checkpoint", torch.float32)(input_ids=ids, use_cache=False).logits
-        save_file({"logits": logits.contiguous()}, out / COMPUTED)
-    files = [*sorted((out / "checkpoint").glob("*.safetensors")), out / COMPUTED]
+        save_file({"logits": logits.contiguous()}, out / OUTPUTS)
+    files = [*sorted((out / "checkpoint").glob("*.safetensors")), out / OUTPUTS]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
