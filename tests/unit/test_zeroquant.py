@@ -70,7 +70,7 @@ def test_every_code_is_used_and_only_the_positive_extreme_is_clipped():
     values = grid.decode(grid.encode(x, params), params)
     assert values.unique().numel() == 16 and values.min() == -1 and values.max() == 1 - 1 / 8
     for wrong in ({"symmetric": False}, {"bits": 1, "symmetric": True}):
-        with pytest.raises(ValueError, match="symmetric grids of 2 bits"):
+        with pytest.raises(ValueError, match="symmetric grid of 2 or more bits"):
             Int(**{"bits": 4, "full": True} | wrong)
 
 
