@@ -1,7 +1,7 @@
 # Everything a user or a developer runs. PYTHON picks the interpreter (3.11 to 3.13) for a new .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: install demo test identity lint docs fidelity sanitize clean
+.PHONY: install demo test exhaustive identity lint docs fidelity sanitize clean
 
 install: .venv/installed
 
@@ -17,8 +17,12 @@ demo: install
 	$(BIN)/python examples/demo.py
 
 test: install
-	# A file a worker: workers with one thread each beat one with two, and each model is made once.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	# Workers with one thread each beat one with two; the one that is done first takes over from the other.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Every combination of factors and every record of the authors' code, where the tests above take enough for every pair.
+exhaustive: install
+	LOWBIT_EXHAUSTIVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Whether the working tree writes other bytes than the commit BASE; ARGS such as --only "gptq*", --jobs 2, --list.
 BASE ?= HEAD
@@ -32,7 +36,7 @@ sanitize: install
 	cmake -S . -B $(SANITIZED) -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DLOWBIT_SANITIZE=ON
 	ninja -C $(SANITIZED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		OMP_NUM_THREADS=2 $(BIN)/python tests/sanitized.py $(SANITIZED)/_cpu*.so
+		LOWBIT_EXHAUSTIVE=1 OMP_NUM_THREADS=2 $(BIN)/python tests/sanitized.py $(SANITIZED)/_cpu*.so
 
 # What the authors' own code reaches on real layers, against ours; DATA holds official.json, OFFICIAL.md and text/.
 DATA ?= ../shared/data

@@ -23,6 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pairwise import enough
+
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 CACHE = Path(platformdirs.user_cache_dir("lowbit")) / "tests"
 WINDOW = 512
@@ -49,6 +51,16 @@ def official(*methods: str, where: str = "") -> list[dict]:
     path = DATA / "official.json"
     records = json.loads(path.read_text()) if path.exists() else []
     return [r for r in records if r["method"] in methods and where in r["layer"]]
+
+
+def chosen(records: list[dict]) -> list[dict]:
+    """Records that hold every setting with every linear and every block; all of them in `make exhaustive`."""
+
+    def traits(record: dict) -> tuple[str, str, str]:
+        _, _, block, linear = record["layer"].split(".", 3)
+        return record["setting"], block, linear
+
+    return enough(records, traits, together=2)
 
 
 def gather() -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lowbit
 
-from layers import gather, missing, official, output_energy
+from layers import chosen, gather, missing, official, output_energy
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 NF4 = [r for r in official("bitsandbytes") if r["setting"].startswith("NF4")]
@@ -54,7 +54,7 @@ def _name(record: dict) -> str:
     return f"{record['setting']} {record['layer'].removeprefix('model.layers.')}"
 
 
-@pytest.mark.parametrize("record", NF4, ids=_name)
+@pytest.mark.parametrize("record", chosen(NF4), ids=_name)
 def test_nf4_is_that_of_bitsandbytes_to_four_digits(record, tensors):
     ratio, _, bits = _measured(record, tensors)
     # Where scales are quantized too, its kernel takes either of two levels that are about equally near; ours the nearer.
@@ -62,7 +62,7 @@ def test_nf4_is_that_of_bitsandbytes_to_four_digits(record, tensors):
     assert bits == pytest.approx(record["bits_per_weight"], abs=2e-3)
 
 
-@pytest.mark.parametrize("record", BINARY, ids=_name)
+@pytest.mark.parametrize("record", chosen(BINARY), ids=_name)
 def test_binary_coded_weights_lose_no_more_than_the_authors(record, tensors):
     ratio, ratio_of_weights, bits = _measured(record, tensors)
     assert bits == pytest.approx(record["bits_per_weight"], abs=1e-6)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -26,6 +24,7 @@ from lowbit.evaluation.forward import logits_of
 from lowbit.numerics import to_dict
 
 from helpers import VOCABULARY, assert_same, random_ids, tiny_llama
+from killed import Killed
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RTN = {"label": "rtn", "method": "rtn", "bits": 8, "group_size": 32}
@@ -159,20 +158,6 @@ def test_a_broken_model_is_measured_and_marked(model, tmp_path, monkeypatch, her
 
 
 # Crashes
-
-
-@dataclass(frozen=True)
-class Killed:
-    """Dies as a process does that the system takes for too large; or fails as a defect does."""
-
-    signal: int | None
-
-    def run(self, progress):
-        progress(0.5, "half way")
-        print("words that are no answer")
-        if self.signal is None:
-            raise ZeroDivisionError("a defect")
-        os.kill(os.getpid(), self.signal)
 
 
 def test_a_process_that_dies_is_an_error_of_its_row(tmp_path):

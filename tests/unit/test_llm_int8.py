@@ -17,6 +17,7 @@ from lowbit.solve import Gptq, Nearest, ReachingColumns
 from lowbit.steps import Search, Set, SmoothPowers
 
 from helpers import random_ids, sqnr_db, tiny_llama
+from pairwise import cases
 
 O, I, LOUD = 48, 96, (3, 50)
 ACT = ActSpec(Spec(Int(8, symmetric=True), PerToken(), scale_dtype="float32"), threshold=6.0)
@@ -159,10 +160,16 @@ def test_nan_and_infinity_reach_the_output_of_their_token_only(linear, x, prepar
     assert torch.isfinite(y[[0, 1, 3, 4, *range(6, 40)]]).all()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 40])
-@pytest.mark.parametrize("weight", [Spec(Int(8, symmetric=True), PerChannel()), Spec(Int(4), PerGroup(32)), Spec(NF4, PerGroup(32))], ids=str)  # fmt: skip
-@pytest.mark.parametrize("granularity", [PerToken(), PerTensor()], ids=str)
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("symmetric", "granularity", "weight", "rows"),
+    cases(
+        [True, False],
+        [PerToken(), PerTensor()],
+        [Spec(Int(8, symmetric=True), PerChannel()), Spec(Int(4), PerGroup(32)), Spec(NF4, PerGroup(32))],
+        [1, 2, 3, 40],
+    ),
+    ids=str,
+)
 def test_compiled_kernels_take_channels_out_as_the_reference_does(
     linear, x, weight, granularity, symmetric, rows, monkeypatch
 ):

@@ -41,6 +41,7 @@ from lowbit.solve import Gptq, Nearest
 from lowbit.steps import BlockIO, BlockState, ChooseGrid, FitActivation, SetActivationRange, Solve
 
 from helpers import random_ids, sqnr_db, tiny_llama
+from pairwise import cases
 
 GRIDS = [OutlierVictim(bits) for bits in range(3, 9)] + [OutlierVictim(4, "flint")]
 GRIDS += [OutlierVictim(4, normal, "nearest") for normal in ("int", "flint")]
@@ -448,9 +449,11 @@ def test_without_outliers_the_method_is_the_plain_number_types():
 # Compiled kernels
 
 
-@pytest.mark.parametrize("isa", native.instruction_sets())
-@pytest.mark.parametrize("grain", [PerChannel(), PerGroup(32), PerTensor()], ids=str)
-@pytest.mark.parametrize("grid", [g for g in GRIDS if g.bits < 8], ids=str)
+@pytest.mark.parametrize(
+    ("grid", "grain", "isa"),
+    cases([g for g in GRIDS if g.bits < 8], [PerChannel(), PerGroup(32), PerTensor()], native.instruction_sets()),
+    ids=str,
+)
 def test_tiles_hold_each_value_in_one_bit_more_and_decode_to_the_same_bits(grid, grain, isa):
     spec = Spec(grid, grain)
     for shape in ((1, 2), (16, 32), (40, 130)):

@@ -39,6 +39,8 @@ from lowbit.solve.columns import without
 from lowbit.solve.factor import inverse_factor
 from lowbit.solve.outliers import perturbation
 
+from pairwise import cases
+
 O, I = 20, 48
 CHANNEL = Spec(Int(3), PerChannel(), scale_dtype="float32")
 GROUPED = Spec(Int(3), PerGroup(16), scale_dtype="float32")
@@ -100,10 +102,10 @@ STATIC = [rule for rule in RULES if not rule.live]
 # ------------------------------------------------------------------------------------------------- every rule, every solver
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize("rule", STATIC, ids=str)
 @pytest.mark.parametrize(
-    "solver", [Nearest(), Gptq(), Gptq(order="group"), Gptq(static_groups=True), Gptq(order="act")], ids=str
+    ("solver", "rule", "spec"),
+    cases([Nearest(), Gptq(), Gptq(order="group"), Gptq(static_groups=True), Gptq(order="act")], STATIC, SPECS),
+    ids=str,
 )
 def test_what_is_kept_has_the_code_of_zero_and_comes_back_as_float16(solver, rule, spec):
     solution = type(solver)(**{**vars(solver), "outliers": rule}).solve(W, spec, STATS)
