@@ -461,10 +461,11 @@ def test_a_parameter_that_this_source_does_not_know_is_named_when_it_is_loaded(l
         opened.load_into(model, "model.layers.0")
 
 
-def test_a_model_already_quantized_is_refused_by_its_method(llama):
+def test_a_model_already_quantized_is_refused_by_its_method_unless_only_looked_at(llama):
     edit_json(llama / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ModelError, match=r"already quantized with 'gptq'.*Use the original model"):
         open_model(llama)
+    assert "lm_head.weight" in open_model(llama, allow_quantized=True).headers
 
 
 def test_a_model_that_brings_its_own_code_is_refused_unless_it_is_trusted(llama):

