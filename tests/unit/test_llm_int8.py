@@ -214,7 +214,7 @@ def test_formats_with_a_threshold_are_plain_data_and_those_that_cannot_have_one_
             activation(8, threshold=threshold)
     with pytest.raises(ValueError, match="measured with its outliers in it"):
         activation(8, per="tensor", static=True, threshold=6.0)
-    with pytest.raises(ValueError, match="reach a threshold over 0"):
+    with pytest.raises(ValueError, match="a threshold for columns is above 0"):
         ReachingColumns(0.0)
 
 
