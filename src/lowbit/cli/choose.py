@@ -45,7 +45,6 @@ GroupSize = Annotated[
 ActivationBits = Annotated[
     int | None, typer.Option(help="Bits of each linear's input (16: not quantized).", rich_help_panel=METHOD_PANEL)
 ]
-KvBits = Annotated[int | None, typer.Option(help="Bits of the KV cache.", rich_help_panel=METHOD_PANEL)]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -75,11 +74,10 @@ def method_options(
     bits: int | None,
     group_size: str | None,
     activation_bits: int | None,
-    kv_bits: int | None,
     settings: Sequence[str] | None,
 ) -> dict[str, Any]:
     """The options that the user gave, and no others: a method's defaults are its own, and so are its refusals."""
-    given: dict[str, Any] = {"bits": bits, "activation_bits": activation_bits, "kv_bits": kv_bits}
+    given: dict[str, Any] = {"bits": bits, "activation_bits": activation_bits}
     options = {key: value for key, value in given.items() if value is not None}
     if group_size is not None:
         options["group_size"] = None if group_size.lower() in _PER_CHANNEL else _scalar(group_size)

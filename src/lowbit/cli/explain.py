@@ -11,7 +11,6 @@ from lowbit.cli.choose import (
     ActivationBits,
     Bits,
     GroupSize,
-    KvBits,
     Overrides,
     Settings,
     choose_recipe,
@@ -34,7 +33,6 @@ def command(
     bits: Bits = None,
     group_size: GroupSize = None,
     activation_bits: ActivationBits = None,
-    kv_bits: KvBits = None,
     settings: Settings = None,
     overrides: Overrides = None,
     as_json: common.Json = False,
@@ -43,7 +41,7 @@ def command(
 
     Options of a method (--bits and so on) go with a method's name.
     """
-    options = method_options(bits, group_size, activation_bits, kv_bits, settings)
+    options = method_options(bits, group_size, activation_bits, settings)
     chosen = choose_recipe(recipe if options else None, None if options else recipe, options, overrides)
     from lowbit.plan import explain
 

@@ -11,7 +11,6 @@ from lowbit.cli.choose import (
     ActivationBits,
     Bits,
     GroupSize,
-    KvBits,
     MethodOption,
     Overrides,
     RamLimit,
@@ -35,7 +34,6 @@ def command(
     bits: Bits = None,
     group_size: GroupSize = None,
     activation_bits: ActivationBits = None,
-    kv_bits: KvBits = None,
     settings: Settings = None,
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(min=0, help="Windows of calibration text; 0: a run without text.")] = 32,
@@ -47,7 +45,7 @@ def command(
 
     Bytes, bits per weight, peak memory, layers that stay as they are and why, and which runtimes can take the result.
     """
-    options = method_options(bits, group_size, activation_bits, kv_bits, settings)
+    options = method_options(bits, group_size, activation_bits, settings)
     chosen = choose_recipe(method, recipe, options, overrides)
     from lowbit.plan import plan
 

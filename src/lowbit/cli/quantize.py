@@ -12,7 +12,6 @@ from lowbit.cli.choose import (
     ActivationBits,
     Bits,
     GroupSize,
-    KvBits,
     MethodOption,
     Overrides,
     RamLimit,
@@ -43,7 +42,6 @@ def command(
     bits: Bits = None,
     group_size: GroupSize = None,
     activation_bits: ActivationBits = None,
-    kv_bits: KvBits = None,
     settings: Settings = None,
     overrides: Overrides = None,
     calibration: Annotated[
@@ -76,9 +74,7 @@ def command(
     Ctrl-C the same command continues where it stopped. A result that is broken is refused, with the layers to blame.
     """
     limit = byte_count(ram_limit)
-    chosen = choose_recipe(
-        method, recipe, method_options(bits, group_size, activation_bits, kv_bits, settings), overrides
-    )
+    chosen = choose_recipe(method, recipe, method_options(bits, group_size, activation_bits, settings), overrides)
     common.use_threads(threads)
     from lowbit.pipeline import MAX_KL, prepare, run
 
