@@ -61,7 +61,7 @@ def command(
     if out.exists():
         raise ValueError(f"{out} exists; choose another -o FILE.yaml, or remove it")
     limit = byte_count(ram_limit)
-    chosen = choose_recipe(method, recipe, method_options(bits, group_size, activation_bits, None, settings), overrides)
+    chosen = choose_recipe(method, recipe, method_options(bits, group_size, activation_bits, settings), overrides)
     common.use_threads(threads)
     import yaml
 

@@ -91,7 +91,7 @@ def command(
     recorded, the others go on, and the exit code is 1.
     """
     limit = byte_count(ram_limit)
-    rows = _rows(grid, recipes, methods, bits, method_options(None, group_size, activation_bits, None, settings))
+    rows = _rows(grid, recipes, methods, bits, method_options(None, group_size, activation_bits, settings))
     common.use_threads(threads)
     import lowbit
 
