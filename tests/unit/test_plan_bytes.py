@@ -131,4 +131,4 @@ def test_a_transform_that_linears_run_is_counted_and_explained_where_no_edge_car
 
 def _first_transforms(planned: ModelPlan) -> dict[str, str]:
     """Type of the first transform that each linear of the first block runs on its input."""
-    return {path: layer.pre[0]["type"] for path, layer in planned.blocks[0].layers.items() if layer.pre}
+    return {path: layer.pre[0].type for path, layer in planned.blocks[0].layers.items() if layer.pre}
