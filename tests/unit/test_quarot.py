@@ -231,7 +231,7 @@ def test_levels_that_reach_less_clip_what_is_beyond(symmetric):
     assert torch.allclose(narrow.scale, wide.scale / 2)
     kept = part.decode(part.encode(x, narrow), narrow)
     assert kept.max() <= 1.5 + narrow.scale and kept.max() < x.max()
-    with pytest.raises(ValueError, match="over 0 and up to 1"):
+    with pytest.raises(ValueError, match="above 0 and at most 1"):
         Int(4, symmetric=symmetric, reach=0.0)
 
 

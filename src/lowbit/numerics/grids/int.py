@@ -56,7 +56,6 @@ class Int:
             raise ValueError(f"zero is 'int' or 'real', found {self.zero!r}")
         if self.full and (not self.symmetric or self.bits == 1):
             raise ValueError(f"full needs a symmetric grid of 2 or more bits, found {self}")
-
         if not 0 < self.reach <= 1:
             raise ValueError(f"reach is a share of the range, above 0 and at most 1, found {self.reach}")
 
