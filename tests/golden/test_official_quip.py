@@ -39,7 +39,7 @@ class _Grams(BlockState):
 
     def collect(self, needs, inputs=None):
         h = self.gram
-        for t in self.pre.get("linear", ()):
+        for t in self.draft("linear").pre:
             h = t.forward(t.forward(h).T)
         return {"input": {Gram(): h}}
 
@@ -55,7 +55,7 @@ def ratio(layer: str, recipe: Recipe, tensors: dict[str, Tensor], seed: int = 0)
     resolved = ResolvedBlock({"linear": "q"}, (ResolvedInput("input", ("linear",)),), (("linear",),), (edge,), {})
     form = recipe.scheme.format("linear", "q")
     assert form is not None
-    state = _Grams("", block, resolved, {"linear": form}, None, seed=seed)
+    state = _Grams.of("", block, resolved, {"linear": form}, None, seed=seed)
     state.gram = seen.float()
     for step in recipe.steps:
         step.run(state)

@@ -215,7 +215,7 @@ def test_a_mix_runs_to_the_end_and_takes_less_from_the_model_than_rounding_alone
 def test_the_rotation_follows_the_recipes_seed_alone():
     step = RotateResidual()
     assert step.residual_rotation(64, 0) == step.residual_rotation(64, 0) != step.residual_rotation(64, 1)
-    assert 0 <= step.rotation(576, 5).seed < 2**32
+    assert 0 <= step.residual_rotation(576, 5).seed < 2**32
     assert RotateInputs() != RotateInputs("all")
 
 

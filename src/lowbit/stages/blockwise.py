@@ -43,7 +43,6 @@ from lowbit.modules import (
     LinearDescription,
     OperandRanges,
     QuantLinear,
-    ResidualRotation,
     make_drafts,
     turned,
     unmake_drafts,
@@ -134,7 +133,7 @@ class Walk:
         return ModelDescription(
             layers={name: layer for record in self.records for name, layer in record.modules.items()},
             attention={name: spec for record in self.records for name, spec in record.attention.items()},
-            residual=None if self.rotation is None else ResidualRotation(self.architecture.blocks, self.rotation),
+            residual=self.plan.residual,
             unfused_experts=self.unfused_experts,
         )
 
