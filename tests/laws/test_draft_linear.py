@@ -45,6 +45,7 @@ from lowbit.steps import BlockState, Solve
 from lowbit.transforms import Kronecker, Permute, RandomHadamard, Reassembly, Rotate, Scale, Shift, Split
 
 from helpers import assert_same, sqnr_db
+from pairwise import cases
 
 O, I = 24, 40
 
@@ -199,13 +200,14 @@ def test_a_simulated_draft_computes_what_its_packed_layer_will(weight: str, act:
     assert_same(found, packed(state)(x))
 
 
-@pytest.mark.parametrize("transforms", TRANSFORMS)
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize(("bias", "kind"), [(True, nn.Linear), (False, nn.Linear), (True, Conv1D)])
-@pytest.mark.parametrize("act", ["none", "tokens"])
+@pytest.mark.parametrize(
+    ("transforms", "side", "made", "act"),
+    cases(TRANSFORMS, SIDES, [(True, nn.Linear), (False, nn.Linear), (True, Conv1D)], ["none", "tokens"]),
+)
 def test_so_it_does_with_everything_around_its_product(
-    transforms: str, side: str, bias: bool, kind: type[nn.Module], act: str
+    transforms: str, side: str, made: tuple[bool, type[nn.Module]], act: str
 ) -> None:
+    bias, kind = made
     form, x = LinearFormat(WEIGHTS["asymmetric channels"], ACTS[act]), x_of()
     state = decided(form, kind, bias, transforms, side)
     found = simulated(state.draft("linear"), x)
