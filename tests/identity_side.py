@@ -64,6 +64,8 @@ def import_lowbit(tree: Path, kernels: str | None) -> Any:
     import lowbit
 
     assert Path(lowbit.__file__).is_relative_to(tree / "src"), f"imported {lowbit.__file__}, expected it in {tree}"
+    for part in ("pipeline", "steps.precision"):  # names of the package may be imported on first use only
+        importlib.import_module(f"lowbit.{part}")
     modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "lowbit"]
     deciding = [module for module in modules if hasattr(module, _MEASURED)]
     assert deciding, f"no module of lowbit has {_MEASURED}: name what decides by a clock now in tests/identity_side.py"
