@@ -470,7 +470,7 @@ def test_what_stands_beside_a_layer_keeps_its_model_from_steps():
     q, width = layer.qtensor(), layer.in_features
     for options, why in (
         ({"pre": (Scale(torch.full((width,), 2.0)),)}, "transforms"),
-        ({"side": (LowRank.of(torch.ones(2, width), torch.ones(112, 2)),)}, "LowRank"),
+        ({"side_terms": (LowRank.of(torch.ones(2, width), torch.ones(112, 2)),)}, "LowRank"),
     ):
         model.model.layers[0].mlp.up_proj = QuantLinear.from_qtensor(q, **options)
         prepare(model)
@@ -486,7 +486,7 @@ def test_kept_columns_and_sparse_weights_run_in_a_step(steps):
             w = torch.randn(layer.shape, generator=generator)
             some = Sparse.of(w, torch.rand(layer.shape, generator=generator) < 0.05)
             side = (some, KeptColumns.of(w[:, [3, 9]], torch.tensor([3, 9])))
-            block.set_submodule(name, QuantLinear.from_qtensor(layer.qtensor(), side=side))
+            block.set_submodule(name, QuantLinear.from_qtensor(layer.qtensor(), side_terms=side))
     prepare(model)
     theirs, ours = both_ways(model)
     assert steps() == len(TOKENS) and sqnr_db(theirs, ours) > 90

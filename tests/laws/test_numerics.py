@@ -560,7 +560,7 @@ def test_fields_at_their_default_are_left_out():
     [
         ({"type": "PerGrup", "size": 4}, "did you mean 'PerGroup'"),
         ({"type": "PerGroup", "sise": 4}, "did you mean 'size'"),
-        ({"type": "PerGroup"}, "cannot build PerGroup"),
+        ({"type": "PerGroup"}, "PerGroup.size: Field required"),
         ({"type": "PerGroup", "size": 0}, "at least 1"),
     ],
 )

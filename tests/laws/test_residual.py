@@ -59,9 +59,10 @@ def _prepared(case: str) -> tuple[PreTrainedModel, Architecture, Tensor, Tensor]
 @contextlib.contextmanager
 def _rotated(model: PreTrainedModel, table: Architecture, rotation: Seeded, wrong: Wrong) -> Iterator[None]:
     """A copy of the model's state aside, the model rotated; put back on leaving, hooks too."""
-    old, blocks = copy.deepcopy(model.state_dict()), block_modules(model, table)
-    for block in blocks:
-        residual = wrong(drafted(table, block, model.config).residual)
+    blocks = block_modules(model, table)
+    residuals = [wrong(drafted(table, block, model.config).residual) for block in blocks]
+    old = copy.deepcopy(model.state_dict())  # of the drafts, which may hold a weight the other way round
+    for block, residual in zip(blocks, residuals, strict=True):
         block.load_state_dict(rotate_residual(residual, rotation, block.state_dict()), strict=False)
     turn_residual(model, ResidualRotation(table.blocks, rotation))
     try:
