@@ -251,7 +251,7 @@ def test_side_terms_are_added(act):
         KeptColumns.of(extra[:, :3].to(DEVICE), torch.tensor([2, 70, 128], device=DEVICE)),
         Sparse.of(extra.to(DEVICE), (extra > 2).to(DEVICE)),
     )
-    packed = replace(layer(Spec(Int(8), PerChannel()), act=act), side=side)
+    packed = replace(layer(Spec(Int(8), PerChannel()), act=act), side_terms=side)
     x = inputs(4, 129)
     assert sqnr_db(reference(x, packed), run(x, packed)) > 90
 
