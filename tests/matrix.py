@@ -2,7 +2,7 @@
 
 Every cell is a whole run on a random model of two blocks: quantize, save, load, compare the loaded model's logits. A cell
 says that it works, or gives the reason with which it was refused before any work. `python tests/matrix.py` writes the
-page. tests/unit/test_matrix.py checks every cell of the first table, and tests/unit/test_mixes.py every mix, on one
+page. tests/unit/methods/test_matrix.py checks every cell of the first table, and tests/unit/methods/test_mixes.py every mix, on one
 architecture: that it is refused, or that work begins, and some run whole (see WHOLE_CELLS and WHOLE_MIXES; all of them in
 `make exhaustive`). `python tests/matrix.py --everywhere [ARCHITECTURE]...` runs every mix on every architecture (hours)
 and prints what is not as on the page.

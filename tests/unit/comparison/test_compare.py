@@ -26,7 +26,7 @@ from lowbit.numerics import to_dict
 from helpers import VOCABULARY, assert_same, random_ids, tiny_llama
 from killed import Killed
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 RTN = {"label": "rtn", "method": "rtn", "bits": 8, "group_size": 32}
 GPTQ = {"label": "gptq", "method": "gptq", "bits": 3, "group_size": 32}
 TWO_BITS = {"label": "two bits", "method": "rtn", "bits": 2, "group_size": None}

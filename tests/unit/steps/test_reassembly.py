@@ -18,7 +18,7 @@ from lowbit.steps import BlockState, SearchReassembly, Solve
 from lowbit.steps.listen import Place, listen
 from lowbit.steps.reassembly import assembled, disassembly, loss_with, merge_distances, site_of, thresholds
 from lowbit.transforms import Reassembly, Split
-from unit.test_quip import assert_unchanged, model_of, states
+from unit.methods.test_quip import assert_unchanged, model_of, states
 
 from helpers import assert_close_f64, held, sqnr_db
 from laws.test_architectures import CASES

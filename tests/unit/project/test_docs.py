@@ -10,7 +10,7 @@ import pytest
 from lowbit.catalog import INDEX
 from lowbit.recipes import METHODS
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from lowbit.steps import (
     SearchReassembly,
     Solve,
 )
-from unit.test_reassembly import normal, outlier_states
+from unit.steps.test_reassembly import normal, outlier_states
 
 from helpers import assert_same, random_ids, sqnr_db, tiny_llama
 

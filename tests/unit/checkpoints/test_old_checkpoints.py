@@ -27,7 +27,7 @@ from lowbit.modules import QuantLinear
 
 from digests import model_digests
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parents[2] / "data"
 VERSIONS = {
     "native-v1": 1,
     "native-v1-formats": 1,
