@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lowbit.decoding import cache_argument
+
 Split = Literal["calibration", "evaluation"]
 
 PYTHON_DOCS = "python-docs"
@@ -261,6 +263,7 @@ def sample_sequences(model: Any, samples: int, seq_len: int, *, seed: int = 0, b
     if samples < 1 or not 1 <= seq_len <= limit:
         raise TextError(f"self: {samples} samples of {seq_len} tokens were asked; the model's context is {limit}.")
     generator = torch.Generator().manual_seed(seed)
+    remembered = cache_argument(model)
     done = []
     for first in range(0, samples, batch):
         rows = min(batch, samples - first)
@@ -268,8 +271,8 @@ def sample_sequences(model: Any, samples: int, seq_len: int, *, seed: int = 0, b
         token = torch.randint(config.vocab_size, (rows, 1), generator=generator)
         ids, cache = [token], None
         for position in range(1, seq_len):
-            out = model(input_ids=token.to(model.device), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(input_ids=token.to(model.device), use_cache=True, **{remembered: cache})
+            cache = getattr(out, remembered)
             probabilities = out.logits[:, -1].float().softmax(-1).cpu()
             sampled = torch.multinomial(probabilities, 1, generator=generator)
             token = torch.where((position < prefix)[:, None], probabilities.argmax(-1, keepdim=True), sampled)

@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import (
     DynamicCache,
     GemmaConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -120,9 +122,14 @@ def packed(
     return model
 
 
+def kv(cache: Any) -> dict[str, Any]:
+    """The cache under the name that the installed transformers has for it."""
+    return {decoding.cache_argument(LlamaForCausalLM): cache}
+
+
 def ordinary(model: PreTrainedModel, ids: Tensor, cache: DynamicCache, **inputs) -> Tensor:
     """Logits by transformers' own forward."""
-    return original(model.config).forward(model, ids, past_key_values=cache, use_cache=True, **inputs).logits
+    return original(model.config).forward(model, ids, **kv(cache), use_cache=True, **inputs).logits
 
 
 @torch.no_grad()
@@ -132,7 +139,7 @@ def both_ways(model: PreTrainedModel, tokens=TOKENS, prompt=PROMPT) -> tuple[Ten
     ordinary(model, prompt, theirs), ordinary(model, prompt, ours)
     ids = [torch.tensor([[token]]) for token in tokens]
     a = [ordinary(model, one, theirs) for one in ids]
-    b = [model(input_ids=one, past_key_values=ours, use_cache=True).logits for one in ids]
+    b = [model(input_ids=one, **kv(ours), use_cache=True).logits for one in ids]
     assert ours.get_seq_length() == theirs.get_seq_length() == prompt.shape[1] + len(tokens)
     return torch.cat(a), torch.cat(b)
 
@@ -237,10 +244,10 @@ def test_a_cache_grows_and_holds_what_the_ordinary_one_holds(monkeypatch, steps)
     monkeypatch.setattr(caches, "LEAST_ROOM", 4)
     model = packed()
     theirs, ours = DynamicCache(), DynamicCache()
-    ordinary(model, PROMPT, theirs), model(PROMPT, past_key_values=ours)
+    ordinary(model, PROMPT, theirs), model(PROMPT, **kv(ours))
     for token in range(20):
         one = torch.tensor([[token]])
-        a, b = ordinary(model, one, theirs), model(one, past_key_values=ours).logits
+        a, b = ordinary(model, one, theirs), model(one, **kv(ours)).logits
         assert sqnr_db(a, b) > 90
     assert steps() == 20 and ours.layers[0].room.capacity == 32
     for mine, plain in zip(ours.layers, theirs.layers, strict=True):
@@ -253,7 +260,7 @@ def test_several_tokens_after_steps_and_steps_after_them_go_on_in_one_cache(monk
     model = packed(CONFIGS["qwen3, head norms"])
     theirs, ours = DynamicCache(), DynamicCache()
     for ids in (PROMPT, *torch.tensor([[[4]], [[9]]]), PROMPT + 1, *torch.tensor([[[6]], [[7]]])):
-        assert sqnr_db(ordinary(model, ids, theirs), model(ids, past_key_values=ours).logits) > 90
+        assert sqnr_db(ordinary(model, ids, theirs), model(ids, **kv(ours)).logits) > 90
     assert steps() == 4
 
 
@@ -261,17 +268,17 @@ def test_several_tokens_after_steps_and_steps_after_them_go_on_in_one_cache(monk
 def test_a_cropped_reordered_or_copied_cache_goes_on(steps):
     model, one = packed(), torch.tensor([[8]])
     theirs, ours = DynamicCache(), DynamicCache()
-    ordinary(model, PROMPT, theirs), model(PROMPT, past_key_values=ours)
-    ordinary(model, one, theirs), model(one, past_key_values=ours)
+    ordinary(model, PROMPT, theirs), model(PROMPT, **kv(ours))
+    ordinary(model, one, theirs), model(one, **kv(ours))
     for cache in (theirs, ours):
         cache.crop(-3)
         cache.reorder_cache(torch.tensor([0]))
     branch = copy.deepcopy(ours)
-    model(one + 1, past_key_values=branch)
+    model(one + 1, **kv(branch))
     again = copy.deepcopy(branch)
-    model(one + 2, past_key_values=again)
+    model(one + 2, **kv(again))
     assert (ours.get_seq_length(), branch.get_seq_length(), again.get_seq_length()) == (5, 6, 7)
-    assert sqnr_db(ordinary(model, one, theirs), model(one, past_key_values=ours).logits) > 90
+    assert sqnr_db(ordinary(model, one, theirs), model(one, **kv(ours)).logits) > 90
     assert steps() == 4
 
 
@@ -281,34 +288,31 @@ def test_what_a_step_does_not_do_is_left_to_the_ordinary_forward(steps):
 
     def filled(prompt=PROMPT) -> DynamicCache:
         cache = DynamicCache(config=model.config)
-        model(prompt, past_key_values=cache)
+        model(prompt, **kv(cache))
         return cache
 
     holes = torch.ones(1, 8, dtype=torch.int64)
     holes[0, 2] = 0
     expected = ordinary(model, one, filled(), attention_mask=holes)
-    assert torch.equal(model(one, past_key_values=filled(), attention_mask=holes).logits, expected)
-    assert torch.equal(model(one, past_key_values=DynamicCache()).logits, ordinary(model, one, DynamicCache()))
-    pair = model(one.repeat(2, 1), past_key_values=filled(PROMPT.repeat(2, 1)))
+    assert torch.equal(model(one, **kv(filled()), attention_mask=holes).logits, expected)
+    assert torch.equal(model(one, **kv(DynamicCache())).logits, ordinary(model, one, DynamicCache()))
+    pair = model(one.repeat(2, 1), **kv(filled(PROMPT.repeat(2, 1))))
     assert pair.logits.shape == (2, 1, 131)
-    assert model(one, past_key_values=filled(), output_hidden_states=True).hidden_states is not None
-    assert isinstance(model(one, past_key_values=filled(), return_dict=False), tuple)
-    assert model(one, past_key_values=filled(), labels=one).loss is not None
-    model(one, past_key_values=filled(), use_cache=False)
-    model(inputs_embeds=torch.zeros(1, 1, 72), past_key_values=filled())
-    model(one, past_key_values=StaticCache(config=model.config, max_cache_len=16))
+    assert model(one, **kv(filled()), output_hidden_states=True).hidden_states is not None
+    assert isinstance(model(one, **kv(filled()), return_dict=False), tuple)
+    assert model(one, **kv(filled()), labels=one).loss is not None
+    model(one, **kv(filled()), use_cache=False)
+    model(inputs_embeds=torch.zeros(1, 1, 72), **kv(filled()))
+    model(one, **kv(StaticCache(config=model.config, max_cache_len=16)))
     with torch.enable_grad():
-        model(one, past_key_values=filled())
+        model(one, **kv(filled()))
     model.train()
-    model(one, past_key_values=filled())
+    model(one, **kv(filled()))
     model.eval()
     assert steps() == 0
     ones = torch.ones_like(holes)
     for inputs in ({}, {"attention_mask": ones}, {"position_ids": torch.tensor([[7]])}, {"logits_to_keep": 1}):
-        assert (
-            sqnr_db(ordinary(model, one, filled(), **inputs), model(one, past_key_values=filled(), **inputs).logits)
-            > 90
-        )
+        assert sqnr_db(ordinary(model, one, filled(), **inputs), model(one, **kv(filled()), **inputs).logits) > 90
     assert steps() == 4
 
 
@@ -317,7 +321,7 @@ def test_a_position_turns_a_token_as_it_says(steps):
     model, one, where = packed(), torch.tensor([[8]]), torch.tensor([[700]])
     theirs, ours = DynamicCache(), DynamicCache()
     ordinary(model, PROMPT, theirs), ordinary(model, PROMPT, ours)
-    a, b = ordinary(model, one, theirs, position_ids=where), model(one, past_key_values=ours, position_ids=where).logits
+    a, b = ordinary(model, one, theirs, position_ids=where), model(one, **kv(ours), position_ids=where).logits
     assert steps() == 1 and sqnr_db(a, b) > 90
 
 
@@ -395,8 +399,8 @@ def test_a_model_and_a_cache_are_freed_without_the_garbage_collector(steps):
     model = packed()
     cache = DynamicCache()
     with torch.no_grad():
-        model(PROMPT, past_key_values=cache)
-        model(torch.tensor([[1]]), past_key_values=cache)
+        model(PROMPT, **kv(cache))
+        model(torch.tensor([[1]]), **kv(cache))
     assert steps() == 1
     gc.collect()
     gc.disable()
@@ -462,6 +466,19 @@ def test_explain_says_whether_a_step_runs_and_if_not_why(monkeypatch):
     assert "LOWBIT_KERNELS=reference is set" in decoding.explain(packed())
     monkeypatch.delenv("LOWBIT_KERNELS")
     assert "float64" in decoding.explain(packed().double())
+
+
+@torch.no_grad()
+def test_explain_counts_the_tokens_of_either_forward_under_either_name_of_the_cache():
+    model, one = packed(), torch.tensor([[7]])
+    model.generate(PROMPT, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert decoding.explain(model).endswith("So far: 5 tokens by it.")
+    cache = DynamicCache(config=model.config)
+    ordinary(model, PROMPT, cache)
+    model(one, cache=cache), model(one, past_key_values=cache)
+    model(one, **kv(StaticCache(config=model.config, max_cache_len=16)))
+    text = decoding.explain(model)
+    assert "So far: 7 tokens by it, 1 by the ordinary forward (last: the cache is a StaticCache" in text
 
 
 def test_what_stands_beside_a_layer_keeps_its_model_from_steps():

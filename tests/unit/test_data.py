@@ -238,6 +238,7 @@ def test_a_models_own_text_follows_the_models_probabilities():
         return SimpleNamespace(logits=logits, past_key_values=None)
 
     successor.config = LlamaConfig(vocab_size=50)
+    successor.forward = successor
     successor.device = "cpu"
     ids = sample_sequences(successor, 9, 40, seed=3)
     assert torch.equal(ids, (ids[:, :1] + torch.arange(40)) % 50)

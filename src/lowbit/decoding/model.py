@@ -11,6 +11,7 @@ until Python collects cycles; and a copy of the model would run the original.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -22,11 +23,16 @@ from lowbit import kernels
 from lowbit.decoding.cache import adopt
 from lowbit.decoding.description import Described, Refused, describe
 
+_CACHES = ("cache", "past_key_values")
+"""The argument that carries keys and values: its name since transformers 5.24, and its name before."""
+
+_OUTPUT_CACHE = next(name for name in _CACHES if name in CausalLMOutputWithPast.__dataclass_fields__)
+
 _UNDERSTOOD = (
     "input_ids",
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    *_CACHES,
     "use_cache",
     "logits_to_keep",
     "return_dict",
@@ -45,22 +51,49 @@ def uninstall(model: PreTrainedModel) -> None:
         model.__class__ = type(model).__bases__[1]
 
 
+def cache_argument(model: nn.Module) -> str:
+    """The name of the argument of ``model``'s forward, and of its output, that carries what it remembers.
+
+    transformers 5.24 renamed ``past_key_values`` and ``cache_params`` to ``cache``; a model with code of its own may keep
+    the old name.
+
+    Raises:
+        ValueError: the forward has no such argument, so the model cannot continue a text token by token.
+    """
+    names = inspect.signature(model.forward).parameters
+    for name in (*_CACHES, "cache_params"):
+        if name in names:
+            return name
+    raise ValueError(f"{type(model).__name__}.forward has no cache argument; it cannot continue a text token by token.")
+
+
 def explain(model: nn.Module) -> str:
-    """One sentence: whether the compiled step runs one new token, and if not, why."""
+    """Whether the compiled step runs one new token, if not why, and how many tokens it has run."""
     if not isinstance(model, _Stepping):
         return "No compiled step of one token: the model was not loaded as a lowbit checkpoint."
     described = model._described()
     if isinstance(described, Refused):
         return f"No compiled step of one token: {described.reason}."
     isa = kernels.native.MATRIX_TILES.get(described.isa, described.isa)  # one token is too few for tiles
-    return f"One new token of one sequence runs as one compiled step ({isa}, {torch.get_num_threads()} threads)."
+    text = f"One new token of one sequence runs as one compiled step ({isa}, {torch.get_num_threads()} threads)."
+    kept = model._kept()
+    if kept.steps or kept.others:
+        text += f" So far: {kept.steps} tokens by it"
+        text += f", {kept.others} by the ordinary forward (last: {kept.reason})." if kept.others else "."
+    return text
 
 
 class _Kept:
-    """The description of one model, or the reason why there is none; a copy of the model makes its own."""
+    """What is known of one model: its description, and which forward ran its single tokens. A copy starts anew."""
 
     def __init__(self) -> None:
         self.described: Described | Refused | None = None
+        self.steps = 0
+        """Tokens that the compiled step has run."""
+        self.others = 0
+        """Single tokens with a cache that the ordinary forward has run."""
+        self.reason = ""
+        """Why the ordinary forward ran the last of them."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Kept, ()
@@ -69,34 +102,48 @@ class _Kept:
 class _Stepping:
     """The parts that :func:`install` adds to a model's class."""
 
+    def _kept(self: Any) -> _Kept:
+        return self.__dict__.setdefault("_lowbit_step", _Kept())
+
     def _described(self: Any) -> Described | Refused:
-        kept = self.__dict__.setdefault("_lowbit_step", _Kept())
+        kept = self._kept()
         isa = kernels.forced() or next(iter(kernels.native.instruction_sets()), "")
         now = kept.described
         if now is None or now.isa != isa or not now.current():
             now = kept.described = describe(self, isa)
         return now
 
-    def _step(self: Any, inputs: dict[str, Any]) -> CausalLMOutputWithPast | None:
-        """The output for one new token, or None if the ordinary forward must compute it."""
-        ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
-        if cache is None or not isinstance(ids, Tensor) or ids.shape != (1, 1):
+    def _one_token(self: Any, inputs: dict[str, Any]) -> CausalLMOutputWithPast | None:
+        """The output for one new token after a cache, or None if the ordinary forward must compute it."""
+        ids, caches = inputs.get("input_ids"), [inputs[name] for name in _CACHES if inputs.get(name) is not None]
+        if len(caches) != 1 or not isinstance(ids, Tensor) or ids.shape != (1, 1):
             return None
-        if self.training or torch.is_grad_enabled() or _asks_more(inputs, self.config):
+        kept, output = self._kept(), self._step(ids, caches[0], inputs)
+        if isinstance(output, str):
+            kept.others, kept.reason = kept.others + 1, output
             return None
+        kept.steps += 1
+        return output
+
+    def _step(self: Any, ids: Tensor, cache: Any, inputs: dict[str, Any]) -> CausalLMOutputWithPast | str:
+        """The output for the token ``ids`` ``[1, 1]``, or the reason why the step does not compute it."""
+        if self.training or torch.is_grad_enabled():
+            return "the model is in training mode, or gradients are on"
+        if _asks_more(inputs, self.config):
+            return "the call asks for more than the last token's logits"
         described = self._described()
         if isinstance(described, Refused):
-            return None
+            return described.reason
         room = adopt(cache, *described.cache)
         if isinstance(room, str):
-            return None
+            return room
         length = room.lengths[0]
         mask, position = inputs.get("attention_mask"), inputs.get("position_ids")
         if mask is not None and (mask.shape != (1, length + 1) or not bool(mask.all())):
-            return None
+            return "the attention mask hides tokens"
         at = length if position is None else int(position.reshape(-1)[-1])
         logits = described.run(ids, room, at)
-        return CausalLMOutputWithPast(logits=logits.view(1, 1, -1), past_key_values=cache)  # pyright: ignore[reportArgumentType]
+        return CausalLMOutputWithPast(**{"logits": logits.view(1, 1, -1), _OUTPUT_CACHE: cache})
 
 
 def _asks_more(inputs: dict[str, Any], config: Any) -> bool:
@@ -120,7 +167,7 @@ def _stepping(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
         # Nobody calls a model with more than one positional argument.
         if not torch.compiler.is_compiling() and len(args) < 2:
             inputs = {"input_ids": args[0], **kwargs} if args else kwargs
-            if (output := self._step(inputs)) is not None:
+            if (output := self._one_token(inputs)) is not None:
                 return output
         return cls.forward(self, *args, **kwargs)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from lowbit.decoding import cache_argument
 from lowbit.evaluation.forward import check_positions, evaluating, vocabulary_size
 from lowbit.progress import Progress
 
@@ -143,12 +144,13 @@ def _pilot(
 def _timed_pass(model: PreTrainedModel, prompt_T: Tensor, new_tokens: int, cache: Any) -> tuple[float, float]:
     """(seconds of the prefill, seconds of `new_tokens` greedy steps)."""
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    caching = {"use_cache": True, cache_argument(model): cache}
     start = _now(prompt_T.device)
-    logits = model(input_ids=prompt_T[None], past_key_values=cache, use_cache=True, **last_only).logits
+    logits = model(input_ids=prompt_T[None], **caching, **last_only).logits
     prefilled = _now(prompt_T.device)
     for _ in range(new_tokens):
         token = logits[:, -1:].argmax(-1)
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=token, **caching).logits
     return prefilled - start, _now(prompt_T.device) - prefilled
 
 
