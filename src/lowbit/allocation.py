@@ -13,7 +13,7 @@ import math
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -97,7 +97,7 @@ def allocate(
     model: str | PathLike[str],
     recipe: Recipe | str | Path | Mapping[str, Any],
     bits: float,
-    calibration: str | Tensor | Calibration = "python-docs",
+    calibration: str | Sequence[str] | Tensor | Calibration = "python-docs",
     *,
     samples: int = 8,
     seq_len: int = 512,

@@ -61,7 +61,7 @@ def evaluate(
         if where is None:
             raise ValueError("text needs a tokenizer: pass tokenizer=, or the model's directory instead of the model")
         tokenizer = load_tokenizer(where)
-    content = load_text(text, "evaluation") if isinstance(text, str) else None
+    content = load_text(text, "evaluation", tokenizer) if isinstance(text, str) else None
     loaded = model if isinstance(model, PreTrainedModel) else load(model, torch.float32)
     original = against if against is None or isinstance(against, PreTrainedModel) else load(against, torch.float32)
     result = evaluate_model(

@@ -1,8 +1,9 @@
 """Text for calibration and evaluation, and its cut into windows of tokens.
 
 One rule for every text: it is tokenized as ONE string without special tokens and cut into windows that do not overlap,
-from its start; what is left over at the end is dropped. So a text, a tokenizer and a window length say exactly which
-tokens are used, and two people who have them have the same numbers.
+from its start; the rest at the end is dropped. So a text, a tokenizer and a window length say exactly which tokens are
+used, and two people who have them get the same numbers. For models that were trained with a first token (BOS), every
+calibration window begins with it.
 """
 
 from __future__ import annotations
@@ -10,18 +11,21 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lowbit.architectures import learned_positions
 from lowbit.decoding import cache_argument
+from lowbit.rows import RowError, has_rows, texts_of
 
 Split = Literal["calibration", "evaluation"]
+Bos = Literal["auto", "yes", "no"]
 
 PYTHON_DOCS = "python-docs"
 SELF = "self"
@@ -29,7 +33,12 @@ _HUB_ALIASES = {"wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
 _HUB_SPLITS = {"calibration": ("train",), "evaluation": ("test", "validation")}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?(:[\w.\-]*){0,3}")
 _HUB_TIMEOUT = 3  # seconds; how long a hub may take to answer before it counts as absent
-_FORMS = "Expected python-docs, a text file, a hub dataset (wikitext2, or name:config:split:column), or self."
+_FORMS = (
+    "Expected python-docs, a text file, a file of rows (.jsonl, .json, .csv or .parquet with a column text or messages), "
+    "a hub dataset (wikitext2, or name:config:split:column), or self."
+)
+MAX_PADDING = 0.5
+"""Share of a window that may be padding."""
 
 
 class TextError(ValueError):
@@ -47,32 +56,46 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Token ids, int64 [N windows, T], the text's name, and a sha256 of shape and ids."""
+    """Token ids, int64 [N windows, T], the text's name, a sha256 of shape and ids, and what the user should know."""
 
     ids: Tensor
     name: str
     sha256: str
+    warnings: tuple[str, ...] = ()
 
 
-def load_text(spec: str, split: Split = "calibration") -> Text:
-    """Finds a text: `python-docs`, a file, or a hub dataset (`wikitext2`, or `name[:config[:split[:column]]]`).
+def load_text(spec: str | Sequence[str], split: Split = "calibration", tokenizer: Any = None) -> Text:
+    """Finds a text: ``python-docs``, a file, or a hub dataset (``wikitext2``, or ``name[:config[:split[:column]]]``).
 
-    `python-docs` (the documentation that every Python carries) has disjoint parts for the two values of `split`; a hub
-    dataset gives its train split for calibration and its test split for evaluation unless the spec names one; a file
-    is the whole file for both. Rows of a dataset are joined by a blank line. Raises TextError.
+    ``python-docs`` (the documentation that every Python carries) has disjoint parts for the two values of ``split``; a hub
+    dataset gives its train split for calibration and its test split for evaluation unless the spec names one; a file is
+    whole for both. Rows of a dataset, of a file and of a list are joined by a blank line.
+
+    Args:
+        spec: a text file; a file of rows (``.jsonl``, ``.json``, ``.csv``, ``.parquet``, or ``FILE:COLUMN``); a name; or a
+            list of texts.
+        tokenizer: its chat template turns rows of messages into text.
+
+    Raises:
+        TextError: nothing there that can be used.
     """
+    if not isinstance(spec, str):
+        return _list_text(spec)
     if spec == PYTHON_DOCS:
         return _python_docs(split)
     if spec == SELF:
         raise TextError("self is text that the model writes; it needs a loaded model (calibration_set(model=...)).")
     path = Path(spec).expanduser()
     if path.is_file():
-        return _file_text(path)
+        return _file_text(path, None, tokenizer)
+    file, _, column = spec.rpartition(":")
+    if file and Path(file).expanduser().is_file():
+        return _file_text(Path(file).expanduser(), column, tokenizer)
     close = get_close_matches(spec, [PYTHON_DOCS, SELF, *_HUB_ALIASES], n=1)
     hint = f" Did you mean {close[0]}?" if close and close[0] != spec else ""
     if path.is_dir():
         raise TextError(f"{spec}: a directory. {_FORMS}")
-    if not _HUB_NAME.fullmatch(spec) or path.suffix in (".txt", ".raw", ".md", ".json", ".jsonl"):
+    if not _HUB_NAME.fullmatch(spec) or path.suffix in (".txt", ".raw", ".md", ".json", ".jsonl", ".csv", ".parquet"):
         raise TextError(f"{spec!r}: no such file.{hint} {_FORMS}")
     return _hub_text(spec, split, hint)
 
@@ -83,9 +106,22 @@ def _text(name: str, text: str) -> Text:
     return Text(name, text, hashlib.sha256(text.encode("utf-8")).hexdigest())
 
 
-def _file_text(path: Path) -> Text:
+def _list_text(texts: Sequence[str]) -> Text:
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise TextError(f"found a text of type {type(texts).__name__}, expected a name, a list of texts, or token ids.")
+    return _text(f"{len(texts)} texts", "\n\n".join(texts))
+
+
+def _file_text(path: Path, column: str | None, tokenizer: Any) -> Text:
+    content = path.read_bytes()  # bytes: read_text would rewrite line ends
+    if column is not None or has_rows(path, content):
+        try:
+            rows = texts_of(path, content, column, tokenizer)
+        except RowError as error:
+            raise TextError(f"{error}.") from error
+        return _text(f"{path.name} ({len(rows)} rows)", "\n\n".join(rows))
     try:
-        return _text(path.name, path.read_bytes().decode("utf-8"))  # bytes: read_text would rewrite line ends
+        return _text(path.name, content.decode("utf-8-sig"))  # a byte-order mark is no text
     except UnicodeDecodeError as error:
         raise TextError(f"{path}: not UTF-8 text (byte {error.start}). Convert it, or pass a text file.") from None
 
@@ -174,46 +210,82 @@ def tokenize(text: str, tokenizer: Any) -> Tensor:
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
-def windows(ids: Tensor, seq_len: int, count: int | None = None, *, name: str = "the text") -> Tensor:
-    """The first `count` windows (all, by default) of `seq_len` tokens: ids [T] -> [N, seq_len].
+def windows(
+    ids: Tensor, seq_len: int, count: int | None = None, *, name: str = "the text", bos: int | None = None
+) -> Tensor:
+    """The first ``count`` windows (all, by default) of ``seq_len`` tokens: ids [T] -> [N, seq_len].
 
-    They start at the first token and do not overlap; the tail that fills no window is dropped. Raises TextError when
-    there are fewer than `count`, or none.
+    They start at the first token and do not overlap; the tail that fills no window is dropped. ``bos`` begins every window
+    where it is given, so a window then takes one token less of the text.
+
+    Raises:
+        TextError: fewer windows than ``count``, or none.
     """
-    if seq_len < 1 or (count is not None and count < 1):
+    own = seq_len - (bos is not None)
+    if own < 1 or (count is not None and count < 1):
         raise TextError(f"seq_len = {seq_len} and {count} windows were asked; both must be at least 1.")
-    count_of_windows = len(ids) // seq_len
+    count_of_windows = len(ids) // own
     if count_of_windows < (count or 1):
         raise TextError(
             f"{name} is too short: {len(ids)} tokens = {count_of_windows} windows of {seq_len}; asked for {count or 1}. "
             "Use a longer text, fewer samples or a smaller seq_len."
         )
     count = count_of_windows if count is None else count
-    return ids[: count * seq_len].view(count, seq_len)
+    cut = ids[: count * own].view(count, own)
+    return cut if bos is None else torch.cat([ids.new_full((count, 1), bos), cut], dim=1)
+
+
+def bos_token(tokenizer: Any, bos: Bos) -> int | None:
+    """The id that begins every calibration window.
+
+    Args:
+        bos: ``auto``: what the tokenizer puts before a text, as the model was trained. ``yes``, ``no``: whatever it does.
+
+    Raises:
+        TextError: ``yes``, and the tokenizer has no such token.
+    """
+    if bos not in get_args(Bos):
+        raise TextError(f"bos = {bos!r}: expected {', '.join(get_args(Bos))}.")
+    token = getattr(tokenizer, "bos_token_id", None)
+    if bos == "yes" and token is None:
+        raise TextError("bos = yes: the model's tokenizer has no BOS token; use auto or no.")
+    if bos == "no" or token is None:
+        return None
+    return token if bos == "yes" or tokenizer("a", return_attention_mask=False)["input_ids"][:1] == [token] else None
 
 
 def calibration_set(
-    spec: str,
+    spec: str | Sequence[str],
     tokenizer: Any,
     samples: int,
     seq_len: int,
     *,
+    bos: Bos = "auto",
     vocab_size: int | None = None,
     model: Any = None,
     seed: int = 0,
 ) -> Calibration:
-    """The first `samples` windows of `seq_len` tokens of a text, or of the model's own writing when `spec` is `self`.
+    """The first ``samples`` windows of ``seq_len`` tokens of a text, or of the model's own writing when ``spec`` is ``self``.
 
-    `vocab_size`, when given, is checked: a tokenizer of another model gives ids that the embedding does not have.
-    `model` and `seed` matter for `self` only. Raises TextError.
+    Args:
+        spec: as in :func:`load_text`, or ``self``.
+        bos: as in :func:`bos_token`.
+        vocab_size: where given, it is checked: a tokenizer of another model gives ids that the embedding does not have.
+        model, seed: for ``self`` only.
+
+    Raises:
+        TextError: a text that cannot be used.
     """
-    if spec == SELF:
+    if seq_len < 2:
+        raise TextError(f"windows of {seq_len} tokens were asked; a model predicts nothing from fewer than 2.")
+    if isinstance(spec, str) and spec == SELF:
         if model is None:
             raise TextError("self: the calibration text is written by the model, so a loaded model is needed.")
         name, ids = f"self (seed {seed})", sample_sequences(model, samples, seq_len, seed=seed)
     else:
-        text = load_text(spec, "calibration")
-        name, ids = text.name, windows(tokenize(text.text, tokenizer), seq_len, samples, name=text.name)
+        text, first = load_text(spec, "calibration", tokenizer), bos_token(tokenizer, bos)
+        name = text.name if first is None else f"{text.name}, windows with BOS"
+        ids = windows(tokenize(text.text, tokenizer), seq_len, samples, name=text.name, bos=first)
     if vocab_size is not None and int(ids.max()) >= vocab_size:
         raise TextError(
             f"{name}: the tokenizer gives id {int(ids.max())}, the model's vocabulary has {vocab_size}. "
@@ -222,24 +294,70 @@ def calibration_set(
     return Calibration(ids, name, ids_sha256(ids))
 
 
-def calibration_of(source: Any, text: str | Tensor | Calibration, samples: int, seq_len: int) -> Calibration:
-    """What a run over `source` (a ModelSource) calibrates on: a text's name as in `calibration_set`, or ids [N, T].
+def calibration_of(
+    source: Any, text: str | Sequence[str] | Tensor | Calibration, samples: int, seq_len: int, bos: Bos = "auto"
+) -> Calibration:
+    """What a run over ``source`` (a ModelSource) calibrates on.
 
-    For `self` the whole model is loaded, to write the text. Raises ValueError for a text that cannot be used and for
-    ids that the model does not have.
+    Args:
+        text: as in :func:`calibration_set`, or ids ``[N, T]``, which are taken as they are. For ``self`` the whole model is
+            loaded, to write the text.
+        bos: as in :func:`bos_token`.
+
+    Raises:
+        TextError: a text that cannot be used; ids that the model does not have; windows of one token, of padding, or
+            longer than the model's learned positions.
     """
-    vocabulary = source.config.get_text_config().vocab_size
-    if isinstance(text, str):
-        own = source.load_full() if text == SELF else None
+    config = source.config.get_text_config()
+    if isinstance(text, Calibration):
+        made = text
+    elif isinstance(text, Tensor):
+        made = _given_ids(text)
+    else:
+        _check_positions(source, seq_len)
+        own = source.load_full() if isinstance(text, str) and text == SELF else None
         tokenizer = None if own is not None else source.tokenizer()
-        return calibration_set(text, tokenizer, samples, seq_len, vocab_size=vocabulary, model=own)
-    ids = text if isinstance(text, Tensor) else text.ids
-    if ids.dim() != 2 or ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        made = calibration_set(text, tokenizer, samples, seq_len, bos=bos, vocab_size=config.vocab_size, model=own)
+    return replace(made, warnings=_check_ids(source, made.ids))
+
+
+def _given_ids(ids: Tensor) -> Calibration:
+    if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TextError(f"calibration ids are integers [windows, tokens], found {ids.dtype} {list(ids.shape)}.")
+    ids = ids.long().cpu()
+    return Calibration(ids, "token ids", ids_sha256(ids))
+
+
+def _check_ids(source: Any, ids: Tensor) -> tuple[str, ...]:
+    """Refuses windows that a model cannot be calibrated on; what may be wrong with them comes back as warnings."""
+    config = source.config.get_text_config()
+    if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:
         raise TextError(
-            f"calibration ids are integers [windows, tokens] below {vocabulary}, found {list(ids.shape)} {ids.dtype} "
-            f"from {ids.min().item()} to {ids.max().item()}"
+            f"calibration ids must be from 0 to {config.vocab_size - 1}, found {ids.min().item()} to {ids.max().item()}."
         )
-    return text if isinstance(text, Calibration) else Calibration(ids.long(), "token ids", ids_sha256(ids.long()))
+    if ids.shape[1] < 2:
+        raise TextError("calibration windows have one token; a model predicts nothing from fewer than 2.")
+    pad = getattr(config, "pad_token_id", None)
+    padding = (ids == (-1 if pad is None else pad)).double().mean(dim=1)
+    same = (ids == ids[:, :1]).all(dim=1)
+    if bool((same | (padding > MAX_PADDING)).any()):
+        first = int((same | (padding > MAX_PADDING)).nonzero()[0])
+        raise TextError(
+            f"calibration window {first} is padding: {ids[first, -1].item()} fills it. Pass windows of text that are full."
+        )
+    return _check_positions(source, ids.shape[1])
+
+
+def _check_positions(source: Any, seq_len: int) -> tuple[str, ...]:
+    """Refuses windows longer than learned positions; windows longer than the context of other models are a warning."""
+    if (learned := learned_positions(source.skeleton())) is not None and seq_len > learned:
+        raise TextError(
+            f"windows of {seq_len} tokens were asked; the model has {learned} positions: use seq_len {learned}."
+        )
+    context = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    if context is None or seq_len <= context:
+        return ()
+    return (f"calibration windows of {seq_len} tokens are longer than the model's context of {context}",)
 
 
 def ids_sha256(ids: Tensor) -> str:

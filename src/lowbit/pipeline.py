@@ -8,7 +8,7 @@ has been compared with the one that was measured.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from os import PathLike
@@ -22,7 +22,7 @@ from lowbit.checkpoints import native
 from lowbit.checkpoints.model_card import write_card
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.checkpoints.target import check_target
-from lowbit.data import Calibration, calibration_of
+from lowbit.data import Bos, Calibration, calibration_of
 from lowbit.evaluation import kl_and_agreement, output_error
 from lowbit.modules import restore
 from lowbit.numerics import to_dict
@@ -147,11 +147,12 @@ class Job:
 def prepare(
     model: str | PathLike[str],
     recipe: Recipe | str | Path | Mapping[str, Any],
-    calibration: str | Tensor | Calibration | None,
+    calibration: str | Sequence[str] | Tensor | Calibration | None,
     *,
     out: str | PathLike[str],
     samples: int = 32,
     seq_len: int = 512,
+    bos: Bos = "auto",
     trust_remote_code: bool = False,
 ) -> Job:
     """Checks recipe, target, model and text, in the order of what is cheapest to find out.
@@ -169,7 +170,8 @@ def prepare(
             f"recipe {recipe.name!r} needs calibration text: pass a file, python-docs, a hub dataset or self"
         )
     if calibration is not None:
-        job.calibration = calibration_of(plan.source, calibration, samples, seq_len)
+        job.calibration = calibration_of(plan.source, calibration, samples, seq_len, bos)
+        job.warnings.extend(job.calibration.warnings)
     job.tokenizer = _tokenizer_if_any(plan.source)
     return job
 
@@ -185,11 +187,12 @@ def _tokenizer_if_any(source: ModelSource) -> Any:
 def quantize(
     model: str | PathLike[str],
     recipe: Recipe | str | Path | Mapping[str, Any],
-    calibration: str | Tensor | Calibration | None = "python-docs",
+    calibration: str | Sequence[str] | Tensor | Calibration | None = "python-docs",
     *,
     out: str | PathLike[str],
     samples: int = 32,
     seq_len: int = 512,
+    bos: Bos = "auto",
     ram_limit: int = 2**32,
     max_kl: float = MAX_KL,
     allow_broken: bool = False,
@@ -202,8 +205,10 @@ def quantize(
     Args:
         model: a local directory, hub id, ``.gguf`` file or ``smollm2-135m``.
         recipe: a Recipe, a method's name or mix (``"awq+gptq"``), a recipe file, or its data.
-        calibration: text (see :mod:`lowbit.data`), ids ``[N, T]``, or None for recipes that need none.
+        calibration: text (see :func:`lowbit.data.load_text`), a list of texts, ids ``[N, T]``, or None for recipes that need
+            none.
         samples, seq_len: how many windows of how many tokens of the text.
+        bos: whether every window begins with the model's first token: ``auto`` (as its tokenizer has it), ``yes``, ``no``.
         ram_limit: bytes of activations in memory; more go to memory-mapped files beside the target.
         max_kl: mean KL divergence in nats beyond which the result counts as broken.
         allow_broken: write it all the same, with the findings in its card.
@@ -214,7 +219,14 @@ def quantize(
         ValueError: bad input, found before any work. An interrupted run (also by Ctrl-C) continues when repeated.
     """
     job = prepare(
-        model, recipe, calibration, out=out, samples=samples, seq_len=seq_len, trust_remote_code=trust_remote_code
+        model,
+        recipe,
+        calibration,
+        out=out,
+        samples=samples,
+        seq_len=seq_len,
+        bos=bos,
+        trust_remote_code=trust_remote_code,
     )
     return run(job, ram_limit, max_kl, allow_broken, restart, progress)
 

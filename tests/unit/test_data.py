@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import copy
+import csv
 import hashlib
+import io
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
 from lowbit.data import (
     TextError,
+    bos_token,
+    calibration_of,
     calibration_set,
     disjoint_parts,
     load_text,
@@ -193,22 +199,124 @@ def test_a_text_too_short_for_its_windows_is_refused(seq_len, count, words):
 def test_a_calibration_set_is_the_first_windows_of_the_text_and_its_hash_is_of_the_ids(tokenizer, tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("0123456789" * 10)
-    one = calibration_set(str(path), tokenizer, 3, 20, vocab_size=257)
+    one = calibration_set(str(path), tokenizer, 3, 20, bos="no", vocab_size=257)
     assert one.name == "t.txt"
     assert torch.equal(one.ids, tokenize("0123456789" * 6, tokenizer).view(3, 20))
     path.write_text("0123456789" * 6 + "another end, not used")
-    assert calibration_set(str(path), tokenizer, 3, 20).sha256 == one.sha256
-    assert calibration_set(str(path), tokenizer, 2, 30).sha256 != one.sha256  # the same ids in another shape
+    assert calibration_set(str(path), tokenizer, 3, 20, bos="no").sha256 == one.sha256
+    assert calibration_set(str(path), tokenizer, 2, 30, bos="no").sha256 != one.sha256  # the same ids in another shape
     path.write_text("1" + "0123456789" * 6)
-    assert calibration_set(str(path), tokenizer, 3, 20).sha256 != one.sha256
+    assert calibration_set(str(path), tokenizer, 3, 20, bos="no").sha256 != one.sha256
+
+
+def test_windows_begin_with_bos_where_the_model_was_trained_so(tokenizer, tmp_path):
+    (tmp_path / "t.txt").write_text("0123456789" * 10)
+    made = calibration_set(str(tmp_path / "t.txt"), tokenizer, 3, 20)
+    assert made.name == "t.txt, windows with BOS" and made.ids[:, 0].tolist() == [256] * 3
+    assert torch.equal(made.ids[:, 1:], tokenize("0123456789" * 10, tokenizer)[: 3 * 19].view(3, 19))
+    plain = PreTrainedTokenizerFast(tokenizer_object=_without_bos(tokenizer), bos_token="<s>")
+    assert bos_token(plain, "auto") is None and bos_token(plain, "yes") == 256
+    with pytest.raises(TextError, match="no BOS token"):
+        bos_token(PreTrainedTokenizerFast(tokenizer_object=_without_bos(tokenizer)), "yes")
+
+
+def _without_bos(tokenizer):
+    inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    inner.post_processor = processors.ByteLevel(trim_offsets=False)
+    return inner
+
+
+def test_files_of_rows_are_read_by_their_text_or_messages(tokenizer, tmp_path):
+    """Names, braces and escapes of a file format are not calibrated on."""
+    rows = [{"id": i, "text": f'row {i} with "quotes"\nand a line'} for i in range(3)]
+    expected = "\n\n".join(row["text"] for row in rows)
+    lines = "\n".join(json.dumps(row) for row in rows)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["id", "text"])
+    writer.writeheader(), writer.writerows(rows)
+    for name, content in {
+        "a.jsonl": lines,
+        "a.json": json.dumps(rows),
+        "b.json": json.dumps({"data": rows}),
+        "c.json": json.dumps({"text": [row["text"] for row in rows]}),
+        "lines.json": lines,
+        "no-suffix.txt": lines,
+        "a.csv": table.getvalue(),
+        "bom.jsonl": "\ufeff" + lines,
+    }.items():
+        (tmp_path / name).write_text(content, newline="")
+        assert load_text(str(tmp_path / name)).text == expected, name
+    assert load_text(f"{tmp_path / 'a.csv'}:id").text == "0\n\n1\n\n2"
+    assert load_text([row["text"] for row in rows]).text == expected
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert load_text(str(tmp_path / "a.parquet")).text == expected
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfplain")
+    assert load_text(str(tmp_path / "bom.txt")).text == "plain"
+
+
+def test_chat_messages_go_through_the_models_template(tokenizer, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]})
+    )
+    with pytest.raises(TextError, match="no chat template"):
+        load_text(str(path), tokenizer=tokenizer)
+    chatty = copy.copy(tokenizer)
+    chatty.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert load_text(str(path), tokenizer=chatty).text == "<user>hi<assistant>ho"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": ', "line 2 is not JSON"),
+        ("a.json", '[{"content": "a"}]', "no column text or messages; its columns are content. Name one"),
+        ("a.json", "3", "a JSON int, expected rows"),
+        ("a.json", '[{"text": 3}]', "row 1 holds int"),
+        ("a.json", '[{"messages": [{"text": "a"}]}]', "need a role and a content"),
+        ("a.parquet", "PAR", "not a parquet file"),
+        ("a.csv", "a,b\n1,2", "its columns are a, b"),
+    ],
+)
+def test_a_file_of_rows_that_cannot_be_used_is_refused(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(TextError, match=words) as error:
+        load_text(str(tmp_path / name))
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_windows_that_a_model_cannot_be_calibrated_on_are_refused(model):
+    ids = torch.arange(48).view(2, 24)
+    config = GPT2Config(vocab_size=97, n_positions=32, n_embd=16, n_layer=1, n_head=2, pad_token_id=7)
+    gpt2 = SimpleNamespace(config=config, skeleton=lambda: GPT2LMHeadModel(config), tokenizer=lambda: None)
+    llama = SimpleNamespace(config=model.config, skeleton=lambda: model)
+    assert calibration_of(gpt2, ids, 1, 8).warnings == ()
+    padded = ids.clone()
+    padded[1, 8:] = 7
+    for bad, words in (
+        (ids[:, :1], "one token"),
+        (torch.full((2, 24), 3), "window 0 is padding"),
+        (padded, "window 1 is padding"),
+        (ids.float(), "found torch.float32"),
+        (ids[0], r"found torch.int64 \[24\]"),
+        (ids + 90, "from 0 to 96, found 90 to 137"),
+        (torch.arange(80).view(2, 40), "has 32 positions"),
+        (3, "type int"),
+    ):
+        with pytest.raises(TextError, match=words):
+            calibration_of(gpt2, bad, 1, 8)
+    assert (
+        "longer than the model's context of 32" in calibration_of(llama, torch.arange(80).view(2, 40), 1, 8).warnings[0]
+    )
 
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer, tmp_path):
     (tmp_path / "t.txt").write_text("z" * 40)
     highest = int(tokenize("z", tokenizer)[0])
     with pytest.raises(TextError, match=f"gives id {highest}, the model's vocabulary has {highest}"):
-        calibration_set(str(tmp_path / "t.txt"), tokenizer, 1, 40, vocab_size=highest)
-    calibration_set(str(tmp_path / "t.txt"), tokenizer, 1, 40, vocab_size=highest + 1)
+        calibration_set(str(tmp_path / "t.txt"), tokenizer, 1, 40, bos="no", vocab_size=highest)
+    calibration_set(str(tmp_path / "t.txt"), tokenizer, 1, 40, bos="no", vocab_size=highest + 1)
 
 
 def test_a_models_own_text_repeats_with_the_seed_and_leaves_the_global_generator_alone(model):

@@ -24,6 +24,7 @@ from lowbit.architectures.attention import (
 from lowbit.architectures.discover import discover
 from lowbit.architectures.experts import UnfusedExperts, unfuse_experts
 from lowbit.architectures.fold import add_bias, fold, needs_bias
+from lowbit.architectures.positions import learned_positions
 from lowbit.architectures.residual import rotate_residual
 from lowbit.architectures.resolve import ModelBlock, block_modules, model_blocks, resolve
 from lowbit.architectures.resolved import Port, ResolvedBlock, ResolvedEdge, ResolvedInput, ResolvedResidual
@@ -50,6 +51,7 @@ __all__ = [
     "discover",
     "fold",
     "for_config",
+    "learned_positions",
     "model_blocks",
     "model_types",
     "needs_bias",

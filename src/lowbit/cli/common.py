@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -33,9 +33,13 @@ Threads = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
 TEXT_HELP = (
-    "A text file, python-docs, a hub dataset (wikitext2, or name:config:split:column){more} "
-    "(default: wikitext2 where a hub answers, else python-docs)."
+    "A text file, rows (.jsonl, .json, .csv, .parquet with a column text or messages, or FILE:COLUMN), python-docs, a hub "
+    "dataset (wikitext2, or name:config:split:column){more} (default: wikitext2 where a hub answers, else python-docs)."
 )
+BeginWith = Annotated[
+    Literal["auto", "yes", "no"],
+    typer.Option("--bos", help="Begin every calibration window with BOS; auto: as the model's tokenizer does."),
+]
 
 
 # Output

@@ -55,6 +55,7 @@ def command(
     ] = None,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    bos: common.BeginWith = "auto",
     ram_limit: RamLimit = "4GiB",
     max_kl: Annotated[
         float | None,
@@ -79,7 +80,9 @@ def command(
     from lowbit.pipeline import MAX_KL, prepare, run
 
     text = None if calibration == "none" else common.text_or_default(calibration, "calibration")
-    job = prepare(model, chosen, text, out=out, samples=samples, seq_len=seq_len, trust_remote_code=trust_remote_code)
+    job = prepare(
+        model, chosen, text, out=out, samples=samples, seq_len=seq_len, bos=bos, trust_remote_code=trust_remote_code
+    )
     _announce(job, restart)
     with common.progress() as report:
         result = run(job, limit, MAX_KL if max_kl is None else max_kl, allow_broken, restart, report)

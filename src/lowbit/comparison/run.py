@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from os import PathLike
@@ -34,7 +34,7 @@ from lowbit.version import __version__
 def compare(
     model: str | PathLike[str],
     rows: str | PathLike[str] | Iterable[Row | Recipe | str | PathLike[str] | Mapping[str, Any]],
-    calibration: str | Tensor | Calibration | None,
+    calibration: str | Sequence[str] | Tensor | Calibration | None,
     text: str | Tensor,
     out: str | PathLike[str],
     *,
@@ -120,7 +120,11 @@ def _check(source: ModelSource, rows: list[Row]) -> None:
 
 
 def _calibration(
-    source: ModelSource, rows: list[Row], text: str | Tensor | Calibration | None, samples: int, seq_len: int
+    source: ModelSource,
+    rows: list[Row],
+    text: str | Sequence[str] | Tensor | Calibration | None,
+    samples: int,
+    seq_len: int,
 ) -> Calibration | None:
     needy = [row.label for row in rows if row.recipe.needs_calibration]
     if not needy:
@@ -134,7 +138,7 @@ def _setting(
     source: ModelSource, text: str | Tensor, protocol: str, seq_len: int, windows: int | None, ram_limit: int
 ) -> tuple[Setting, Record]:
     """The text, found and cut, and what a record says of it."""
-    named = load_text(text, "evaluation") if isinstance(text, str) else None
+    named = load_text(text, "evaluation", source.tokenizer()) if isinstance(text, str) else None
     content = text if named is None else named.text
     name = "token ids" if named is None else named.name
     pieces = cut(content, source.tokenizer() if named else None, protocol, seq_len, windows)

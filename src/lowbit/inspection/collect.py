@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -47,7 +47,7 @@ class TokenPeak(Statistic):
 
 def inspect_model(
     model: str | PathLike[str],
-    calibration: str | Tensor | Calibration,
+    calibration: str | Sequence[str] | Tensor | Calibration,
     *,
     samples: int = 8,
     seq_len: int = 512,

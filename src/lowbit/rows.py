@@ -1,0 +1,139 @@
+"""Texts in files of rows: JSON, JSON lines, CSV and parquet with a column of texts or of chat messages."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+TEXT, MESSAGES = "text", "messages"
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+
+
+class RowError(ValueError):
+    """A file of rows that cannot be read, or has no column of texts; the message names the file."""
+
+
+def has_rows(path: Path, content: bytes) -> bool:
+    """Whether a file holds rows: by its suffix, or because every line is a JSON object."""
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    lines = [line for line in content.splitlines() if line.strip()]
+    return bool(lines) and all(_is_object(line) for line in lines)
+
+
+def texts_of(path: Path, content: bytes, column: str | None, tokenizer: Any) -> list[str]:
+    """The texts of a file of rows, without empty ones.
+
+    Args:
+        path: names the file; its suffix names the format.
+        content: the file's bytes.
+        column: which column to read; None: ``text``, else ``messages``.
+        tokenizer: its chat template turns messages into text.
+
+    Raises:
+        RowError: damaged, no such column, a value that is neither text nor messages, or no chat template.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        rows = _parquet(path, content)
+    else:
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise RowError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        rows = _csv(path, text) if suffix == ".csv" else _json(path, text)
+    return _column(path, rows, column, tokenizer)
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return line.lstrip().startswith(b"{") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _json(path: Path, text: str) -> list[Any]:
+    try:
+        return _rows(path, json.loads(text))
+    except json.JSONDecodeError:
+        pass  # several documents: one for each line
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise RowError(f"{path}: line {number} is not JSON ({error.msg})") from None
+    return rows
+
+
+def _rows(path: Path, value: Any) -> list[Any]:
+    """The rows of one JSON document: a list, an object of columns, an object that holds one list, or one row."""
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict):
+        raise RowError(f"{path}: found a JSON {type(value).__name__}, expected rows: a list of objects or of texts")
+    lists = {key: each for key, each in value.items() if isinstance(each, list)}
+    if TEXT in lists:
+        return [{TEXT: each} for each in lists[TEXT]]
+    if MESSAGES not in value and len(lists) == 1:
+        return next(iter(lists.values()))
+    return [value]
+
+
+def _csv(path: Path, text: str) -> list[Any]:
+    try:
+        csv.field_size_limit(2**31 - 1)
+        return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as error:
+        raise RowError(f"{path}: not CSV with a header line ({error})") from None
+
+
+def _parquet(path: Path, content: bytes) -> list[Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise RowError(f"{path}: parquet files need the package pyarrow. Run: pip install pyarrow") from None
+    try:
+        return pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise RowError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _column(path: Path, rows: Iterable[Any], column: str | None, tokenizer: Any) -> list[str]:
+    texts = []
+    for number, row in enumerate(rows, 1):
+        value = row
+        if isinstance(row, Mapping):
+            name = column or next((each for each in (TEXT, MESSAGES) if each in row), None)
+            if name is None or name not in row:
+                found = ", ".join(map(str, row)) or "none"
+                raise RowError(
+                    f"{path}: row {number} has no column {name or f'{TEXT} or {MESSAGES}'}; its columns are {found}. "
+                    f"Name one: {path}:COLUMN"
+                )
+            value = row[name]
+        if isinstance(value, list):
+            value = _chat(path, number, value, tokenizer)
+        if value is None or value == "":
+            continue
+        if not isinstance(value, str):
+            raise RowError(f"{path}: row {number} holds {type(value).__name__}, expected text or a list of messages")
+        texts.append(value)
+    return texts
+
+
+def _chat(path: Path, number: int, messages: list[Any], tokenizer: Any) -> str:
+    if not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) and "content" in m for m in messages):
+        raise RowError(f"{path}: row {number}: messages need a role and a content each")
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise RowError(f"{path}: it holds chat messages, and the model's tokenizer has no chat template for them")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # templates are programs of their own
+        raise RowError(f"{path}: row {number}: the model's chat template refuses its messages ({error})") from error
