@@ -155,6 +155,7 @@ def allocate(
                     curves[name], before = loss_at, before + least
         finally:
             walk.close()
+            journal.close()
     chosen = spend(curves, cost, bits * total)
     return Allocation(
         base,

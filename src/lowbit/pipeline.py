@@ -160,9 +160,8 @@ def prepare(
     Raises:
         ValueError: the first thing that is wrong, with what to do.
     """
-    recipe, out = as_recipe(recipe), Path(out).expanduser()
+    recipe, out = as_recipe(recipe), check_target(Path(out).expanduser())
     recipe.check_runs()
-    check_target(out)
     plan = lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe)
     job = Job(plan, None, None, out, list(plan.architecture.warnings))
     if calibration is None and recipe.needs_calibration:
@@ -238,6 +237,15 @@ def run(
     """The stages and all that follows them, for a request that has been checked."""
     journal = Journal(job.out, job.header)
     journal.open(restart=restart)
+    try:
+        return _run(job, journal, ram_limit, max_kl, allow_broken, progress)
+    finally:
+        journal.close()
+
+
+def _run(
+    job: Job, journal: Journal, ram_limit: int, max_kl: float, allow_broken: bool, progress: Progress | None
+) -> QuantizeReport:
     ids = None if job.calibration is None else job.calibration.ids
     running = Run(job.plan, ids, journal, ram_limit, progress or silent)
     walk = running.walk
@@ -338,15 +346,14 @@ def _refusal(job: Job, report: QuantizeReport) -> str:
 def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tensor, Tensor] | None) -> QuantizeReport:
     """Config, index, card and tokenizer into the partial directory; reload and compare there; then the rename."""
     journal, directory = walk.journal, walk.journal.directory
-    final = sorted(directory.glob("model-*.safetensors"))
-    shards = [shard.name for shard in final]
+    shards = journal.section(len(job.recipe.stages) - 1).files
     native.write_checkpoint(directory, job.source.config, walk.description, shards, job.source.dtype)
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(directory)
     generation = job.source.path / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, directory / generation.name)
-    weights = sum(shard.stat().st_size for shard in final)
+    weights = sum((directory / shard).stat().st_size for shard in shards)
     report = replace(report, out=job.out, bytes=weights)
     write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name)
     if reference is not None:

@@ -63,8 +63,7 @@ def export(
         ValueError: an unknown format, a target that exists, a directory that is no lowbit checkpoint, or a model that the
             format cannot hold, with the reason. Nothing is written then.
     """
-    file_format, out = find_format(format), Path(out).expanduser()
-    check_target(out)
+    file_format, out = find_format(format), check_target(Path(out).expanduser())
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
         raise OutputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -9,9 +10,27 @@ class OutputError(ValueError):
     """The target cannot be used as given; the message says what was found and what to do."""
 
 
-def check_target(out: Path) -> None:
-    """Raises OutputError unless ``out`` does not exist or is an empty directory."""
+def check_target(out: Path) -> Path:
+    """The directory that ``out`` names, links resolved.
+
+    Raises:
+        OutputError: it exists and is not an empty directory; or it is one that cannot be replaced by a finished directory
+            (a mount, the current directory, a parent that cannot be written).
+    """
+    out = out.resolve()
     if out.is_file():
         raise OutputError(f"{out} is a file; choose a directory with -o DIR")
-    if out.is_dir() and any(out.iterdir()):
-        raise OutputError(f"{out} exists and is not empty; nothing is overwritten: remove it or choose another -o DIR")
+    if out.is_dir():
+        if any(out.iterdir()):
+            raise OutputError(
+                f"{out} exists and is not empty; nothing is overwritten: remove it or choose another -o DIR"
+            )
+        what = "a mount point" if os.path.ismount(out) else "the current directory" if out == Path.cwd() else None
+        if what is not None:
+            raise OutputError(
+                f"{out} is {what}, which cannot be replaced; choose a new directory in it: -o {out / 'NAME'}"
+            )
+    parent = next(each for each in out.parents if each.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{out} cannot be made: {parent} cannot be written; choose another -o DIR")
+    return out

@@ -105,7 +105,7 @@ def _announce(job: Job, restart: bool) -> None:
     common.say(f"target:      {job.out}")
     journal = Journal(job.out, job.header).path
     if journal.exists():
-        finished = len(journal.read_text().splitlines()) - 1
+        finished = journal.read_bytes().count(b"\n") - 1
         verb = "discarding" if restart else "continuing"
         common.say(f"{verb} the unfinished run in {journal.parent}: finished blocks: {finished}")
 

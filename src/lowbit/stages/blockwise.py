@@ -175,6 +175,7 @@ class Walk:
 
     def run(self) -> list[BlockRecord]:
         """Quantizes every block that the journal does not have yet. Raises what steps raise, and Broken."""
+        self._check_finished()
         calls = None if self.ids is None else self.start()
         if calls is not None and self.recipe.needs_fisher:
             self.find_sensitivities(calls)
@@ -193,6 +194,18 @@ class Walk:
         if self.fisher is not None:
             self.fisher.remove()
         return self.records
+
+    def _check_finished(self) -> None:
+        """Forgets finished units from the first one on that is not what this walk writes: the journal was damaged."""
+        for i, entry in enumerate(self.section.finished):
+            try:
+                record = BlockRecord.from_dict(entry["record"]) if i < self.total else None
+            except (AttributeError, KeyError, TypeError, ValueError):
+                record = None
+            expected = i == self.total or (record is not None and record.name == self.plan.blocks[i].name)
+            if not expected or entry["file"] != self._shard(i):
+                return self.section.forget(i)
+        return None
 
     def originals(self) -> Iterator[tuple[BlockState, dict[str, Tensor]]]:
         """Each block as it is before the first step, with its inputs in the original model, and the Fisher information of

@@ -1,11 +1,12 @@
 """What a run has finished, so that a killed one continues where it was and ends in the same bytes.
 
-A run writes into ``DIR.partial`` beside its target and renames it at the very end, so nothing that looks finished exists
+A run writes into ``DIR.partial`` next to its target and renames it at the very end, so nothing that looks finished exists
 before. A block's shard is written under another name, flushed to disk and renamed, and only then does a line with its
 hash enter the journal; a kill at any point leaves either no line or a whole shard. The journal's first line says what is
-being made from what; a run that would make something else refuses to continue it.
+being made from what; a run that would make something else refuses to continue it. A lock keeps a second run out.
 
-A recipe's stages share the directory. Each has a :class:`Section` of the journal: its finished units, and names for their files.
+A recipe's stages share the directory. Each has a :class:`Section` of the journal: its finished units, and names for their
+files.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,54 +27,93 @@ from torch import Tensor
 
 from lowbit.checkpoints.target import OutputError, check_target
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+
+JOURNAL, LOCK = "journal.jsonl", "lock"
+UNLISTED = "fisher-*.safetensors"
+"""Whole files that a continued run uses although the journal does not name them."""
+
 
 class Journal:
     """Finished units of one run in ``<out>.partial``: blocks of the walk, shards of a trained model.
 
     Args:
-        out: the target directory, which must not exist or be empty.
+        out: the target directory, which must not exist or be empty. Links are resolved.
         header: what determines the result (model, recipe, calibration, versions), as plain data.
     """
 
     def __init__(self, out: Path, header: Mapping[str, Any]):
-        self.out, self.header = Path(out), json.loads(json.dumps(header))
+        self.out, self.header = Path(out).resolve(), json.loads(json.dumps(header))
         self.directory = self.out.with_name(self.out.name + ".partial")
         self.finished: list[dict[str, Any]] = []
+        self._lock: int | None = None
 
     @property
     def path(self) -> Path:
-        return self.directory / "journal.jsonl"
+        return self.directory / JOURNAL
+
+    @property
+    def _aside(self) -> Path:
+        """Where the journal is while the directory becomes the target."""
+        return self.out.with_name(self.out.name + ".journal")
 
     def open(self, *, restart: bool = False) -> int:
-        """Makes or continues the partial directory; returns how many units are finished.
+        """Makes or continues the partial directory, and locks it until :meth:`close`; returns how many units are finished.
+
+        Files in it that the journal does not name are removed: an interrupted run left them.
 
         Raises:
-            OutputError: the target exists, cannot be written, or holds an unfinished run of something else.
+            OutputError: the target exists, cannot be written, is being written by another run, or holds an unfinished run
+                of something else.
         """
         check_target(self.out)
         try:
-            if restart and self.directory.exists():
-                shutil.rmtree(self.directory)
+            return self._open(restart)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, restart: bool) -> int:
+        try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.directory / LOCK)
+            if self._aside.exists():  # the kill came between the two renames of finish
+                self._aside.replace(self.path)
+            if restart:
+                self._sweep(())
             if self.path.exists():
                 self._read()
             else:
-                self._append({"header": self.header})
+                self._write(())
+            self._sweep((JOURNAL, *(entry["file"] for entry in self.finished)))
         except PermissionError as error:
             raise OutputError(f"{self.directory} cannot be written: {error.strerror}; choose another -o DIR") from error
         except OSError as error:
             raise _disk_error(self.directory, error) from error
         return len(self.finished)
 
+    def close(self) -> None:
+        """Lets other runs have the directory."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _sweep(self, kept: Iterable[str]) -> None:
+        """Removes everything in the directory but the lock and the files ``kept``."""
+        keep = {LOCK, *kept}
+        for path in self.directory.iterdir():
+            if path.name in keep or (kept and path.match(UNLISTED)):
+                continue
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
     def _read(self) -> None:
-        entries = []
-        for line in self.path.read_text().splitlines():
-            try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError:
-                break  # the kill came while this line was being written: its unit is not finished
+        entries = _whole_lines(self.path.read_bytes())
         header = entries[0].get("header") if entries else None
-        if header is None:
+        if not isinstance(header, dict):
             raise OutputError(f"{self.path} is damaged; remove {self.directory} or pass --restart to begin anew")
         if header != self.header:
             changed = sorted(key for key in {*header, *self.header} if header.get(key) != self.header.get(key))
@@ -79,12 +121,26 @@ class Journal:
                 f"{self.directory} holds an unfinished run of something else ({', '.join(changed)} differ); "
                 "repeat that command to finish it, pass --restart to discard it, or choose another -o DIR"
             )
+        seen: set[str] = set()
         for entry in entries[1:]:
-            file = self.directory / entry["file"]
-            if not file.exists() or file_sha256(file) != entry["sha256"]:
+            if not _is_unit(entry) or entry["file"] in seen or not _is_whole(self.directory / entry["file"], entry):
                 break  # damaged since: this unit and those after it are made again
+            seen.add(entry["file"])
             self.finished.append(entry)
-        self.path.write_text("".join(journal_line(entry) for entry in ({"header": self.header}, *self.finished)))
+        self._write(self.finished)
+
+    def _write(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Replaces the journal's lines."""
+        written = self.path.with_suffix(".writing")
+        written.write_text("".join(journal_line(entry) for entry in ({"header": self.header}, *entries)))
+        _flush(written)
+        written.replace(self.path)
+
+    def forget(self, stage: int, count: int) -> None:
+        """Keeps the first ``count`` units of a stage; those after them, and those of later stages, are made again."""
+        ahead = [entry for entry in self.finished if entry["stage"] < stage]
+        self.finished = ahead + [entry for entry in self.finished if entry["stage"] == stage][:count]
+        self._write(self.finished)
 
     def section(self, stage: int, *, last: bool = False) -> Section:
         """The part of stage number ``stage``. ``last``: no stage follows, so its shards are the checkpoint's."""
@@ -128,14 +184,69 @@ class Journal:
             os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Makes the partial directory the target, without the journal and the shards of all stages but the last. The last act
-        of a run."""
-        for shard in self.directory.glob("stage-*.safetensors"):
-            shard.unlink()
-        self.path.unlink()
+        """Makes the partial directory the target, with nothing in it but the checkpoint. The last act of a run."""
+        for pattern in ("stage-*.safetensors", UNLISTED):
+            for shard in self.directory.glob(pattern):
+                shard.unlink()
+        self.path.replace(self._aside)  # in the directory until now: a kill before this line loses nothing
         if self.out.exists():
             self.out.rmdir()  # empty: checked by open
         os.replace(self.directory, self.out)  # noqa: PTH105
+        self._aside.unlink()
+        (self.out / LOCK).unlink()
+        self.close()
+
+
+def _locked(path: Path) -> int:
+    """A file descriptor that holds the lock of a partial directory; the file says which process that is.
+
+    Raises:
+        OutputError: another run holds it.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    if fcntl is None:  # a system without such locks
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 1000, 0).decode(errors="replace") or "a process that has just begun"
+        os.close(lock)
+        raise OutputError(
+            f"{path.parent} is being written by another run ({holder}); wait for it, stop it, or choose another -o DIR"
+        ) from None
+    except OSError:  # a file system without locks
+        return lock
+    os.ftruncate(lock, 0)
+    os.write(
+        lock, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode()
+    )
+    return lock
+
+
+def _whole_lines(content: bytes) -> list[dict[str, Any]]:
+    """The journal's entries up to the first line that is damaged, as a kill leaves it while it is written."""
+    entries = []
+    for line in content.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(entry, dict):
+            break
+        entries.append(entry)
+    return entries
+
+
+def _is_unit(entry: Mapping[str, Any]) -> bool:
+    kinds = {"stage": int, "file": str, "sha256": str, "record": dict}
+    return (
+        all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+        and Path(entry["file"]).name == entry["file"]
+    )
+
+
+def _is_whole(file: Path, entry: Mapping[str, Any]) -> bool:
+    return file.is_file() and file_sha256(file) == entry["sha256"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +283,10 @@ class Section:
     def write(self, file: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """As :meth:`Journal.write`."""
         self.journal.write(file, tensors, record, self.stage)
+
+    def forget(self, count: int) -> None:
+        """As :meth:`Journal.forget`."""
+        self.journal.forget(self.stage, count)
 
 
 def file_sha256(path: Path) -> str:

@@ -48,6 +48,11 @@ class Training:
     def run(self) -> tuple[nn.Module, list[str]]:
         """Trains, unless the journal has all shards; the model as its shards make it (float32, packed), and notes."""
         source, section = self.source.files, self.section
+        for i, entry in enumerate(section.finished):
+            expected = i < len(source) and entry["file"] == section.shard_name(i, len(source))
+            if not expected or not isinstance(entry["record"].get("notes"), list):
+                section.forget(i)  # the journal was damaged
+                break
         if len(section.finished) < len(source):
             model = self._load(source)
             notes = self._train(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import lowbit
+from lowbit.checkpoints.target import check_target
 from lowbit.stages import journal as journals
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Journal, OutputError
@@ -121,21 +123,117 @@ def test_a_partial_run_of_something_else_is_not_continued(tmp_path):
     journal = Journal(tmp_path / "out", {"recipe": "a"})
     journal.open()
     journal.write("model-1.safetensors", {"x": torch.zeros(2)}, {})
+    journal.close()
     with pytest.raises(OutputError, match=r"something else.*differ"):
         lowbit.quantize(model, "rtn", random_ids(2, 16), out=tmp_path / "out", max_kl=50)
     lowbit.quantize(model, "rtn", random_ids(2, 16), out=tmp_path / "out", max_kl=50, restart=True)
     assert (tmp_path / "out" / "config.json").exists()
 
 
-def test_a_finished_block_whose_file_was_damaged_is_made_again(tmp_path):
-    journal = Journal(tmp_path / "out", {"recipe": "a"})
+def _three_units(directory: Path) -> Journal:
+    journal = Journal(directory / "out", {"recipe": "a"})
     journal.open()
     for name in ("one", "two", "three"):
         journal.write(f"{name}.safetensors", {"x": torch.zeros(2)}, {})
-    (journal.directory / "two.safetensors").write_bytes(b"broken")
+    journal.close()
+    return journal
+
+
+def test_a_finished_block_whose_file_was_damaged_is_made_again(tmp_path):
+    (_three_units(tmp_path).directory / "two.safetensors").write_bytes(b"broken")
     again = Journal(tmp_path / "out", {"recipe": "a"})
     assert again.open() == 1
     assert [entry["file"] for entry in again.finished] == ["one.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "left"),
+    [
+        (lambda lines: [*lines, lines[-1]], 3),
+        (lambda lines: [*lines, b"{}"], 3),
+        (lambda lines: [*lines[:2], b"[1]", *lines[2:]], 1),
+        (lambda lines: [*lines[:3], b"\xff\xfe"], 2),
+        (lambda lines: [lines[0], lines[1].replace(b"one.safetensors", b"../one.safetensors"), *lines[2:]], 0),
+        (lambda lines: [b"[]", *lines[1:]], None),
+        (lambda lines: [b"null"], None),
+        (lambda lines: [b"\xff"], None),
+    ],
+)
+def test_a_damaged_journal_keeps_the_units_before_the_damage_or_is_refused(tmp_path, damage, left):
+    path = _three_units(tmp_path).path
+    path.write_bytes(b"\n".join(damage(path.read_bytes().splitlines())) + b"\n")
+    again = Journal(tmp_path / "out", {"recipe": "a"})
+    if left is None:
+        with pytest.raises(OutputError, match=r"journal.jsonl is damaged; remove .* or pass --restart"):
+            again.open()
+    else:
+        assert again.open() == left
+
+
+def test_a_record_that_no_block_wrote_is_made_again(tmp_path):
+    model, out = tiny_llama(tmp_path / "model"), tmp_path / "out"
+
+    def stop(done, total, what):
+        if done >= 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lowbit.quantize(model, "rtn", None, out=out, progress=stop)
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    header, entry = (json.loads(line) for line in journal.read_text().splitlines())
+    journal.write_text(f"{json.dumps(header)}\n{json.dumps(entry | {'record': {}})}\n")
+    assert lowbit.quantize(model, "rtn", None, out=out).coverage == 1.0
+    lowbit.load(out)
+
+
+def test_what_an_interrupted_run_left_and_no_line_names_is_removed(tmp_path):
+    directory = _three_units(tmp_path).directory
+    for name in (".tmpXYZ", "four.safetensors", "one.writing"):
+        (directory / name).write_bytes(b"half a shard")
+    (directory / "scratch").mkdir()
+    again = Journal(tmp_path / "out", {"recipe": "a"})
+    again.open()
+    assert {path.name for path in directory.iterdir()} == {
+        "journal.jsonl",
+        "lock",
+        "one.safetensors",
+        "two.safetensors",
+        "three.safetensors",
+    }
+    again.finish()
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{n}.safetensors" for n in ("one", "two", "three")}
+
+
+def test_a_kill_between_the_last_two_renames_loses_nothing(tmp_path):
+    journal = _three_units(tmp_path)
+    journal.path.replace(tmp_path / "out.journal")
+    assert Journal(tmp_path / "out", {"recipe": "a"}).open() == 3
+
+
+def test_a_second_run_on_one_target_is_told_who_has_it(tmp_path):
+    first, second = (Journal(tmp_path / "out", {"recipe": "a"}) for _ in range(2))
+    first.open()
+    for restart in (False, True):
+        with pytest.raises(OutputError, match=rf"written by another run \(process {os.getpid()} on .*since"):
+            second.open(restart=restart)
+    first.close()
+    assert second.open() == 0
+
+
+def test_a_target_that_cannot_be_replaced_is_refused_and_a_link_is_followed(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert check_target(tmp_path / "link") == tmp_path / "real"
+    monkeypatch.chdir(tmp_path / "real")
+    with pytest.raises(OutputError, match=r"the current directory, which cannot be replaced.*-o .*real/NAME"):
+        check_target(Path())
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    with pytest.raises(OutputError, match="a mount point, which cannot be replaced"):
+        check_target(tmp_path / "real")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(OutputError, match=r"out cannot be made: .* cannot be written"):
+        check_target(tmp_path / "deep" / "out")
 
 
 def test_a_target_that_is_in_use_is_refused_before_any_work(tmp_path):
@@ -154,6 +252,7 @@ def test_a_full_disk_leaves_finished_blocks_and_says_how_to_continue(tmp_path, m
     with pytest.raises(OutputError, match=r"No space left.*repeat the same command"):
         journal.write("two.safetensors", {"x": torch.zeros(2)}, {})
     monkeypatch.undo()
+    journal.close()
     assert Journal(tmp_path / "out", {"recipe": "a"}).open() == 1
 
 
