@@ -382,14 +382,14 @@ def test_other_formats_are_judged_by_bits_groups_and_zero_points(models, name, o
 def test_steps_are_explained_with_the_edges_of_this_model(models):
     said = explain(recipe("omniquant", activation_bits=4), models("llama"))
     learn, solve = said.steps
-    assert learn.startswith("Learn: AdamW on the parameters of makers")
+    assert learn.startswith("Learn: Minimizes objective over the parameters of makers")
     assert "A shift by Midpoint is folded into the weights on both sides of v_o." in learn
     assert (
         "A scale by Smooth(alpha=0.5) is folded into the weights on both sides of norm_qkv, norm_mlp, v_o, q_k."
         in learn
     )
     assert "Measures AbsMax, Range of every input first." in learn
-    assert solve.startswith("Solve: Hands every linear")
+    assert solve.startswith("Solve: Solves every linear")
     assert said.notes[0].startswith("every block sees the hidden states that the quantized blocks before it give")
     assert "the shift at edge 'norm_qkv' is not applied (all 2 blocks): its norm has no bias to hold it" in said.notes
     on_opt = explain(recipe("omniquant", activation_bits=4), models("opt")).steps[0]

@@ -117,7 +117,7 @@ def test_copied_channels_are_counted_at_their_most(models, tmp_path, assembly):
     assert told.bytes_out >= sum(
         header.nbytes for header in written(plan_model(models("llama"), wanted), tmp_path).values()
     )
-    assert any("as many as it may choose" in warning for warning in told.warnings)
+    assert any("the most that it may choose" in warning for warning in told.warnings)
 
 
 def test_a_transform_that_linears_run_is_counted_and_explained_where_no_edge_carries_it(models):
