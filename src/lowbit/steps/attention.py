@@ -73,7 +73,7 @@ class SetAttentionRange(Step):
             raise ValueError("static ranges of attention's operands need calibration text; none was given")
         observed_ranges: dict[str, tuple[_Extremes, tuple[int, int, int, int]]] = {}
         if (tokens := state.io.window(0).shape[1]) <= self.skip_first:
-            raise ValueError(f"calibration windows of {tokens} tokens have none behind the first {self.skip_first}")
+            raise ValueError(f"calibration windows of {tokens} tokens have none after the first {self.skip_first}")
         paths = [path for path in attention_modules(state.resolved) if self._spec(state, path).static]
         with ExitStack() as stack:
             for path in paths:

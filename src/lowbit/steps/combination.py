@@ -18,7 +18,7 @@ _DISTURBED = {
     Freedom.CHANNEL_ORDER: "{late} transforms channels that {step} has put in order by then; put it first",
     Freedom.CHANNEL_BASIS: "{late} transforms channels that {step} has mixed by then; put it first, as in 'awq+quip'",
     Freedom.WEIGHT_RANGES: (
-        "{step} chooses a range for every row or group, and {late} then mixes or reorders their channels; put {step} behind "
+        "{step} chooses a range for every row or group, and {late} then mixes or reorders their channels; put {step} after "
         "{late}, or leave one of the two out"
     ),
     Freedom.CHANNEL_COPIES: "{late} transforms channels that {step} has split and merged by then; put it first",

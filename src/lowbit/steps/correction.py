@@ -53,7 +53,7 @@ class _LowRank(Parametrization):
                 draft.weight.add_(b_OR @ a_RI)
             else:
                 draft.side_terms = (*draft.side_terms, LowRank.of(a_RI, b_OR))
-        where = "added to the weights before these were rounded" if self.fold else "kept beside the codes, in float16"
+        where = "added to the weights before these were rounded" if self.fold else "kept next to the codes, in float16"
         state.note(f"low-rank corrections are {where}")
 
 
