@@ -1,7 +1,7 @@
 """Compatibility: who can run the result of a recipe, this package and readers of other formats.
 
-Each format's own class says what it cannot hold (:mod:`lowbit.checkpoints.formats`), asked with the description of the
-model that the recipe would make. ``lowbit export`` asks the same class about the checkpoint.
+Each format's class (:mod:`lowbit.checkpoints.formats`) gives the reason why it cannot hold a model. ``plan`` asks it
+with the description of the model that the recipe would make, ``lowbit export`` with the checkpoint's.
 """
 
 from __future__ import annotations

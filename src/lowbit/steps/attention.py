@@ -26,10 +26,9 @@ _Extremes = dict[str, Tensor]  # of "query", "key" and "value": [2, heads * chan
 class SetAttentionRange(Step):
     """Fixes static ranges of queries, keys and values: their extremes over the calibration text.
 
-    The block is measured as it is when the step runs, queries and keys after the rotary embedding. With clusters,
-    k-means groups the channels of each key head by (max, min) of its keys and of the queries that read them, because a
-    product pairs their channels. Values have their own clusters (RPTQ, arXiv:2304.01089; its order of queries and keys
-    is R2).
+    Queries and keys are measured after the rotary embedding, in the current block. With clusters, k-means groups the
+    channels of each key head by (max, min) of its keys and of the queries that read them, because a product pairs their
+    channels. Values have their own clusters (RPTQ, arXiv:2304.01089; its order of queries and keys is R2).
 
     Args:
         decay: None for the extremes of all tokens, or the decay of a moving average of each window's extremes.

@@ -78,7 +78,7 @@ class ChooseGrid(Step):
 @serializable
 @dataclass(frozen=True)
 class FitActivation(Step):
-    """Fixes every static activation by ``fit`` on the first ``tokens`` calibration tokens, with the block as it is.
+    """Fixes every static activation by ``fit`` on the first ``tokens`` calibration tokens, in the current block.
 
     Args:
         fit: places a grid on the tokens.

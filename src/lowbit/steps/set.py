@@ -14,13 +14,13 @@ from lowbit.steps.rules import TransformRule
 from lowbit.steps.state import BlockState, Stats
 from lowbit.steps.step import Step
 
-_MASSIVE = 10.0  # times all other tokens: no chance of one window reaches that
+_MASSIVE = 10.0  # times all other tokens: more than chance in one window
 
 
 @serializable
 @dataclass(frozen=True)
 class Set(Step):
-    """Applies a rule at every edge whose name matches ``at``, where it is legal.
+    """Applies a rule at every edge that can carry its transform and whose name matches ``at``.
 
     Args:
         rule: makes the transform.
