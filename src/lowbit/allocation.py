@@ -106,8 +106,7 @@ def allocate(
     scratch: str | PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Allocation:
-    """Finds a width for every linear that ``recipe`` quantizes, so that together they take at most ``bits`` bits per
-    weight.
+    """Finds a width for every linear that ``recipe`` quantizes, within ``bits`` bits per weight on average.
 
     It runs one pass for Fisher information (a forward and a backward of the model, block by block; see
     :mod:`lowbit.stages.fisher`) and rounds a sample of every weight at each width.

@@ -67,8 +67,9 @@ class Results:
         return self.records[-1]
 
     def latest(self, wanted: Mapping[str, Any]) -> Record | None:
-        """The last record of the same work as ``wanted``, a record without figures: a finished record, else a failed
-        one.
+        """The last record of the same work as ``wanted``: a finished record, else a failed one.
+
+        ``wanted`` is a record without figures.
         """
         same = [record for record in self.records if _same(record, wanted)]
         finished = [record for record in same if "error" not in record]

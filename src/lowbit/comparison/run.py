@@ -1,5 +1,6 @@
-"""Runs a comparison: checks everything, measures the original once, then row after row, and writes each row when it is
-known.
+"""Runs a comparison: checks everything, measures the original once, then row after row.
+
+Each row is written when it is known.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""The work of one row: quantize, reload packed, measure. It runs in a process of its own
-(:mod:`lowbit.comparison.child`).
+"""The work of one row: quantize, reload packed, measure.
+
+It runs in a process of its own (:mod:`lowbit.comparison.child`).
 
 The values here are pickled to that process, so they hold requests and nothing loaded.
 """
@@ -145,9 +146,7 @@ def _figures(result: Evaluation) -> dict[str, Any]:
 
 
 def _problems(report: QuantizeReport, result: Evaluation) -> list[str]:
-    """Why the row's model counts as broken: the guard's problems, and the guard's limit on the divergence on held-out
-    text.
-    """
+    """Why the row's model counts as broken, by the guard and by the divergence on held-out text."""
     problems = list(report.problems)
     if result.broken:
         problems.append(f"{result.broken_tokens} of {result.tokens} predictions are NaN or infinite")

@@ -1,5 +1,4 @@
-"""Measures of a quantized model: perplexity and divergence from the original, speed, memory, layer errors, generated
-text.
+"""Measures of a quantized model: perplexity, divergence from the original, speed, memory, layer errors, generated text.
 
 Everything takes a transformers causal LM (a quantized one is an ordinary model with replaced linears) and returns
 frozen values. Nothing here prints; long work takes `progress(done, total, description)`.

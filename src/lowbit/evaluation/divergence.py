@@ -1,5 +1,4 @@
-"""Scores of each position's logits: the negative log-likelihood of the next token, and the divergence from another
-model.
+"""Scores of each position's logits: negative log-likelihood of the next token, and divergence from another model.
 
 The logits of one window can take hundreds of megabytes, and the plain formula makes five more tensors of that size.
 Here a window is processed in chunks of tokens, so only a few chunks are held in addition to the models' logits. Rows do
@@ -66,8 +65,7 @@ def score_tokens(
 
 @torch.no_grad()
 def kl_and_agreement(logits_p: Tensor, logits_q: Tensor, *, chunk: int = CHUNK_TOKENS) -> tuple[Tensor, Tensor]:
-    """KL(p || q) in nats and top-1 agreement at each position, for the original p and the quantized model q. No
-    gradients.
+    """KL(p || q) in nats and top-1 agreement at each position, without gradients.
 
     Args:
         logits_p: [T, V] logits of the original, any float dtype.
@@ -96,8 +94,9 @@ def kl_and_agreement(logits_p: Tensor, logits_q: Tensor, *, chunk: int = CHUNK_T
 
 
 def _compare(logp_CV: Tensor, logq_CV: Tensor, p_CV: Tensor, q_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """(KL [C], agreement [C]) of one chunk. The top tokens come from the logits, because log_softmax can round two into
-    a tie.
+    """(KL [C], agreement [C]) of one chunk.
+
+    The top tokens come from the logits, because log_softmax can round two into a tie.
     """
     ratio_CV = logp_CV - logq_CV
     # 0 log 0 = 0: an entry that the original masks with -inf adds nothing, but -inf - -inf would be NaN.

@@ -130,8 +130,9 @@ def fit_budget(plan: Plan, prompt_token_s: float, new_token_s: float, budget_s: 
 def _pilot(
     model: PreTrainedModel, prompt_T: Tensor, plan: Plan, make_cache: Callable[[], Any], budget_s: float
 ) -> Plan:
-    """Fits the plan by one short pass to warm up and one to time. Long prompts cost less per token, so the plan errs
-    short.
+    """Fits the plan by one short pass to warm up and one to time.
+
+    Long prompts cost less per token, so the plan errs on the short side.
     """
     start = time.perf_counter()
     prompt_tokens, steps = min(PILOT_PROMPT, plan.prompt_tokens), min(PILOT_STEPS, plan.new_tokens)

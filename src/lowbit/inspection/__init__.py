@@ -1,5 +1,4 @@
-"""Where a model is hard to quantize: outlier channels, massive tokens, weight ranges, and the layers with the largest
-error.
+"""Where a model is hard to quantize: outlier channels, massive tokens, weight ranges, layers with large errors.
 
 It shows the figures of SmoothQuant (arXiv:2211.10438) for every input of every block, as tables and plots.
 """

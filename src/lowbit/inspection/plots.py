@@ -91,9 +91,7 @@ def _ratios(inputs: list[InputRow], channels: Mapping[str, Tensor]) -> Tensor:
 
 
 def draw_tokens(inspection: Inspection, channels: Mapping[str, Tensor], file: Path) -> None:
-    """The largest and the median token over blocks for each role of input, as lines; massive tokens are marked and
-    named.
-    """
+    """The largest and the median token over blocks for each role of input; massive tokens are marked and named."""
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots()
     for role, colour in zip(_roles(inspection), _COLOURS * 99, strict=False):

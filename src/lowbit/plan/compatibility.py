@@ -74,9 +74,7 @@ def kernel_reasons(plan: ModelPlan) -> dict[str, str]:
 
 
 def chosen_kernel(description: LinearDescription) -> str:
-    """The kernel that would run the described layer for one vector. Allocates nothing: each tensor is one number,
-    expanded.
-    """
+    """The kernel that would run the described layer for one vector. Allocates no memory for it."""
     tensors = {name: torch.zeros((), dtype=d).expand(s) for name, (s, d) in description.layout().items()}
     act = description.act
     layer = PackedLinear(description.spec, description.shape, tensors, act and act.spec)

@@ -134,6 +134,7 @@ def activation_text(act: ActSpec) -> str:
 
 
 def grid_text(grid: Grid) -> str:
+    """A grid in words: ``int4 asymmetric``."""
     if isinstance(grid, Int):
         zero = " with real zero points" if not grid.symmetric and grid.zero == "real" else ""
         return f"int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}{zero}"

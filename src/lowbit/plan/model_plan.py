@@ -228,8 +228,9 @@ def layer_bytes(plan: ModelPlan, layer: LayerDescription) -> int:
 
 
 def rest_of_block(plan: ModelPlan, block: BlockPlan) -> int:
-    """Bytes that a block stores apart from its packed linears: other tensors in the checkpoint's dtype, and attention
-    ranges.
+    """Bytes that a block stores apart from its packed linears.
+
+    These are other tensors in the checkpoint's dtype, and attention ranges.
     """
     itemsize = plan.source.dtype.itemsize
     state = {key: t for key, t in block.module.state_dict().items() if key.rpartition(".")[0] not in block.layers}

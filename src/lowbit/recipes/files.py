@@ -58,8 +58,9 @@ class MethodFile:
 @untagged
 @dataclass(frozen=True)
 class RecipeFile:
-    """A recipe file that spells out scheme and stages, as :func:`lowbit.numerics.to_dict` writes a recipe, or in short
-    form.
+    """A recipe file that spells out scheme and stages.
+
+    Scheme and stages are written as by :func:`lowbit.numerics.to_dict`, or in short form.
 
     Attributes:
         scheme: a mapping of ``rules``, ``attention`` and ``kv``, or the rules alone, with ``attention`` and ``kv`` at

@@ -12,8 +12,9 @@ from lowbit.steps.combination import in_order
 
 
 def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
-    """One recipe from several: all steps in order, with the Solve, weight format and feed of the last recipe that has
-    steps.
+    """One recipe from several, with all steps in order.
+
+    Solve, weight format and feed are those of the last recipe that has steps.
 
     Steps that fix static activation ranges follow all steps that transform channels. Rotations at run time follow all
     folded transforms. The Blockwise stages become one; all other stages follow in order. Formats of activations, of
@@ -61,8 +62,9 @@ def _taking_out(rule: FormatRule, threshold: float) -> FormatRule:
 
 
 def _joined(name: str, weights: tuple[FormatRule, ...], activations: tuple[FormatRule, ...]) -> tuple[FormatRule, ...]:
-    """Rules with the weight formats of ``weights`` and the input formats of ``activations``. The last match of each
-    counts.
+    """Rules that join the weight formats of ``weights`` with the input formats of ``activations``.
+
+    In both, the last rule that matches a layer counts.
     """
     if weights == activations:
         return weights

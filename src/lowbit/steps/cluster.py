@@ -25,8 +25,9 @@ from lowbit.transforms import Permute
 @serializable
 @dataclass(frozen=True)
 class Cluster(Step):
-    """Sorts the channels of every static activation into clusters of similar (max, min), each with its own range (RPTQ,
-    arXiv:2304.01089).
+    """Sorts the channels of every static activation into clusters with similar (max, min) (RPTQ, arXiv:2304.01089).
+
+    Each cluster has its own range.
 
     k-means runs on the extremes of each channel over the calibration tokens. The order is folded into the weights on
     both sides of an edge that carries a permutation (v -> o inside each key-value head, the MLP's inner channels).

@@ -99,9 +99,7 @@ class EdgeUse:
 
 
 def uncovered_inputs(resolved: ResolvedBlock, kind: Kind, quantized: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Name of each input that no edge with ``kind`` covers -> its readers in ``quantized``. Inputs without one are left
-    out.
-    """
+    """Name of each input that no edge with ``kind`` covers -> its readers in ``quantized``, if it has any."""
     covered = {name for edge in resolved.edges if kind in edge.carries for name in edge.inputs}
     readers = {
         shared.name: [path for path in shared.readers if path in quantized]

@@ -21,8 +21,9 @@ from lowbit.transforms import ChannelTransform, Scale, Shift
 
 @runtime_checkable
 class TransformRule(Protocol):
-    """Makes the transform of one edge, or None if its activation saw no token. ``dtype`` is the dtype of the
-    transform's vector.
+    """Makes the transform of one edge, or None if its activation saw no token.
+
+    ``dtype`` is the dtype of the transform's vector.
     """
 
     kind: ClassVar[Kind]
@@ -35,9 +36,7 @@ class TransformRule(Protocol):
 
 
 def consumer_absmax(state: BlockState, edge: ResolvedEdge) -> Tensor:
-    """The largest weight magnitude of each free channel over all consumers of ``edge`` (q, k and v together),
-    ``[channels]``.
-    """
+    """The largest weight magnitude of each channel, ``[channels]``, over all consumers of ``edge`` (q, k, v together)."""
     parts = [port.reduce(_weight(state, port).abs().amax(0)) for port in edge.consumers]
     return torch.stack(parts).amax(0)
 

@@ -106,8 +106,9 @@ class SmoothPowers:
 @serializable
 @dataclass(frozen=True)
 class Thresholds:
-    """``s = max(1, max|x| / t)``: only channels beyond the threshold t are scaled (Outlier Suppression+,
-    arXiv:2304.09145).
+    """``s = max(1, max|x| / t)`` for a threshold t (Outlier Suppression+, arXiv:2304.09145).
+
+    Only channels beyond t are scaled.
 
     t falls from the largest magnitude of all channels, which scales none, to ``smallest`` in equal steps: ``grid`` of
     them, or more if a step would be wider than ``widest`` (section 4.2, and the authors' code, whose ``smallest`` is
@@ -184,9 +185,7 @@ class Search(Step):
         return (EdgeUse(self.candidates.kind, self.at, self.candidates),)
 
     def memory(self, sizes: RunSizes) -> float:
-        """Bytes of the judges' calls over the calibration windows, and of copies of the weights of one edge's
-        consumers.
-        """
+        """Bytes of the judges' calls over the calibration windows, and of copies of one edge's consumers."""
         edges, quantized = self.transforms[0].legal_edges(sizes.block.resolved), sizes.block.layers
         judges = {place.module for edge in edges for place in self._judges(quantized, edge)}
         consumers = [{port.module for port in edge.consumers} & quantized.keys() for edge in edges]
@@ -208,8 +207,9 @@ class Search(Step):
             self._search(state, [edge], [drafts[path] for path in before if path in drafts])
 
     def _search(self, state: BlockState, edges: list[ResolvedEdge], before: Iterable[DraftLinear] = ()) -> None:
-        """Finds the best transform of each edge, then folds them all. Linears in ``before`` are simulated while inputs
-        are recorded.
+        """Finds the best transform of each edge, then folds them all.
+
+        Linears in ``before`` are simulated while inputs are recorded.
         """
         static = any(form.act is not None and form.act.static for form in state.formats.values())
         with ExitStack() as stack:
@@ -271,8 +271,7 @@ def at_port(transform: ChannelTransform, port: Port) -> ChannelTransform:
 @serializable
 @dataclass(frozen=True)
 class SearchClip(Step):
-    """Chooses the symmetric clip of every granule that hurts its own product least, in all linears but the roles in
-    ``skip``.
+    """Chooses the symmetric clip of every granule that hurts its own product least, except in the roles in ``skip``.
 
     Thresholds are ``c = max|w| * (1 - i / steps)`` for ``i = 0 .. max_shrink * steps - 1`` (AWQ's clip search). A
     granule's loss is ``d^T H_g d`` with its rounding error d and its block H_g of the Gram matrix: the squared error of

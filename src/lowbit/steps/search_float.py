@@ -169,8 +169,7 @@ class SearchFloat(Step):
 
 
 def input_range(spec: Spec, absmax_I: Tensor, share: float, covering: bool = False) -> Affine:
-    """Static parameters of a floating-point ``spec`` whose range ends at ``share`` of the largest magnitude, as they
-    are stored.
+    """Static parameters of a floating-point ``spec``, as stored, that reach ``share`` of the largest magnitude.
 
     For each input channel: the end of the tensor's range halved k times. k is the integer nearest to ``log2(end /
     absmax)`` of the channel, in ``0 .. 2**exponent - 1`` and within the table of ``spec.stats``. The nearest k, as

@@ -58,8 +58,7 @@ class Set(Step):
 @serializable
 @dataclass(frozen=True)
 class SetActivationRange(Step):
-    """Fixes the range of every static activation from the calibration text, with the block as it is after earlier
-    steps.
+    """Fixes the range of every static activation from the calibration text, in the current block.
 
     Inputs whose first tokens are over ten times all others are noted.
 

@@ -195,8 +195,9 @@ class BlockState:
     # Edges
 
     def edges(self, at: Iterable[str], kind: Kind, *, note: bool = True) -> Iterator[ResolvedEdge]:
-        """Edges that carry ``kind`` and whose name matches a pattern in ``at``. Other matches are noted, unless
-        ``note`` is False.
+        """Edges that carry ``kind`` and whose name matches a pattern in ``at``.
+
+        Other matches, and patterns without a match, are noted unless ``note`` is False.
         """
         for pattern in at:
             matching = [edge for edge in self.resolved.edges if fnmatch(edge.name, pattern)]
@@ -225,8 +226,7 @@ class BlockState:
                 )
 
     def commit(self, edge: ResolvedEdge, transform: ChannelTransform, kind: Kind) -> None:
-        """Folds ``transform`` into the block, in place. At an edge without a producer, the consumers run it on their
-        input.
+        """Folds ``transform`` into the block, in place, or lets the consumers run it if the edge has no producer.
 
         Raises:
             ValueError: a later step needs Fisher information, which does not follow this transform; or a linear already
@@ -244,8 +244,9 @@ class BlockState:
             self.write(fold(edge, transform, parameters))
 
     def transform(self, path: str, of_input: ChannelTransform, of_output: ChannelTransform | None = None) -> None:
-        """Lets linear ``path`` run ``of_input`` on its input and undo ``of_output`` on its output: see
-        :meth:`DraftLinear.transform`.
+        """Lets linear ``path`` run ``of_input`` on its input and undo ``of_output`` on its output.
+
+        See :meth:`DraftLinear.transform`.
 
         Raises:
             ValueError: a later step needs Fisher information, which does not follow these transforms.
@@ -260,8 +261,9 @@ class BlockState:
 
     @torch.no_grad()
     def write(self, values: Mapping[str, Tensor]) -> None:
-        """Gives the block's parameters new values, by name, in place. Parameters that will not be packed are rounded as
-        stored.
+        """Gives the block's parameters new values, by name, in place.
+
+        Parameters that will not be packed are rounded as they will be stored.
         """
         packed = {f"{path}.weight" for path in self.drafts}
         for name, value in values.items():
@@ -295,8 +297,9 @@ class BlockState:
     # Calibration
 
     def readers(self) -> dict[str, str]:
-        """First reader to be quantized -> name, for each shared input that has one. Other readers may read it
-        untransformed.
+        """First reader to be quantized -> name, for each shared input that has one.
+
+        Other readers may read the input untransformed.
         """
         wanted, drafts = {}, self.drafts
         for shared in self.resolved.shared_inputs:
@@ -376,9 +379,7 @@ class BlockState:
         return x_TI
 
     def _run(self, first: Mapping[str, str], window: Tensor, gather: Callable[[str, Tensor], None]) -> None:
-        """Runs one window through the block and calls ``gather(name, x_TI)`` for each shared input that a token
-        reaches.
-        """
+        """Runs one window through the block. Calls ``gather(name, x_TI)`` for each shared input that tokens reach."""
 
         def observer(name: str) -> Callable[[Tensor], None]:
             def on_input(x: Tensor) -> None:
@@ -417,9 +418,7 @@ class BlockState:
         raise AssertionError(f"{path} reads no shared input")
 
     def edge_stat(self, edge: ResolvedEdge, stats: Mapping[str, Stats], need: Statistic) -> Tensor | None:
-        """One statistic of the activation at ``edge``, joined over the inputs of several experts, or None without
-        tokens.
-        """
+        """One statistic of the activation at ``edge``, joined over several experts, or None without tokens."""
         joined: Tensor | None = None
         for name in edge.inputs:
             new = stats.get(name, {}).get(need)

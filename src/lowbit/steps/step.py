@@ -83,8 +83,9 @@ class RunSizes:
 
 
 class Step(Effects):
-    """One step of a recipe. Subclasses are frozen dataclasses; they define :meth:`run` and override the declarations
-    that apply.
+    """One step of a recipe.
+
+    Subclasses are frozen dataclasses. They define :meth:`run` and override the declarations that apply.
     """
 
     @property
@@ -99,8 +100,9 @@ class Step(Effects):
 
     @property
     def rotates_residual(self) -> bool:
-        """Whether :meth:`residual_rotation` returns one. Such a step changes the model for all other steps, and comes
-        first.
+        """Whether :meth:`residual_rotation` returns one.
+
+        Such a step changes the model for all other steps, so it comes first.
         """
         return False
 

@@ -32,9 +32,7 @@ class AdamW:
 @serializable
 @dataclass(frozen=True)
 class OneCycle:
-    """A learning rate that rises along a cosine over the share ``warmup`` of all steps, then falls along one to almost
-    zero.
-    """
+    """A learning rate that rises along a cosine for the share ``warmup`` of all steps, then falls to almost zero."""
 
     warmup: float = 0.1
 

@@ -74,9 +74,7 @@ class _StoredFloats:
 
 
 class _Relative:
-    """A tensor ``[G, width]`` that moves in units of each row's largest magnitude, or a vector in units of its own
-    magnitudes.
-    """
+    """A tensor ``[G, width]`` in units of each row's largest magnitude, or a vector in units of its own magnitudes."""
 
     def __init__(self, start: Tensor):
         self.start = start.float()

@@ -44,7 +44,8 @@ class Trainable(Protocol):
         ...
 
     def parameters(self, model: nn.Module) -> Parameters:
-        """The chosen parameters of ``model``, a transformers causal language model in float32 without gradients of its
-        own.
+        """The chosen parameters of ``model``.
+
+        ``model`` is a transformers causal language model in float32 without gradients of its own.
         """
         ...
