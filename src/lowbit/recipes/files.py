@@ -82,7 +82,7 @@ class RecipeFile:
 
     def __post_init__(self):
         if isinstance(self.scheme, Scheme) and (self.attention or self.kv):
-            raise ValueError("attention and kv go into the mapping 'scheme' where it is one; found them at the top too")
+            raise ValueError("'scheme' is a mapping, so attention and kv go into it; found them at the top")
         if self.stages is not None and (self.steps is not None or self.feed is not None):
             raise ValueError(
                 "steps and feed at the top are short for one Blockwise stage; with 'stages' they go into it"

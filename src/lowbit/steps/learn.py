@@ -175,7 +175,7 @@ class Learn(Step):
                 picks = (slice(start, start + self.batch) for start in starts)
                 last = sum(self._loss(state, base, maps, pick).item() for pick in picks)
             if not last < first:
-                state.note("learning lowered the loss at no epoch's end: what was there before is kept")
+                state.note("learning did not lower the loss, measured again at the end: the start is kept")
                 _restore(maps, before)
 
     def _loss(self, state: BlockState, base: Weights, maps: list[Parametrization], pick: slice) -> Tensor:

@@ -36,7 +36,7 @@ class TransformRule(Protocol):
 
 
 def consumer_absmax(state: BlockState, edge: ResolvedEdge) -> Tensor:
-    """The largest weight magnitude of each channel, ``[channels]``, over all consumers of ``edge`` (q, k, v together)."""
+    """The largest weight magnitude of each channel, ``[channels]``, over all consumers of ``edge`` together."""
     parts = [port.reduce(_weight(state, port).abs().amax(0)) for port in edge.consumers]
     return torch.stack(parts).amax(0)
 

@@ -81,9 +81,9 @@ class SetActivationRange(Step):
         if self.skip_first < 0:
             raise ValueError(f"skip_first is a number of tokens, found {self.skip_first}")
         if self.shrinks < 1:
-            raise ValueError(f"a range is tried as it is at least: shrinks is 1 or more, found {self.shrinks}")
+            raise ValueError(f"shrinks counts ranges to try, the full one included: 1 or more, found {self.shrinks}")
         if self.skip_first and self.decay is not None:
-            raise ValueError("a moving average has all tokens of a window in it; leave out skip_first or decay")
+            raise ValueError("a moving average covers all tokens of a window; leave out skip_first or decay")
 
     @property
     def fixes(self) -> frozenset[Freedom]:
@@ -147,7 +147,7 @@ class SetActivationRange(Step):
             + (
                 f"the static range leaves {'them' if several else 'it'} out and clips {'them' if several else 'it'} at run time"
                 if self.skip_first
-                else "it alone sets the static range, out of which skip_first=1 keeps it"
+                else "it alone sets the static range; skip_first=1 leaves it out"
             )
         )
 

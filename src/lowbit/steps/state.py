@@ -359,7 +359,7 @@ class BlockState:
                 with self._as_original():
                     self._run(first, self.io.window(i, original=True), pair)
                 for name, own in seen.items():
-                    self.note(f"{name}: other tokens reach it in the original model, which it is not corrected for")
+                    self.note(f"{name}: other tokens reach it in the original model; it is not corrected for that")
                     update(name, torch.stack([own, own]), paired=True)
                 seen.clear()
             self.tick("calibrating")
@@ -375,7 +375,7 @@ class BlockState:
         assert self.io is not None
         if len(x_TI) == self.io.x.shape[-2]:
             return x_TI[skip:]
-        self.note(f"{name}: only some tokens reach it, so the first {skip} of a window are not told apart there")
+        self.note(f"{name}: only some tokens reach it, so the first {skip} of a window are unknown there")
         return x_TI
 
     def _run(self, first: Mapping[str, str], window: Tensor, gather: Callable[[str, Tensor], None]) -> None:

@@ -99,7 +99,7 @@ def test_steps_at_the_top_of_a_file_are_short_for_one_stage():
     assert long == Recipe("mine", linears(weight(4, 64)), (Blockwise((Solve(Nearest()),), "fp"),))
     with pytest.raises(ValueError, match="short for one Blockwise stage"):
         from_plain(explicit(stages=[stage]))
-    with pytest.raises(ValueError, match="attention and kv go into the mapping"):
+    with pytest.raises(ValueError, match="so attention and kv go into it"):
         from_plain(explicit(scheme={"rules": rules}, attention={"bits": 8}))
 
 
