@@ -1,8 +1,8 @@
-"""Bits where they count: one recipe, each linear at the width that loses least for what the whole model may take.
+"""Allocation: one recipe with a width for each linear, so that the model loses least within a budget of bits.
 
-To second order, rounding a weight by e costs the model's loss about ``e F e^T / 2``, F the Fisher information. So every linear has
-a curve, what it loses at 2, 3, ... 8 bits, and the best widths under a budget are found by giving the next bit to whoever
-loses least per stored bit for it, again and again (the curves are convex, so this is optimal up to the last linear).
+To second order, a rounding error e of a weight costs the model's loss about ``e F e^T / 2`` with the Fisher information
+F. So every linear has a curve: its loss at 2, 3, ... 8 bits. Again and again, the next bit goes to the linear that
+gains most per stored bit. The curves are convex, so this is optimal up to the last linear.
 
 Shapes: O output channel, I input channel.
 """
@@ -37,21 +37,21 @@ from lowbit.steps import BlockState
 
 WIDTHS = range(2, 9)
 _ROWS = 96
-"""Output channels of a linear that its curve is measured on; enough for two digits."""
+"""Output channels of a linear on which its curve is measured; enough for two digits."""
 _FIT = ClipSearch(steps=20, max_shrink=0.7, norm=2.0)
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What :func:`allocate` chose.
+    """The result of :func:`allocate`.
 
     Attributes:
-        base: the recipe as it was given.
+        base: the given recipe.
         formats: by the linear's full name.
-        bits_per_weight: everything stored for the quantized linears over their weights, as ``plan`` counts it.
-        loss, loss_before: expected increase of the loss (a proxy; only their ratio means something), of the allocation and
-            of the recipe as given.
-        bits_before: bits per weight of the recipe as given.
+        bits_per_weight: all stored bits of the quantized linears over their number of weights, counted as in ``plan``.
+        loss: expected increase of the loss with the allocation (a proxy; only its ratio to ``loss_before`` means
+            something).
+        bits_before, loss_before: the same of the given recipe.
     """
 
     base: Recipe
@@ -63,10 +63,10 @@ class Allocation:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe as it was given, with a rule for every format and kind of linear."""
+        """The given recipe, with a rule for every format and kind of linear."""
         groups: dict[tuple[str, LinearFormat], list[str]] = defaultdict(list)
         for name, form in self.formats.items():
-            number = re.search(r"\.(\d+)\.", name)  # of the block
+            number = re.search(r"\.(\d+)\.", name)  # the block's number
             pattern = re.escape(name)
             if number:
                 pattern = f"{re.escape(name[: number.start(1)])}(?:{{}}){re.escape(name[number.end(1) :])}"
@@ -80,12 +80,12 @@ class Allocation:
         return replace(self.base, scheme=self.base.scheme.with_rules(*rules))
 
     def by_width(self) -> dict[int, list[str]]:
-        """Names of the linears of each width, the widest first."""
+        """Names of the linears of each width, widest first."""
         widths = {name: _width(form.weight) for name, form in self.formats.items()}
         return {w: [n for n, width in widths.items() if width == w] for w in sorted(set(widths.values()), reverse=True)}
 
     def to_dict(self) -> dict[str, Any]:
-        """A recipe file's data."""
+        """The data of a recipe file."""
         summary = (
             f"{self.base.name} at {self.bits_per_weight:.3f} bits a weight, each linear as wide as its sensitivity asks for; "
             f"expected loss {self.loss / self.loss_before:.2f} of that at {self.bits_before:.3f} bits without this choice"
@@ -106,17 +106,18 @@ def allocate(
     scratch: str | PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Allocation:
-    """Finds a width for every linear that ``recipe`` quantizes, so that all of them take ``bits`` a weight at most.
+    """Finds a width for every linear that ``recipe`` quantizes, within ``bits`` bits per weight on average.
 
-    Needs one pass for Fisher information (a forward and a backward of the model, a block at a time; see
+    It runs one pass for Fisher information (a forward and a backward of the model, block by block; see
     :mod:`lowbit.stages.fisher`) and rounds a sample of every weight at each width.
 
     Args:
-        model, recipe, calibration, samples, seq_len, ram_limit: as for :func:`lowbit.quantize`; the recipe's grid must have
-            bits to change. Rules of the recipe that skip linears, or quantize activations, stay.
-        bits: stored bits a weight on average, scales and everything else counted.
-        widths: of codes, among which to choose.
-        scratch: for temporary files (default: the system's).
+        model, recipe, calibration, samples, seq_len, ram_limit: as for :func:`lowbit.quantize`. The recipe's grid must
+            have bits to change. Rules that skip linears or quantize activations stay.
+        bits: mean number of stored bits per weight, including scales and everything else.
+        widths: of codes, to choose from.
+        scratch: directory for temporary files; None: the system's.
+        progress: called with done, total and the current activity.
 
     Raises:
         ValueError: a budget that the narrowest width exceeds, a grid without bits, and what ``quantize`` would refuse.
@@ -170,11 +171,12 @@ def allocate(
 def spend(
     losses: Mapping[str, Mapping[int, float]], cost: Mapping[str, Mapping[int, float]], budget: float
 ) -> dict[str, int]:
-    """The width of each name: the next one goes to who gains most per bit, as long as the budget has room for it.
+    """The width of each name: the next width goes to the name that gains most per bit, while the budget has room.
 
     Args:
-        losses: by name, then by width in rising order: the widths that the name may have.
-        cost: by name, then by width; rises with it.
+        losses: by name, then by the name's possible widths in rising order.
+        cost: by name, then by width; rises with the width.
+        budget: largest total cost.
     """
     widths = {name: list(curve) for name, curve in losses.items()}
     at = dict.fromkeys(losses, 0)
@@ -199,11 +201,11 @@ def spend(
 def _curves(
     state: BlockState, f_OI: Mapping[str, Tensor], recipe: Recipe, widths: list[int]
 ) -> dict[str, tuple[dict[int, float], float]]:
-    """By path: what the model loses to that linear at each width, and as the recipe was given.
+    """For each path: the model's loss from that linear at each width, and at the given recipe's width.
 
-    Half of ``sum_o G_o e_o H e_o^T``: e the rounding error of the weight as the steps before the solver leave it, H the Gram
-    matrix of the input that it reads, and ``G_o = sum_j F_oj / sum_j H_jj`` the squared gradient of output o, by which Fisher
-    information is nearly ``G_o H``. A solver that knows H makes errors that H hardly sees: with the factors of
+    The loss is half of ``sum_o G_o e_o H e_o^T``. e is the rounding error of the weight as the steps before the solver
+    leave it, H the Gram matrix of its input, and ``G_o = sum_j F_oj / sum_j H_jj`` the squared gradient of output o:
+    Fisher information is nearly ``G_o H``. A solver that knows H makes errors that H hardly sees: with the factors of
     ``H = U^T D U``, its loss is ``|e_o|^2 tr(D) / I`` (arXiv:2307.13304, theorem 1).
     """
     gradients = {}
@@ -218,13 +220,13 @@ def _curves(
             g_O = g_O.mean().expand_as(g_O)
         curve = error_by_width(w_OI, g_O, H, spec, recipe, {*widths, _width(spec)})
         curves[path] = {width: curve[width] for width in widths}, curve[_width(spec)]
-    for path in state.formats.keys() - curves.keys():  # no token came, as to an expert that was never chosen
+    for path in state.formats.keys() - curves.keys():  # no token came: an expert that was never chosen
         curves[path] = {_width(state.formats[path].weight): 0.0}, 0.0
     return curves
 
 
 def _grams(state: BlockState) -> dict[str, Tensor]:
-    """Gram matrix ``[I, I]`` of what each linear reads, by path; without those that saw no token."""
+    """Gram matrix ``[I, I]`` of each linear's input, by path, without linears that saw no token."""
     stats = state.collect([Gram()])
     grams = {path: state.stats_of(stats, path).get(Gram()) for path in state.formats}
     return {path: H for path, H in grams.items() if H is not None}
@@ -233,7 +235,16 @@ def _grams(state: BlockState) -> dict[str, Tensor]:
 def error_by_width(
     w_OI: Tensor, g_O: Tensor, H: Tensor, spec: Spec, recipe: Recipe, widths: Iterable[int]
 ) -> dict[int, float]:
-    """By a sample of the output channels."""
+    """The loss from one linear at each width, estimated on a sample of its output channels.
+
+    Args:
+        w_OI: the weight.
+        g_O: squared gradient of each output.
+        H: Gram matrix of the input, ``[I, I]``.
+        spec: the weight's format.
+        recipe: its last step solves.
+        widths: of codes.
+    """
     solver = recipe.steps[-1].solver
     picked = torch.linspace(0, len(w_OI) - 1, min(_ROWS, len(w_OI))).long()
     w, g = w_OI[picked].float(), g_O[picked]
@@ -268,5 +279,5 @@ def _all_at(base: Recipe, width: int) -> Recipe:
 
 
 def _bits(plan: ModelPlan) -> dict[str, float]:
-    """Stored bits a weight, by layer."""
+    """Stored bits per weight, by layer."""
     return {layer.name: layer.bits_per_weight for layer in planned_layers(plan)}

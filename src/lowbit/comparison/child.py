@@ -1,8 +1,8 @@
-"""A piece of work in a process of its own, so that its memory is its own to measure and a crash is one row's.
+"""Runs work in a process of its own: its memory can be measured, and a crash costs one row only.
 
-The work goes there by pickle on stdin; what comes back on stdout are JSON lines, ``{"progress": [share, what]}`` and at the
-end what :func:`attempt` returns. multiprocessing's spawn would do the same for programs whose main module can
-be imported again, which a notebook or ``python -c`` cannot promise.
+The work is pickled to the process's stdin. Its stdout gives JSON lines: ``{"progress": [share, what]}``, and at the end
+the result of :func:`attempt`. multiprocessing's spawn needs a main module that can be imported again, which a notebook
+or ``python -c`` does not have.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any, Protocol
 
 START = "from lowbit.comparison.child import main; main()"
 REPORT_SECONDS = 0.2  # between two progress lines
-TAIL = 3  # lines of a crashed process's last words in its row's error
+TAIL = 3  # lines of a crashed process's log in its row's error
 
 
 class Work(Protocol):
-    """``run(progress)`` does it and returns JSON data, or raises."""
+    """A picklable task. ``run(progress)`` returns JSON data or raises."""
 
     def run(self, progress: Any) -> dict[str, Any]: ...
 
 
 def attempt(work: Work, progress: Any) -> dict[str, Any]:
-    """The figures of ``work``, or ``{"error": ...}``, with a ``traceback`` where the error is not a user's."""
+    """The figures of ``work``, or ``{"error": ...}``, with a ``traceback`` unless the error is the user's."""
     try:
         return work.run(progress)
     except (ValueError, OSError) as error:
@@ -40,15 +40,16 @@ def attempt(work: Work, progress: Any) -> dict[str, Any]:
 
 
 def run_in_child(work: Work, threads: int, log: Path, progress: Any) -> dict[str, Any]:
-    """:func:`attempt` in a new process; one that dies gives ``{"error": ...}`` too.
+    """Runs :func:`attempt` in a new process. The process is gone when this returns or raises, even on Ctrl-C.
 
     Args:
         work: a value that pickle can send; its types must be importable.
-        threads: torch's threads there.
-        log: a file for what the process writes beside its results.
-        progress: ``progress(share, what)``.
+        threads: torch's threads in the process.
+        log: a file for everything else that the process prints.
+        progress: called as ``progress(share, what)``.
 
-    The process is gone when this returns or raises, also by Ctrl-C.
+    Returns:
+        The result of :func:`attempt`, or ``{"error": ...}`` if the process died.
     """
     path = os.pathsep.join(entry for entry in sys.path if entry)  # what can be imported here can be imported there
     environment = os.environ | {"PYTHONPATH": path}
@@ -72,13 +73,13 @@ def run_in_child(work: Work, threads: int, log: Path, progress: Any) -> dict[str
 
 
 def _talk(process: subprocess.Popen[bytes], request: bytes, progress: Any) -> dict[str, Any] | None:
-    """Sends the work and reads until the answer; None where the process ended without one."""
+    """Sends the work and reads until the answer. None if the process ended without one."""
     assert process.stdin is not None and process.stdout is not None
     try:
         process.stdin.write(request)
         process.stdin.close()
     except BrokenPipeError:
-        pass  # it did not live to read it; its last words are in the log
+        pass  # the process died before it read the work; the log says why
     for line in process.stdout:
         message = json.loads(line)
         if "progress" not in message:
@@ -102,10 +103,10 @@ def _crash(code: int, lines: list[str]) -> str:
 
 
 def main() -> None:
-    """The other side: reads the work from stdin, does it, answers on stdout."""
+    """The child process: reads the work from stdin, does it, and answers on stdout."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to both; the parent decides
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    os.dup2(2, 1)  # what a library prints is not an answer
+    os.dup2(2, 1)  # output of libraries is no answer
     last_report = -REPORT_SECONDS
 
     def report(share: float, what: str) -> None:

@@ -1,7 +1,7 @@
-"""Results as JSON lines: one record a row, appended and flushed when it is known, never changed.
+"""Results as JSON lines: one record for each row, appended and flushed when it is known, never changed.
 
-A row counts as measured when a record without an error says the same of everything that decides its figures: label, recipe,
-model, protocol and text, and the calibration text of a recipe that reads one. Where several do, the last counts.
+A row counts as measured if a record without an error has the same label, recipe, model, protocol and text, and the same
+calibration text if the recipe reads one. Of several such records the last counts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-"""A line of a results file; see :func:`lowbit.comparison.compare` for its fields."""
+"""A line of a results file. See :func:`lowbit.comparison.compare` for its fields."""
 
 DECISIVE = ("label", "recipe", "model", "protocol")
 
@@ -23,7 +23,7 @@ class Results:
     """The records of a results file.
 
     Args:
-        path: a ``.jsonl`` file, which need not exist. The last line may be torn, by a kill: it is dropped.
+        path: a ``.jsonl`` file, which need not exist. A last line that a kill has torn is dropped.
 
     Raises:
         ValueError: another suffix, a directory that does not exist, or a line that is no record, with its number.
@@ -57,7 +57,7 @@ class Results:
         return records
 
     def add(self, record: Mapping[str, Any]) -> Record:
-        """Appends a record; when this returns it survives a kill. NaN and infinity become null."""
+        """Appends a record. It survives a kill once this returns. NaN and infinity become null."""
         line = json.dumps(_finite(record), sort_keys=True, allow_nan=False)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -67,13 +67,16 @@ class Results:
         return self.records[-1]
 
     def latest(self, wanted: Mapping[str, Any]) -> Record | None:
-        """The last record of the same work as ``wanted`` (a record without figures): a finished one, else a failure."""
+        """The last record of the same work as ``wanted``: a finished record, else a failed one.
+
+        ``wanted`` is a record without figures.
+        """
         same = [record for record in self.records if _same(record, wanted)]
         finished = [record for record in same if "error" not in record]
         return next(reversed(finished or same), None)
 
     def all_latest(self) -> list[Record]:
-        """:meth:`latest` of every record's work, in the order in which they were first made."""
+        """:meth:`latest` for the work of every record, in the order of their first records."""
         kept = {id(record): record for record in map(self.latest, self.records) if record is not None}
         return list(kept.values())
 
@@ -81,12 +84,12 @@ class Results:
 def _same(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     if _identity(record) != _identity(wanted):
         return False
-    calibration = wanted.get("calibration")  # None: this recipe reads no text, whatever was there to be read
+    calibration = wanted.get("calibration")  # None: this recipe reads no text, even if one was given
     return calibration is None or (record.get("calibration") or {}).get("sha256") == calibration["sha256"]
 
 
 def _identity(record: Mapping[str, Any]) -> tuple:
-    """What names and hashes of a record say, without what things are called that were hashed."""
+    """The names and hashes that identify a record's work, without names of hashed things."""
     protocol = record["protocol"]
     return record["label"], record["recipe"], record["model"]["sha256"], protocol["name"], protocol["sha256"]
 

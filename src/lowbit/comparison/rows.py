@@ -1,11 +1,12 @@
-"""The rows of a comparison: a label and a recipe each, from a grid file, from methods and options, or from Python.
+"""Rows of a comparison, each a label and a recipe: from a grid file, from methods and options, or from Python.
 
-A grid file is a YAML list, so that a long table is one file that is read and compared like any other text::
+A grid file is a YAML list, so a long table is one text file that can be read and diffed::
 
     - {label: "gptq, W4 g64", method: gptq, bits: 4, group_size: 64}
     - {label: mine, recipe: mine.yaml}
 
-Everything beside ``label``, ``method`` and ``overrides`` is an option of the method. All rows are recipes before anything runs.
+In a row with ``method``, all keys but ``label`` and ``overrides`` are options of the method. Every row becomes a recipe
+before anything runs.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from lowbit.recipes import Recipe, as_recipe, recipe
 from lowbit.recipes.files import Loader
 
 ORIGINAL = "original"
-"""The label of the model that nothing was done to."""
+"""The label of the unquantized model."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a row is called and what it measures."""
+    """A label, and the recipe that the row measures."""
 
     label: str
     recipe: Recipe
@@ -38,7 +39,7 @@ def as_rows(rows: str | PathLike[str] | Iterable[Row | Recipe | str | PathLike[s
     """Rows from a grid file, or from rows, recipes, methods' names, recipe files and mappings as in a grid file.
 
     Raises:
-        ValueError: the first row that cannot be, by its place and label; two rows with one label; no rows.
+        ValueError: the first invalid row, by its place and label; two rows with one label; no rows.
     """
     if isinstance(rows, str | PathLike):
         return read_grid(rows)
@@ -46,7 +47,11 @@ def as_rows(rows: str | PathLike[str] | Iterable[Row | Recipe | str | PathLike[s
 
 
 def read_grid(path: str | PathLike[str]) -> list[Row]:
-    """The rows of a grid file; a recipe file that it names is looked for beside it first. Raises as :func:`as_rows`."""
+    """The rows of a grid file. A recipe file that it names is looked for next to it first.
+
+    Raises:
+        ValueError: a file that is missing or is no YAML list, and as :func:`as_rows`.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no grid file {str(path)!r}")
@@ -66,7 +71,7 @@ def read_grid(path: str | PathLike[str]) -> list[Row]:
 
 
 def method_rows(methods: Iterable[str], bits: Iterable[int | None], options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every method at every width, in the form of a grid file; a width of None is the method's own."""
+    """Every method at every width, as entries of a grid file. A width of None is the method's default."""
     widths = [{} if each is None else {"bits": each} for each in bits]
     return [{"method": method, **width, **options} for width in widths for method in methods]
 
@@ -107,7 +112,7 @@ def _row(entry: Any, folder: Path) -> Row:
     if (method is None) == (source is None):
         raise ValueError(f"expected either 'method' with its options or 'recipe', found {', '.join(map(str, entry))}")
     if source is not None and options:
-        raise ValueError(f"a recipe has its own options; found {', '.join(map(str, options))} beside it")
+        raise ValueError(f"a recipe has its own options; found {', '.join(map(str, options))} next to it")
     if label is not None and not isinstance(label, str):
         raise ValueError(f"a label is text, found {label!r}")
     built = recipe(str(method), **options) if source is None else as_recipe(_beside(source, folder))

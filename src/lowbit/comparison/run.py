@@ -1,4 +1,7 @@
-"""The comparison: check everything, measure the original once, then row after row, each written as soon as it is known."""
+"""Runs a comparison: checks everything, measures the original once, then row after row.
+
+Each row is written when it is known.
+"""
 
 from __future__ import annotations
 
@@ -53,35 +56,39 @@ def compare(
 ) -> list[Record]:
     """Quantizes ``model`` by every row's recipe, evaluates each result on one text, and writes one table.
 
-    Each row runs in a process of its own: quantized packed into a scratch directory, read back, evaluated against the
-    original, removed. Results are JSON lines in ``out``, with a Markdown table of the same name beside it, rewritten
-    after each row. A row that has its line is not measured again, and one that failed is. Broken models are measured
-    like others, and marked. A recipe that needs no calibration text is given none.
+    Each row runs in a process of its own: it quantizes into a scratch directory, reads the packed model back, evaluates
+    it against the original and removes it. Results are JSON lines in ``out``, with a Markdown table of the same name
+    next to it, rewritten after each row. A measured row is not measured again; a failed row is. Broken models are
+    measured like others, and marked. A recipe that needs no calibration text gets none.
 
     Args:
         model: a local directory, hub id, ``.gguf`` file or ``smollm2-135m``.
         rows: a grid file, or rows, recipes, methods' names, recipe files, and mappings as in a grid file; see
             :mod:`lowbit.comparison.rows`.
-        calibration: text (see :mod:`lowbit.data`), ids ``[N, T]``, or None where no recipe needs any.
-        text: what is evaluated on: a text (its evaluation part where it has one), or token ids.
-        out: a ``.jsonl`` file; continued where it exists.
-        samples, seq_len: how many windows of how many tokens of the calibration text.
+        calibration: text (see :mod:`lowbit.data`), ids ``[N, T]``, or None if no recipe needs any.
+        text: the text to evaluate on (its evaluation part if it has one), or token ids.
+        out: a ``.jsonl`` file; continued if it exists.
+        samples, seq_len: number of calibration windows, and tokens of each.
         protocol, eval_seq_len, windows: how the text is evaluated, as in :func:`lowbit.evaluation`.
-        only: measures only the rows whose label contains one of these.
-        threads: of torch in the rows' processes (None: as here).
+        only: measure only rows whose label contains one of these.
+        threads: torch's threads in the rows' processes; None: as in this process.
         ram_limit: bytes of activations in memory while quantizing.
-        scratch: where temporary files go (None: beside ``out``); as large as the largest result and the hidden states.
+        scratch: directory for temporary files; None: that of ``out``. It must hold the largest result and the hidden
+            states.
+        trust_remote_code: allow the model's own Python code.
         progress: called as ``progress(rows done, rows to do, what)``.
-        on_record: called with each record as it is made.
+        on_record: called with each new record.
 
     Returns:
-        The records of the original and of the rows, in their order, those of other runs included: label, recipe, model,
-        protocol, calibration, figures (perplexity, kl, top1_agreement and their 95 % intervals, bits_per_weight,
-        bytes, seconds, peak bytes of memory), problems (why it counts as broken), machine, versions; a row that failed
-        has ``error`` instead of figures.
+        The records of the original and of the rows, in their order, including those of earlier runs: label, recipe,
+            model, protocol,
+        calibration, figures (perplexity, kl, top1_agreement and their 95 % intervals, bits_per_weight, bytes, seconds,
+            peak bytes
+        of memory), problems (why it counts as broken), machine, versions. A failed row has ``error`` instead of
+            figures.
 
     Raises:
-        ValueError: anything wrong with any row, the model or the texts, before the first row; an original that fails.
+        ValueError: anything wrong with a row, the model or the texts, before the first row; an original that fails.
     """
     asked, results = as_rows(rows), Results(out)
     source = open_model(model, trust_remote_code=trust_remote_code)
@@ -111,7 +118,7 @@ def _chosen(rows: list[Row], only: tuple[str, ...]) -> list[Row]:
 
 
 def _check(source: ModelSource, rows: list[Row]) -> None:
-    """Every recipe against the model, without reading a weight."""
+    """Checks every recipe against the model, without reading a weight."""
     for row in rows:
         try:
             lay_over(source, row.recipe)
@@ -137,7 +144,7 @@ def _calibration(
 def _setting(
     source: ModelSource, text: str | Tensor, protocol: str, seq_len: int, windows: int | None, ram_limit: int
 ) -> tuple[Setting, Record]:
-    """The text, found and cut, and what a record says of it."""
+    """The text, found and cut, and its entry in records."""
     named = load_text(text, "evaluation", source.tokenizer()) if isinstance(text, str) else None
     content = text if named is None else named.text
     name = "token ids" if named is None else named.name
@@ -154,7 +161,7 @@ def _setting(
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """A checked comparison. ``model`` and ``protocol`` are as in its records."""
+    """A checked comparison. ``model`` and ``protocol`` are entries of its records."""
 
     results: Results
     setting: Setting
@@ -166,7 +173,11 @@ class _Run:
     on_record: Callable[[Record], None]
 
     def all(self, rows: list[Row], chosen: list[Row], place: Path) -> list[Record]:
-        """Measures what is not measured yet; the records of the original and of all ``rows`` that have one."""
+        """Measures the rows of ``chosen`` that have no figures yet.
+
+        Returns:
+            The records of the original and of all ``rows`` that have one.
+        """
         self._write_table()
         todo = [row for row in chosen if not self._has(row)]
         if todo or not self._has(None):
@@ -202,7 +213,7 @@ class _Run:
         self._write_table()
 
     def _head(self, row: Row | None) -> Record:
-        """What decides a record's figures, as :meth:`Results.latest` asks for it."""
+        """The part of a record that decides its figures, for :meth:`Results.latest`."""
         used = self.setting.calibration if row is not None and row.recipe.needs_calibration else None
         calibration = None
         if used is not None:
@@ -217,7 +228,7 @@ class _Run:
         }
 
     def _tail(self) -> Record:
-        """What is needed to understand its seconds and to make it again."""
+        """The machine and the versions that gave a record's figures."""
         packages = {name: version(name) for name in ("torch", "transformers")}
         return {
             "machine": {"cpu": cpu_name(), "threads": self.threads, "system": platform.platform()},

@@ -23,7 +23,7 @@ COLUMNS = (
 
 
 def cells(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """One text for each of ``COLUMNS``; what was not measured is empty."""
+    """One text for each of ``COLUMNS``, empty if it was not measured."""
     low_high = record.get("perplexity_interval")
     return (
         record["label"],
@@ -40,7 +40,7 @@ def cells(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def markdown(records: Sequence[Record], labels: Sequence[str]) -> str:
-    """The page: the original first, then the rows in the order of ``labels``, then those that are not among them."""
+    """The page: the original first, then rows in the order of ``labels``, then other rows."""
     place = {label: i for i, label in enumerate((ORIGINAL, *labels))}
     ordered = sorted(records, key=lambda record: place.get(record["label"], len(place)))
     sections: dict[tuple, list[Record]] = {}
@@ -58,7 +58,7 @@ def _section(records: list[Record]) -> str:
         f"# {model}: {protocol['text']}, {protocol['windows']} windows of {protocol['seq_len']} tokens "
         f"(protocol {protocol['name']})",
         "",
-        "Written by `lowbit compare`; the recipes and everything else are in the JSON lines beside this file.",
+        "Written by `lowbit compare`; the recipes and everything else are in the JSON lines next to this file.",
         *(f"Calibrated on {text}." for text in texts),
         *(f"Seconds and memory on {machine}." for machine in machines),
         "",

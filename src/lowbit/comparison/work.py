@@ -1,6 +1,8 @@
-"""What is done for one row: quantize, reload packed, measure. Runs in a process of its own (:mod:`lowbit.comparison.child`).
+"""The work of one row: quantize, reload packed, measure.
 
-The values here travel to that process by pickle, so they hold what was asked and nothing that was loaded.
+It runs in a process of its own (:mod:`lowbit.comparison.child`).
+
+The values here are pickled to that process, so they hold requests and nothing loaded.
 """
 
 from __future__ import annotations
@@ -23,21 +25,23 @@ from lowbit.pipeline import MAX_KL, QuantizeReport, prepare, run
 from lowbit.recipes import Recipe
 
 ShareReport = Callable[[float, str], None]
-"""``progress(share, what)``: the share of the row that is done, from 0 to 1."""
+"""``progress(share, what)`` with the finished share of the row, 0 to 1."""
 
 QUANTIZING = 0.85
-"""Share of a row's time that goes to quantizing, for the progress bar; more for methods that learn, less for rtn."""
+"""Share of a row's time for quantizing, for the progress bar. Methods that learn take more, rtn less."""
 
 
 STATES = "states"
-"""Folder of the original's hidden states."""
+"""The folder of the original's hidden states."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows of a comparison have in common.
+    """What all rows of a comparison share.
 
-    model: the original's local directory; text: the text itself, or ids.
+    Attributes:
+        model: the original's local directory.
+        text: the text itself, or ids.
     """
 
     model: Path
@@ -72,7 +76,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class MeasureOriginal:
-    """Evaluates the original and keeps in ``scratch`` the hidden states that every row is compared with."""
+    """Evaluates the original, and keeps in ``scratch`` the hidden states that every row is compared with."""
 
     setting: Setting
     scratch: Path
@@ -90,7 +94,7 @@ class MeasureOriginal:
 
 @dataclass(frozen=True)
 class MeasureRow:
-    """Quantizes by one recipe, packed, and evaluates what is read back from disk."""
+    """Quantizes by one recipe, and evaluates the packed model read back from disk."""
 
     setting: Setting
     scratch: Path
@@ -98,7 +102,7 @@ class MeasureRow:
 
     def run(self, progress: ShareReport) -> dict[str, Any]:
         out = self.scratch / "quantized"
-        shutil.rmtree(out, ignore_errors=True)  # of a row that crashed
+        shutil.rmtree(out, ignore_errors=True)  # left by a row that crashed
         started = time.perf_counter()
         report = self._quantize(out, progress)
         seconds, quantize_peak = _since(started), peak_rss()
@@ -126,7 +130,7 @@ class MeasureRow:
         setting, last = self.setting, 0.0
 
         def forward(done: float, total: float, what: str) -> None:
-            nonlocal last  # phases begin again at 0: the row does not
+            nonlocal last  # each phase starts at 0, the row does not
             last = max(last, QUANTIZING * done / total if total else 0.0)
             progress(last, what)
 
@@ -142,7 +146,7 @@ def _figures(result: Evaluation) -> dict[str, Any]:
 
 
 def _problems(report: QuantizeReport, result: Evaluation) -> list[str]:
-    """Why the row's model counts as broken; the guard's limits, with the divergence on held-out text."""
+    """Why the row's model counts as broken, by the guard and by the divergence on held-out text."""
     problems = list(report.problems)
     if result.broken:
         problems.append(f"{result.broken_tokens} of {result.tokens} predictions are NaN or infinite")

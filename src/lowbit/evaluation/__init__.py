@@ -1,6 +1,6 @@
-"""What a quantized model is worth: perplexity and distance to the original, speed, memory, layer errors, its own text.
+"""Measures of a quantized model: perplexity, divergence from the original, speed, memory, layer errors, generated text.
 
-Everything takes a transformers causal LM (a quantized one is an ordinary model whose linears were replaced) and returns
+Everything takes a transformers causal LM (a quantized one is an ordinary model with replaced linears) and returns
 frozen values. Nothing here prints; long work takes `progress(done, total, description)`.
 """
 

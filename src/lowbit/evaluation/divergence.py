@@ -1,10 +1,10 @@
-"""What one position's logits say: the negative log-likelihood of the token that came, the distance to another model.
+"""Scores of each position's logits: negative log-likelihood of the next token, and divergence from another model.
 
-One window's logits of a small model with a large vocabulary are hundreds of megabytes, and the obvious formula makes
-five more tensors of that size. Here a window is taken a chunk of tokens at a time, so what is held beside the logits
-that the models returned is a few chunks. Rows do not depend on each other, so the chunk changes no result.
+The logits of one window can take hundreds of megabytes, and the plain formula makes five more tensors of that size.
+Here a window is processed in chunks of tokens, so only a few chunks are held in addition to the models' logits. Rows do
+not depend on each other, so the chunk size changes no result.
 
-log_softmax in float32 (float64 for float64 logits), sums over the vocabulary and everything after them in float64.
+log_softmax runs in float32 (float64 for float64 logits); sums over the vocabulary and all later steps run in float64.
 
 Shape suffixes: T token, C a chunk of tokens, V vocabulary.
 """
@@ -20,12 +20,13 @@ CHUNK_TOKENS = 32
 
 
 class TokenScores(NamedTuple):
-    """Scores of each of T positions. The last three are None where there was no reference to compare with.
+    """Scores of T positions. The last three are None without a reference.
 
-    nll: -log q(target) in nats, float64 [T].
-    kl: KL(p || q) in nats, p the reference's distribution and q the model's, float64 [T].
-    agree: whether p and q have the same most likely token, bool [T].
-    reference_nll: -log p(target) in nats, float64 [T].
+    Attributes:
+        nll: -log q(target) in nats, float64 [T].
+        kl: KL(p || q) in nats of the reference's distribution p from the model's q, float64 [T].
+        agree: whether p and q have the same most likely token, bool [T].
+        reference_nll: -log p(target) in nats, float64 [T].
     """
 
     nll: Tensor
@@ -38,17 +39,17 @@ class TokenScores(NamedTuple):
 def score_tokens(
     logits_TV: Tensor, targets_T: Tensor, reference_TV: Tensor | None = None, *, chunk: int = CHUNK_TOKENS
 ) -> TokenScores:
-    """Score T positions: `logits_TV[t]` predicts `targets_T[t]`, and so does `reference_TV[t]`.
+    """Scores T positions: `logits_TV[t]` and `reference_TV[t]` predict `targets_T[t]`.
 
     Args:
         logits_TV: the judged model's logits, any float dtype.
         targets_T: int64 token ids.
         reference_TV: the original model's logits at the same positions, or None.
-        chunk: positions taken at a time; changes memory, never results.
+        chunk: positions in each chunk; changes memory, never results.
     """
     targets_T1 = targets_T[:, None].to(logits_TV.device)
-    # Results are made first and filled in: small tensors that outlive a chunk, allocated between large ones that do
-    # not, leave gaps in the C heap that the next chunk does not fit, and it grew by half a gigabyte a window.
+    # Results are allocated first: small tensors that outlive a chunk, allocated between large ones, leave gaps in the C
+    # heap that the next chunk does not fit. The heap grew by half a gigabyte with each window.
     nll_T, kl_T, reference_nll_T = logits_TV.new_empty(3, len(targets_T), dtype=torch.float64)
     agree_T = torch.empty_like(nll_T, dtype=torch.bool)
     for rows in _chunks(len(targets_T), chunk):
@@ -64,16 +65,17 @@ def score_tokens(
 
 @torch.no_grad()
 def kl_and_agreement(logits_p: Tensor, logits_q: Tensor, *, chunk: int = CHUNK_TOKENS) -> tuple[Tensor, Tensor]:
-    """KL(p || q) in nats and top-1 agreement of each position; p is the original, q the quantized model. No gradients.
+    """KL(p || q) in nats and top-1 agreement at each position, without gradients.
 
     Args:
         logits_p: [T, V] logits of the original, any float dtype.
         logits_q: [T, V] logits of the quantized model; results are on its device.
-        chunk: positions taken at a time; changes memory, never results.
+        chunk: positions in each chunk; changes memory, never results.
 
     Returns:
-        KL as float64 [T] (NaN where either has a NaN, infinity where q gives 0 to what p does not) and agreement as
-        bool [T] (False where KL is NaN).
+        KL as float64 [T] (NaN if either has a NaN, infinity if q gives 0 to a token that p does not) and agreement as
+            bool [T]
+        (False if KL is NaN).
 
     Raises:
         ValueError: the shapes differ.
@@ -92,9 +94,12 @@ def kl_and_agreement(logits_p: Tensor, logits_q: Tensor, *, chunk: int = CHUNK_T
 
 
 def _compare(logp_CV: Tensor, logq_CV: Tensor, p_CV: Tensor, q_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """(KL [C], agreement [C]) of one chunk. Top tokens are the logits': log_softmax can round two into a tie."""
+    """(KL [C], agreement [C]) of one chunk.
+
+    The top tokens come from the logits, because log_softmax can round two into a tie.
+    """
     ratio_CV = logp_CV - logq_CV
-    # 0 log 0 = 0: a vocabulary entry that the original masks with -inf adds nothing, and -inf - -inf is NaN.
+    # 0 log 0 = 0: an entry that the original masks with -inf adds nothing, but -inf - -inf would be NaN.
     ratio_CV.masked_fill_(logp_CV == -torch.inf, 0.0)
     kl_C = ratio_CV.mul_(logp_CV.exp()).sum(-1, dtype=torch.float64)
     return kl_C, (p_CV.argmax(-1) == q_CV.argmax(-1)) & ~kl_C.isnan()

@@ -1,7 +1,7 @@
-"""How every measurement calls a model: batch 1, in evaluation mode, without gradients, the mode put back afterwards.
+"""How every measurement calls a model: batch 1, in evaluation mode, without gradients; modes are restored afterwards.
 
-`torch.no_grad` is used and not `torch.inference_mode`: a module that keeps a tensor it made during the forward pass
-(an unpacked weight, a rotary table) would keep an inference tensor, which autograd then refuses to train through.
+It uses `torch.no_grad`, not `torch.inference_mode`: a module that keeps a tensor from its forward pass (an unpacked
+weight, a rotary table) would keep an inference tensor, which autograd refuses to train through.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def evaluating(*models: nn.Module | None) -> Iterator[None]:
-    """Evaluation mode (no dropout) and no gradients inside the block; each module's own mode comes back after it."""
+    """A context with evaluation mode (no dropout) and without gradients. Each module's own mode returns afterwards."""
     modes = [(module, module.training) for model in models if model is not None for module in model.modules()]
     try:
         for module, _ in modes:
@@ -36,18 +36,18 @@ def logits_of(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Rows of the input embedding: ids from 0 to this minus 1 are legal."""
+    """The number of rows of the input embedding. Ids below it are legal."""
     return model.config.get_text_config().vocab_size
 
 
 def check_positions(model: PreTrainedModel, positions: int, what: str) -> None:
-    """Refuse more positions than the model was configured for.
+    """Refuses more positions than the model was configured for.
 
-    A learned position table would fail with an index error deep inside; rotary models would run and give figures that
-    compare with nothing.
+    A learned position table would fail with an index error deep inside; rotary models would run and give meaningless
+    figures.
 
     Raises:
-        ValueError: `positions` is more than the config's `max_position_embeddings` (no such limit: nothing is checked).
+        ValueError: `positions` exceeds the config's `max_position_embeddings`. Without such a limit nothing is checked.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and positions > limit:

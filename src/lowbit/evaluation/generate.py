@@ -1,4 +1,4 @@
-"""Text from a model: a thin wrapper over `generate`, greedy unless a temperature is given, seeded when it is."""
+"""Text from a model: a thin wrapper of `generate`, greedy or, with a temperature, sampled from a seed."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def generate_text(
         model: a transformers causal LM.
         tokenizer: its tokenizer.
         prompt: the text to continue, or with `chat` the user's message.
-        max_new_tokens: the most tokens generated.
+        max_new_tokens: largest number of generated tokens.
         chat: put the prompt through the tokenizer's chat template as one user message.
-        temperature: 0 is greedy; above it tokens are sampled.
-        top_p: nucleus of the sampling; 1 is all.
-        seed: of the sampling; the caller's random state is left as it was.
+        temperature: 0 is greedy; above 0 tokens are sampled.
+        top_p: nucleus of the sampling; 1 keeps all tokens.
+        seed: of the sampling. The caller's random state is not changed.
         on_text: called with each piece of text as it is generated.
 
     Raises:
@@ -42,7 +42,7 @@ def generate_text(
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}: 0 is greedy, above 0 samples")
     ids_1T = _prompt_ids(tokenizer, prompt, chat).to(model.device)
-    # do_sample overrules the checkpoint's generation_config; its temperature and kin would only draw a warning then.
+    # do_sample overrides the checkpoint's generation_config; its temperature and the like would only cause a warning.
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -63,7 +63,7 @@ def generate_text(
 
 
 class _CallbackStreamer(TextStreamer):
-    """transformers' streamer, which prints, with the text handed to a function."""
+    """transformers' streamer, which passes text to a function instead of printing it."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -75,7 +75,7 @@ class _CallbackStreamer(TextStreamer):
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
-    """The prompt as ids [1, T], with the special tokens that the tokenizer or its template puts there."""
+    """The prompt as ids [1, T], with the special tokens that the tokenizer or its template adds."""
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("the tokenizer has no chat template: generate with chat=False")

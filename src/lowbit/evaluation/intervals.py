@@ -1,17 +1,17 @@
 """A 95 % confidence interval for a mean over tokens, from the spread between windows.
 
-Tokens of one window are not independent (a strange passage is strange throughout), so the interval that counts each
-token as a sample is too narrow. Here a window is the sample: the mean is the ratio sum(x_w) / sum(n_w), its standard
-error the ratio estimator's,
+Tokens of one window are not independent (a strange passage is strange throughout), so an interval that counts each
+token as a sample is too narrow. Here each window is one sample. The mean is the ratio sum(x_w) / sum(n_w), and its
+standard error is the ratio estimator's,
 
-    se^2 = W / (W - 1) * sum_w (x_w - mean * n_w)^2 / (sum_w n_w)^2,
+    se^2 = W / (W - 1) * sum_w (x_w - mean * n_w)^2 / (sum_w n_w)^2.
 
-and the half width is Student's t with W - 1 degrees of freedom times se, which few windows need. The alternative, a
-bootstrap over windows, needs no formula but is too narrow for the handful of windows that are usual. What neither sees:
-neighbouring windows of one article are alike, and another text is another question.
+The half width is se times Student's t with W - 1 degrees of freedom, which matters for few windows. A bootstrap over
+windows needs no formula, but is too narrow for the usual handful of windows. Neither sees that neighbouring windows of
+one article are alike, or that another text gives other figures.
 
-What it says of one model on this kind of text. Two models measured on the same windows are compared by their KL
-divergence, whose interval is far narrower than the difference of two perplexities.
+The interval describes one model on this kind of text. Compare two models on the same windows by their KL divergence:
+its interval is far narrower than the difference of two perplexities.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def mean_and_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, Inte
 
     Args:
         sums: [W] float64, the quantity summed over each window's tokens.
-        counts: [W] float64, how many tokens each window has.
+        counts: [W] float64, number of tokens of each window.
 
     Returns:
-        The mean, and (low, high), or None for the interval with fewer than two windows or a mean that is not finite.
+        The mean and (low, high). The interval is None with fewer than two windows or a mean that is not finite.
     """
     mean = float(sums.sum() / counts.sum())
     windows = len(sums)

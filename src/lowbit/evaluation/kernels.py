@@ -1,8 +1,7 @@
-"""How fast packed products are: each kernel beside torch's own products and the memory's own speed, in one run.
+"""Speed of packed products: each kernel against torch's own products and the memory's own speed, in one run.
 
-Weights are drawn at random and repeated until they are far larger than the caches, as a model's layers are. What is
-compared is measured in turns, a call of each in every round, so that what else the machine does meets all of them; a
-figure is the best of its rounds.
+Weights are random and repeated until they far exceed the caches, like a model's layers. All candidates are called in
+turn in every round, so other load on the machine affects all of them. Each figure is the best of its rounds.
 
 Shapes: T token, O output channel, I input channel.
 """
@@ -27,7 +26,7 @@ from lowbit.progress import Progress
 
 POOL_BYTES = 256 * 2**20
 ROUNDS = 40
-MANY = 32  # tokens; more of them are measured in fewer rounds
+MANY = 32  # tokens; more tokens are measured in fewer rounds
 
 
 @dataclass(frozen=True)
@@ -35,16 +34,17 @@ class KernelSpeed:
     """One kernel on one shape.
 
     Args:
-        bits, group_size, input: the weight, and how the float input meets it: ``fixed`` (as exact as float32), ``int8``
-            (rounded, a scale for each 128 channels), ``int8 a token`` (a scale a token) or, of many tokens, ``bf16`` (as it
-            is, by the way that is taken for it).
+        bits, group_size: format of the weight.
+        input: how the float input is used: ``fixed`` (as exact as float32), ``int8`` (rounded, a scale for each 128
+            channels), ``int8 a token`` (rounded, a scale for each token) or, with many tokens, ``bf16`` (as it is, by
+            the way chosen for it).
         rows: tokens.
         shape: ``OxI``.
-        us: microseconds of a call, preparing the input included.
+        us: microseconds of a call, including preparation of the input.
         gb_per_s: packed bytes over time.
-        bandwidth_share: of what reading the same bytes reaches in the same rounds.
-        speedup_bf16, speedup_fp32: over torch's ``linear`` in that type; speedup_int4: over torch's own product with
-            4-bit weights, where the weight has 4 bits.
+        bandwidth_share: share of the speed at which memory is read in the same rounds.
+        speedup_bf16, speedup_fp32: over torch's ``linear`` in that type.
+        speedup_int4: over torch's own product with 4-bit weights, if the weight has 4 bits.
     """
 
     kernel: str
@@ -66,7 +66,7 @@ class KernelSpeed:
 
 
 def shape_of(text: str) -> tuple[tuple[int, int], ...]:
-    """``4096x11008`` (out x in), or the linears of a model whose sizes have a name.
+    """The shape ``4096x11008`` (out x in), or the shapes of the linears of a model whose sizes have a name.
 
     Raises:
         ValueError: neither.
@@ -87,10 +87,16 @@ def measure_kernels(
     *,
     progress: Progress | None = None,
 ) -> list[KernelSpeed]:
-    """One :class:`KernelSpeed` for each shape, number of tokens, width and way of the input.
+    """One :class:`KernelSpeed` for each shape, number of tokens, width and kind of input.
+
+    Args:
+        shapes: ``(O, I)`` of each weight.
+        bits: widths of the codes.
+        rows: numbers of tokens.
+        group_size: weights that share a scale and a zero point.
 
     Raises:
-        ValueError: there are no compiled kernels, or widths that no integer grid has.
+        ValueError: there are no compiled kernels, or no integer grid has a width.
     """
     if not native.instruction_sets():
         raise ValueError("lowbit was installed without its compiled kernels; install a C++ compiler and reinstall it")
@@ -164,12 +170,12 @@ def _packed_linear(isa: str, x_TI: Tensor, pool: list[Tensor], out: int, name: s
 
 
 def random_tiles(spec: Spec, shape: tuple[int, int]) -> Tensor:
-    """A weight of random codes and scales, packed for the compiled kernels; nothing is quantized for it."""
+    """A weight of random codes and scales, packed for the compiled kernels. Nothing is quantized."""
     return native.pack(PackedLinear(spec, shape, random_tensors(spec, shape)))
 
 
 def _pool(tiles: Tensor) -> list[Tensor]:
-    """Copies of ``tiles`` in one piece of memory, many enough that none is in a cache when its turn comes."""
+    """Copies of ``tiles`` in one piece of memory, enough that none is in a cache when its turn comes."""
     step = -(-tiles.numel() // 64) * 64
     count = max(1, -(-POOL_BYTES // step))
     memory = torch.empty(count * step + 64, dtype=torch.uint8)

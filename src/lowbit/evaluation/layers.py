@@ -1,4 +1,4 @@
-"""How far one layer's output is from the original's: relative squared error, and the same in decibels."""
+"""The distance of one layer's output from the original's: relative squared error, and the same in decibels."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def output_error(reference: Tensor, candidate: Tensor) -> float:
-    """||reference - candidate||^2 / ||reference||^2, in float64: 0 is equal, 1 is as bad as giving zeros.
+    """||reference - candidate||^2 / ||reference||^2 in float64. 0 is equal; 1 is as bad as zeros.
 
     Args:
         reference, candidate: outputs of one shape, any float dtype.
 
     Returns:
-        The error; infinity where the reference is all zero and the candidate is not; NaN where either holds NaN.
+        The error; infinity if only the reference is all zero; NaN if either holds NaN.
 
     Raises:
         ValueError: the shapes differ.
@@ -32,7 +32,7 @@ def output_error(reference: Tensor, candidate: Tensor) -> float:
 
 
 def sqnr_db(reference: Tensor, candidate: Tensor) -> float:
-    """Signal to quantization noise ratio in dB, -10 log10(`output_error`): infinity is equal; NaN stays NaN."""
+    """Signal to quantization noise ratio in dB, -10 log10(`output_error`). Infinity is equal; NaN stays NaN."""
     error = output_error(reference, candidate)
     if error == 0:
         return math.inf

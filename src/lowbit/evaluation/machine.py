@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""The machine on which figures were measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowbit.kernels import native
 
 
 def cpu_name() -> str:
-    """The processor's name as its system gives it."""
+    """The processor's name, as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -22,7 +22,7 @@ def cpu_name() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, system, threads, torch and the compiled kernels that run here."""
+    """Processor, system, threads, torch, and the compiled kernels that run here."""
     return {
         "cpu": cpu_name(),
         "system": platform.platform(),

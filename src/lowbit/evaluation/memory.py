@@ -1,4 +1,4 @@
-"""Bytes: of this process at its peak, of a checkpoint on disk, of a model in memory."""
+"""Bytes of this process at its peak, of a checkpoint on disk, and of a model in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WEIGHT_SUFFIXES = frozenset({".safetensors", ".gguf", ".bin", ".pt", ".pth"})
 
 @dataclass(frozen=True)
 class DirectoryBytes:
-    """Bytes of a checkpoint: the files that hold tensors, and all files (config, tokenizer, card included)."""
+    """Bytes of a checkpoint: of the files that hold tensors, and of all files (config, tokenizer and card too)."""
 
     weights: int
     total: int
@@ -36,18 +36,22 @@ def peak_rss() -> int:
 
 
 def reset_peak_rss() -> bool:
-    """Let `peak_rss` count from now. False, and nothing is changed, where the system does not offer it (Linux does)."""
+    """Makes `peak_rss` count from now.
+
+    Returns:
+        False if the system does not offer this (Linux does); then nothing changes.
+    """
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
     peak, now = _status_bytes("VmHWM"), _status_bytes("VmRSS")
-    # Some sandboxes take the write and ignore it; what the kernel then reports tells.
+    # Some sandboxes accept the write and ignore it; the kernel's report shows that.
     return peak is not None and now is not None and peak <= now + 16 * 2**20
 
 
 def directory_bytes(path: str | Path) -> DirectoryBytes:
-    """Bytes of the files under `path` (a directory, or one file), links followed.
+    """Bytes of the files under `path` (a directory, or one file). Links are followed.
 
     Raises:
         ValueError: nothing is there.
@@ -61,7 +65,7 @@ def directory_bytes(path: str | Path) -> DirectoryBytes:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of the model's parameters and buffers; a storage that several share (tied weights) counts once."""
+    """Bytes of the model's parameters and buffers. Shared storage (tied weights) counts once."""
     storages: dict[tuple, int] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         storages[_storage_key(tensor)] = tensor.untyped_storage().nbytes()
@@ -69,13 +73,13 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def _storage_key(tensor: Tensor) -> tuple:
-    """What two tensors on one storage have in common. Meta tensors have no address and share only by identity."""
+    """A key that tensors on one storage share. Meta tensors have no address and share a key only with themselves."""
     address = tensor.untyped_storage().data_ptr()
     return (str(tensor.device), address or id(tensor))
 
 
 def _status_bytes(field: str) -> int | None:
-    """A field of /proc/self/status in bytes, None where there is no such file or field."""
+    """A field of /proc/self/status in bytes, or None if there is no such file or field."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -1,14 +1,14 @@
-"""Perplexity, and the distance to the original model, in one pass over the text.
+"""Perplexity and the divergence from the original model, in one pass over the text.
 
-Perplexity alone says little of a small change: its own uncertainty over twenty windows is some per cent, and a
-quantized model can gain on one passage what it loses on another. KL(original || quantized) and the share of positions
-where both rank the same token first compare the two models position by position, so they are measured in the same
-pass whenever the original is given.
+Perplexity alone says little about a small change: its uncertainty over twenty windows is some per cent, and a quantized
+model can gain on one passage what it loses on another. KL(original || quantized) and the share of positions where both
+rank the same token first compare the two models position by position. They are measured in the same pass if the
+original is given.
 
-Laws: a model against itself has KL exactly 0 and agreement exactly 1; the figures are those of `gptq`, `llama.cpp` and
-`word` in `windows.py`, whatever the model.
+Laws: a model against itself has KL exactly 0 and agreement exactly 1. Figures follow the protocols `gptq`, `llama.cpp`
+and `word` of `windows.py` for every model.
 
-Batch 1. Beside the models: one window's logits of each and a few chunks of them (see `divergence.py`).
+Batch 1. Memory in addition to the models: one window's logits of each, and a few chunks of them (see `divergence.py`).
 """
 
 from __future__ import annotations
@@ -32,18 +32,20 @@ from lowbit.progress import Progress
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured, on what, and how sure it is. Intervals are 95 % (see `intervals.py`), None for one window.
+    """Figures of one model on one text. Intervals are 95 % (see `intervals.py`), None with one window.
 
-    perplexity: exp of the mean negative log-likelihood per counted token (per word for `word`). NaN or infinity where
-        the model is broken, and then it is reported so and not hidden.
-    kl: mean KL(original || model) in nats per counted token; None without an original.
-    top1_agreement: share of counted positions where both have the same most likely token; None without an original.
-    reference_perplexity: the original's perplexity on the same tokens; None without an original.
-    tokens, words: predictions counted, and words where the protocol counts them.
-    windows, seq_len, protocol: how the text was cut.
-    text, ids_sha256: the text's name as the caller gave it, and a hash of the window length and the ids that were read.
-    broken_tokens: counted tokens whose negative log-likelihood or KL is NaN or infinite.
-    bits_per_weight, bytes: of the checkpoint; filled by who knows them, with `dataclasses.replace`.
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood per counted token (per word for `word`). NaN or infinity if
+            the model is broken.
+        kl: mean KL(original || model) in nats per counted token; None without an original.
+        top1_agreement: share of counted positions where both have the same most likely token; None without an original.
+        reference_perplexity: the original's perplexity on the same tokens; None without an original.
+        tokens, words: counted predictions, and words if the protocol counts them.
+        windows, seq_len, protocol: how the text was cut.
+        text: the text's name, as the caller gave it.
+        ids_sha256: a hash of the window length and the ids that were read.
+        broken_tokens: counted tokens whose negative log-likelihood or KL is NaN or infinite.
+        bits_per_weight, bytes: of the checkpoint; the caller fills them in, with `dataclasses.replace`.
     """
 
     perplexity: float
@@ -66,17 +68,17 @@ class Evaluation:
 
     @property
     def broken(self) -> bool:
-        """Whether the model gave something that is not a finite number."""
+        """Whether the model gave a value that is not a finite number."""
         return self.broken_tokens > 0 or not math.isfinite(self.perplexity)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields and `broken`, as values that strict JSON has: what is NaN or infinite becomes null."""
+        """The fields and `broken` as values of strict JSON; NaN and infinity become null."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: _json_safe(value) for name, value in values.items()} | {"broken": self.broken}
 
 
 class _WindowSums(NamedTuple):
-    """One window's sums over its counted tokens; those of the comparison are 0 without an original."""
+    """One window's sums over its counted tokens. Those of the comparison are 0 without an original."""
 
     tokens: float
     nll: float
@@ -98,7 +100,7 @@ def evaluate_model(
     text_name: str = "",
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure a causal LM on a text, in one pass, with the distance to the original model when that is given.
+    """Measures a causal LM on a text in one pass, with the divergence from the original model if that is given.
 
     Args:
         model: a transformers causal LM, quantized or not.
@@ -106,9 +108,9 @@ def evaluate_model(
         tokenizer: its transformers tokenizer; not needed for ids.
         protocol: `gptq`, `llama.cpp` or `word`, see `windows.py`.
         seq_len: tokens in a window.
-        windows: how many windows from the start of the text; None for all.
-        against: the original model, with the same vocabulary, or what was kept of it; gives KL and agreement.
-        text_name: what the result calls the text.
+        windows: number of windows from the start of the text; None: all.
+        against: the original model with the same vocabulary, or its kept states; gives KL and agreement.
+        text_name: the text's name in the result.
         progress: called as progress(done, total, description) before the first and after each window.
 
     Returns:
@@ -138,7 +140,7 @@ def evaluate_model(
 def _score_window(
     model: PreTrainedModel, against: PreTrainedModel | KeptOriginal | None, window: Window
 ) -> _WindowSums:
-    """Both models' forward passes over one window; their logits are gone when it returns."""
+    """Runs both models over one window and sums their scores. Their logits are freed when it returns."""
     counted = slice(window.first, window.first + len(window.targets))
     reference_TV = None
     if against is not None:
@@ -169,7 +171,7 @@ def _score_window(
 def _summarise(sums: Any, pieces: Cut, compared: bool, *, protocol: str, seq_len: int, text: str) -> Evaluation:
     """`sums` is a `_WindowSums` of columns [W]: each field holds that sum of every window."""
     tokens = int(sums.tokens.sum())
-    # Perplexity per word is the same total over another count.
+    # Perplexity per word divides the same total by another count.
     per_unit = 1.0 if pieces.words is None else tokens / pieces.words
     nll, nll_interval = mean_and_interval(sums.nll, sums.tokens)
     kl, kl_interval = mean_and_interval(sums.kl, sums.tokens)
@@ -195,7 +197,7 @@ def _summarise(sums: Any, pieces: Cut, compared: bool, *, protocol: str, seq_len
 
 
 def check_fits(model: PreTrainedModel, pieces: Cut) -> None:
-    """Raises ValueError where a window is longer than the model's positions or has ids that its vocabulary has not."""
+    """Raises ValueError if a window is longer than the model's positions or has ids outside its vocabulary."""
     longest = max(len(window.inputs) for window in pieces.windows)
     check_positions(model, longest, f"a window of {longest} tokens")
     limit = vocabulary_size(model)
@@ -222,12 +224,12 @@ def _bytes(ids: Tensor) -> bytes:
 
 
 def _exp(value: float) -> float:
-    """exp that says infinity where the result is beyond a float, and keeps NaN."""
+    """exp, with infinity for results beyond a float; NaN stays NaN."""
     return math.inf if value > 709 else math.exp(value)
 
 
 def _clipped(interval: Interval | None, mean: float, high: float) -> Interval | None:
-    """The interval inside [0, high], where the quantity itself lies; a mean of -1e-9 by rounding stays inside it."""
+    """The interval cut to [0, high], the range of the quantity. A mean of -1e-9 by rounding stays inside."""
     return interval and (max(interval[0], min(0.0, mean)), min(interval[1], high))
 
 

@@ -1,6 +1,6 @@
-"""Models of random weights, built packed: the speed and memory of a size that nobody has at hand, without its weights.
+"""Packed models of random weights: speed and memory of a model's size without its weights.
 
-What a product costs depends on shapes and widths, not on values. Nothing is quantized: codes and scales are drawn.
+The cost of a product depends on shapes and widths, not on values. Nothing is quantized: codes and scales are random.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lowbit.progress import Progress
 
 
 def linear_shapes(config: Any) -> tuple[tuple[int, int], ...]:
-    """``(out, in)`` of the linears of a block of the model that ``config`` describes, each once, in their order."""
+    """``(out, in)`` of the linears of a block of the model that ``config`` describes, in order, without repeats."""
     model = _empty(config)
     block = model_blocks(model, for_config(config), config)[0]
     shapes = (block.module.get_parameter(f"{path}.weight").shape for path in block.resolved.linears)
@@ -30,7 +30,7 @@ def linear_shapes(config: Any) -> tuple[tuple[int, int], ...]:
 
 
 def random_tensors(spec: Spec, shape: tuple[int, int]) -> dict[str, Tensor]:
-    """What a packed weight ``[O, I]`` stores, drawn at random: codes of every value, scales around 0.015."""
+    """Random tensors of a packed weight ``[O, I]``: codes of every value, scales around 0.015."""
     return {
         name: torch.randint(256, size, dtype=dtype)
         if dtype == torch.uint8
@@ -51,9 +51,9 @@ def random_model(
 
     Args:
         config: a transformers configuration of a causal language model.
-        bits: 1 to 8, or 16: everything stays in ``dtype``.
+        bits: 1 to 8, or 16 to keep everything in ``dtype``.
         group_size: weights that share a scale and a zero point.
-        dtype: of everything that is not packed.
+        dtype: dtype of everything that is not packed.
         progress: called as progress(done, total, description) around blocks.
 
     Raises:
@@ -72,14 +72,16 @@ def random_model(
                 block.module.set_submodule(path, _random_layer(linear, bits, group_size))
         _fill(block.module)
     _fill(model)
-    model.tie_weights()  # what was filled is new
+    model.tie_weights()  # filling made new parameters
     decoding.install(model)
     return model.eval().requires_grad_(False)
 
 
 def _empty(config: Any, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)  # which writes the dtype into it
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype
+        )  # from_config writes the dtype into the config
     model.tie_weights()
     return model
 
@@ -94,7 +96,7 @@ def _random_layer(linear: nn.Module, bits: int, group_size: int) -> QuantLinear:
 
 
 def _fill(module: nn.Module) -> None:
-    """Small random numbers for every parameter that has none."""
+    """Gives every meta parameter small random numbers."""
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             if parameter.is_meta:

@@ -1,11 +1,11 @@
-"""The original's logits without the original: hidden states that one pass kept, and the part behind the blocks.
+"""The original's logits without the original: hidden states that one pass kept, and the modules outside the blocks.
 
-Comparing many quantized models with one original by running it beside each of them costs a second forward pass and a
-second model in memory every time, for logits that are always the same. Kept logits would be the vocabulary's size times
-the tokens; the hidden states behind the last block are a hundred times smaller, and the model's own code makes the
-logits of them again (norm, head, and whatever a model does to them afterwards).
+Running the original with each of many quantized models costs a second forward pass and a second model in memory every
+time, for the same logits. Kept logits would take the vocabulary's size times the tokens. Hidden states after the last
+block are a hundred times smaller, and the model's own code makes the logits from them (norm, head, and any later
+scaling).
 
-Law: ``KeptOriginal(...).logits(ids)`` is bit for bit what the original gave for ``ids``.
+Law: ``KeptOriginal(...).logits(ids)`` equals the original's logits for ``ids`` bit for bit.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from lowbit.stages.stream import Stream, outside
 
 @contextmanager
 def keep_states(model: PreTrainedModel, directory: Path) -> Iterator[None]:
-    """While open, every forward pass of one sequence leaves the hidden states behind the last block in ``directory``.
+    """While open, every forward pass of one sequence writes the hidden states after the last block to ``directory``.
 
-    A file a sequence, named by its ids, so that they are found again whatever the order.
+    Each sequence has one file, named by a hash of its ids.
     """
     directory.mkdir(parents=True, exist_ok=True)
     running: list[Path] = []
@@ -54,11 +54,11 @@ def keep_states(model: PreTrainedModel, directory: Path) -> Iterator[None]:
 
 
 class KeptOriginal:
-    """An original model of which only what lies outside its blocks is in memory, and hidden states are on disk.
+    """An original model with only the modules outside its blocks in memory, and hidden states on disk.
 
     Args:
         source: the original's checkpoint.
-        directory: what :func:`keep_states` filled, from a model in float32.
+        directory: filled by :func:`keep_states` from a model in float32.
     """
 
     def __init__(self, source: ModelSource, directory: Path):

@@ -1,10 +1,9 @@
 """Tokens per second: prefill (the prompt in one forward pass) and decode (one token at a time on the KV cache).
 
-The two are different machines' limits, arithmetic and memory bandwidth, and a packed model can win one and lose the
-other, so they are never averaged. A pass is a prefill, which like `generate` computes the last position's logits only
-where the model can, and then `new_tokens` greedy steps on the cache that it filled. One full pass warms up and is not
-counted; the figures are medians over the others. The prompt is random ids: what a dense model's time depends on is
-their number.
+The two have different limits, arithmetic and memory bandwidth. A packed model can win one and lose the other, so they
+are never averaged. A pass is a prefill, which computes only the last position's logits if the model can (as in
+`generate`), and then `new_tokens` greedy steps on the filled cache. One full pass warms up and is not counted; figures
+are medians over the others. The prompt is random ids, because a dense model's time depends only on their number.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ PILOT_PROMPT, PILOT_STEPS = 16, 2
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians over `repeats` passes, and what a pass was: a budget may have made it shorter than asked."""
+    """Medians over `repeats` passes, and the tokens of a pass, which a budget may have reduced."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
@@ -44,7 +43,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many tokens and passes to time."""
+    """The number of tokens and passes to time."""
 
     prompt_tokens: int
     new_tokens: int
@@ -62,16 +61,16 @@ def measure_speed(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Speed:
-    """Time prefill and decode of a transformers causal LM at batch 1.
+    """Times prefill and decode of a transformers causal LM at batch 1.
 
     Args:
-        model: the model, on the device it is to be measured on.
+        model: the model, on the device to measure.
         prompt_tokens: ids in the prompt.
         new_tokens: decode steps, each a forward pass of one token.
         repeats: counted passes.
         time_budget_s: seconds for everything; a short pilot decides how many passes and tokens fit, and the result
-            says how many were taken. None: no limit.
-        make_cache: makes an empty KV cache; transformers' DynamicCache for None.
+            gives their numbers. None: no limit.
+        make_cache: makes an empty KV cache; None: transformers' DynamicCache.
         seed: of the prompt's ids.
         progress: called as progress(done, total, description) around passes.
 
@@ -107,15 +106,15 @@ def measure_speed(
 
 
 def fit_budget(plan: Plan, prompt_token_s: float, new_token_s: float, budget_s: float) -> Plan:
-    """The plan that fits `budget_s`, the pass that warms up included: first fewer repeats, then fewer tokens.
+    """The plan that fits `budget_s`, including the warm-up pass: first fewer repeats, then fewer tokens.
 
     Args:
-        plan: what was asked.
+        plan: the requested plan.
         prompt_token_s, new_token_s: seconds of one prompt token and of one decode step.
         budget_s: seconds for all passes.
 
     Returns:
-        At least one repeat of one prompt token and one step, whatever that takes.
+        A plan with at least one repeat of one prompt token and one step, even if that exceeds the budget.
     """
     pass_s = plan.prompt_tokens * prompt_token_s + plan.new_tokens * new_token_s
     passes = int(budget_s / pass_s)
@@ -132,7 +131,10 @@ def fit_budget(plan: Plan, prompt_token_s: float, new_token_s: float, budget_s: 
 def _pilot(
     model: PreTrainedModel, prompt_T: Tensor, plan: Plan, make_cache: Callable[[], Any], budget_s: float
 ) -> Plan:
-    """A short pass to warm up and one to time; long prompts are faster a token, so the guess errs on the short side."""
+    """Fits the plan by one short pass to warm up and one to time.
+
+    Long prompts cost less per token, so the plan errs on the short side.
+    """
     start = time.perf_counter()
     prompt_tokens, steps = min(PILOT_PROMPT, plan.prompt_tokens), min(PILOT_STEPS, plan.new_tokens)
     _timed_pass(model, prompt_T[:prompt_tokens], steps, make_cache())
@@ -155,7 +157,7 @@ def _timed_pass(model: PreTrainedModel, prompt_T: Tensor, new_tokens: int, cache
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, after the device has finished what it was given."""
+    """Seconds, after the device has finished all its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()

@@ -1,23 +1,23 @@
-"""What a perplexity protocol is: which windows the text is cut into, and which predictions of each are counted.
+"""Perplexity protocols: the windows that a text is cut into, and the predictions of each that are counted.
 
-Three protocols are in use and give different figures for one model on one text, so each has a name and a figure is
-never reported without it:
+Three protocols are in use. They give different figures for one model on one text, so a figure is always reported with
+its protocol:
 
 * `gptq`: disjoint windows of `seq_len` ids from the start of the text, all `seq_len - 1` predictions of each counted.
   The usual protocol of the papers on quantization.
-* `llama.cpp`: the same windows, but only the predictions made at positions `seq_len // 2` to `seq_len - 2` are
-  counted, `seq_len - seq_len // 2 - 1` a window, so that each has at least half a window of context. Where the
-  tokenizer puts a BOS before a text, the whole text starts with one, and the first id of every window is replaced by
-  BOS (it is context, never counted). Read from `tools/perplexity/perplexity.cpp` of llama.cpp; unlike that tool a text
-  of a single window is accepted. The tokenizers are transformers', not llama.cpp's.
+* `llama.cpp`: the same windows, but only the predictions at positions `seq_len // 2` to `seq_len - 2` are counted
+  (`seq_len - seq_len // 2 - 1` in each window), so each has at least half a window of context. If the tokenizer puts a
+  BOS before a text, the whole text starts with one, and BOS replaces the first id of every window (context, never
+  counted). Read from `tools/perplexity/perplexity.cpp` of llama.cpp. Unlike that tool, a text of a single window is
+  accepted, and the tokenizers are transformers'.
 * `word`: lm-eval's word perplexity, exp(total negative log-likelihood / number of words). Every token of a document
-  is predicted once, `seq_len` of them a window with one token of left context, the very first from BOS (EOS where
-  there is no BOS); the last window of a document predicts what is left and fills up with the context before it. Words
-  are the pieces of `re.split(r"\\s+", document)`, as lm-eval counts them: a document that ends in white space has one
-  more. Read from lm-eval 0.4.13 and tested against it. Two things are not done here: lm-eval lets a tokenizer add its
-  own special tokens to the document, and its wikitext task detokenizes the text first.
+  is predicted once, `seq_len` in each window with one token of left context, and the very first from BOS (EOS without
+  a BOS). The last window of a document predicts the rest and fills up with the context before it. Words are the pieces
+  of `re.split(r"\\s+", document)`, as in lm-eval: a document that ends in white space has one more. Read from lm-eval
+  0.4.13 and tested against it. Two things differ: lm-eval lets a tokenizer add its own special tokens to the document,
+  and its wikitext task detokenizes the text first.
 
-A text is tokenized as ONE string without special tokens. The last piece that fills no window is dropped, except by
+A text is tokenized as ONE string without special tokens. A last piece shorter than a window is dropped, except by
 `word`, which predicts every token.
 
 Shape suffixes: N windows, T tokens.
@@ -39,7 +39,7 @@ Text = str | Sequence[str] | Tensor
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """One forward pass: `inputs` [T] int64; logits[first : first + len(targets)] predict `targets` int64."""
+    """One forward pass. The logits of `inputs` [T] at positions first, first + 1, .. predict `targets`; both int64."""
 
     inputs: Tensor
     targets: Tensor
@@ -48,25 +48,25 @@ class Window:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """A text cut by a protocol: its windows in order, and the words they hold where perplexity is per word."""
+    """A text cut by a protocol: its windows in order, and their number of words if perplexity is per word."""
 
     windows: tuple[Window, ...]
     words: int | None = None
 
 
 def cut(text: Text, tokenizer: Any, protocol: str, seq_len: int, windows: int | None) -> Cut:
-    """Cut `text` into the first `windows` windows (all of them for None) of the protocol of that name.
+    """The first `windows` windows of `text`, cut by a protocol.
 
     Args:
         text: one string, documents (`word` only) or ids.
-        tokenizer: a transformers tokenizer; may be None for ids, and no BOS is known then.
+        tokenizer: a transformers tokenizer; may be None for ids, and then no BOS is known.
         protocol: a name of `PROTOCOLS`.
         seq_len: ids in a window.
-        windows: how many; None for as many as there are.
+        windows: number of windows; None: all.
 
     Raises:
-        ValueError: an unknown protocol, a text that holds fewer windows than asked or none, a window too short to
-            predict anything, ids of the wrong shape or type, no tokenizer where one is needed.
+        ValueError: an unknown protocol, a text with fewer windows than asked or none, a window too short to predict
+            anything, ids of the wrong shape or type, a missing tokenizer.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown perplexity protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
@@ -112,7 +112,7 @@ def _rolling_windows(text: Text, tokenizer: Any, seq_len: int, count: int | None
         pieces = pieces[: None if count is None else count - len(windows)]
         windows += pieces
         scored = sum(len(piece.targets) for piece in pieces)
-        # A document cut short by `count` is judged by the words of the part that was predicted.
+        # A document cut short by `count` counts only the words of its predicted part.
         words += _words(document if scored == len(ids) else tokenizer.decode(ids[:scored].tolist()))
     if not windows or (count is not None and len(windows) < count):
         raise ValueError(_too_short(len(windows), seq_len, count))
@@ -120,12 +120,12 @@ def _rolling_windows(text: Text, tokenizer: Any, seq_len: int, count: int | None
 
 
 def _rolled(stream: Tensor, seq_len: int) -> list[Window]:
-    """Every token of `stream` [1 + T] but the first as a target once, in windows of at most `seq_len` inputs."""
+    """Windows of at most `seq_len` inputs that predict every token of `stream` [1 + T] except the first once."""
     predicted = len(stream) - 1
     windows = []
     for start in range(0, predicted, seq_len):
         end = min(start + seq_len, predicted)
-        context = max(0, end - seq_len)  # earlier than `start` only in a short last window
+        context = max(0, end - seq_len)  # before `start` only in a short last window
         windows.append(Window(stream[context:end], stream[start + 1 : end + 1], start - context))
     return windows
 
@@ -171,7 +171,7 @@ def _too_short(held: int, seq_len: int, count: int | None) -> str:
 
 
 def _bos_before_text(tokenizer: Any) -> int | None:
-    """The BOS id where this tokenizer puts one before a text, else None."""
+    """The BOS id if this tokenizer puts one before a text, else None."""
     if tokenizer is None or tokenizer.bos_token_id is None:
         return None
     start = tokenizer("a")["input_ids"][:1]

@@ -1,6 +1,6 @@
-"""Where a model is hard to quantize: outlier channels, massive tokens, weight ranges, and the layers that lose most.
+"""Where a model is hard to quantize: outlier channels, massive tokens, weight ranges, layers with large errors.
 
-What the figures of SmoothQuant (arXiv:2211.10438) show, for every input of every block, as tables and plots.
+It shows the figures of SmoothQuant (arXiv:2211.10438) for every input of every block, as tables and plots.
 """
 
 from lowbit.inspection.collect import inspect_model

@@ -1,7 +1,7 @@
-"""inspect: a model streamed block by block, and every linear and its input looked at.
+"""inspect: streams a model block by block, and measures every linear and its input.
 
-One block of original weights and the hidden states of a few windows are held at a time, as when the model is quantized,
-and one forward pass serves both to look at a block and to make the next one's input.
+One block of original weights and the hidden states of a few windows are held at a time, as in quantization. One forward
+pass both measures a block and makes the next block's input.
 
 Shapes: O output channel, I input channel, T token.
 """
@@ -31,12 +31,12 @@ from lowbit.progress import Progress
 from lowbit.stages.stream import Call, Stream
 from lowbit.steps import BlockIO, BlockState
 
-_TOKENS = 256  # sampled to measure a layer's output error
+_TOKENS = 256  # sampled for a layer's output error
 
 
 @dataclass(frozen=True)
 class TokenPeak(Statistic):
-    """Largest magnitude of each token, ``[T]``, in the order in which they came."""
+    """Largest magnitude of each token, ``[T]``, in order."""
 
     def merge(self, x_TI: Tensor) -> Tensor:
         return x_TI.abs().amax(1)
@@ -54,15 +54,15 @@ def inspect_model(
     out: str | PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
-    """Runs a few windows of text through ``model``, a block at a time, and looks at every linear and its input.
+    """Runs a few windows of text through ``model``, block by block, and measures every linear and its input.
 
     Args:
         model: as for :func:`lowbit.quantize`.
         calibration: a text, ``self``, ids ``[N, T]`` or a Calibration.
-        samples, seq_len: how many windows of how many tokens of a text.
-        out: a directory for ``inspection.md``, ``inspection.json``, the plots, and ``channels.safetensors``, the largest
-            magnitude of every channel of every input; None: nothing is written.
-        progress: called with blocks done, blocks in all, and what is being done.
+        samples, seq_len: number of windows of a text, and tokens of each.
+        out: a directory for ``inspection.md``, ``inspection.json``, the plots, and ``channels.safetensors`` (the
+            largest magnitude of every channel of every input). None: nothing is written.
+        progress: called with finished blocks, all blocks, and the current activity.
 
     Raises:
         ValueError: a model or a text that cannot be used.
@@ -89,9 +89,9 @@ def inspect_model(
 
 
 def _original_blocks(source: ModelSource, ids: Tensor) -> Iterator[tuple[BlockState, int]]:
-    """Every block with its original weights and inputs, and how many there are.
+    """Every block with its original weights and inputs, and the number of blocks.
 
-    A block must have been run over all windows, once, before the next is asked for: its answers are the next one's inputs.
+    Run each block over all windows, once, before asking for the next: its outputs are the next one's inputs.
     """
     model, architecture = source.skeleton(unfuse=True), for_config(source.config)
     blocks = model_blocks(model, architecture, source.config)
@@ -164,7 +164,7 @@ def _input_row(
 
 
 def _over(values: Tensor, limit: float) -> list[int]:
-    """Places of the values over ``limit``, largest first; none where the limit is zero (an input that is mostly dead)."""
+    """Indices of the values over ``limit``, largest first. Empty if the limit is zero (a mostly dead input)."""
     if limit <= 0:
         return []
     order = values.argsort(descending=True)

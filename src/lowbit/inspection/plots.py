@@ -1,4 +1,4 @@
-"""The three figures of an inspection. Drawn without pyplot, so that no display and no global state is touched.
+"""The three figures of an inspection. They do not use pyplot, so they touch no display and no global state.
 
 Shapes: B block, C channel.
 """
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from lowbit.inspection.rows import MASSIVE, OUTLIER, InputRow, Inspection
 
-_BINS = 512  # columns of a heat map; more channels are pooled by maximum, so that a lone outlier stays visible
+_BINS = 512  # columns of a heat map; more channels are pooled by maximum, so a lone outlier stays visible
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
 def draw_channels(inspection: Inspection, channels: Mapping[str, Tensor], file: Path) -> None:
-    """A heat map for each role of input: blocks down, channels across, the ratio of a channel's maximum to the median's."""
+    """A heat map for each role of input: channel maxima over the median channel's, blocks down, channels across."""
     roles = _roles(inspection)
     rows = -(-len(roles) // 2)
     figure = Figure(figsize=(13, 1.2 + 3.2 * rows), layout="constrained")
@@ -53,7 +53,7 @@ def draw_channels(inspection: Inspection, channels: Mapping[str, Tensor], file: 
 
 
 def _mark_outliers(axes: Any, inputs: list[InputRow], wide: int, count: int = 4) -> None:
-    """A circle and a number at the largest outliers, which are a pixel or two in the map, where there is room for both."""
+    """Marks the largest outliers, a pixel or two in the map, with a circle and a number where there is room."""
     places = sorted(((ratio, channel, row.block) for row in inputs for channel, ratio in row.outliers), reverse=True)
     high, marked = 1 + max(row.block for row in inputs), []
     for ratio, channel, block in places:
@@ -80,7 +80,7 @@ def _roles(inspection: Inspection) -> list[str]:
 
 
 def _ratios(inputs: list[InputRow], channels: Mapping[str, Tensor]) -> Tensor:
-    """``[B, bins]``: each channel's maximum over the median channel's, NaN for blocks without such an input."""
+    """Each channel's maximum over the median channel's, ``[B, bins]``; NaN for blocks without such an input."""
     bins = min(_BINS, max(row.channels for row in inputs))
     ratio_BC = torch.full((1 + max(row.block for row in inputs), bins), torch.nan)
     for row in inputs:  # several of one block are experts: the largest counts
@@ -91,7 +91,7 @@ def _ratios(inputs: list[InputRow], channels: Mapping[str, Tensor]) -> Tensor:
 
 
 def draw_tokens(inspection: Inspection, channels: Mapping[str, Tensor], file: Path) -> None:
-    """Lines over blocks for each role of input: the largest and the median token; massive ones are marked and named."""
+    """The largest and the median token over blocks for each role of input; massive tokens are marked and named."""
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots()
     for role, colour in zip(_roles(inspection), _COLOURS * 99, strict=False):
@@ -134,7 +134,7 @@ def draw_tokens(inspection: Inspection, channels: Mapping[str, Tensor], file: Pa
 
 
 def _one_a_block(inputs: list[InputRow]) -> list[InputRow]:
-    """The row of the largest magnitude in each block: of experts, the worst."""
+    """The row with the largest magnitude in each block: of experts, the worst."""
     worst: dict[int, InputRow] = {}
     for row in inputs:
         if row.block not in worst or row.largest > worst[row.block].largest:
@@ -143,7 +143,7 @@ def _one_a_block(inputs: list[InputRow]) -> list[InputRow]:
 
 
 def draw_layers(inspection: Inspection, channels: Mapping[str, Tensor], file: Path) -> None:
-    """Above, the error of each role over blocks (of experts, the worst); below, the 20 layers that lose most."""
+    """Above: each role's error over blocks (of experts, the worst). Below: the 20 layers with the largest error."""
     hardest = inspection.hardest[:20]
     roles = list(dict.fromkeys(row.role for row in inspection.rows))
     colour = dict(zip(roles, _COLOURS * 99, strict=False))

@@ -1,9 +1,9 @@
-"""What an inspection finds, as rows, and the tables that a person reads.
+"""The rows of an inspection, and its tables for people.
 
-The rules are conventions and no laws: a channel is an outlier where its largest magnitude is over ``OUTLIER`` times that of
-the median channel of the same input; a token is massive where its largest magnitude is over ``MASSIVE`` times that of the
-median token. A layer's hardness is the relative squared error of its output, on sampled tokens, when its weight is rounded
-to nearest in ``ROUNDED`` and nothing else changes.
+The limits are conventions. A channel is an outlier if its largest magnitude exceeds ``OUTLIER`` times the median
+channel's in the same input. A token is massive if its largest magnitude exceeds ``MASSIVE`` times the median token's. A
+layer's hardness is the relative squared error of its output on sampled tokens when only its weight is rounded to
+nearest in ``ROUNDED``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ ROUNDED = Spec(Int(4), PerGroup(64))
 
 @dataclass(frozen=True)
 class MassiveToken:
-    """``ratio``: to the median token. ``window`` and ``position`` are None where an expert saw only some of the tokens."""
+    """A token with a very large magnitude.
+
+    Attributes:
+        window, position: None if an expert saw only some of the tokens.
+        ratio: of its magnitude to the median token's.
+    """
 
     window: int | None
     position: int | None
@@ -32,9 +37,14 @@ class MassiveToken:
 
 @dataclass(frozen=True)
 class InputRow:
-    """One shared input. Magnitudes: of the largest channel, of the median channel's largest, of the median token's largest.
+    """One shared input.
 
-    outliers: ``(channel, ratio to the median channel)``, largest first. massive: tokens, largest first.
+    Attributes:
+        largest: largest magnitude of all channels.
+        median_channel: median over channels of their largest magnitudes.
+        median_token: median over tokens of their largest magnitudes.
+        outliers: ``(channel, ratio to the median channel)``, largest first.
+        massive: massive tokens, largest first.
     """
 
     name: str
@@ -51,7 +61,7 @@ class InputRow:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One linear: its weight's range, and its relative squared output error (None: it saw no token)."""
+    """One linear: its weight's range, and its relative squared output error (None if it saw no token)."""
 
     name: str
     role: str
@@ -65,7 +75,13 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was seen. ``rows``: linears in the order of the model; ``inputs``: what they read; ``files``: what was written."""
+    """The result of an inspection.
+
+    Attributes:
+        rows: linears in the model's order.
+        inputs: the inputs that they read.
+        files: written files.
+    """
 
     model: str
     calibration: str
@@ -76,7 +92,7 @@ class Inspection:
 
     @property
     def hardest(self) -> list[LayerRow]:
-        """Layers by falling output error."""
+        """Layers by descending output error."""
         return sorted((row for row in self.rows if row.error is not None), key=lambda row: -(row.error or 0.0))
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +109,7 @@ class Inspection:
 
 
 def markdown(inspection: Inspection, count: int = 20) -> str:
-    """Tables of the hardest layers, the widest inputs and the massive tokens, ``count`` rows each."""
+    """Tables of the hardest layers, the widest inputs and the massive tokens, up to ``count`` rows each."""
     widest = sorted(inspection.inputs, key=lambda row: -row.largest / max(row.median_channel, 1e-30))[:count]
     massive = [(row.name, token) for row in inspection.inputs for token in row.massive]
     massive = sorted(massive, key=lambda pair: -pair[1].magnitude)[:count]

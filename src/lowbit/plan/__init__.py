@@ -1,7 +1,7 @@
-"""What a run would do and cost, before it: from config.json and the headers of the shards, in seconds.
+"""Plans: what a run would do and cost, from config.json and the shard headers, in seconds.
 
-:func:`plan` answers what comes out and what it takes; :func:`explain` says, step by step, what would happen to each
-layer. Both raise what a run would raise about its request, before any weight is read.
+:func:`plan` says what comes out and what the run takes. :func:`explain` says, step by step, what happens to each layer.
+Both raise what a run would raise for the same request, before any weight is read.
 """
 
 from lowbit.plan.explanation import Explanation, explain

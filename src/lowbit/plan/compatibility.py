@@ -1,7 +1,7 @@
-"""Who can run what a recipe makes: this package, and the formats that others read.
+"""Compatibility: who can run the result of a recipe, this package and readers of other formats.
 
-What a file format cannot hold is asked of the format's own class (:mod:`lowbit.checkpoints.formats`), with the description
-of the model that the recipe would make. ``lowbit export`` asks the same class about the checkpoint.
+Each format's class (:mod:`lowbit.checkpoints.formats`) gives the reason why it cannot hold a model. ``plan`` asks it
+with the description of the model that the recipe would make, ``lowbit export`` with the checkpoint's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lowbit.transforms import Permute
 
 
 def compatibility(plan: ModelPlan) -> dict[str, str]:
-    """``yes: ...`` or ``no: ...`` by the name of a runtime or format."""
+    """``yes: ...`` or ``no: ...`` for each runtime and format, by name."""
     kernels = kernel_reasons(plan)
     new_biases = [f"{block.name}.{path}" for block in plan.blocks for path in block.description.biases]
     description = model_description(plan)
@@ -37,8 +37,10 @@ def compatibility(plan: ModelPlan) -> dict[str, str]:
 
 
 def model_description(plan: ModelPlan) -> ModelDescription:
-    """The description of the checkpoint that a run would write, as far as it is known before: sizes that a search or a
-    solver chooses are bounds, and those of outliers are unknown."""
+    """The description of the checkpoint that a run would write, as far as it is known before the run.
+
+    Sizes that a search or a solver chooses are upper bounds. Numbers of outliers are unknown.
+    """
     return ModelDescription(
         {f"{block.name}.{path}": _with_solver(plan.description(layer), layer) for block, path, layer in plan.layers},
         attention={
@@ -49,7 +51,7 @@ def model_description(plan: ModelPlan) -> ModelDescription:
 
 
 def _with_solver(description: LinearDescription, layer: LayerDescription) -> LinearDescription:
-    """``description`` with the transforms and side terms that the solver may store with the linear."""
+    """``description`` with the transforms and side terms that the solver may add to the linear."""
     pre, side_terms = (), ()
     if layer.ordered:
         pre = serialize_transforms.describe("pre", [Permute(torch.arange(description.shape[1]))])
@@ -63,7 +65,7 @@ def _with_solver(description: LinearDescription, layer: LayerDescription) -> Lin
 
 
 def kernel_reasons(plan: ModelPlan) -> dict[str, str]:
-    """Kernel -> what it runs, in words, over the distinct layers; each as it would be chosen for one vector on a CPU."""
+    """Kernel -> the roles that it runs, in words. Kernels are those chosen for one vector on a CPU."""
     roles: dict[str, dict[str, None]] = {}
     for block, path, layer in plan.layers:
         kernel = chosen_kernel(plan.description(layer))
@@ -72,11 +74,11 @@ def kernel_reasons(plan: ModelPlan) -> dict[str, str]:
 
 
 def chosen_kernel(description: LinearDescription) -> str:
-    """The kernel that would run the described layer. Allocates nothing: every tensor is one number, expanded."""
+    """The kernel that would run the described layer for one vector. Allocates no memory for it."""
     tensors = {name: torch.zeros((), dtype=d).expand(s) for name, (s, d) in description.layout().items()}
     act = description.act
     layer = PackedLinear(description.spec, description.shape, tensors, act and act.spec)
     layer = replace(layer, threshold=0.0 if act is None else act.threshold)
-    if native.why_unpackable(layer) is None:  # it would be packed when it is loaded
+    if native.why_unpackable(layer) is None:  # loading would pack it
         layer = replace(layer, tiles=torch.empty(0, dtype=torch.uint8))
     return next(reason.kernel for reason in explain(layer, 1) if reason.why_not is None)

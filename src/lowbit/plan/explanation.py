@@ -1,4 +1,4 @@
-"""explain: a recipe on a model in sentences, derived from what its steps declare and from the edges that the model has."""
+"""explain: a recipe on a model in sentences, from the declarations of its steps and the edges of the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from lowbit.steps import EdgeUse
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a recipe would do. ``steps``: in order, for every block. ``layers``: as in a plan. ``notes``: what it would not do."""
+    """What a recipe would do.
+
+    Attributes:
+        steps: a sentence or more for each step, in order.
+        layers: as in a plan.
+        notes: inputs of the blocks, attention, warnings, and what is left out.
+    """
 
     steps: tuple[str, ...]
     layers: tuple[PlannedLayer, ...]
@@ -32,7 +38,14 @@ class Explanation:
 
 
 def explain(recipe: Recipe | str | Path | dict[str, Any], model: str | PathLike[str]) -> Explanation:
-    """What ``recipe`` would do to each layer of ``model``, without reading a weight. Raises as :func:`lowbit.plan.plan`."""
+    """What ``recipe`` would do to each layer of ``model``. Reads no weight.
+
+    Args:
+        recipe, model: as for :func:`lowbit.quantize`.
+
+    Raises:
+        ValueError: as :func:`lowbit.plan.plan`.
+    """
     plan = plan_model(model, recipe)
     steps = tuple(" ".join(_sentences(plan, step)) for step in plan.recipe.steps)
     notes = (*_feed(plan), *_attention(plan), *plan.architecture.warnings, *_left_out(plan))
@@ -63,7 +76,7 @@ def _left_out(plan: ModelPlan) -> list[str]:
 
 
 def _sentences(plan: ModelPlan, step: Any) -> Iterator[str]:
-    """What the step is, its settings, the transforms it makes and where, and what it must measure."""
+    """The step's summary and settings, its transforms and where they apply, and what it measures."""
     yield f"{type(step).__name__}: {_summary(step)}"
     settings = _settings(step, " = ")
     if settings:
@@ -78,7 +91,7 @@ def _sentences(plan: ModelPlan, step: Any) -> Iterator[str]:
 
 
 def _where(plan: ModelPlan, use: EdgeUse) -> Iterator[str]:
-    """Where a transform is folded, and where linears run it."""
+    """Where a transform is folded and where linears run it."""
     folded: dict[str, set[str]] = {}
     run: dict[str, set[str]] = {}
     for block in plan.blocks:
@@ -103,19 +116,19 @@ def _places(plan: ModelPlan, names: dict[str, set[str]]) -> str:
 
 
 def _summary(value: Any) -> str:
-    """The first sentence of a docstring, as a reader without the source wants it."""
+    """The first paragraph of the class's docstring, without markup."""
     text = " ".join((inspect.getdoc(type(value)) or "").split("\n\n")[0].split())
     return text.replace("``", "")
 
 
 def _settings(value: Any, equals: str) -> list[str]:
-    """The fields that say something: what is off or left open is not listed."""
+    """The fields that are set: None and False are left out."""
     listed = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
     return [f"{name}{equals}{_value(item)}" for name, item in listed if item is not None and item is not False]
 
 
 def _value(value: Any) -> str:
-    """A setting in short: a frozen value by its name and settings."""
+    """A setting in short form; a frozen value by its name and settings."""
     if isinstance(value, tuple):
         return ", ".join(map(_value, value)) if len(value) == 1 else f"({', '.join(map(_value, value))})"
     if not dataclasses.is_dataclass(value):

@@ -1,4 +1,4 @@
-"""plan: what comes out of a run, how large, and what it takes."""
+"""plan: what comes out of a run, how large it is, and what the run takes."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ class Plan:
     """What a run would give and cost.
 
     Attributes:
-        name: the model's. recipe: as plain data. architecture: the table's name.
-        layers: every matrix of the model, quantized or not, with why not.
-        bytes_in: of all tensors of the original checkpoint.
-        bytes_out: of all tensors that will be written; file headers, a few KiB a block, come on top. Exact where no solver and
-            no search decides. A column order or copied channels that may be stored are counted, weights kept in half precision
-            are not; and biases that a shift adds to experts are counted even if no calibration token reaches them.
-        bits_per_weight: all stored bits of the quantized linears over their weights, counted the same.
-        peak_ram_bytes: an estimate, see :mod:`lowbit.plan.peak`; ``peak_ram_parts`` are its terms by moment of the run.
-        peak_disk_bytes: of temporary files: activations beyond the memory limit, Fisher information; the checkpoint comes on top.
+        name: the model's name.
+        recipe: as plain data.
+        architecture: name of the architecture's table.
+        layers: every matrix of the model, quantized or not.
+        bytes_in: bytes of all tensors of the original checkpoint.
+        bytes_out: bytes of all tensors that will be written; file headers, a few KiB for each block, are not counted.
+            Exact where no solver and no search decides. Column orders and copied channels that may be stored are
+            counted; weights kept in half precision are not. Biases that a shift adds to experts are counted even if no
+            calibration token reaches the expert.
+        bits_per_weight: all stored bits of the quantized linears over their number of weights, counted in the same way.
+        peak_ram_bytes: an estimate, see :mod:`lowbit.plan.peak`.
+        peak_ram_parts: terms of the estimate, by moment of the run.
+        peak_disk_bytes: bytes of temporary files (activations beyond the memory limit, Fisher information), without the
+            checkpoint.
         warnings: what the user should know and may accept.
         compatibility: by runtime or format, ``yes: ...`` or ``no: ...`` with the reason.
     """
@@ -60,16 +65,16 @@ def plan(
     seq_len: int = 512,
     ram_limit: int = 2**32,
 ) -> Plan:
-    """What quantizing ``model`` by ``recipe`` would give and cost, from config.json and shard headers: no weight is read.
+    """What quantizing ``model`` by ``recipe`` would give and cost, from config.json and shard headers. Reads no weight.
 
     Args:
         model, recipe: as for :func:`lowbit.quantize`.
-        samples, seq_len: calibration windows and their length; ``samples=0`` for a run without calibration text.
+        samples, seq_len: number and length of calibration windows; ``samples=0`` for a run without calibration text.
         ram_limit: bytes of activations in memory; more go to files.
 
     Raises:
-        ValueError: what a run would refuse: a model that cannot be opened or is quantized already, a rule that matches no
-            layer, a format that a layer cannot have.
+        ValueError: what a run would refuse: a model that cannot be opened or is quantized already, a rule that matches
+            no layer, a format that a layer cannot have.
     """
     checked = plan_model(model, recipe)
     layers = planned_layers(checked)

@@ -1,4 +1,4 @@
-"""Every matrix of the model, one row each: its format, or why it stays as it is."""
+"""Every matrix of the model in one row: its format, or why it stays as it is."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ class PlannedLayer:
     """One matrix of the model.
 
     Attributes:
-        name, role: its full name, and the name that rules call it by.
-        shape: ``(out, in)`` of a linear, else the tensor's.
-        weight, activation: the formats in words; None: as it is.
-        bits_per_weight: everything stored for it (a bias aside) over its weights, a column order that its solver may add
-            included; 0 where it is stored with another layer.
-        reason: why it is not quantized; empty where it is.
+        name: full name.
+        role: the name that rules use.
+        shape: ``(out, in)`` of a linear, else the tensor's shape.
+        weight, activation: formats in words; None: unchanged.
+        bits_per_weight: all bits stored for it, without a bias, over its number of weights. A column order that its
+            solver may add is included. 0 if it is stored with another layer.
+        reason: why it is not quantized; empty if it is.
     """
 
     name: str
@@ -55,7 +56,7 @@ class PlannedLayer:
 
 
 def planned_layers(plan: ModelPlan) -> tuple[PlannedLayer, ...]:
-    """All matrices in the order of the model: what comes before the blocks, the blocks, what comes after."""
+    """All matrices in the model's order: before the blocks, the blocks, after the blocks."""
     names = outside_names(plan)
     outside = [_outside(plan, name) for name in names] + [
         _tied(plan, *pair) for pair in plan.model.all_tied_weights_keys.items()
@@ -133,6 +134,7 @@ def activation_text(act: ActSpec) -> str:
 
 
 def grid_text(grid: Grid) -> str:
+    """A grid in words: ``int4 asymmetric``."""
     if isinstance(grid, Int):
         zero = " with real zero points" if not grid.symmetric and grid.zero == "real" else ""
         return f"int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}{zero}"
@@ -167,7 +169,7 @@ def _granularity_text(granularity: Any) -> str:
 
 
 def ragged_groups(plan: ModelPlan) -> list[str]:
-    """Where groups do not divide the inputs, one sentence for each group size and width."""
+    """One sentence for each group size and width where groups do not divide the inputs."""
     where: dict[tuple[int, int], list[str]] = {}
     for block, path, layer in plan.layers:
         inputs, grain = block.shapes[path][1], layer.format.weight.granularity

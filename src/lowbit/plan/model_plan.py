@@ -1,8 +1,8 @@
-"""A checked plan: a recipe laid over a model, made once, before any weight is read.
+"""ModelPlan: a recipe laid over a model and checked, once, before any weight is read.
 
-Everything follows from config.json and the headers of the shards. The model is made on the meta device, where shapes are known
-and nothing is allocated. The walk, Fisher information, ``plan``, ``explain`` and allocation all read this one object: the blocks
-with the architecture's table on them, the format of every linear, and how each will be stored after the steps.
+A plan follows from config.json and the shard headers. The model is made on the meta device, with shapes and no memory.
+The walk, Fisher information, ``plan``, ``explain`` and allocation all read this one object: blocks with the
+architecture's table on them, the format of every linear, and how each will be stored after the steps.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class BlockPlan:
     """One block.
 
     Attributes:
-        name: in the model.
-        module: on the meta device.
+        name: path in the model.
+        module: the block on the meta device.
         resolved: the architecture's table on it.
-        formats: of the linears to be quantized, by path in the block, as the recipe's rules give them.
+        formats: formats of the linears to be quantized, by path in the block, as the recipe's rules give them.
         shapes: ``(O, I)`` of all its linears, by path.
         description: how the linears will be stored after the recipe's steps.
     """
@@ -65,14 +65,14 @@ class BlockPlan:
 
 @dataclass(frozen=True, eq=False)
 class ModelPlan:
-    """A checked pair of model and recipe.
+    """A checked pair of a model and a recipe.
 
     Attributes:
-        source: the original model, of which config and headers have been read.
+        source: the original model; only its config and headers have been read.
         architecture: its table.
         model: its skeleton on the meta device, experts unfused.
         blocks: in order.
-        rotation: of the residual stream; None where it stays as it is.
+        rotation: of the residual stream; None: not rotated.
     """
 
     source: ModelSource
@@ -84,19 +84,19 @@ class ModelPlan:
 
     @cached_property
     def linears(self) -> dict[str, str]:
-        """All linears in blocks, full name -> role."""
+        """All linears in blocks: full name -> role."""
         return {f"{block.name}.{path}": role for block in self.blocks for path, role in block.resolved.linears.items()}
 
     @property
     def layers(self) -> Iterator[tuple[BlockPlan, str, LayerDescription]]:
-        """Every linear to be quantized: its block, its path there, how it will be stored."""
+        """Every linear to be quantized: its block, its path in the block, and how it will be stored."""
         for block in self.blocks:
             for path, layer in block.layers.items():
                 yield block, path, layer
 
     @property
     def bias_dtype(self) -> torch.dtype:
-        """In which packed linears store biases."""
+        """The dtype in which packed linears store biases."""
         return torch.float32 if self.source.dtype == torch.float64 else self.source.dtype
 
     def description(self, layer: LayerDescription) -> LinearDescription:
@@ -105,13 +105,16 @@ class ModelPlan:
 
     @property
     def residual(self) -> ResidualRotation | None:
-        """The rotation of the residual stream as a checkpoint describes it."""
+        """The rotation of the residual stream, as a checkpoint describes it."""
         return None if self.rotation is None else ResidualRotation(self.architecture.blocks, self.rotation)
 
 
 def plan_model(model: str | PathLike[str], recipe: Recipe | str | Path | Mapping[str, Any]) -> ModelPlan:
-    """Opens ``model`` without weights and lays ``recipe`` over it. Raises as :func:`open_model` and :func:`lay_over`, and where this
-    version cannot carry out the recipe."""
+    """Opens ``model`` without its weights and lays ``recipe`` over it.
+
+    Raises:
+        ValueError: as :func:`open_model` and :func:`lay_over`, and if this version cannot carry out the recipe.
+    """
     recipe = as_recipe(recipe)
     recipe.check_runs()
     return lay_over(open_model(model), recipe)
@@ -121,14 +124,14 @@ def lay_over(source: ModelSource, recipe: Recipe) -> ModelPlan:
     """The plan of ``recipe`` on an opened model.
 
     Raises:
-        ValueError: a rule that matches no layer; a format that a layer cannot have, with the layer's name; operands of
-            attention to be quantized in a model that attends in its own way.
+        ValueError: a rule that matches no layer; a format that a layer cannot have, with the layer's name; quantized
+            attention in a model whose attention code does not support it.
     """
     return replan(source, for_config(source.config), source.skeleton(unfuse=True), recipe)
 
 
 def replan(source: ModelSource, architecture: Architecture, model: PreTrainedModel, recipe: Recipe) -> ModelPlan:
-    """:func:`lay_over` for a model whose table and skeleton (experts unfused) are there already."""
+    """:func:`lay_over` for a model whose table and skeleton (experts unfused) exist already."""
     resolved = model_blocks(model, architecture, source.config)
     recipe.scheme.check_matches(
         {f"{block.name}.{path}": role for block in resolved for path, role in block.resolved.linears.items()}
@@ -171,7 +174,7 @@ def _block_plan(block: ModelBlock, recipe: Recipe, heads: tuple[int, int, int, i
 
 @contextmanager
 def _naming(block: BlockPlan, path: str) -> Iterator[None]:
-    """While open, a ValueError about a format is raised again with the name of the layer that cannot have it."""
+    """While open, adds the layer's name to a ValueError about its format."""
     try:
         yield
     except ValueError as error:
@@ -193,7 +196,7 @@ def _heads(config: Any) -> tuple[int, int, int, int]:
 
 
 def edge_notes(plan: ModelPlan) -> list[str]:
-    """Where the recipe asks for a transform that this model cannot have, one sentence for each edge and reason."""
+    """Transforms that the recipe asks for and this model cannot have: one sentence for each edge and reason."""
     blocks_of: dict[tuple[Kind, str, str], set[str]] = {}
     for use in (use for step in plan.recipe.steps for use in step.transforms):
         for block in plan.blocks:
@@ -211,7 +214,7 @@ def _count(blocks: int, total: int) -> str:
 
 
 def base_name(name: str) -> str:
-    """The name of an edge or a shared input without the number of its expert."""
+    """The name of an edge or a shared input without its expert's number."""
     head, _, last = name.rpartition(".")
     return head if head and last.isdigit() else name
 
@@ -220,12 +223,15 @@ def base_name(name: str) -> str:
 
 
 def layer_bytes(plan: ModelPlan, layer: LayerDescription) -> int:
-    """Bytes of all tensors of a packed linear, an order of its columns included."""
+    """Bytes of all tensors of a packed linear, including a column order."""
     return plan.description(layer).nbytes + layer.order_bytes
 
 
 def rest_of_block(plan: ModelPlan, block: BlockPlan) -> int:
-    """Bytes of what a block stores apart from its packed linears: the rest in the checkpoint's dtype, and attention's ranges."""
+    """Bytes that a block stores apart from its packed linears.
+
+    These are other tensors in the checkpoint's dtype, and attention ranges.
+    """
     itemsize = plan.source.dtype.itemsize
     state = {key: t for key, t in block.module.state_dict().items() if key.rpartition(".")[0] not in block.layers}
     added = sum(block.shapes[path][0] for path in block.description.biases if path not in block.layers)
@@ -235,13 +241,13 @@ def rest_of_block(plan: ModelPlan, block: BlockPlan) -> int:
 
 
 def outside_names(plan: ModelPlan) -> list[str]:
-    """Names of the tensors outside the blocks that are stored: of tied ones, one."""
+    """Names of the stored tensors outside the blocks. Tied tensors are named once."""
     prefix, tied = f"{plan.architecture.blocks}.", set(plan.model.all_tied_weights_keys)
     return [key for key in plan.model.state_dict() if not key.startswith(prefix) and key not in tied]
 
 
 def outside_bytes(plan: ModelPlan, itemsize: int) -> int:
-    """Bytes of everything outside the blocks, floating tensors at ``itemsize`` bytes an element."""
+    """Bytes of all tensors outside the blocks, with ``itemsize`` bytes for each element of floating tensors."""
     state = plan.model.state_dict()
     return _bytes((state[name] for name in outside_names(plan)), itemsize)
 

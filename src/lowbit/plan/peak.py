@@ -1,37 +1,38 @@
-"""How much memory a run needs at its worst moment: an estimate from shapes, term by term.
+"""Peak memory of a run: an estimate from shapes, term by term.
 
-A run has four moments that can be the worst, and what each holds is
+One of four moments is the peak. Each holds
 
     start      P + A + E + B                     the first block's inputs are made
-    block      P + A + B + L + max over steps of (statistics + what the step keeps + one window's activations)
+    block      P + A + B + L + max over steps of (statistics + the step's own memory + one window's activations)
     compare    P + A + O + 8 V                   the logits of both models, window by window
     reload     P + A + O + Q + 6 V               the finished checkpoint, packed, against the logits kept
 
-and, where a recipe needs Fisher information, two more, with an array of activations for every block in A:
+Fisher information adds two moments, with an array of activations for every block in A:
 
-    loss       P + A + O + 6 V                   the gradient behind the last block
-    gradients  P + A + 2 B + G + 3 W             a block, its squares, the gradient of its largest weight (G), one window (W)
+    loss       P + A + O + 6 V                   the gradient after the last block
+    gradients  P + A + 2 B + G + 3 W             a block, its squares, its largest gradient (G), one window (W)
 
-P is the process itself (Python, torch, transformers: measured). A is the activations of the calibration set, three arrays
-``[N, T, d]`` of float32, as far as they fit in the limit that the user set; the rest is in files. B is the largest block in
-float32, L its largest tensor as stored, O everything outside the blocks in float32 and E the same without the head, Q the
-packed layers, V the logits of one window in float32. Where a stage trains the packed model, one more:
+P is the process itself (Python, torch, transformers: measured). A is the activations of the calibration set: three
+float32 arrays ``[N, T, d]``, as far as they fit in the user's limit; the rest is in files. B is the largest block in
+float32, L its largest tensor as stored, O everything outside the blocks in float32 and E the same without the head, Q
+the packed layers, V the logits of one window in float32. A stage that trains the packed model adds one moment:
 
     train      P + A + 2 O + Q + C + b (8 V + n W) + 4 D
 
-with C a byte for each weight (its code), b windows a step through n blocks, and D the largest layer in float32. What steps
-need:
+with C a byte for each weight (its code), b windows in a step through n blocks, and D the largest layer in float32.
 
-* statistics: what each request keeps of each shared input (asked of the request itself, on the meta device), and the
-  largest of them once more for the batch that is being added;
-* a search keeps the inputs and outputs of the modules that it judges by, over its calibration windows, and works on
-  three copies of the weights behind one edge; one of channels to split and merge, on four matrices of an input's width;
-* learning keeps, for the backward pass, eight copies of the weights and of one batch's activations;
-* a solver that needs a matrix of each input (a Gram matrix) works on six float64 copies of one, and on four float32
-  copies of the weight; every solver, on three.
+Steps need:
 
-An estimate, because allocators round up and keep what was freed. On SmolLM2-135M and on random models of two blocks (d 576
-with a vocabulary of 49,152, and d 1,024), five methods peaked between 0.95 and 1.12 times what is said here.
+* statistics: each statistic of each shared input (the statistic itself gives its size), and the largest once more for
+  the batch that is being added;
+* a search: inputs and outputs of the modules that judge it, over its calibration windows, and three copies of the
+  weights of one edge's consumers; a search for channels to split and merge: four matrices of an input's width;
+* learning: eight copies of the weights and of one batch's activations, for the backward pass;
+* a solver that needs a matrix of each input (a Gram matrix): six float64 copies of one, and four float32 copies of the
+  weight; every other solver: three.
+
+This is an estimate, because allocators round up and keep freed memory. On SmolLM2-135M and on random models of two
+blocks (d 576 with a vocabulary of 49,152, and d 1,024), five methods peaked between 0.95 and 1.12 times the estimate.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ PROCESS = 420 * 2**20
 
 
 def activation_bytes(plan: ModelPlan, tokens: int, ram_limit: int, arrays: int = 3) -> tuple[int, int]:
-    """(in memory, in files): arrays of float32, each in memory while all there fit the limit, as the store decides."""
+    """Bytes of ``arrays`` float32 arrays of hidden states: (in memory, in files).
+
+    Each array is in memory if it still fits the limit, as the store decides.
+    """
     size, ram = tokens * plan.source.config.get_text_config().hidden_size * FLOAT, 0
     for _ in range(arrays):
         ram += size if ram + size <= ram_limit else 0
@@ -56,7 +60,7 @@ def activation_bytes(plan: ModelPlan, tokens: int, ram_limit: int, arrays: int =
 
 
 def peak_disk_bytes(plan: ModelPlan, tokens: int, ram_limit: int) -> int:
-    """Of temporary files: activations beyond the limit, and Fisher information where the recipe needs it."""
+    """Bytes of temporary files: activations beyond the limit, and Fisher information if the recipe needs it."""
     if not plan.recipe.needs_fisher:
         return activation_bytes(plan, tokens, ram_limit)[1]
     squares = sum(prod(block.shapes[path]) for block, path, _ in plan.layers) * FLOAT
@@ -64,7 +68,7 @@ def peak_disk_bytes(plan: ModelPlan, tokens: int, ram_limit: int) -> int:
 
 
 def peak_parts(plan: ModelPlan, samples: int, seq_len: int, ram_limit: int) -> dict[str, dict[str, int]]:
-    """Bytes of each moment's terms (see the module docstring); the peak is the largest sum."""
+    """Bytes of each moment's terms (see the module docstring). The peak is the largest sum."""
     tokens = samples * seq_len
     held = {"process": PROCESS, "activations": activation_bytes(plan, tokens, ram_limit)[0]}
     worst = max(plan.blocks, key=lambda block: _block_bytes(block) + _largest_step(plan, block, samples, seq_len)[1])
@@ -144,20 +148,20 @@ def _largest_step(plan: ModelPlan, block: BlockPlan, samples: int, seq_len: int)
 
 
 def step_bytes(step: Step, sizes: RunSizes) -> int:
-    """Bytes that a step keeps on one block: statistics, one window's activations, and what it says of itself."""
+    """Bytes that a step holds on one block: statistics, one window's activations, and its own memory."""
     window = sizes.window_bytes if sizes.tokens() else 0
     return int(sizes.statistics_bytes(step.needs) + window + step.memory(sizes))
 
 
 def run_sizes(plan: ModelPlan, block: BlockPlan, samples: int, seq_len: int) -> RunSizes:
-    """The sizes of a run with so many calibration windows, at one block."""
+    """The sizes of a run with ``samples`` calibration windows, at one block."""
     hidden = plan.source.config.get_text_config().hidden_size
     shares = {path: _share(plan, block, path) for path in block.resolved.linears}
     return RunSizes(block.description, block.shapes, samples, seq_len, hidden, shares)
 
 
 def _share(plan: ModelPlan, block: BlockPlan, path: str) -> float:
-    """The share of the tokens that a linear sees: all, or those routed to an expert if all experts are chosen alike."""
+    """The share of the tokens that reach a linear: 1, or an expert's share if all experts are chosen equally often."""
     role = block.resolved.linears[path]
     experts = [each for each, other in block.resolved.linears.items() if other == role]
     starred = any(linear.role == role and "*" in linear.path for linear in plan.architecture.linears)

@@ -1,4 +1,4 @@
-"""Recipes: what is stored and the stages that choose it; the registry of methods; mixes; recipe files."""
+"""Recipes (what is stored, and the stages that choose it), the registry of methods, mixes and recipe files."""
 
 from lowbit.catalog import builtin_recipes
 from lowbit.recipes.files import as_recipe, from_file, from_plain

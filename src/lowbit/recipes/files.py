@@ -1,6 +1,6 @@
-"""Recipe files: the ones that come along, and how any is read.
+"""Recipe files: the built-in ones, and how any recipe file is read.
 
-A file names a method and its options, or spells out a scheme and stages; both end in a :class:`~lowbit.recipes.Recipe`.
+A file names a method and its options, or spells out a scheme and stages. Both give a :class:`~lowbit.recipes.Recipe`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class MethodFile:
 
     Attributes:
         feed, seed: replace the method's own.
-        kv: the formats of the KV cache.
+        kv: formats of the KV cache.
         then: stages after the method's own.
         overrides: see :class:`~lowbit.scheme.Override`.
     """
@@ -58,11 +58,14 @@ class MethodFile:
 @untagged
 @dataclass(frozen=True)
 class RecipeFile:
-    """A recipe file that spells out its scheme and stages, as :func:`lowbit.numerics.to_dict` writes a recipe, or shorter.
+    """A recipe file that spells out scheme and stages.
+
+    Scheme and stages are written as by :func:`lowbit.numerics.to_dict`, or in short form.
 
     Attributes:
-        scheme: a mapping of ``rules``, ``attention`` and ``kv``, or the rules alone, with ``attention`` and ``kv`` at the top.
-        stages: in order. ``steps`` and ``feed`` at the top are short for one Blockwise stage.
+        scheme: a mapping of ``rules``, ``attention`` and ``kv``, or the rules alone, with ``attention`` and ``kv`` at
+            the top.
+        stages: in order. ``steps`` and ``feed`` at the top stand for one Blockwise stage.
         overrides: see :class:`~lowbit.scheme.Override`.
     """
 
@@ -79,7 +82,7 @@ class RecipeFile:
 
     def __post_init__(self):
         if isinstance(self.scheme, Scheme) and (self.attention or self.kv):
-            raise ValueError("attention and kv go into the mapping 'scheme' where it is one; found them at the top too")
+            raise ValueError("'scheme' is a mapping, so attention and kv go into it; found them at the top")
         if self.stages is not None and (self.steps is not None or self.feed is not None):
             raise ValueError(
                 "steps and feed at the top are short for one Blockwise stage; with 'stages' they go into it"
@@ -94,10 +97,10 @@ class RecipeFile:
 
 
 def from_plain(data: Any) -> Recipe:
-    """A recipe from the data of a file: a :class:`MethodFile` where it names a ``method``, else a :class:`RecipeFile`.
+    """A recipe from the data of a file: a :class:`MethodFile` if it names a ``method``, else a :class:`RecipeFile`.
 
     Raises:
-        ValueError: an unknown key, type or option, with the nearest known; a combination that cannot be.
+        ValueError: an unknown key, type or option, with the nearest known one; an impossible combination.
     """
     if not isinstance(data, dict):
         raise ValueError(
@@ -108,7 +111,7 @@ def from_plain(data: Any) -> Recipe:
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML in which ``1e-3`` is a number, as everyone means it (YAML 1.1 asks for ``1.0e-3``)."""
+    """Safe YAML that reads ``1e-3`` as a number (YAML 1.1 asks for ``1.0e-3``)."""
 
 
 Loader.add_implicit_resolver(
@@ -134,7 +137,11 @@ def from_file(path: str | Path) -> Recipe:
 
 
 def as_recipe(value: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
-    """A recipe from a recipe, a method's name (or a mix), a built-in recipe's name, a file or plain data."""
+    """A recipe from a recipe, a method's name (or a mix), a built-in recipe's name, a file or plain data.
+
+    Raises:
+        ValueError: as :func:`from_plain`, :func:`from_file` and :func:`recipe`.
+    """
     if isinstance(value, Recipe):
         return value
     if isinstance(value, Mapping):

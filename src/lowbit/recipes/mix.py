@@ -1,4 +1,4 @@
-"""Mixes: one recipe made of several, solved once, at the end."""
+"""Mixes: one recipe from several, solved once, at the end."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from lowbit.steps.combination import in_order
 
 
 def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
-    """One recipe of several: all steps in order, with the Solve, the weight format and the feed of the last that has steps.
+    """One recipe from several, with all steps in order.
 
-    Steps that fix ranges of static activations come after all others, which may still transform the channels, and rotations
-    that linears run themselves after all that is folded. Their Blockwise stages become one, and all other stages follow in
-    order. The formats of activations, of attention's operands and of the KV cache are those of the first recipe that has
-    some; where it takes no channels out at run time and a later one does, so does the mix.
+    Solve, weight format and feed are those of the last recipe that has steps.
+
+    Steps that fix static activation ranges follow all steps that transform channels. Rotations at run time follow all
+    folded transforms. The Blockwise stages become one; all other stages follow in order. Formats of activations, of
+    attention and of the KV cache come from the first recipe that has them. If those activations take out no channels at
+    run time and another recipe's do, the mix takes out channels too.
 
     Raises:
-        ValueError: a recipe before the last that would leave no trace, or a step that would be done twice.
+        ValueError: a recipe before the last that would have no effect, or a step that would run twice.
     """
     recipes = tuple(recipes)
     solving = [recipe for recipe in recipes if recipe.steps]
@@ -52,7 +54,7 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
 
 
 def _taking_out(rule: FormatRule, threshold: float) -> FormatRule:
-    """``rule`` whose activations take out the channels over ``threshold``, where they do not take out any yet."""
+    """``rule`` whose activations take out channels over ``threshold``, unless they take out some already."""
     act = rule.activation
     if rule.skip or act is None or act.threshold or not threshold:
         return rule
@@ -60,11 +62,14 @@ def _taking_out(rule: FormatRule, threshold: float) -> FormatRule:
 
 
 def _joined(name: str, weights: tuple[FormatRule, ...], activations: tuple[FormatRule, ...]) -> tuple[FormatRule, ...]:
-    """Rules with the weight formats of the first and the activation formats of the second; of each, the last match counts."""
+    """Rules that join the weight formats of ``weights`` with the input formats of ``activations``.
+
+    In both, the last rule that matches a layer counts.
+    """
     if weights == activations:
         return weights
     inputs = [("*", None), *((rule.match, rule.activation) for rule in activations if not rule.skip)]
-    first = max(i for i, (match, _) in enumerate(inputs) if match == "*")  # nothing before it is ever looked at
+    first = max(i for i, (match, _) in enumerate(inputs) if match == "*")  # later rules override all before it
     return tuple(
         rule
         if rule.skip
@@ -75,7 +80,7 @@ def _joined(name: str, weights: tuple[FormatRule, ...], activations: tuple[Forma
 
 
 def _both(name: str, a: str, b: str) -> str:
-    """A match for what both match."""
+    """A match for the layers that both patterns match."""
     if b == "*" or a == b:
         return a
     if a != "*":

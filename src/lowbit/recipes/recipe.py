@@ -1,11 +1,11 @@
 """Recipes: what is stored, and the stages that choose it.
 
-A recipe is a :class:`Scheme` (formats by rule) and a tuple of stages. A method is a function from options to a recipe; a
-mix takes the steps of several methods and solves once, at the end. A YAML file (:mod:`lowbit.recipes`), a name with
-options and Python all end in the same validated :class:`Recipe`; its plain form (:func:`lowbit.numerics.to_dict`) is what the
-journal and the model card record.
+A recipe is a :class:`Scheme` (formats by rule) and a tuple of stages. A method is a function from options to a recipe.
+A mix takes the steps of several methods and solves once, at the end. YAML files (:mod:`lowbit.recipes`), names with
+options and Python all give the same validated :class:`Recipe`. Its plain form (:func:`lowbit.numerics.to_dict`) is
+recorded in the journal and the model card.
 
-The core never asks which method made a recipe: all that it acts on is declared in the recipe.
+The core never asks which method made a recipe: it acts only on what the recipe declares.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ class Recipe:
     """A scheme and the stages that fill it.
 
     Attributes:
-        name: what to call it in reports.
+        name: its name in reports.
         scheme: what is stored.
-        stages: in order, each from the model that the one before left; none where the scheme is only a KV cache format.
+        stages: in order; each starts from the model that the one before left. Empty if the scheme is only a KV cache
+            format.
         seed: of everything random; each block derives its own.
+
+    Raises:
+        ValueError: stages that cannot fill the scheme or follow each other; nothing to do.
     """
 
     name: str
@@ -56,17 +60,17 @@ class Recipe:
     def blockwise(
         cls, name: str, scheme: Scheme, steps: Iterable[Any], feed: Literal["fp", "quant"] = "quant", seed: int = 0
     ) -> Recipe:
-        """The recipe of one :class:`Blockwise` stage, as most are."""
+        """A recipe with one :class:`Blockwise` stage, as most are."""
         return cls(name, scheme, (Blockwise(tuple(steps), feed),), seed)
 
     @property
     def steps(self) -> tuple[Any, ...]:
-        """The steps on every block: those of the Blockwise stage; none without one."""
+        """The steps of the Blockwise stage; empty without one."""
         return () if self._blockwise is None else self._blockwise.steps
 
     @property
     def feed(self) -> Literal["fp", "quant"]:
-        """The inputs that the steps see."""
+        """The inputs that steps see: ``"quant"`` or ``"fp"``."""
         return "quant" if self._blockwise is None else self._blockwise.feed
 
     @property
@@ -75,35 +79,40 @@ class Recipe:
 
     @property
     def reads_inputs(self) -> bool:
-        """Whether a stage asks what the calibration text makes of the inputs of linears."""
+        """Whether a stage depends on the linears' inputs on the calibration text."""
         return any(stage.reads_inputs for stage in self.stages)
 
     @property
     def learns(self) -> bool:
-        """Whether a stage follows gradients."""
+        """Whether a stage computes gradients."""
         return any(stage.learns for stage in self.stages)
 
     @property
     def needs_calibration(self) -> bool:
+        """Whether a run needs calibration text."""
         return self.reads_inputs or self.needs_fisher
 
     @property
     def needs_fisher(self) -> bool:
-        """Whether a stage asks for Fisher information, which takes a backward pass over the whole model first."""
+        """Whether a stage needs Fisher information, which takes a backward pass over the whole model first."""
         return any(stage.needs_fisher for stage in self.stages)
 
     def check_runs(self) -> None:
-        """Raises ValueError where this version cannot carry the recipe out."""
+        """Raises ValueError if this version cannot carry the recipe out."""
         if self.scheme.kv is not None:
             raise ValueError(unsupported(self.scheme.kv, f"recipe {self.name!r}"))
 
     def with_blockwise(self, **changes: Any) -> Recipe:
-        """This recipe with other ``steps`` or another ``feed`` of its Blockwise stage."""
+        """This recipe with other ``steps`` or another ``feed`` in its Blockwise stage."""
         stages = (replace(stage, **changes) if isinstance(stage, Blockwise) else stage for stage in self.stages)
         return replace(self, stages=tuple(stages))
 
     def with_overrides(self, overrides: Iterable[Mapping[str, Any]]) -> Recipe:
-        """This recipe with rules added; see :class:`Override` for their keys."""
+        """This recipe with added rules, one for each override. See :class:`Override` for their keys.
+
+        Raises:
+            ValueError: an unknown key or value; no rule with a weight format to override.
+        """
         entries = [from_dict(dict(entry), Override) for entry in overrides]
         base = next((rule for rule in self.scheme.rules if rule.weight is not None), None)
         if entries and base is None:

@@ -1,4 +1,4 @@
-"""The registry of methods: published names, and the functions from options to a recipe."""
+"""The registry of methods: names, and functions from options to a recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lowbit.recipes.recipe import Recipe
 
 @dataclass(frozen=True)
 class Method:
-    """A published method: its name, where it is from, and the function from options to a recipe."""
+    """A published method: its name, source, and function from options to a recipe."""
 
     name: str
     family: str
@@ -30,6 +30,11 @@ class Method:
         return dict(inspect.signature(self.build).parameters)
 
     def recipe(self, **options: Any) -> Recipe:
+        """The method's recipe.
+
+        Raises:
+            ValueError: an unknown option, with the nearest known one, or a value of the wrong type.
+        """
         for key in options:
             if key not in self.options:
                 raise ValueError(f"method {self.name!r} has no option {key!r}{nearest(key, list(self.options))}")
@@ -39,7 +44,7 @@ class Method:
             raise ValueError(f"method {self.name!r}: {_plain(error)}") from error
 
     def describe(self) -> dict[str, Any]:
-        """What ``lowbit methods`` prints, by way of the index that ``make docs`` writes (:mod:`lowbit.catalog`)."""
+        """The entry of ``lowbit methods``, read from the index that ``make docs`` writes (:mod:`lowbit.catalog`)."""
         recipe = self.recipe()
         needs = {type(need).__name__ for step in recipe.steps for need in step.needs}
         return {
@@ -53,7 +58,7 @@ class Method:
 
 
 def _plain(error: ValidationError) -> str:
-    """Pydantic's findings in one line: where, what, and what was found."""
+    """Pydantic's errors in one line: where, what, and the value found."""
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
@@ -66,9 +71,9 @@ V = TypeVar("V")
 
 
 class _Registered(Mapping[str, V], Generic[V]):
-    """Entries by name. The first read imports the package of methods, whose modules add theirs.
+    """Entries by name. The first read imports the package of methods, whose modules add their entries.
 
-    Imported by name, because methods are plug-ins: the recipes below them know none.
+    It is imported by name, because methods are plug-ins: recipes, on a lower floor, know none.
     """
 
     def __init__(self) -> None:
@@ -93,11 +98,11 @@ class _Registered(Mapping[str, V], Generic[V]):
 
 METHODS = _Registered[Method]()
 ALIASES = _Registered[str]()
-"""Short names of methods; none may hold a ``+``, which mixes."""
+"""Short names of methods. None may contain ``+``, which makes a mix."""
 
 
 def method(name: str, *, family: str, paper: str, alias: str | None = None):
-    """Decorator that registers a function from options to a recipe; its options are validated by their annotations."""
+    """A decorator that registers a function from options to a recipe. Options are validated by their annotations."""
 
     def register(build: Callable[..., Recipe]) -> Callable[..., Recipe]:
         assert name not in METHODS, f"two methods are called {name}"
@@ -113,12 +118,13 @@ def method(name: str, *, family: str, paper: str, alias: str | None = None):
 
 
 def recipe(name: str, **options: Any) -> Recipe:
-    """The recipe of method ``name``, or a mix ``"a+b"``: the steps of a, then those of b, solved once as b solves.
+    """The recipe of method ``name``, or of a mix ``"a+b"``: the steps of a, then those of b, solved once as b solves.
 
-    Options go to every method of the mix that has them.
+    Each option goes to every method of the mix that has it.
 
     Raises:
-        ValueError: an unknown method or option (with the nearest known), a value of the wrong type, a mix that cannot be.
+        ValueError: an unknown method or option (with the nearest known one), a value of the wrong type, an impossible
+            mix.
     """
     parts = []
     name = "+".join(ALIASES.get(part, part) for part in name.split("+"))

@@ -1,6 +1,6 @@
-"""Stages: the parts of a run, as frozen descriptions. What runs them is in :mod:`lowbit.stages`.
+"""Stages: the parts of a run, as frozen values. :mod:`lowbit.stages` runs them.
 
-A stage starts from a model, the original or the checkpoint that the stage before it left, and leaves a checkpoint. Packing is
+A stage starts from a model (the original, or the checkpoint of the stage before) and leaves a checkpoint. Packing is
 the end of a stage.
 """
 
@@ -23,35 +23,35 @@ class Stage(Protocol):
 
     @property
     def reads_inputs(self) -> bool:
-        """Whether it asks what the model computes from the calibration text."""
+        """Whether it depends on what the model computes from the calibration text."""
         ...
 
     @property
     def learns(self) -> bool:
-        """Whether it follows gradients."""
+        """Whether it computes gradients."""
         ...
 
     @property
     def needs_fisher(self) -> bool:
-        """Whether it asks for Fisher information, which takes a backward pass over the whole original model first."""
+        """Whether it needs Fisher information, which takes a backward pass over the whole original model first."""
         ...
 
     def check(self, scheme: Scheme, before: Sequence[Stage]) -> None:
-        """Raises ValueError where it cannot fill ``scheme``, or cannot follow the stages ``before`` it."""
+        """Raises ValueError if it cannot fill ``scheme`` or follow the stages in ``before``."""
         ...
 
 
 @serializable
 @dataclass(frozen=True)
 class Blockwise:
-    """The steps on every block of the original model, one block after another; leaves packed linears.
+    """Runs steps on every block of the original model, one block after another, and leaves packed linears.
 
     Args:
-        steps: in order; ``Solve``, which packs the block's linears, comes last and once.
-        feed: the inputs that steps see: ``"quant"``, from the quantized blocks before, or ``"fp"``, from the original.
+        steps: in order. ``Solve``, which packs the block's linears, comes last and once.
+        feed: the inputs that steps see: ``"quant"`` from the quantized blocks before, ``"fp"`` from the original ones.
 
     Raises:
-        ValueError: something that is no step, a setting of the wrong type, no Solve, or one that is not last.
+        ValueError: a value that is no step, a setting of the wrong type, no Solve, or a Solve that is not last.
     """
 
     steps: tuple[Any, ...]
@@ -59,7 +59,7 @@ class Blockwise:
 
     def __post_init__(self):
         for step in self.steps:
-            if hasattr(type(step), "run"):  # first, because what a step needs may hang on a field of a wrong type
+            if hasattr(type(step), "run"):  # first, because a step's needs may depend on a field of a wrong type
                 check_types(step)
             if not isinstance(step, Step):
                 raise ValueError(f"{step!r} is not a step such as Solve(...)")
@@ -95,16 +95,17 @@ class Blockwise:
 @serializable
 @dataclass(frozen=True)
 class Train:
-    """Gradients on a whole model: ``what`` is trained to minimize ``objective`` on the calibration windows.
+    """Trains parameters of a whole model: ``what`` is moved to minimize ``objective`` on the calibration windows.
 
     Args:
         what: which parameters, how the model computes with them, and how they are stored.
         objective: the loss.
         epochs: passes over the calibration windows, in an order drawn from the recipe's seed.
-        lr: learning rate, in the units of ``what``; ``schedule`` raises it to this.
-        batch: windows a step.
-        amp: products in bfloat16 where the processor has instructions for it.
-        optimizer, schedule: what takes the steps, and how ``lr`` changes over them.
+        lr: largest learning rate of ``schedule``, in the units of ``what``.
+        batch: windows in each step.
+        amp: run products in bfloat16 on processors that have instructions for it.
+        optimizer: makes the steps.
+        schedule: changes ``lr`` from step to step.
     """
 
     what: Trainable

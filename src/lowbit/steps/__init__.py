@@ -1,4 +1,4 @@
-"""Steps: how what is free gets set. The stage Blockwise is a tuple of them; each runs on one block at a time."""
+"""Steps: each makes one kind of decision about a block. The stage Blockwise runs a tuple of them, block after block."""
 
 from lowbit.steps.attention import SetAttentionRange
 from lowbit.steps.choose_grid import ChooseGrid, FitActivation

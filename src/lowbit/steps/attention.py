@@ -1,4 +1,4 @@
-"""Static ranges of attention's operands, from what the block's queries, keys and values are on the calibration text."""
+"""Static ranges of queries, keys and values, from the calibration text."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ _Extremes = dict[str, Tensor]  # of "query", "key" and "value": [2, heads * chan
 @serializable
 @dataclass(frozen=True)
 class SetAttentionRange(Step):
-    """Fixes static ranges of queries, keys and values as the block is now: their extremes over the calibration text.
+    """Fixes static ranges of queries, keys and values: their extremes over the calibration text.
 
-    Queries and keys are taken as they are multiplied, behind the rotary embedding. With clusters, those of a head's keys and of
-    the queries that read them are by k-means over (max, min) of both, since a product pairs their channels; values have clusters
-    of their own (RPTQ, arXiv:2304.01089, whose order of queries and keys is R2).
+    Queries and keys are measured after the rotary embedding, in the current block. With clusters, k-means groups the
+    channels of each key head by (max, min) of its keys and of the queries that read them, because a product pairs their
+    channels. Values have their own clusters (RPTQ, arXiv:2304.01089; its order of queries and keys is R2).
 
-    decay: None, the extremes of all tokens; or the decay of a moving average of each window's extremes.
-    skip_first: so many tokens at the start of each calibration window are left out, and clipped at run time, as of
-    :class:`~lowbit.steps.SetActivationRange`.
+    Args:
+        decay: None for the extremes of all tokens, or the decay of a moving average of each window's extremes.
+        skip_first: tokens at the start of each calibration window that are left out of the ranges, as in
+            :class:`~lowbit.steps.SetActivationRange`.
     """
 
     decay: float | None = None
@@ -71,7 +72,7 @@ class SetAttentionRange(Step):
             raise ValueError("static ranges of attention's operands need calibration text; none was given")
         observed_ranges: dict[str, tuple[_Extremes, tuple[int, int, int, int]]] = {}
         if (tokens := state.io.window(0).shape[1]) <= self.skip_first:
-            raise ValueError(f"calibration windows of {tokens} tokens have none behind the first {self.skip_first}")
+            raise ValueError(f"calibration windows of {tokens} tokens have none after the first {self.skip_first}")
         paths = [path for path in attention_modules(state.resolved) if self._spec(state, path).static]
         with ExitStack() as stack:
             for path in paths:
@@ -111,7 +112,15 @@ class SetAttentionRange(Step):
 
 
 def operand_buffers(spec: AttentionSpec, extremes: _Extremes, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """What :class:`~lowbit.modules.OperandRanges` holds, by name. Shapes: H head, D channel, C cluster."""
+    """The buffers of :class:`~lowbit.modules.OperandRanges` by name: cluster labels, scales and zero points.
+
+    Shapes: H head, D channel, G key-value head.
+
+    Args:
+        spec: static, with ``heads``.
+        extremes: lowest and highest value of each channel of "query", "key" and "value", ``[2, heads * channels]``.
+        seed: of k-means.
+    """
     assert spec.heads is not None
     queries, shared, width, value_width = spec.heads
     sizes = {"query": (queries, width), "key": (shared, width), "value": (shared, value_width)}

@@ -1,7 +1,7 @@
-"""Formats chosen by what they lose: which grid a weight or an activation gets, and where a static activation's grid lies.
+"""Steps that choose the grid of a weight or of a static activation by its quantization error.
 
-A recipe's scheme says what is stored before any weight is seen; these steps may change the grid of one linear's format
-for another of the same size, and what is packed, reported and written is then that.
+A recipe's scheme fixes formats before any weight is seen. These steps may replace a format's grid by another of the
+same size. The linear is then packed, reported and written in the new format.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ def _check_grids(grids: tuple[Grid, ...], fit: Fit) -> None:
 
 
 def _best(x: Tensor, spec: Spec, grids: tuple[Grid, ...], fit: Fit) -> tuple[Spec, Params]:
-    """``spec`` with the grid of ``grids`` (none: its own) whose total squared error of ``x`` is least, and its parameters."""
+    """The grid of ``grids`` with the least squared error of ``x``: ``spec`` with that grid, and its parameters.
+
+    Without ``grids``, the spec keeps its own.
+    """
     best, chosen = float("inf"), None
     for grid in grids or (spec.grid,):
         tried = replace(spec, grid=grid)
@@ -44,11 +47,11 @@ def _best(x: Tensor, spec: Spec, grids: tuple[Grid, ...], fit: Fit) -> tuple[Spe
 @serializable
 @dataclass(frozen=True)
 class ChooseGrid(Step):
-    """Gives each weight the one of ``grids`` that loses least of it: the least squared error, summed over the tensor, with each
-    grid placed by ``fit`` (the numeric types of ANT, arXiv:2208.14286).
+    """Gives each weight the grid of ``grids`` with the least squared error (numeric types of ANT, arXiv:2208.14286).
 
-    Only formats whose grid is one of ``grids`` are changed, so that rules for other linears, and a mix that stores something
-    else, keep what they say. A weight whose range was chosen before keeps the grid that it was chosen for.
+    Each grid is placed by ``fit``, and the error is summed over the tensor. Only formats whose grid is one of ``grids``
+    change, so other rules, and mixes with other formats, keep theirs. A weight whose range was chosen before keeps its
+    grid.
     """
 
     grids: tuple[Grid, ...]
@@ -75,9 +78,13 @@ class ChooseGrid(Step):
 @serializable
 @dataclass(frozen=True)
 class FitActivation(Step):
-    """Fixes every static activation by ``fit`` on the first ``tokens`` calibration tokens, as the block is now.
+    """Fixes every static activation by ``fit`` on the first ``tokens`` calibration tokens, in the current block.
 
-    grids: where the format has one of these, it gets the one that loses least of those tokens; none: it stays what it is.
+    Args:
+        fit: places a grid on the tokens.
+        grids: a format with one of these grids gets the one with the least squared error on the tokens. Empty: formats
+            stay.
+        tokens: number of calibration tokens.
     """
 
     fit: Fit = RangeSearch()
@@ -108,7 +115,7 @@ class FitActivation(Step):
     def run(self, state: BlockState) -> None:
         stats, drafts = state.collect(self.needs), state.drafts
         for shared in state.resolved.shared_inputs:
-            known: dict[Spec, tuple[Spec, Params]] = {}  # linears that read one input fix it alike
+            known: dict[Spec, tuple[Spec, Params]] = {}  # linears that read the same input share them
             for path in (reader for reader in shared.readers if reader in drafts):
                 form = drafts[path].format
                 assert form is not None

@@ -1,8 +1,7 @@
-"""Cluster: input channels of like range side by side, each cluster with a range of its own.
+"""Cluster: input channels with similar ranges are sorted next to each other, and each cluster has its own range.
 
-A static range for all channels is as wide as the widest of them, and one for each channel would have to leave the integer
-sum. Between the two lie clusters of channels; they are contiguous once the channels are permuted, and a permutation is free
-where the weights before the input can take it.
+One range for all channels is as wide as the widest channel. A range for each channel does not factor out of an integer
+sum. Clusters lie between the two. The sort is free where the weights before the input can absorb the permutation.
 """
 
 from __future__ import annotations
@@ -26,16 +25,18 @@ from lowbit.transforms import Permute
 @serializable
 @dataclass(frozen=True)
 class Cluster(Step):
-    """Sorts the channels of every static activation into clusters of like (max, min), each with its own range (RPTQ,
-    arXiv:2304.01089).
+    """Sorts the channels of every static activation into clusters with similar (max, min) (RPTQ, arXiv:2304.01089).
 
-    k-means over the extremes of each channel on the calibration tokens. The order is folded into the weights on both sides
-    of an edge that carries a permutation (v -> o inside each key-value head, the MLP's inner channels). Behind a norm nothing
-    can take it, since the residual stream has one order: there each linear gathers its own input, which costs 32 bits a channel.
+    Each cluster has its own range.
+
+    k-means runs on the extremes of each channel over the calibration tokens. The order is folded into the weights on
+    both sides of an edge that carries a permutation (v -> o inside each key-value head, the MLP's inner channels).
+    After a norm it cannot be folded, because the residual stream has one order: there each linear reorders its own
+    input, at 32 bits for each channel.
 
     Args:
-        count: clusters of an input, or one for each channel where there are fewer channels.
-        head_count: clusters in each head, where channels cannot leave it.
+        count: clusters of an input. An input with fewer channels has one cluster for each.
+        head_count: clusters of each head, where channels cannot leave their head.
     """
 
     count: int = 32
@@ -78,7 +79,7 @@ class Cluster(Step):
             )
 
     def describe(self, block: BlockDescription) -> BlockDescription:
-        """Sizes of clusters are unknown before calibration: here they are even."""
+        """Cluster sizes are unknown before calibration, so they are described as even."""
         layers = dict(block.layers)
         formats = {path: layer.format for path, layer in layers.items()}
         for edge in _folded(block.resolved, formats):
@@ -115,7 +116,7 @@ class Cluster(Step):
                     draft.format = _clustered(draft.format, sizes)
 
     def _sorted(self, edge: ResolvedEdge, bounds: Tensor, seed: int) -> tuple[tuple[int, ...], Tensor]:
-        """Sizes of the clusters at the consumers, and the order of the free channels ``[C]`` that makes them contiguous."""
+        """Cluster sizes at the consumers, and the order ``[C]`` of the free channels that makes clusters contiguous."""
         points = torch.stack([edge.reduce_max(bounds[1]), edge.reduce_min(bounds[0])], 1)
         run = edge.within or edge.channels
         clusters = self._in_run(run, edge.within is not None)
@@ -128,7 +129,7 @@ class Cluster(Step):
         order = labels.argsort(stable=True)
         at_consumer = edge.spread(labels[order])
         change = at_consumer.diff() != 0
-        change[run - 1 :: run] = True  # query heads that share a key-value head have clusters of their own
+        change[run - 1 :: run] = True  # each query head has its own clusters, even where heads share keys
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), change.nonzero()[:, 0].cpu() + 1])
         ends = torch.cat([starts[1:], torch.tensor([len(at_consumer)])])
         return tuple((ends - starts).tolist()), order
@@ -146,14 +147,14 @@ def _any_static(paths: Iterable[str], formats: Mapping[str, LinearFormat]) -> bo
 
 
 def _folded(resolved: ResolvedBlock, formats: Mapping[str, LinearFormat]) -> Iterator[ResolvedEdge]:
-    """Edges whose weights take the permutation of an input that is to be clustered."""
+    """Edges whose weights absorb the permutation of a clustered input."""
     for edge in resolved.edges:
         if Kind.PERMUTE in edge.carries and _any_static((port.module for port in edge.consumers), formats):
             yield edge
 
 
 def _gathered(resolved: ResolvedBlock, formats: Mapping[str, LinearFormat]) -> Iterator[str]:
-    """Linears to be quantized whose input no edge with a permutation leads to, where one of its readers is clustered."""
+    """Linears to be quantized that reorder their own input: no edge carries its order, and a reader is clustered."""
     carried = {name for edge in resolved.edges if Kind.PERMUTE in edge.carries for name in edge.inputs}
     for shared in resolved.shared_inputs:
         if shared.name not in carried and _any_static(shared.readers, formats):

@@ -1,7 +1,7 @@
-"""Which steps and formats go together: what one step decides has to hold while later ones run.
+"""Checks which steps and formats work together: a decision of one step must hold while later steps run.
 
-A recipe is checked before any work, so that a mix that cannot be says so at once. The checks fold over what steps declare
-(:mod:`lowbit.steps.effects`); they know no step.
+A recipe is checked before any work. The checks fold over the declarations of steps (:mod:`lowbit.steps.effects`) and
+never ask for a step's class.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DISTURBED = {
     Freedom.CHANNEL_ORDER: "{late} transforms channels that {step} has put in order by then; put it first",
     Freedom.CHANNEL_BASIS: "{late} transforms channels that {step} has mixed by then; put it first, as in 'awq+quip'",
     Freedom.WEIGHT_RANGES: (
-        "{step} chooses a range for every row or group, and {late} then mixes or reorders their channels; put {step} behind "
+        "{step} chooses a range for every row or group, and {late} then mixes or reorders their channels; put {step} after "
         "{late}, or leave one of the two out"
     ),
     Freedom.CHANNEL_COPIES: "{late} transforms channels that {step} has split and merged by then; put it first",
@@ -35,13 +35,14 @@ _STATIC_DISTURBED = "{late} transforms channels whose static activation ranges a
 
 
 def check_combination(weights: Sequence[Spec], activations: Sequence[ActSpec], steps: Sequence[Step]) -> None:
-    """
+    """Refuses steps and formats that cannot work together.
+
     Args:
         weights, activations: the formats of a recipe's rules.
-        steps: its steps, in order.
+        steps: the recipe's steps, in order.
 
     Raises:
-        ValueError: what cannot be done together, and what to do instead.
+        ValueError: a conflict, and how to resolve it.
     """
     _check_weight_ranges(weights, steps)
     for step in reversed(steps):
@@ -62,7 +63,7 @@ def check_combination(weights: Sequence[Spec], activations: Sequence[ActSpec], s
 
 
 def check_attention_ranges(spec: AttentionSpec | None, steps: Sequence[Step]) -> None:
-    """Raises ValueError where static ranges of attention's operands are not chosen, or are chosen for nothing."""
+    """Raises ValueError if no step fixes static ranges of attention, or a step fixes ranges that do not exist."""
     static = spec is not None and spec.static
     choosing = [step for step in steps if Freedom.ATTENTION_RANGES in step.fixes]
     if static and not choosing:
@@ -72,9 +73,10 @@ def check_attention_ranges(spec: AttentionSpec | None, steps: Sequence[Step]) ->
 
 
 def in_order(steps: Sequence[Step]) -> tuple[Step, ...]:
-    """The steps of several recipes, but for the last, in an order in which what one decides holds for those after it.
+    """Orders the steps of a mix, except its last step, so that every decision holds for the steps after it.
 
-    As they come, but that static ranges are fixed last, and rotations at run time follow everything that can be folded.
+    Steps keep their order, with two exceptions. Steps that fix static ranges come last. Rotations at run time come
+    right after the last step that transforms channels.
     """
     late = [step for step in steps if step.mix_order is MixOrder.AFTER_TRANSFORMS]
     others = sorted((step for step in steps if step not in late), key=lambda step: step.mix_order)
@@ -92,7 +94,7 @@ def _check_weight_ranges(weights: Sequence[Spec], steps: Sequence[Step]) -> None
 
 
 def _check_static(static: Sequence[ActSpec], steps: Sequence[Step]) -> None:
-    """Static ranges have to be fixed, and no step may transform the channels afterwards."""
+    """Checks that every static range is fixed and that no later step transforms its channels."""
     for act in static:
         placing = [i for i, step in enumerate(steps) if step.places_input(act)]
         if not placing:

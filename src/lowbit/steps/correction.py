@@ -1,4 +1,4 @@
-"""What is learned beside the weights to make good what rounding lost: low-rank corrections, norms and biases."""
+"""Learned corrections of rounding errors: low-rank terms, norms and biases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowbit.steps.state import BlockState, Stats
 
 
 class _LowRank(Parametrization):
-    """``B A / r`` for every linear, A uniform as a linear layer begins, B zero: it starts as no correction at all."""
+    """A correction ``B A / r`` for every linear. A starts uniform, like a new linear layer, and B at zero."""
 
     def __init__(self, state: BlockState, rank: int, fold: bool):
         super().__init__()
@@ -31,7 +31,7 @@ class _LowRank(Parametrization):
             self.b.append(nn.Parameter(torch.zeros(rows, r)))
 
     def factors(self, path: str) -> tuple[Tensor, Tensor]:
-        """``a`` ``[R, I]`` and ``b`` ``[O, R]``, whose product is the correction."""
+        """``a`` ``[R, I]`` and ``b`` ``[O, R]``. The correction is ``b @ a``."""
         i = list(self.drafts).index(path)
         return self.a[i], self.b[i] / self.b[i].shape[1]
 
@@ -53,7 +53,7 @@ class _LowRank(Parametrization):
                 draft.weight.add_(b_OR @ a_RI)
             else:
                 draft.side_terms = (*draft.side_terms, LowRank.of(a_RI, b_OR))
-        where = "added to the weights before these were rounded" if self.fold else "kept beside the codes, in float16"
+        where = "added to the weights before these were rounded" if self.fold else "kept next to the codes, in float16"
         state.note(f"low-rank corrections are {where}")
 
 
@@ -62,9 +62,10 @@ class _LowRank(Parametrization):
 class LowRankCorrection(Maker):
     """A correction ``B A`` of ``rank`` for every linear (QLLM, arXiv:2310.08041, section 4.3).
 
-    Kept: it stays beside the codes in float16, costs ``16 rank (in + out)`` bits, and multiplies the input before that is
-    quantized. ``fold``: it is added to the weight, which is then rounded; learned so too, straight through the rounding. (The
-    authors learn it beside the rounded weight and fold it afterwards, where what is under half a step of the grid is lost.)
+    Without ``fold`` the layer stores it in float16: ``16 rank (in + out)`` bits, applied to the input before the input
+    is quantized. With ``fold`` it is added to the weight, which is then rounded; it is learned that way too, straight
+    through the rounding. (The authors learn it next to the rounded weight and fold it afterwards, which loses changes
+    below half a step.)
     """
 
     rank: int = 4
@@ -95,7 +96,7 @@ class LowRankCorrection(Maker):
 @serializable
 @dataclass(frozen=True)
 class NormsAndBiases(Maker):
-    """The gains of norms and all biases of the block, which are stored as they are anyway: learning them costs no bits."""
+    """The gains of norms and all biases of the block. They are stored unquantized, so learning them costs no bits."""
 
     lr: float = 5e-4
 

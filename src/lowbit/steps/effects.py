@@ -1,7 +1,8 @@
-"""What a step declares about itself: the transforms it applies, what it decides, and how the stored layers change.
+"""Declarations of a step: the transforms it applies, what it decides, and how the stored layers change.
 
-Everything that reads a recipe without running it (the checks of combinations, the order of a mix, ``plan``, ``explain``) folds
-over these declarations. The defaults of :class:`Effects` mean that nothing happens, so a step says only what it does.
+Everything that reads a recipe without running it (the checks of combinations, the order of a mix, ``plan``,
+``explain``) folds over these declarations. The defaults of :class:`Effects` declare nothing, so a step overrides only
+what it does.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lowbit.transforms import ChannelTransform, Scale, Shift
 
 
 class Freedom(Enum):
-    """What a step can decide about a linear, and what a later step can disturb."""
+    """A decision that a step can take about a linear, and that a later step can disturb."""
 
     INPUT_RANGES = "static ranges of inputs"
     CHANNEL_ORDER = "the order of input channels"
@@ -35,11 +36,11 @@ class Freedom(Enum):
 
 
 TRANSFORMING = frozenset(Freedom) - {Freedom.WEIGHT_RANGES, Freedom.ROUNDING, Freedom.CODES}
-"""What a transform of channels disturbs. Ranges of weights are shares of the extremes, so a fold moves them along."""
+"""Decisions that a transform of channels disturbs. Weight ranges are shares of the extremes, so a fold moves them along."""
 
 
 class MixOrder(IntEnum):
-    """Where a mix of recipes puts a step: as its recipe has it, after all transforms, or last."""
+    """Where a mix of recipes puts a step: in its recipe's order, after all transforms, or last."""
 
     AS_GIVEN = 0
     AFTER_TRANSFORMS = 1
@@ -51,10 +52,11 @@ class EdgeUse:
     """A transform that a step applies: ``rule`` makes one of ``kind`` at every edge whose name matches ``at``.
 
     Attributes:
-        rule: what makes it: a rule, or candidates.
-        measured: the rule starts from what the edge's consumers read, so an edge without consumers gets no transform.
-        run_time: inputs that no edge with the kind covers get it too; their linears run and store it.
-        dtype: in which a linear stores a transform that it runs.
+        rule: a rule, or candidates.
+        measured: the rule reads the inputs of the edge's consumers, so an edge without consumers gets no transform.
+        run_time: also transform inputs that no edge with this kind covers; their linears run the transform and store
+            it.
+        dtype: dtype of a transform that a linear stores.
     """
 
     kind: Kind
@@ -65,7 +67,10 @@ class EdgeUse:
     dtype: torch.dtype = torch.float32
 
     def edges(self, resolved: ResolvedBlock) -> Iterator[tuple[ResolvedEdge | None, str, str]]:
-        """``(edge, its name or the pattern, why the transform is not applied there or "")``; a pattern may match no edge."""
+        """All edges that match, as ``(edge, its name, why the transform is not applied there or "")``.
+
+        A pattern that matches no edge gives ``(None, the pattern, why)``.
+        """
         for pattern in self.at:
             matching = [edge for edge in resolved.edges if fnmatch(edge.name, pattern)]
             if not matching and not self.run_time:
@@ -82,7 +87,7 @@ class EdgeUse:
         return self.run_time and self.kind not in edge.carries
 
     def run_time_inputs(self, block: BlockDescription) -> dict[str, list[str]]:
-        """Name of each input that is transformed at run time -> the linears to be quantized that read it."""
+        """Name of each input that is transformed at run time -> its readers that are to be quantized."""
         return uncovered_inputs(block.resolved, self.kind, block.layers) if self.run_time else {}
 
     def _why_not(self, edge: ResolvedEdge) -> str:
@@ -94,7 +99,7 @@ class EdgeUse:
 
 
 def uncovered_inputs(resolved: ResolvedBlock, kind: Kind, quantized: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Name of each input that no edge with ``kind`` covers -> its readers among ``quantized``; inputs without one are left out."""
+    """Name of each input that no edge with ``kind`` covers -> its readers in ``quantized``, if it has any."""
     covered = {name for edge in resolved.edges if kind in edge.carries for name in edge.inputs}
     readers = {
         shared.name: [path for path in shared.readers if path in quantized]
@@ -106,15 +111,15 @@ def uncovered_inputs(resolved: ResolvedBlock, kind: Kind, quantized: Mapping[str
 
 @dataclass(frozen=True)
 class LayerDescription:
-    """How one linear will be stored, as far as it is known before any weight is read.
+    """How one linear will be stored, as far as this is known before any weight is read.
 
     Attributes:
-        format: of the weight and of the input.
-        shape: ``(O, I)``, I after the transforms that the layer runs on its input.
+        format: formats of weight and input.
+        shape: ``(O, I)``; I counts channels after the transforms that the layer runs on its input.
         biased: whether it has a bias.
         pre, post, side_terms: transforms of input and output that the layer runs, and terms added to its codes.
         ordered: its solver may store an order of its columns, an int32 for each.
-        outliers: its solver keeps weights in half precision, whose number is known only when they are chosen.
+        outliers: its solver keeps some weights in half precision; their number is known only when they are chosen.
     """
 
     format: LinearFormat
@@ -132,7 +137,7 @@ class LayerDescription:
         return 4 * self.shape[1] if self.ordered else 0
 
     def stored(self, bias: torch.dtype) -> LinearDescription:
-        """The description of the packed linear, its bias in ``bias``; without what its solver may add."""
+        """The description of the packed linear, with its bias in dtype ``bias``, without what its solver may add."""
         return LinearDescription(
             self.format.weight,
             self.shape,
@@ -144,7 +149,7 @@ class LayerDescription:
         )
 
     def running(self, *transforms: ChannelTransform, shape: tuple[int, int] | None = None) -> LayerDescription:
-        """This layer with more transforms of its input, after which the weight has ``shape`` (None: as before)."""
+        """This layer with more transforms of its input. ``shape`` is the weight's shape after them; None: unchanged."""
         entries = serialize_transforms.describe("pre", transforms)
         return replace(self, pre=(*self.pre, *entries), shape=shape or self.shape)
 
@@ -156,9 +161,9 @@ class BlockDescription:
     Attributes:
         resolved: the architecture's table on this block.
         layers: by path.
-        biases: paths of all linears that gain a bias which the model's class does not give them.
+        biases: paths of all linears that gain a bias their model's class does not give them.
         rotated: whether the residual stream is rotated.
-        attention: the formats of attention's operands, by path of the module that attends; with heads where ranges are stored.
+        attention: formats of attention's operands, by path of the attention module; with heads where ranges are stored.
         heads: query heads, key-value heads, channels of a key and of a value.
     """
 
@@ -170,41 +175,41 @@ class BlockDescription:
     heads: tuple[int, int, int, int] | None = None
 
     def changed(self, layers: Mapping[str, LayerDescription]) -> BlockDescription:
-        """This block with other descriptions for the layers named."""
+        """This block with ``layers`` in place of the descriptions of the same paths."""
         return replace(self, layers={**self.layers, **layers})
 
     def with_biases(self, paths: frozenset[str]) -> BlockDescription:
-        """This block where the named linears have a bias."""
+        """This block with a bias in each linear of ``paths``."""
         gaining = {path: replace(layer, biased=True) for path, layer in self.layers.items() if path in paths}
         return replace(self.changed(gaining), biases=self.biases | paths)
 
 
 class Effects:
-    """What a step, or a part of one, declares. The defaults: it measures nothing and changes nothing."""
+    """The declarations of a step, or of a part of one. The defaults measure nothing and change nothing."""
 
     @property
     def needs(self) -> frozenset[Statistic]:
-        """The statistics of inputs and weights that it asks for."""
+        """The statistics of inputs and weights that it reads."""
         return frozenset()
 
     @property
     def transforms(self) -> tuple[EdgeUse, ...]:
-        """The transforms that it makes at edges named by patterns."""
+        """The transforms that it applies at edges named by patterns."""
         return ()
 
     @property
     def kinds(self) -> frozenset[Kind]:
-        """The kinds of transform that it applies anywhere."""
+        """All kinds of transform that it applies."""
         return frozenset(use.kind for use in self.transforms)
 
     @property
     def fixes(self) -> frozenset[Freedom]:
-        """What it decides, which later steps must not disturb."""
+        """Decisions that it takes and later steps must not disturb."""
         return frozenset()
 
     @property
     def disturbs(self) -> frozenset[Freedom]:
-        """Decisions of earlier steps that no longer hold after it."""
+        """Decisions of earlier steps that do not hold after it."""
         return TRANSFORMING if self.kinds else frozenset()
 
     @property
@@ -213,7 +218,7 @@ class Effects:
         return MixOrder.AS_GIVEN
 
     def describe(self, block: BlockDescription) -> BlockDescription:
-        """How ``block`` will be stored once this has run on it. Where that is open, the largest that can come out."""
+        """``block`` as it will be stored after this step. Where this is open, the largest possible result."""
         for use in self.transforms:
             if use.kind is Kind.SHIFT:
                 edges = use.legal_edges(block.resolved)
@@ -227,7 +232,7 @@ _AT_RUN_TIME = {Kind.SCALE: Scale, Kind.SHIFT: Shift}
 
 
 def _run_at_inputs(block: BlockDescription, use: EdgeUse, paths: list[str]) -> BlockDescription:
-    """``block`` where the linears at ``paths``, which read one input, run a transform of ``use`` on it."""
+    """``block`` whose linears at ``paths``, which read one input, run a transform of ``use`` on it."""
     if use.kind is Kind.SHIFT:
         block = block.with_biases(frozenset(paths) - {path for path in paths if block.layers[path].biased})
     vector = torch.ones((), dtype=use.dtype)

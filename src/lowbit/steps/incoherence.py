@@ -1,7 +1,8 @@
-"""Incoherence: rotations at run time on both sides of a linear, so that no weight and no input channel stands out.
+"""Incoherence: run-time rotations on both sides of a linear, so that no weight and no input channel stands out.
 
-A rotation of the residual stream is shared by the whole model, and one between two linears of a block is legal at few edges
-(:mod:`lowbit.steps.rotation`). Here each linear runs its own, stored as seeds: 128 bits a linear, at any width.
+A rotation of the residual stream is shared by the whole model, and few edges inside a block can carry one
+(:mod:`lowbit.steps.rotation`). Here each linear runs its own rotations. They are stored as seeds: 128 bits for each
+linear.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ _KINDS: dict[str, type[Seeded]] = {"kronecker": Kronecker, "hadamard": RandomHad
 @serializable
 @dataclass(frozen=True)
 class Incoherence(Step):
-    """Replaces each weight W by ``U W V^T``: its linear computes ``U^T (U W V^T) V x`` (QuIP, arXiv:2307.13304).
+    """Replaces each weight W by ``U W V^T``; the linear then computes ``U^T (U W V^T) V x`` (QuIP, arXiv:2307.13304).
 
-    U and V are random rotations of the given kind. Linears that read one input rotate it alike, so that they share its
-    statistics, and could share the work; each has an output rotation of its own. Seeds follow from the block's seed and the
-    names of the input and the linear. Scales, shifts and permutations across edges have to come before this step.
+    U and V are random rotations of the kind ``transform``. Linears that read the same input share V, so they share
+    statistics. Each linear has its own U. Seeds follow from the block's seed and the names of the input and the linear.
+    Put scales, shifts and permutations across edges before this step.
     """
 
     transform: Literal["kronecker", "hadamard"] = "hadamard"

@@ -1,4 +1,4 @@
-"""Learn: gradients on parametrizations, with the block's own weights frozen."""
+"""Learn: trains parametrizations of a block by gradients; the block's own weights stay frozen."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from lowbit.steps.precision import faster_products
 from lowbit.steps.state import BlockState
 from lowbit.steps.step import FLOAT, RunSizes, Step
 
-_COPIES = 8  # of weights and activations, that learning holds at once
+_COPIES = 8  # of weights and activations, held at once
 
 
 @serializable
 @dataclass(frozen=True)
 class Learn(Step):
-    """AdamW on the parameters of ``makers``, each with its own learning rate, against ``objective``.
+    """Minimizes ``objective`` over the parameters of ``makers``, each maker with its own learning rate.
 
-    The block sees the inputs that the recipe feeds (with quantized inputs, errors of earlier blocks can be corrected);
-    the target is the original block's output for its original inputs. Weights and activations are quantized as they
-    will be stored. The parameters at the end of the epoch with the lowest mean loss are kept, or the start where no
-    epoch's mean is below the loss there; a loss that is not finite ends the learning.
+    The block sees the inputs that the recipe feeds; with quantized inputs it can correct errors of earlier blocks. The
+    target is the original block's output for its original inputs. Weights and activations are quantized as they will be
+    stored. The parameters at the end of the epoch with the lowest mean loss are kept, or the start if no epoch is
+    better. Learning stops at a loss that is not finite.
 
     Args:
         epochs: passes over the calibration windows.
-        batch: windows that pass through the block at once, and with ``accumulate`` 1 a gradient step.
-        amp: run the block's products in bfloat16 where the processor has instructions for it, which is where it is faster;
-            quantization itself stays in float32.
-        steps: gradient steps instead of ``epochs``, rounded up to whole passes.
-        descent: ``"adamw"`` at constant rates, or ``"sign"``, steps along the gradient's sign at rates that fall linearly
-            to zero (SignRound, arXiv:2309.05516).
-        decay: the rates of ``"adamw"`` fall linearly to zero too.
-        verify: measure the loss once more at the end, and take the start back where that is no lower: a mean over an epoch is
-            not the loss behind its last step.
-        accumulate: batches whose gradients make one step: the step of a larger batch in the memory of a small one.
+        batch: windows that pass through the block at once.
+        amp: run the block's products in bfloat16 on processors that have instructions for it. Quantization stays in
+            float32.
+        steps: number of gradient steps, rounded up to whole passes; replaces ``epochs``.
+        descent: ``"adamw"`` at constant rates, or ``"sign"``, which steps along the gradient's sign at rates that fall
+            linearly to zero (SignRound, arXiv:2309.05516).
+        decay: let the rates of ``"adamw"`` fall linearly to zero too.
+        verify: measure the loss again at the end and restore the start unless the loss is lower. An epoch's mean is not
+            the loss after its last step.
+        accumulate: batches for each gradient step. This gives the step of a larger batch in the memory of a small one.
     """
 
     makers: tuple[Maker, ...]
@@ -106,7 +106,7 @@ class Learn(Step):
         return block
 
     def memory(self, sizes: RunSizes) -> float:
-        """Weights and activations of one batch, several times each, for the backward pass."""
+        """Bytes of several copies of the weights and of one batch's activations, for the backward pass."""
         return _COPIES * (sizes.quantized_weights * FLOAT + self.batch * sizes.window_bytes)
 
     def ticks(self, windows: int, linears: int) -> int:
@@ -175,7 +175,7 @@ class Learn(Step):
                 picks = (slice(start, start + self.batch) for start in starts)
                 last = sum(self._loss(state, base, maps, pick).item() for pick in picks)
             if not last < first:
-                state.note("learning lowered the loss at no epoch's end: what was there before is kept")
+                state.note("learning did not lower the loss, measured again at the end: the start is kept")
                 _restore(maps, before)
 
     def _loss(self, state: BlockState, base: Weights, maps: list[Parametrization], pick: slice) -> Tensor:
@@ -200,7 +200,7 @@ class Learn(Step):
 
 @contextmanager
 def _simulated(state: BlockState, weights: Weights, maps: list[Parametrization]) -> Iterator[None]:
-    """While open, drafts run as they will be packed, with these weights and what ``maps`` choose; gradients reach both."""
+    """While open, drafts run as they will be packed, with ``weights`` and what ``maps`` choose, open to gradients."""
     with ExitStack() as stack:
         for path, draft in state.drafts.items():
             w_OI = weights[f"{path}.weight"]
@@ -212,7 +212,7 @@ def _simulated(state: BlockState, weights: Weights, maps: list[Parametrization])
 
 
 class _SignSGD(torch.optim.SGD):
-    """Steps of the learning rate's size along the sign of the gradient."""
+    """Moves each parameter by the learning rate along the sign of its gradient."""
 
     def step(self, closure=None):
         for group in self.param_groups:

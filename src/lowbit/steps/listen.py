@@ -1,4 +1,4 @@
-"""Calls of modules during calibration, kept so that they can be made again with something tried."""
+"""Records calls of modules during calibration, to repeat them with candidates."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lowbit.steps.state import BlockState
 
 @dataclass(frozen=True)
 class Place:
-    """A module to run, and what to look at.
+    """A module to call, and the tensor to compare.
 
     Attributes:
         module: path of the module.
-        behind: path of the linear whose input is looked at; None: the output of ``module``.
+        behind: path of the linear whose input is compared; None: the output of ``module``.
     """
 
     module: str
@@ -27,7 +27,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A call of a module during calibration, and what was seen at its place."""
+    """A recorded call of a module, and the tensor recorded at its place."""
 
     place: Place
     args: tuple
@@ -35,15 +35,21 @@ class Call:
     answer: Tensor
 
     def error(self, state: BlockState) -> float:
-        """Sum of the squared differences from the answer when the call is made again."""
+        """Repeats the call and returns the sum of squared differences from the recorded tensor."""
         with _watched(state, self.place) as seen:
             state.block.get_submodule(self.place.module)(*self.args, **self.kwargs)
         return (seen.pop() - self.answer).square().sum().item()
 
 
 def listen(state: BlockState, places: Iterable[Place], windows: int | None = None) -> list[Call]:
-    """Runs the block over the first ``windows`` calibration windows (None: all) and returns the calls at ``places``, in the order
-    in which they end; those without a token are left out."""
+    """Runs the block over calibration windows and records the calls at ``places``.
+
+    Args:
+        windows: number of windows, from the first; None: all.
+
+    Returns:
+        The calls in the order in which they end. Calls without tokens are left out.
+    """
     assert state.io is not None
     calls: list[Call] = []
     with ExitStack() as stack:
@@ -56,7 +62,7 @@ def listen(state: BlockState, places: Iterable[Place], windows: int | None = Non
 
 @contextmanager
 def _keeping(state: BlockState, place: Place, calls: list[Call]) -> Iterator[None]:
-    """While open, calls at ``place`` are appended to ``calls``."""
+    """While open, appends the calls at ``place`` to ``calls``."""
     asked: list[tuple[tuple, dict]] = []
     module = state.block.get_submodule(place.module)
 
@@ -80,7 +86,7 @@ def _keeping(state: BlockState, place: Place, calls: list[Call]) -> Iterator[Non
 
 @contextmanager
 def _watched(state: BlockState, place: Place) -> Iterator[list[Tensor]]:
-    """While open, what is looked at is appended to a list at each call of the place's module."""
+    """While open, appends the tensor to compare to the returned list at each call of the place's module."""
     seen: list[Tensor] = []
 
     def on_output(_: nn.Module, args: tuple, output: Any) -> None:

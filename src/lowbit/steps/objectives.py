@@ -1,4 +1,4 @@
-"""Objectives: what a learned block is judged against."""
+"""Objectives: the losses that learning minimizes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lowbit.numerics import serializable
 
 @runtime_checkable
 class Objective(Protocol):
-    """A loss of the quantized block's hidden states against a target; both ``[B, T, d]``.
+    """A loss of the quantized block's hidden states against a target, both ``[B, T, d]``.
 
-    ``augment`` asks for a second target: what the original weights give for the inputs that the quantized block sees.
+    ``augment`` adds a second target: the output of the original weights for the inputs of the quantized block.
     """
 
     @property

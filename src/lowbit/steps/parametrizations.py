@@ -1,9 +1,8 @@
-"""Parametrizations: pure maps from a block's weights to new weights and other values of drafts, with parameters that gradients
-can reach.
+"""Parametrizations: pure, trainable maps from a block's weights to new weights and attributes of drafts.
 
-The same map is used while learning and at commit: ``forward(weights)`` for a loss, ``commit(state)`` folds with the
-very same ``fold``. What is then rounded, and how, is the drafts' to say. A recipe names them by their makers (frozen values: :class:`Scales`, :class:`Shifts`,
-:class:`ClipShares`, ..); a maker builds the module for one block and drops the edges where its kind is not legal.
+Learning and commit share one map: a loss uses ``forward(weights)``, and ``commit(state)`` folds with the same ``fold``.
+Drafts do the rounding. A recipe names makers (frozen values: :class:`Scales`, :class:`Shifts`, :class:`ClipShares`,
+..). A maker builds the module for one block and leaves out edges that cannot carry its kind.
 """
 
 from __future__ import annotations
@@ -28,36 +27,42 @@ SMALLEST_SCALE = 1e-2  # OmniQuant's truncation: a smaller learned scale overflo
 
 
 class Parametrization(nn.Module):
-    """Contract: ``forward`` maps weights by name to weights by name, ``chosen`` gives other values of drafts, and both change
-    nothing; ``commit`` makes it permanent."""
+    """A trainable map of one block's weights and drafts.
+
+    ``forward`` maps weights by name to weights by name, and ``chosen`` gives other attributes of drafts. Neither
+    changes the block. ``commit`` makes both permanent.
+    """
 
     def forward(self, weights: Weights) -> Weights:
         return weights
 
     def chosen(self, path: str, w_OI: Tensor) -> dict[str, Any]:
-        """Attributes of the draft at ``path`` that this map chooses, by name; ``w_OI``: its weight after ``forward``."""
+        """Attributes that this map sets on the draft at ``path``, by name. ``w_OI`` is its weight after ``forward``."""
         return {}
 
     def constrain(self) -> None:
-        """Brings parameters back into their legal region after a gradient step."""
+        """Clamps parameters to their legal region after a gradient step."""
 
     def commit(self, state: BlockState) -> None:
+        """Writes the result into the block and its drafts."""
         raise NotImplementedError
 
 
 class Maker(Effects):
-    """Builds a parametrization for one block, and declares what learning it does. Subclasses are frozen dataclasses with a
-    field ``lr``, the learning rate."""
+    """Builds a parametrization for one block, and declares its effects.
+
+    Subclasses are frozen dataclasses with a learning rate ``lr``.
+    """
 
     lr: float
 
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
-        """The parametrization of one block; ``stats``: what ``needs`` asks for, by shared input."""
+        """The parametrization of one block. ``stats`` holds the statistics in ``needs``, by shared input."""
         raise NotImplementedError
 
 
 class _EdgeTransforms(Parametrization):
-    """One vector for each edge; ``of`` makes the transform (Scale or Shift) of it."""
+    """One vector for each edge; ``of`` (Scale or Shift) makes the transform from it."""
 
     def __init__(self, kind: Kind, of: type, edges: list[ResolvedEdge], starts: list[Tensor]):
         super().__init__()
@@ -84,7 +89,7 @@ class _EdgeTransforms(Parametrization):
 
 
 def _at_edges(state: BlockState, stats: dict[str, Stats], at: tuple[str, ...], rule: TransformRule):
-    """Edges in ``at`` that carry the rule's kind, with what the rule gives there."""
+    """Edges in ``at`` that carry the rule's kind, each with the rule's transform."""
     for edge in state.edges(at, rule.kind):
         start = rule(state, edge, stats)
         if start is None:
@@ -96,7 +101,10 @@ def _at_edges(state: BlockState, stats: dict[str, Stats], at: tuple[str, ...], r
 @serializable
 @dataclass(frozen=True)
 class Scales(Maker):
-    """A scale at every edge in ``at``, starting from ``init``; edges without consumers (query and key) start from 1."""
+    """A learned scale at every edge in ``at``.
+
+    It starts from ``init``, and from 1 at edges without consumers (query and key).
+    """
 
     at: tuple[str, ...]
     init: TransformRule = Smooth(0.5)
@@ -125,7 +133,7 @@ class Scales(Maker):
 @serializable
 @dataclass(frozen=True)
 class Shifts(Maker):
-    """A shift at every edge in ``at`` that can carry one, starting from ``init``."""
+    """A learned shift at every edge in ``at`` that can carry one. It starts from ``init``."""
 
     at: tuple[str, ...]
     init: TransformRule = Midpoint()
@@ -148,7 +156,7 @@ class Shifts(Maker):
 
 
 class _Clip(Parametrization):
-    """Two logits a granule of every linear; the range is ``[sigmoid(lower) * min, sigmoid(upper) * max]``."""
+    """Two logits for each granule of every linear. The range is ``[sigmoid(lower) * min, sigmoid(upper) * max]``."""
 
     def __init__(self, state: BlockState, init: float):
         super().__init__()
@@ -171,9 +179,9 @@ class _Clip(Parametrization):
 @serializable
 @dataclass(frozen=True)
 class ClipShares(Maker):
-    """Learned weight clipping: both ends of every granule's range (OmniQuant, arXiv:2308.13137, section 3.2).
+    """Learned weight clipping at both ends of every granule's range (OmniQuant, arXiv:2308.13137, section 3.2).
 
-    ``init`` is the logit at the start: 4.0 is a share of 0.982.
+    ``init`` is the logit at the start. 4.0 gives a share of 0.982.
     """
 
     init: float = 4.0
@@ -194,7 +202,7 @@ def _granules(draft: DraftLinear) -> int:
 
 
 class _Rounding(Parametrization):
-    """An offset V in steps of the grid, added before rounding, and two shares of the range for each granule."""
+    """An offset V in grid steps, added before rounding, and two shares of the range for each granule."""
 
     def __init__(self, state: BlockState):
         super().__init__()
@@ -206,7 +214,7 @@ class _Rounding(Parametrization):
         self.upper = nn.ParameterList(nn.Parameter(torch.ones(size, 1)) for size in sizes)
 
     def chosen(self, path: str, w_OI: Tensor) -> dict[str, Any]:
-        """The grid's parameters as they are stored, and V steps of it."""
+        """The grid's parameters as they are stored, and V times the grid's step."""
         i, spec = self.paths.index(path), self.specs[path]
         grain = spec.granularity
         placed = Clipped(self.lower[i], self.upper[i])(grain.split(w_OI), spec.grid)  # pyright: ignore[reportArgumentType]
@@ -234,8 +242,10 @@ class _Rounding(Parametrization):
 @serializable
 @dataclass(frozen=True)
 class Rounding(Maker):
-    """Learned rounding (SignRound, arXiv:2309.05516, section 3): every weight may be moved by up to half a step before it
-    is rounded, and both ends of every range may shrink. Meant for ``Learn(descent="sign")``; authors: lr is 1 over the steps.
+    """Learned rounding (SignRound, arXiv:2309.05516, section 3), for ``Learn(descent="sign")``.
+
+    Each weight moves by up to half a step before it is rounded, and both ends of every range may shrink. The authors'
+    ``lr`` is 1 / steps.
     """
 
     lr: float = 5e-3
@@ -252,7 +262,7 @@ class Rounding(Maker):
 
 
 class Differences(Parametrization):
-    """A difference to be added to each parameter of the block that is ``wanted``: zero at the start."""
+    """A difference for each parameter of the block that ``wanted`` selects, zero at the start."""
 
     def __init__(self, block: nn.Module, wanted: Callable[[Tensor], bool]):
         super().__init__()
@@ -272,9 +282,9 @@ class Differences(Parametrization):
 @serializable
 @dataclass(frozen=True)
 class AllWeights(Maker):
-    """Every parameter of the block: weights, biases and norms (layer-by-layer distillation, ZeroQuant, arXiv:2206.01861).
+    """Every parameter of the block: weights, biases, norms (layer-by-layer distillation, ZeroQuant, arXiv:2206.01861).
 
-    What the report says of a single linear is then its distance from what was learned, not from the original.
+    The report's errors of single linears are then distances from the learned weights, not from the original ones.
     """
 
     lr: float = 5e-6

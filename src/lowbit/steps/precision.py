@@ -1,4 +1,4 @@
-"""Products in bfloat16, where that is faster: one decision for everything that learns or differentiates."""
+"""Products in bfloat16 where that is faster: one decision for all code that computes gradients."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from lowbit.kernels.instructions import faster_than_float32
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether ``device`` multiplies bfloat16 by instructions of its own."""
+    """Whether ``device`` has its own instructions for bfloat16 products."""
     if device.type == "cpu":
         return faster_than_float32(torch.bfloat16)
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def faster_products(device: torch.device, wanted: bool = True) -> torch.autocast:
-    """The context in which products are in bfloat16, if ``wanted`` and ``device`` has the instructions; else in float32."""
+    """A context with products in bfloat16 if ``wanted`` and ``device`` has instructions for it, else in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_bfloat16(device))

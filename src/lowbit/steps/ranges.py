@@ -1,6 +1,6 @@
-"""Static activation ranges that are judged by what the block then computes: a search, and steps that gradients refine.
+"""Static activation ranges chosen by the block's output: a search, and step sizes learned by gradients.
 
-Where nothing may be clipped, :class:`~lowbit.steps.SetActivationRange` is enough.
+Where nothing should be clipped, :class:`~lowbit.steps.SetActivationRange` is enough.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lowbit.steps.step import Step
 
 
 def static_linears(state: BlockState) -> dict[str, ActSpec]:
-    """The activation format of every linear whose input has a static range, by path."""
+    """The activation formats of all linears with a static input range, by path."""
     acts = {path: draft.format.act for path, draft in state.drafts.items() if draft.format is not None}
     return {path: act for path, act in acts.items() if act is not None and act.static}
 
@@ -32,14 +32,19 @@ def static_linears(state: BlockState) -> dict[str, ActSpec]:
 @serializable
 @dataclass(frozen=True)
 class SearchActivationRange(Step):
-    """Fixes the range of every static activation by its tokens, of which the loudest may be clipped whole.
+    """Fixes the range of every static activation by its tokens. The loudest tokens may be clipped whole.
 
-    Token-wise clipping, coarse stage (Outlier Suppression, arXiv:2209.13325, section 4.2). One share of the tokens serves all
-    linears of the block: of ``1, 1 - step, ..``, as many as ``span`` has steps, the one under which ``objective`` of the
-    block's output is least, with weights rounded to nearest and activations quantized. The first is the range of all values.
-    Shares are tried on the first ``windows`` calibration windows (None: all); the ranges come from all of them.
+    Token-wise clipping, coarse stage (Outlier Suppression, arXiv:2209.13325, section 4.2). One share of the tokens
+    serves all linears of the block. The search tries ``1, 1 - step, ..``, ``span / step`` shares in all; 1 gives the
+    range of all values. It keeps the share with the least ``objective`` of the block's output, with weights rounded to
+    nearest and activations quantized.
 
-    The authors choose one share for the whole model by its last output; a walk block by block has each block's.
+    The authors choose one share for the whole model by its last output; here each block has its own.
+
+    Args:
+        span, step: the shares to try, 0 < step <= span <= 1.
+        windows: calibration windows on which shares are judged; None: all. Ranges come from all windows.
+        objective: compares the block's output with the original's.
     """
 
     span: float = 0.1
@@ -79,6 +84,7 @@ class SearchActivationRange(Step):
 
     @property
     def shares(self) -> tuple[float, ...]:
+        """The shares to try, 1 first."""
         return tuple(1 - k * self.step for k in range(round(self.span / self.step)))
 
     def ticks(self, windows: int, linears: int) -> int:
@@ -134,7 +140,8 @@ class SearchActivationRange(Step):
 class _LearnedStepSizes(Parametrization):
     """A factor of the step and an offset of the zero point (a share of all codes) for every static input.
 
-    Linears that read one input in one format share them. Gradients reach both straight through the rounding, as in LSQ+.
+    Linears that read the same input in the same format share both. Gradients pass straight through the rounding, as in
+    LSQ+.
     """
 
     def __init__(self, state: BlockState):
@@ -186,9 +193,10 @@ class _LearnedStepSizes(Parametrization):
 @serializable
 @dataclass(frozen=True)
 class LearnedStepSizes(Maker):
-    """Learned steps and zero points of static activations (Outlier Suppression, arXiv:2209.13325, section 4.2, fine stage; LSQ+).
+    """Learned steps and zero points of static activations, from ranges that an earlier step has set.
 
-    They start from the ranges that a step before has set. ``lr`` is relative: of the step, and of the number of codes.
+    The fine stage of token-wise clipping (Outlier Suppression, arXiv:2209.13325, section 4.2), as in LSQ+. ``lr`` is
+    relative to the step and to the number of codes.
     """
 
     lr: float = 5e-3

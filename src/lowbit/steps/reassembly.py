@@ -1,11 +1,11 @@
-"""Reassembly: channels with outliers are split into several, and others make room for the copies.
+"""Reassembly: channels with outliers are split into several, and other channels make room for the copies.
 
 A linear gives the same output for T equal channels x / T as for one channel x, so an outlier can be divided until it no
-longer sets the range of every token (QLLM, arXiv:2310.08041). The copies need places: pairs of like channels are averaged,
-or channels that matter least are dropped, or the layer grows. No neighbour can absorb any of that; the linears that
-read the input do it themselves, at run time.
+longer sets the range of every token (QLLM, arXiv:2310.08041). To make room, pairs of similar channels are averaged, or
+the least important channels are dropped; otherwise the layer grows. No neighbour can absorb this, so the linears that
+read the input do it at run time.
 
-Distances come from Gram matrices of inputs and weights, over all calibration tokens: no token is kept for them.
+Distances come from Gram matrices of inputs and weights over all calibration tokens; no tokens are kept for them.
 Shapes: I channel, C a channel that could leave or be merged with.
 """
 
@@ -31,14 +31,21 @@ from lowbit.transforms import ChannelTransform, Reassembly, Split
 Assembly = Literal["merge", "prune", "none"]
 _DISTANCE_MATRICES = 4  # of the width of an input, held at once
 NEGLIGIBLE = 1e-12
-"""Of the median energy that a channel adds to the output: what adds less is nothing."""
+"""A share of the median energy that a channel adds to the output. A channel below it adds nothing."""
 
 
 def thresholds(largest_I: Tensor, copies: int) -> Tensor:
-    """For e = 0 .. ``copies`` the smallest threshold that adds at most e channels, ``[copies + 1]`` float64, falling.
+    """The smallest threshold that adds at most e channels, for e = 0 .. ``copies``.
 
-    A threshold just below M / k splits a channel with the largest magnitude M into k + 1, so the e-th is the (e + 1)-th
-    largest of all M / k.
+    A threshold just below M / k splits a channel with the largest magnitude M into k + 1, so the e-th threshold is the
+    (e + 1)-th largest of all M / k.
+
+    Args:
+        largest_I: largest magnitude of each channel.
+        copies: largest number of added channels.
+
+    Returns:
+        ``[copies + 1]`` float64, descending.
     """
     top = largest_I.double().sort(descending=True).values[: copies + 1]
     parts = top[:, None] / torch.arange(1, copies + 2, device=top.device)
@@ -46,22 +53,23 @@ def thresholds(largest_I: Tensor, copies: int) -> Tensor:
 
 
 def disassembly(largest_I: Tensor, threshold: float) -> Tensor:
-    """``T = max(1, ceil(M / threshold))``, int64 ``[I]``: into how many channels each is split."""
+    """The number of channels that each channel becomes: ``max(1, ceil(M / threshold))``, int64 ``[I]``."""
     if not threshold > 0:
         return torch.ones_like(largest_I, dtype=torch.int64)
     parts = largest_I.double() / threshold
-    return (parts - 1e-9).ceil().clamp(min=1).long()  # a threshold M / k has to give k, whatever the division rounds to
+    return (parts - 1e-9).ceil().clamp(min=1).long()  # a threshold M / k must give k, however the division rounds
 
 
 def merge_distances(gram_II: Tensor, weight_gram_II: Tensor) -> Tensor:
-    """``D_ij = |x_i - x_j|^2 |w_i - w_j|^2 / 4``, ``[I, I]``: the squared error of the output if i and j are averaged.
+    """The squared error of the output if i and j are averaged: ``D_ij = |x_i - x_j|^2 |w_i - w_j|^2 / 4``, ``[I, I]``.
 
-    The error is ``x_i (w_i - w_j) / 2 + x_j (w_j - w_i) / 2 = (x_i - x_j)(w_i - w_j) / 2``, of rank one, so that its
-    energy over all tokens and rows is a product. The authors' code ranks by ``|x_i - x_j| (sum w_i + sum w_j)`` instead, in
-    which columns of opposite signs cancel.
+    The error is ``x_i (w_i - w_j) / 2 + x_j (w_j - w_i) / 2 = (x_i - x_j)(w_i - w_j) / 2``. It has rank one, so its
+    energy over all tokens and rows is a product. The authors' code ranks by ``|x_i - x_j| (sum w_i + sum w_j)``
+    instead, where columns of opposite signs cancel.
 
     Args:
-        gram_II: ``sum_t x_t x_t^T``. weight_gram_II: ``W^T W``, of all consumers together.
+        gram_II: ``sum_t x_t x_t^T``.
+        weight_gram_II: ``W^T W`` of all consumers together.
     """
     return _squared_distances(gram_II).mul_(_squared_distances(weight_gram_II)).mul_(0.25)
 
@@ -72,15 +80,18 @@ def _squared_distances(gram_II: Tensor) -> Tensor:
 
 
 def assembled(counts_I: Tensor, distance_II: Tensor, energy_I: Tensor, merge: bool) -> Reassembly | None:
-    """The reassembly that makes room for ``counts_I``; None where fewer channels can leave than copies come.
+    """The reassembly that makes room for the copies in ``counts_I``, or None if too few channels can leave.
 
-    Merging is bipartite: of the channels that are not split every second one may leave, each is averaged with the one of
-    the others that is nearest, and those with the smallest distances go. Several may go to one. Channels that add
-    nothing to the output are dropped before any is merged: a mean with one would halve its partner. Without ``merge``,
-    those that add least are dropped.
+    Merging is bipartite. Every second channel that is not split may leave; it is averaged with the nearest of the
+    others. The pairs with the smallest distances merge, and several channels may join the same one. Channels that add
+    nothing to the output are dropped before any is merged, because a mean with one would halve its partner. Without
+    ``merge``, the channels that add least are dropped.
 
     Args:
-        distance_II: see :func:`merge_distances`. energy_I: ``|x_i|^2 |w_i|^2``, the squared error if i is dropped.
+        counts_I: how many channels each becomes.
+        distance_II: the result of :func:`merge_distances`.
+        energy_I: ``|x_i|^2 |w_i|^2``, the squared error if i is dropped.
+        merge: average channels, or drop them.
     """
     size, copies = len(counts_I), int(counts_I.sum()) - len(counts_I)
     whole_C = (counts_I == 1).nonzero()[:, 0]
@@ -96,7 +107,7 @@ def assembled(counts_I: Tensor, distance_II: Tensor, energy_I: Tensor, merge: bo
 
 
 def _merged(whole_C: Tensor, distance_II: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-    """The channels that leave, at most ``wanted``, and the one that each is averaged with."""
+    """The channels that leave, at most ``wanted``, and the partner that each is averaged with."""
     leaving, staying = whole_C[0::2], whole_C[1::2]
     if not wanted or not len(staying):
         return whole_C[:0], whole_C[:0]
@@ -112,20 +123,23 @@ def _narrow(numbers: Tensor, size: int) -> Tensor:
 @serializable
 @dataclass(frozen=True)
 class SearchReassembly(Step):
-    """Splits the outlier channels of every input and lets others make room, at the threshold that hurts least.
+    """Splits outlier channels of every input and lets others make room, at the threshold with the least output error.
 
-    A channel whose largest calibrated magnitude is M becomes ``ceil(M / threshold)`` channels. Thresholds are tried from
-    the largest M (nothing changes) down to that which adds ``ratio`` of the channels; judged is what the linears make
-    together, with their weights and inputs quantized as they will be: the input of the linear behind them in the same
-    module (attention before its output projection, the hidden layer of an MLP), else their own output. Every input is
-    searched on the unchanged block, and the winners are applied at the end.
+    A channel whose largest calibrated magnitude is M becomes ``ceil(M / threshold)`` channels. Thresholds fall from the
+    largest M (nothing changes) to the one that adds ``ratio`` of the channels. Weights and inputs are quantized as they
+    will be, and the error is measured at the input of the next linear in the same module (attention before its output
+    projection, the hidden layer of an MLP), or at the module's output if there is no single next linear. Inputs without
+    an edge are judged by their linears' outputs. Every input is searched on the unchanged block; the winners are
+    applied at the end.
 
     Args:
-        ratio: share of the channels that may be added, 0 to 1/2.
-        assembly: ``"merge"`` averages pairs of like channels, ``"prune"`` drops channels, ``"none"`` lets layers grow.
-        steps: how many thresholds are tried beside the largest, at even steps of the channels that they add.
-        windows: calibration windows that the thresholds are judged by (None: all); magnitudes and distances come from all.
-        skip: patterns of the shared inputs to leave alone.
+        ratio: largest share of channels to add, 0 to 0.5.
+        assembly: ``"merge"`` averages pairs of similar channels, ``"prune"`` drops channels, ``"none"`` lets layers
+            grow.
+        steps: number of thresholds to try below the largest, evenly spaced by the channels that they add.
+        windows: calibration windows on which thresholds are judged; None: all. Magnitudes and distances come from all
+            windows.
+        skip: patterns of names of shared inputs that stay as they are.
     """
 
     ratio: float = 0.2
@@ -162,7 +176,7 @@ class SearchReassembly(Step):
     def upper_bound(self) -> str:
         if not self.ratio:
             return ""
-        return "a search decides how many channels are copied; bytes_out counts as many as it may choose"
+        return "a search decides how many channels are copied; bytes_out assumes the most that it may choose"
 
     def describe(self, block: BlockDescription) -> BlockDescription:
         inputs = [shared for shared in block.resolved.shared_inputs if not self._skips(shared)]
@@ -180,7 +194,7 @@ class SearchReassembly(Step):
         return layer.running(Reassembly(columns, numbers, numbers, numbers))
 
     def memory(self, sizes: RunSizes) -> float:
-        """Inputs and outputs of the judged modules over the calibration windows, and distances between channels."""
+        """Bytes of recorded inputs and outputs over the calibration windows, and of distances between channels."""
         widths = {path: sizes.shapes[path][1] for path in sizes.first_readers}
         read = sum(width * sizes.shares.get(path, 1.0) for path, width in widths.items())
         distances = _DISTANCE_MATRICES * max(widths.values(), default=0) ** 2
@@ -240,7 +254,7 @@ class SearchReassembly(Step):
 
 @dataclass(frozen=True)
 class Site:
-    """An input, the linears to be quantized that read it, and the places that judge them."""
+    """A shared input, its readers that are to be quantized, and the places that judge it."""
 
     shared: ResolvedInput
     readers: tuple[str, ...]
@@ -248,6 +262,7 @@ class Site:
 
 
 def site_of(state: BlockState, shared: ResolvedInput) -> Site:
+    """The site of ``shared``: see :class:`SearchReassembly` for where it is judged."""
     drafts = state.drafts
     readers = tuple(path for path in shared.readers if path in drafts)
     for edge in state.resolved.edges:
@@ -259,6 +274,7 @@ def site_of(state: BlockState, shared: ResolvedInput) -> Site:
 
 
 def loss_with(state: BlockState, site: Site, transform: ChannelTransform | None, calls: Iterable[Call]) -> float:
+    """The squared error of ``calls`` while the readers of ``site`` run quantized, with ``transform`` on their input."""
     with ExitStack() as stack:
         for path in site.readers:
             stack.enter_context(state.draft(path).simulated(transform))

@@ -1,8 +1,9 @@
-"""Rotations that are folded where the model can take them, and run by the linears themselves where it cannot.
+"""Rotations, folded into weights where the model can carry them and run by the linears elsewhere.
 
-Two steps, which go together. :class:`RotateResidual` turns the stream between the blocks, once for the whole model, so that
-what norms give is rotated for nothing. :class:`RotateInputs` sees to every other input: in each head, from values to output
-projection, by folding; the rest (behind the activation of an MLP; everything, where the stream cannot be rotated) at run time.
+The two steps go together. :class:`RotateResidual` rotates the stream between blocks once for the whole model, so the
+outputs of norms are rotated at no cost. :class:`RotateInputs` rotates every other input. From values to the output
+projection it folds, head by head; the rest (after an MLP's activation; everything, if the stream cannot be rotated)
+runs at run time.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ _HEADS = "v_o"
 class RotateResidual(Step):
     """One random Hadamard rotation of the residual stream, folded into every block before its first step.
 
-    The gains of norms go into the weights behind them. It is a property of the model that all other steps see, so it comes
-    first; who holds the blocks (the walk) folds it and turns the stream before the first block and behind the last. Where the
-    architecture's norms do not commute with a rotation, the report says why, and nothing is rotated by this step.
+    The gains of norms move into the weights after them. All other steps see the rotated model, so this step comes
+    first. The walk, which holds the blocks, folds the rotation and rotates the stream before the first block and back
+    after the last. Where the architecture's norms do not commute with a rotation, nothing is rotated and the report
+    says why.
     """
 
     @property
@@ -41,7 +43,7 @@ class RotateResidual(Step):
         return True
 
     def residual_rotation(self, width: int, seed: int) -> Seeded:
-        return RandomHadamard(seed_of(seed, "residual", "") >> 31, width)  # of 32 bits: every reader of JSON holds it
+        return RandomHadamard(seed_of(seed, "residual", "") >> 31, width)  # 32 bits: every JSON reader holds it
 
     def run(self, state: BlockState) -> None:
         if not state.context.rotated:
@@ -53,11 +55,14 @@ class RotateResidual(Step):
 @serializable
 @dataclass(frozen=True)
 class RotateInputs(Step):
-    """Hadamard rotations of every input that a rotated residual stream does not reach (QuaRot, arXiv:2404.00456).
+    """Hadamard rotations of every input that a rotated residual stream does not cover (QuaRot, arXiv:2404.00456).
 
-    heads: of what the output projection reads, "folded", each head by itself, into values and projection, where an edge
-    carries it; or "all", all heads together at run time. Everything else is rotated at run time, by random signs and a Hadamard
-    matrix that are stored as a seed; linears that read one input rotate it alike.
+    Rotations at run time are random signs and a Hadamard matrix, stored as a seed. Linears that read the same input
+    share one.
+
+    Args:
+        heads: how the input of the output projection is rotated. ``"folded"``: each head by itself, folded into values
+            and projection where an edge carries it. ``"all"``: all heads together, at run time.
     """
 
     heads: Literal["folded", "all"] = "folded"
@@ -102,7 +107,7 @@ class RotateInputs(Step):
     def _folded(
         self, resolved: ResolvedBlock, formats: Iterable[str], transformed: Iterable[str]
     ) -> Iterator[ResolvedEdge]:
-        """Edges from values to projections that are to be quantized and do not transform their input themselves yet."""
+        """Edges from values to projections that are to be quantized and do not transform their input yet."""
         wanted = set(formats) - set(transformed)
         for edge in resolved.edges if self.heads == "folded" else ():
             if edge.name == _HEADS and Kind.ROTATE in edge.carries and wanted >= {p.module for p in edge.consumers}:
@@ -112,7 +117,7 @@ class RotateInputs(Step):
     def _rotated(
         resolved: ResolvedBlock, formats: Iterable[str], rotated: bool, folded: Iterable[ResolvedEdge]
     ) -> Iterator[tuple[str, list[str]]]:
-        """Name and readers, those to be quantized, of each input that is rotated at run time."""
+        """The name of each input that is rotated at run time, and its readers that are to be quantized."""
         done = {name for edge in folded for name in edge.inputs} | (resolved.residual.inputs if rotated else set())
         chosen = set(formats)
         for shared in resolved.shared_inputs:
@@ -124,17 +129,18 @@ class RotateInputs(Step):
 def residual_rotation(
     steps: Sequence[Step], blocks: Iterable[ResolvedResidual], width: int, seed: int
 ) -> Seeded | None:
-    """The rotation of the residual stream through ``blocks``; None where no step has one, or a block forbids it.
+    """The rotation of the residual stream through ``blocks``, or None if no step has one or a block forbids it.
 
     Args:
-        steps: a recipe's.
+        steps: all steps of a recipe.
+        blocks: the residual tables of all blocks.
         width: channels of the stream.
-        seed: the recipe's.
+        seed: the recipe's seed.
     """
     step = next((step for step in steps if step.rotates_residual), None)
     return None if step is None or any(block.fixed for block in blocks) else step.residual_rotation(width, seed)
 
 
 def seed_of(block: int, side: str, name: str) -> int:
-    """63 bits that differ for every block, side and name."""
+    """A seed of 63 bits: a hash of a seed, a side and a name."""
     return int.from_bytes(hashlib.sha256(f"{block}/{side}/{name}".encode()).digest()[:8], "big") >> 1

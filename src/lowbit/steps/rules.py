@@ -1,7 +1,7 @@
-"""Rules: a channel transform from statistics, in closed form.
+"""Rules: channel transforms in closed form, from statistics.
 
-A rule says which kind of transform it makes, what it needs to know, and makes it for one edge. Searches and learning
-start from the same rules, so a paper's initialisation is written once.
+A rule declares its kind of transform and the statistics it needs, and makes the transform of one edge. Searches and
+learning start from the same rules, so a paper's initialisation is written once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from lowbit.transforms import ChannelTransform, Scale, Shift
 
 @runtime_checkable
 class TransformRule(Protocol):
-    """Makes the transform of one edge; None where its activation was never seen. ``dtype``: of the transform's vector."""
+    """Makes the transform of one edge, or None if its activation saw no token.
+
+    ``dtype`` is the dtype of the transform's vector.
+    """
 
     kind: ClassVar[Kind]
     needs: ClassVar[frozenset[Statistic]]
@@ -33,18 +36,18 @@ class TransformRule(Protocol):
 
 
 def consumer_absmax(state: BlockState, edge: ResolvedEdge) -> Tensor:
-    """Largest weight magnitude of each free channel over all consumers of ``edge`` (q, k and v together), ``[channels]``."""
+    """The largest weight magnitude of each channel, ``[channels]``, over all consumers of ``edge`` together."""
     parts = [port.reduce(_weight(state, port).abs().amax(0)) for port in edge.consumers]
     return torch.stack(parts).amax(0)
 
 
 def _weight(state: BlockState, port: Port) -> Tensor:
-    """``[O, I]``; a router is read by edges too, and is no draft."""
+    """The port's weight ``[O, I]``. A consumer may also be a router, which is no draft."""
     return state.block.get_parameter(port.weight).detach()
 
 
 def guard_dead(s: Tensor, *magnitudes: Tensor) -> Tensor:
-    """Scales with 1 where a channel is dead (a magnitude under 1e-6 of its median), which no scale can help."""
+    """``s`` with 1 for dead channels, which no scale can help: those with a magnitude under 1e-6 of the median."""
     alive = torch.isfinite(s) & (s > 0)
     for magnitude in magnitudes:
         alive &= magnitude > 1e-6 * magnitude.median()
@@ -78,10 +81,11 @@ class Smooth:
 @serializable
 @dataclass(frozen=True)
 class Balance:
-    """``d = (H_jj / (W^T W)_jj)**0.25`` for each channel: the diagonal rescale of QuIP (arXiv:2307.13304).
+    """The diagonal rescale of QuIP (arXiv:2307.13304): ``d = (H_jj / (W^T W)_jj)**0.25`` for each channel.
 
-    ``W diag(d)`` and ``diag(1/d) H diag(1/d)`` have the smallest product of tr(H) and the weight's squared norm. Of all
-    linears to be quantized that read the edge together. Only ratios matter, so the geometric mean is 1; stored in float16.
+    It minimizes the product of tr(H) and the weight's squared norm for ``W diag(d)`` and ``diag(1/d) H diag(1/d)``,
+    over all linears to be quantized that read the edge. Only ratios matter, so the geometric mean is 1. Stored in
+    float16.
     """
 
     kind: ClassVar[Kind] = Kind.SCALE
@@ -103,7 +107,7 @@ class Balance:
 @serializable
 @dataclass(frozen=True)
 class Ones:
-    """The identity scale: where a search or learning starts when there is nothing to start from."""
+    """The identity scale: the start of a search or of learning that has no better one."""
 
     kind: ClassVar[Kind] = Kind.SCALE
     needs: ClassVar[frozenset[Statistic]] = frozenset()
@@ -116,10 +120,10 @@ class Ones:
 @serializable
 @dataclass(frozen=True)
 class OwnGain:
-    """``s`` = the gain of the norm in front: its gain becomes 1, and what it amplified is the weights' to represent.
+    """The gain of the norm before the edge: the norm's gain becomes 1, and the weights after it absorb the gain.
 
-    Gamma migration (Outlier Suppression, arXiv:2209.13325, section 4.1). A channel whose gain is not above ``floor`` times the
-    largest keeps it: the norm's bias is divided by it.
+    Gamma migration (Outlier Suppression, arXiv:2209.13325, section 4.1). The norm's bias is divided by the gain, so a
+    channel whose gain is at most ``floor`` times the largest keeps it.
     """
 
     floor: float = 1e-4
@@ -133,7 +137,7 @@ class OwnGain:
             modules = [port.module for port in edge.producers]
             raise ValueError(
                 f"edge {edge.name!r} has no norm of its own whose gain could move, its producers are {modules}; name edges "
-                "behind norms, such as 'norm_*'"
+                "after norms, such as 'norm_*'"
             )
         gain = state.block.get_parameter(norms[0].weight).detach() + norms[0].gain_offset
         alive = gain.abs() > self.floor * gain.abs().max()
@@ -143,7 +147,7 @@ class OwnGain:
 @serializable
 @dataclass(frozen=True)
 class Midpoint:
-    """``d = (max + min) / 2`` of each channel: centres its range (Outlier Suppression+, arXiv:2304.09145)."""
+    """``d = (max + min) / 2``: centres the range of each channel (Outlier Suppression+, arXiv:2304.09145)."""
 
     kind: ClassVar[Kind] = Kind.SHIFT
     needs: ClassVar[frozenset[Statistic]] = frozenset({Range()})

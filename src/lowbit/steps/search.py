@@ -1,4 +1,4 @@
-"""Search: try candidates, keep the one that hurts least."""
+"""Search: tries candidates and keeps the one with the least error."""
 
 from __future__ import annotations
 
@@ -35,14 +35,17 @@ from lowbit.transforms import ChannelTransform, Scale
 
 @runtime_checkable
 class Candidates(Protocol):
-    """Transforms to try at one edge, the identity first, so that the best is never worse than doing nothing."""
+    """Transforms to try at one edge; none if its activation saw no token.
+
+    The identity comes first, so the best is never worse than no transform.
+    """
 
     kind: ClassVar[Kind]
     needs: ClassVar[frozenset[Statistic]]
 
     @property
     def count(self) -> int:
-        """How many there are for an edge."""
+        """The usual number of candidates for one edge."""
         ...
 
     def __call__(
@@ -75,8 +78,11 @@ class MeanAbsPower:
 @serializable
 @dataclass(frozen=True)
 class SmoothPowers:
-    """The identity, then ``s = max|x|**alpha / max|w|**(1 - alpha)`` with alpha = 0, 1/grid, .. 1 (SmoothQuant, arXiv:2211.10438,
-    equation 4). The authors search one alpha for the whole model; here every edge has its own."""
+    """The identity, then SmoothQuant's scales (arXiv:2211.10438, equation 4) with alpha = 0, 1/grid, .. 1.
+
+    ``s = max|x|**alpha / max|w|**(1 - alpha)``. The authors search one alpha for the whole model; here every edge has
+    its own.
+    """
 
     grid: int = 20
     kind: ClassVar[Kind] = Kind.SCALE
@@ -100,11 +106,14 @@ class SmoothPowers:
 @serializable
 @dataclass(frozen=True)
 class Thresholds:
-    """``s = max(1, max|x| / t)``: only channels beyond the threshold t are scaled (Outlier Suppression+, arXiv:2304.09145).
+    """``s = max(1, max|x| / t)`` for a threshold t (Outlier Suppression+, arXiv:2304.09145).
 
-    t goes from the largest magnitude of all channels, which scales none, down to ``smallest`` in equal steps: ``grid`` of
-    them, or more where a step would be wider than ``widest`` (section 4.2, and the authors' code, whose ``smallest`` is 1.0
-    for OPT and BLOOM and 0.1 for LLaMA). Where a tenth of the largest magnitude is less than ``smallest``, it ends there.
+    Only channels beyond t are scaled.
+
+    t falls from the largest magnitude of all channels, which scales none, to ``smallest`` in equal steps: ``grid`` of
+    them, or more if a step would be wider than ``widest`` (section 4.2, and the authors' code, whose ``smallest`` is
+    1.0 for OPT and BLOOM and 0.1 for LLaMA). It ends at a tenth of the largest magnitude if that is less than
+    ``smallest``.
     """
 
     grid: int = 100
@@ -136,21 +145,25 @@ class Thresholds:
         return [Scale((magnitude / t).clamp(min=1)) for t in thresholds]
 
 
-_WEIGHT_COPIES = 3  # of the weights that an edge's consumers hold, while candidates are tried
+_WEIGHT_COPIES = 3  # of the weights of an edge's consumers, while candidates are tried
 
 
 @serializable
 @dataclass(frozen=True)
 class Search(Step):
-    """Tries ``candidates`` at every edge in ``at``; judges by the output error of the edge's judge module.
+    """Tries ``candidates`` at every edge in ``at`` and folds the one with the least output error.
 
-    Every edge is searched on the unchanged block and the winners are folded at the end, each as AWQ's reference does; with
-    ``in_turn`` edges are searched in the order in which they are computed, each folded at once, and what is measured at an
-    edge passes through the linears before it as they will be quantized.
+    The error is the squared difference of the output of the edge's judge module. The edge's consumers run quantized,
+    activations included; static activations use the range of all calibration windows.
 
-    The error is the mean squared difference of the module's output over the first ``windows`` calibration windows (None:
-    all), with the edge's consumers quantized as they will be, activations included (static ones by the range that all
-    calibration windows will give). ``by="linears"``: the error of the quantized consumers' own outputs instead.
+    Args:
+        candidates: makes the transforms to try.
+        at: patterns of edge names.
+        windows: calibration windows on which candidates are judged; None: all.
+        by: ``"judge"``, or ``"linears"`` for the error of the quantized consumers' own outputs.
+        in_turn: search edges in the order of computation and fold each at once; linears before an edge run as they will
+            be quantized. Otherwise every edge is searched on the unchanged block and the winners are folded at the end,
+            as in AWQ's reference.
     """
 
     candidates: Candidates
@@ -172,7 +185,7 @@ class Search(Step):
         return (EdgeUse(self.candidates.kind, self.at, self.candidates),)
 
     def memory(self, sizes: RunSizes) -> float:
-        """Calls of the judges over the calibration windows, and copies of the weights of one edge's consumers."""
+        """Bytes of the judges' calls over the calibration windows, and of copies of one edge's consumers."""
         edges, quantized = self.transforms[0].legal_edges(sizes.block.resolved), sizes.block.layers
         judges = {place.module for edge in edges for place in self._judges(quantized, edge)}
         consumers = [{port.module for port in edge.consumers} & quantized.keys() for edge in edges]
@@ -194,7 +207,10 @@ class Search(Step):
             self._search(state, [edge], [drafts[path] for path in before if path in drafts])
 
     def _search(self, state: BlockState, edges: list[ResolvedEdge], before: Iterable[DraftLinear] = ()) -> None:
-        """The best transform of each edge, folded when all are found; the linears ``before`` it are simulated meanwhile."""
+        """Finds the best transform of each edge, then folds them all.
+
+        Linears in ``before`` are simulated while inputs are recorded.
+        """
         static = any(form.act is not None and form.act.static for form in state.formats.values())
         with ExitStack() as stack:
             for draft in before:
@@ -241,13 +257,13 @@ class Search(Step):
 
 
 def _stage(state: BlockState, edge: ResolvedEdge) -> int:
-    """Where in the block's order of computation the edge's first consumer stands; routers stand nowhere."""
+    """The index of the stage that computes the edge's first consumer. Routers belong to no stage."""
     paths = {port.module for port in edge.consumers}
     return next(i for i, stage in enumerate(state.resolved.stages) if paths & set(stage))
 
 
 def at_port(transform: ChannelTransform, port: Port) -> ChannelTransform:
-    """A scale of the free channels as the consumer ``port`` has them."""
+    """``transform``, a scale of the free channels, with the channels of the consumer ``port``."""
     assert isinstance(transform, Scale)
     return transform if port.expand is None else Scale(transform.s[port.expand])
 
@@ -255,11 +271,11 @@ def at_port(transform: ChannelTransform, port: Port) -> ChannelTransform:
 @serializable
 @dataclass(frozen=True)
 class SearchClip(Step):
-    """For every granule of every linear (but the roles in ``skip``) the symmetric clip that hurts its own product least.
+    """Chooses the symmetric clip of every granule that hurts its own product least, except in the roles in ``skip``.
 
-    Thresholds ``c = max|w| * (1 - i / steps)`` for ``i = 0 .. max_shrink * steps - 1`` (AWQ's clip search). A granule's
-    loss is ``d^T H_g d`` with d its rounding error and H_g its block of the Gram matrix: the squared error of its
-    partial product over all calibration tokens, where the reference samples 512 of them.
+    Thresholds are ``c = max|w| * (1 - i / steps)`` for ``i = 0 .. max_shrink * steps - 1`` (AWQ's clip search). A
+    granule's loss is ``d^T H_g d`` with its rounding error d and its block H_g of the Gram matrix: the squared error of
+    its partial product over all calibration tokens. The reference samples 512 tokens.
     """
 
     steps: int = 20

@@ -1,4 +1,4 @@
-"""Search of floating formats and their ranges: how many bits are exponent, and where the largest number lies."""
+"""Search of floating-point formats and their ranges: the number of exponent bits and the largest number."""
 
 from __future__ import annotations
 
@@ -27,30 +27,32 @@ from lowbit.steps.effects import Freedom
 from lowbit.steps.state import BlockState, Stats
 from lowbit.steps.step import Step
 
-_SMALLEST = 2.0**-60  # range of an input that is zero on every calibration token
+_SMALLEST = 2.0**-60  # the range of an input that is zero on every calibration token
 
 
 @serializable
 @dataclass(frozen=True)
 class SearchFloat(Step):
-    """For every linear the floating formats and ranges, of its weight and of its static input, that hurt its output least.
+    """Chooses floating-point formats and ranges of each linear's weight and static input by its output error.
 
-    In rounds: for each format of the weight, each output channel takes the share of its range with the least squared error
-    of its output, and the format with the least sum is chosen; then format and range of the input likewise, with the
-    weight as it is now. Every choice is among the one before, so no round is worse (LLM-FP4, arXiv:2310.16836, section
-    3.2). Range shares are multiples of the largest magnitude; the authors multiply the exponent bias, which means the
-    opposite where the bias is negative. Where weights or inputs are not floating, or inputs not static, those are left.
+    The search runs in rounds (LLM-FP4, arXiv:2310.16836, section 3.2). For each format of the weight, every output
+    channel takes the share of its range with the least squared error of its output, and the format with the least sum
+    wins. Format and range of the input follow in the same way, with the weight as it is now. The previous choice is
+    always tried again, so no round is worse. Range shares multiply the largest magnitude. The authors multiply the
+    exponent bias, which has the opposite effect if the bias is negative. Weights and inputs that are not floating, and
+    inputs that are not static, stay as they are.
 
-    A static input per input channel (``PerInput``) gets scales that are the tensor's, halved up to as often as its stored
-    statistics and the ``2**exponent - 1`` of its format allow: the paper's pre-shifted exponent bias. Beside the nearest
-    power of two, as published, the next one that covers the channel is tried: at 8 bits clipping costs more than it gains.
+    A static input with a scale for each input channel (``PerInput``) halves the tensor's scale k times for a channel.
+    Its stored statistics and the ``2**exponent - 1`` of its format limit k: the paper's pre-shifted exponent bias. Each
+    channel's scale is the nearest power of two, as published, or the next one that covers the channel: at 8 bits
+    clipping costs more than it gains.
 
     Args:
-        weight_format, activation_format: choose between all splits of the same bits into exponent and mantissa; otherwise
-            the scheme's own format is placed.
-        rounds: of both searches; 0: both ranges are the extremes, in the scheme's formats.
-        grid: how many shares of the range are tried, evenly from 0.3 to 1.2, and 1.
-        tokens: samples that the output is judged by.
+        weight_format, activation_format: choose between all splits of the same bits into exponent and mantissa. False:
+            search only the range of the scheme's format.
+        rounds: rounds of both searches. 0: ranges are the extremes, in the scheme's formats.
+        grid: number of range shares to try, evenly from 0.3 to 1.2, in addition to 1.
+        tokens: calibration tokens on which outputs are judged.
     """
 
     weight_format: bool = True
@@ -83,7 +85,7 @@ class SearchFloat(Step):
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Multiples of the largest magnitude that are tried, 1 first."""
+        """Multiples of the largest magnitude to try, 1 first."""
         even = (0.3 + 0.9 * i / max(1, self.grid - 1) for i in range(self.grid))
         return (1.0, *(share for share in even if abs(share - 1) > 1e-9))
 
@@ -167,11 +169,15 @@ class SearchFloat(Step):
 
 
 def input_range(spec: Spec, absmax_I: Tensor, share: float, covering: bool = False) -> Affine:
-    """Static parameters for a floating ``spec`` that reach ``share`` of the largest magnitude, as they will be stored.
+    """Static parameters of a floating-point ``spec``, as stored, that reach ``share`` of the largest magnitude.
 
-    Per input channel: the end of the tensor's range halved k times, k nearest to ``log2(end / absmax)`` of the channel in
-    ``0 .. 2**exponent - 1``, and no larger than the table of ``spec.stats`` has entries. Nearest, as published, clips a
-    channel by up to a factor of 1.41; ``covering`` takes the next lower k instead, which clips none for itself.
+    For each input channel: the end of the tensor's range halved k times. k is the integer nearest to ``log2(end /
+    absmax)`` of the channel, in ``0 .. 2**exponent - 1`` and within the table of ``spec.stats``. The nearest k, as
+    published, clips a channel by a factor of up to 1.41. ``covering`` takes the next lower k, which clips no channel
+    itself.
+
+    Args:
+        absmax_I: largest magnitude of each input channel.
     """
     assert isinstance(spec.grid, Float)
     end = (share * absmax_I.float().amax()).clamp(min=_SMALLEST)
@@ -206,7 +212,7 @@ _Choice = tuple[LinearFormat, Clipped | Fixed | None, Affine | None]
 
 
 def _same(a: _Choice, b: _Choice) -> bool:
-    """Whether a round changed nothing, so that no further one will."""
+    """Whether a round changed nothing; then further rounds change nothing either."""
     clips = [clip.lo_share_G1 if isinstance(clip, Clipped) else None for _, clip, _ in (a, b)]
     scales = [None if params is None else params.scale for _, _, params in (a, b)]
     return a[0] == b[0] and all(

@@ -1,4 +1,4 @@
-"""Set: what has a closed form."""
+"""Set and SetActivationRange: decisions in closed form."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from lowbit.steps.rules import TransformRule
 from lowbit.steps.state import BlockState, Stats
 from lowbit.steps.step import Step
 
-_MASSIVE = 10.0  # times all other tokens: first tokens that do what no other does, not the luck of one window
+_MASSIVE = 10.0  # times all other tokens: more than chance in one window
 
 
 @serializable
 @dataclass(frozen=True)
 class Set(Step):
-    """Applies a rule at every edge whose name matches ``at`` (patterns as in file names), where it is legal.
+    """Applies a rule at every edge that can carry its transform and whose name matches ``at``.
 
-    ``run_time``: also at every input that no edge with the rule's kind covers: its linears apply the transform at run time and
-    store it.
+    Args:
+        rule: makes the transform.
+        at: patterns of edge names, as of file names.
+        run_time: also apply the rule to every input that no edge with its kind covers. The linears that read it run the
+            transform and store it.
     """
 
     rule: TransformRule
@@ -55,15 +58,19 @@ class Set(Step):
 @serializable
 @dataclass(frozen=True)
 class SetActivationRange(Step):
-    """Fixes the range of every static activation from the calibration set, as the block is now (after any transform).
+    """Fixes the range of every static activation from the calibration text, in the current block.
 
-    skip_first: so many tokens at the start of each calibration window are left out. Where first tokens are massive, a range
-    that holds them leaves no levels for the others; without them it clips them at run time. Inputs whose first tokens are
-    over ten times all others are noted, whether they are left out or not.
-    decay: None, the extremes of all tokens; or the decay of a moving average of each window's extremes, channel by channel
-    (:class:`~lowbit.numerics.MovingRange`), whose own extremes then make the range: it clips what few windows reach.
-    shrinks: how many equal steps the range of every granule is shrunk by, at both ends, to where sampled tokens lose least:
-    ``sum over tokens and channels of (x - q(x))^2 |w_channel|^2``, w the linear's weights; 1: not at all.
+    Inputs whose first tokens are over ten times all others are noted.
+
+    Args:
+        skip_first: tokens at the start of each calibration window that are left out of the range and clipped at run
+            time. A range that holds massive first tokens leaves no levels for the others.
+        decay: None for the extremes of all tokens, or the decay of a moving average of each window's extremes, channel
+            by channel (:class:`~lowbit.numerics.MovingRange`). The extremes of these averages make the range, which
+            clips rare values.
+        shrinks: number of shares of each granule's range to try, at both ends: 1, 1 - 1/shrinks, .. The one that loses
+            least on sampled tokens wins: ``sum over tokens and channels of (x - q(x))^2 |w_channel|^2`` with the
+            linear's weights w.
     """
 
     skip_first: int = 0
@@ -74,9 +81,9 @@ class SetActivationRange(Step):
         if self.skip_first < 0:
             raise ValueError(f"skip_first is a number of tokens, found {self.skip_first}")
         if self.shrinks < 1:
-            raise ValueError(f"a range is tried as it is at least: shrinks is 1 or more, found {self.shrinks}")
+            raise ValueError(f"shrinks counts ranges to try, the full one included: 1 or more, found {self.shrinks}")
         if self.skip_first and self.decay is not None:
-            raise ValueError("a moving average has all tokens of a window in it; leave out skip_first or decay")
+            raise ValueError("a moving average covers all tokens of a window; leave out skip_first or decay")
 
     @property
     def fixes(self) -> frozenset[Freedom]:
@@ -140,7 +147,7 @@ class SetActivationRange(Step):
             + (
                 f"the static range leaves {'them' if several else 'it'} out and clips {'them' if several else 'it'} at run time"
                 if self.skip_first
-                else "it alone sets the static range, out of which skip_first=1 keeps it"
+                else "it alone sets the static range; skip_first=1 leaves it out"
             )
         )
 
@@ -149,7 +156,7 @@ class SetActivationRange(Step):
         return f" but the first {self.skip_first} of each window" if self.skip_first else ""
 
     def _share(self, x_TI: Tensor, w_OI: Tensor, act: ActSpec, bounds_2I: Tensor) -> Tensor:
-        """What is left of each granule's range, ``[G, 1]``: the first of the best."""
+        """The share of each granule's range with the least loss, ``[G, 1]``; the first of equals."""
         weight_I, best, chosen = w_OI.square().sum(0), torch.tensor(torch.inf), torch.tensor(1.0)
         for i in range(self.shrinks):
             share = 1 - i / self.shrinks

@@ -1,4 +1,4 @@
-"""Solve: codes. The last step of a recipe for weights; drafts leave, packed linears take their place."""
+"""Solve: chooses codes. It is the last step for weights, and packed linears replace drafts."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _CHECK = Samples(256, stride=2)  # tokens on which each layer's output error is 
 @serializable
 @dataclass(frozen=True)
 class Solve(Step):
-    """Hands every linear and the statistics of its input to ``solver``.
+    """Solves every linear with ``solver`` from the statistics of its input, and packs it.
 
     ``true_sequential``: linears are solved stage by stage ({q, k, v}, {o}, {gate, up}, {down}), each stage with
-    statistics gathered behind the quantized stages before it; otherwise all see the block as it was.
+    statistics gathered after the quantized stages before it. Otherwise all linears see the block as it was.
     """
 
     solver: Solver = Nearest()
@@ -61,7 +61,7 @@ class Solve(Step):
         return sizes.statistics_bytes({_CHECK}) + solving
 
     def ticks(self, windows: int, linears: int) -> int:
-        return linears + windows * (4 if self.true_sequential else 1)  # which are read for the report at least
+        return linears + windows * (4 if self.true_sequential else 1)  # the report reads the windows at least
 
     def run(self, state: BlockState) -> None:
         drafts = list(state.drafts)
@@ -114,7 +114,7 @@ class Solve(Step):
 
 
 def _zeroed(w_OI: Tensor, q: QTensor) -> float:
-    """Share of granules that lost everything. Counts, so that a column order in storage does not matter much."""
+    """The share of granules that became all zero. It compares counts, so a stored column order hardly matters."""
     split = q.spec.granularity.split
     before, after = ((split(w) == 0).all(1).sum().item() for w in (w_OI, q.dequantize()))
     return max(0.0, (after - before) / len(q.params[0]))
@@ -122,8 +122,11 @@ def _zeroed(w_OI: Tensor, q: QTensor) -> float:
 
 @torch.no_grad()
 def _output_error(draft: DraftLinear, packed: QuantLinear, stats: Stats) -> float | None:
-    """Relative squared error on sampled tokens, which are what the draft's weight reads: ``packed``, which runs as it will run,
-    has none of the draft's own transforms in front of it."""
+    """Relative squared error of the output on sampled tokens, or None without tokens.
+
+    The tokens are those that the draft's weight reads, so ``packed`` must not run the draft's own ``pre`` transforms
+    again.
+    """
     h_TI = stats.get(_CHECK)
     if h_TI is None:
         return None

@@ -1,9 +1,9 @@
-"""What a step works on: one block, and what earlier steps have decided about it.
+"""The state of one block while steps run: the block, and the decisions of earlier steps.
 
-Steps know nothing of shards, files or other blocks. They see a block in float32 whose linears are drafts
-(:class:`~lowbit.modules.DraftLinear`) with the transforms so far folded in, run windows of calibration tokens through it, and leave
-their decisions in the drafts: weights, formats, ranges, and at last packed linears in their place. The walk owns everything
-else, so the same steps serve a streamed model and a single linear.
+Steps know no shards, files or other blocks. They see a block in float32 whose linears are drafts
+(:class:`~lowbit.modules.DraftLinear`), with all transforms so far folded in. They run windows of calibration tokens
+through it and leave their decisions in the drafts: weights, formats and ranges. At last packed linears replace the
+drafts. The walk owns everything else, so the same steps serve a streamed model and a single linear.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class BlockIO:
     """Calibration windows at one block.
 
     Attributes:
-        x: ``[N, T, d]``, the inputs that steps see: from the quantized blocks before, or from the original ones.
-        y: ``[N, T, d]`` or None, what the original block gives for the original inputs: the target of learning.
+        x: ``[N, T, d]``, the inputs that steps see, from the quantized blocks before or from the original ones.
+        y: ``[N, T, d]`` or None, the original block's output for the original inputs: the target of learning.
         call: runs a block on one or more windows ``[B, T, d]`` and returns its hidden states.
-        x_fp: ``[N, T, d]``, the inputs from the original blocks; None where they are ``x``.
+        x_fp: ``[N, T, d]``, the inputs from the original blocks; None if they are ``x``.
     """
 
     x: Tensor
@@ -43,6 +43,7 @@ class BlockIO:
     x_fp: Tensor | None = None
 
     def window(self, i: int, original: bool = False) -> Tensor:
+        """Window ``i``, ``[1, T, d]`` float32; with ``original`` from the original blocks."""
         x = self.x_fp if original and self.x_fp is not None else self.x
         return x[i : i + 1].float()
 
@@ -52,10 +53,14 @@ class BlockIO:
 
 @dataclass
 class LayerRecord:
-    """What the report says of one linear.
+    """The report's entry for one linear.
 
-    ``error``: relative squared output error on calibration tokens, or None. ``zeroed``: share of the granules that were
-    not zero and came out all zero.
+    Attributes:
+        name: path in the model.
+        role: the architecture's role of the linear.
+        weights: number of weights.
+        error: relative squared output error on calibration tokens, or None.
+        zeroed: share of the granules that were not zero before and are all zero now.
     """
 
     name: str
@@ -69,17 +74,17 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class BlockContext:
-    """What is known of a block before its first step, and does not change.
+    """Facts about a block that no step changes.
 
     Attributes:
-        name: of the block in the model; empty for a single linear.
-        resolved: its table.
-        io: its calibration windows; None for data-free recipes.
-        seed: what random choices in this block follow from.
-        store_dtype: in which unquantized parameters (norm gains) will be saved; what is folded into them is rounded to it, so
-            that later steps see what the saved model will have.
-        tick: called as work goes on, with what is being done.
-        rotated: whether the block reads and writes a residual stream that was rotated, as ``io`` holds it.
+        name: path of the block in the model; empty for a single linear.
+        resolved: the architecture's table on this block.
+        io: calibration windows; None for data-free recipes.
+        seed: the source of all random choices in this block.
+        store_dtype: dtype in which unquantized parameters (norm gains) will be saved. Folded values are rounded to it,
+            so later steps see the values of the saved model.
+        tick: called with the current activity as work goes on.
+        rotated: whether the block reads and writes a rotated residual stream, as in ``io``.
     """
 
     name: str
@@ -93,13 +98,13 @@ class BlockContext:
 
 @dataclass
 class BlockState:
-    """See the module docstring. Made by :meth:`of`.
+    """The state of one block. Made by :meth:`of`.
 
     Attributes:
         block: its linears are drafts, or packed.
-        originals: the drafts that packed linears replaced, kept where paired statistics are still to be gathered.
-        records: what the report says of each packed linear.
-        notes: named warnings for the report.
+        originals: drafts that packed linears replaced, kept where paired statistics are still to be gathered.
+        records: the report's entries of packed linears.
+        notes: warnings for the report.
     """
 
     context: BlockContext
@@ -119,10 +124,10 @@ class BlockState:
         fisher: Mapping[str, Tensor] | None = None,
         **context: Any,
     ) -> BlockState:
-        """The state before the first step. The linears of ``block`` become drafts where they are none yet.
+        """The state before the first step. Linears of ``block`` become drafts where they are not yet.
 
         Args:
-            formats: of the linears that are to be quantized, by path.
+            formats: formats of the linears to quantize, by path.
             fisher: Fisher information of their weights ``[O, I]``, by path.
             context: further fields of :class:`BlockContext`.
         """
@@ -158,30 +163,31 @@ class BlockState:
         self.context.tick(what)
 
     def full_name(self, path: str) -> str:
+        """The name of the linear at ``path`` in the model."""
         return f"{self.name}.{path}" if self.name else path
 
     def note(self, text: str) -> None:
-        """A named warning for the report; said once a block."""
+        """Adds a warning to the report, once for each block."""
         if text not in self.notes:
             self.notes.append(text)
 
     # Linears
 
     def draft(self, path: str) -> DraftLinear:
-        """The linear at ``path``, which is not packed yet."""
+        """The linear at ``path``, which must not be packed yet."""
         draft = self.block.get_submodule(path)
         assert isinstance(draft, DraftLinear), f"{path} is a {type(draft).__name__}"
         return draft
 
     @property
     def drafts(self) -> dict[str, DraftLinear]:
-        """The linears that are to be quantized and are not packed yet, by path."""
+        """The linears to be quantized that are not packed yet, by path."""
         linears = {path: self.block.get_submodule(path) for path in self.resolved.linears}
         return {p: each for p, each in linears.items() if isinstance(each, DraftLinear) and each.format is not None}
 
     @property
     def formats(self) -> dict[str, LinearFormat]:
-        """Formats of the linears that are to be quantized, or are packed already, by path."""
+        """Formats of the linears that are to be quantized or are packed, by path."""
         linears = {path: self.block.get_submodule(path) for path in self.resolved.linears}
         held = {path: each.format for path, each in linears.items() if isinstance(each, DraftLinear | QuantLinear)}
         return {path: form for path, form in held.items() if form is not None}
@@ -189,7 +195,10 @@ class BlockState:
     # Edges
 
     def edges(self, at: Iterable[str], kind: Kind, *, note: bool = True) -> Iterator[ResolvedEdge]:
-        """Edges whose name matches one of the patterns ``at`` and that carry ``kind``; what is left out is noted."""
+        """Edges that carry ``kind`` and whose name matches a pattern in ``at``.
+
+        Other matches, and patterns without a match, are noted unless ``note`` is False.
+        """
         for pattern in at:
             matching = [edge for edge in self.resolved.edges if fnmatch(edge.name, pattern)]
             if not matching and note:
@@ -201,8 +210,10 @@ class BlockState:
                     self.note(f"edge {edge.name!r} cannot carry a {kind.value} here: not applied")
 
     def loose_ends(self, kind: Kind) -> Iterator[ResolvedEdge]:
-        """An edge without a producer for every input that no edge with ``kind`` leads to: its readers, those to be
-        quantized, can run the transform themselves."""
+        """An edge without a producer for every input that no edge with ``kind`` covers.
+
+        Its consumers are the readers of the input that are to be quantized; they can run the transform themselves.
+        """
         carried = {name for edge in self.resolved.edges if kind in edge.carries for name in edge.inputs}
         drafts = self.drafts
         for shared in self.resolved.shared_inputs:
@@ -215,11 +226,11 @@ class BlockState:
                 )
 
     def commit(self, edge: ResolvedEdge, transform: ChannelTransform, kind: Kind) -> None:
-        """Folds ``transform`` into the block, in place. An edge without a producer applies it to the input at run time.
+        """Folds ``transform`` into the block, in place, or lets the consumers run it if the edge has no producer.
 
         Raises:
-            ValueError: a transform under which the Fisher information that a later step needs is not known, or a side of
-                the edge that is rotated at run time already.
+            ValueError: a later step needs Fisher information, which does not follow this transform; or a linear already
+                runs a transform of its own on a side of the edge.
         """
         if not edge.producers:
             for port in edge.consumers:
@@ -233,10 +244,12 @@ class BlockState:
             self.write(fold(edge, transform, parameters))
 
     def transform(self, path: str, of_input: ChannelTransform, of_output: ChannelTransform | None = None) -> None:
-        """Linear ``path`` runs ``of_input`` itself, and undoes ``of_output``: see :meth:`DraftLinear.transform`.
+        """Lets linear ``path`` run ``of_input`` on its input and undo ``of_output`` on its output.
+
+        See :meth:`DraftLinear.transform`.
 
         Raises:
-            ValueError: a later step needs Fisher information, which does not follow.
+            ValueError: a later step needs Fisher information, which does not follow these transforms.
         """
         draft = self.draft(path)
         try:
@@ -248,14 +261,17 @@ class BlockState:
 
     @torch.no_grad()
     def write(self, values: Mapping[str, Tensor]) -> None:
-        """Gives the block's parameters new values, by name, in place. What will not be packed is rounded as it will be stored."""
+        """Gives the block's parameters new values, by name, in place.
+
+        Parameters that will not be packed are rounded as they will be stored.
+        """
         packed = {f"{path}.weight" for path in self.drafts}
         for name, value in values.items():
             parameter = self.block.get_parameter(name)
             parameter.copy_(value if name in packed else value.to(self.store_dtype).to(value.dtype))
 
     def _check_not_rotated(self, edge: ResolvedEdge) -> None:
-        """A transform folded from here on would lie on the wrong side of those that a linear runs itself."""
+        """Refuses an edge where a linear already runs transforms of its own: a fold would lie on their wrong side."""
         for port in edge.ports:
             linear = self.block.get_submodule(port.module)
             if isinstance(linear, DraftLinear) and (linear.pre if port.side == "in" else linear.post):
@@ -265,7 +281,7 @@ class BlockState:
                 )
 
     def _fold_fisher(self, edge: ResolvedEdge, transform: ChannelTransform, parameters: Mapping[str, Tensor]) -> None:
-        """What the fold of ``transform`` changes in the Fisher information of drafts: see ``fisher_behind``."""
+        """Changes the Fisher information of drafts as the fold of ``transform`` does: see ``fisher_behind``."""
         drafts = self.drafts
         known = {p.module: f for p in edge.ports if p.module in drafts and (f := drafts[p.module].fisher) is not None}
         if not known:
@@ -281,7 +297,10 @@ class BlockState:
     # Calibration
 
     def readers(self) -> dict[str, str]:
-        """First reader to be quantized -> name, for every shared input that has one: the others may read it untransformed."""
+        """First reader to be quantized -> name, for each shared input that has one.
+
+        Other readers may read the input untransformed.
+        """
         wanted, drafts = {}, self.drafts
         for shared in self.resolved.shared_inputs:
             for path in shared.readers:
@@ -291,10 +310,17 @@ class BlockState:
         return wanted
 
     def collect(self, needs: Iterable[Statistic], inputs: Iterable[str] | None = None) -> dict[str, Stats]:
-        """One forward over the calibration windows: statistics of each shared input (all, or those named), by name.
+        """Gathers statistics of shared inputs in one forward over the calibration windows.
 
-        An input that saw no token (an expert that was never chosen) has no statistics: an empty mapping. What is not of
-        inputs is passed over: :meth:`stats_of` adds it.
+        Needs that are not of inputs are skipped; :meth:`stats_of` adds them.
+
+        Args:
+            needs: the statistics to gather.
+            inputs: names of shared inputs; None: all.
+
+        Returns:
+            Statistics by name of the input. The mapping is empty for an input that saw no token (an expert that was
+                never chosen).
 
         Raises:
             ValueError: there is no calibration data.
@@ -306,7 +332,7 @@ class BlockState:
             return dict(gathered)
         if self.io is None:
             raise ValueError(f"{self.full_name('')}: this recipe needs calibration text ({needs[0]}); none was given")
-        seen: dict[str, Tensor] = {}  # of one window, until the original stream has passed too
+        seen: dict[str, Tensor] = {}  # of one window, until the original stream has passed
 
         def update(name: str, x: Tensor, paired: bool) -> None:
             for need in needs:
@@ -333,7 +359,7 @@ class BlockState:
                 with self._as_original():
                     self._run(first, self.io.window(i, original=True), pair)
                 for name, own in seen.items():
-                    self.note(f"{name}: other tokens reach it in the original model, which it is not corrected for")
+                    self.note(f"{name}: other tokens reach it in the original model; it is not corrected for that")
                     update(name, torch.stack([own, own]), paired=True)
                 seen.clear()
             self.tick("calibrating")
@@ -342,16 +368,18 @@ class BlockState:
         return dict(gathered)
 
     def _after_first(self, name: str, x_TI: Tensor, skip: int) -> Tensor:
-        """``x_TI`` of one window without its first positions. An input that is not reached by every token does not say which
-        positions its rows have: it stays whole, and that is noted."""
+        """``x_TI`` of one window without its first ``skip`` positions.
+
+        If only some tokens reach an input, the positions of its rows are unknown: it stays whole, and that is noted.
+        """
         assert self.io is not None
         if len(x_TI) == self.io.x.shape[-2]:
             return x_TI[skip:]
-        self.note(f"{name}: only some tokens reach it, so the first {skip} of a window are not told apart there")
+        self.note(f"{name}: only some tokens reach it, so the first {skip} of a window are unknown there")
         return x_TI
 
     def _run(self, first: Mapping[str, str], window: Tensor, gather: Callable[[str, Tensor], None]) -> None:
-        """One window through the block: ``gather(name, x_TI)`` for each shared input that a token reaches, as it does."""
+        """Runs one window through the block. Calls ``gather(name, x_TI)`` for each shared input that tokens reach."""
 
         def observer(name: str) -> Callable[[Tensor], None]:
             def on_input(x: Tensor) -> None:
@@ -369,7 +397,7 @@ class BlockState:
 
     @contextmanager
     def _as_original(self) -> Iterator[None]:
-        """While open, packed linears are the drafts that they replaced."""
+        """While open, the drafts in ``originals`` stand in place of their packed linears."""
         packed = {path: self.block.get_submodule(path) for path in self.originals}
         try:
             for path, draft in self.originals.items():
@@ -380,7 +408,7 @@ class BlockState:
                 self.block.set_submodule(path, module)
 
     def stats_of(self, stats: Mapping[str, Stats], path: str) -> Stats:
-        """What is known of linear ``path``: statistics of the input it reads, from :meth:`collect`, and of its weight."""
+        """All statistics for linear ``path``: those of its input, from :meth:`collect`, and those of its weight."""
         linear = self.block.get_submodule(path)
         fisher = linear.fisher if isinstance(linear, DraftLinear) else None
         own = {} if fisher is None else {Fisher(): fisher}
@@ -390,7 +418,7 @@ class BlockState:
         raise AssertionError(f"{path} reads no shared input")
 
     def edge_stat(self, edge: ResolvedEdge, stats: Mapping[str, Stats], need: Statistic) -> Tensor | None:
-        """One statistic of the activation at ``edge``; joined over the inputs of several experts; None if no token came."""
+        """One statistic of the activation at ``edge``, joined over several experts, or None without tokens."""
         joined: Tensor | None = None
         for name in edge.inputs:
             new = stats.get(name, {}).get(need)

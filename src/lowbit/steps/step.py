@@ -1,4 +1,4 @@
-"""What a step is: declarations, which others read, and the work itself, on one block."""
+"""The contract of a step: declarations that others read, and the work on one block."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ FLOAT = 4
 
 @dataclass(frozen=True, eq=False)
 class RunSizes:
-    """The sizes on which the memory of a step depends.
+    """Sizes from which steps estimate their memory.
 
     Attributes:
         block: the block, with its layers as they will be stored.
         shapes: ``(O, I)`` of all its linears, by path.
-        samples, seq_len: calibration windows and their tokens.
+        samples, seq_len: number of calibration windows, and tokens of each.
         hidden: width of the residual stream.
-        shares: the share of the tokens that a linear sees, by path; 1 where it is not named.
+        shares: share of the tokens that reach a linear, by path; 1 for others.
     """
 
     block: BlockDescription
@@ -40,23 +40,23 @@ class RunSizes:
     shares: Mapping[str, float]
 
     def tokens(self, windows: int | None = None) -> int:
-        """Tokens of the first ``windows`` calibration windows (None: of all)."""
+        """Tokens in the first ``windows`` calibration windows; None: in all."""
         return (self.samples if windows is None else min(windows, self.samples)) * self.seq_len
 
     @cached_property
     def window_bytes(self) -> float:
-        """Inputs and outputs of all linears for one window."""
+        """Bytes of the inputs and outputs of all linears for one window, in float32."""
         values = sum(sum(shape) * self.shares.get(path, 1.0) for path, shape in self.shapes.items())
         return self.seq_len * values * FLOAT
 
     @property
     def quantized_weights(self) -> int:
-        """How many weights are to be quantized."""
+        """The number of weights to be quantized."""
         return sum(prod(self.shapes[path]) for path in self.block.layers)
 
     @cached_property
     def first_readers(self) -> list[str]:
-        """The first linear to be quantized of each shared input that has one."""
+        """The first reader to be quantized of each shared input that has one."""
         inputs = (
             [path for path in shared.readers if path in self.block.layers]
             for shared in self.block.resolved.shared_inputs
@@ -64,7 +64,7 @@ class RunSizes:
         return [readers[0] for readers in inputs if readers]
 
     def statistics_bytes(self, needs: Iterable[Statistic]) -> int:
-        """What is kept of the block's shared inputs, and the largest item once more. Nothing without tokens."""
+        """Bytes of the statistics of all shared inputs, and of the largest once more. 0 without calibration tokens."""
         if not self.tokens():
             return 0
         widths = [self.shapes[path][1] for path in self.first_readers]
@@ -72,31 +72,42 @@ class RunSizes:
         return sum(sizes) + max(sizes, default=0)
 
     def judged_bytes(self, modules: Iterable[str], windows: int | None) -> float:
-        """Inputs and outputs of ``modules``, linears or modules that read and write the stream, over calibration windows."""
+        """Bytes of the inputs and outputs of ``modules`` over calibration windows.
+
+        Args:
+            modules: paths of linears, or of modules that read and write the residual stream.
+            windows: number of windows; None: all.
+        """
         width = sum(self.shares.get(p, 1.0) * sum(self.shapes.get(p, (self.hidden, self.hidden))) for p in modules)
         return self.tokens(windows) * width * FLOAT
 
 
 class Step(Effects):
-    """One step of a recipe. Subclasses are frozen dataclasses; they override what applies to them, and :meth:`run`."""
+    """One step of a recipe.
+
+    Subclasses are frozen dataclasses. They define :meth:`run` and override the declarations that apply.
+    """
 
     @property
     def learns(self) -> bool:
-        """Whether it follows gradients."""
+        """Whether it computes gradients."""
         return False
 
     @property
     def reads_inputs(self) -> bool:
-        """Whether it depends on what the calibration text makes of the inputs of linears."""
+        """Whether its result depends on the linears' inputs on the calibration text."""
         return any(need.of_input for need in self.needs)
 
     @property
     def rotates_residual(self) -> bool:
-        """Whether :meth:`residual_rotation` gives one. Such a step changes the model that all others see, and comes first."""
+        """Whether :meth:`residual_rotation` returns one.
+
+        Such a step changes the model for all other steps, so it comes first.
+        """
         return False
 
     def residual_rotation(self, width: int, seed: int) -> Seeded:
-        """The rotation of the residual stream of ``width`` channels, which is folded into every block before its first step."""
+        """The rotation of a residual stream of ``width`` channels, folded into every block before the first step."""
         raise NotImplementedError
 
     def places_weight(self, spec: Spec) -> bool:
@@ -109,23 +120,23 @@ class Step(Effects):
 
     @property
     def one_input_range(self) -> bool:
-        """Whether it gives an input one range, whatever clusters of channels it has."""
+        """Whether it gives each input one range, even an input with clusters of channels."""
         return False
 
     def check(self, weights: Sequence[Spec], activations: Sequence[ActSpec], steps: Sequence[Step]) -> None:
-        """Raises ValueError where it cannot work on these formats among ``steps``, those of the whole recipe."""
+        """Raises ValueError if it cannot work on these formats, or among ``steps``, all steps of the recipe."""
 
     @property
     def upper_bound(self) -> str:
-        """Where :meth:`describe` gives the largest that can come out, a sentence that says so; else empty."""
+        """A sentence for the report if :meth:`describe` gives the largest possible result; else empty."""
         return ""
 
     def memory(self, sizes: RunSizes) -> float:
-        """Bytes it keeps on one block, besides the statistics it needs and one window's activations."""
+        """Bytes that it holds on one block, in addition to its statistics and one window's activations."""
         return 0
 
     def ticks(self, windows: int, linears: int) -> int:
-        """About how often a run on a block of that many linears ticks: only to estimate the time that is left."""
+        """The approximate number of ticks on a block of ``linears`` linears, to estimate the remaining time."""
         return 0
 
     def run(self, state: BlockState) -> None:

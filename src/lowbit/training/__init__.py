@@ -1,7 +1,7 @@
-"""The parts of training on a whole model: what is trained, towards what, and how steps are taken.
+"""The parts of training on a whole model: what is trained, the objective, and how steps are taken.
 
-They are to the stage ``Train`` what :mod:`lowbit.steps` are to ``Blockwise``: frozen values that do the work. The loop that
-joins them is :mod:`lowbit.stages.train`.
+They are for the stage ``Train`` what :mod:`lowbit.steps` is for ``Blockwise``: frozen values that do the work.
+:mod:`lowbit.stages.train` is the loop that joins them.
 """
 
 from lowbit.training.objectives import Batch, Objective, OriginalKL

@@ -1,4 +1,4 @@
-"""What is minimized: losses on the logits of a batch of calibration windows."""
+"""Training objectives: losses on the logits of a batch of calibration windows."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lowbit.numerics import serializable
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some calibration windows, and what the model in training computes from them.
+    """Some calibration windows, and the logits of the model in training on them.
 
     Attributes:
         windows: their numbers.
         ids_BT: their tokens.
-        logits_BTV: of the model in training; part of the graph.
-        original: logits ``[T, V]`` of the original model for window i.
+        logits_BTV: logits of the model in training; part of the graph.
+        original: gives the original model's logits ``[T, V]`` for window i.
     """
 
     windows: Sequence[int]
@@ -32,20 +32,20 @@ class Batch:
 
 @runtime_checkable
 class Objective(Protocol):
-    """A loss, as a frozen value. ``name`` is what it is called where progress is shown."""
+    """A loss, as a frozen value. Progress shows it as ``name``."""
 
     @property
     def name(self) -> str: ...
 
     def loss(self, batch: Batch) -> Tensor:
-        """A scalar, averaged over tokens and windows."""
+        """The loss of ``batch``: a scalar, averaged over tokens and windows."""
         ...
 
 
 @serializable
 @dataclass(frozen=True)
 class OriginalKL:
-    """KL divergence from the original model's next-token distribution, in nats a token."""
+    """KL divergence from the original model's next-token distribution, in nats per token."""
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""How steps are taken: torch's optimizers and schedules as frozen values."""
+"""torch's optimizers and schedules as frozen values."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class AdamW:
             raise ValueError(f"AdamW needs betas from 0 to below 1 and a weight_decay of 0 or more, found {self}")
 
     def make(self, leaves: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        """The optimizer of ``leaves``."""
+        """An optimizer of ``leaves``."""
         return torch.optim.AdamW(leaves, lr=lr, betas=self.betas, weight_decay=self.weight_decay)
 
 
 @serializable
 @dataclass(frozen=True)
 class OneCycle:
-    """The learning rate rises along a cosine over the share ``warmup`` of all steps, then falls along one to almost zero."""
+    """A learning rate that rises along a cosine for the share ``warmup`` of all steps, then falls to almost zero."""
 
     warmup: float = 0.1
 
@@ -41,5 +41,5 @@ class OneCycle:
             raise ValueError(f"warmup is a share of the steps, 0 to 1, found {self.warmup}")
 
     def make(self, optimizer: torch.optim.Optimizer, lr: float, steps: int) -> LRScheduler:
-        """The schedule of ``steps`` steps; ``step()`` it after each."""
+        """A schedule of ``steps`` steps up to rate ``lr``; call ``step()`` after each."""
         return OneCycleLR(optimizer, lr, total_steps=steps, pct_start=self.warmup)

@@ -1,11 +1,10 @@
-"""StoredFloats: what a packed model stores in floating point, with its codes frozen.
+"""StoredFloats: trains what a packed model stores in floating point; its codes stay frozen.
 
-After every block has been solved by itself, what is left to choose costs no bit: scales, table values, binary bases, kept
-weights and the gains of norms are stored as numbers anyway. Codes are never touched, so what is trained is the packed model
-itself and not a stand-in for it.
+Scales, table values, binary bases, kept weights and the gains of norms are stored as numbers anyway, so training them
+costs no bit. Codes never change, so the packed model itself is trained, not a stand-in.
 
-Scope: the whole model in memory, once, with its gradients for these few numbers; weights are decoded anew in the backward
-pass and not kept.
+The whole model is in memory once, with gradients for these few numbers. Weights are decoded again in the backward pass,
+not kept.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from lowbit.numerics import QTensor, serializable
 class StoredFloats:
     """All floating parameters of packed linears, and the gains and biases of norms.
 
-    Every number moves in units of its granule's largest magnitude, so one relative learning rate serves scales, tables and
-    gains alike. Layers whose statistics are themselves quantized keep them: a step would be lost in their second rounding.
+    Every number moves in units of its granule's largest magnitude, so one relative learning rate serves scales, tables
+    and gains. Layers with quantized statistics keep them: their second rounding would swallow the steps.
     """
 
     @property
@@ -41,10 +40,10 @@ class StoredFloats:
 
 
 class _StoredFloats:
-    """Those of one model."""
+    """The trained parameters of one model."""
 
     def __init__(self, model: nn.Module):
-        restore(model)  # what is trained is the stored form
+        restore(model)  # the stored form is trained
         self.model = model
         layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
         fixed = sum(layer.spec.stats is not None for layer in layers)
@@ -75,7 +74,7 @@ class _StoredFloats:
 
 
 class _Relative:
-    """A tensor ``[G, width]`` (or a vector) that moves in units of the largest magnitude of each row (of itself)."""
+    """A tensor ``[G, width]`` in units of each row's largest magnitude, or a vector in units of its own magnitudes."""
 
     def __init__(self, start: Tensor):
         self.start = start.float()
@@ -88,7 +87,7 @@ class _Relative:
 
 
 class DecodedProduct(torch.autograd.Function):
-    """``h W^T`` of a weight ``W = dense(*parts)`` that is decoded anew in the backward pass instead of kept."""
+    """``h W^T`` for a weight ``W = dense(*parts)`` that the backward pass decodes again instead of keeping it."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, dense: Callable[..., Tensor], *parts: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is trained: which parameters of a model, how the model computes with them, and how they are stored."""
+"""What training changes: which parameters of a model, how the model computes with them, and how they are stored."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Parameters(Protocol):
     """The parameters of one model in training. While the context is open, the model computes with them.
 
     Attributes:
-        leaves: what the optimizer moves.
-        notes: what the report should say, such as what was left out and why.
+        leaves: the tensors that the optimizer moves.
+        notes: notes for the report, such as what was left out and why.
     """
 
     leaves: list[nn.Parameter]
@@ -26,7 +26,7 @@ class Parameters(Protocol):
     ) -> None: ...
 
     def replaced(self) -> dict[str, Tensor]:
-        """The model's own parameters that the next forward computes with other values, by name; part of the graph."""
+        """Values that the next forward must use in place of the model's own parameters, by name; part of the graph."""
         ...
 
     def commit(self) -> None:
@@ -40,9 +40,12 @@ class Trainable(Protocol):
 
     @property
     def needs_packed(self) -> bool:
-        """Whether the model has to be packed already."""
+        """Whether the model must be packed already."""
         ...
 
     def parameters(self, model: nn.Module) -> Parameters:
-        """Those of ``model``, a transformers causal language model in float32 without gradients of its own."""
+        """The chosen parameters of ``model``.
+
+        ``model`` is a transformers causal language model in float32 without gradients of its own.
+        """
         ...

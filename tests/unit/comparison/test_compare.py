@@ -1,4 +1,4 @@
-"""Many recipes in one table: what is measured, what is kept, what is not run again, and what is refused beforehand."""
+"""Comparisons: what is measured, what is kept, what is not run again, and what is refused before the first row."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HERE = {"samples": 4, "seq_len": 16, "eval_seq_len": 32, "windows": 5, "threads"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A tiny model with a tokenizer of words, and a text of them."""
+    """A tiny model with a word tokenizer, and a text of its words."""
     path = tiny_llama(tmp_path_factory.mktemp("compare") / "model")
     words = [f"w{i}" for i in range(VOCABULARY - 1)]
     vocabulary = {word: i for i, word in enumerate(["<unk>", *words])}
@@ -48,7 +48,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(monkeypatch) -> list[object]:
-    """Work is done in this process, which saves seconds of imports a row; what was done is listed."""
+    """Runs work in this process, which saves seconds of imports for each row; returns the list of work done."""
     done: list[object] = []
 
     def in_this_process(work, threads, log, progress):
@@ -67,7 +67,7 @@ def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-# What is kept of the original
+# The original's kept states
 
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 KINDS = {
@@ -139,7 +139,7 @@ def test_a_process_of_its_own_gives_the_same_figures_and_its_own_memory(model, t
 
     run_here, seen = run.run_in_child, []
     monkeypatch.setattr(run, "run_in_child", rows_apart)
-    big = torch.zeros(2**28)  # 1 GiB of this process is not the row's
+    big = torch.zeros(2**28)  # 1 GiB of this process does not count for the row
     found = compare(model, [GPTQ], tmp_path / "r.jsonl", progress=lambda *call: seen.append(call))[1]
     timed = {"peak_rss_bytes", "quantize_peak_rss_bytes", "quantize_seconds", "evaluate_seconds"}
     assert {k: v for k, v in found.items() if k not in timed} == {k: v for k, v in expected.items() if k not in timed}
@@ -150,7 +150,7 @@ def test_a_process_of_its_own_gives_the_same_figures_and_its_own_memory(model, t
 
 
 def test_a_broken_model_is_measured_and_marked(model, tmp_path, monkeypatch, here):
-    monkeypatch.setattr(work, "MAX_KL", 0.1)  # two bits of a random model are not far from it
+    monkeypatch.setattr(work, "MAX_KL", 0.1)  # a random model at two bits is not far from the original
     [_, good, broken] = compare(model, [RTN, TWO_BITS], tmp_path / "r.jsonl")
     assert good["kl"] < 0.1 < broken["kl"] and (good["problems"], broken["problems"]) == ([], ["KL over 0.1"])
     row = next(line for line in (tmp_path / "r.md").read_text().splitlines() if line.startswith("| two bits"))

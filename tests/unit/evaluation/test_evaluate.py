@@ -66,7 +66,7 @@ def perturbed(model: nn.Module, amount: float = 0.1) -> nn.Module:
 
 
 def char_tokenizer(*, adds_bos: bool = False) -> PreTrainedTokenizerFast:
-    """One id a character; decoding gives the text back exactly."""
+    """A tokenizer with one id for each character; decoding gives the text back exactly."""
     pieces = ["<pad>", "<s>", "</s>", "\n", *map(chr, range(32, 127))]
     inner = Tokenizer(models.WordLevel({piece: id for id, piece in enumerate(pieces)}, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -150,7 +150,7 @@ def test_word_windows_predict_every_token_once_and_the_last_is_filled_with_conte
     assert len(ids) == 7 * 32 + 31
     total = 0.0
     for position, token in enumerate(ids):
-        # what this token may see: its own window's tokens before it, or in the short last window 32 tokens to the end
+        # the context of this token: earlier tokens of its window, or in the short last window 32 tokens to the end
         first = position // 32 * 32 if position < 7 * 32 else len(ids) - 32
         context = [BOS, *ids][first : position + 1]
         total -= float(model(torch.tensor([context])).logits[0, -1].log_softmax(-1)[token])
@@ -408,7 +408,7 @@ def test_to_dict_has_the_names_that_scripts_read(model, other):
 
 
 def record_passes(model: nn.Module) -> list[int]:
-    """Lengths of the inputs of every forward pass from now on."""
+    """Records the input lengths of all later forward passes."""
     lengths: list[int] = []
     model.register_forward_pre_hook(
         lambda _module, _args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
@@ -455,7 +455,7 @@ def test_speed_with_time_enough_measures_all_that_was_asked():
 @pytest.mark.parametrize(
     ("budget_s", "expected"),
     [
-        (100, Plan(100, 10, 3)),  # a pass takes 2 s: all of it
+        (100, Plan(100, 10, 3)),  # a pass takes 2 s: the whole plan fits
         (7, Plan(100, 10, 2)),  # a warm-up and two
         (4, Plan(100, 10, 1)),
         (2, Plan(50, 5, 1)),  # half of every phase, twice

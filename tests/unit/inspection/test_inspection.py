@@ -23,8 +23,8 @@ WINDOWS, TOKENS = 3, 16
 def planted(tmp_path_factory) -> Path:
     """A tiny llama with an outlier channel at the first attention input and a massive first token in block 1's MLP.
 
-    Channel 5 of block 0's attention norm is 40 times the others. Token 7, wherever it is first, opens a gate and an up
-    channel that all other tokens leave shut: only that one activation is large.
+    Channel 5 of block 0's attention norm is 40 times the others. Token 7, in the first position, opens a gate and an up
+    channel that all other tokens leave shut, so only that activation is large.
     """
     path = tiny_llama(tmp_path_factory.mktemp("models") / "planted")
     model = LlamaForCausalLM.from_pretrained(path)
@@ -34,7 +34,7 @@ def planted(tmp_path_factory) -> Path:
         gain[5] = 40.0
         embedding = model.model.embed_tokens.weight
         embedding[:, 0] = 0.0
-        embedding[7, 0] = 30.0  # a direction of its own: nothing else writes there
+        embedding[7, 0] = 30.0  # its own direction: nothing else writes there
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight[0] = 0.0
             layer.mlp.down_proj.weight[0] = 0.0
@@ -60,7 +60,7 @@ def found(planted, ids) -> Inspection:
 
 @pytest.fixture(scope="module")
 def inputs(planted, ids) -> dict[str, torch.Tensor]:
-    """What every linear of the whole model reads, by a plain forward pass with hooks."""
+    """The inputs of all linears of the model, from a plain forward pass with hooks."""
     model = LlamaForCausalLM.from_pretrained(planted).eval()
     seen: dict[str, list[torch.Tensor]] = {}
 
@@ -203,7 +203,7 @@ def test_other_architectures_are_inspected_too(tmp_path, config):
     per_block = 4 if config.model_type == "gpt2" else 4 + 3 * 8
     assert len(found.rows) == 2 * per_block
     unseen = [row for row in found.rows if row.error is None]
-    assert bool(unseen) == (config.model_type == "mixtral")  # six tokens cannot reach all of eight experts and the rest
+    assert bool(unseen) == (config.model_type == "mixtral")  # six tokens do not reach all eight experts
     assert {row.input for row in unseen}.isdisjoint(row.name for row in found.inputs)
     assert {row.role for row in found.inputs} >= {"attention_in", "attention_out"}
     partial = [row for row in found.inputs if row.role == "expert_in"]

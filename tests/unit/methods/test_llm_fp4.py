@@ -1,4 +1,4 @@
-"""LLM-FP4: what the paper promises of searched formats, ranges and the exponents of input channels."""
+"""LLM-FP4: what the paper promises of searched formats, ranges and exponents of input channels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def linear(seed: int = 0) -> nn.Linear:
 
 
 def inputs(seed: int = 1, spread: float = 1.0) -> Tensor:
-    """Tokens ``[3, 64, I]`` whose channels differ in size, some of them many times the others."""
+    """Tokens ``[3, 64, I]`` whose channels differ in size, some by a large factor."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(3, 64, I, generator=generator) * torch.exp(spread * torch.randn(I, generator=generator))
 
@@ -46,7 +46,7 @@ def lost(q: QuantLinear, x: Tensor) -> float:
 
 
 def exponents(scale: Tensor) -> Tensor:
-    """k of scales that are the largest, halved k times; asserts that they are."""
+    """The k of each scale, which must be the largest scale halved k times."""
     k = (scale.max() / scale).log2()
     assert torch.equal(k, k.round())
     return k[:, 0]
@@ -116,7 +116,7 @@ def test_no_round_of_the_search_is_worse_than_the_one_before(act_bits):
 
 
 def test_what_the_search_judged_is_what_is_stored():
-    """Among all pairs of formats, each searched by itself, none reaches less on the tokens that the search saw."""
+    """No pair of formats, each searched by itself, has a smaller error on the tokens that the search saw."""
     x = inputs()
     sampled = x[:, ::4].reshape(-1, I)
     best = lost(solved(x), sampled)
@@ -152,7 +152,7 @@ def test_weights_have_at_most_fifteen_values_a_row_and_the_bits_are_counted():
         width = 0 if act.spec.stats is None else act.spec.stats.grid.bits
         assert q.stored_bits == O * I * bits + 16 * O + I * width + 32
         assert q.stored_bits == 8 * sum(t.nbytes for t in q.state_dict().values())
-    assert width == 2  # where the format is given, as many bits as it has of exponent
+    assert width == 2  # with a given format: as many bits as its exponent has
 
 
 def test_more_bits_lose_less():

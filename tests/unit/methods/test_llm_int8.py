@@ -1,4 +1,4 @@
-"""LLM.int8(): what its paper and its library promise of channels that are taken out at run time."""
+"""LLM.int8(): what its paper and its library promise of channels taken out at run time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def linear():
 
 @pytest.fixture(scope="module")
 def x():
-    """Tokens ``[T, I]`` of unit size; two channels reach ten times that, one of them in a single token."""
+    """Tokens ``[T, I]`` of unit size. Two channels reach ten times that, one of them in a single token."""
     x = torch.randn(40, I, generator=torch.Generator().manual_seed(1)).clamp(-4, 4)
     x[:, LOUD[0]] *= 30
     x[7, LOUD[1]] = 25.0
@@ -45,7 +45,7 @@ def quantized(linear, x=None, **options) -> QuantLinear:
 def test_the_channels_taken_out_are_those_that_any_token_of_the_call_lifts_over_the_threshold(x):
     assert outlier_channels(x, 6.0).tolist() == list(LOUD)
     assert outlier_channels(x[8:].view(2, 16, I), 6.0).tolist() == [LOUD[0]]
-    assert outlier_channels(torch.full((1, 3), 6.0), 6.0).tolist() == [0, 1, 2]  # at the threshold is over it
+    assert outlier_channels(torch.full((1, 3), 6.0), 6.0).tolist() == [0, 1, 2]  # at the threshold counts as over it
     assert outlier_channels(x, 0.0).tolist() == []
 
 
@@ -198,7 +198,7 @@ def test_what_searches_and_learning_see_is_what_runs(x):
     for granularity in (PerToken(), PerTensor()):
         act = ActSpec(Spec(Int(8), granularity, scale_dtype="float32"), threshold=6.0)
         assert torch.equal(fake_activation(x, act, None), fake_quantize_activation(x, act))
-        half = x.bfloat16()  # of products in bfloat16; the rounding is not
+        half = x.bfloat16()  # for products in bfloat16; the rounding itself is not
         assert torch.equal(fake_activation(half, act, None), fake_quantize_activation(half, act).bfloat16())
     inputs = x.clone().requires_grad_()
     fake_activation(inputs, ACT, None).sum().backward()
@@ -208,7 +208,7 @@ def test_what_searches_and_learning_see_is_what_runs(x):
 
 def test_formats_with_a_threshold_are_plain_data_and_those_that_cannot_have_one_are_refused():
     assert lowbit.numerics.from_dict(lowbit.numerics.to_dict(ACT)) == ACT
-    assert "threshold" not in lowbit.numerics.to_dict(activation(8))  # as checkpoints were before there was one
+    assert "threshold" not in lowbit.numerics.to_dict(activation(8))  # as in checkpoints without one
     for threshold in (-1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="threshold of outlier channels is a magnitude"):
             activation(8, threshold=threshold)

@@ -1,4 +1,4 @@
-"""Every method on every architecture, by whole runs, as docs/matrix.md says."""
+"""Every method on every architecture in whole runs, as listed in docs/matrix.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_page_has_every_method_and_every_architecture():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_method_runs_on_every_architecture_and_reloads_as_it_was_measured(case, tmp_path):
-    """The run itself compares the reloaded model with the measured one, and refuses a difference; see ``whole_cells``."""
+    """The run itself compares the reloaded model with the measured one and refuses a difference: ``whole_cells``."""
     original, wanted = save_model(case, tmp_path / "model"), read_page()[0][case]
     for name in METHODS:
         found = outcome(name, original, tmp_path / "model", tmp_path / name, whole=(case, name) in WHOLE)

@@ -1,4 +1,4 @@
-"""Every pair of methods, by whole runs, as docs/matrix.md says; and the mixes that take a recipe of their own."""
+"""Every pair of methods in whole runs, as listed in docs/matrix.md, and the mixes with recipes of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OliVe: what outlier-victim pairs, their search, their choice of number type and their static activations must obey."""
+"""OliVe: laws of outlier-victim pairs, their search, their choice of number type and their static activations."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def heavy(rows: int = 24, columns: int = 96, seed: int = 0, df: float = 2.5) -> 
 
 
 def placed(grid, x_GK: Tensor) -> Affine:
-    """One sigma: 30 % of normal values, and more of others, are outliers."""
+    """The grid's range ends at one sigma: 30 % of normal values, and more of heavy-tailed ones, are outliers."""
     end = x_GK.std(1, keepdim=True)
     return grid.from_range(-end, end)
 
@@ -113,7 +113,7 @@ def test_outliers_are_the_published_abfloats():
 
 
 def test_pairs_multiply_by_shifts_and_adds_of_integers():
-    """An abfloat is ``(2 + mantissa) << (exponent + 2)``, so that a dot product of nibbles is one of integers."""
+    """An abfloat is ``(2 + mantissa) << (exponent + 2)``, so a dot product of nibbles is one of integers."""
     spec = Spec(OutlierVictim(), PerChannel(), scale_dtype="float32")
     q = quantize(heavy(), spec, RangeSearch())
     found = []
@@ -275,7 +275,7 @@ def test_impossible_searches_are_refused():
             RangeSearch(**options)
 
 
-# Where pairs have no place
+# Refusals
 
 
 @pytest.mark.parametrize(

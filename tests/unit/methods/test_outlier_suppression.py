@@ -68,7 +68,7 @@ def _random_model(case: str):
 
 
 def _bare_states(model) -> list[BlockState]:
-    """Blocks without calibration inputs, in float64: what rules that are given their statistics may fold into."""
+    """Float64 blocks without calibration inputs, for rules that get their statistics directly."""
     architecture, states = for_config(model.config), []
     for block in block_modules(model, architecture):
         resolved = resolve(architecture, block.requires_grad_(False), model.config)
@@ -130,7 +130,7 @@ def _output(state: BlockState) -> torch.Tensor:
 
 
 def _error(state: BlockState) -> float:
-    """Of the quantized block; solves it."""
+    """The error of the quantized block. Solves the block."""
     Solve().run(state)
     return (_output(state) - state.io.y).square().mean().item()
 
@@ -246,7 +246,7 @@ def _simulated(state: BlockState, path: str, x: torch.Tensor, *trial) -> torch.T
 
 
 def _loss(state: BlockState) -> float:
-    """The objective of search and learning: the block's error, everything quantized as simulated."""
+    """The objective of search and learning: the block's error with everything quantized as simulated."""
     with ExitStack() as stack:
         for draft in state.drafts.values():
             stack.enter_context(draft.simulated())

@@ -1,4 +1,4 @@
-"""QuaRot: what is folded, what runs, what is stored, and what it goes with."""
+"""QuaRot: what is folded, what runs, what is stored, and which mixes work."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_heads_that_are_folded_cost_nothing_to_run_and_compute_the_same(model, t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, dtype):
-    """Also where what stays unquantized, gains and routers, is rounded to a narrow dtype when it is stored."""
+    """It holds even if unquantized parameters, gains and routers, are rounded to a narrow dtype when stored."""
     torch.manual_seed(3)
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     experts = {"num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2, "vocab_size": 128}

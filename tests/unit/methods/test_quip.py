@@ -1,4 +1,4 @@
-"""QuIP: rotations on both sides that change no function, the rescale, and what the paper promises of the rounding."""
+"""QuIP: rotations that change no function, the rescale, and what the paper promises of the rounding."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ROTATIONS = [Kronecker, RandomHadamard]
 
 
 def states(model, tokens: Tensor, skip: tuple[str, ...] = ()) -> list[BlockState]:
-    """One for each block of ``model``, with the inputs that the block has now; every linear but ``skip`` in 8 bits."""
+    """A state for each block of ``model`` with its current inputs; every linear except ``skip`` in 8 bits."""
     architecture = for_config(model.config)
     found = []
     for i, block in enumerate(block_modules(model, architecture)):
@@ -64,7 +64,7 @@ def states(model, tokens: Tensor, skip: tuple[str, ...] = ()) -> list[BlockState
 
 
 class _Whole(BlockIO):
-    """All windows at once."""
+    """All windows as one."""
 
     def window(self, i: int) -> Tensor:
         return self.x
@@ -225,7 +225,7 @@ def test_where_no_edge_carries_a_scale_the_linear_rescales_its_own_input():
         state.notes == []
         and set(held(state, "pre")) == {"mlp.c_proj"}
         and isinstance(state.draft("mlp.c_proj").pre[0], Scale)
-    )  # behind a GELU
+    )  # after a GELU
     assert_unchanged(before, logits(model, tokens))
 
 

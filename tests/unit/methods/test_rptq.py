@@ -1,4 +1,4 @@
-"""RPTQ: clusters of channels, the order that makes them contiguous, and the ranges that they get."""
+"""RPTQ: clusters of channels, the order that makes them contiguous, and their ranges."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _ranged(s: BlockState, count: int, head_count: int = 2, **options) -> BlockS
 
 
 def _lost(s: BlockState, path: str, need: Samples = Samples(4096)) -> float:
-    """Of the rounded input, each channel by the weight it meets."""
+    """The error of the rounded input, each channel weighted by the weights that it meets."""
     name = next(shared.name for shared in s.resolved.shared_inputs if path in shared.readers)
     x = s.collect([need], [name])[name][need]
     form = s.formats[path]
@@ -257,7 +257,7 @@ def test_a_gather_is_counted_in_the_bits():
         assert sqnr_db(linear(x), q(x)) > 10
 
 
-# What does not go together
+# Refusals
 
 
 def test_a_mix_keeps_the_inputs_formats_of_the_roles():

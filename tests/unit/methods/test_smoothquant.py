@@ -1,4 +1,4 @@
-"""SmoothQuant: its levels, a searched alpha, and static ranges that first tokens would spoil."""
+"""SmoothQuant: its levels, a searched alpha, and static ranges without massive first tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def first_block(tmp_path_factory):
 @pytest.fixture
 def state(first_block):
     def make(act: ActSpec | None = None, weight: Spec = W8, first: float = 1.0) -> BlockState:
-        """``first``: what the MLP's gate makes of the first token of every window is multiplied by it."""
+        """A state whose up projection gives ``first`` times its output for the first token of every window."""
         block, resolved, io = first_block
         formats = {path: LinearFormat(weight, act) for path in resolved.linears}
         made = BlockState.of("model.layers.0", copy.deepcopy(block), resolved, formats, io)
@@ -66,7 +66,7 @@ def test_levels_are_those_of_the_papers_table(level, weight, act, static):
     assert rule.weight.grid == rule.activation.spec.grid == Int(8, symmetric=True)
     ranges = [step for step in recipe.steps if isinstance(step, SetActivationRange)]
     assert bool(ranges) == static and recipe.feed == "fp"
-    assert isinstance(recipe.steps[0], Set)  # so that ranges are measured behind it
+    assert isinstance(recipe.steps[0], Set)  # so ranges are measured after it
 
 
 def test_static_ranges_are_measured_again_after_smoothing(state):
@@ -202,7 +202,7 @@ def test_experts_that_only_some_tokens_reach_keep_all_of_them_and_say_so(tmp_pat
     recipe = lowbit.recipe("smoothquant", level="O3", skip_first=1)
     ids = torch.randint(3, 48, (4, 24), generator=torch.Generator().manual_seed(0))
     report = lowbit.quantize(tmp_path / "model", recipe, ids, out=tmp_path / "q", max_kl=50)
-    said = [note for note in report.warnings if "are not told apart there" in note]
+    said = [note for note in report.warnings if "are unknown there" in note]
     print(said)
     assert said and all("expert" in note for note in said)
 

@@ -1,4 +1,4 @@
-"""SqueezeLLM: what its tables, its importance and its sparse rest must obey."""
+"""SqueezeLLM: laws of its tables, its importance and its sparse rest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def linear() -> nn.Linear:
 
 @pytest.fixture(scope="module")
 def fisher() -> Tensor:
-    """Spread over four orders of magnitude and independent of the weights, as squared gradients are."""
+    """Fisher information spread over four orders of magnitude, independent of the weights, like squared gradients."""
     return (3 * torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))).exp() * 1e-6
 
 

@@ -1,4 +1,4 @@
-"""ZeroQuant: what its groups, its ranges for tokens and its distillation promise."""
+"""ZeroQuant: what its groups, its token ranges and its distillation promise."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_distillation_that_only_hurts_is_not_kept():
 
 
 def test_every_floating_parameter_of_a_block_is_learned(tmp_path):
-    """Norms and biases too; the weights of other blocks are those of their own distillation."""
+    """Norms and biases are learned too. Weights of other blocks belong to their own distillation."""
     path = tiny_llama(tmp_path / "model", attention_bias=True)
     recipe = lowbit.recipe("zeroquant", bits=4, lr=3e-5, steps=6, batch=2)
     lowbit.quantize(path, recipe, random_ids(4, 24), out=tmp_path / "q", max_kl=50)
@@ -146,7 +146,7 @@ def test_every_floating_parameter_of_a_block_is_learned(tmp_path):
 
 
 def test_a_block_is_distilled_on_what_the_original_blocks_give(tmp_path):
-    """Skipping block 0 changes what a quantized prefix would feed; block 1 is learned from the original's inputs alone."""
+    """Skipping block 0 would change a quantized prefix. Block 1 learns from the original's inputs alone."""
     path, ids = tiny_llama(tmp_path / "model"), random_ids(4, 24)
     recipe = lowbit.recipe("zeroquant", bits=3, lr=3e-5, steps=6, batch=2)
     tensors = []

@@ -1,4 +1,4 @@
-"""Fits that place tables, bases, zero points and ranges: each against its own definition, by brute force where it is small."""
+"""Fits of tables, bases, zero points and ranges, each against its definition, by brute force where that is small."""
 
 from __future__ import annotations
 

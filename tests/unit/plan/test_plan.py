@@ -52,7 +52,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Tiny random models by name, saved as a user's would be, made when first asked for."""
+    """Tiny random models by name, saved like a user's and made on first use."""
     root, made = tmp_path_factory.mktemp("models"), {}
 
     def get(name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -132,7 +132,7 @@ def test_no_weight_is_read(models, monkeypatch):
     monkeypatch.setattr(origins, "read_tensor", refuse)
     for name in METHODS:
         assert plan(models("llama"), name).layers and explain(name, models("llama")).steps
-    source = open_model(models("llama"))  # the trap is where weights are read
+    source = open_model(models("llama"))  # reading a weight springs the trap
     with pytest.raises(AssertionError, match="a weight was read"):
         source.load_into(source.skeleton(), "")
 
@@ -305,7 +305,7 @@ def test_the_memory_estimate_grows_with_what_the_steps_hold(models):
 
     assert step(recipe("gptq")) > step(recipe("rtn"))
     few, more, many = (step(recipe("awq", clip=False), samples=n) for n in (2, 4, 8))
-    assert many - more == 2 * (more - few) > 0  # a search keeps what the judged modules read and answer
+    assert many - more == 2 * (more - few) > 0  # a search keeps inputs and outputs of the judged modules
     assert step(recipe("awq", clip=False, windows=1), samples=8) < step(recipe("awq", clip=False), samples=8)
     assert step(recipe("omniquant", batch=4)) > step(recipe("omniquant"))
     told = plan(models("llama"), "gptq")
@@ -382,14 +382,14 @@ def test_other_formats_are_judged_by_bits_groups_and_zero_points(models, name, o
 def test_steps_are_explained_with_the_edges_of_this_model(models):
     said = explain(recipe("omniquant", activation_bits=4), models("llama"))
     learn, solve = said.steps
-    assert learn.startswith("Learn: AdamW on the parameters of makers")
+    assert learn.startswith("Learn: Minimizes objective over the parameters of makers")
     assert "A shift by Midpoint is folded into the weights on both sides of v_o." in learn
     assert (
         "A scale by Smooth(alpha=0.5) is folded into the weights on both sides of norm_qkv, norm_mlp, v_o, q_k."
         in learn
     )
     assert "Measures AbsMax, Range of every input first." in learn
-    assert solve.startswith("Solve: Hands every linear")
+    assert solve.startswith("Solve: Solves every linear")
     assert said.notes[0].startswith("every block sees the hidden states that the quantized blocks before it give")
     assert "the shift at edge 'norm_qkv' is not applied (all 2 blocks): its norm has no bias to hold it" in said.notes
     on_opt = explain(recipe("omniquant", activation_bits=4), models("opt")).steps[0]

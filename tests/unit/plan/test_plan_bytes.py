@@ -1,6 +1,6 @@
 """Law: a plan's bytes are those of the finished checkpoint, for every method on every family of architectures.
 
-Where a search or a solver decides how much is stored (outliers, copied channels), the test says what the plan counts.
+If a search or a solver decides how much is stored (outliers, copied channels), the test says what the plan counts.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ RECIPES = {name: recipe(name) for name in METHODS} | {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Tiny random models by name, made when first asked for."""
+    """Tiny random models by name, made on first use."""
     root = tmp_path_factory.mktemp("models")
 
     def get(name: str) -> Path:
@@ -68,7 +68,7 @@ def models(tmp_path_factory):
 
 
 def quick(wanted: Recipe) -> Recipe:
-    """The recipe without learning, and without channels that a search decides to copy."""
+    """The recipe without learning and without a search for channels to copy."""
     changes = {
         "Learn": {"epochs": 0, "steps": None},
         "SearchReassembly": {"ratio": 0.0},
@@ -117,7 +117,7 @@ def test_copied_channels_are_counted_at_their_most(models, tmp_path, assembly):
     assert told.bytes_out >= sum(
         header.nbytes for header in written(plan_model(models("llama"), wanted), tmp_path).values()
     )
-    assert any("as many as it may choose" in warning for warning in told.warnings)
+    assert any("the most that it may choose" in warning for warning in told.warnings)
 
 
 def test_a_transform_that_linears_run_is_counted_and_explained_where_no_edge_carries_it(models):
@@ -130,5 +130,5 @@ def test_a_transform_that_linears_run_is_counted_and_explained_where_no_edge_car
 
 
 def _first_transforms(planned: ModelPlan) -> dict[str, str]:
-    """Type of the first transform that each linear of the first block runs on its input."""
+    """The type of the first transform that each linear of the first block runs on its input."""
     return {path: layer.pre[0].type for path, layer in planned.blocks[0].layers.items() if layer.pre}

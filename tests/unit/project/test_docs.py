@@ -1,4 +1,4 @@
-"""Generated pages are those of the code at hand."""
+"""Generated pages match the code."""
 
 from __future__ import annotations
 

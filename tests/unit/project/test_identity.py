@@ -1,4 +1,4 @@
-"""What the list of `make identity` promises, and that a difference is seen; nothing is quantized here."""
+"""The list of `make identity` is complete, and a difference is seen. Nothing is quantized here."""
 
 from __future__ import annotations
 

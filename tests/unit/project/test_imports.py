@@ -1,4 +1,4 @@
-"""What is imported when: nothing heavy before it is needed, nothing in circles, and transformers knows our checkpoints."""
+"""Imports: nothing heavy before it is needed, nothing in circles, and transformers knows our checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def python(code: str, *arguments: str, **environment: str) -> subprocess.Complet
 
 
 def packages_loaded(tmp_path: Path, code: str, *arguments: str, **environment: str) -> tuple[str, set[str]]:
-    """What ``code`` prints in a process of its own, and the packages that it has loaded when it ends."""
+    """The output of ``code`` in a new process, and the packages loaded at its end."""
     file = tmp_path / "loaded.json"
     report = f"import os\nos.dup2(os.open({str(file)!r}, os.O_WRONLY | os.O_CREAT), 3)\n" + LOADED
     done = python(report + code, *arguments, **environment)
@@ -184,13 +184,13 @@ def test_the_module_that_the_hook_waits_for_keeps_its_loader_and_may_be_reloaded
 
 # Edges of a circle that may stay for now, each with its reason. To be emptied.
 EXCEPTIONS = {
-    # The compiled lowbit.kernels._cpu is no Python file, and is taken for the package that it lies in.
+    # The compiled lowbit.kernels._cpu is no Python file, and stands for its package.
     ("lowbit.kernels.native", "lowbit.kernels"),
 }
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    """Imports within functions count too; those for type checkers do not."""
+    """Imports within functions count too; imports for type checkers do not."""
     graph = grimp.build_graph("lowbit", exclude_type_checking_imports=True, cache_dir=None)
     for importer, imported in EXCEPTIONS:
         graph.remove_import(importer=importer, imported=imported)

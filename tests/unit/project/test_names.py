@@ -1,4 +1,4 @@
-"""The core asks neither which method nor which model it runs."""
+"""The core never asks which method or which model it runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODELS = {path.name for path in Path(transformers.models.__file__).parent.iterdi
 
 
 def _compared_strings(path: Path) -> set[str]:
-    """Strings that a file compares something with, in ``==``, ``in`` or ``match``."""
+    """Strings that a file compares with in ``==``, ``in`` or ``match``."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Compare | ast.MatchValue):

@@ -1,4 +1,4 @@
-"""The combinations that stand for all combinations: they hold every pair, and are few."""
+"""The combinations that stand for all combinations: they contain every pair, and are few."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def in_pairs(monkeypatch):
 
 
 def held(rows) -> set:
-    """Every value with its factor, and every two of them that a row holds together."""
+    """Every value with its factor, and every two of them that a row combines."""
     return {part for row in rows for n in (1, 2) for part in combinations(enumerate(row), n)}
 
 
@@ -33,7 +33,7 @@ def test_combinations_are_few_and_those_of_the_product_in_its_order(sizes):
     found, whole = cases(*(range(size) for size in sizes)), list(product(*(range(size) for size in sizes)))
     assert found == sorted(set(found)) and set(found) <= set(whole)
     largest = sorted(sizes)[-2:]
-    assert len(found) <= 2 * largest[0] * largest[1]  # as many as these two factors need by themselves, or up to twice
+    assert len(found) <= 2 * largest[0] * largest[1]  # at most twice what these two factors need
     assert len(found) < len(whole) or len([size for size in sizes if size > 1]) <= 2
 
 

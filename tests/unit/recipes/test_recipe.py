@@ -40,11 +40,11 @@ SOLVE = {"type": "Solve", "solver": {"type": "Nearest"}}
 
 
 def explicit(**changes) -> dict:
-    """The data of a recipe file that spells everything out."""
+    """The data of a recipe file that spells out everything."""
     return {"name": "mine", "scheme": [{"match": "*", "weight": PLAIN_W4}], "steps": [SOLVE]} | changes
 
 
-# One object from three ways of saying it
+# One recipe, written in three ways
 
 
 def test_a_file_a_name_with_options_and_python_give_equal_recipes(tmp_path):
@@ -99,7 +99,7 @@ def test_steps_at_the_top_of_a_file_are_short_for_one_stage():
     assert long == Recipe("mine", linears(weight(4, 64)), (Blockwise((Solve(Nearest()),), "fp"),))
     with pytest.raises(ValueError, match="short for one Blockwise stage"):
         from_plain(explicit(stages=[stage]))
-    with pytest.raises(ValueError, match="attention and kv go into the mapping"):
+    with pytest.raises(ValueError, match="so attention and kv go into it"):
         from_plain(explicit(scheme={"rules": rules}, attention={"bits": 8}))
 
 
@@ -230,7 +230,7 @@ def test_activations_of_a_mix_are_as_the_first_that_quantizes_them_says():
     assert static.scheme.rules[0].activation == recipe("smoothquant", level="O3").scheme.rules[0].activation
 
 
-# What cannot be, with the nearest thing that can
+# Refusals, with the nearest valid value
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_clipping_and_an_order_that_moves_groups_are_refused_together(clip):
         build(Gptq(order="act"))
     for fine in (Gptq(order="act", static_groups=True), Gptq(order="group"), Gptq()):
         assert build(fine).steps[-1].solver == fine
-    build(Gptq(order="act"), group_size=None)  # one range a row, whatever the order
+    build(Gptq(order="act"), group_size=None)  # one range for each row, in any order
 
 
 def test_the_same_refusal_reaches_mixes_and_files():

@@ -1,4 +1,4 @@
-"""What solvers keep in float16: the rules, what they hide from fits, and how the column solver works around them."""
+"""Weights that solvers keep in float16: the rules, what they hide from fits, and the column solver around them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ STATS = {Gram(): H, Fisher(): FISHER}
 
 
 def _values(s: Solution, side: bool = True) -> Tensor:
-    """The solved weight, columns in their original order, side terms added."""
+    """The solved weight with columns in their original order and side terms added."""
     q = s.q
     w = q.spec.granularity.join(q.spec.grid.decode(q.spec.granularity.split(q.codes), q.params), q.shape).double()
     for term in s.side if side else ():
@@ -258,7 +258,7 @@ def test_no_range_reaches_for_what_is_kept(spec):
 @pytest.mark.parametrize("solver", [Nearest(outliers=RangeOutliers(0.01)), Gptq(outliers=RangeOutliers(0.01))], ids=str)
 def test_a_huge_weight_that_is_kept_widens_no_grid(solver):
     w = W.clone()
-    places = (torch.arange(9), torch.arange(9) * 5)  # 1 % of the weights, one a row
+    places = (torch.arange(9), torch.arange(9) * 5)  # 1 % of the weights, one in each row
     w[places] = 500.0
     solution = solver.solve(w, GROUPED, STATS)
     assert _mask(solution)[places].all()
@@ -273,7 +273,7 @@ def test_a_kept_column_in_the_middle_of_a_group_moves_no_group():
     solution = Gptq(outliers=WeakColumns(1)).solve(w, GROUPED, {Gram(): h})
     columns = _kept(solution, KeptColumns)
     assert columns is not None and columns.index.tolist() == [20] and solution.pre == ()
-    assert solution.q.params.scale.max() < 2  # 16 columns share each scale, the kept one has no say in its group's
+    assert solution.q.params.scale.max() < 2  # 16 columns share each scale; the kept column does not affect its group's
     assert (_values(solution, side=False)[:, 20] == 0).all()
 
 
@@ -304,7 +304,7 @@ def test_an_input_channel_a_hundred_times_the_others_is_kept():
 
 
 def test_kept_columns_absorb_the_errors_of_all_others():
-    # What is stored minus the original is -E U[normal, kept], E the scaled errors of the columns that were rounded.
+    # The stored weight minus the original is -E U[normal, kept], with the scaled errors E of the rounded columns.
     solution = Gptq(outliers=WeakColumns(6)).solve(W, CHANNEL, STATS)
     columns = _kept(solution, KeptColumns)
     assert columns is not None

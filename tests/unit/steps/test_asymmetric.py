@@ -1,4 +1,4 @@
-"""Weights that make good what the quantized blocks before changed in their inputs: two streams through one block."""
+"""Asymmetric calibration: weights compensate for changed inputs, measured by two streams through one block."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ W3 = Spec(Int(3), PerGroup(32))
 
 @pytest.fixture(scope="module")
 def second_block(tmp_path_factory):
-    """A block of a tiny llama, its inputs in the original model, and the same moved by noise and by a linear map."""
+    """A block of a tiny llama, its original inputs, and the same inputs moved by noise and by a linear map."""
     source = open_model(tiny_llama(tmp_path_factory.mktemp("model")))
     model = source.load_full()
     architecture = for_config(source.config)
@@ -117,7 +117,7 @@ def test_tokens_that_the_original_model_routes_elsewhere_are_left_uncorrected(st
 
     def rerouted(first, window, gather):
         calls[0] += 1
-        original = calls[0] % 2 == 0  # half of the tokens do not come
+        original = calls[0] % 2 == 0  # half of the tokens do not reach it
         run(first, window, (lambda name, x_TI: gather(name, x_TI[::2])) if original else gather)
 
     work._run = rerouted  # pyright: ignore[reportAttributeAccessIssue]
@@ -132,5 +132,5 @@ def test_a_whole_model_comes_out_closer_to_the_original(tmp_path):
         made = recipe("gptq", bits=3, group_size=32, asymmetric=share)
         report = lowbit.quantize(model, made, random_ids(24, 32), out=tmp_path / f"share {share}", max_kl=50)
         errors.append([block.error for block in report.blocks])
-    assert errors[0][0] == errors[1][0]  # nothing has moved the first block's inputs
+    assert errors[0][0] == errors[1][0]  # the first block's inputs are the original ones
     assert errors[1][-1] < errors[0][-1]

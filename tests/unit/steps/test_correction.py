@@ -1,4 +1,4 @@
-"""Low-rank corrections: learned over the block, kept beside the codes or folded into the weights."""
+"""Low-rank corrections: learned over the block, kept next to the codes or folded into the weights."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_kept_correction_leaves_the_codes_and_reads_the_input_before_it_is_qua
         x = normal(5, layer.in_features, seed=3).float()
         torch.testing.assert_close(layer(x), without(x) + term.apply(x, layer.out_features), rtol=1e-4, atol=1e-4)
         assert layer.stored_bits == without.stored_bits + 16 * 4 * (layer.in_features + layer.out_features)
-    assert any("beside the codes" in note for note in found.notes)
+    assert any("next to the codes" in note for note in found.notes)
 
 
 def test_learning_sees_the_block_as_it_will_run(state):

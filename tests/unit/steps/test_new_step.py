@@ -1,4 +1,4 @@
-"""A step that only this file knows: everything that reads recipes works with it through what it declares."""
+"""A step that only this file knows: everything that reads recipes handles it by its declarations."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ KEPT = 2**33
 @serializable
 @dataclass(frozen=True)
 class DivideInputs(Step):
-    """Divides every input by its largest magnitude, in the linears that read it."""
+    """Divides every input by its largest magnitude, at run time in the linears that read it."""
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -145,7 +145,7 @@ def test_a_run_stores_what_the_plan_says(model, tmp_path):
 
 @dataclass(frozen=True)
 class _Order(Maker):
-    """Declares that it decides how weights are rounded, and makes nothing."""
+    """Declares that it decides the rounding of weights, and does nothing."""
 
     lr: float = 1e-3
 

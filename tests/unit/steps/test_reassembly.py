@@ -1,4 +1,4 @@
-"""Channel reassembly: what splitting, merging and dropping promise, and what the search may and may not choose."""
+"""Channel reassembly: splitting, merging, dropping, and the limits of the search."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MOVED = Reassembly(8, numbers(6, 1, 4), numbers(2, 1, 2), numbers(5, 0, 5))
 
 def test_a_reassembly_is_a_split_and_a_merge_in_place():
     x, w = normal(5, 8), normal(7, 8, seed=1)
-    split = Split(torch.tensor([2, 1, 1, 1, 1, 3, 1, 1]))  # copies of 0 and 5 behind them
+    split = Split(torch.tensor([2, 1, 1, 1, 1, 3, 1, 1]))  # copies of 0 and 5 at the end
     groups = torch.tensor([0, 1, 7, 2, 3, 2, 4, 5, 6, 2, 8])  # 4 and 6 join 2; 1 keeps a group, to be dropped
     merge = torch.nn.functional.one_hot(groups).double()  # column g marks the channels of group g
     both = split.forward(x) @ (merge / merge.sum(0))
@@ -151,7 +151,7 @@ def test_no_split_channel_is_merged_and_none_is_lost(merge, size, copies):
     sizes = torch.ones(size).index_add(0, torch.tensor(into), torch.ones(copies))[
         [i for i in range(size) if i not in slot]
     ]
-    if merge:  # each input channel is in one cluster, each further copy is one
+    if merge:  # each input channel is in one cluster, each added copy is a cluster
         assert int(sizes.sum()) + copies == size + copies
     assert found.forward(x).abs().max() <= x.abs().max() / counts.max() * 2
 
@@ -210,7 +210,7 @@ def test_splitting_alone_changes_no_architectures_function(case):
 
 
 def split_everything(step: SearchReassembly, state: BlockState) -> None:
-    """The last candidate of every input, whatever it does to the error."""
+    """Takes the last candidate of every input, whatever its error."""
     stats = state.collect(step.needs)
     for shared in state.resolved.shared_inputs:
         site = site_of(state, shared)

@@ -1,4 +1,4 @@
-"""Learned rounding: what is stored is what was learned, and it is better than rounding to nearest."""
+"""Learned rounding: the stored weight is the learned one, and is better than rounding to nearest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPEC = Spec(Int(2), PerGroup(16))
 def _state(seed: int = 0) -> BlockState:
     torch.manual_seed(seed)
     linear = torch.nn.Linear(32, 24, bias=False).requires_grad_(False)
-    x = torch.randn(8, 16, 32) @ torch.randn(32, 32)  # correlated channels: what rounding can make use of
+    x = torch.randn(8, 16, 32) @ torch.randn(32, 32)  # correlated channels, which rounding can exploit
     block = LoneLinear(linear)
     y = torch.cat([block(window[None]) for window in x])
     io = BlockIO(x, y, lambda run, window: run(window))

@@ -1,4 +1,4 @@
-"""Steps on one block: what each method's paper promises of it."""
+"""Steps on one block: what each method's paper promises."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _norm_edge(state: BlockState):
 
 
 def _magnitudes(state: BlockState):
-    """Largest activation and weight of each channel at the MLP norm's edge."""
+    """Largest activation and largest weight of each channel at the MLP norm's edge."""
     a = state.collect([AbsMax()])["mlp_in"][AbsMax()]
     w = torch.stack([state.draft(port.module).weight.abs().amax(0) for port in _norm_edge(state).consumers]).amax(0)
     return a, w
@@ -142,13 +142,13 @@ def test_the_scale_search_keeps_the_function_and_never_loses_to_no_scale(state):
     plain, searched = state(W3), state(W3)
     Search(MeanAbsPower(20), ("norm_*", "v_o", "up_down")).run(searched)
     assert sqnr_db(searched.io.y, _output(searched)) > 100
-    # Judged as the search judges, edge by edge: the MLP's output with its first linears rounded to nearest.
+    # Judged like the search, edge by edge: the MLP's output with its first linears rounded to nearest.
     assert _mlp_loss(searched) <= _mlp_loss(plain) * (1 + 1e-6)
     assert not torch.equal(searched.draft("mlp.up_proj").weight, plain.draft("mlp.up_proj").weight)
 
 
 def _mlp_loss(state: BlockState) -> float:
-    """Squared error of the MLP's output when gate and up are rounded; the input is what the block's own norm gives."""
+    """Squared error of the MLP's output with gate and up rounded, on the output of the block's own norm."""
     inputs = []
     handle = state.block.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     _output(state)

@@ -1,4 +1,6 @@
-"""Tuning the whole packed model: what it moves, what it must not move, and that a killed run ends in the same bytes."""
+"""Training of the whole packed model: what changes, what must not change, and that a killed run continues to the same
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ def model(tmp_path_factory):
 
 
 def tuned(recipe: Recipe, **settings) -> Recipe:
-    """The recipe with a stage that trains what the packed model stores in floating point."""
+    """The recipe with a stage that trains the packed model's stored floats."""
     return replace(recipe, stages=(*recipe.stages, Train(StoredFloats(), OriginalKL(), **settings)))
 
 
@@ -63,7 +65,7 @@ def test_the_tuned_checkpoint_computes_what_the_report_says(model, tmp_path):
 
 
 def test_a_tuned_model_is_measured_by_the_kernels_that_check_its_reload(model, tmp_path, monkeypatch):
-    """Roundings of 4-bit activations fall otherwise by other kernels, and layers make much of it."""
+    """Other kernels round 4-bit activations differently, and layers amplify the difference."""
     monkeypatch.setattr("lowbit.pipeline.RELOAD_TOLERANCE", 1e-13)
     recipe = tuned(lowbit.recipe("quip+gptq", bits=4, activation_bits=4), epochs=1)
     lowbit.quantize(model, recipe, random_ids(4, 32), out=tmp_path / "out", **QUIET)
