@@ -115,6 +115,7 @@ class LayerDescription:
         pre, post, side_terms: transforms of input and output that the layer runs, and terms added to its codes.
         ordered: its solver may store an order of its columns, an int32 for each.
         outliers: its solver keeps weights in half precision, whose number is known only when they are chosen.
+        bias_dtype: of the bias where the checkpoint has one; None: that of most weights.
     """
 
     format: LinearFormat
@@ -125,6 +126,7 @@ class LayerDescription:
     side_terms: tuple[PartDescription, ...] = ()
     ordered: bool = False
     outliers: bool = False
+    bias_dtype: torch.dtype | None = None
 
     @property
     def order_bytes(self) -> int:
@@ -132,11 +134,12 @@ class LayerDescription:
         return 4 * self.shape[1] if self.ordered else 0
 
     def stored(self, bias: torch.dtype) -> LinearDescription:
-        """The description of the packed linear, its bias in ``bias``; without what its solver may add."""
+        """The description of the packed linear, a bias that has no dtype of its own in ``bias``; without what its solver may
+        add."""
         return LinearDescription(
             self.format.weight,
             self.shape,
-            bias if self.biased else None,
+            (self.bias_dtype or bias) if self.biased else None,
             self.format.act,
             self.pre,
             self.post,

@@ -35,16 +35,22 @@ class BlockIO:
         y: ``[N, T, d]`` or None, what the original block gives for the original inputs: the target of learning.
         call: runs a block on one or more windows ``[B, T, d]`` and returns its hidden states.
         x_fp: ``[N, T, d]``, the inputs from the original blocks; None where they are ``x``.
+        by_window: ``call`` also takes the number of the first of the windows, because arguments of the block differ by window.
     """
 
     x: Tensor
     y: Tensor | None
-    call: Callable[[nn.Module, Tensor], Tensor]
+    call: Callable[..., Tensor]
     x_fp: Tensor | None = None
+    by_window: bool = False
 
     def window(self, i: int, original: bool = False) -> Tensor:
         x = self.x_fp if original and self.x_fp is not None else self.x
         return x[i : i + 1].float()
+
+    def run(self, block: Callable[..., Any], x: Tensor, first: int) -> Tensor:
+        """``block`` on inputs ``[B, T, d]`` of windows ``first`` and following."""
+        return self.call(block, x, first) if self.by_window else self.call(block, x)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -78,6 +84,7 @@ class BlockContext:
         seed: what random choices in this block follow from.
         store_dtype: in which unquantized parameters (norm gains) will be saved; what is folded into them is rounded to it, so
             that later steps see what the saved model will have.
+        dtypes: of the parameters that will be saved in another one, by name in the block.
         tick: called as work goes on, with what is being done.
         rotated: whether the block reads and writes a residual stream that was rotated, as ``io`` holds it.
     """
@@ -87,6 +94,7 @@ class BlockContext:
     io: BlockIO | None = None
     seed: int = 0
     store_dtype: torch.dtype = torch.float32
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     tick: Callable[[str], None] = lambda what: None
     rotated: bool = False
 
@@ -150,9 +158,9 @@ class BlockState:
     def seed(self) -> int:
         return self.context.seed
 
-    @property
-    def store_dtype(self) -> torch.dtype:
-        return self.context.store_dtype
+    def store_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the parameter ``name`` of the block will be saved, unless it is packed."""
+        return self.context.dtypes.get(name, self.context.store_dtype)
 
     def tick(self, what: str) -> None:
         self.context.tick(what)
@@ -252,7 +260,7 @@ class BlockState:
         packed = {f"{path}.weight" for path in self.drafts}
         for name, value in values.items():
             parameter = self.block.get_parameter(name)
-            parameter.copy_(value if name in packed else value.to(self.store_dtype).to(value.dtype))
+            parameter.copy_(value if name in packed else value.to(self.store_dtype(name)).to(value.dtype))
 
     def _check_not_rotated(self, edge: ResolvedEdge) -> None:
         """A transform folded from here on would lie on the wrong side of those that a linear runs itself."""
@@ -328,10 +336,10 @@ class BlockState:
                 del seen[name]
 
         for i in range(len(self.io)):
-            self._run(first, self.io.window(i), gather)
+            self._run(first, i, self.io.window(i), gather)
             if seen:
                 with self._as_original():
-                    self._run(first, self.io.window(i, original=True), pair)
+                    self._run(first, i, self.io.window(i, original=True), pair)
                 for name, own in seen.items():
                     self.note(f"{name}: other tokens reach it in the original model, which it is not corrected for")
                     update(name, torch.stack([own, own]), paired=True)
@@ -350,8 +358,8 @@ class BlockState:
         self.note(f"{name}: only some tokens reach it, so the first {skip} of a window are not told apart there")
         return x_TI
 
-    def _run(self, first: Mapping[str, str], window: Tensor, gather: Callable[[str, Tensor], None]) -> None:
-        """One window through the block: ``gather(name, x_TI)`` for each shared input that a token reaches, as it does."""
+    def _run(self, first: Mapping[str, str], i: int, window: Tensor, gather: Callable[[str, Tensor], None]) -> None:
+        """Window i through the block: ``gather(name, x_TI)`` for each shared input that a token reaches, as it does."""
 
         def observer(name: str) -> Callable[[Tensor], None]:
             def on_input(x: Tensor) -> None:
@@ -365,7 +373,7 @@ class BlockState:
         with ExitStack() as stack, torch.no_grad():
             for name, path in first.items():
                 stack.enter_context(self.draft(path).observed(observer(name)))
-            self.io.call(self.block, window)
+            self.io.run(self.block, window, i)
 
     @contextmanager
     def _as_original(self) -> Iterator[None]:
