@@ -137,22 +137,30 @@ class _Arguments:
 class _Stub(nn.Module):
     """Stands in for a block: keeps its arguments, answers with ``answer`` or with what it was given.
 
+    ``traits``: plain attributes of the block, which some models read from outside of it.
     ``rest``: what the answer of the block has after its hidden states; None: it answers with hidden states alone.
     """
 
-    def __init__(self, original: nn.Module, rest: tuple | None, answer: Tensor | None = None):
+    def __init__(self, traits: dict[str, Any], rest: tuple | None, answer: Tensor | None = None):
         super().__init__()
         self.rest, self.answer = rest, answer
         self.call: Call | None = None
         self.seen: Tensor | None = None
-        for name, value in vars(original).items():  # read by some models from outside the block
-            if isinstance(value, str | bool | int | float | None) and not name.startswith("_") and name != "training":
-                setattr(self, name, value)
+        for name, value in traits.items():
+            setattr(self, name, value)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any):
         self.call, self.seen = Call(args, kwargs), hidden_states
         output = hidden_states if self.answer is None else self.answer
         return output if self.rest is None else (output, *self.rest)
+
+
+def _traits(block: nn.Module) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(block).items()
+        if isinstance(value, str | bool | int | float | None) and not name.startswith("_") and name != "training"
+    }
 
 
 def outside(model: PreTrainedModel, architecture: Architecture, *, only_base: bool = False) -> list[str]:
@@ -177,6 +185,7 @@ class Stream:
         self.model, self.architecture = model, architecture
         self.blocks = block_modules(model, architecture)
         self.kinds = [type(block) for block in self.blocks]
+        self.traits = [_traits(block) for block in self.blocks]
         self.rests: dict[type, tuple | None] = {}
         self.as_tuple = as_tuple
 
@@ -186,7 +195,7 @@ class Stream:
         parent = self.model.get_submodule(parent_path)
         default = () if self.as_tuple else None
         rests = [self.rests.get(kind, default) for kind in self.kinds]
-        stubs = [_Stub(block, rest, answer) for block, rest in zip(self.blocks, rests, strict=True)]
+        stubs = [_Stub(traits, rest, answer) for traits, rest in zip(self.traits, rests, strict=True)]
         setattr(parent, name, nn.ModuleList(stubs))
         try:
             yield stubs
