@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints import native
+from lowbit.checkpoints.companions import copy_companions
 from lowbit.checkpoints.model_card import write_card
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.checkpoints.target import check_target
@@ -51,7 +52,7 @@ class QuantizeReport:
         bits_per_weight: all stored bits of the quantized linears over their weights.
         bytes: of the checkpoint's weight files.
         kl, top1_agreement: against the original on the first calibration windows (None: data-free).
-        coverage: share of the blocks' linear weights that are quantized.
+        coverage: share of the weights in the blocks' matrices that are quantized.
         layers, blocks: records in the order of the walk; ``error`` is a relative squared output error.
         problems: why the result counts as broken; empty for a good one.
         warnings: what the user should know and may accept.
@@ -163,7 +164,7 @@ def prepare(
     recipe, out = as_recipe(recipe), check_target(Path(out).expanduser())
     recipe.check_runs()
     plan = lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe)
-    job = Job(plan, None, None, out, list(plan.architecture.warnings))
+    job = Job(plan, None, None, out, [*plan.architecture.warnings, *plan.source.warnings])
     if calibration is None and recipe.needs_calibration:
         raise ValueError(
             f"recipe {recipe.name!r} needs calibration text: pass a file, python-docs, a hub dataset or self"
@@ -235,6 +236,11 @@ def run(
     job: Job, ram_limit: int, max_kl: float, allow_broken: bool, restart: bool, progress: Progress | None = None
 ) -> QuantizeReport:
     """The stages and all that follows them, for a request that has been checked."""
+    if job.plan.problems and not allow_broken:
+        raise BrokenModel(
+            f"{job.source.name} cannot be quantized well: {'; '.join(job.plan.problems)}. Repeat with --allow-broken to "
+            "quantize the rest all the same"
+        )
     journal = Journal(job.out, job.header)
     journal.open(restart=restart)
     try:
@@ -297,7 +303,6 @@ def _measure(
 def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max_kl: float) -> QuantizeReport:
     layers = [layer for block in walk.records for layer in block.layers]
     weights = sum(layer.weights for layer in layers)
-    every = sum(prod(shape) for block in job.plan.blocks for shape in block.shapes.values())
     promised = sum(prod(block.shapes[path]) for block in job.plan.blocks for path in block.formats)
     notes = {f"{block.name}: {note}" for block in walk.records for note in block.notes}
     notes |= {f"{layer.name}: {note}" for layer in layers for note in layer.notes}
@@ -309,11 +314,11 @@ def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max
         bytes=0,
         kl=kl,
         top1_agreement=agreement,
-        coverage=weights / max(1, every),
+        coverage=weights / max(1, job.plan.matrices),
         blocks=tuple(walk.records),
         warnings=(*job.warnings, *_grouped(sorted(notes))),
     )
-    problems = _problems(report, max_kl)
+    problems = [*job.plan.problems, *_problems(report, max_kl)]
     if weights < promised or not layers:
         problems.append(f"{weights:,} weights are quantized, the recipe promised {promised:,}")
     return replace(report, problems=tuple(problems))
@@ -350,9 +355,7 @@ def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tenso
     native.write_checkpoint(directory, job.source.config, walk.description, shards, job.source.dtype)
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(directory)
-    generation = job.source.path / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, directory / generation.name)
+    copy_companions(job.source.path, directory, code=job.source.trust_remote_code)
     weights = sum((directory / shard).stat().st_size for shard in shards)
     report = replace(report, out=job.out, bytes=weights)
     write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name)

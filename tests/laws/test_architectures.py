@@ -579,7 +579,7 @@ def test_discovery_sets_linears_beside_experts_apart_as_routers() -> None:
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(ValueError, match="no ModuleList of like blocks"):
+    with pytest.raises(ValueError, match="blocks of Sequential are not known"):
         discover(torch.nn.Sequential(torch.nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="has no architecture table"):
         for_config(SimpleNamespace(model_type="unheard of"))

@@ -14,15 +14,13 @@ from functools import cached_property
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lowbit.architectures.channels import axis_channels, axis_ports, part_rows
+from lowbit.architectures.decoder import LINEAR_TYPES
 from lowbit.architectures.experts import is_fused
 from lowbit.architectures.resolved import Port, ResolvedBlock, ResolvedEdge, ResolvedInput, ResolvedResidual
 from lowbit.architectures.table import Architecture, Axis, Edge, End, Kind, LinearRole, Norm, SharedInput
-from lowbit.modules import DraftLinear, weight_shape
-
-LINEAR_TYPES = (nn.Linear, Conv1D, DraftLinear)
+from lowbit.modules import weight_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +97,10 @@ class _Located:
         return _Located(architecture, modules, places, entries)
 
     def require_every_linear(self) -> None:
-        unknown = [p for p, m in self.modules.items() if isinstance(m, LINEAR_TYPES) and p not in self.expert_of]
+        kept = {place.path for pattern in self.architecture.kept for place in _match(pattern, self.modules)}
+        unknown = [
+            p for p, m in self.modules.items() if isinstance(m, LINEAR_TYPES) and p not in {*self.expert_of, *kept}
+        ]
         if unknown:
             raise ValueError(f"The {self.architecture.name!r} table does not list {unknown}; add their roles to it.")
         fused = [path for path, module in self.modules.items() if is_fused(module)]
@@ -107,9 +108,13 @@ class _Located:
             raise ValueError(f"The experts at {fused} are fused; call unfuse_experts on the block first.")
 
     def other_matrices(self) -> tuple[str, ...]:
-        """Parameters of two or more dimensions that no role covers."""
+        """Parameters with two or more dimensions larger than one that no role covers."""
         parameters = self.modules[""].named_parameters()
-        return tuple(name for name, p in parameters if p.dim() > 1 and name.rpartition(".")[0] not in self.expert_of)
+        return tuple(
+            name
+            for name, p in parameters
+            if sum(size > 1 for size in p.shape) > 1 and name.rpartition(".")[0] not in self.expert_of
+        )
 
     @cached_property
     def expert_of(self) -> dict[str, str | None]:

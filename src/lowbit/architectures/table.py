@@ -198,6 +198,8 @@ class Architecture:
             them.
         heads: of attention.
         residual: whether and how the stream between the blocks rotates.
+        kept: paths of linears that stay as they are, because the model reads their weight without calling them.
+        apart: the reason why the blocks cannot run one at a time; empty if they can.
         embed: paths of modules with weights before the first block.
         final_norm, after, head: paths of modules after the last block, if the model has them; `after` are rare projections.
         warnings: name features that are not available for this model.
@@ -214,6 +216,8 @@ class Architecture:
     routers: tuple[LinearRole, ...] = ()
     heads: Heads | None = None
     residual: Residual = Residual(fixed="the norms that read it are unknown")
+    kept: tuple[str, ...] = ()
+    apart: str = ""
     embed: tuple[str, ...] = ()
     final_norm: str | None = None
     after: tuple[str, ...] = ()

@@ -27,7 +27,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from lowbit.architectures.experts import expert_layout
+from lowbit.checkpoints.scaled import ScaledWeight
 from lowbit.checkpoints.shards import ModelError, TensorHeader, read_tensor
+
+Stored = TensorHeader | ScaledWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +45,7 @@ class Origin:
     first: str
     converter: WeightConverter | None
     sources: dict[str, tuple[str, ...]]
-    headers: dict[str, TensorHeader]
+    headers: dict[str, Stored]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -50,7 +54,7 @@ class Origin:
 
     def tensors(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """Reads and converts everything: parameter name -> tensor in the stored dtype."""
-        return self._convert(model, lambda name: read_tensor(self.headers[name]), self.sources)
+        return self._convert(model, lambda name: read(self.headers[name]), self.sources)
 
     def meta(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """The same on the meta device, reading nothing: what the parameters' shapes will be."""
@@ -68,9 +72,9 @@ class Origin:
         """One row of the leading axis, reading only what makes it. Needs `has_rows`."""
         assert self.has_rows
         if self.converter is None:
-            return read_tensor(self.headers[self.first_source], (index, index + 1))[0]
+            return read(self.headers[self.first_source], (index, index + 1))[0]
         one = {pattern: (names[index],) for pattern, names in self.sources.items()}
-        return self._convert(model, lambda name: read_tensor(self.headers[name]), one)[self.first][0]
+        return self._convert(model, lambda name: read(self.headers[name]), one)[self.first][0]
 
     @property
     def first_source(self) -> str:
@@ -90,11 +94,16 @@ class Origin:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
-def _meta(header: TensorHeader) -> Tensor:
+def read(stored: Stored, rows: tuple[int, int] | None = None) -> Tensor:
+    """A stored tensor, or rows [first, last) of its leading axis, as the weight that it stands for."""
+    return stored.read(rows) if isinstance(stored, ScaledWeight) else read_tensor(stored, rows)
+
+
+def _meta(header: Stored) -> Tensor:
     return torch.empty(header.shape, dtype=header.dtype, device="meta")
 
 
-def find_origins(model: PreTrainedModel, headers: dict[str, TensorHeader]) -> dict[str, Origin]:
+def find_origins(model: PreTrainedModel, headers: dict[str, Stored]) -> dict[str, Origin]:
     """Matches a checkpoint's tensors to a model's parameters and persistent buffers: name -> its origin.
 
     `model` may be on the meta device; it must have its modules as transformers makes them. Names without an origin
@@ -152,18 +161,22 @@ def _shape_message(model: PreTrainedModel, name: str, origin: Origin, tensor: Te
     )
 
 
-def expert_tensor(
-    origins: dict[str, Origin], name: str, rows: Callable[[str, int], Tensor]
-) -> tuple[Tensor, Origin] | None:
-    """The weight of one expert's own linear, `<experts>.<i>.<gate_proj|up_proj|down_proj>.weight`, from the origin of
-    the 3-D parameter that holds all experts. None when `name` is not of this form or has no such origin.
+def expert_origin(
+    model: PreTrainedModel, origins: dict[str, Origin], name: str
+) -> tuple[str, int, Callable[[Tensor], Tensor]] | None:
+    """Where one expert's own parameter, `<experts>.<i>.<projection>.<leaf>`, comes from in `model`, whose experts are fused.
 
-    `rows(fused, i)` gives row i of a fused parameter: gate_up_proj [2 O, I], gate above up, or down_proj [O, I].
+    Returns:
+        The fused parameter, the expert's row in it, and the function that takes the part out of that row; None when `name`
+        is not of this form or has no such origin.
     """
     *path, index, projection, leaf = name.split(".") if name.count(".") >= 3 else [""] * 3
-    fused = ".".join([*path, "down_proj" if projection == "down_proj" else "gate_up_proj"])
-    if not index.isdecimal() or leaf != "weight" or fused not in origins:
+    experts, wanted = ".".join(path), f"{projection}.{leaf}"
+    suffix = "_bias" if leaf == "bias" else ""
+    candidates = [f"{experts}.{fused}{suffix}" for fused in (projection, "gate_up_proj")]
+    found = [fused for fused in candidates if index.isdecimal() and fused in origins]
+    layout = expert_layout(model, experts) if found else None
+    if layout is None:
         return None
-    row = rows(fused, int(index))
-    gate, up = row.chunk(2)
-    return {"gate_proj": gate, "up_proj": up, "down_proj": row}[projection], origins[fused]
+    parameter = found[0].rpartition(".")[2]
+    return found[0], int(index), lambda row: layout.parts(parameter, row)[wanted]

@@ -232,6 +232,15 @@ def fingerprint(config: Path, headers: dict[str, TensorHeader]) -> str:
     return digest.hexdigest()
 
 
+def refuse_adapter(directory: Path) -> None:
+    """Raises ModelError where an adapter lies next to a model's weights: one reader would apply it, another would not."""
+    if (directory / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{directory}: adapter_config.json lies next to the weights, so it is not clear which model is meant. Merge the "
+            "adapter first (merge_and_unload of peft, then save_pretrained into a new directory), or move its files away."
+        )
+
+
 def seem_equal(a: TensorHeader, b: TensorHeader, samples: int = 64) -> bool:
     """Whether two stored tensors agree in dtype, shape and `samples` evenly spaced pieces of 4 KiB."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):

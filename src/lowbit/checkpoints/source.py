@@ -14,6 +14,7 @@ import importlib.util
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from os import PathLike
@@ -22,19 +23,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from lowbit.architectures import auto_class, is_language_model
 from lowbit.checkpoints.gguf_reader import DEMO_NAME, convert_gguf, demo_gguf
-from lowbit.checkpoints.origins import Origin, expert_tensor, find_origins
-from lowbit.checkpoints.shards import ModelError, TensorHeader, fingerprint, read_headers, read_json, seem_equal
+from lowbit.checkpoints.origins import Origin, Stored, expert_origin, find_origins
+from lowbit.checkpoints.scaled import READABLE, ScaledWeight, with_scales
+from lowbit.checkpoints.shards import (
+    ModelError,
+    TensorHeader,
+    fingerprint,
+    read_headers,
+    read_json,
+    refuse_adapter,
+    seem_equal,
+)
 
 __all__ = ["ModelError", "ModelSource", "load_tokenizer", "locate", "open_model"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]  # never pickled weights
 _HUB_TIMEOUT = 10  # seconds
+_NO_WEIGHTS = re.compile(
+    r"\.(inv_freq|masked_bias|(attn|attention|self_attention)\.bias)$"
+)  # buffers of old checkpoints
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -53,17 +66,20 @@ def open_model(
     name, path = locate(spec, trust_remote_code=trust_remote_code)
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json; expected a model directory as save_pretrained writes it.")
+    refuse_adapter(path)
     raw = read_json(path / "config.json")
-    method = _quantization_method(raw)
-    if method is not None and not allow_quantized:
+    quantization = _quantization(raw)
+    method = None if quantization is None else str(quantization.get("quant_method", "unknown"))
+    readable = method is None or method in READABLE
+    if not readable and not allow_quantized:
         raise ModelError(
             f"{name} is already quantized with {method!r} (quantization_config in config.json); quantizing it again "
             "would start from rounded weights. Use the original model."
         )
     headers = read_headers(path)
     config = _load_config(name, path, raw, trust_remote_code)
-    source = ModelSource(name, path, config, headers, trust_remote_code)
-    if method is None:
+    source = ModelSource(name, path, config, headers, trust_remote_code, quantization)
+    if readable:
         source.check()
     return source
 
@@ -101,13 +117,13 @@ def _download(repo: str, trust_remote_code: bool) -> Path:
         ) from error
 
 
-def _quantization_method(raw: dict[str, Any]) -> str | None:
-    """The method named by a config that says its weights are quantized, else None."""
+def _quantization(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """What a config says of its quantized weights; None: they are not quantized."""
     text_config = raw.get("text_config")
     for part in (raw, text_config if isinstance(text_config, dict) else {}):
         quantization = part.get("quantization_config") or part.get("compression_config")
         if quantization:
-            return str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else "unknown"
+            return quantization if isinstance(quantization, dict) else {}
     return None
 
 
@@ -124,8 +140,15 @@ def _load_config(name: str, path: Path, raw: dict[str, Any], trust_remote_code: 
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # validation in config classes raises errors of many types
         raise ModelError(f"{path / 'config.json'}: cannot be used ({type(error).__name__}: {error}).") from error
-    if model_type in CONFIG_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if model_type in CONFIG_MAPPING and not is_language_model(config):
         raise ModelError(f"{name}: a {model_type!r} model; expected a causal language model.")
+    for part in (config, config.get_text_config()):
+        if (getattr(part, "quantization_config", None) or {}).get("quant_method") in READABLE:
+            del part.quantization_config  # its weights are read as what they stand for
+    if getattr(config, "rescale_every", 0):
+        # The model divides weights of its blocks when it first runs, and hidden states in turn. This only keeps float16 in
+        # range; without it the function is the same, and packed weights cannot be divided.
+        config.rescale_every = 0
     return config
 
 
@@ -134,7 +157,8 @@ class ModelSource:
     """A checked checkpoint in safetensors, and the way its weights reach a model. Made by `open_model`.
 
     name: what the user calls it; path: its local directory; config: its transformers config;
-    headers: every checkpoint tensor's dtype, shape, file and bytes, by its name on disk.
+    headers: every checkpoint tensor's dtype, shape, file and bytes, by its name on disk; quantization: what config.json says
+    of weights stored with scales.
     """
 
     name: str
@@ -142,19 +166,44 @@ class ModelSource:
     config: Any
     headers: dict[str, TensorHeader]
     trust_remote_code: bool = False
+    quantization: dict[str, Any] | None = None
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
         """The checkpoint's tensor names, sorted."""
         return tuple(sorted(self.headers))
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype that most bytes are stored in, whatever config.json says."""
+        """The dtype of most of the weights as they are read, whatever config.json says."""
         sizes: Counter[torch.dtype] = Counter()
-        for header in self.headers.values():
-            sizes[header.dtype] += header.nbytes
-        return sizes.most_common(1)[0][0]
+        for stored in self.weights.values():
+            if stored.dtype.is_floating_point:
+                sizes[stored.dtype] += torch.Size(stored.shape).numel() * stored.dtype.itemsize
+        return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype that a parameter or stored buffer of the model, experts unfused or not, is stored in."""
+        origin = self._origin(name)
+        if origin is None and (expert := expert_origin(self._reference, self._origins, name)) is not None:
+            origin = self._origins[expert[0]]
+        return self.dtype if origin is None else origin.headers[origin.first_source].dtype
+
+    @cached_property
+    def _weights(self) -> tuple[dict[str, Stored], frozenset[str]]:
+        asked = getattr(self.config, "dtype", None)
+        dtype = asked if isinstance(asked, torch.dtype) and asked.itemsize > 1 else torch.bfloat16
+        return with_scales(self.name, self.headers, self.quantization, dtype)
+
+    @property
+    def weights(self) -> dict[str, Stored]:
+        """What the checkpoint holds, by name: stored tensors, and weights made of codes and scales."""
+        return self._weights[0]
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether some weights are stored as codes with scales."""
+        return bool(self._weights[1])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -165,7 +214,21 @@ class ModelSource:
     def unused_tensors(self) -> tuple[str, ...]:
         """Checkpoint tensors that no parameter of the model takes, sorted."""
         used = {name for origin in self._origins.values() for name in origin.names}
-        return tuple(sorted(self.headers.keys() - used))
+        return tuple(sorted(self.headers.keys() - used - self._weights[1]))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know of the checkpoint."""
+        unused = [name for name in self.unused_tensors if not _NO_WEIGHTS.search(name)]
+        found = []
+        if unused:
+            some = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
+            kind = type(self._reference).__name__
+            found.append(f"{len(unused)} tensors of the checkpoint have no place in {kind} and are left out: {some}")
+        if self.is_scaled:
+            made = sum(isinstance(stored, ScaledWeight) for stored in self.weights.values())
+            found.append(f"{made} weights are stored with scales in 8 bits or less; what they stand for is quantized")
+        return tuple(found)
 
     def skeleton(self, *, attn_implementation: str | None = None, unfuse: bool = False) -> PreTrainedModel:
         """The model in evaluation mode with every parameter on the meta device.
@@ -179,7 +242,7 @@ class ModelSource:
 
         # Random numbers for parameters without memory are most of the time that this takes.
         with init_empty_weights(include_buffers=False), no_init_weights():
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(self.config).from_config(
                 copy.deepcopy(self.config),  # from_config writes the dtype into it
                 dtype=torch.float32,
                 attn_implementation=attn_implementation,
@@ -197,28 +260,41 @@ class ModelSource:
         return load_tokenizer(self)
 
     def load_full(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The whole model in memory, by transformers' own loader, in evaluation mode."""
-        return AutoModelForCausalLM.from_pretrained(
-            self.path, dtype=dtype, trust_remote_code=self.trust_remote_code
-        ).eval()
+        """The whole model in memory, in evaluation mode: by transformers' own loader, and weights with scales as this source
+        reads them."""
+        if not self.is_scaled:
+            model = auto_class(self.config).from_pretrained(
+                self.path, config=copy.deepcopy(self.config), dtype=dtype, trust_remote_code=self.trust_remote_code
+            )
+            return model.eval()
+        model = self.skeleton()
+        self.load_into(model, "", dtype=dtype)
+        model.tie_weights()
+        return model
 
-    def load_into(self, model: PreTrainedModel, prefix: str, *, dtype: torch.dtype = torch.float32) -> None:
+    def load_into(self, model: PreTrainedModel, prefix: str, *, dtype: torch.dtype | None = torch.float32) -> None:
         """Gives the parameters and stored buffers of submodule `prefix` (as "model.layers.3") their weights.
 
-        Reads only those tensors, each once, into memory of its own, cast to `dtype` where floating. `model` is a
-        skeleton of this source, unfused or not; `prefix` "" is the whole model. Tied parameters are one object when
-        both have been loaded. Raises ModelError for a parameter without tensors on disk and for NaN or Inf.
+        As :meth:`load`, for all of them; `prefix` "" is the whole model.
+        """
+        stored = model.get_submodule(prefix).state_dict(keep_vars=True)
+        self.load(model, (f"{prefix}.{local}" if prefix else local for local in stored), dtype=dtype)
+
+    def load(self, model: PreTrainedModel, names: Iterable[str], *, dtype: torch.dtype | None = torch.float32) -> None:
+        """Gives parameters and stored buffers of `model` their weights.
+
+        Reads only those tensors, each once, into memory of its own, cast to `dtype` where floating (None: as stored).
+        `model` is a skeleton of this source, unfused or not. Tied parameters are one object when both have been loaded.
+        Raises ModelError for a parameter without tensors on disk and for NaN or Inf.
         """
         rows = lru_cache(maxsize=1)(self._row)  # gate_proj and up_proj of an expert come from one stored row
-        module = model.get_submodule(prefix)
-        for local in module.state_dict(keep_vars=True):
-            name = f"{prefix}.{local}" if prefix else local
-            shared = self._shared(model, name, dtype)
+        for name in names:
+            shared = self._shared(model, name, dtype or self.dtype_of(name))
             if shared is not None:
                 _owner(model, name)[0]._parameters[name.rpartition(".")[2]] = shared
                 continue
             value, origin = self._read(name, rows)
-            value = value.to(dtype) if value.is_floating_point() else value
+            value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
             if value.untyped_storage().nbytes() != value.nbytes:
                 value = value.contiguous().clone()  # a part of something larger, which can now be freed
             _check_finite(name, value, origin)
@@ -227,10 +303,16 @@ class ModelSource:
     def release(self, model: PreTrainedModel, prefix: str) -> None:
         """Puts the parameters of submodule `prefix` back on the meta device, freeing their memory. Buffers stay."""
         for module in model.get_submodule(prefix).modules():
-            for leaf, parameter in module._parameters.items():
-                if parameter is not None:
-                    empty = torch.empty_like(parameter, device="meta")
-                    module._parameters[leaf] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            for leaf in module._parameters:
+                _empty(module, leaf)
+        return_free_memory()
+
+    def release_tensors(self, model: PreTrainedModel, names: Iterable[str]) -> None:
+        """As :meth:`release`, for single parameters by name; names of buffers are passed over."""
+        for name in names:
+            module, leaf = _owner(model, name)
+            if leaf in module._parameters:
+                _empty(module, leaf)
         return_free_memory()
 
     def check(self) -> None:
@@ -246,10 +328,19 @@ class ModelSource:
             )
         for target, other in self._reference.all_tied_weights_keys.items():
             a, b = self._origins.get(target), self._origins.get(other)
-            if a and b and not seem_equal(self.headers[a.first_source], self.headers[b.first_source]):
+            if a and b and not seem_equal(_codes(a), _codes(b)):
                 raise ModelError(
                     f"{self.name}: config.json ties {target} to {other} but the checkpoint holds both, and they "
                     "differ. Set tie_word_embeddings to false in config.json if both are meant, else remove one."
+                )
+
+        state = self._reference.state_dict()
+        for name, origin in self._origins.items():
+            stored = origin.headers[origin.first_source]
+            if name in state and state[name].is_floating_point() and not stored.dtype.is_floating_point:
+                raise ModelError(
+                    f"{self.name}: {name} is stored as {stored.dtype} ({origin.first_source}), and the model computes with "
+                    "numbers. Such codes need scales whose meaning config.json does not say; use the original model."
                 )
 
     @cached_property
@@ -259,7 +350,7 @@ class ModelSource:
 
     @cached_property
     def _origins(self) -> dict[str, Origin]:
-        return find_origins(self._reference, self.headers)
+        return find_origins(self._reference, self.weights)
 
     @cached_property
     def _partners(self) -> dict[str, str]:
@@ -274,7 +365,11 @@ class ModelSource:
         """The parameter of `model` that `name` is tied to, where that one has its weights already."""
         if name not in self._partners:
             return None
-        other = _owner(model, self._partners[name])[0]._parameters.get(self._partners[name].rpartition(".")[2])
+        try:
+            owner, leaf = _owner(model, self._partners[name])
+        except AttributeError:  # of a block that is done and gone
+            return None
+        other = owner._parameters.get(leaf)
         return other if other is not None and other.device.type != "meta" and other.dtype == dtype else None
 
     def _read(self, name: str, rows: Any) -> tuple[Tensor, Origin]:
@@ -283,13 +378,14 @@ class ModelSource:
         if origin is not None:
             made = origin.tensors(self._reference)
             return made[name] if name in made else made[self._partners[name]], origin
-        expert = expert_tensor(self._origins, name, rows)
+        expert = expert_origin(self._reference, self._origins, name)
         if expert is None:
             raise ModelError(
                 f"{self.name}: parameter {name} of the model is not in the checkpoint. The checkpoint is incomplete, "
                 "or the model was not made by this source's skeleton()."
             )
-        return expert
+        fused, index, part = expert
+        return part(rows(fused, index)), self._origins[fused]
 
     def _row(self, fused: str, index: int) -> Tensor:
         origin = self._origins[fused]
@@ -313,6 +409,18 @@ def return_free_memory() -> None:
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
+
+
+def _empty(module: nn.Module, leaf: str) -> None:
+    parameter = module._parameters[leaf]
+    if parameter is not None:
+        empty = torch.empty_like(parameter, device="meta")
+        module._parameters[leaf] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+
+def _codes(origin: Origin) -> TensorHeader:
+    stored = origin.headers[origin.first_source]
+    return stored.codes if isinstance(stored, ScaledWeight) else stored
 
 
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:

@@ -29,6 +29,7 @@ def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLine
         from lowbit.architectures.experts import unfuse_experts  # the common model has no experts, and need not load it
 
         unfuse_experts(model)
+    _untie(model, {_find(model, written)[0] for written in description.layers})
     swapped = {}
     for written, layer_description in description.layers.items():
         name, old = _find(model, written)
@@ -42,6 +43,14 @@ def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLine
     if description.residual is not None:
         turn_residual(model, replace(description.residual, blocks=_find(model, description.residual.blocks)[0]))
     return swapped
+
+
+def _untie(model: nn.Module, quantized: set[str]) -> None:
+    """Linears of several blocks that shared a weight have codes of their own each."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name, other in list(tied.items()):
+        if name.rpartition(".")[0] in quantized and other.rpartition(".")[0] in quantized:
+            del tied[name]
 
 
 def _find(model: nn.Module, name: str) -> tuple[str, nn.Module]:

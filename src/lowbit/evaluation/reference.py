@@ -64,8 +64,7 @@ class KeptOriginal:
     def __init__(self, source: ModelSource, directory: Path):
         self.model, self.directory = source.skeleton(), directory
         architecture = for_config(source.config)
-        for module in outside(self.model, architecture):
-            source.load_into(self.model, module)
+        source.load(self.model, outside(self.model, architecture))
         self.stream = Stream(self.model, architecture)
 
     def logits(self, ids_T: Tensor) -> Tensor:

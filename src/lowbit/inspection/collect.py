@@ -95,18 +95,21 @@ def _original_blocks(source: ModelSource, ids: Tensor) -> Iterator[tuple[BlockSt
     """
     model, architecture = source.skeleton(unfuse=True), for_config(source.config)
     blocks = model_blocks(model, architecture, source.config)
-    entered = list(Stream(model, architecture).enter_all(source, ids))
-    x, calls = torch.cat([hidden for hidden, _ in entered]), entered[0][1]
+    entered: list[Tensor] = []
+    calls = Stream(model, architecture).enter_windows(source, ids, lambda _, hidden: entered.append(hidden))
+    x = torch.cat(entered)
     for i, block in enumerate(blocks):
         source.load_into(model, block.name)
         answers: list[Tensor] = []
 
-        def run(module: Any, window: Tensor, call: Call = calls[i], answers: list[Tensor] = answers) -> Tensor:
-            answers.append(call(module, window))
+        def run(
+            module: Any, window: Tensor, first: int, call: Call = calls[i], answers: list[Tensor] = answers
+        ) -> Tensor:
+            answers.append(call(module, window, first))
             return answers[-1]
 
         formats = {path: LinearFormat(ROUNDED) for path in block.resolved.linears}
-        io = BlockIO(x, None, run)
+        io = BlockIO(x, None, run, by_window=True)
         yield BlockState.of(block.name, block.module, block.resolved, formats, io), len(blocks)
         assert len(answers) == len(x), f"{block.name} was run over {len(answers)} of {len(x)} windows"
         x = torch.cat(answers)

@@ -100,12 +100,13 @@ def plan(
 def _bytes_out(plan: ModelPlan) -> int:
     rest = sum(rest_of_block(plan, block) for block in plan.blocks)
     packed = sum(layer_bytes(plan, layer) for *_, layer in plan.layers)
-    return outside_bytes(plan, plan.source.dtype.itemsize) + rest + packed
+    return outside_bytes(plan) + rest + packed
 
 
 def _warnings(plan: ModelPlan, layers: tuple[PlannedLayer, ...], samples: int, seq_len: int) -> list[str]:
     acts = [layer.format.act for *_, layer in plan.layers if layer.format.act is not None]
-    warnings = [*plan.architecture.warnings, *ragged_groups(plan), *edge_notes(plan)]
+    found = (*plan.architecture.warnings, *plan.source.warnings, *plan.problems)
+    warnings = [*found, *ragged_groups(plan), *edge_notes(plan)]
     slow = kernel_reasons(plan).get("reference")
     if acts and slow:
         warnings.append(

@@ -76,7 +76,7 @@ def _outside(plan: ModelPlan, name: str) -> PlannedLayer | None:
         role, reason = "head", "head: not in a block"
     else:
         role, reason = "other", "not in a block"
-    return PlannedLayer(module, role, shape, None, None, _as_is(plan), reason)
+    return PlannedLayer(module, role, shape, None, None, _as_is(plan, name), reason)
 
 
 def _tied(plan: ModelPlan, name: str, other: str) -> PlannedLayer:
@@ -86,8 +86,8 @@ def _tied(plan: ModelPlan, name: str, other: str) -> PlannedLayer:
     return PlannedLayer(module, role, shape, None, None, 0.0, reason)
 
 
-def _as_is(plan: ModelPlan) -> float:
-    return 8.0 * plan.source.dtype.itemsize
+def _as_is(plan: ModelPlan, tensor: str) -> float:
+    return 8.0 * plan.source.dtype_of(tensor).itemsize
 
 
 def _of_block(plan: ModelPlan, block: BlockPlan) -> Iterator[PlannedLayer]:
@@ -95,7 +95,8 @@ def _of_block(plan: ModelPlan, block: BlockPlan) -> Iterator[PlannedLayer]:
         name, shape = f"{block.name}.{path}", block.shapes[path]
         layer = block.layers.get(path)
         if layer is None:
-            yield PlannedLayer(name, role, shape, None, None, _as_is(plan), _why_not(plan.recipe.scheme, name, role))
+            bits, reason = _as_is(plan, f"{name}.weight"), _why_not(plan.recipe.scheme, name, role)
+            yield PlannedLayer(name, role, shape, None, None, bits, reason)
             continue
         bits = plan.description(layer).stored_bits + 8 * layer.order_bytes
         act = None if layer.format.act is None else activation_text(layer.format.act)
@@ -103,11 +104,13 @@ def _of_block(plan: ModelPlan, block: BlockPlan) -> Iterator[PlannedLayer]:
     for path, role in block.resolved.routers.items():
         shape = tuple(block.module.get_submodule(path).get_parameter("weight").shape)
         reason = "router: a small error here sends a token to other experts"
-        yield PlannedLayer(f"{block.name}.{path}", role, shape, None, None, _as_is(plan), reason)
+        bits = _as_is(plan, f"{block.name}.{path}.weight")
+        yield PlannedLayer(f"{block.name}.{path}", role, shape, None, None, bits, reason)
     for parameter in block.resolved.other_matrices:
         shape = tuple(block.module.get_parameter(parameter).shape)
         reason = "the architecture's table gives it no role"
-        yield PlannedLayer(f"{block.name}.{parameter}", "other", shape, None, None, _as_is(plan), reason)
+        name = f"{block.name}.{parameter}"
+        yield PlannedLayer(name, "other", shape, None, None, _as_is(plan, name), reason)
 
 
 def _why_not(scheme: Scheme, name: str, role: str) -> str:

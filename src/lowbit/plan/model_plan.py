@@ -7,10 +7,12 @@ architecture's table on them, the format of every linear, and how each will be s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,9 @@ from lowbit.steps import BlockDescription, LayerDescription
 from lowbit.steps.rotation import residual_rotation
 from lowbit.transforms import Seeded
 
+MIN_REACH = 0.9
+"""Share of the weights in the blocks' matrices that must be in linears for a model to count as quantized."""
+
 
 @dataclass(frozen=True, eq=False)
 class BlockPlan:
@@ -56,6 +61,13 @@ class BlockPlan:
     formats: dict[str, LinearFormat]
     shapes: dict[str, tuple[int, int]]
     description: BlockDescription
+
+    @property
+    def weights(self) -> tuple[int, int]:
+        """Weights in its linears, and in all its matrices (of two or more dimensions, routers left out)."""
+        linears = sum(prod(shape) for shape in self.shapes.values())
+        others = sum(self.module.get_parameter(name).numel() for name in self.resolved.other_matrices)
+        return linears, linears + others
 
     @property
     def layers(self) -> Mapping[str, LayerDescription]:
@@ -95,9 +107,31 @@ class ModelPlan:
                 yield block, path, layer
 
     @property
+    def matrices(self) -> int:
+        """Weights in all matrices of the blocks."""
+        return sum(block.weights[1] for block in self.blocks)
+
+    @cached_property
+    def problems(self) -> tuple[str, ...]:
+        """Why no recipe can make a good result of this model."""
+        reach = sum(block.weights[0] for block in self.blocks) / max(1, self.matrices)
+        if reach >= MIN_REACH:
+            return ()
+        others = {
+            re.sub(r"\d+", "*", name): self.blocks[i].module.get_parameter(name).numel()
+            for i in range(len(self.blocks))
+            for name in self.blocks[i].resolved.other_matrices
+        }
+        largest = ", ".join(sorted(others, key=lambda name: -others[name])[:3])
+        return (
+            f"only {reach:.0%} of the weights in the blocks' matrices are in linears that can be quantized; the others keep "
+            f"their precision, the largest of them {largest}",
+        )
+
+    @property
     def bias_dtype(self) -> torch.dtype:
         """The dtype in which packed linears store biases."""
-        return torch.float32 if self.source.dtype == torch.float64 else self.source.dtype
+        return _bias_dtype(self.source.dtype)
 
     def description(self, layer: LayerDescription) -> LinearDescription:
         """The description of a packed linear, without what its solver may add."""
@@ -139,7 +173,8 @@ def replan(source: ModelSource, architecture: Architecture, model: PreTrainedMod
     text_config = source.config.get_text_config()
     streams = (block.resolved.residual for block in resolved)
     rotation = residual_rotation(recipe.steps, streams, text_config.hidden_size, recipe.seed)
-    blocks = tuple(_block_plan(block, recipe, _heads(text_config), rotation is not None) for block in resolved)
+    heads = _heads(text_config)
+    blocks = tuple(_block_plan(source, block, recipe, heads, rotation is not None) for block in resolved)
     plan = ModelPlan(source, recipe, architecture, model, blocks, rotation)
     for block, path, layer in plan.layers:
         with _naming(block, path):
@@ -149,12 +184,19 @@ def replan(source: ModelSource, architecture: Architecture, model: PreTrainedMod
     return plan
 
 
-def _block_plan(block: ModelBlock, recipe: Recipe, heads: tuple[int, int, int, int], rotated: bool) -> BlockPlan:
+def _block_plan(
+    source: ModelSource, block: ModelBlock, recipe: Recipe, heads: tuple[int, int, int, int], rotated: bool
+) -> BlockPlan:
     linears = {path: block.module.get_submodule(path) for path in block.resolved.linears}
     shapes = {path: weight_shape(linear) for path, linear in linears.items()}
     formats = recipe.scheme.formats(block.resolved, block.name)
     layers = {
-        path: LayerDescription(form, shapes[path], linears[path]._parameters.get("bias") is not None)
+        path: LayerDescription(
+            form,
+            shapes[path],
+            biased := linears[path]._parameters.get("bias") is not None,
+            bias_dtype=_bias_dtype(source.dtype_of(f"{block.name}.{path}.bias")) if biased else None,
+        )
         for path, form in formats.items()
     }
     attention = {}
@@ -172,6 +214,10 @@ def _block_plan(block: ModelBlock, recipe: Recipe, heads: tuple[int, int, int, i
     return replace(plan, description=description)
 
 
+def _bias_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
 @contextmanager
 def _naming(block: BlockPlan, path: str) -> Iterator[None]:
     """While open, adds the layer's name to a ValueError about its format."""
@@ -186,8 +232,10 @@ def _naming(block: BlockPlan, path: str) -> Iterator[None]:
 
 
 def _heads(config: Any) -> tuple[int, int, int, int]:
-    """Query heads, key-value heads, channels of a key and of a value."""
-    heads = config.num_attention_heads
+    """Query heads, key-value heads, channels of a key and of a value; ones where the model does not attend."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or not heads:
+        return 1, 1, 1, 1
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return heads, getattr(config, "num_key_value_heads", None) or heads, width, width
 
@@ -230,14 +278,17 @@ def layer_bytes(plan: ModelPlan, layer: LayerDescription) -> int:
 def rest_of_block(plan: ModelPlan, block: BlockPlan) -> int:
     """Bytes that a block stores apart from its packed linears.
 
-    These are other tensors in the checkpoint's dtype, and attention ranges.
+    These are other tensors in their own dtypes, and attention ranges.
     """
-    itemsize = plan.source.dtype.itemsize
-    state = {key: t for key, t in block.module.state_dict().items() if key.rpartition(".")[0] not in block.layers}
+    state = {
+        f"{block.name}.{key}": t
+        for key, t in block.module.state_dict().items()
+        if key.rpartition(".")[0] not in block.layers
+    }
     added = sum(block.shapes[path][0] for path in block.description.biases if path not in block.layers)
     ranges = (OperandRanges(spec, "meta") for spec in block.description.attention.values() if spec.heads is not None)
     stored = sum(buffer.nbytes for module in ranges for buffer in module.buffers())
-    return _bytes(state.values(), itemsize) + itemsize * added + stored
+    return _stored_bytes(plan, state) + plan.source.dtype.itemsize * added + stored
 
 
 def outside_names(plan: ModelPlan) -> list[str]:
@@ -246,10 +297,16 @@ def outside_names(plan: ModelPlan) -> list[str]:
     return [key for key in plan.model.state_dict() if not key.startswith(prefix) and key not in tied]
 
 
-def outside_bytes(plan: ModelPlan, itemsize: int) -> int:
-    """Bytes of all tensors outside the blocks, with ``itemsize`` bytes for each element of floating tensors."""
+def outside_bytes(plan: ModelPlan, itemsize: int | None = None) -> int:
+    """Bytes of all tensors outside the blocks, as stored or with ``itemsize`` bytes for each element of floating tensors."""
     state = plan.model.state_dict()
-    return _bytes((state[name] for name in outside_names(plan)), itemsize)
+    tensors = {name: state[name] for name in outside_names(plan)}
+    return _stored_bytes(plan, tensors) if itemsize is None else _bytes(tensors.values(), itemsize)
+
+
+def _stored_bytes(plan: ModelPlan, tensors: Mapping[str, Any]) -> int:
+    """Bytes of tensors of the model, by name, in the dtypes that they are stored in."""
+    return sum(_bytes((t,), plan.source.dtype_of(name).itemsize) for name, t in tensors.items())
 
 
 def _bytes(tensors: Iterable[Any], itemsize: int) -> int:

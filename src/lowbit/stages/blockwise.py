@@ -142,15 +142,15 @@ class Walk:
     def start(self) -> list[Call]:
         """Fills both streams with the first block's inputs; returns every block's arguments."""
         assert self.ids is not None
-        self.stream = Stream(self.model, self.architecture)
-        calls: list[Call] = []
-        for w, (hidden, calls_w) in enumerate(self.stream.enter_all(self.source, self.ids)):
+        self.stream, windows = Stream(self.model, self.architecture), len(self.ids)
+
+        def take(w: int, hidden: Tensor) -> None:
             if w == 0:
-                calls, shape = calls_w, (len(self.ids), *hidden.shape[1:])
                 for array in ("fp", "quant", "next"):
-                    self.store.allocate(array, shape, torch.float32)
+                    self.store.allocate(array, (windows, *hidden.shape[1:]), torch.float32)
             self.store["fp"][w] = self.store["quant"][w] = hidden[0]
-        return calls
+
+        return self.stream.enter_windows(self.source, self.ids, take, self.store.keep)
 
     def _keep_windows(self, count: int) -> None:
         """Both streams with their first windows alone: no step reads them, and for the report these are enough."""
@@ -168,7 +168,7 @@ class Walk:
     @torch.no_grad()
     def _advance(self, call: Call, block: nn.Module, source: Tensor, target: Tensor) -> None:
         for w in range(len(source)):
-            target[w] = call(block, source[w : w + 1])[0]
+            target[w] = call(block, source[w : w + 1], w)[0]
             self._tick("running")
 
     # Blocks
@@ -265,7 +265,8 @@ class Walk:
         parameters = dict(self.blocks[i].named_parameters())
         with torch.no_grad():
             for key, value in rotate_residual(plan.resolved.residual, rotation, parameters).items():
-                parameters[key].copy_(value if key in packed else value.to(self.source.dtype))
+                stored = self.source.dtype_of(f"{plan.name}.{key}")
+                parameters[key].copy_(value if key in packed else value.to(stored))
 
     def _quantize(self, i: int, call: Call | None) -> BlockRecord:
         block = self._original(i, call).requires_grad_(False)
@@ -291,7 +292,8 @@ class Walk:
         plan, io = self.plan.blocks[i], None
         if call is not None:
             fp = self.store["fp"]
-            io = BlockIO(fp if self.recipe.feed == "fp" else self.store["quant"], self.store["next"], call, x_fp=fp)
+            x = fp if self.recipe.feed == "fp" else self.store["quant"]
+            io = BlockIO(x, self.store["next"], call, x_fp=fp, by_window=True)
         return BlockState.of(
             plan.name,
             block,
@@ -301,6 +303,7 @@ class Walk:
             fisher,
             seed=derived_seed(self.recipe.seed, i),
             store_dtype=self.source.dtype,
+            dtypes={key: self.source.dtype_of(f"{plan.name}.{key}") for key in plan.module.state_dict()},
             tick=self._tick,
             rotated=self.rotation is not None,
         )
@@ -332,12 +335,12 @@ class Walk:
         return error
 
     def _tensors(self, block: nn.Module, name: str) -> dict[str, Tensor]:
-        """What the block stores: packed buffers as they are, everything else in the checkpoint's dtype."""
+        """What the block stores: packed buffers as they are, everything else in the dtype that it was stored in."""
         packed = {path for path, module in block.named_modules() if isinstance(module, QuantLinear | OperandRanges)}
 
         def stored(key: str, value: Tensor) -> Tensor:
             inside = key.rpartition(".")[0] in packed
-            return value if inside or not value.is_floating_point() else value.to(self.source.dtype)
+            return value if inside or not value.is_floating_point() else value.to(self.source.dtype_of(f"{name}.{key}"))
 
         return {f"{name}.{key}": stored(key, value.detach()) for key, value in block.state_dict().items()}
 
@@ -347,20 +350,15 @@ class Walk:
     # After the last block
 
     def write_rest(self) -> None:
-        """Stores everything outside the blocks as it was, in the checkpoint's own dtype."""
+        """Stores everything outside the blocks as it was."""
         if len(self.section.finished) > self.total:
             return
-        tied, tensors = set(self.model.all_tied_weights_keys), {}
-        for module in outside(self.model, self.architecture):
-            self.source.load_into(self.model, module, dtype=self.source.dtype)
-            here = self.model.get_submodule(module).state_dict(prefix=f"{module}.")
-            # A module may hold others of the list: each tensor is taken where it is at home.
-            tensors |= {
-                key: value for key, value in here.items() if key.rpartition(".")[0] == module and key not in tied
-            }
-        self.section.write(self._shard(self.total), tensors, {})
-        for module in outside(self.model, self.architecture):
-            self.source.release(self.model, module)
+        tied = set(self.model.all_tied_weights_keys)
+        names = outside(self.model, self.architecture)
+        self.source.load(self.model, names, dtype=None)
+        state = self.model.state_dict()
+        self.section.write(self._shard(self.total), {key: state[key] for key in names if key not in tied}, {})
+        self.source.release_tensors(self.model, names)
 
     def logits(self, windows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """``(ids [T], original logits [T, V], quantized logits [T, V])`` of the first calibration windows."""
@@ -399,7 +397,7 @@ def install_packed(
         elif leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(value.float().clone(), requires_grad=False)
         else:
-            module._buffers[leaf] = value.clone()
+            module._buffers[leaf] = value.float() if value.is_floating_point() else value.clone()
 
 
 def derived_seed(seed: int, block: int) -> int:

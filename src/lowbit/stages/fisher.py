@@ -91,7 +91,7 @@ class FisherPass:
             boundary.append(self.store.allocate(_name(i + 1), first_NTd.shape, torch.float32))
             with torch.no_grad(), faster_products(first_NTd.device):
                 for w in range(len(self.ids)):
-                    boundary[i + 1][w] = call(block, boundary[i][w : w + 1])[0]
+                    boundary[i + 1][w] = call(block, boundary[i][w : w + 1], w)[0]
                     self._tick(1, f"forward, block {i + 1}")
             self._release(i)
         return boundary
@@ -125,7 +125,7 @@ class FisherPass:
             for w in range(len(x_NTd)):
                 x = x_NTd[w : w + 1].clone().requires_grad_(onward)
                 with faster_products(x.device):
-                    y = self.calls[i](block, x)
+                    y = self.calls[i](block, x, w)
                 if y.requires_grad:  # not where the only linears of interest are experts that were not chosen
                     y.backward(g_NTd[w : w + 1].to(y.dtype))
                 if onward:

@@ -11,6 +11,7 @@ process ends, `kill -9` included; that is why the directory looks empty while sp
 from __future__ import annotations
 
 import errno
+import itertools
 import mmap
 import os
 import tempfile
@@ -34,6 +35,7 @@ class ActivationStore:
         self.limit_bytes = limit_bytes
         self.directory = Path(directory)
         self._live: dict[str, Tensor] = {}
+        self._kept = itertools.count()
         self._maps: dict[str, mmap.mmap] = {}
 
     @property
@@ -59,8 +61,12 @@ class ActivationStore:
             self._maps[name] = self._map_file(name, size)
             self._live[name] = torch.frombuffer(self._maps[name], dtype=dtype).view(*shape)
         else:
-            self._live[name] = torch.empty(*shape, dtype=dtype)
+            self._live[name] = torch.empty(tuple(shape), dtype=dtype)
         return self._live[name]
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A copy of ``tensor`` in an allocation of its own, live until the store is closed."""
+        return self.allocate(f"kept {next(self._kept)}", tensor.shape, tensor.dtype).copy_(tensor)
 
     def __getitem__(self, name: str) -> Tensor:
         """The live allocation of that name; KeyError when there is none."""

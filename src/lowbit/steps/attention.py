@@ -79,7 +79,7 @@ class SetAttentionRange(Step):
                 observer = partial(self._observe, observed_ranges, path)
                 stack.enter_context(observed(state.block.get_submodule(path), observer))
             for i in range(len(state.io)):
-                state.io.call(state.block, state.io.window(i))
+                state.io.run(state.block, state.io.window(i), i)
                 state.tick("calibrating attention")
         for path, (extremes, heads) in observed_ranges.items():
             self._place(state, path, extremes, heads)

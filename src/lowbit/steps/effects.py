@@ -120,6 +120,7 @@ class LayerDescription:
         pre, post, side_terms: transforms of input and output that the layer runs, and terms added to its codes.
         ordered: its solver may store an order of its columns, an int32 for each.
         outliers: its solver keeps some weights in half precision; their number is known only when they are chosen.
+        bias_dtype: of the bias in the checkpoint; None: that of most weights.
     """
 
     format: LinearFormat
@@ -130,6 +131,7 @@ class LayerDescription:
     side_terms: tuple[PartDescription, ...] = ()
     ordered: bool = False
     outliers: bool = False
+    bias_dtype: torch.dtype | None = None
 
     @property
     def order_bytes(self) -> int:
@@ -137,11 +139,11 @@ class LayerDescription:
         return 4 * self.shape[1] if self.ordered else 0
 
     def stored(self, bias: torch.dtype) -> LinearDescription:
-        """The description of the packed linear, with its bias in dtype ``bias``, without what its solver may add."""
+        """The description of the packed linear without what its solver may add; a bias without a dtype of its own is in ``bias``."""
         return LinearDescription(
             self.format.weight,
             self.shape,
-            bias if self.biased else None,
+            (self.bias_dtype or bias) if self.biased else None,
             self.format.act,
             self.pre,
             self.post,

@@ -189,11 +189,11 @@ class Learn(Step):
             return lambda *args, **kwargs: functional_call(state.block, values, args, kwargs)
 
         with _simulated(state, weights, maps), faster_products(x.device, self.amp):
-            output = state.io.call(run(weights), x)  # pyright: ignore[reportArgumentType]
+            output = state.io.run(run(weights), x, pick.start)
         loss = self.objective(output, state.io.y[pick])
         if self.objective.augment:
             with torch.no_grad():
-                target = state.io.call(run(base), x)  # pyright: ignore[reportArgumentType]
+                target = state.io.run(run(base), x, pick.start)
             loss = loss + self.objective(output, target)
         return loss
 

@@ -56,7 +56,7 @@ def listen(state: BlockState, places: Iterable[Place], windows: int | None = Non
         for place in dict.fromkeys(places):
             stack.enter_context(_keeping(state, place, calls))
         for i in range(len(state.io) if windows is None else min(windows, len(state.io))):
-            state.io.call(state.block, state.io.window(i))
+            state.io.run(state.block, state.io.window(i), i)
     return calls
 
 

@@ -132,7 +132,7 @@ class SearchActivationRange(Step):
         assert state.io is not None and state.io.y is not None
         count = len(state.io) if self.windows is None else min(self.windows, len(state.io))
         return sum(
-            self.objective(state.io.call(state.block, state.io.window(i)), state.io.y[i : i + 1]).item()
+            self.objective(state.io.run(state.block, state.io.window(i), i), state.io.y[i : i + 1]).item()
             for i in range(count)
         )
 

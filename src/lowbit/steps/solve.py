@@ -92,7 +92,7 @@ class Solve(Step):
             raise ValueError(f"{name}: the weight holds NaN or Inf after the transforms before it")
         try:
             solution = solver.solve(draft.target, draft.format.weight, stats, draft.range_shares)
-            parts = solution.q, state.store_dtype, solution.pre, solution.post, solution.side
+            parts = solution.q, state.store_dtype(f"{path}.bias"), solution.pre, solution.post, solution.side
             packed = draft.pack(*parts)
             error = _output_error(draft, draft.pack(*parts, own_pre=False), stats)
         except ValueError as problem:

@@ -35,17 +35,23 @@ class BlockIO:
         y: ``[N, T, d]`` or None, the original block's output for the original inputs: the target of learning.
         call: runs a block on one or more windows ``[B, T, d]`` and returns its hidden states.
         x_fp: ``[N, T, d]``, the inputs from the original blocks; None if they are ``x``.
+        by_window: ``call`` also takes the number of the first window, because arguments of the block differ by window.
     """
 
     x: Tensor
     y: Tensor | None
-    call: Callable[[nn.Module, Tensor], Tensor]
+    call: Callable[..., Tensor]
     x_fp: Tensor | None = None
+    by_window: bool = False
 
     def window(self, i: int, original: bool = False) -> Tensor:
         """Window ``i``, ``[1, T, d]`` float32; with ``original`` from the original blocks."""
         x = self.x_fp if original and self.x_fp is not None else self.x
         return x[i : i + 1].float()
+
+    def run(self, block: Callable[..., Any], x: Tensor, first: int) -> Tensor:
+        """``block`` on inputs ``[B, T, d]`` of windows ``first`` and following."""
+        return self.call(block, x, first) if self.by_window else self.call(block, x)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -83,6 +89,7 @@ class BlockContext:
         seed: the source of all random choices in this block.
         store_dtype: dtype in which unquantized parameters (norm gains) will be saved. Folded values are rounded to it,
             so later steps see the values of the saved model.
+        dtypes: dtypes of the parameters that are saved in another one, by name in the block.
         tick: called with the current activity as work goes on.
         rotated: whether the block reads and writes a rotated residual stream, as in ``io``.
     """
@@ -92,6 +99,7 @@ class BlockContext:
     io: BlockIO | None = None
     seed: int = 0
     store_dtype: torch.dtype = torch.float32
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     tick: Callable[[str], None] = lambda what: None
     rotated: bool = False
 
@@ -155,9 +163,9 @@ class BlockState:
     def seed(self) -> int:
         return self.context.seed
 
-    @property
-    def store_dtype(self) -> torch.dtype:
-        return self.context.store_dtype
+    def store_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the parameter ``name`` of the block will be saved, unless it is packed."""
+        return self.context.dtypes.get(name, self.context.store_dtype)
 
     def tick(self, what: str) -> None:
         self.context.tick(what)
@@ -268,7 +276,7 @@ class BlockState:
         packed = {f"{path}.weight" for path in self.drafts}
         for name, value in values.items():
             parameter = self.block.get_parameter(name)
-            parameter.copy_(value if name in packed else value.to(self.store_dtype).to(value.dtype))
+            parameter.copy_(value if name in packed else value.to(self.store_dtype(name)).to(value.dtype))
 
     def _check_not_rotated(self, edge: ResolvedEdge) -> None:
         """Refuses an edge where a linear already runs transforms of its own: a fold would lie on their wrong side."""
@@ -354,10 +362,10 @@ class BlockState:
                 del seen[name]
 
         for i in range(len(self.io)):
-            self._run(first, self.io.window(i), gather)
+            self._run(first, i, self.io.window(i), gather)
             if seen:
                 with self._as_original():
-                    self._run(first, self.io.window(i, original=True), pair)
+                    self._run(first, i, self.io.window(i, original=True), pair)
                 for name, own in seen.items():
                     self.note(f"{name}: other tokens reach it in the original model; it is not corrected for that")
                     update(name, torch.stack([own, own]), paired=True)
@@ -378,8 +386,8 @@ class BlockState:
         self.note(f"{name}: only some tokens reach it, so the first {skip} of a window are unknown there")
         return x_TI
 
-    def _run(self, first: Mapping[str, str], window: Tensor, gather: Callable[[str, Tensor], None]) -> None:
-        """Runs one window through the block. Calls ``gather(name, x_TI)`` for each shared input that tokens reach."""
+    def _run(self, first: Mapping[str, str], i: int, window: Tensor, gather: Callable[[str, Tensor], None]) -> None:
+        """Runs window ``i`` through the block. Calls ``gather(name, x_TI)`` for each shared input that tokens reach."""
 
         def observer(name: str) -> Callable[[Tensor], None]:
             def on_input(x: Tensor) -> None:
@@ -393,7 +401,7 @@ class BlockState:
         with ExitStack() as stack, torch.no_grad():
             for name, path in first.items():
                 stack.enter_context(self.draft(path).observed(observer(name)))
-            self.io.call(self.block, window)
+            self.io.run(self.block, window, i)
 
     @contextmanager
     def _as_original(self) -> Iterator[None]:

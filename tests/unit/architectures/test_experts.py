@@ -26,12 +26,25 @@ MIXTURES = {
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 10, "shared_expert_intermediate_size": 8},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 10},
     "olmoe": {"num_experts": 4},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 8},  # biases, gate and up interleaved, a gate of its own
+    "llama4_text": {
+        "num_local_experts": 4,
+        "intermediate_size_mlp": 12,
+        "interleave_moe_layer_step": 1,
+    },  # sorted, transposed
+    "nemotron_h": {  # no gate
+        "num_hidden_layers": 1,
+        "layers_block_type": ["moe"],
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 10,
+        "moe_shared_expert_intermediate_size": 12,
+    },
 }
 
 
 def _model(model_type: str) -> PreTrainedModel:
     """Fused, and computed expert by expert: the grouped product that is the default knows no float64."""
-    config = AutoConfig.for_model(model_type, **SMALL, **MIXTURES[model_type])
+    config = AutoConfig.for_model(model_type, **(SMALL | MIXTURES[model_type]))
     return AutoModelForCausalLM.from_config(config, experts_implementation="eager")
 
 
@@ -45,13 +58,15 @@ class FusedExperts(nn.Module):
         self.act_fn = nn.SiLU()
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
-        raise NotImplementedError
+        gate, up = (hidden_states @ self.gate_up_proj[0].T).chunk(2, -1)  # of one expert; the tests do not call it
+        return (self.act_fn(gate) * up) @ self.down_proj[0].T
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_unfused_experts_give_the_same_output(model_type: str) -> None:
     torch.manual_seed(0)
-    fused = _model(model_type).double().eval().get_submodule("model.layers.0.mlp")
+    model = _model(model_type).double().eval()
+    fused = next(m for m in model.modules() if isinstance(getattr(m, "experts", None), nn.Module))
     for parameter in fused.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(2, 9, 16, dtype=torch.float64)
@@ -59,7 +74,9 @@ def test_unfused_experts_give_the_same_output(model_type: str) -> None:
         before = fused(x)
         assert unfuse_experts(fused) == ["experts"]
         after = fused(x)
-    torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-12)
+    before, after = (y[0] if isinstance(y, tuple) else y for y in (before, after))
+    gap = 1e-5 if model_type == "nemotron_h" else 1e-12  # it adds up its experts in float32
+    torch.testing.assert_close(after, before, rtol=gap, atol=gap)
     assert before.abs().max() > 0.1
 
 
@@ -107,20 +124,24 @@ def test_hooks_see_only_the_tokens_of_their_expert() -> None:
     assert torch.equal(out[4], torch.zeros(6))
 
 
-def _transposed(experts: FusedExperts) -> None:
-    experts.is_transposed = True
-
-
-def _interleaved(experts: FusedExperts) -> None:
-    experts.is_concatenated = False
-
-
-def _with_bias(experts: FusedExperts) -> None:
+def _with_half_a_bias(experts: FusedExperts) -> None:
     experts.down_proj_bias = nn.Parameter(torch.zeros(3, 6))
 
 
+def _with_a_gate_of_its_own(experts: FusedExperts) -> None:
+    experts.__class__ = type("FusedExperts", (Clamped,), {})
+
+
+class Clamped(FusedExperts):
+    """As FusedExperts, with something else between the products."""
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        gate, up = (hidden_states @ self.gate_up_proj[0].T).chunk(2, -1)
+        return (self.act_fn(gate.clamp(max=7)) * up) @ self.down_proj[0].T
+
+
 def _wrong_shape(experts: FusedExperts) -> None:
-    experts.gate_up_proj = nn.Parameter(torch.zeros(3, 6, 8))
+    experts.gate_up_proj = nn.Parameter(torch.zeros(3, 7, 8))
 
 
 def _without_activation(experts: FusedExperts) -> None:
@@ -130,11 +151,10 @@ def _without_activation(experts: FusedExperts) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_transposed, "transposed weights"),
-        (_interleaved, "interleaved gate and up"),
-        (_with_bias, "other parameters"),
-        (_wrong_shape, r"gate_up_proj of shape \(3, 6, 8\)"),
-        (_without_activation, "no act_fn"),
+        (_with_half_a_bias, "other parameters"),
+        (_with_a_gate_of_its_own, "no known function between its products"),
+        (_wrong_shape, r"parameters of shapes .*\(3, 7, 8\)"),
+        (_without_activation, "no known function between its products"),
     ],
 )
 def test_experts_that_compute_something_else_are_refused(spoil, message: str) -> None:
@@ -142,15 +162,6 @@ def test_experts_that_compute_something_else_are_refused(spoil, message: str) ->
     spoil(experts)
     with pytest.raises(ValueError, match=rf"'mlp\.experts' \(FusedExperts\) have .*{message}"):
         unfuse_experts(nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts})}))
-
-
-def test_experts_with_their_own_gate_function_are_refused_before_anything_changes() -> None:
-    options = SMALL | {"num_local_experts": 4, "head_dim": 8}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **options))
-    before = set(model.state_dict())
-    with pytest.raises(ValueError, match="its own gate function"):
-        unfuse_experts(model)
-    assert set(model.state_dict()) == before
 
 
 def test_a_fused_module_cannot_replace_itself() -> None:

@@ -115,10 +115,10 @@ def test_tokens_that_the_original_model_routes_elsewhere_are_left_uncorrected(st
     run = work._run
     calls = [0]
 
-    def rerouted(first, window, gather):
+    def rerouted(first, i, window, gather):
         calls[0] += 1
         original = calls[0] % 2 == 0  # half of the tokens do not reach it
-        run(first, window, (lambda name, x_TI: gather(name, x_TI[::2])) if original else gather)
+        run(first, i, window, (lambda name, x_TI: gather(name, x_TI[::2])) if original else gather)
 
     work._run = rerouted  # pyright: ignore[reportAttributeAccessIssue]
     stats = work.collect([Gram(), CrossGram()])

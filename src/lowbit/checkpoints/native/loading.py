@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
+from lowbit.architectures import auto_class
 from lowbit.checkpoints import transformers_plugin as _transformers_plugin  # noqa: F401  (teaches transformers to read these)
 from lowbit.checkpoints.native.reading import read_checkpoint
-from lowbit.checkpoints.shards import ModelError
+from lowbit.checkpoints.shards import ModelError, refuse_adapter
 from lowbit.modules import QuantLinear
 
 
@@ -40,7 +41,9 @@ def load(
     """
     directory = Path(directory)
     checkpoint = read_checkpoint(directory, unfinished=unfinished)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    refuse_adapter(directory)
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+    loaded: Any = auto_class(config).from_pretrained(
         directory,
         dtype="auto" if dtype is None else dtype,
         output_loading_info=True,
