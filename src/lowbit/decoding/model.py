@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lowbit import kernels
 from lowbit.decoding.cache import adopt
-from lowbit.decoding.description import Described, Refused, describe
+from lowbit.decoding.description import Described, Refused, describe, position_of
 
 _UNDERSTOOD = (
     "input_ids",
@@ -82,7 +82,9 @@ class _Stepping:
         ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
         if cache is None or not isinstance(ids, Tensor) or ids.shape != (1, 1):
             return None
-        if self.training or torch.is_grad_enabled() or _asks_more(inputs, self.config):
+        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return None
+        if _asks_more(inputs, self.config):
             return None
         described = self._described()
         if isinstance(described, Refused):
@@ -94,7 +96,9 @@ class _Stepping:
         mask, position = inputs.get("attention_mask"), inputs.get("position_ids")
         if mask is not None and (mask.shape != (1, length + 1) or not bool(mask.all())):
             return None
-        at = length if position is None else int(position.reshape(-1)[-1])
+        at = position_of(position, length)
+        if at is None:
+            return None
         logits = described.run(ids, room, at)
         return CausalLMOutputWithPast(logits=logits.view(1, 1, -1), past_key_values=cache)  # pyright: ignore[reportArgumentType]
 
