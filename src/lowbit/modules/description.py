@@ -124,7 +124,7 @@ class LinearDescription:
             raise ValueError(f"the description of a packed linear lacks {', '.join(sorted(missing))}")
         for key in data.keys() - {*_REQUIRED, *PLACES}:
             raise ValueError(
-                f"the description of a packed linear has an unknown entry {key!r}{nearest(str(key), [*_REQUIRED, *PLACES])}"
+                f"the description of a packed linear has an unknown entry {key!r}{nearest(str(key)[:100], [*dict.fromkeys((*_REQUIRED, *PLACES))])}"
             )
         bias, shape = data["bias"], data["shape"]
         if bias is not None and (not isinstance(bias, str) or bias not in _BIAS_DTYPES):

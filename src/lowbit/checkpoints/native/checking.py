@@ -5,6 +5,7 @@ Everything is refused with one line that names the directory, the tensor and the
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,10 @@ from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.packed_model import PackedLayer, PlainTensor
 from lowbit.checkpoints.shards import ModelError, TensorHeader
 from lowbit.modules import OperandRanges, QuantLinear, check_finite, check_tensors, prepare
+
+_EPSILONS = frozenset({"eps", "variance_epsilon"})
+_FREQUENCIES = frozenset({"inv_freq", "original_inv_freq"})
+"""What modules compute from config.json, and would spread NaN from."""
 
 
 def check_layers(
@@ -93,6 +98,11 @@ def check_and_prepare(directory: Path, model: nn.Module) -> None:
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     check_finite(f"tensor {path}.{name}", parameter.detach())
+            for name in _EPSILONS & module.__dict__.keys():
+                if isinstance(value := getattr(module, name), float) and not 0 <= value < math.inf:
+                    raise ValueError(f"{name} of {path} is {value} in config.json, expected a small number")
+            for name in _FREQUENCIES & module._buffers.keys():
+                check_finite(f"{name} of {path}, which config.json places,", module.get_buffer(name))
     except ValueError as error:
         raise ModelError(f"{directory}: {error}; the file is damaged, copy it or quantize the model again") from error
 
