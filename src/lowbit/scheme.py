@@ -15,6 +15,7 @@ from typing import Any, Literal
 from lowbit.architectures import ROLE_GROUPS, ResolvedBlock
 from lowbit.modules import ActSpec, AttentionSpec, KVSpec, LinearFormat
 from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, nearest, untagged
+from lowbit.patterns import check_pattern
 
 
 @untagged
@@ -32,11 +33,7 @@ class FormatRule:
     skip: bool = False
 
     def __post_init__(self):
-        if isinstance(self.match, str) and self.match.startswith("re:"):
-            try:
-                re.compile(self.match[3:])
-            except re.error as error:
-                raise ValueError(f"{self.match!r} is not a regular expression: {error}") from error
+        check_pattern(self.match)
 
     def matches(self, name: str, role: str) -> bool:
         if self.match.startswith("re:"):

@@ -132,7 +132,7 @@ def test_tiles_decode_to_the_bits_of_dequantize(spec, isa):
         assert tiles is not None
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             found = torch.empty(shape, dtype=dtype)
-            native.decode(isa, tiles, native.table_of(spec), 0, found)
+            native.decode(isa, tiles, native.table_of(spec), shape[0], 0, found)
             # Bases are summed in another order than torch's matrix product sums them.
             summed = isinstance(spec.grid, BinaryCoded)
             assert (

@@ -22,7 +22,7 @@ from lowbit.architectures.table import Architecture, End, LinearRole, Norm
 
 
 def build(config: Any) -> Architecture:
-    heads = rotary_heads(config)
+    heads = rotary_heads(config, partial=True)
     return Architecture(
         name="gpt_neox",
         model_types=("gpt_neox",),

@@ -36,12 +36,17 @@ def ends(*roles: str) -> tuple[End, ...]:
     return tuple(End(role) for role in roles)
 
 
-def rotary_heads(config: Any) -> Heads:
-    """Heads of a model with a rotary embedding on queries and keys, over all or part of each head."""
+def rotary_heads(config: Any, *, partial: bool = False) -> Heads:
+    """Heads of a model with a rotary embedding on queries and keys.
+
+    Args:
+        config: the transformers configuration.
+        partial: the model turns the part of each head that its config says; most classes turn all of it, whatever that says.
+    """
     query = config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // query
     rope = getattr(config, "rope_parameters", None) or {}
-    rotary = int(dim * rope.get("partial_rotary_factor", 1.0))
+    rotary = int(dim * rope.get("partial_rotary_factor", 1.0)) if partial else dim
     return Heads(query, getattr(config, "num_key_value_heads", None) or query, dim, rotary)
 
 

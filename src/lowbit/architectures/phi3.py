@@ -18,7 +18,7 @@ from lowbit.architectures.table import Architecture, End, LinearRole, Norm, Resi
 
 
 def build(config: Any) -> Architecture:
-    heads = rotary_heads(config)
+    heads = rotary_heads(config, partial=True)
     return Architecture(
         name="phi3",
         model_types=("phi3",),

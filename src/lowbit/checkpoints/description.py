@@ -110,30 +110,44 @@ class ModelDescription:
         Raises:
             ValueError: another method, a version this code does not know, or a damaged description.
         """
+        try:
+            return cls._read(data)
+        except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"quantization_config is damaged: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def _read(cls, data: Mapping[str, Any]) -> ModelDescription:
         if data.get("quant_method") != METHOD:
-            raise ValueError(f"quant_method is {data.get('quant_method')!r}, expected {METHOD!r}")
-        if data.get("version") not in VERSIONS:
+            raise ValueError(f"quant_method is {data.get('quant_method')!r:.100}, expected {METHOD!r}")
+        version = data.get("version")
+        if type(version) is not int or version not in VERSIONS:
             raise ValueError(
-                f"the checkpoint is of version {data.get('version')!r} of the native format, this lowbit reads "
+                f"the checkpoint is of version {version!r:.100} of the native format, this lowbit reads "
                 f"versions {VERSIONS[0]} to {VERSIONS[-1]}; use a lowbit that wrote such checkpoints"
             )
         kv = from_dict(data.get("kv"), KVSpec | None)
         if not isinstance(kv, KVSpec | None):
-            raise ValueError(f"quantization_config is damaged: {data['kv']!r} is no format of a cache")
+            raise ValueError(f"quantization_config is damaged: {data['kv']!r:.100} is no format of a cache")
         schemes, layers = data.get("schemes"), data.get("layers")
         if not isinstance(schemes, list | tuple) or not isinstance(layers, Mapping) or not (layers or kv):
             raise ValueError("quantization_config is damaged: expected a list 'schemes' and an object 'layers'")
-        described = [LinearDescription.from_json(scheme) for scheme in schemes]
+        described = [_scheme(number, scheme, layers) for number, scheme in enumerate(schemes)]
         for name, number in layers.items():
-            if not isinstance(number, int) or not 0 <= number < len(described):
-                raise ValueError(f"quantization_config is damaged: {name} has scheme {number!r} of {len(described)}")
-        residual = data.get("residual")
+            if type(number) is not int or not 0 <= number < len(described):
+                raise ValueError(
+                    f"quantization_config is damaged: {name} has scheme {number!r:.100} of {len(described)}"
+                )
+        residual, unfused = data.get("residual"), data.get("unfused_experts", False)
+        if not isinstance(unfused, bool):
+            raise ValueError(
+                f"quantization_config is damaged: unfused_experts is true or false, found {unfused!r:.100}"
+            )
         return cls(
             layers={name: described[number] for name, number in layers.items()},
             attention=_attention(data.get("attention", ())),
             kv=kv,
             residual=None if residual is None else ResidualRotation.from_json(residual),
-            unfused_experts=bool(data.get("unfused_experts")),
+            unfused_experts=unfused,
         )
 
 
@@ -145,16 +159,27 @@ def has_unfused_experts(model: nn.Module) -> bool:
 _OF_EXPERT = re.compile(r"\.\d+\.(gate|up|down)_proj$")
 
 
+def _scheme(number: int, data: Any, layers: Mapping[str, Any]) -> LinearDescription:
+    try:
+        return LinearDescription.from_json(data)
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        whose = next((f" of {name}" for name, scheme in layers.items() if scheme == number), "")
+        raise ValueError(f"quantization_config is damaged: scheme {number}{whose}: {error}") from error
+
+
 def _attention(data: Any) -> dict[str, AttentionSpec]:
     specs: dict[str, AttentionSpec] = {}
+    if not isinstance(data, list | tuple):
+        raise ValueError(f"quantization_config is damaged: attention is a list, found {data!r:.100}")
     for entry in data:
-        if not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[1], list | tuple):
+        pair = isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], list | tuple)
+        if not pair or not all(isinstance(name, str) for name in entry[1]):
             raise ValueError(
-                f"quantization_config is damaged: expected [formats, [names]] of attention, found {entry!r}"
+                f"quantization_config is damaged: expected [formats, [names]] of attention, found {entry!r:.100}"
             )
         spec = from_dict(entry[0], AttentionSpec)
         if not isinstance(spec, AttentionSpec):
-            raise ValueError(f"quantization_config is damaged: {entry[0]!r} is no format of attention's operands")
+            raise ValueError(f"quantization_config is damaged: {entry[0]!r:.100} is no format of attention's operands")
         specs |= dict.fromkeys(entry[1], spec)
     return specs
 

@@ -170,6 +170,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except RecursionError:
+        raise ModelError(f"{path}: nested too deeply for a model's file. Copy or download it again.") from None
     except (UnicodeDecodeError, ValueError) as error:  # JSON's own error is a ValueError
         raise ModelError(f"{path}: not valid JSON ({error}). Copy or download it again.") from None
     if not isinstance(value, dict):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from lowbit.architectures import quantize_attention
 from lowbit.checkpoints.description import ModelDescription
-from lowbit.modules import LinearDescription, QuantLinear, turn_residual
+from lowbit.modules import AttentionSpec, LinearDescription, QuantLinear, turn_residual
 from lowbit.modules.kv_spec import unsupported
 
 
@@ -39,7 +40,9 @@ def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLine
         setattr(model.get_submodule(parent), leaf, layer)
         swapped[name] = layer
     for written, spec in description.attention.items():
-        quantize_attention(_find(model, written)[1], spec)
+        name, module = _find(model, written)
+        _check_heads(model, name, module, spec)
+        quantize_attention(module, spec)
     if description.residual is not None:
         turn_residual(model, replace(description.residual, blocks=_find(model, description.residual.blocks)[0]))
     return swapped
@@ -63,6 +66,18 @@ def _find(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     raise ValueError(
         f"the checkpoint changes {name}, which {type(model).__name__} does not have: another model's checkpoint"
     )
+
+
+def _check_heads(model: nn.Module, name: str, module: nn.Module, spec: AttentionSpec) -> None:
+    if not hasattr(module, "is_causal"):
+        raise ValueError(
+            f"the checkpoint quantizes the operands of {name}, which is a {type(module).__name__} and no attention"
+        )
+    config: Any = getattr(module, "config", None) or getattr(model, "config", None)
+    query = getattr(config, "num_attention_heads", None)
+    heads = query, getattr(config, "num_key_value_heads", None) or query, getattr(module, "head_dim", None)
+    if spec.heads is not None and any(b is not None and a != b for a, b in zip(spec.heads, heads, strict=False)):
+        raise ValueError(f"{name} has the heads {list(spec.heads)} in the checkpoint, {[*heads]} here")
 
 
 def _check_place(model: nn.Module, name: str, old: nn.Module, description: LinearDescription) -> torch.device:

@@ -26,14 +26,13 @@ METHOD = "lowbit"
 class LowbitConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a native checkpoint, see :mod:`lowbit.checkpoints.description`. Unknown keys are kept.
 
-    Raises:
-        ValueError: a version this code does not know, or a damaged description.
+    It is checked with the tensors, by the quantizer, which knows their directory.
     """
 
     def __init__(self, **description: Any):
-        from lowbit.checkpoints.description import ModelDescription
+        # Imported before transformers makes meta the default device, on which modules cannot make their tables.
+        from lowbit.checkpoints.native import checking as _checking  # noqa: F401
 
-        ModelDescription.from_json(description)
         self.__dict__.update(description)
 
     def description(self) -> ModelDescription:
@@ -50,10 +49,22 @@ class LowbitQuantizer(HfQuantizer):
     quantization_config: LowbitConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from pathlib import Path
+
+        from lowbit.checkpoints.native.checking import check_layers, check_places
+        from lowbit.checkpoints.shards import ModelError, read_shard_header
         from lowbit.checkpoints.swap import swap
         from lowbit.modules import OperandRanges
 
-        swapped = swap(model, self.quantization_config.description())
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+        self._directory = files[0].parent if files else Path(str(model.name_or_path))
+        headers = {name: header for file in files for name, header in read_shard_header(file).items()}
+        description = check_layers(self._directory, self.quantization_config.to_dict(), headers)
+        try:
+            swapped = swap(model, description)
+        except ValueError as error:
+            raise ModelError(f"{self._directory}: {error}") from error
+        check_places(self._directory, model, headers)
         ranges = (name for name, module in model.named_modules() if isinstance(module, OperandRanges))
         self._packed = tuple(f"{name}." for name in (*swapped, *ranges))
         return model
@@ -61,11 +72,11 @@ class LowbitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from lowbit import decoding
         from lowbit.architectures import IMPLEMENTATION
-        from lowbit.modules import prepare
+        from lowbit.checkpoints.native.checking import check_and_prepare
 
         if self.quantization_config.description().attention:
             model.set_attn_implementation(IMPLEMENTATION)
-        prepare(model)
+        check_and_prepare(self._directory, model)
         decoding.install(model)
         return model
 

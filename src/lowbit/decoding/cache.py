@@ -24,7 +24,7 @@ class Room:
     """The buffers ``[2, H, C, D]`` of all layers of a cache, for one sequence.
 
     Args:
-        layers: ordinary layers (batch 1) of equal length; their tokens are copied.
+        layers: ordinary layers (batch 1) of equal length, heads, dim and dtype; their tokens are copied.
     """
 
     def __init__(self, layers: list[Any]):
@@ -159,11 +159,14 @@ def adopt(cache: Any, layers: int, heads: int, dim: int, dtype: torch.dtype) -> 
                 return f"the cache has a {type(layer).__name__}, not a DynamicLayer"
             if layer.get_seq_length() == 0 or layer.get_seq_length() != present[0].get_seq_length():
                 return "the cache is empty or uneven"
-            if len(layer.keys) > 1 or layer.keys.device.type != "cpu":
-                return f"the cache holds {len(layer.keys)} sequences on {layer.keys.device}"
+            for states in (layer.keys, layer.values):
+                if len(states) > 1 or states.device.type != "cpu":
+                    return f"the cache holds {len(states)} sequences on {states.device}"
+                if states.shape != (1, heads, layer.get_seq_length(), dim) or states.dtype != dtype:
+                    return "the cache is another model's"
         room = Room(present)
         present[:] = [Growing(room, i) for i in range(layers)]
-    if any((b.shape[1], b.shape[3], b.dtype) != (heads, dim, dtype) for b in (room.buffers[0], room.buffers[-1])):
+    if any((b.shape[1], b.shape[3], b.dtype) != (heads, dim, dtype) for b in room.buffers):
         return "the cache is another model's"
     return room
 

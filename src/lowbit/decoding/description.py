@@ -2,7 +2,8 @@
 
 The architecture's table (``token_step``) and the layers themselves decide whether a model qualifies. A description holds
 addresses, so it also records its sources and compares them. It is made again when a layer was replaced, restored, moved
-or cast, a parameter has new memory, or a hook was added. The compiled code itself sees values that change in place.
+or cast, a tensor has new memory, a number or a hook was changed or added, or what is read once (indices, scales, rotary
+frequencies) was changed in place. The compiled code itself sees weights, gains and biases that change in place.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ from lowbit.kernels.ops import ENVIRONMENT
 from lowbit.kernels.step import DecoderBlock, Linear, RmsNorm, TokenStep, why_not
 from lowbit.modules import QuantLinear
 
+_TOGETHER = 512
+"""Positions whose angles are made at once."""
+_MOST_POSITIONS = 2**24
+"""Positions that float32, in which models compute angles, tells apart."""
+
 
 class _NotDescribed(Exception):
     """The reason why the step cannot run a model."""
@@ -36,8 +42,10 @@ class _Watch:
         self._entries = kernels.step.watch()
         self._seen: set[tuple[int, str]] = set()
         self._hooks: list[dict[Any, Any]] = []
-        self._parameters: list[Tensor] = []
+        self._tensors: list[Tensor] = []
         self._addresses: list[int] = []
+        self._read: list[Tensor] = []
+        self._versions: list[int] = []
 
     def module(self, parent: nn.Module, path: str) -> nn.Module:
         """The module at ``path``; watches it and the modules on the way."""
@@ -55,25 +63,34 @@ class _Watch:
             parent = inner
         return parent
 
-    def tensor(self, module: nn.Module, name: str) -> Tensor | None:
-        """A parameter or buffer, which is watched from now on."""
-        parameter = name in module._parameters
-        held = module._parameters if parameter else module._buffers
-        self.see(held, name)
-        tensor = held.get(name)
+    def tensor(self, module: nn.Module, name: str, *, read_once: bool = False) -> Tensor | None:
+        """A parameter or buffer of floats, whose memory is watched from now on; ``read_once``: its values too."""
+        tensor = self.memory(module, name, read_once=read_once)
         if tensor is None:
             return None
         if tensor.dtype not in DTYPES or tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise _NotDescribed(f"a {name} is {tensor.dtype} on {tensor.device}")
-        if parameter:  # casts and moves give a parameter new memory, but replace a buffer
-            self._parameters.append(tensor)
-            self._addresses.append(tensor.data_ptr())
+        return tensor
+
+    def memory(self, module: nn.Module, name: str, *, read_once: bool) -> Tensor | None:
+        """A parameter or buffer of any kind, watched likewise."""
+        held = module._parameters if name in module._parameters else module._buffers
+        self.see(held, name)
+        tensor = held.get(name)
+        if tensor is None:
+            return None
+        self._tensors.append(tensor)
+        self._addresses.append(tensor.data_ptr())
+        if read_once and not tensor.is_inference():
+            self._read.append(tensor)
+            self._versions.append(tensor._version)
         return tensor
 
     def current(self) -> bool:
         """Whether all sources are unchanged and no hook was added."""
-        unmoved = [p.data_ptr() for p in self._parameters] == self._addresses
-        return unmoved and self._entries.same() and not self.has_hooks()
+        unmoved = [t.data_ptr() for t in self._tensors] == self._addresses
+        unchanged = [t._version for t in self._read] == self._versions
+        return unmoved and unchanged and self._entries.same() and not self.has_hooks()
 
     def has_hooks(self) -> bool:
         """Whether hooks exist, which the step would not call."""
@@ -110,7 +127,7 @@ class Described:
     _embed: nn.Module
     _rotary: nn.Module
     _watch: _Watch
-    _angles: tuple[Tensor, Tensor] | None = None
+    _angles: tuple[int, Tensor, Tensor] | None = None
 
     def current(self) -> bool:
         """Whether the model is unchanged since its description."""
@@ -122,21 +139,35 @@ class Described:
         room.reserve(length + 1)
         cos, sin = self._turned(position)
         x = self._embed(ids).view(-1)
-        logits = self._step(x, *room.addresses(), self.cache[-1], room.capacity, length, cos[position], sin[position])
+        logits = self._step(x, *room.addresses(), self.cache[-1], room.capacity, length, cos, sin)
         room.advance()
         return logits
 
     def _turned(self, position: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of all positions up to this one or further, float32 ``[positions, rotary]``."""
-        if self._angles is None or position >= len(self._angles[0]):
-            count = 512
-            while count <= position:
-                count *= 2
-            with torch.inference_mode(False), torch.no_grad():
-                x = torch.empty(1, dtype=self.cache[-1])
-                cos, sin = self._rotary(x, position_ids=torch.arange(count)[None])
-            self._angles = cos[0].float().contiguous(), sin[0].float().contiguous()
-        return self._angles
+        """Cosines and sines of a position, float32 ``[rotary]``; those of its neighbours are kept."""
+        start = position - position % _TOGETHER
+        if self._angles is None or self._angles[0] != start:
+            self._angles = start, *_angles(self._rotary, start, self.cache[-1])
+        _, cos, sin = self._angles
+        return cos[position - start], sin[position - start]
+
+
+def position_of(position: Any, length: int) -> int | None:
+    """The position of the token behind ``length`` others: ``length`` where ``position`` is None, else the one number in it;
+    None where the step does not take it, a fraction, a negative or a huge one."""
+    if position is None:
+        return length
+    if not isinstance(position, Tensor) or position.numel() != 1 or position.is_floating_point():
+        return None
+    at = int(position)
+    return at if 0 <= at < _MOST_POSITIONS else None
+
+
+def _angles(rotary: nn.Module, start: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the positions from ``start``, float32 ``[_TOGETHER, rotary]``."""
+    with torch.inference_mode(False), torch.no_grad():
+        cos, sin = rotary(torch.empty(1, dtype=dtype), position_ids=torch.arange(start, start + _TOGETHER)[None])
+    return cos[0].float().contiguous(), sin[0].float().contiguous()
 
 
 @dataclass
@@ -183,16 +214,24 @@ def _describe(model: PreTrainedModel, isa: str, watch: _Watch) -> Described:
     norm = _norm(watch, watch.module(model, table.final_norm), 0.0)
     head = _linear(watch, watch.module(model, table.head), table.head)
     rotary = watch.module(model, token_step.rotary)
-    watch.tensor(rotary, "inv_freq")
+    watch.tensor(rotary, "inv_freq", read_once=True)
+    for number in ("attention_scaling", "rope_type"):
+        watch.see(rotary.__dict__, number)
     if watch.has_hooks():
         raise _NotDescribed("a forward hook is registered inside the model")
+    angles = _angles(rotary, 0, embedding.dtype)
+    turned = angles[0].shape[-1]
+    if turned != heads.rotary:
+        raise _NotDescribed(f"the rotary embedding turns {turned} channels of a head, the table says {heads.rotary}")
     try:
         step = TokenStep(
             isa, embedding.shape[1], heads.query, heads.key_value, heads.dim, heads.rotary, parts, norm, head
         )
     except ValueError as error:
         raise _NotDescribed(str(error)) from error
-    return Described(isa, (len(blocks), heads.key_value, heads.dim, embedding.dtype), step, embed, rotary, watch)
+    return Described(
+        isa, (len(blocks), heads.key_value, heads.dim, embedding.dtype), step, embed, rotary, watch, (0, *angles)
+    )
 
 
 def _block(watch: _Watch, block: nn.Module, table: Architecture) -> DecoderBlock:
@@ -226,7 +265,9 @@ def _block(watch: _Watch, block: nn.Module, table: Architecture) -> DecoderBlock
 
 def _norm(watch: _Watch, norm: nn.Module, gain_offset: float) -> RmsNorm:
     gain = watch.tensor(norm, "weight")
-    eps = next((norm.__dict__[name] for name in ("variance_epsilon", "eps") if name in norm.__dict__), None)
+    name = next((name for name in ("variance_epsilon", "eps") if name in norm.__dict__), "eps")
+    watch.see(norm.__dict__, name)
+    eps = norm.__dict__.get(name)
     if gain is None or eps is None:
         raise _NotDescribed(f"a norm is {type(norm).__name__}")
     return RmsNorm(gain, eps, gain_offset)
@@ -238,8 +279,12 @@ def _linear(watch: _Watch, layer: nn.Module, role: str) -> Linear:
         return Linear(weight=watch.tensor(layer, "weight"), bias=bias)
     if not isinstance(layer, QuantLinear):
         raise _NotDescribed(f"{role} is a {type(layer).__name__}")
-    ready, tiles = layer.prepared, layer.tiles
-    watch.see(layer._buffers, "tiles")
+    try:
+        ready, tiles = layer.prepared, layer.tiles
+    except ValueError as error:  # of a tensor that was changed after loading; the ordinary forward says it too
+        raise _NotDescribed(f"{role}: {error}") from error
+    for name in layer._buffers:  # the compiled code reads tiles and the bias anew for each token
+        watch.memory(layer, name, read_once=name not in ("tiles", "bias"))
     if ready is None or tiles is None:
         raise _NotDescribed(f"{role} is not packed for the compiled kernels")
     if any(ready.transforms.values()):

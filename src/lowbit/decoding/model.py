@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lowbit import kernels
 from lowbit.decoding.cache import adopt
-from lowbit.decoding.description import Described, Refused, describe
+from lowbit.decoding.description import Described, Refused, describe, position_of
 
 _CACHES = ("cache", "past_key_values")
 """The argument that carries keys and values: its name since transformers 5.24, and its name before."""
@@ -129,6 +129,8 @@ class _Stepping:
         """The output for the token ``ids`` ``[1, 1]``, or the reason why the step does not compute it."""
         if self.training or torch.is_grad_enabled():
             return "the model is in training mode, or gradients are on"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
         if _asks_more(inputs, self.config):
             return "the call asks for more than the last token's logits"
         described = self._described()
@@ -141,7 +143,9 @@ class _Stepping:
         mask, position = inputs.get("attention_mask"), inputs.get("position_ids")
         if mask is not None and (mask.shape != (1, length + 1) or not bool(mask.all())):
             return "the attention mask hides tokens"
-        at = length if position is None else int(position.reshape(-1)[-1])
+        at = position_of(position, length)
+        if at is None:
+            return "the position is not one that the step can turn to"
         logits = described.run(ids, room, at)
         return CausalLMOutputWithPast(**{"logits": logits.view(1, 1, -1), _OUTPUT_CACHE: cache})
 

@@ -157,7 +157,7 @@ def unpack(tiles: Tensor, spec: Spec, shape: tuple[int, int]) -> Tensor:
     """The canonical codes that ``tiles`` were packed from: uint8 ``[O, ceil(I * bits / 8)]``."""
     assert _cpu is not None
     codes = torch.empty(shape[0], layouts.packed_width(shape[1], _tile_bits(spec)), dtype=torch.uint8)
-    _cpu.unpack(tiles.data_ptr(), tiles.numel(), codes.data_ptr(), torch.get_num_threads())
+    _cpu.unpack(tiles.data_ptr(), tiles.numel(), codes.data_ptr(), *shape, _tile_bits(spec), torch.get_num_threads())
     if isinstance(spec.grid, OutlierVictim):
         codes = layouts.pack(spec.grid.codes(layouts.unpack(codes, _tile_bits(spec), shape[1])), spec.grid.bits)
     return codes
@@ -185,11 +185,12 @@ def table_of(spec: Spec) -> Tensor | None:
     return F.pad(values, (0, 2 ** _tile_bits(spec) - len(values)))
 
 
-def decode(isa: str, tiles: Tensor, table: Tensor | None, first: int, out_OI: Tensor) -> None:
-    """Decodes rows into ``out_OI`` (contiguous, float32, bfloat16 or float16), from row ``first``, a multiple of 16."""
+def decode(isa: str, tiles: Tensor, table: Tensor | None, rows: int, first: int, out_OI: Tensor) -> None:
+    """Decodes into ``out_OI`` (contiguous, float32, bfloat16 or float16) the rows from ``first``, a multiple of 16, of a weight
+    of ``rows``."""
     assert _cpu is not None
     _cpu.decode(
-        isa, tiles.data_ptr(), tiles.numel(), _address(table), first, first + len(out_OI),
+        isa, tiles.data_ptr(), tiles.numel(), *table_arguments(table), rows, out_OI.shape[1], first, first + len(out_OI),
         out_OI.data_ptr(), DTYPES[out_OI.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
@@ -238,31 +239,37 @@ def linear(
         halves: x is bfloat16 and stays so, and the weight is rounded to bfloat16; only for :data:`MATRIX_TILES`.
     """
     assert _cpu is not None
-    y_TO = x_TI.new_empty(len(x_TI), out_features)
+    tokens, columns = x_TI.shape
+    y_TO = x_TI.new_empty(tokens, out_features)
     scale = zero = None
     if act_params is not None:
         scale = act_params.scale.float().contiguous()
         zero = None if act_params.zero is None else act_params.zero.float().contiguous()
+        if scale.numel() not in (1, tokens) or (zero is not None and zero.numel() != scale.numel()):
+            raise ValueError(f"the input has {scale.numel()} scales for {tokens} tokens, expected one or one for each")
     mode = _HALVES if halves else input_mode(tabled, bool(act_bits) or by_segment)
     _cpu.linear(
-        isa, tiles.data_ptr(), tiles.numel(), _address(table), x_TI.data_ptr(), DTYPES[x_TI.dtype], len(x_TI),
-        y_TO.data_ptr(), DTYPES[y_TO.dtype], mode, act_bits, act_symmetric, act_reach,
+        isa, tiles.data_ptr(), tiles.numel(), *table_arguments(table), x_TI.data_ptr(), DTYPES[x_TI.dtype], tokens, columns,
+        y_TO.data_ptr(), DTYPES[y_TO.dtype], out_features, mode, act_bits, act_symmetric, act_reach,
         scale is not None and scale.numel() == 1, _address(scale), _address(zero), torch.get_num_threads(),
     )  # fmt: skip
     return y_TO
 
 
-def add_rows(isa: str, x_TI: Tensor, y_TO: Tensor, rows: tuple[int, int, int, int, int]) -> None:
+def add_rows(isa: str, x_TI: Tensor, y_TO: Tensor, rows: tuple[int, int, int, int, int, int]) -> None:
     """Adds to ``y`` the product of ``x`` with sparse rows; both contiguous, each float32, bfloat16 or float16."""
     assert _cpu is not None
+    count, *places = rows
+    if count != y_TO.shape[1]:
+        raise ValueError(f"a side term has {count} rows, its layer {y_TO.shape[1]}")
     _cpu.side(
-        isa, *rows, y_TO.shape[1], x_TI.data_ptr(), DTYPES[x_TI.dtype], len(x_TI), x_TI.shape[1], y_TO.data_ptr(),
+        isa, *places, count, x_TI.data_ptr(), DTYPES[x_TI.dtype], len(x_TI), x_TI.shape[1], y_TO.data_ptr(),
         DTYPES[y_TO.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
-def row_arguments(value: Tensor, column: Tensor, start: Tensor | None = None) -> tuple[int, int, int, int, int]:
-    """Sparse rows as arguments of the compiled code: addresses of tensors, which must outlive their use.
+def row_arguments(value: Tensor, column: Tensor, start: Tensor | None = None) -> tuple[int, int, int, int, int, int]:
+    """Sparse rows as arguments of the compiled code: their number, and addresses of tensors, which must outlive their use.
 
     Args:
         value: float16; ``[n]`` in compressed rows, or ``[O, k]``.
@@ -270,13 +277,18 @@ def row_arguments(value: Tensor, column: Tensor, start: Tensor | None = None) ->
         start: start of each compressed row, int32 ``[O + 1]``.
     """
     assert value.is_contiguous()
-    width = 0 if start is not None else value.shape[1]
-    return _address(start), column.data_ptr(), column.element_size(), value.data_ptr(), width
+    rows, width = (len(value), value.shape[1]) if start is None else (len(start) - 1, 0)
+    return rows, _address(start), column.data_ptr(), column.element_size(), value.data_ptr(), width
 
 
 def input_mode(tabled: bool, rounded: bool) -> int:
     """The form of the input in compiled code: floating for table look-ups, 8 bits if it is ``rounded``, else fixed point."""
     return _FLOATS if tabled else _INT8 if rounded else _FIXED
+
+
+def table_arguments(table: Tensor | None) -> tuple[int, int]:
+    """Address and length of a table, float32, which must outlive their use; zeros without one."""
+    return _address(table), 0 if table is None else table.numel()
 
 
 def _address(tensor: Tensor | None) -> int:

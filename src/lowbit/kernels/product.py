@@ -5,7 +5,8 @@ Inputs are multiplied as follows:
 * quantized integers (:class:`Int` of up to 8 bits, one scale for each token or for all): one integer product; input
   channels that reach a threshold take one more product in fixed point;
 * floating inputs and uniform or binary-coded weights: three integer products in 24-bit fixed point with one scale for each
-  128 channels. This costs less than converting the weights, with a smaller error than a float32 sum (over 110 dB);
+  128 channels. This costs less than converting the weights, with a smaller error than a float32 sum (over 110 dB). A
+  token in which one value takes the digits of most others is multiplied in float32;
 * floating inputs and tables or codebooks: in float32;
 * many bfloat16 tokens with matrix tiles: unchanged, with weights rounded to bfloat16 in cache;
 * many other floating tokens: the weight is decoded in panels that stay in cache, and torch multiplies, in float32 if the
@@ -170,7 +171,7 @@ def _of_channels(isa: str, x_TI: Tensor, taken: Tensor, tiles: Tensor, rows: int
 def decoded(tiles: Tensor, table: Tensor | None, rows: int, columns: int, isa: str) -> Tensor:
     """The body of ``lowbit::packed_weight``: the weight ``[O, I]``, float32."""
     weight_OI = torch.empty(rows, columns)
-    native.decode(isa or native.instruction_sets()[0], tiles, table, 0, weight_OI)
+    native.decode(isa or native.instruction_sets()[0], tiles, table, rows, 0, weight_OI)
     return weight_OI
 
 
@@ -230,7 +231,7 @@ def _by_panels(isa: str, x_TI: Tensor, tiles: Tensor, rows: int, table: Tensor |
     panel, y_TO = x_TI.new_empty(min(step, rows), columns), x_TI.new_empty(len(x_TI), rows)
     for start in range(0, rows, step):
         weight = panel[: rows - start]
-        native.decode(isa, tiles, table, start, weight)
+        native.decode(isa, tiles, table, rows, start, weight)
         torch.mm(x_TI, weight.T, out=y_TO[:, start : start + step])
     return y_TO
 

@@ -30,30 +30,7 @@ def why_not(term: SideTerm) -> str | None:
     return None
 
 
-def check(term: SideTerm, shape: tuple[int, int]) -> None:
-    """Checks that a term stays inside a layer of ``shape`` (O, I), because compiled code would read other memory.
-
-    Raises:
-        ValueError: it does not; the file is damaged.
-    """
-    rows, columns = shape
-    at = term.column if isinstance(term, Sparse) else term.index if isinstance(term, KeptColumns) else torch.zeros(0)
-    if at.numel() and not 0 <= int(at.amin()) <= int(at.amax()) < columns:
-        raise ValueError(
-            f"a side term names channels {int(at.amin())} to {int(at.amax())} of {columns}: the file is damaged"
-        )
-    if isinstance(term, Sparse):
-        start = term.row_start
-        whole = len(start) == rows + 1 and start[0] == 0 and (start.diff() >= 0).all()
-        if not whole or not len(term.value) == len(at) == int(start[-1]):
-            raise ValueError(f"a side term's {len(at)} weights are not those of {rows} rows: the file is damaged")
-    if isinstance(term, KeptColumns) and tuple(term.value.shape) != (rows, len(at)):
-        raise ValueError(
-            f"a side term keeps {list(term.value.shape)} where {[rows, len(at)]} belong: the file is damaged"
-        )
-
-
-def row_arguments(term: Sparse | KeptColumns) -> tuple[int, int, int, int, int]:
+def row_arguments(term: Sparse | KeptColumns) -> tuple[int, int, int, int, int, int]:
     """A term as arguments of the compiled code; the term must outlive their use."""
     if isinstance(term, Sparse):
         return native.row_arguments(term.value, term.column, term.row_start)

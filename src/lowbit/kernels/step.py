@@ -159,13 +159,15 @@ class TokenStep:
             return self._step.dense(weight.data_ptr(), DTYPES[weight.dtype], *weight.shape, *bias)
         p, tiles = linear.product, linear.tiles
         assert tiles is not None and why_not(linear) is None
+        if linear.bias is not None and linear.bias.numel() != p.rows:
+            raise ValueError(f"a bias has {linear.bias.numel()} numbers for {p.rows} rows")
         params = [None if t is None else t.float().contiguous() for t in p.params or (None, None)]
         self._kept.append(params)
         mode = native.input_mode(p.kind in (TABLE, CODEBOOK), bool(p.bits))
-        addresses = [0 if t is None else t.data_ptr() for t in (p.table, *params)]
         matrix = self._step.packed(
-            tiles.data_ptr(), tiles.numel(), addresses[0], mode, p.bits, p.symmetric, p.reach, *addresses[1:], *bias
-        )
+            tiles.data_ptr(), tiles.numel(), *native.table_arguments(p.table), mode, p.bits, p.symmetric, p.reach,
+            *(0 if t is None else t.data_ptr() for t in params), *bias,
+        )  # fmt: skip
         for term in linear.side_terms:
             assert isinstance(term, Sparse | KeptColumns)
             self._step.beside(matrix, *side_terms.row_arguments(term))

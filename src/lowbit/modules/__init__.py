@@ -16,6 +16,7 @@ from lowbit.modules.linear_format import LinearFormat
 from lowbit.modules.quant_linear import QuantLinear, prepare, restore
 from lowbit.modules.residual import ResidualRotation, residual_of, turn_residual, turned
 from lowbit.modules.serialize_transforms import PartDescription, TensorInfo
+from lowbit.modules.validation import check_finite, check_tensors
 
 __all__ = [
     "ActSpec",
@@ -30,6 +31,8 @@ __all__ = [
     "ResidualRotation",
     "TensorInfo",
     "attend",
+    "check_finite",
+    "check_tensors",
     "fake_activation",
     "fake_quantize_activation",
     "make_drafts",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.modules import serialize_transforms
+from lowbit.modules.validation import check_finite, check_positive
 from lowbit.numerics import Affine
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class OperandRanges(nn.Module):
         super().__init__()
         assert spec.static and spec.heads is not None
         query, shared, width, value_width = spec.heads
-        self.heads = spec.heads
+        self.heads, self.most_code = spec.heads, 2**spec.bits - 1
         for name, heads, channels in (
             ("query", query, width),
             ("key", shared, width),
@@ -80,6 +81,28 @@ class OperandRanges(nn.Module):
         """Sets buffers by name; each must have the shape of the one that is there."""
         for name, value in buffers.items():
             self.get_buffer(name).copy_(value)
+
+    def check(self, path: str) -> None:
+        """Checks that scales are positive and finite, zero points are codes, and clusters are those that there are.
+
+        Args:
+            path: of this module, for the message.
+
+        Raises:
+            ValueError: a buffer that is not so.
+        """
+        for name, buffer in self._buffers.items():
+            assert buffer is not None
+            if name.endswith("_scale"):
+                check_finite(f"tensor {path}.{name}", buffer)
+                check_positive(f"tensor {path}.{name}", buffer)
+            else:
+                most = self.most_code if name.endswith("_zero") else self._clusters(name) - 1
+                if int(buffer.max()) > most:
+                    raise ValueError(f"tensor {path}.{name} holds {int(buffer.max())}, expected 0 to {most}")
+
+    def _clusters(self, name: str) -> int:
+        return (self.value_scale if name == "value_labels" else self.key_scale).shape[1]
 
     def of_head(self, g: int) -> HeadRanges:
         """What key-value head ``g`` and its query heads have."""

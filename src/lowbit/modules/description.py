@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lowbit.layouts import Layout, packed_layout
-from lowbit.modules import serialize_transforms
+from lowbit.modules import serialize_transforms, validation
 from lowbit.modules.activation import ActSpec, static_layout
 from lowbit.modules.serialize_transforms import PLACES, PartDescription, Place
 from lowbit.numerics import Spec, from_dict, nearest, to_dict
@@ -52,15 +52,16 @@ class LinearDescription:
 
     def __post_init__(self):
         if not isinstance(self.spec, Spec) or not isinstance(self.act, ActSpec | None):
-            raise ValueError(f"a packed linear has a Spec and an ActSpec or none, found {self.spec!r} and {self.act!r}")
-        if len(self.shape) != 2 or not all(type(size) is int and size > 0 for size in self.shape):
-            raise ValueError(f"the shape of a packed linear is two sizes, found {self.shape!r}")
+            found = f"{self.spec!r:.100} and {self.act!r:.100}"
+            raise ValueError(f"a packed linear has a Spec and an ActSpec or none, found {found}")
+        validation.check_shape(self.shape)
         if self.bias is not None and self.bias not in _BIAS_DTYPES.values():
             raise ValueError(f"bias is stored as one of {', '.join(_BIAS_DTYPES)} or null, found {self.bias!r}")
         self.spec.check_shape(self.shape)
         if self.act is not None:
             self.act.spec.check_shape((1, self.shape[1]))
         self.layout()
+        validation.check_parts(self)
 
     def parts(self, place: Place) -> tuple[PartDescription, ...]:
         """The transforms or side terms at ``place``."""
@@ -118,23 +119,23 @@ class LinearDescription:
             ValueError: data that describe no layer.
         """
         if not isinstance(data, Mapping):
-            raise ValueError(f"a packed linear is described by an object, found {data!r}")
+            raise ValueError(f"a packed linear is described by an object, found {data!r:.100}")
         if missing := set(_REQUIRED) - data.keys():
             raise ValueError(f"the description of a packed linear lacks {', '.join(sorted(missing))}")
         for key in data.keys() - {*_REQUIRED, *PLACES}:
             raise ValueError(
-                f"the description of a packed linear has an unknown entry {key!r}{nearest(str(key), [*_REQUIRED, *PLACES])}"
+                f"the description of a packed linear has an unknown entry {key!r}{nearest(str(key)[:100], [*dict.fromkeys((*_REQUIRED, *PLACES))])}"
             )
         bias, shape = data["bias"], data["shape"]
-        if bias is not None and bias not in _BIAS_DTYPES:
-            raise ValueError(f"bias is stored as one of {', '.join(_BIAS_DTYPES)} or null, found {bias!r}")
+        if bias is not None and (not isinstance(bias, str) or bias not in _BIAS_DTYPES):
+            raise ValueError(f"bias is stored as one of {', '.join(_BIAS_DTYPES)} or null, found {bias!r:.100}")
         if not isinstance(shape, list | tuple):
-            raise ValueError(f"the shape of a packed linear is two sizes, found {shape!r}")
+            raise ValueError(f"the shape of a packed linear is two sizes, found {shape!r:.100}")
         parts = {}
         for place in PLACES:
             entries = data.get(place, ())
             if not isinstance(entries, list | tuple):
-                raise ValueError(f"{place} of a packed linear is a list, found {entries!r}")
+                raise ValueError(f"{place} of a packed linear is a list, found {entries!r:.100}")
             parts[place] = tuple(PartDescription.from_json(place, entry) for entry in entries)
         return cls(
             spec=from_dict(data["spec"], Spec),

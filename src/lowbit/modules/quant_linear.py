@@ -33,17 +33,25 @@ from lowbit.modules.activation import ActSpec, pack_static, unpack_static
 from lowbit.modules.description import LinearDescription
 from lowbit.modules.linear_format import LinearFormat
 from lowbit.modules.serialize_transforms import PLACES, Place
+from lowbit.modules.validation import check_tensors
 from lowbit.numerics import Affine, QTensor, SideTerm, Spec, Table
 from lowbit.transforms import ChannelTransform, Made, Seeded, through
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a prepared layer has made once, so that a call does nothing but call: the product, and what is around it."""
+    """What a prepared layer has made once, so that a call does nothing but call: the product, and what is around it.
+
+    Attributes:
+        source: the checked tensors that it was made from; :meth:`QuantLinear.prepare` compares their identities, addresses
+            and versions with ``state``.
+    """
 
     product: kernels.product.Product
     side_terms: tuple[SideTerm, ...]
     transforms: dict[str, tuple[ChannelTransform | Made, ...]]
+    source: tuple[Tensor, ...]
+    state: tuple[tuple[int, int, int], ...]
 
 
 class QuantLinear(nn.Module):
@@ -153,15 +161,20 @@ class QuantLinear(nn.Module):
         Transforms and activation quantization compute in float32; the weight is decoded in float32 and rounded to the
         dtype of x, in which the product and the bias are taken.
         """
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"the layer reads {self.in_features} channels, the input has {x.shape[-1]}")
+        if not x.dim() or x.shape[-1] != self.in_features:
+            found = f"{x.shape[-1]}" if x.dim() else "no axis"
+            raise ValueError(f"the layer reads {self.in_features} channels, the input has {found}")
+        if x.dim() == 1:
+            return self.forward(x[None])[0]
+        if not x.numel():  # no token has no range
+            return x @ x.new_zeros(1, 1).expand(self.in_features, self.out_features)
         y = self._through("post", self.product(self._through("pre", x)))
         bias = self._buffers["bias"]
         return y if bias is None else y + bias.to(y.dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """The part between the transforms: activation quantization, the packed weight and its side terms."""
-        ready, forced = self._prepared, kernels.forced()
+        ready, forced = self.prepared, kernels.forced()
         compiled = forced is None or forced in kernels.native.instruction_sets()
         if ready is None or not compiled or (self.act is not None and torch.is_grad_enabled() and x.requires_grad):
             return kernels.run(x, self.packed())
@@ -181,15 +194,21 @@ class QuantLinear(nn.Module):
         where something asks for them (saving, decoding). Returns why not, or None where it is done (or was before).
 
         Raises:
-            ValueError: a side term that points outside of the layer.
+            ValueError: a tensor whose values no layer has, see :func:`lowbit.modules.validation.check_tensors`.
         """
         if self.tiles is not None:
             return None
-        packed = self.packed()
-        reason = kernels.native.why_unpackable(packed)
-        if reason is None:
-            for term in packed.side_terms:
-                kernels.side_terms.check(term, self.shape)
+        if any(buffer.is_meta for buffer in self._source()):
+            return "the layer has no content yet"
+        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not count their changes
+            for name, buffer in self._buffers.items():
+                if buffer is not None and buffer.is_inference():
+                    self._buffers[name] = buffer.clone()
+            check_tensors(self.description, self._tensors())
+            packed = self.packed()
+            reason = kernels.native.why_unpackable(packed)
+            if reason is not None:
+                return reason
             self.tiles = kernels.native.pack(packed)
             del self._buffers["codes"]
             made = {
@@ -199,13 +218,24 @@ class QuantLinear(nn.Module):
                 )
                 for place in ("pre", "post")
             }
-            self._prepared = Prepared(kernels.product.product_of(packed), packed.side_terms, made)
-        return reason
+            product, source = kernels.product.product_of(packed), self._source()
+            self._prepared = Prepared(product, packed.side_terms, made, source, _state(source))
+        return None
 
     @property
     def prepared(self) -> Prepared | None:
-        """What :meth:`prepare` made; it is made anew whenever ``tiles`` are."""
+        """What :meth:`prepare` made; made anew, and checked anew, where a stored tensor was replaced or changed in place."""
+        made = self._prepared
+        if made is None or torch.compiler.is_compiling() or made.state == _state(self._source()):
+            return made
+        self.restore()
+        self.prepare()
         return self._prepared
+
+    def _source(self) -> tuple[Tensor, ...]:
+        """The tensors that :meth:`prepare` reads, but the codes, which it replaces."""
+        left_out = ("bias", "tiles", "codes")
+        return tuple(b for name, b in self._buffers.items() if b is not None and name not in left_out)
 
     def restore(self) -> None:
         """Undoes :meth:`prepare`: canonical codes and nothing else."""
@@ -314,7 +344,7 @@ class QuantLinear(nn.Module):
         if not self.description.parts(place):
             return x
         wide = torch.promote_types(x.dtype, torch.float32)
-        ready = self._prepared if wide == torch.float32 else None
+        ready = self.prepared if wide == torch.float32 else None
         return through(self._transforms(place, wide) if ready is None else ready.transforms[place], x)
 
 
@@ -328,8 +358,12 @@ def prepare(model: nn.Module) -> None:
             "Install a C++ compiler (g++ 11 or newer) and reinstall lowbit",
             stacklevel=2,
         )
-    for layer in layers:
-        layer.prepare()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            try:
+                module.prepare()
+            except ValueError as error:
+                raise ValueError(f"tensor {name}.{error}" if name else f"tensor {error}") from error
 
 
 def restore(model: nn.Module) -> None:
@@ -337,6 +371,11 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.restore()
+
+
+def _state(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int, int], ...]:
+    """Identity, address and version of each: together they change whenever content does."""
+    return tuple((id(t), t.data_ptr(), t._version) for t in tensors)
 
 
 class _Restoring(Mapping[str, Tensor]):

@@ -54,10 +54,11 @@ class ResidualRotation:
         kind = _KINDS.get(str(data.get("type"))) if isinstance(data, Mapping) else None
         if kind is None or set(data) != {"type", "seed", "size", "blocks"}:
             raise ValueError(
-                f"a rotation of the residual stream has a type ({', '.join(_KINDS)}), seed, size and blocks, found {data}"
+                f"a rotation of the residual stream has a type ({', '.join(_KINDS)}), seed, size and blocks, "
+                f"found {data!r:.100}"
             )
-        if not all(isinstance(data[key], int) for key in ("seed", "size")) or not isinstance(data["blocks"], str):
-            raise ValueError(f"the rotation of the residual stream is damaged: {data}")
+        if not all(type(data[key]) is int for key in ("seed", "size")) or not isinstance(data["blocks"], str):
+            raise ValueError(f"the rotation of the residual stream is damaged: {data!r:.100}")
         return cls(data["blocks"], kind(data["seed"], data["size"]))
 
 
@@ -82,9 +83,20 @@ class _Leave:
 
 
 def turn_residual(model: nn.Module, residual: ResidualRotation) -> None:
-    """Turns what enters the first of the blocks by the rotation, and what leaves the last back."""
+    """Turns what enters the first of the blocks by the rotation, and what leaves the last back.
+
+    Raises:
+        ValueError: the model has no such blocks, or its stream has another width than the rotation.
+    """
     listed = model.get_submodule(residual.blocks)
-    assert isinstance(listed, nn.ModuleList) and len(listed), f"{residual.blocks!r} is not a list of blocks"
+    if not isinstance(listed, nn.ModuleList) or not len(listed):
+        raise ValueError(f"the residual stream is rotated between {residual.blocks!r}, which is not a list of blocks")
+    config: Any = getattr(model, "config", None)
+    width = None if config is None else config.get_text_config().hidden_size
+    if width is not None and residual.rotation.size != width:
+        raise ValueError(
+            f"the rotation of the residual stream has the size {residual.rotation.size}, the stream has {width} channels"
+        )
     listed[0].register_forward_pre_hook(_Enter(residual), with_kwargs=True)
     listed[-1].register_forward_hook(_Leave(residual.rotation))
 

@@ -98,18 +98,20 @@ class PartDescription:
             ValueError: a type or a field that parts at ``place`` do not have, or a damaged shape or dtype.
         """
         if not isinstance(data, Mapping):
-            raise ValueError(f"a {_kind(place)} is described by an object with a type and its fields, found {data!r}")
+            raise ValueError(
+                f"a {_kind(place)} is described by an object with a type and its fields, found {data!r:.100}"
+            )
         part = _class_of(place, data.get("type"))
         declared = {field.name: field.type for field in dataclasses.fields(part)}
-        if sorted(data) != sorted(["type", *declared]):
+        if set(data) != {"type", *declared}:
             raise ValueError(
-                f"{data['type']} has the fields {list(declared)}, found {sorted(set(data) - {'type'})}: the description "
-                "is damaged"
+                f"{data['type']} has the fields {list(declared)}, found {[str(key) for key in data if key != 'type']!r:.100}: "
+                "the description is damaged"
             )
         fields = tuple((name, _field_from_json(name, data[name])) for name in declared)
         for name, value in fields:
             if (declared[name] == "Tensor" or name == "seed") != isinstance(value, TensorInfo):
-                raise ValueError(f"{data['type']} is damaged: its field {name} is described by {data[name]!r}")
+                raise ValueError(f"{data['type']} is damaged: its field {name} is described by {data[name]!r:.100}")
         return cls(data["type"], fields)
 
 
@@ -169,9 +171,9 @@ def _kind(place: Place) -> str:
 
 
 def _class_of(place: Place, name: Any) -> type[Any]:
-    cls = _TYPES[place].get(str(name))
+    cls = _TYPES[place].get(name) if isinstance(name, str) else None
     if cls is None:
-        raise ValueError(f"unknown {_kind(place)} {name!r}{nearest(str(name), list(_TYPES[place]))}")
+        raise ValueError(f"unknown {_kind(place)} {name!r:.100}{nearest(str(name)[:100], list(_TYPES[place]))}")
     return cls
 
 
@@ -210,12 +212,12 @@ def _field_from_json(name: str, data: Any) -> Any:
         data = {"shape": data, "dtype": str(_usual_dtype(name)).removeprefix("torch.")}
     if not isinstance(data, Mapping):
         return data
-    if data.get("dtype") not in _DTYPES:
-        raise ValueError(f"{name} is stored as one of {', '.join(_DTYPES)}, found {data.get('dtype')!r}")
-    shape = data.get("shape")
+    dtype, shape = data.get("dtype"), data.get("shape")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{name} is stored as one of {', '.join(_DTYPES)}, found {dtype!r:.100}")
     if not isinstance(shape, list | tuple) or not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"the shape of {name} is a list of sizes, found {shape!r}")
-    return TensorInfo(tuple(shape), _DTYPES[data["dtype"]])
+        raise ValueError(f"the shape of {name} is a list of sizes, found {shape!r:.100}")
+    return TensorInfo(tuple(shape), _DTYPES[dtype])
 
 
 def _in(buffer: Tensor, dtype: torch.dtype | None) -> Tensor:

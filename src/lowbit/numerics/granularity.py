@@ -135,11 +135,12 @@ class PerGroup:
     def split(self, x: Tensor, *, fill_zero: bool = False) -> Tensor:
         _, groups = self.param_shape(tuple(x.shape))
         x = x.reshape(-1, x.shape[-1])
-        return _fill(x, groups * self.size, fill_zero).reshape(-1, self.size)
+        width = min(self.size, x.shape[-1])  # one short run is not filled: its size may be any number
+        return _fill(x, groups * width, fill_zero).reshape(-1, width)
 
     def join(self, x_GK: Tensor, shape: Shape) -> Tensor:
         rows, groups = self.param_shape(shape)
-        return x_GK.reshape(rows, groups * self.size)[:, : shape[-1]].reshape(shape)
+        return x_GK.reshape(rows, groups * min(self.size, shape[-1]))[:, : shape[-1]].reshape(shape)
 
 
 @serializable
@@ -161,7 +162,8 @@ class Flat:
 
     def split(self, x: Tensor, *, fill_zero: bool = False) -> Tensor:
         _, blocks = self.param_shape(tuple(x.shape))
-        return _fill(x.reshape(1, -1), blocks * self.size, fill_zero).reshape(-1, self.size)
+        width = min(self.size, max(1, x.numel()))
+        return _fill(x.reshape(1, -1), blocks * width, fill_zero).reshape(-1, width)
 
     def join(self, x_GK: Tensor, shape: Shape) -> Tensor:
         return x_GK.reshape(-1)[: prod(shape)].reshape(shape)
@@ -185,14 +187,18 @@ class Block:
     def split(self, x: Tensor, *, fill_zero: bool = False) -> Tensor:
         high, wide = self.param_shape(tuple(x.shape))
         x = x.reshape(-1, x.shape[-1])
-        x = _fill(x, wide * self.cols, fill_zero)
-        x = _fill(x.T, high * self.rows, fill_zero).T
-        return x.reshape(high, self.rows, wide, self.cols).transpose(1, 2).reshape(high * wide, -1)
+        rows, cols = self._tile(tuple(x.shape))
+        x = _fill(x, wide * cols, fill_zero)
+        x = _fill(x.T, high * rows, fill_zero).T
+        return x.reshape(high, rows, wide, cols).transpose(1, 2).reshape(high * wide, -1)
 
     def join(self, x_GK: Tensor, shape: Shape) -> Tensor:
-        high, wide = self.param_shape(shape)
-        x = x_GK.reshape(high, wide, self.rows, self.cols).transpose(1, 2).reshape(high * self.rows, -1)
+        (high, wide), (rows, cols) = self.param_shape(shape), self._tile(shape)
+        x = x_GK.reshape(high, wide, rows, cols).transpose(1, 2).reshape(high * rows, -1)
         return x[: _rows(shape), : shape[-1]].reshape(shape)
+
+    def _tile(self, shape: Shape) -> tuple[int, int]:
+        return min(self.rows, max(1, _rows(shape))), min(self.cols, shape[-1])
 
 
 @serializable

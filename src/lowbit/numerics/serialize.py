@@ -82,20 +82,30 @@ def from_dict(data: Any, expected: Any = None, where: str = "") -> Any:
         ValueError: an unknown type or field (the message names the nearest known one), a missing field, or a field of
             another type.
     """
+    try:
+        return _read(data, expected, where)
+    except RecursionError:
+        raise ValueError(f"{where or 'the data'}: nested too deeply") from None
+
+
+def _read(data: Any, expected: Any, where: str) -> Any:
     if isinstance(data, list | tuple):
         kinds = _element_types(expected, len(data))
-        return tuple(from_dict(item, kind, _join(where, i)) for i, (item, kind) in enumerate(zip(data, kinds)))
+        return tuple(_read(item, kind, _join(where, i)) for i, (item, kind) in enumerate(zip(data, kinds)))
     if not isinstance(data, dict):
         return data
+    for key in data:
+        if not isinstance(key, str):
+            raise ValueError(f"{where or 'the data'}: a key is text, found {key!r:.100}")
     if "type" in data:
         name = data["type"]
-        if name not in _KNOWN:
-            raise ValueError(f"unknown type {name!r}{nearest(str(name), list(_KNOWN))}")
+        if not isinstance(name, str) or name not in _KNOWN:
+            raise ValueError(f"unknown type {name!r:.100}{nearest(str(name)[:100], list(_KNOWN))}")
         return _build(_KNOWN[name], {key: item for key, item in data.items() if key != "type"}, where)
     classes = [kind for kind in _alternatives(expected) if dataclasses.is_dataclass(kind)]
     if len(classes) == 1:
         return _build(classes[0], data, where)
-    return {key: from_dict(item, where=_join(where, key)) for key, item in data.items()}
+    return {key: _read(item, None, _join(where, key)) for key, item in data.items()}
 
 
 def check_types(value: Any, where: str = "") -> None:
@@ -119,14 +129,17 @@ def _build(cls: Any, data: Mapping[str, Any], where: str) -> Any:
     for key in data:
         if key not in fields:
             problem = f": unknown key {key!r}" if cls in _UNTAGGED else f" has no option {key!r}"
-            raise ValueError(f"{path}{problem}{nearest(str(key), list(fields))}")
+            raise ValueError(f"{path}{problem}{nearest(str(key)[:100], list(fields))}")
     for name, field in fields.items():
         if name not in data and field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{path}.{name}: Field required")
     hints = _hints(cls)
-    items = {key: from_dict(item, hints[key], f"{path}.{key}") for key, item in data.items()}
+    items = {key: _read(item, hints[key], f"{path}.{key}") for key, item in data.items()}
     _check_fields(cls, items, path)
-    return cls(**items)
+    try:
+        return cls(**items)
+    except (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError) as error:
+        raise ValueError(f"{path}: values that do not belong together ({type(error).__name__}: {error})") from error
 
 
 def _path(cls: type, where: str) -> str:
@@ -152,7 +165,7 @@ def _check_fields(cls: type, items: Mapping[str, Any], path: str) -> None:
         try:
             _adapter(cls, name).validate_python((item,))
         except ValidationError as error:
-            raise ValueError(f"{path}.{name}: {error.errors()[0]['msg']}, found {item!r}") from error
+            raise ValueError(f"{path}.{name}: {error.errors()[0]['msg']}, found {item!r:.100}") from error
 
 
 @cache

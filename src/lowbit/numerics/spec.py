@@ -26,6 +26,8 @@ _SCALE_DTYPES = {
     "float8_e8m0fnu": torch.float8_e8m0fnu,
 }
 
+_MOST_LEVELS = 3
+
 
 @serializable
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Spec:
             raise ValueError(f"granularity must be such as PerGroup(64), found {self.granularity!r}")
         if self.scale_dtype not in _SCALE_DTYPES:
             raise ValueError(f"scale_dtype is one of {', '.join(_SCALE_DTYPES)}, found {self.scale_dtype!r}")
+        if self._levels_of_stats() > _MOST_LEVELS:
+            raise ValueError(f"scales are quantized, and their scales, at most {_MOST_LEVELS} times; found more")
+
+    def _levels_of_stats(self) -> int:
+        return 0 if self.stats is None else 1 + self.stats._levels_of_stats()
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:

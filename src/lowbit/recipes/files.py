@@ -21,6 +21,9 @@ from lowbit.recipes.registry import recipe
 from lowbit.recipes.stages import Blockwise
 from lowbit.scheme import FormatRule, Scheme
 
+_MOST_BYTES, _MOST_NODES, _DEEPEST = 10**6, 10**5, 50
+"""Of a recipe file: its size, its values with aliases written out, and how deep they are nested."""
+
 
 @untagged
 @dataclass(frozen=True)
@@ -111,7 +114,47 @@ def from_plain(data: Any) -> Recipe:
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML that reads ``1e-3`` as a number (YAML 1.1 asks for ``1.0e-3``)."""
+    """Safe YAML that reads ``1e-3`` as a number (YAML 1.1 asks for ``1.0e-3``).
+
+    A key given twice is an error. So is a file whose aliases refer to what contains them, or multiply its content.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _count(node, {}, 0)
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in written:
+            if written.count(key) > 1 and key != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r:.100} is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _count(node: yaml.Node, known: dict[yaml.Node, int], depth: int) -> int:
+    """Nodes of ``node`` with every alias written out; raises for what no recipe is."""
+    if node in known:
+        if not known[node]:
+            raise yaml.constructor.ConstructorError(None, None, "an alias refers to what contains it", node.start_mark)
+        return known[node]
+    if depth > _DEEPEST:
+        raise yaml.constructor.ConstructorError(None, None, f"nested more than {_DEEPEST} deep", node.start_mark)
+    known[node] = 0  # while its content is counted
+    inside: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        inside = node.value
+    elif isinstance(node, yaml.MappingNode):
+        inside = [each for pair in node.value for each in pair]
+    known[node] = 1 + sum(_count(each, known, depth + 1) for each in inside)
+    if known[node] > _MOST_NODES:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"with its aliases written out it has more than {_MOST_NODES} values", node.start_mark
+        )
+    return known[node]
 
 
 Loader.add_implicit_resolver(
@@ -128,10 +171,17 @@ def from_file(path: str | Path) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no recipe file {str(path)!r}; `lowbit recipes` lists the ones that come along")
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, a recipe has at most {_MOST_BYTES}")
     try:
-        return from_plain(yaml.load(path.read_text(), Loader))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply for a recipe") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path} is not YAML: {said:.300}") from error
+    try:
+        return from_plain(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

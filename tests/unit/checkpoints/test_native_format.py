@@ -335,7 +335,7 @@ def test_a_packed_layer_that_lacks_a_tensor_is_named(copy, name):
 
 def test_other_missing_and_unexpected_tensors_are_named(saved, copy):
     drop_tensor(copy, "model.layers.1.input_layernorm.weight")
-    with pytest.raises(ValueError, match=r"differ in 1 tensors: model.layers.1.input_layernorm.weight"):
+    with pytest.raises(ValueError, match=r"tensor model.layers.1.input_layernorm.weight .* is not in the checkpoint"):
         native.load(copy)
     shutil.rmtree(copy)
     shutil.copytree(saved["untied"][1], copy)

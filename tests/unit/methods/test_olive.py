@@ -463,7 +463,7 @@ def test_tiles_hold_each_value_in_one_bit_more_and_decode_to_the_same_bits(grid,
         tiles = native.pack(layer)
         assert torch.equal(native.unpack(tiles, spec, shape), layer.tensors["codes"])
         found = torch.empty(shape)
-        native.decode(isa, tiles, native.table_of(spec), 0, found)
+        native.decode(isa, tiles, native.table_of(spec), shape[0], 0, found)
         assert torch.equal(found, q.dequantize())
         x = torch.randn(3, shape[1], generator=torch.Generator().manual_seed(2))
         packed = kernels.PackedLinear(spec, shape, layer.tensors, tiles=tiles)

@@ -8,7 +8,7 @@ No pickle is read or written.
 
 from lowbit.checkpoints.native.file_format import Native, save
 from lowbit.checkpoints.native.loading import bits_per_weight, load
-from lowbit.checkpoints.native.reading import Checkpoint, bits_report, check_layers, is_native, read_checkpoint
+from lowbit.checkpoints.native.reading import Checkpoint, bits_report, is_native, read_checkpoint
 from lowbit.checkpoints.native.writing import SHARD_METADATA, ShardWriter, write_checkpoint, write_checkpoint_index
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "ShardWriter",
     "bits_per_weight",
     "bits_report",
-    "check_layers",
     "is_native",
     "load",
     "read_checkpoint",

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lowbit.checkpoints.description import ModelDescription
+from lowbit.checkpoints.native.checking import checked
 from lowbit.checkpoints.native.reading import CONFIG, JOURNAL, read_quantized
 from lowbit.checkpoints.native.writing import ShardWriter, plain_config, write_checkpoint_index
 from lowbit.checkpoints.packed_model import PackedModel, parts_of
@@ -60,7 +61,7 @@ class Native:
         return PackedModel(
             description=description,
             config={key: value for key, value in checkpoint.config.items() if key != "quantization_config"},
-            parts=lambda: parts_of(description, names, lambda name: read_tensor(headers[name])),
+            parts=lambda: checked(directory, parts_of(description, names, lambda name: read_tensor(headers[name]))),
             files=tuple(file for file in sorted(directory.iterdir()) if _belongs(file)),
         )
 

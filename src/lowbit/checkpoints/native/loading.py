@@ -42,15 +42,23 @@ def load(
     directory = Path(directory)
     checkpoint = read_checkpoint(directory, unfinished=unfinished)
     refuse_adapter(directory)
-    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
-    loaded: Any = auto_class(config).from_pretrained(
-        directory,
-        dtype="auto" if dtype is None else dtype,
-        output_loading_info=True,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=trust_remote_code,
-    )
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+        loaded: Any = auto_class(config).from_pretrained(
+            directory,
+            dtype="auto" if dtype is None else dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (ModelError, OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever a model's class says to a config that it cannot be built from
+        said = " ".join(str(error).split())
+        raise ModelError(
+            f"{directory}: transformers cannot load the model that config.json describes: {type(error).__name__}: {said:.300}"
+        ) from error
     model, info = loaded
     lost = sorted(info["missing_keys"])
     if checkpoint.description is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lowbit.checkpoints.description import METHOD, ModelDescription
+from lowbit.checkpoints.native.checking import check_layers
 from lowbit.checkpoints.shards import ModelError, TensorHeader, read_headers, read_json
 
 CONFIG = "config.json"
@@ -49,6 +50,8 @@ def read_checkpoint(directory: str | os.PathLike[str], *, unfinished: bool = Fal
             )
         raise ModelError(f"{directory}: no {CONFIG}; expected a directory that lowbit or save_pretrained wrote")
     config = read_json(directory / CONFIG)
+    if not isinstance(said := config.get("quantization_config", {}), dict):
+        raise ModelError(f"{directory}: quantization_config of {CONFIG} is an object, found {said!r:.100}")
     headers = read_headers(directory)
     description = check_layers(directory, config["quantization_config"], headers) if is_native(config) else None
     return Checkpoint(config, headers, description)
@@ -66,35 +69,6 @@ def is_native(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a lowbit checkpoint."""
     description = config.get("quantization_config")
     return isinstance(description, Mapping) and description.get("quant_method") == METHOD
-
-
-def check_layers(
-    directory: Path, quantization_config: Mapping[str, Any], headers: Mapping[str, TensorHeader]
-) -> ModelDescription:
-    """The description in a config.json, checked against the tensors that are there.
-
-    Raises:
-        ModelError: a damaged description, or a tensor of a packed layer that is missing or has another shape or dtype than
-            the one described.
-    """
-    try:
-        description = ModelDescription.from_json(quantization_config)
-    except ValueError as error:
-        raise ModelError(f"{directory}: {error}") from error
-    for layer, layer_description in description.layers.items():
-        for buffer, (shape, dtype) in layer_description.layout().items():
-            name = f"{layer}.{buffer}"
-            if name not in headers:
-                raise ModelError(
-                    f"{directory}: tensor {name} of a quantized layer is not in the checkpoint; it is incomplete, "
-                    "copy it or quantize the model again"
-                )
-            if (headers[name].shape, headers[name].dtype) != (shape, dtype):
-                raise ModelError(
-                    f"{directory}: tensor {name} is {headers[name].dtype} {list(headers[name].shape)}, config.json "
-                    f"describes {dtype} {list(shape)}; the files are of different checkpoints"
-                )
-    return description
 
 
 def bits_report(directory: str | os.PathLike[str]) -> dict[str, Any]:

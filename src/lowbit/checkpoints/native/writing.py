@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit.checkpoints.description import ModelDescription
-from lowbit.checkpoints.native.reading import CONFIG, check_layers
+from lowbit.checkpoints.native.checking import check_layers
+from lowbit.checkpoints.native.reading import CONFIG
 from lowbit.checkpoints.shards import INDEX, ModelError, TensorHeader, read_shard_header
 
 SHARD_METADATA = {"format": "pt"}

@@ -237,7 +237,13 @@ static inline void prepare_static(const Job& job, int64_t token, const float* x,
   } else {
     fit({e.low * job.act_reach, e.high * job.act_reach, e.finite}, job.act_bits, job.act_symmetric, &scale, &zero);
   }
-  const float kept = e.finite ? scale : __builtin_nanf("");
+  // A given range clips infinity; of a fitted one it leaves nothing. NaN stays NaN.
+  bool known = e.finite;
+  if (!known && job.act_scale != nullptr) {
+    known = true;
+    for (int64_t i = 0; i < plane; ++i) known = known && x[i] == x[i];
+  }
+  const float kept = known ? scale : __builtin_nanf("");
   // Where the zero is the middle it is added before rounding, as the reference does: it matters at ties.
   const auto by = V::set(scale), inverse = V::set(1.0f / scale), before = V::set(job.act_symmetric ? middle : 0.0f);
   const bool quick = V::fuses && scale > 1e-31f && scale < 1e31f;

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "pack.h"
+#include "step.h"
 #include "tiles.h"
 
 namespace nb = nanobind;
@@ -95,8 +96,36 @@ const Kernels* runs(const Kernels* k, const Job& job) {
   return k->takes && !k->takes(*job.tiles, job.input, job.m) ? k->otherwise : k;
 }
 
+// Products in float32 of the tokens that fixed point would drown; they replace what is in job.y.
+void multiply_drowned(const Kernels* k, const Job& job, int threads) {
+  const Tiles& t = *job.tiles;
+  const StepKernels& s = *k->step;
+  std::vector<float> x(t.cols), kept;
+  std::vector<int64_t> tokens;
+  for (int64_t token = 0; token < job.m; ++token) {
+    s.read(job.x, job.x_type, token * t.cols, t.cols, x.data());
+    if (!drowns(t, x.data())) continue;
+    tokens.push_back(token);
+    kept.insert(kept.end(), x.begin(), x.end());
+  }
+  if (tokens.empty()) return;
+  run_blocks(t.blocks, threads, t.total_bytes * 8, [&](int64_t first, int64_t last) {
+    std::vector<float> weight(LANES * t.cols);
+    float y[LANES];
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t row = block * LANES, n = std::min<int64_t>(LANES, t.rows - row);
+      k->decode(t, job.data, job.table, row, row + n, weight.data(), F32);
+      for (size_t i = 0; i < tokens.size(); ++i) {
+        s.dense(weight.data(), F32, t.cols, kept.data() + i * t.cols, 0, n, y);
+        s.write(y, n, job.y, job.y_type, tokens[i] * t.rows + row);
+      }
+    }
+  });
+}
+
 // Fills job.y; the workspace is made here.
 void multiply(const Kernels* k, Job job, int threads) {
+  const Kernels* by_lanes = k->otherwise ? k->otherwise : k;
   k = runs(k, job);
   const Tiles& t = *job.tiles;
   const int64_t m = job.m, plane = t.padded_cols() * (t.kind == CODEBOOK ? LANES : 1);
@@ -110,6 +139,7 @@ void multiply(const Kernels* k, Job job, int threads) {
   job.xq = workspace(integers, k->takes ? k->input_bytes(t, job.input, m) : m * planes * plane);
   run_blocks(m, m < 4 ? 1 : threads, m * plane * 4, [&](int64_t first, int64_t last) { k->prepare(job, first, last); });
   run_blocks(t.blocks, threads, t.total_bytes * (m + 7) / 8, [&](int64_t first, int64_t last) { k->multiply(job, first, last); });
+  if (job.input == FIXED) multiply_drowned(by_lanes, job, threads);
 }
 
 // ---- instruction sets -------------------------------------------------------------------------------------------------
@@ -218,6 +248,15 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// The header of tiles, which must be of this shape; a table must have a value for each of their codes.
+Tiles fitting(uintptr_t tiles, int64_t bytes, int64_t rows, int64_t cols, uintptr_t table, int64_t values) {
+  const Tiles t = header(at<uint8_t>(tiles), bytes);
+  if (t.rows != rows || t.cols != cols) throw std::invalid_argument("the packed tiles are of another shape than the layer");
+  if (t.kind == TABLE && (!table || values < int64_t{1} << t.bits))
+    throw std::invalid_argument("the table has fewer values than the packed tiles have codes");
+  return t;
+}
+
 Canonical canonical(int kind, int bits, int64_t rows, int64_t cols, int64_t group, uintptr_t codes, uintptr_t scale,
                     uintptr_t zero, float zero_constant) {
   if (kind < UNIFORM || kind > BINARY || bits < 1 || bits > 8 || rows < 1 || cols < 1 || group < 1 || group > cols)
@@ -241,18 +280,21 @@ int64_t packed_bytes(int kind, int bits, int64_t rows, int64_t cols, int64_t gro
   return describe(canonical(kind, bits, rows, cols, group, 0, scale, zero, 0.0f)).total_bytes;
 }
 
-void unpack_into(uintptr_t tiles, int64_t bytes, uintptr_t codes, int threads) {
+void unpack_into(uintptr_t tiles, int64_t bytes, uintptr_t codes, int64_t rows, int64_t cols, int bits, int threads) {
   const auto* data = at<uint8_t>(tiles);
   const Tiles t = header(data, bytes);
+  if (t.rows != rows || t.cols != cols || t.bits != bits)
+    throw std::invalid_argument("the packed tiles are of another shape or width than the layer");
   nb::gil_scoped_release release;
   run_blocks(t.blocks, threads, bytes, [&](int64_t first, int64_t last) { unpack(t, data, at<uint8_t>(codes), first, last); });
 }
 
-void linear(const std::string& isa, uintptr_t tiles, int64_t bytes, uintptr_t table, uintptr_t x, int x_type, int64_t m,
-            uintptr_t y, int y_type, int input, int act_bits, bool act_symmetric, float act_reach, bool act_shared,
+// x [m, cols], y [m, rows].
+void linear(const std::string& isa, uintptr_t tiles, int64_t bytes, uintptr_t table, int64_t values, uintptr_t x, int x_type,
+            int64_t m, int64_t cols, uintptr_t y, int y_type, int64_t rows, int input, int act_bits, bool act_symmetric, float act_reach, bool act_shared,
             uintptr_t act_scale, uintptr_t act_zero, int threads) {
   const auto* data = at<uint8_t>(tiles);
-  const Tiles t = header(data, bytes);
+  const Tiles t = fitting(tiles, bytes, rows, cols, table, values);
   const Kernels* k = kernels_called(isa);
   if (m == 0) return;
   Job job{};
@@ -277,10 +319,11 @@ void linear(const std::string& isa, uintptr_t tiles, int64_t bytes, uintptr_t ta
   multiply(k, job, threads);
 }
 
-void decode(const std::string& isa, uintptr_t tiles, int64_t bytes, uintptr_t table, int64_t first, int64_t last,
-            uintptr_t out, int type, int threads) {
+// Rows first..last of rows, [last - first, cols].
+void decode(const std::string& isa, uintptr_t tiles, int64_t bytes, uintptr_t table, int64_t values, int64_t rows, int64_t cols,
+            int64_t first, int64_t last, uintptr_t out, int type, int threads) {
   const auto* data = at<uint8_t>(tiles);
-  const Tiles t = header(data, bytes);
+  const Tiles t = fitting(tiles, bytes, rows, cols, table, values);
   const int64_t height = t.kind == CODEBOOK ? 1 : LANES;
   if (first < 0 || last > t.rows || first > last || first % height != 0)
     throw std::invalid_argument("rows are decoded in whole blocks");

@@ -113,6 +113,37 @@ void each(const Tiles& t, int64_t block, F&& f) {
       f(block * LANES + lane, lane, k, place(k / t.group * t.padded + k % t.group));
 }
 
+// Parameters of a granule.
+int64_t width_of(const Tiles& t) { return t.kind == BINARY ? t.bits : t.kind == CODEBOOK ? 1 << t.bits : 1; }
+
+// Where everything lies, from the kind, the widths and the shape.
+void lay_out(Tiles& t) {
+  t.groups = (t.cols + t.group - 1) / t.group;
+  if (t.kind == CODEBOOK) {
+    t.padded = up((t.cols + LANES - 1) / LANES, CHUNK);
+    t.blocks = t.rows;
+    t.group_bytes = width_of(t) * 4;
+  } else {
+    t.padded = t.group <= CHUNK / 2 && t.groups > 1 ? CHUNK / 2 : up(t.group, CHUNK);
+    t.blocks = (t.rows + LANES - 1) / LANES;
+    t.group_bytes = LANES * (width_of(t) * number_bytes(t.scale) + number_bytes(t.zero));
+  }
+  t.codes_bytes = up(t.groups * t.padded, CHUNK) / CHUNK * 64 * t.bits;
+  t.block_bytes = up(t.codes_bytes + t.groups * t.group_bytes, 64);
+  t.sums_offset = HEADER + t.blocks * t.block_bytes;
+  t.total_bytes = t.sums_offset + up(t.kind == UNIFORM ? t.rows * 4 : 0, 64);
+}
+
+// Whether some weight can have this header, in a buffer of so many bytes.
+bool sound(const Tiles& t, int64_t bytes) {
+  const bool numbers = (t.scale == F16 || t.scale == F32) && t.zero >= NONE && t.zero <= F32;
+  if (t.magic != MAGIC || t.kind < UNIFORM || t.kind > BINARY || t.bits < 1 || t.bits > 8 || !numbers) return false;
+  if (t.rows < 1 || t.cols < 1 || t.group < 1 || t.group > t.cols || t.rows > 8 * bytes / t.cols) return false;
+  Tiles expected = t;
+  lay_out(expected);
+  return t.total_bytes == bytes && std::memcmp(&expected, &t, sizeof t) == 0;
+}
+
 }  // namespace
 
 Tiles describe(const Canonical& from) {
@@ -123,25 +154,11 @@ Tiles describe(const Canonical& from) {
   t.rows = from.rows;
   t.cols = from.cols;
   t.group = from.group;
-  t.groups = (from.cols + from.group - 1) / from.group;
   t.zero_constant = from.zero_constant;
-  const int64_t width = from.kind == BINARY ? from.bits : from.kind == CODEBOOK ? 1 << from.bits : 1;
-  const int64_t count = from.rows * t.groups;
-  t.scale = from.kind != CODEBOOK && all_halves(from.scale, count * width) ? F16 : F32;
+  const int64_t count = from.rows * ((from.cols + from.group - 1) / from.group);
+  t.scale = from.kind != CODEBOOK && all_halves(from.scale, count * width_of(t)) ? F16 : F32;
   t.zero = from.zero == nullptr ? NONE : all_bytes(from.zero, count) ? U8 : all_halves(from.zero, count) ? F16 : F32;
-  if (from.kind == CODEBOOK) {
-    t.padded = up((from.cols + LANES - 1) / LANES, CHUNK);
-    t.blocks = from.rows;
-    t.group_bytes = width * 4;
-  } else {
-    t.padded = from.group <= CHUNK / 2 && t.groups > 1 ? CHUNK / 2 : up(from.group, CHUNK);
-    t.blocks = (from.rows + LANES - 1) / LANES;
-    t.group_bytes = LANES * (width * number_bytes(t.scale) + number_bytes(t.zero));
-  }
-  t.codes_bytes = up(t.groups * t.padded, CHUNK) / CHUNK * 64 * from.bits;
-  t.block_bytes = up(t.codes_bytes + t.groups * t.group_bytes, 64);
-  t.sums_offset = HEADER + t.blocks * t.block_bytes;
-  t.total_bytes = t.sums_offset + up(from.kind == UNIFORM ? from.rows * 4 : 0, 64);
+  lay_out(t);
   return t;
 }
 
@@ -154,7 +171,7 @@ Tiles header(const uint8_t* data, int64_t bytes) {
   Tiles t;
   if (bytes < HEADER) throw std::invalid_argument("packed tiles start with a header, found " + std::to_string(bytes) + " bytes");
   std::memcpy(&t, data, sizeof t);
-  if (t.magic != MAGIC || t.total_bytes != bytes)
+  if (!sound(t, bytes))
     throw std::invalid_argument("these bytes are no packed tiles, or tiles that were cut off");
   return t;
 }
@@ -200,6 +217,30 @@ void pack(const Canonical& from, const Tiles& t, uint8_t* data, int64_t first, i
       if (t.kind == UNIFORM) sums[row] = static_cast<float>(sum);
     }
   }
+}
+
+bool drowns(const Tiles& t, const float* x) {
+  const auto bits_of = [](float v) {
+    int32_t bits;
+    std::memcpy(&bits, &v, 4);
+    return bits & 0x7fffffff;  // of the magnitude, which are ordered as magnitudes are
+  };
+  for (int64_t group = 0; group < t.cols; group += t.group) {
+    const int64_t end = group + t.group < t.cols ? group + t.group : t.cols;
+    for (int64_t begin = group; begin < end; begin += t.segment()) {
+      const int64_t stop = begin + t.segment() < end ? begin + t.segment() : end;
+      int32_t most = 0, any = 0, small = 0;
+      for (int64_t i = begin; i < stop; ++i) most = bits_of(x[i]) > most ? bits_of(x[i]) : most;
+      if (most >= 0x7f800000 || most <= 13 << 23) continue;  // NaN and Inf; nothing
+      const int32_t lost = most - (12 << 23);  // 12 binary orders below the largest
+      for (int64_t i = begin; i < stop; ++i) {
+        any += bits_of(x[i]) > 0;
+        small += bits_of(x[i]) > 0 && bits_of(x[i]) < lost;
+      }
+      if (small > 0 && 2 * small >= any) return true;
+    }
+  }
+  return false;
 }
 
 void unpack(const Tiles& t, const uint8_t* data, uint8_t* codes, int64_t first, int64_t last) {

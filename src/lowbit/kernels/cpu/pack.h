@@ -24,11 +24,14 @@ Tiles describe(const Canonical& from);
 void pack(const Canonical& from, const Tiles& t, uint8_t* data, int64_t first, int64_t last);
 void write_header(const Tiles& t, uint8_t* data);
 
-// The header of a buffer; throws std::invalid_argument where it is none of ours.
+// The header of a buffer; throws std::invalid_argument where it is none of ours. All its sizes are then those of the buffer.
 Tiles header(const uint8_t* data, int64_t bytes);
 
 // Canonical codes of blocks first..last.
 void unpack(const Tiles& t, const uint8_t* data, uint8_t* codes, int64_t first, int64_t last);
+
+// Whether fixed point with one scale a segment loses most of an input: values of which half have under half of the digits.
+bool drowns(const Tiles& t, const float* x);
 
 uint16_t half_of(float x);
 float float_of_half(uint16_t h);

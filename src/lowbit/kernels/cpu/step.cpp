@@ -9,12 +9,13 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <memory>
-#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -62,10 +63,34 @@ class Barrier {
       else std::this_thread::yield();  // more threads than cores: the one that is awaited may need this one's
     }
   }
+  void reset() { arrived_.store(0, std::memory_order_relaxed); }
 
  private:
   alignas(64) std::atomic<int32_t> arrived_{0};
   alignas(64) std::atomic<int32_t> phase_{0};
+};
+
+// Forks that led to this process. A child inherits locks that threads of its parent held, and none of these threads.
+int64_t forks = 0;
+
+// Lets one thread of this process in at a time, whatever a thread of the parent was at when it forked.
+class Turn {
+ public:
+  // Returns whether a thread that does not exist here was inside.
+  bool take() {
+    for (int spins = 0;; ++spins) {
+      int64_t holder = NOBODY;
+      if (holder_.compare_exchange_strong(holder, forks, std::memory_order_acquire)) return false;
+      if (holder != forks && holder_.compare_exchange_strong(holder, forks, std::memory_order_acquire)) return true;
+      if (spins < 1024) pause_briefly();
+      else std::this_thread::sleep_for(std::chrono::microseconds(50));
+    }
+  }
+  void give() { holder_.store(NOBODY, std::memory_order_release); }
+
+ private:
+  static constexpr int64_t NOBODY = -1;
+  std::atomic<int64_t> holder_{NOBODY};
 };
 
 // Memory on lines of its own.
@@ -143,6 +168,7 @@ struct Own {
   Aligned<float> x, normed;        // the residual stream, and what is read from it
   Aligned<float> heads;            // queries of a group, a key, a value
   Aligned<float> scores, row;
+  Aligned<float> weight;           // rows of a block, decoded
   Prepared inputs[3];
 };
 
@@ -166,10 +192,12 @@ class Step {
       throw std::invalid_argument("no attention has these heads");
   }
 
-  int packed(uintptr_t tiles, int64_t bytes, uintptr_t table, int input, int act_bits, bool act_symmetric,
+  int packed(uintptr_t tiles, int64_t bytes, uintptr_t table, int64_t values, int input, int act_bits, bool act_symmetric,
              float act_reach, uintptr_t act_scale, uintptr_t act_zero, uintptr_t bias, int bias_type) {
     Matrix m{};
     m.tiles = header(at<uint8_t>(tiles), bytes);
+    if (m.tiles.kind == TABLE && (!table || values < int64_t{1} << m.tiles.bits))
+      throw std::invalid_argument("the table has fewer values than the packed tiles have codes");
     m.rows = m.tiles.rows;
     m.cols = m.tiles.cols;
     m.packed = true;
@@ -197,8 +225,9 @@ class Step {
   }
 
   // A side term of a matrix.
-  void beside(int matrix, uintptr_t start, uintptr_t column, int column_bytes, uintptr_t value, int64_t width) {
+  void beside(int matrix, int64_t rows, uintptr_t start, uintptr_t column, int column_bytes, uintptr_t value, int64_t width) {
     Matrix& m = matrices_.at(matrix);
+    if (m.rows != rows) throw std::invalid_argument("a side term has other rows than its matrix");
     m.sides.push_back({at<int32_t>(start), at<void>(column), column_bytes, at<uint16_t>(value), width, m.rows, 1, nullptr, nullptr,
                        F32});
   }
@@ -238,7 +267,11 @@ class Step {
   }
 
   void run(Token& token, int threads) {
-    const std::lock_guard<std::mutex> lock(busy_);
+    if (turn_.take()) barrier_.reset();
+    const struct Giving {
+      Turn& turn;
+      ~Giving() { turn.give(); }
+    } giving{turn_};
     threads = pool == nullptr ? 1 : std::max(threads, 1);
     while (static_cast<int>(own_.size()) < threads) own_.emplace_back(std::make_unique<Own>());
     for (int i = 0; i < threads; ++i) make_room(*own_[i], token);
@@ -284,12 +317,19 @@ class Step {
     own.heads.reserve((group + 2) * dim_);
     own.row.reserve(dim_ + LANES);
     own.scores.reserve(group * token.capacity);
+    own.weight.reserve(LANES * widest_());
     for (auto& input : own.inputs) {
       input.floats.reserve(floats_());
       input.integers.reserve(integers_());
     }
   }
 
+  int64_t widest_() const {
+    int64_t most = 1;
+    for (const Matrix& m : matrices_)
+      if (m.packed) most = std::max(most, m.cols);
+    return most;
+  }
   int64_t floats_() const {
     int64_t most = 1;
     for (const Matrix& m : matrices_)
@@ -317,8 +357,15 @@ class Step {
     return job;
   }
 
-  void rows(const Matrix& m, const Job& job, const float* x, int64_t first, int64_t last, float* y) const {
-    if (m.packed) {
+  // `weight`: room for decoded rows where the input drowns in fixed point, else null.
+  void rows(const Matrix& m, const Job& job, const float* x, int64_t first, int64_t last, float* y, float* weight) const {
+    if (m.packed && weight != nullptr) {
+      for (int64_t row = first; row < last; row += LANES) {
+        const int64_t n = std::min<int64_t>(LANES, last - row);
+        k_.decode(m.tiles, job.data, job.table, row, row + n, weight, F32);
+        s_.dense(weight, F32, m.cols, x, 0, n, y + row);
+      }
+    } else if (m.packed) {
       Job there = job;
       there.y = y;
       const int64_t height = m.tiles.kind == CODEBOOK ? 1 : LANES;
@@ -341,6 +388,7 @@ class Step {
                 const After& after) {
     Job jobs[3];
     int slots[3];
+    bool drowned[3] = {};
     int64_t blocks[3], total = 0;
     for (int i = 0; i < count; ++i) {
       const Matrix& m = matrices_[which[i]];
@@ -350,6 +398,7 @@ class Step {
       if (m.packed) {
         jobs[i] = job_of(m, x, own.inputs[slots[i]]);
         if (slots[i] == i) k_.prepare(jobs[i], 0, 1);
+        drowned[i] = jobs[i].input == FIXED && (slots[i] == i ? drowns(m.tiles, x) : drowned[slots[i]]);
       }
       blocks[i] = (m.rows + LANES - 1) / LANES;
       total = paired ? blocks[i] : total + blocks[i];
@@ -360,7 +409,7 @@ class Step {
       for (int i = 0; i < count; ++i) {
         const Matrix& m = matrices_[which[i]];
         const int64_t a = std::max<int64_t>(first, 0), b = std::min(last, blocks[i]);
-        if (a < b) rows(m, jobs[i], x, a * LANES, std::min(b * LANES, m.rows), y[i]);
+        if (a < b) rows(m, jobs[i], x, a * LANES, std::min(b * LANES, m.rows), y[i], drowned[i] ? own.weight.get() : nullptr);
         if (!paired) first -= blocks[i], last -= blocks[i];
       }
       if (paired) after(first * LANES, std::min(last * LANES, matrices_[which[0]].rows));
@@ -458,7 +507,7 @@ class Step {
   std::vector<Block> blocks_;
   int final_norm_ = -1, head_ = -1;
 
-  std::mutex busy_;
+  Turn turn_;
   Barrier barrier_;
   std::vector<std::atomic<int64_t>> next_;  // the next piece of each phase
   Aligned<float> qkv_, attended_, out_, mlp_, logits_;
@@ -502,6 +551,7 @@ class Watch {
 }  // namespace
 
 void bind_step(nb::module_& m, const Kernels* (*kernels_called)(const std::string&)) {
+  pthread_atfork(nullptr, nullptr, [] { ++forks; });
   m.def("use_team", [](uintptr_t parallel, uintptr_t size, uintptr_t number) {
     const bool all = parallel && size && number;
     pool = all ? reinterpret_cast<Parallel>(parallel) : nullptr;
@@ -529,7 +579,8 @@ void bind_step(nb::module_& m, const Kernels* (*kernels_called)(const std::strin
       .def("run", [](Step& self, uintptr_t x, int x_type, std::vector<uintptr_t> keys, std::vector<uintptr_t> values,
                      int cache_type, int64_t capacity, int64_t length, uintptr_t cos, uintptr_t sin, uintptr_t logits,
                      int logits_type, int threads) {
-        if (static_cast<int64_t>(keys.size()) != self.blocks() || keys.size() != values.size() || length >= capacity)
+        if (static_cast<int64_t>(keys.size()) != self.blocks() || keys.size() != values.size() || length < 0 ||
+            length >= capacity)
           throw std::invalid_argument("the cache has no room for the token");
         Token token{at<void>(x), x_type, std::move(keys), std::move(values), cache_type, capacity, length,
                     at<float>(cos), at<float>(sin), at<void>(logits), logits_type};

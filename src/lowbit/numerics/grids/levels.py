@@ -26,6 +26,8 @@ from lowbit.numerics.serialize import serializable
 # values stay in the cache meanwhile.
 _FEW, _RUN = 32, 2**12
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def _rank(v: Tensor, midpoints: Tensor) -> Tensor:
     """Number of the rising ``midpoints`` below each value of ``v``, int32, in the shape of ``v``."""
@@ -274,6 +276,8 @@ class Table(_Levels):
 
     def __post_init__(self):
         object.__setattr__(self, "values", tuple(self.values))
+        if not all(abs(value) <= _LARGEST for value in self.values):
+            raise ValueError("a table holds numbers of float32, found NaN, Inf or a larger one")
         if not 2 <= len(self.values) <= 256 or not any(self.values):
             raise ValueError(f"a table has 2 to 256 values, not all zero; found {len(self.values)}")
 
