@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lowbit import transformers_hook as _transformers_hook
 from lowbit.version import __version__
 
-if (
-    TYPE_CHECKING
-):  # what _HOMES says, for type checkers and editors; tests/unit/project/test_imports.py compares the two
+if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors; a test compares the two
     from lowbit.allocation import Allocation, allocate
     from lowbit.api import ExportReport, evaluate, export, load, load_tokenizer
     from lowbit.catalog import list_methods

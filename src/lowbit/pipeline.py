@@ -52,6 +52,7 @@ class QuantizeReport:
         bits_per_weight: all stored bits of the quantized linears over their weights.
         bytes: of the checkpoint's weight files.
         kl, top1_agreement: against the original on the first calibration windows (None: data-free).
+        outside_cost: nats a token that packing the embedding and the head costs; None: not packed, or not measured.
         coverage: share of the weights in the blocks' matrices that are quantized.
         layers, blocks: records in the order of the walk; ``error`` is a relative squared output error.
         problems: why the result counts as broken; empty for a good one.
@@ -66,6 +67,7 @@ class QuantizeReport:
     kl: float | None
     top1_agreement: float | None
     coverage: float
+    outside_cost: float | None
     blocks: tuple[BlockRecord, ...]
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -90,6 +92,7 @@ class QuantizeReport:
             "kl": self.kl,
             "top1_agreement": self.top1_agreement,
             "coverage": self.coverage,
+            "outside_cost": self.outside_cost,
             "problems": list(self.problems),
             "warnings": list(self.warnings),
             "layers": [
@@ -315,13 +318,24 @@ def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max
         kl=kl,
         top1_agreement=agreement,
         coverage=weights / max(1, job.plan.matrices),
+        outside_cost=walk.outside_cost if walk.packs_outside else None,
         blocks=tuple(walk.records),
-        warnings=(*job.warnings, *_grouped(sorted(notes))),
+        warnings=(*job.warnings, *_outside_note(walk), *_grouped(sorted(notes))),
     )
     problems = [*job.plan.problems, *_problems(report, max_kl)]
     if weights < promised or not layers:
         problems.append(f"{weights:,} weights are quantized, the recipe promised {promised:,}")
     return replace(report, problems=tuple(problems))
+
+
+def _outside_note(walk: Walk) -> list[str]:
+    limit, cost = walk.plan.outside.limit, walk.outside_cost
+    if walk.packs_outside or limit is None or cost is None:
+        return []
+    return [
+        f"the embedding and the head stay as they are: packed they would cost {cost:.2g} nats a token, over {limit:g}; "
+        "--embedding-bits and --head-bits pack them all the same"
+    ]
 
 
 def _problems(report: QuantizeReport, max_kl: float) -> list[str]:

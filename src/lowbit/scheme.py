@@ -43,6 +43,37 @@ class FormatRule:
 
 @untagged
 @dataclass(frozen=True)
+class Outside:
+    """Formats of what is outside of the blocks. A head that is the embedding's table is stored once, in its format.
+
+    Attributes:
+        embedding: the format of the token embedding, with parameters for each row; None: as it is.
+        head: the format of the output head; None: as it is.
+        limit: nats a token that both may cost, measured; if they cost more they stay as they are. None: no limit.
+    """
+
+    embedding: Spec | None = None
+    head: Spec | None = None
+    limit: float | None = None
+
+
+OUTSIDE_ROLES = {"embedding": "embedding", "head": "head", "lm_head": "head"}
+"""Matches of overrides that mean the token embedding or the output head: the attribute of :class:`Outside`."""
+NARROW = 4
+"""Bits of codes up to which :data:`Scheme.outside` None packs the embedding and the head."""
+USUAL_COST = 1e-3
+"""Nats a token that these may cost then."""
+
+
+def row_format(bits: int | None) -> Spec | None:
+    """The format of an embedding or head of ``bits``; None (as it is) for None, 16 and over."""
+    if bits is None or bits >= 16:
+        return None
+    return Spec(Int(bits, symmetric=True), PerChannel(), scale_dtype="float32")
+
+
+@untagged
+@dataclass(frozen=True)
 class Scheme:
     """What is stored and how it runs.
 
@@ -50,11 +81,23 @@ class Scheme:
         rules: formats of linears; later rules override earlier ones.
         attention: the formats of the operands of every block's attention; None: floating.
         kv: the formats of every block's cache of keys and values; None: floating.
+        outside: the formats of embedding and head; None: 8 bits where codes have at most 4 and it costs little.
     """
 
     rules: tuple[FormatRule, ...] = ()
     attention: AttentionSpec | None = None
     kv: KVSpec | None = None
+    outside: Outside | None = None
+
+    @property
+    def chosen_outside(self) -> Outside:
+        """:attr:`outside`, or what it is where nothing was said."""
+        if self.outside is not None:
+            return self.outside
+        bits = [rule.weight.grid.bits for rule in self.rules if rule.weight is not None]
+        if not bits or max(bits) > NARROW:
+            return Outside()
+        return Outside(row_format(8), row_format(8), USUAL_COST)
 
     def format(self, name: str, role: str) -> LinearFormat | None:
         """The format of one linear, or None where it stays as it is."""
@@ -108,6 +151,24 @@ class Override:
     group_size: int | Literal["channel"] | None = None
     symmetric: bool | None = None
     activation_bits: int | None = None
+
+    @property
+    def outside(self) -> bool:
+        """Whether it is about the embedding or the output head."""
+        return self.match in OUTSIDE_ROLES
+
+    def change(self, outside: Outside) -> Outside:
+        """``outside`` with what this override says of the embedding or the head.
+
+        Raises:
+            ValueError: something else than bits or skip.
+        """
+        others = [key for key in ("group_size", "symmetric", "activation_bits") if getattr(self, key) is not None]
+        if others or (self.bits is None) != self.skip:
+            raise ValueError(
+                f"override {self.match!r}: bits or skip are expected, found {', '.join(others) or 'neither'}"
+            )
+        return replace(outside, **{OUTSIDE_ROLES[self.match]: None if self.skip else row_format(self.bits)}, limit=None)
 
     def rule(self, base: FormatRule) -> FormatRule:
         if self.skip:

@@ -5,14 +5,16 @@
      "unfused_experts": true,                                  (only where experts were taken apart)
      "attention": [[formats of its operands, [module that attends, ...]], ...],       (only where they are quantized)
      "residual": {"type": "RandomHadamard", "seed": 1, "size": 576, "blocks": "model.layers"},  (only where it is rotated)
-     "kv": formats of the cache}                               (only where it is quantized)
+     "kv": formats of the cache,                               (only where it is quantized)
+     "embeddings": {module name: index into schemes, ...},     (only where they are packed)
+     "tied_heads": {module name: name of its embedding, ...}}  (only where a packed embedding is the output head too)
 
 It says what is stored, never how it was chosen. Blocks repeat, so a model of hundreds of layers has a handful of
 schemes. Everything is written in sorted order: the same model gives the same bytes.
 
 Version 2 is version 1 with layers that transform their output or have side terms. Version 3 is of models whose attention
 quantizes its operands, or whose residual stream is rotated between their first block and their last. Version 4 is of models
-with a quantized cache. Readers of an older version would pass these over, so the oldest that says everything is written.
+with a quantized cache, version 5 of models with packed embeddings. Readers of an older version would pass these over, so the oldest that says everything is written.
 """
 
 from __future__ import annotations
@@ -26,11 +28,20 @@ from typing import Any
 from torch import nn
 
 from lowbit.architectures import attention_spec
-from lowbit.modules import AttentionSpec, KVSpec, LinearDescription, QuantLinear, ResidualRotation, residual_of
+from lowbit.modules import (
+    AttentionSpec,
+    KVSpec,
+    LinearDescription,
+    QuantEmbedding,
+    QuantLinear,
+    ResidualRotation,
+    residual_of,
+)
+from lowbit.modules.quant_embedding import check_table
 from lowbit.numerics import from_dict, to_dict
 
 METHOD = "lowbit"
-VERSIONS = (1, 2, 3, 4)
+VERSIONS = (1, 2, 3, 4, 5)
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,8 @@ class ModelDescription:
         kv: the formats of the cache; None: it is not quantized.
         residual: the rotation of the residual stream; None: it is not rotated.
         unfused_experts: the names are those of a model whose experts were taken apart.
+        embeddings: the packed embeddings by module name, each as a linear from channels to the vocabulary.
+        tied_heads: output heads that are an embedding's table: module name -> name of the embedding.
     """
 
     layers: Mapping[str, LinearDescription]
@@ -50,21 +63,30 @@ class ModelDescription:
     kv: KVSpec | None = None
     residual: ResidualRotation | None = None
     unfused_experts: bool = False
+    embeddings: Mapping[str, LinearDescription] = field(default_factory=dict)
+    tied_heads: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelDescription:
         """The description of a quantized model in memory."""
         specs = {name: attention_spec(module) for name, module in model.named_modules()}
+        tables = {name: module for name, module in model.named_modules() if isinstance(module, QuantEmbedding)}
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        tied = {name: table for name, linear in linears.items() if linear.is_tied for table in tables}
         return cls(
-            layers={n: module.description for n, module in model.named_modules() if isinstance(module, QuantLinear)},
+            layers={name: module.description for name, module in linears.items() if name not in tied},
             attention={name: spec for name, spec in specs.items() if spec is not None},
             residual=residual_of(model),
             unfused_experts=has_unfused_experts(model),
+            embeddings={name: table.description for name, table in tables.items()},
+            tied_heads=tied,
         )
 
     @property
     def version(self) -> int:
         """The oldest version of the native format that says everything."""
+        if self.embeddings:
+            return 5
         if self.kv is not None:
             return 4
         if self.attention or self.residual is not None:
@@ -80,15 +102,20 @@ class ModelDescription:
         if not self.layers and self.kv is None:
             raise ValueError("no layer is quantized; expected at least one QuantLinear")
         schemes: dict[str, int] = {}
-        numbers = {}
-        for name in sorted(self.layers, key=_natural):
-            scheme = json.dumps(self.layers[name].to_json(), sort_keys=True)
-            numbers[name] = schemes.setdefault(scheme, len(schemes))
+
+        def numbers(layers: Mapping[str, LinearDescription]) -> dict[str, int]:
+            found = {}
+            for name in sorted(layers, key=_natural):
+                scheme = json.dumps(layers[name].to_json(), sort_keys=True)
+                found[name] = schemes.setdefault(scheme, len(schemes))
+            return found
+
+        layers, embeddings = numbers(self.layers), numbers(self.embeddings)
         data: dict[str, Any] = {
             "quant_method": METHOD,
             "version": self.version,
             "schemes": [json.loads(scheme) for scheme in schemes],
-            "layers": numbers,
+            "layers": layers,
         }
         if self.unfused_experts:
             data["unfused_experts"] = True
@@ -101,6 +128,10 @@ class ModelDescription:
             data["residual"] = self.residual.to_json()
         if self.kv is not None:
             data["kv"] = to_dict(self.kv)
+        if embeddings:
+            data["embeddings"] = embeddings
+        if self.tied_heads:
+            data["tied_heads"] = dict(sorted(self.tied_heads.items()))
         return data
 
     @classmethod
@@ -131,12 +162,26 @@ class ModelDescription:
         schemes, layers = data.get("schemes"), data.get("layers")
         if not isinstance(schemes, list | tuple) or not isinstance(layers, Mapping) or not (layers or kv):
             raise ValueError("quantization_config is damaged: expected a list 'schemes' and an object 'layers'")
-        described = [_scheme(number, scheme, layers) for number, scheme in enumerate(schemes)]
-        for name, number in layers.items():
+        embeddings, tied = data.get("embeddings", {}), data.get("tied_heads", {})
+        if not isinstance(embeddings, Mapping) or not isinstance(tied, Mapping):
+            raise ValueError("quantization_config is damaged: embeddings and tied_heads are objects")
+        numbers = {**layers, **embeddings}
+        described = [_scheme(number, scheme, numbers) for number, scheme in enumerate(schemes)]
+        for name, number in numbers.items():
             if type(number) is not int or not 0 <= number < len(described):
                 raise ValueError(
                     f"quantization_config is damaged: {name} has scheme {number!r:.100} of {len(described)}"
                 )
+        for name, table in tied.items():
+            if table not in embeddings or name in layers:
+                raise ValueError(
+                    f"quantization_config is damaged: {name} is tied to {table!r:.100}, no packed embedding"
+                )
+        for name, number in embeddings.items():
+            try:
+                check_table(described[number])
+            except ValueError as error:
+                raise ValueError(f"quantization_config is damaged: embedding {name}: {error}") from error
         residual, unfused = data.get("residual"), data.get("unfused_experts", False)
         if not isinstance(unfused, bool):
             raise ValueError(
@@ -148,6 +193,8 @@ class ModelDescription:
             kv=kv,
             residual=None if residual is None else ResidualRotation.from_json(residual),
             unfused_experts=unfused,
+            embeddings={name: described[number] for name, number in embeddings.items()},
+            tied_heads=dict(tied),
         )
 
 

@@ -10,12 +10,12 @@ from torch import nn
 
 from lowbit.architectures import quantize_attention
 from lowbit.checkpoints.description import ModelDescription
-from lowbit.modules import AttentionSpec, LinearDescription, QuantLinear, turn_residual
+from lowbit.modules import AttentionSpec, LinearDescription, QuantEmbedding, QuantLinear, scale_of, turn_residual
 from lowbit.modules.kv_spec import unsupported
 
 
-def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLinear]:
-    """Puts empty packed layers in the places that ``description`` names, in place; the new layers by module name.
+def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLinear | QuantEmbedding]:
+    """Puts empty packed layers in the places that ``description`` names, in place; the new modules by name.
 
     Works on the meta device. Linears, GPT-2's Conv1D and, where the description says so, experts taken apart first.
     A model without the head that the checkpoint was written with is found under the names without its prefix.
@@ -31,7 +31,7 @@ def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLine
 
         unfuse_experts(model)
     _untie(model, {_find(model, written)[0] for written in description.layers})
-    swapped = {}
+    swapped: dict[str, QuantLinear | QuantEmbedding] = {}
     for written, layer_description in description.layers.items():
         name, old = _find(model, written)
         device = _check_place(model, name, old, layer_description)
@@ -39,6 +39,11 @@ def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLine
         layer = QuantLinear.empty(layer_description, device).train(old.training)
         setattr(model.get_submodule(parent), leaf, layer)
         swapped[name] = layer
+    for written, table_description in description.embeddings.items():
+        name, old = _find(model, written)
+        swapped[name] = _swap_table(model, name, old, table_description)
+        for head in (head for head, table in description.tied_heads.items() if table == written):
+            _swap_tied_head(model, head, table_description)
     for written, spec in description.attention.items():
         name, module = _find(model, written)
         _check_heads(model, name, module, spec)
@@ -46,6 +51,47 @@ def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLine
     if description.residual is not None:
         turn_residual(model, replace(description.residual, blocks=_find(model, description.residual.blocks)[0]))
     return swapped
+
+
+def _swap_table(model: Any, name: str, old: nn.Module, description: LinearDescription) -> QuantEmbedding:
+    scale, weight = scale_of(old), old._parameters.get("weight")
+    if scale is None or weight is None or tuple(weight.shape) != description.shape:
+        raise ValueError(
+            f"the checkpoint packs the embedding {name} {list(description.shape)}, which is a {type(old).__name__} "
+            f"{[] if weight is None else list(weight.shape)} here"
+        )
+    table = QuantEmbedding.empty(description, weight.device, weight.dtype, scale)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, table)
+    return table
+
+
+def _swap_tied_head(model: Any, name: str, description: LinearDescription) -> None:
+    """A head around the buffers of its embedding: :func:`tie_heads` gives it those when they are loaded."""
+    try:
+        old = model.get_submodule(name)
+    except AttributeError:  # a model without the head that the checkpoint was written with
+        return
+    if not isinstance(old, nn.Linear) or old.bias is not None or tuple(old.weight.shape) != description.shape:
+        raise ValueError(f"the checkpoint ties {name} to its embedding {list(description.shape)}, it is {old} here")
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, QuantLinear.empty(description, old.weight.device).tied())
+    for tied in [key for key in model.all_tied_weights_keys if key == f"{name}.weight"]:
+        del model.all_tied_weights_keys[tied]
+    model._tied_weights_keys = {}  # transformers would tie parameters that are not there any more
+
+
+def tie_heads(model: nn.Module, description: ModelDescription) -> None:
+    """Gives output heads the buffers of the packed embeddings that they are. For a model that :func:`swap` changed."""
+    for written, table in description.tied_heads.items():
+        try:
+            head = model.get_submodule(written)
+        except AttributeError:
+            continue
+        embedding = _find(model, table)[1]
+        assert isinstance(head, QuantLinear) and isinstance(embedding, QuantEmbedding)
+        for name, buffer in embedding.packed().items():
+            head._buffers[name] = buffer
 
 
 def _untie(model: nn.Module, quantized: set[str]) -> None:

@@ -73,9 +73,11 @@ class LowbitQuantizer(HfQuantizer):
         from lowbit import decoding
         from lowbit.architectures import IMPLEMENTATION
         from lowbit.checkpoints.native.checking import check_and_prepare
+        from lowbit.checkpoints.swap import tie_heads
 
         if self.quantization_config.description().attention:
             model.set_attn_implementation(IMPLEMENTATION)
+        tie_heads(model, self.quantization_config.description())
         check_and_prepare(self._directory, model)
         decoding.install(model)
         return model

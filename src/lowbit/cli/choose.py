@@ -45,6 +45,17 @@ GroupSize = Annotated[
 ActivationBits = Annotated[
     int | None, typer.Option(help="Bits of each linear's input (16: not quantized).", rich_help_panel=METHOD_PANEL)
 ]
+EmbeddingBits = Annotated[
+    int | None,
+    typer.Option(
+        help="Bits of the token embedding (16: as it is). Default: 8 where weights have 4 or fewer and it costs little.",
+        rich_help_panel=METHOD_PANEL,
+    ),
+]
+HeadBits = Annotated[
+    int | None,
+    typer.Option(help="Bits of the output head, as --embedding-bits.", rich_help_panel=METHOD_PANEL),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -113,6 +124,14 @@ def choose_recipe(
     if file is not None and method is None:
         return as_recipe(file).with_overrides(changes)
     raise typer.BadParameter("give --method NAME or --recipe FILE, one of them", param_hint="--method / --recipe")
+
+
+def outside_overrides(embedding_bits: int | None, head_bits: int | None) -> list[str]:
+    """``--embedding-bits`` and ``--head-bits`` as overrides."""
+    given = {"embedding": embedding_bits, "head": head_bits}
+    return [
+        f"{match}:skip" if bits >= 16 else f"{match}:bits={bits}" for match, bits in given.items() if bits is not None
+    ]
 
 
 def override(text: str) -> dict[str, Any]:

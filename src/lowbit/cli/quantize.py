@@ -11,7 +11,9 @@ from lowbit.cli import common
 from lowbit.cli.choose import (
     ActivationBits,
     Bits,
+    EmbeddingBits,
     GroupSize,
+    HeadBits,
     MethodOption,
     Overrides,
     RamLimit,
@@ -20,6 +22,7 @@ from lowbit.cli.choose import (
     byte_count,
     choose_recipe,
     method_options,
+    outside_overrides,
 )
 
 if TYPE_CHECKING:
@@ -42,6 +45,8 @@ def command(
     bits: Bits = None,
     group_size: GroupSize = None,
     activation_bits: ActivationBits = None,
+    embedding_bits: EmbeddingBits = None,
+    head_bits: HeadBits = None,
     settings: Settings = None,
     overrides: Overrides = None,
     calibration: Annotated[
@@ -75,7 +80,8 @@ def command(
     Ctrl-C the same command continues where it stopped. A result that is broken is refused, with the layers to blame.
     """
     limit = byte_count(ram_limit)
-    chosen = choose_recipe(method, recipe, method_options(bits, group_size, activation_bits, settings), overrides)
+    changes = [*(overrides or ()), *outside_overrides(embedding_bits, head_bits)]
+    chosen = choose_recipe(method, recipe, method_options(bits, group_size, activation_bits, settings), changes)
     common.use_threads(threads)
     from lowbit.pipeline import MAX_KL, prepare, run
 

@@ -23,7 +23,7 @@ from lowbit.decoding.cache import Room
 from lowbit.kernels.native import DTYPES
 from lowbit.kernels.ops import ENVIRONMENT
 from lowbit.kernels.step import DecoderBlock, Linear, RmsNorm, TokenStep, why_not
-from lowbit.modules import QuantLinear
+from lowbit.modules import QuantEmbedding, QuantLinear
 
 _TOGETHER = 512
 """Positions whose angles are made at once."""
@@ -208,9 +208,10 @@ def _describe(model: PreTrainedModel, isa: str, watch: _Watch) -> Described:
     if not any(isinstance(module, QuantLinear) for module in blocks.modules()):
         raise _NotDescribed("no layer is packed")
     embed = watch.module(model, table.embed[0])
-    embedding = watch.tensor(embed, "weight")
+    embedding = watch.tensor(embed, "like" if isinstance(embed, QuantEmbedding) else "weight")
     if embedding is None:
         raise _NotDescribed("the embedding is not a table")
+    width = embed.embedding_dim if isinstance(embed, QuantEmbedding) else embedding.shape[1]
     norm = _norm(watch, watch.module(model, table.final_norm), 0.0)
     head = _linear(watch, watch.module(model, table.head), table.head)
     rotary = watch.module(model, token_step.rotary)
@@ -224,9 +225,7 @@ def _describe(model: PreTrainedModel, isa: str, watch: _Watch) -> Described:
     if turned != heads.rotary:
         raise _NotDescribed(f"the rotary embedding turns {turned} channels of a head, the table says {heads.rotary}")
     try:
-        step = TokenStep(
-            isa, embedding.shape[1], heads.query, heads.key_value, heads.dim, heads.rotary, parts, norm, head
-        )
+        step = TokenStep(isa, width, heads.query, heads.key_value, heads.dim, heads.rotary, parts, norm, head)
     except ValueError as error:
         raise _NotDescribed(str(error)) from error
     return Described(

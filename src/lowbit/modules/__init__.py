@@ -13,6 +13,7 @@ from lowbit.modules.description import LinearDescription
 from lowbit.modules.draft_linear import DraftLinear, make_drafts, unmake_drafts, weight_shape
 from lowbit.modules.kv_spec import KVSpec
 from lowbit.modules.linear_format import LinearFormat
+from lowbit.modules.quant_embedding import QuantEmbedding, scale_of
 from lowbit.modules.quant_linear import QuantLinear, prepare, restore
 from lowbit.modules.residual import ResidualRotation, residual_of, turn_residual, turned
 from lowbit.modules.serialize_transforms import PartDescription, TensorInfo
@@ -27,6 +28,7 @@ __all__ = [
     "LinearFormat",
     "OperandRanges",
     "PartDescription",
+    "QuantEmbedding",
     "QuantLinear",
     "ResidualRotation",
     "TensorInfo",
@@ -40,6 +42,7 @@ __all__ = [
     "quantize_activation",
     "residual_of",
     "restore",
+    "scale_of",
     "static_params",
     "turn_residual",
     "turned",

@@ -237,10 +237,20 @@ class QuantLinear(nn.Module):
         left_out = ("bias", "tiles", "codes")
         return tuple(b for name, b in self._buffers.items() if b is not None and name not in left_out)
 
+    def tied(self) -> QuantLinear:
+        """This layer with buffers that another module stores: they are not in its state."""
+        self._non_persistent_buffers_set |= set(self._buffers)
+        return self
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether another module stores the buffers."""
+        return "codes" in self._non_persistent_buffers_set
+
     def restore(self) -> None:
         """Undoes :meth:`prepare`: canonical codes and nothing else."""
         if self.tiles is not None:
-            self.register_buffer("codes", self._tensors()["codes"])
+            self.register_buffer("codes", self._tensors()["codes"], persistent=not self.is_tied)
             self.tiles = self._prepared = None
 
     def explain(self, rows: int = 1) -> list[Reason]:
@@ -318,7 +328,7 @@ class QuantLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.tiles is not None:
+        if self.tiles is not None and not self.is_tied:
             destination[f"{prefix}codes"] = self._tensors()["codes"]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -76,6 +76,12 @@ def _outside(plan: ModelPlan, name: str) -> PlannedLayer | None:
         role, reason = "head", "head: not in a block"
     else:
         role, reason = "other", "not in a block"
+    packed = plan.outside.stored.get(module)
+    if packed is not None:
+        if name.rpartition(".")[2] != "weight":
+            return None
+        bits = packed.stored_bits / prod(shape)
+        return PlannedLayer(module, role, shape, weight_text(packed.spec), None, bits)
     return PlannedLayer(module, role, shape, None, None, _as_is(plan, name), reason)
 
 

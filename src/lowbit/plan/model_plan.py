@@ -33,6 +33,7 @@ from lowbit.architectures import (
 )
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.modules import LinearDescription, LinearFormat, OperandRanges, ResidualRotation, weight_shape
+from lowbit.plan.outside import OutsidePlan, plan_outside
 from lowbit.recipes import Recipe, as_recipe
 from lowbit.steps import BlockDescription, LayerDescription
 from lowbit.steps.rotation import residual_rotation
@@ -137,6 +138,11 @@ class ModelPlan:
         """The description of a packed linear, without what its solver may add."""
         return layer.stored(self.bias_dtype)
 
+    @cached_property
+    def outside(self) -> OutsidePlan:
+        """What is packed outside of the blocks."""
+        return plan_outside(self.model, self.architecture, self.recipe.scheme, self.bias_dtype)
+
     @property
     def residual(self) -> ResidualRotation | None:
         """The rotation of the residual stream, as a checkpoint describes it."""
@@ -179,6 +185,7 @@ def replan(source: ModelSource, architecture: Architecture, model: PreTrainedMod
     for block, path, layer in plan.layers:
         with _naming(block, path):
             plan.description(layer)
+    _ = plan.outside  # refuses what the model's embedding or head cannot have
     if recipe.scheme.attention is not None:
         check_attention(model)
     return plan
@@ -301,7 +308,11 @@ def outside_bytes(plan: ModelPlan, itemsize: int | None = None) -> int:
     """Bytes of all tensors outside the blocks, as stored or with ``itemsize`` bytes for each element of floating tensors."""
     state = plan.model.state_dict()
     tensors = {name: state[name] for name in outside_names(plan)}
-    return _stored_bytes(plan, tensors) if itemsize is None else _bytes(tensors.values(), itemsize)
+    if itemsize is not None:
+        return _bytes(tensors.values(), itemsize)
+    packed = plan.outside.stored
+    others = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in packed}
+    return _stored_bytes(plan, others) + sum(layer.nbytes for layer in packed.values())
 
 
 def _stored_bytes(plan: ModelPlan, tensors: Mapping[str, Any]) -> int:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from lowbit.modules.kv_spec import unsupported
 from lowbit.numerics import check_types, from_dict, untagged
 from lowbit.recipes.stages import Blockwise, Stage
-from lowbit.scheme import Override, Scheme
+from lowbit.scheme import Outside, Override, Scheme
 
 
 @untagged
@@ -114,8 +114,13 @@ class Recipe:
             ValueError: an unknown key or value; no rule with a weight format to override.
         """
         entries = [from_dict(dict(entry), Override) for entry in overrides]
-        base = next((rule for rule in self.scheme.rules if rule.weight is not None), None)
-        if entries and base is None:
+        scheme = self.scheme
+        for entry in entries:
+            if entry.outside:
+                scheme = replace(scheme, outside=entry.change(scheme.outside or Outside()))
+        rules = [entry for entry in entries if not entry.outside]
+        base = next((rule for rule in scheme.rules if rule.weight is not None), None)
+        if rules and base is None:
             raise ValueError(f"{self.name}: no rule of the scheme has a weight format, so there is none to override")
-        added = tuple(entry.rule(base) for entry in entries)
-        return self if not added else replace(self, scheme=self.scheme.with_rules(*added))
+        added = tuple(entry.rule(base) for entry in rules)
+        return self if not entries else replace(self, scheme=scheme.with_rules(*added))

@@ -49,9 +49,11 @@ from lowbit.modules import (
 )
 from lowbit.numerics import from_dict, to_dict
 from lowbit.plan.model_plan import ModelPlan
+from lowbit.plan.outside import OutsidePlan
 from lowbit.progress import Progress, silent
 from lowbit.stages.fisher import FisherPass
 from lowbit.stages.journal import Journal
+from lowbit.stages.outside import divergence, pack_outside, replaced
 from lowbit.stages.store import ActivationStore
 from lowbit.stages.stream import Call, Stream, outside
 from lowbit.steps import BlockIO, BlockState, LayerRecord
@@ -125,16 +127,24 @@ class Walk:
         self.records: list[BlockRecord] = []
         self.stream: Stream | None = None
         self.fisher: FisherPass | None = None
+        self.last = "quant"
+        """The stream that the finished model's logits come from: ``packed`` where its embedding is."""
+        self.packs_outside = False
+        self.outside_cost: float | None = None
         self._at, self._ticks, self._expected = 0, 0, 0  # the block at hand: number, done, about how many there will be
 
     @property
     def description(self) -> ModelDescription:
         """What the checkpoint of the blocks so far stores."""
+        packed = self.plan.outside if self.packs_outside else OutsidePlan()
+        layers = {name: layer for record in self.records for name, layer in record.modules.items()}
         return ModelDescription(
-            layers={name: layer for record in self.records for name, layer in record.modules.items()},
+            layers={**layers, **packed.layers},
             attention={name: spec for record in self.records for name, spec in record.attention.items()},
             residual=self.plan.residual,
             unfused_experts=self.unfused_experts,
+            embeddings=packed.embeddings,
+            tied_heads=packed.tied_heads,
         )
 
     # Streams
@@ -150,7 +160,28 @@ class Walk:
                     self.store.allocate(array, (windows, *hidden.shape[1:]), torch.float32)
             self.store["fp"][w] = self.store["quant"][w] = hidden[0]
 
-        return self.stream.enter_windows(self.source, self.ids, take, self.store.keep)
+        calls = self.stream.enter_windows(self.source, self.ids, take, self.store.keep)
+        if self.plan.outside.embeddings:
+            self._enter_packed()
+        return calls
+
+    def _enter_packed(self) -> None:
+        """Fills the stream ``packed``: the first windows as the finished model reads them, by its packed embedding.
+
+        Steps do not see it: blocks do not depend on how the embedding is stored.
+        """
+        assert self.stream is not None and self.ids is not None
+        names = outside(self.model, self.architecture, only_base=True)
+        self.source.load(self.model, names)
+        table = OutsidePlan(self.plan.outside.embeddings)
+        with replaced(self.model, pack_outside(self.model, table)):
+            for w, ids_T in enumerate(self.ids[:WATCHED]):
+                hidden, _ = self.stream.enter(ids_T[None])
+                if w == 0:
+                    self.store.allocate("packed", (min(WATCHED, len(self.ids)), *hidden.shape[1:]), torch.float32)
+                self.store["packed"][w] = hidden[0]
+        self.source.release_tensors(self.model, names)
+        self.last = "packed"
 
     def _keep_windows(self, count: int) -> None:
         """Both streams with their first windows alone: no step reads them, and for the report these are enough."""
@@ -161,9 +192,12 @@ class Walk:
 
     def _turn_streams(self) -> None:
         """Both streams, as the first block was to read them, rotated."""
-        if self.rotation is not None:
-            for w in range(len(self.store["fp"])):
-                self.store["fp"][w] = self.store["quant"][w] = turned(self.store["fp"][w], self.rotation)
+        if self.rotation is None:
+            return
+        for w in range(len(self.store["fp"])):
+            self.store["fp"][w] = self.store["quant"][w] = turned(self.store["fp"][w], self.rotation)
+        if self.last == "packed":
+            self.store["packed"].copy_(turned(self.store["packed"], self.rotation))
 
     @torch.no_grad()
     def _advance(self, call: Call, block: nn.Module, source: Tensor, target: Tensor) -> None:
@@ -326,6 +360,8 @@ class Walk:
         """Moves both streams behind the block; returns their relative squared difference."""
         fp, quant, following = self.store["fp"], self.store["quant"], self.store["next"]
         self._advance(call, block, quant, quant)
+        if self.last == "packed":
+            self._advance(call, block, self.store["packed"], self.store["packed"])
         fp.copy_(following)
         lost = sum((quant[w] - fp[w]).double().square().sum() for w in range(len(fp)))
         kept = sum(fp[w].double().square().sum() for w in range(len(fp)))
@@ -349,25 +385,60 @@ class Walk:
 
     # After the last block
 
+    def settle_outside(self) -> None:
+        """Decides whether the embedding and the head are packed: not if that costs more than the recipe's limit."""
+        plan = self.plan.outside
+        if len(self.section.finished) > self.total:
+            record = self.section.finished[self.total]["record"]
+            self.packs_outside, self.outside_cost = bool(record.get("packs_outside")), record.get("outside_cost")
+            return
+        self.packs_outside = bool(plan)
+        if plan and self.ids is not None:
+            self.outside_cost = self._cost_of_outside()
+            self.packs_outside = plan.limit is None or self.outside_cost < plan.limit
+
+    def _cost_of_outside(self) -> float:
+        """Nats a token by which the packed embedding and head move the quantized model away from the original."""
+        packed, plain = (
+            sum(divergence(original, quantized) for _, original, quantized in self._logits(WATCHED, packs))
+            for packs in (True, False)
+        )
+        return float(packed - plain) / min(WATCHED, len(self.ids if self.ids is not None else ()))
+
     def write_rest(self) -> None:
-        """Stores everything outside the blocks as it was."""
+        """Stores everything outside the blocks, packed as :meth:`settle_outside` decided or as it was."""
         if len(self.section.finished) > self.total:
             return
+        packed = self.plan.outside if self.packs_outside else OutsidePlan()
         tied = set(self.model.all_tied_weights_keys)
-        names = outside(self.model, self.architecture)
-        self.source.load(self.model, names, dtype=None)
+        names = [key for key in outside(self.model, self.architecture) if key not in tied]
+        plain = [key for key in names if key.rpartition(".")[0] not in packed.stored]
+        self.source.load(self.model, plain, dtype=None)
         state = self.model.state_dict()
-        self.section.write(self._shard(self.total), {key: state[key] for key in names if key not in tied}, {})
+        tensors = {key: state[key] for key in plain}
+        for name in packed.stored:
+            self.source.load_into(self.model, name)
+        for name, module in pack_outside(self.model, packed).items():
+            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        record = {"packs_outside": self.packs_outside, "outside_cost": self.outside_cost} if self.plan.outside else {}
+        self.section.write(self._shard(self.total), tensors, record)
         self.source.release_tensors(self.model, names)
 
     def logits(self, windows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """``(ids [T], original logits [T, V], quantized logits [T, V])`` of the first calibration windows."""
+        return self._logits(windows, self.packs_outside)
+
+    def _logits(self, windows: int, packs: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """:meth:`logits` with or without the packed embedding and head."""
         assert self.stream is not None and self.ids is not None
+        quantized = self.store[self.last if packs else "quant"]
         with self.stream.loaded_outside(self.source):
+            modules = pack_outside(self.model, self.plan.outside) if packs else {}
             for w in range(min(windows, len(self.ids))):
-                fp, quant = self.store["fp"][w : w + 1], self.store["quant"][w : w + 1]
                 ids = self.ids[w : w + 1]
-                yield ids[0], self.logits_of(ids, fp), self.logits_of(ids, quant)
+                original = self.logits_of(ids, self.store["fp"][w : w + 1])
+                with replaced(self.model, modules):
+                    yield ids[0], original, self.logits_of(ids, quantized[w : w + 1])
 
     def logits_of(self, ids_1T: Tensor, hidden_1Td: Tensor) -> Tensor:
         """Logits ``[T, V]`` of one window from a stream behind the last block; what is outside the blocks must be loaded."""

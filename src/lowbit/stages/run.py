@@ -59,6 +59,7 @@ class Run:
 
 def _blockwise(run: Run, number: int, stage: Blockwise) -> None:
     run.walk.run()
+    run.walk.settle_outside()
     run.walk.write_rest()
 
 

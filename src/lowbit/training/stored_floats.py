@@ -45,7 +45,7 @@ class _StoredFloats:
     def __init__(self, model: nn.Module):
         restore(model)  # the stored form is trained
         self.model = model
-        layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+        layers = [m for m in model.modules() if isinstance(m, QuantLinear) and not m.is_tied]
         fixed = sum(layer.spec.stats is not None for layer in layers)
         self.notes = [f"{fixed} layers keep their quantized statistics: they are not tuned"] if fixed else []
         self.linears = [_Linear(layer) for layer in layers if layer.spec.stats is None]

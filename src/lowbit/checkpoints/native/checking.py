@@ -16,7 +16,7 @@ from torch import nn
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.packed_model import PackedLayer, PlainTensor
 from lowbit.checkpoints.shards import ModelError, TensorHeader
-from lowbit.modules import OperandRanges, QuantLinear, check_finite, check_tensors, prepare
+from lowbit.modules import OperandRanges, QuantEmbedding, QuantLinear, check_finite, check_tensors, prepare
 
 _EPSILONS = frozenset({"eps", "variance_epsilon"})
 _FREQUENCIES = frozenset({"inv_freq", "original_inv_freq"})
@@ -36,7 +36,7 @@ def check_layers(
         description = ModelDescription.from_json(quantization_config)
     except ValueError as error:
         raise ModelError(f"{directory}: {error}") from error
-    for layer, layer_description in description.layers.items():
+    for layer, layer_description in {**description.layers, **description.embeddings}.items():
         for buffer, (shape, dtype) in layer_description.layout().items():
             name = f"{layer}.{buffer}"
             if name not in headers:
@@ -92,6 +92,8 @@ def check_and_prepare(directory: Path, model: nn.Module) -> None:
         prepare(model)
         for path, module in model.named_modules():
             if isinstance(module, OperandRanges):
+                module.check(path)
+            if isinstance(module, QuantEmbedding):
                 module.check(path)
             if isinstance(module, QuantLinear):
                 continue
