@@ -56,11 +56,20 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Token ids, int64 [N windows, T], the text's name, a sha256 of shape and ids, and what the user should know."""
+    """Windows of token ids.
+
+    Attributes:
+        ids: int64 [N windows, T].
+        name: of the text.
+        sha256: of the shape and the ids.
+        held_out: int64 [H, T], the windows of the text after these, which results are measured on; None: there are none.
+        warnings: what the user should know.
+    """
 
     ids: Tensor
     name: str
     sha256: str
+    held_out: Tensor | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -282,16 +291,26 @@ def calibration_set(
         if model is None:
             raise TextError("self: the calibration text is written by the model, so a loaded model is needed.")
         name, ids = f"self (seed {seed})", sample_sequences(model, samples, seq_len, seed=seed)
+        held_out = None
     else:
         text, first = load_text(spec, "calibration", tokenizer), bos_token(tokenizer, bos)
         name = text.name if first is None else f"{text.name}, windows with BOS"
-        ids = windows(tokenize(text.text, tokenizer), seq_len, samples, name=text.name, bos=first)
+        tokens = tokenize(text.text, tokenizer)
+        ids = windows(tokens, seq_len, samples, name=text.name, bos=first)
+        own = seq_len - (first is not None)
+        more = min(held_out_windows(samples), len(tokens) // own - samples)
+        held_out = windows(tokens[samples * own :], seq_len, more, bos=first) if more > 0 else None
     if vocab_size is not None and int(ids.max()) >= vocab_size:
         raise TextError(
             f"{name}: the tokenizer gives id {int(ids.max())}, the model's vocabulary has {vocab_size}. "
             "The tokenizer is not this model's; use the one saved with it."
         )
-    return Calibration(ids, name, ids_sha256(ids))
+    return Calibration(ids, name, ids_sha256(ids), held_out)
+
+
+def held_out_windows(samples: int) -> int:
+    """The number of windows to measure on beside ``samples`` windows of calibration: a quarter of them, 1 to 8."""
+    return min(8, max(1, samples // 4))
 
 
 def calibration_of(
@@ -358,6 +377,17 @@ def _check_positions(source: Any, seq_len: int) -> tuple[str, ...]:
     if context is None or seq_len <= context:
         return ()
     return (f"calibration windows of {seq_len} tokens are longer than the model's context of {context}",)
+
+
+def drawn_tokens(source: Any, samples: int = 2, seq_len: int = 64) -> Tensor:
+    """Ids ``[samples, seq_len]`` drawn from the vocabulary, for runs without text; tokens with a role of their own left out."""
+    config = source.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or seq_len
+    ids = torch.randint(config.vocab_size, (samples, min(seq_len, context)), generator=torch.Generator().manual_seed(0))
+    named = {**source.config.to_dict(), **config.to_dict()}
+    special = {v for k, v in named.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
+    usual = next(i for i in range(config.vocab_size) if i not in special)
+    return torch.where(torch.isin(ids, torch.tensor(sorted(special), dtype=ids.dtype)), usual, ids)
 
 
 def ids_sha256(ids: Tensor) -> str:

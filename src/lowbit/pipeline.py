@@ -23,14 +23,14 @@ from lowbit.checkpoints.companions import copy_companions
 from lowbit.checkpoints.model_card import write_card
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.checkpoints.target import check_target
-from lowbit.data import Bos, Calibration, calibration_of
+from lowbit.data import Bos, Calibration, calibration_of, drawn_tokens
 from lowbit.evaluation import kl_and_agreement, output_error
 from lowbit.modules import restore
 from lowbit.numerics import to_dict
 from lowbit.plan.model_plan import ModelPlan, lay_over
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Recipe, as_recipe
-from lowbit.stages.blockwise import WATCHED, BlockRecord, Broken, Walk
+from lowbit.stages.blockwise import BlockRecord, Broken, Walk
 from lowbit.stages.journal import Journal
 from lowbit.stages.run import Run
 from lowbit.steps import LayerRecord
@@ -51,7 +51,8 @@ class QuantizeReport:
         out: the checkpoint's directory; None where nothing finished was written.
         bits_per_weight: all stored bits of the quantized linears over their weights.
         bytes: of the checkpoint's weight files.
-        kl, top1_agreement: against the original on the first calibration windows (None: data-free).
+        kl, top1_agreement: against the original; None where its blocks cannot run one at a time.
+        measured_on: what ``kl`` and ``top1_agreement`` were measured on.
         outside_cost: nats a token that packing the embedding and the head costs; None: not packed, or not measured.
         coverage: share of the weights in the blocks' matrices that are quantized.
         layers, blocks: records in the order of the walk; ``error`` is a relative squared output error.
@@ -66,6 +67,7 @@ class QuantizeReport:
     bytes: int
     kl: float | None
     top1_agreement: float | None
+    measured_on: str
     coverage: float
     outside_cost: float | None
     blocks: tuple[BlockRecord, ...]
@@ -91,6 +93,7 @@ class QuantizeReport:
             "bytes": self.bytes,
             "kl": self.kl,
             "top1_agreement": self.top1_agreement,
+            "measured_on": self.measured_on,
             "coverage": self.coverage,
             "outside_cost": self.outside_cost,
             "problems": list(self.problems),
@@ -134,6 +137,14 @@ class Job:
     @property
     def recipe(self) -> Recipe:
         return self.plan.recipe
+
+    def windows(self) -> tuple[Tensor, int]:
+        """All windows of a run, and how many of them, at the end, no step sees. A run without text has drawn tokens."""
+        if self.calibration is None:
+            return drawn_tokens(self.source), 0
+        if self.calibration.held_out is None or not self.recipe.reads_inputs:
+            return self.calibration.ids, 0
+        return torch.cat([self.calibration.ids, self.calibration.held_out]), len(self.calibration.held_out)
 
     @property
     def header(self) -> dict[str, Any]:
@@ -255,8 +266,8 @@ def run(
 def _run(
     job: Job, journal: Journal, ram_limit: int, max_kl: float, allow_broken: bool, progress: Progress | None
 ) -> QuantizeReport:
-    ids = None if job.calibration is None else job.calibration.ids
-    running = Run(job.plan, ids, journal, ram_limit, progress or silent)
+    ids, held_out = job.windows()
+    running = Run(job.plan, ids, journal, ram_limit, progress or silent, job.calibration is None, held_out)
     walk = running.walk
     try:
         try:
@@ -283,15 +294,14 @@ def _run(
 def _measure(
     walk: Walk, model: Any, progress: Progress | None
 ) -> tuple[float | None, float | None, tuple[Tensor, Tensor] | None]:
-    """KL and agreement over the first calibration windows, and the last window's ids and logits to compare a reload with.
+    """KL and agreement over the watched windows, and the last window's ids and logits to compare a reload with.
 
     The quantized model is the one that the walk left behind, or ``model`` where a later stage changed it.
     """
     if walk.ids is None:
         return None, None, None
-    count = min(WATCHED, len(walk.ids))
     kls, agreements, reference = [], [], None
-    for ids_T, original, quantized in walk.logits(count):
+    for ids_T, original, quantized in walk.logits():
         if model is not None:
             quantized = model(input_ids=ids_T[None], use_cache=False).logits[0]
         kl_T, agree_T = kl_and_agreement(original, quantized)
@@ -299,7 +309,7 @@ def _measure(
         agreements.append(agree_T.double())
         reference = ids_T, quantized
         if progress is not None:
-            progress(len(kls), count, "comparing with the original")
+            progress(len(kls), len(walk.watched), "comparing with the original")
     return torch.cat(kls).mean().item(), torch.cat(agreements).mean().item(), reference
 
 
@@ -317,15 +327,29 @@ def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max
         bytes=0,
         kl=kl,
         top1_agreement=agreement,
+        measured_on=_measured_on(job, walk),
         coverage=weights / max(1, job.plan.matrices),
         outside_cost=walk.outside_cost if walk.packs_outside else None,
         blocks=tuple(walk.records),
         warnings=(*job.warnings, *_outside_note(walk), *_grouped(sorted(notes))),
     )
-    problems = [*job.plan.problems, *_problems(report, max_kl)]
+    problems = [*job.plan.problems, *_losses(report, max_kl), *_zeroed(report)]
+    if job.calibration is None:  # drawn tokens are no text: what they show is said, and only NaN refuses
+        lost = [text for text in _losses(report, max_kl) if "nan" not in text]
+        problems = [text for text in problems if text not in lost]
+        report = replace(report, warnings=(*report.warnings, *(f"on {report.measured_on}: {text}" for text in lost)))
     if weights < promised or not layers:
         problems.append(f"{weights:,} weights are quantized, the recipe promised {promised:,}")
     return replace(report, problems=tuple(problems))
+
+
+def _measured_on(job: Job, walk: Walk) -> str:
+    if walk.ids is None:
+        return "nothing"
+    windows = f"{len(walk.watched)} windows of {walk.ids.shape[1]} tokens"
+    if job.calibration is None:
+        return f"{windows} drawn from the vocabulary"
+    return f"{windows} of {job.calibration.name}, {'held out from' if walk.held_out else 'also used for'} calibration"
 
 
 def _outside_note(walk: Walk) -> list[str]:
@@ -338,18 +362,23 @@ def _outside_note(walk: Walk) -> list[str]:
     ]
 
 
-def _problems(report: QuantizeReport, max_kl: float) -> list[str]:
-    problems = []
+def _losses(report: QuantizeReport, max_kl: float) -> list[str]:
+    """Outputs too far from the original's."""
+    found = []
     if report.kl is not None and not report.kl <= max_kl:
-        problems.append(
+        found.append(
             f"the mean KL divergence from the original is {report.kl:.3g} nats a token, over the limit {max_kl:g}"
         )
     for layer in report.layers:
         if layer.error is not None and not layer.error < 1.0:
-            problems.append(f"{layer.name} keeps nothing of its output (relative error {layer.error:.3g})")
-        if layer.zeroed > MAX_ZEROED:
-            problems.append(f"{layer.name}: {layer.zeroed:.0%} of its groups came out all zero")
-    return problems
+            found.append(f"{layer.name} keeps nothing of its output (relative error {layer.error:.3g})")
+    return found
+
+
+def _zeroed(report: QuantizeReport) -> list[str]:
+    """Layers that lost whole groups."""
+    lost = (layer for layer in report.layers if layer.zeroed > MAX_ZEROED)
+    return [f"{layer.name}: {layer.zeroed:.0%} of its groups came out all zero" for layer in lost]
 
 
 def _refusal(job: Job, report: QuantizeReport) -> str:

@@ -93,6 +93,16 @@ class ModelDescription:
             return 3
         return 2 if any(layer.post or layer.side_terms for layer in self.layers.values()) else 1
 
+    @property
+    def guarded(self) -> str | None:
+        """A parameter of the unquantized model that the checkpoint has with a shape of its own, without values.
+
+        transformers without lowbit passes over the ``quantization_config`` that it does not know and gives parameters that it
+        does not find random values, with a warning. A parameter of another shape makes it raise.
+        """
+        names = [*self.embeddings, *(name for name in self.layers if not _OF_EXPERT.search(f".{name}"))]
+        return f"{names[0]}.weight" if names else None
+
     def to_json(self) -> dict[str, Any]:
         """Plain data that :meth:`from_json` reads, in sorted order.
 

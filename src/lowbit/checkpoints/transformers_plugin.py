@@ -10,6 +10,7 @@ may therefore import only what ``transformers.quantizers.auto`` has imported bef
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +66,9 @@ class LowbitQuantizer(HfQuantizer):
         except ValueError as error:
             raise ModelError(f"{self._directory}: {error}") from error
         check_places(self._directory, model, headers)
+        if description.guarded is not None:
+            ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+            model._keys_to_ignore_on_load_unexpected = {*ignored, re.escape(description.guarded)}
         ranges = (name for name, module in model.named_modules() if isinstance(module, OperandRanges))
         self._packed = tuple(f"{name}." for name in (*swapped, *ranges))
         return model
@@ -88,7 +92,7 @@ class LowbitQuantizer(HfQuantizer):
             return None
         return super().get_new_dtype(converter, param, dtype)
 
-    def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
+    def update_weight_conversions(self, weight_conversions: list, model: Any = None) -> list:
         """None: tensors are stored under the names of the running model, experts taken apart included."""
         return []
 

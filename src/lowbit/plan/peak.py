@@ -39,6 +39,7 @@ from __future__ import annotations
 
 from math import prod
 
+from lowbit.data import held_out_windows
 from lowbit.plan.model_plan import BlockPlan, ModelPlan, outside_bytes
 from lowbit.recipes import Train
 from lowbit.steps import Step
@@ -69,7 +70,8 @@ def peak_disk_bytes(plan: ModelPlan, tokens: int, ram_limit: int) -> int:
 
 def peak_parts(plan: ModelPlan, samples: int, seq_len: int, ram_limit: int) -> dict[str, dict[str, int]]:
     """Bytes of each moment's terms (see the module docstring). The peak is the largest sum."""
-    tokens = samples * seq_len
+    held_out = held_out_windows(samples) if samples and plan.recipe.reads_inputs else 0
+    tokens = (samples + held_out) * seq_len
     held = {"process": PROCESS, "activations": activation_bytes(plan, tokens, ram_limit)[0]}
     worst = max(plan.blocks, key=lambda block: _block_bytes(block) + _largest_step(plan, block, samples, seq_len)[1])
     step, need = _largest_step(plan, worst, samples, seq_len)

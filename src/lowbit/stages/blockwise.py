@@ -105,6 +105,8 @@ class Walk:
         plan: the model and the recipe, checked.
         ids: calibration windows ``[N, T]``, or None for a recipe that needs none.
         ram_limit: bytes of activations kept in memory; beyond it they live in memory-mapped files in ``scratch``.
+        drawn: ``ids`` are no text but tokens to compare by; a model whose blocks cannot run one at a time goes without.
+        held_out: the number of windows at the end of ``ids`` that no step sees: the result is measured on them.
     """
 
     plan: ModelPlan
@@ -113,6 +115,8 @@ class Walk:
     ram_limit: int = 2**32
     scratch: Path | None = None
     progress: Progress = silent
+    drawn: bool = False
+    held_out: int = 0
 
     def __post_init__(self):
         self.source, self.recipe, self.architecture = self.plan.source, self.plan.recipe, self.plan.architecture
@@ -132,6 +136,17 @@ class Walk:
         self.packs_outside = False
         self.outside_cost: float | None = None
         self._at, self._ticks, self._expected = 0, 0, 0  # the block at hand: number, done, about how many there will be
+
+    @property
+    def calibrated(self) -> int:
+        """Windows that steps see."""
+        return 0 if self.ids is None else len(self.ids) - self.held_out
+
+    @property
+    def watched(self) -> range:
+        """Windows that the result is measured on: those held out, or the first of the others."""
+        held = range(self.calibrated, self.calibrated + self.held_out)
+        return held or range(min(WATCHED, self.calibrated))
 
     @property
     def description(self) -> ModelDescription:
@@ -175,11 +190,11 @@ class Walk:
         self.source.load(self.model, names)
         table = OutsidePlan(self.plan.outside.embeddings)
         with replaced(self.model, pack_outside(self.model, table)):
-            for w, ids_T in enumerate(self.ids[:WATCHED]):
-                hidden, _ = self.stream.enter(ids_T[None])
-                if w == 0:
-                    self.store.allocate("packed", (min(WATCHED, len(self.ids)), *hidden.shape[1:]), torch.float32)
-                self.store["packed"][w] = hidden[0]
+            for i, w in enumerate(self.watched):
+                hidden, _ = self.stream.enter(self.ids[w : w + 1])
+                if i == 0:
+                    self.store.allocate("packed", (len(self.watched), *hidden.shape[1:]), torch.float32)
+                self.store["packed"][i] = hidden[0]
         self.source.release_tensors(self.model, names)
         self.last = "packed"
 
@@ -200,9 +215,10 @@ class Walk:
             self.store["packed"].copy_(turned(self.store["packed"], self.rotation))
 
     @torch.no_grad()
-    def _advance(self, call: Call, block: nn.Module, source: Tensor, target: Tensor) -> None:
+    def _advance(self, call: Call, block: nn.Module, source: Tensor, target: Tensor, first: int = 0) -> None:
+        """Runs ``block`` on windows, of which ``first`` is the number of the first."""
         for w in range(len(source)):
-            target[w] = call(block, source[w : w + 1], w)[0]
+            target[w] = call(block, source[w : w + 1], first + w)[0]
             self._tick("running")
 
     # Blocks
@@ -210,7 +226,7 @@ class Walk:
     def run(self) -> list[BlockRecord]:
         """Quantizes every block that the journal does not have yet. Raises what steps raise, and Broken."""
         self._check_finished()
-        calls = None if self.ids is None else self.start()
+        calls = self._calls()
         if calls is not None and self.recipe.needs_fisher:
             self.find_sensitivities(calls)
         if calls is not None and not self.recipe.reads_inputs:
@@ -228,6 +244,16 @@ class Walk:
         if self.fisher is not None:
             self.fisher.remove()
         return self.records
+
+    def _calls(self) -> list[Call] | None:
+        """:meth:`start`, or None for a walk without windows."""
+        try:
+            return None if self.ids is None else self.start()
+        except ValueError:
+            if not self.drawn:
+                raise
+            self.ids = None
+            return None
 
     def _check_finished(self) -> None:
         """Forgets finished units from the first one on that is not what this walk writes: the journal was damaged."""
@@ -261,9 +287,16 @@ class Walk:
         assert self.stream is not None and self.ids is not None
         linears = [list(block.formats) for block in self.plan.blocks]
         self.fisher = FisherPass(
-            self.source, self.stream, calls, self.ids, linears, self.store, self.journal, self.progress
+            self.source,
+            self.stream,
+            calls,
+            self.ids[: self.calibrated],
+            linears,
+            self.store,
+            self.journal,
+            self.progress,
         )
-        self.fisher.run(self.store["fp"], range(len(self.section.finished), self.total))
+        self.fisher.run(self.store["fp"][: self.calibrated], range(len(self.section.finished), self.total))
 
     def _ticks_of(self, i: int) -> int:
         """About how many ticks block i will take: the original stream and the quantized one, and what steps say of themselves."""
@@ -325,9 +358,8 @@ class Walk:
     ) -> BlockState:
         plan, io = self.plan.blocks[i], None
         if call is not None:
-            fp = self.store["fp"]
-            x = fp if self.recipe.feed == "fp" else self.store["quant"]
-            io = BlockIO(x, self.store["next"], call, x_fp=fp, by_window=True)
+            fp, quant, y = (self.store[name][: self.calibrated] for name in ("fp", "quant", "next"))
+            io = BlockIO(fp if self.recipe.feed == "fp" else quant, y, call, x_fp=fp, by_window=True)
         return BlockState.of(
             plan.name,
             block,
@@ -361,10 +393,10 @@ class Walk:
         fp, quant, following = self.store["fp"], self.store["quant"], self.store["next"]
         self._advance(call, block, quant, quant)
         if self.last == "packed":
-            self._advance(call, block, self.store["packed"], self.store["packed"])
+            self._advance(call, block, self.store["packed"], self.store["packed"], self.watched.start)
         fp.copy_(following)
-        lost = sum((quant[w] - fp[w]).double().square().sum() for w in range(len(fp)))
-        kept = sum(fp[w].double().square().sum() for w in range(len(fp)))
+        lost = sum((quant[w] - fp[w]).double().square().sum() for w in range(self.calibrated))
+        kept = sum(fp[w].double().square().sum() for w in range(self.calibrated))
         error = float(lost / kept)
         if not error < float("inf"):
             raise Broken(f"{self.plan.blocks[len(self.records)].name}: hidden states behind it are NaN or Inf")
@@ -400,10 +432,10 @@ class Walk:
     def _cost_of_outside(self) -> float:
         """Nats a token by which the packed embedding and head move the quantized model away from the original."""
         packed, plain = (
-            sum(divergence(original, quantized) for _, original, quantized in self._logits(WATCHED, packs))
+            sum(divergence(original, quantized) for _, original, quantized in self._logits(packs))
             for packs in (True, False)
         )
-        return float(packed - plain) / min(WATCHED, len(self.ids if self.ids is not None else ()))
+        return float(packed - plain) / len(self.watched)
 
     def write_rest(self) -> None:
         """Stores everything outside the blocks, packed as :meth:`settle_outside` decided or as it was."""
@@ -424,21 +456,23 @@ class Walk:
         self.section.write(self._shard(self.total), tensors, record)
         self.source.release_tensors(self.model, names)
 
-    def logits(self, windows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """``(ids [T], original logits [T, V], quantized logits [T, V])`` of the first calibration windows."""
-        return self._logits(windows, self.packs_outside)
+    def logits(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """``(ids [T], original logits [T, V], quantized logits [T, V])`` of the windows :attr:`watched`."""
+        return self._logits(self.packs_outside)
 
-    def _logits(self, windows: int, packs: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _logits(self, packs: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """:meth:`logits` with or without the packed embedding and head."""
         assert self.stream is not None and self.ids is not None
-        quantized = self.store[self.last if packs else "quant"]
+        packed = packs and self.last == "packed"
         with self.stream.loaded_outside(self.source):
             modules = pack_outside(self.model, self.plan.outside) if packs else {}
-            for w in range(min(windows, len(self.ids))):
+            for i, w in enumerate(self.watched):
                 ids = self.ids[w : w + 1]
                 original = self.logits_of(ids, self.store["fp"][w : w + 1])
+                quantized = self.store["packed"][i : i + 1] if packed else self.store["quant"][w : w + 1]
                 with replaced(self.model, modules):
-                    yield ids[0], original, self.logits_of(ids, quantized[w : w + 1])
+                    quantized = self.logits_of(ids, quantized)
+                yield ids[0], original, quantized
 
     def logits_of(self, ids_1T: Tensor, hidden_1Td: Tensor) -> Tensor:
         """Logits ``[T, V]`` of one window from a stream behind the last block; what is outside the blocks must be loaded."""

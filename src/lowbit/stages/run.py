@@ -29,6 +29,7 @@ class Run:
         ids: calibration windows ``[N, T]``, or None for a recipe that needs none.
         journal: of the partial directory, open.
         ram_limit: bytes of activations kept in memory.
+        drawn, held_out: as for :class:`Walk`.
 
     Attributes:
         walk: of the Blockwise stage; it keeps both streams behind the last block.
@@ -41,12 +42,22 @@ class Run:
     journal: Journal
     ram_limit: int = 2**32
     progress: Progress = silent
+    drawn: bool = False
+    held_out: int = 0
     model: nn.Module | None = None
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         self.recipe = self.plan.recipe
-        self.walk = Walk(self.plan, self.ids, self.journal, self.ram_limit, progress=self.progress)
+        self.walk = Walk(
+            self.plan,
+            self.ids,
+            self.journal,
+            self.ram_limit,
+            progress=self.progress,
+            drawn=self.drawn,
+            held_out=self.held_out,
+        )
 
     def stages(self) -> None:
         """Runs them. Raises what they raise."""

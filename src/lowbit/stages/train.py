@@ -70,8 +70,9 @@ class Training:
 
     def _train(self, model: nn.Module) -> list[str]:
         """Changes ``model`` in place; returns notes for the report."""
-        walk, ids = self.walk, self.walk.ids
-        assert ids is not None and walk.stream is not None
+        walk = self.walk
+        assert walk.ids is not None and walk.stream is not None
+        ids = walk.ids[: walk.calibrated]
         done, expected = 0, self.stage.epochs * len(ids)
 
         def tick(text: str) -> None:

@@ -57,7 +57,8 @@ class Native:
         """
         checkpoint, description = read_quantized(directory)
         headers = checkpoint.headers
-        names = sorted(headers, key=lambda name: (headers[name].file.name, headers[name].start))
+        stored = (name for name in headers if name != description.guarded)
+        names = sorted(stored, key=lambda name: (headers[name].file.name, headers[name].start))
         return PackedModel(
             description=description,
             config={key: value for key, value in checkpoint.config.items() if key != "quantization_config"},

@@ -18,6 +18,8 @@ from lowbit.checkpoints.native.reading import CONFIG
 from lowbit.checkpoints.shards import INDEX, ModelError, TensorHeader, read_shard_header
 
 SHARD_METADATA = {"format": "pt"}
+GUARD = "needs-lowbit.safetensors"
+"""The shard of :attr:`ModelDescription.guarded`."""
 
 
 class ShardWriter:
@@ -79,7 +81,10 @@ def write_checkpoint_index(
         for name in of_shard.keys() & headers.keys():
             raise ModelError(f"{directory}: tensor {name} is in two shards, {headers[name].file.name} and {shard}")
         headers |= of_shard
-    check_layers(directory, config["quantization_config"], headers)
+    description = check_layers(directory, config["quantization_config"], headers)
+    if description.guarded is not None:
+        save_file({description.guarded: torch.empty(0, dtype=torch.uint8)}, directory / GUARD, metadata=SHARD_METADATA)
+        headers |= read_shard_header(directory / GUARD)
     index = {
         "metadata": {"total_size": sum(header.nbytes for header in headers.values())},
         "weight_map": {name: header.file.name for name, header in headers.items()},
