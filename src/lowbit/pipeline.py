@@ -33,6 +33,7 @@ from lowbit.recipes import Recipe, as_recipe
 from lowbit.stages.blockwise import WATCHED, BlockRecord, Broken, Walk
 from lowbit.stages.journal import Journal
 from lowbit.stages.run import Run
+from lowbit.stages.stream import check_blocks_run_alone
 from lowbit.steps import LayerRecord
 from lowbit.version import __version__
 
@@ -170,6 +171,7 @@ def prepare(
             f"recipe {recipe.name!r} needs calibration text: pass a file, python-docs, a hub dataset or self"
         )
     if calibration is not None:
+        check_blocks_run_alone(plan.architecture)
         job.calibration = calibration_of(plan.source, calibration, samples, seq_len)
     job.tokenizer = _tokenizer_if_any(plan.source)
     return job
@@ -227,8 +229,8 @@ def run(
     """The stages and all that follows them, for a request that has been checked."""
     if job.plan.problems and not allow_broken:
         raise BrokenModel(
-            f"{job.source.name} cannot be quantized well: {'; '.join(job.plan.problems)}. Repeat with --allow-broken to "
-            "quantize the rest all the same"
+            f"{'; '.join(job.plan.problems)}. {job.source.name} would stay as large as it is; repeat with --allow-broken to "
+            "quantize the few linears all the same"
         )
     journal = Journal(job.out, job.header)
     journal.open(restart=restart)

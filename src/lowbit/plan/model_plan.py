@@ -124,8 +124,8 @@ class ModelPlan:
         }
         largest = ", ".join(sorted(others, key=lambda name: -others[name])[:3])
         return (
-            f"only {reach:.0%} of the weights in the blocks' matrices are in linears that can be quantized; the others keep "
-            f"their precision, the largest of them {largest}",
+            f"only {reach:.0%} of the blocks' weights are in linears; the others keep their precision, the largest of them "
+            f"{largest}",
         )
 
     @property

@@ -171,6 +171,19 @@ def outside(model: PreTrainedModel, architecture: Architecture, *, only_base: bo
     return sorted(key for key in model.state_dict() if not key.startswith(prefix) and key.startswith(inside))
 
 
+def check_blocks_run_alone(architecture: Architecture) -> None:
+    """Checks what is known before any block runs.
+
+    Raises:
+        ValueError: the blocks need more of each other than hidden states.
+    """
+    if architecture.apart:
+        raise ValueError(f"{architecture.apart}, so they cannot run one at a time. {_WITHOUT_TEXT}")
+
+
+_WITHOUT_TEXT = "Methods that need no text can quantize this model: give none (--calibration none)"
+
+
 class Stream:
     """Hidden states in, hidden states and logits out, for a skeleton whose blocks come and go.
 
@@ -218,7 +231,7 @@ class Stream:
                     if stubs[number].call is None:
                         raise ValueError(
                             f"{type(self.model).__name__} does not run on token ids alone as far as block {number} "
-                            f"({type(error).__name__}: {error}); methods that need no text can quantize it"
+                            f"({type(error).__name__}: {error}). {_WITHOUT_TEXT}"
                         ) from error
                 call, seen = stubs[number].call, stubs[number].seen
             assert call is not None and seen is not None
@@ -248,8 +261,8 @@ class Stream:
                     if changed
                     else f"holds {list(seen[0].shape)}"
                 )
-                + " between its blocks; expected one vector for each token, handed on from block to block. Methods that need "
-                "no text can quantize it"
+                + " between its blocks; expected one vector for each token, handed on from block to block. "
+                + _WITHOUT_TEXT
             )
         return seen[0], [stub.call for stub in stubs if stub.call is not None]
 
@@ -259,11 +272,7 @@ class Stream:
         Raises:
             ValueError: as :meth:`enter`; blocks that need more of each other than hidden states.
         """
-        if self.architecture.apart:
-            raise ValueError(
-                f"the blocks of {type(self.model).__name__} cannot run one at a time: {self.architecture.apart}. Methods that "
-                "need no text can quantize it"
-            )
+        check_blocks_run_alone(self.architecture)
         before = outside(self.model, self.architecture, only_base=True)
         blocks = [f"{self.architecture.blocks}.{i}" for i in self.samples]
         source.load(self.model, before)

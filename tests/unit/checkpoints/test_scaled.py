@@ -121,9 +121,7 @@ def test_mxfp4_experts_are_read_as_transformers_reads_them(tmp_path, monkeypatch
         path = f"model.layers.1.mlp.experts.{name}"
         wanted = convert_moe_packed_tensors(stored[f"{path}_blocks"], stored[f"{path}_scales"]).float()
         assert torch.equal(original.get_parameter(path), wanted)
-    lowbit.quantize(
-        tmp_path / "model", lowbit.recipe("rtn", bits=8, group_size=16), ids(2, 16, 1), out=tmp_path / "q"
-    )
+    lowbit.quantize(tmp_path / "model", lowbit.recipe("rtn", bits=8, group_size=16), ids(2, 16, 1), out=tmp_path / "q")
     x = ids(2, 16, 2)
     with torch.no_grad():
         wanted, found = original(x).logits, lowbit.load(tmp_path / "q", torch.float32)(x).logits
@@ -155,9 +153,7 @@ def test_every_unquantized_tensor_keeps_its_own_dtype(tmp_path):
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
     exact = (14 + 0.05 * torch.randn(8, generator=torch.Generator().manual_seed(1))).float()
     _rewrite(model, lambda t: t | {bias: exact, "model.norm.weight": t["model.norm.weight"].float() + 1e-4})
-    report = lowbit.quantize(
-        model, lowbit.recipe("rtn", bits=8, group_size=16), ids(2, 16, 1), out=tmp_path / "q"
-    )
+    report = lowbit.quantize(model, lowbit.recipe("rtn", bits=8, group_size=16), ids(2, 16, 1), out=tmp_path / "q")
     assert not report.problems
     before = load_file(model / "model.safetensors")
     after = _tensors(tmp_path / "q")
