@@ -33,7 +33,7 @@ from lowbit.recipes import Recipe, as_recipe
 from lowbit.stages.blockwise import WATCHED, BlockRecord, Broken, Walk
 from lowbit.stages.journal import Journal
 from lowbit.stages.run import Run
-from lowbit.stages.stream import check_blocks_run_alone
+from lowbit.stages.stream import CannotStream, check_blocks_run_alone
 from lowbit.steps import LayerRecord
 from lowbit.version import __version__
 
@@ -240,6 +240,10 @@ def run(
     try:
         try:
             running.stages()
+        except CannotStream:  # nothing is lost, and a run without text may follow
+            if not journal.finished:
+                shutil.rmtree(journal.directory)
+            raise
         except Broken as error:
             worst = max((x for b in walk.records for x in b.layers), key=lambda x: x.error or 0, default=None)
             culprit = f"; the worst layer so far is {worst.name}" if worst else ""

@@ -56,6 +56,14 @@ class ScaledWeight:
         return (codes.float() * _spread(scales.float(), self.shape, self.block, first, last)).to(self.dtype)
 
 
+def holds_scaled(headers: Mapping[str, TensorHeader]) -> bool:
+    """Whether some weights are stored in 8-bit floats or as MXFP4."""
+    return any(
+        header.dtype in _FLOAT8 or (key.endswith("_blocks") and f"{key.removesuffix('_blocks')}_scales" in headers)
+        for key, header in headers.items()
+    )
+
+
 def with_scales(
     name: str, headers: Mapping[str, TensorHeader], quantization: Mapping[str, Any] | None, dtype: torch.dtype
 ) -> tuple[dict[str, TensorHeader | ScaledWeight], frozenset[str]]:

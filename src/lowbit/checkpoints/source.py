@@ -268,7 +268,13 @@ class ModelSource:
             )
             return model.eval()
         model = self.skeleton()
-        self.load_into(model, "", dtype=dtype)
+        kept = [re.compile(rf"(^|\.){re.escape(key)}(\.|$)") for key in model._get_dtype_plan(dtype)]
+        state = model.state_dict()
+        wide = [
+            name for name in state if any(pattern.search(name) for pattern in kept)
+        ]  # which transformers keeps in float32
+        self.load(model, wide)
+        self.load(model, state.keys() - set(wide), dtype=dtype)
         model.tie_weights()
         return model
 

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import lowbit
+from families import FAMILIES, ids, save_model
 from lowbit.checkpoints.shards import ModelError
 from lowbit.checkpoints.source import open_model
 from lowbit.plan.foresight import plan
 
-from families import FAMILIES, ids, save_model
 from helpers import random_ids, tiny_llama
 
 WIDE = {"hidden_size": 192, "intermediate_size": 144, "num_key_value_heads": 4}  # no multiple of the blocks
@@ -70,7 +70,7 @@ def test_float8_weights_are_multiplied_by_their_scales(tmp_path, block):
     model = tiny_llama(tmp_path / "model", **WIDE)
     _rewrite(model, lambda t: _to_fp8(t, block), None if block == (128, 128) else described)
     source = open_model(model)
-    state = source.load_full().state_dict()
+    state = lowbit.load(model).state_dict()
     for name, value in _restored(load_file(model / "model.safetensors"), block).items():
         assert torch.equal(state[name], value.float()), name
     report = lowbit.quantize(model, lowbit.recipe("rtn", bits=8, group_size=32), random_ids(2, 16), out=tmp_path / "q")
