@@ -61,7 +61,7 @@ def blocks_path(model: Any) -> str:
     """
     if getattr(model, "config", None) is None:
         raise ValueError(f"the blocks of {type(model).__name__} are not known: expected a model of transformers")
-    decoder, layers = decoder_of(model), model.config.get_text_config().num_hidden_layers
+    decoder, layers = decoder_of(model), getattr(model.config.get_text_config(), "num_hidden_layers", None)
     prefix = next(path for path, module in model.named_modules() if module is decoder)
     lists = {path: module for path, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
     outermost = {p: m for p, m in lists.items() if not any(p.startswith(f"{other}.") for other in lists)}

@@ -73,10 +73,9 @@ class BlockPlan:
 
     @property
     def unknown(self) -> dict[str, int]:
-        """Those of :attr:`others` that are not known to be small: no convolutions, no linears that stay as they are."""
-        small = (nn.modules.conv._ConvNd, nn.Linear)
+        """Those of :attr:`others` that are not of convolutions, which stay as they are."""
         owners = {name: self.module.get_submodule(name.rpartition(".")[0]) for name in self.others}
-        return {name: size for name, size in self.others.items() if not isinstance(owners[name], small)}
+        return {n: size for n, size in self.others.items() if not isinstance(owners[n], nn.modules.conv._ConvNd)}
 
     @property
     def layers(self) -> Mapping[str, LayerDescription]:
