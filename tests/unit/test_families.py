@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,7 @@ def test_the_text_of_a_model_with_images_is_quantized_and_the_rest_kept(tmp_path
     kept = {k: v for file in out.glob("*.safetensors") for k, v in load_file(file).items() if "vis" in k}
     assert kept and all(torch.equal(value, original.state_dict()[name]) for name, value in kept.items())
     x = ids(1, 8, 2)
+    loaded: Any
     for loaded in (lowbit.load(out), AutoModelForImageTextToText.from_pretrained(out).eval()):
         assert isinstance(loaded, type(original))
         assert loaded.generate(input_ids=x, max_new_tokens=3, do_sample=False).shape == (1, 11)

@@ -144,7 +144,7 @@ def _load_config(name: str, path: Path, raw: dict[str, Any], trust_remote_code: 
         raise ModelError(f"{name}: a {model_type!r} model; expected a causal language model.")
     for part in (config, config.get_text_config()):
         if (getattr(part, "quantization_config", None) or {}).get("quant_method") in READABLE:
-            del part.quantization_config  # its weights are read as what they stand for
+            del part.quantization_config  # pyright: ignore[reportAttributeAccessIssue]  # its weights are read as what they stand for
     if getattr(config, "rescale_every", 0):
         # The model divides weights of its blocks when it first runs, and hidden states in turn. This only keeps float16 in
         # range; without it the function is the same, and packed weights cannot be divided.

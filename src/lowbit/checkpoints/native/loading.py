@@ -47,7 +47,8 @@ def load(
     if checkpoint.description is None and holds_scaled(checkpoint.headers):
         source = open_model(directory, trust_remote_code=trust_remote_code)
         asked = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-        return source.load_full(asked if isinstance(asked, torch.dtype) else source.dtype).to(device)
+        whole: Any = source.load_full(asked if isinstance(asked, torch.dtype) else source.dtype)
+        return whole.to(device)
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
     loaded: Any = auto_class(config).from_pretrained(
         directory,
