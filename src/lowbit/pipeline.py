@@ -347,15 +347,15 @@ def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tenso
     report = replace(report, out=job.out, bytes=weights)
     write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name)
     if reference is not None:
-        _compare_reloaded(directory, *reference)
+        _compare_reloaded(directory, *reference, job.source.trust_remote_code)
     shutil.rmtree(directory / "scratch", ignore_errors=True)
     journal.finish()
     return report
 
 
 @torch.no_grad()
-def _compare_reloaded(directory: Path, ids_T: Tensor, logits: Tensor) -> None:
-    reloaded = native.load(directory, dtype=torch.float32, unfinished=True)
+def _compare_reloaded(directory: Path, ids_T: Tensor, logits: Tensor, trust_remote_code: bool) -> None:
+    reloaded = native.load(directory, dtype=torch.float32, unfinished=True, trust_remote_code=trust_remote_code)
     restore(reloaded)  # by the kernels that measured: others round elsewhere, and activations of 4 bits make much of it
     error = output_error(logits, reloaded(input_ids=ids_T[None], use_cache=False).logits[0])
     if not error < RELOAD_TOLERANCE:
