@@ -46,6 +46,7 @@ fidelity: install
 # Pages that are written from real runs and from docstrings; the tests check that they are up to date.
 docs: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/matrix.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/families.py
 	$(BIN)/python docs/methods.py
 
 lint: install

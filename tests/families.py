@@ -270,9 +270,10 @@ def page(found: dict[str, str]) -> str:
         [
             "# Which model families work",
             "",
-            "Written by `make docs` from whole runs on tiny random models: quantized by rtn, gptq and awq with text at",
-            "8 bits, saved, loaded, and compared with transformers in full precision. *Error* is the relative error of",
-            "the logits, the median over tokens. *Weights only* means that methods without text work. *Refused* means before any work.",
+            "Written by `make docs` from whole runs on tiny random models: quantized by rtn, gptq and awq with",
+            "text at 8 bits, saved, loaded, and compared with transformers in full precision. *Error* is the",
+            "relative error of the logits, the median over tokens. *Weights only* means that methods without",
+            "text work (`--calibration none`). *Refused* means before any work.",
             "",
             *(line(family, said) for family, said in found.items()),
             "",

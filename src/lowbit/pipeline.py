@@ -33,6 +33,7 @@ from lowbit.recipes import Recipe, as_recipe
 from lowbit.stages.blockwise import BlockRecord, Broken, Walk
 from lowbit.stages.journal import Journal
 from lowbit.stages.run import Run
+from lowbit.stages.stream import CannotStream, check_blocks_run_alone
 from lowbit.steps import LayerRecord
 from lowbit.version import __version__
 
@@ -184,6 +185,7 @@ def prepare(
             f"recipe {recipe.name!r} needs calibration text: pass a file, python-docs, a hub dataset or self"
         )
     if calibration is not None:
+        check_blocks_run_alone(plan.architecture)
         job.calibration = calibration_of(plan.source, calibration, samples, seq_len, bos)
         job.warnings.extend(job.calibration.warnings)
     job.tokenizer = _tokenizer_if_any(plan.source)
@@ -252,8 +254,8 @@ def run(
     """The stages and all that follows them, for a request that has been checked."""
     if job.plan.problems and not allow_broken:
         raise BrokenModel(
-            f"{job.source.name} cannot be quantized well: {'; '.join(job.plan.problems)}. Repeat with --allow-broken to "
-            "quantize the rest all the same"
+            f"{'; '.join(job.plan.problems)}. {job.source.name} would stay as large as it is; repeat with --allow-broken to "
+            "quantize the few linears all the same"
         )
     journal = Journal(job.out, job.header)
     journal.open(restart=restart)
@@ -272,6 +274,10 @@ def _run(
     try:
         try:
             running.stages()
+        except CannotStream:  # nothing is lost, and a run without text may follow
+            if not journal.finished:
+                shutil.rmtree(journal.directory)
+            raise
         except Broken as error:
             worst = max((x for b in walk.records for x in b.layers), key=lambda x: x.error or 0, default=None)
             culprit = f"; the worst layer so far is {worst.name}" if worst else ""
@@ -403,15 +409,15 @@ def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tenso
     report = replace(report, out=job.out, bytes=weights)
     write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name)
     if reference is not None:
-        _compare_reloaded(directory, *reference)
+        _compare_reloaded(directory, *reference, job.source.trust_remote_code)
     shutil.rmtree(directory / "scratch", ignore_errors=True)
     journal.finish()
     return report
 
 
 @torch.no_grad()
-def _compare_reloaded(directory: Path, ids_T: Tensor, logits: Tensor) -> None:
-    reloaded = native.load(directory, dtype=torch.float32, unfinished=True)
+def _compare_reloaded(directory: Path, ids_T: Tensor, logits: Tensor, trust_remote_code: bool) -> None:
+    reloaded = native.load(directory, dtype=torch.float32, unfinished=True, trust_remote_code=trust_remote_code)
     restore(reloaded)  # by the kernels that measured: others round elsewhere, and activations of 4 bits make much of it
     error = output_error(logits, reloaded(input_ids=ids_T[None], use_cache=False).logits[0])
     if not error < RELOAD_TOLERANCE:

@@ -102,7 +102,9 @@ def for_config(config: Any) -> Architecture:
 def _empty(config: Any) -> PreTrainedModel:
     try:
         with torch.device("meta"):
-            return auto_class(config).from_config(copy.deepcopy(config))
+            # A configuration class of the model's own exists only where its code is trusted.
+            own = type(config).__module__.startswith("transformers_modules")
+            return auto_class(config).from_config(copy.deepcopy(config), trust_remote_code=own)
     except Exception as error:
         raise ValueError(
             f"Model type {config.model_type!r} has no architecture table, and no empty model could be built to "

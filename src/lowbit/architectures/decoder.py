@@ -27,7 +27,8 @@ def auto_class(config: Any) -> Any:
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForCausalLM
     names = getattr(config, "architectures", None) or ()
-    text_only = kind in MODEL_FOR_CAUSAL_LM_MAPPING and MODEL_FOR_CAUSAL_LM_MAPPING[kind].__name__ in names
+    text: Any = MODEL_FOR_CAUSAL_LM_MAPPING[kind] if kind in MODEL_FOR_CAUSAL_LM_MAPPING else None
+    text_only = text is not None and text.__name__ in names
     return AutoModelForCausalLM if text_only else AutoModelForImageTextToText
 
 
@@ -44,9 +45,9 @@ def decoder_of(model: Any) -> nn.Module:
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} has an encoder and a decoder; expected a decoder alone")
-    inner = model
+    inner: Any = model
     while True:
-        following = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
+        following: Any = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
         following = inner.base_model if following is inner and hasattr(inner, "base_model") else following
         if following is inner or not isinstance(following, nn.Module):
             return inner
@@ -61,7 +62,7 @@ def blocks_path(model: Any) -> str:
     """
     if getattr(model, "config", None) is None:
         raise ValueError(f"the blocks of {type(model).__name__} are not known: expected a model of transformers")
-    decoder, layers = decoder_of(model), model.config.get_text_config().num_hidden_layers
+    decoder, layers = decoder_of(model), getattr(model.config.get_text_config(), "num_hidden_layers", None)
     prefix = next(path for path, module in model.named_modules() if module is decoder)
     lists = {path: module for path, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
     outermost = {p: m for p, m in lists.items() if not any(p.startswith(f"{other}.") for other in lists)}

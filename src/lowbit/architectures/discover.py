@@ -30,8 +30,8 @@ def discover(model: nn.Module) -> Architecture:
     """A table from the modules of `model`, whose experts must be unfused; meta tensors are enough.
 
     The blocks are the decoder's own list. The role of a linear is its path in the block with `*` for numbers. A linear that
-    scores the experts in a list next to it counts as their router. A linear whose weight is read without calling it stays
-    as it is.
+    scores the experts in a list next to it counts as their router. A linear whose weight is read without calling it, or
+    whose class computes more than a product, stays as it is.
 
     Raises:
         ValueError: the blocks are not known.
@@ -41,7 +41,7 @@ def discover(model: nn.Module) -> Architecture:
     assert isinstance(blocks, nn.ModuleList)
     names = {name: None for block in blocks for name in _linear_patterns(block)}
     routers = {name: None for block in blocks for name in _router_patterns(block)}
-    kept = {name: None for block in blocks for name in _read_patterns(block) if name not in routers}
+    kept = {name: None for block in blocks for name in _kept_patterns(block) if name not in routers}
     roles = tuple(LinearRole(name, name) for name in names if name not in routers and name not in kept)
     model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
     return Architecture(
@@ -73,10 +73,8 @@ def _linear_patterns(block: nn.Module) -> list[str]:
 
 
 def _router_patterns(block: nn.Module) -> list[str]:
-    """Linears that answer with something else than their product, and those next to a list of experts with one output, or
-    one for each expert."""
-    own = [p for p, m in block.named_modules() if isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward]
-    return [_pattern(path) for path in own] + [
+    """Linears next to a list of experts with one output, or one for each expert."""
+    return [
         _pattern(f"{path}.{name}" if path else name)
         for path, parent in block.named_modules()
         for name, child in parent.named_children()
@@ -85,8 +83,10 @@ def _router_patterns(block: nn.Module) -> list[str]:
     ]
 
 
-def _read_patterns(block: nn.Module) -> list[str]:
-    return [
+def _kept_patterns(block: nn.Module) -> list[str]:
+    """Linears that answer with something else than their product, and those whose weight is read from outside."""
+    own = [p for p, m in block.named_modules() if isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward]
+    return [_pattern(path) for path in own] + [
         _pattern(f"{path}.{name}" if path else name)
         for path, parent in block.named_modules()
         for name in _read_weights(type(parent))

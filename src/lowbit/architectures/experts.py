@@ -72,9 +72,8 @@ class Expert(nn.Module):
         self.between = between
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self._modules.get("gate_proj")
-        up = self.up_proj(x)
-        return self.down_proj(self.between(up) if gate is None else self.between(gate(x), up))
+        inner = (m(x) for name, m in self._modules.items() if m is not None and name != "down_proj")  # gate first
+        return self.get_submodule("down_proj")(self.between(*inner))
 
 
 class UnfusedExperts(nn.ModuleList):
@@ -177,7 +176,9 @@ def layout_of(path: str, fused: nn.Module) -> ExpertLayout:
 def _is_known(fused: nn.Module, gated: bool) -> bool:
     """Whether it is known what lies between the products: said by transformers' decorator, or plain to read in the code."""
     if hasattr(fused, "has_gate"):
-        return fused.has_gate == gated and (callable(getattr(fused, "act_fn", None)) or _own_gate(fused) is not None)
+        return bool(fused.has_gate) == gated and (
+            callable(getattr(fused, "act_fn", None)) or _own_gate(fused) is not None
+        )
     plain = r"self\.act_fn\(gate\w*\) \* up|up\w* \* self\.act_fn\(gate\w*\)"
     return gated and callable(getattr(fused, "act_fn", None)) and bool(re.search(plain, source_of(type(fused).forward)))
 
@@ -207,7 +208,7 @@ def _between(fused: nn.Module, layout: ExpertLayout) -> Callable[..., Tensor]:
     """What the fused module does between its products, as a function of gate and up, or of up."""
     act: Any = getattr(fused, "act_fn", None)
     if not layout.gated:
-        return act
+        return lambda up: act(up)
     if (own := _own_gate(fused)) is None:
         return lambda gate, up: act(gate) * up
     return lambda gate, up: own(fused, layout.joined(gate, up))

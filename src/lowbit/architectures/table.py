@@ -198,7 +198,8 @@ class Architecture:
             them.
         heads: of attention.
         residual: whether and how the stream between the blocks rotates.
-        kept: paths of linears that stay as they are, because the model reads their weight without calling them.
+        kept: paths of linears that stay as they are: the model reads their weight without calling them, or their class
+            computes more than a product.
         apart: the reason why the blocks cannot run one at a time; empty if they can.
         embed: paths of modules with weights before the first block.
         final_norm, after, head: paths of modules after the last block, if the model has them; `after` are rare projections.

@@ -56,6 +56,14 @@ class ScaledWeight:
         return (codes.float() * _spread(scales.float(), self.shape, self.block, first, last)).to(self.dtype)
 
 
+def holds_scaled(headers: Mapping[str, TensorHeader]) -> bool:
+    """Whether some weights are stored in 8-bit floats or as MXFP4."""
+    return any(
+        header.dtype in _FLOAT8 or (key.endswith("_blocks") and f"{key.removesuffix('_blocks')}_scales" in headers)
+        for key, header in headers.items()
+    )
+
+
 def with_scales(
     name: str, headers: Mapping[str, TensorHeader], quantization: Mapping[str, Any] | None, dtype: torch.dtype
 ) -> tuple[dict[str, TensorHeader | ScaledWeight], frozenset[str]]:
@@ -106,7 +114,7 @@ def _float8(
     shape, scales = header.shape, headers[scale].shape
     chosen: tuple[int, int] | None = None
     if torch.Size(scales).numel() == 1:
-        chosen = (max(1, shape[-2] if len(shape) > 1 else 1), max(1, shape[-1]))
+        chosen = _BLOCK  # of any size: there is one
     elif len(shape) == len(scales) and len(shape) >= 2:
         rows, columns = block or _BLOCK
         expected = (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns))
@@ -127,7 +135,7 @@ def _spread(scales: Tensor, shape: tuple[int, ...], block: tuple[int, int], firs
         scales = scales[first:last]
         first, last = 0, shape[-2]
     spread = scales.repeat_interleave(block[0], -2)[..., first:last, :]
-    return spread.repeat_interleave(block[1], -1)[..., : shape[-1]]
+    return spread.repeat_interleave(block[1], -1)[..., : shape[len(shape) - 1]]
 
 
 def _mxfp4(key: str, codes: TensorHeader, scales: TensorHeader, dtype: torch.dtype) -> ScaledWeight:

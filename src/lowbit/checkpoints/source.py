@@ -144,7 +144,7 @@ def _load_config(name: str, path: Path, raw: dict[str, Any], trust_remote_code: 
         raise ModelError(f"{name}: a {model_type!r} model; expected a causal language model.")
     for part in (config, config.get_text_config()):
         if (getattr(part, "quantization_config", None) or {}).get("quant_method") in READABLE:
-            del part.quantization_config  # its weights are read as what they stand for
+            del part.quantization_config  # pyright: ignore[reportAttributeAccessIssue]  # its weights are read as what they stand for
     if getattr(config, "rescale_every", 0):
         # The model divides weights of its blocks when it first runs, and hidden states in turn. This only keeps float16 in
         # range; without it the function is the same, and packed weights cannot be divided.
@@ -268,7 +268,13 @@ class ModelSource:
             )
             return model.eval()
         model = self.skeleton()
-        self.load_into(model, "", dtype=dtype)
+        kept = [re.compile(rf"(^|\.){re.escape(key)}(\.|$)") for key in model._get_dtype_plan(dtype)]
+        state = model.state_dict()
+        wide = [
+            name for name in state if any(pattern.search(name) for pattern in kept)
+        ]  # which transformers keeps in float32
+        self.load(model, wide)
+        self.load(model, state.keys() - set(wide), dtype=dtype)
         model.tie_weights()
         return model
 

@@ -7,7 +7,6 @@ architecture's table on them, the format of every linear, and how each will be s
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -64,11 +63,20 @@ class BlockPlan:
     description: BlockDescription
 
     @property
-    def weights(self) -> tuple[int, int]:
-        """Weights in its linears, and in all its matrices (of two or more dimensions, routers left out)."""
-        linears = sum(prod(shape) for shape in self.shapes.values())
-        others = sum(self.module.get_parameter(name).numel() for name in self.resolved.other_matrices)
-        return linears, linears + others
+    def weights(self) -> int:
+        """Weights in its linears."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    @property
+    def others(self) -> dict[str, int]:
+        """Weights in its other matrices, by name: parameters of two or more dimensions, routers left out."""
+        return {name: self.module.get_parameter(name).numel() for name in self.resolved.other_matrices}
+
+    @property
+    def unknown(self) -> dict[str, int]:
+        """Those of :attr:`others` that are not of convolutions, which stay as they are."""
+        owners = {name: self.module.get_submodule(name.rpartition(".")[0]) for name in self.others}
+        return {n: size for n, size in self.others.items() if not isinstance(owners[n], nn.modules.conv._ConvNd)}
 
     @property
     def layers(self) -> Mapping[str, LayerDescription]:
@@ -110,23 +118,20 @@ class ModelPlan:
     @property
     def matrices(self) -> int:
         """Weights in all matrices of the blocks."""
-        return sum(block.weights[1] for block in self.blocks)
+        return sum(block.weights + sum(block.others.values()) for block in self.blocks)
 
     @cached_property
     def problems(self) -> tuple[str, ...]:
         """Why no recipe can make a good result of this model."""
-        reach = sum(block.weights[0] for block in self.blocks) / max(1, self.matrices)
+        linears = sum(block.weights for block in self.blocks)
+        unknown = {name: size for block in self.blocks for name, size in block.unknown.items()}
+        reach = linears / max(1, linears + sum(sum(block.unknown.values()) for block in self.blocks))
         if reach >= MIN_REACH:
             return ()
-        others = {
-            re.sub(r"\d+", "*", name): self.blocks[i].module.get_parameter(name).numel()
-            for i in range(len(self.blocks))
-            for name in self.blocks[i].resolved.other_matrices
-        }
-        largest = ", ".join(sorted(others, key=lambda name: -others[name])[:3])
+        largest = ", ".join(sorted(unknown, key=lambda name: -unknown[name])[:3])
         return (
-            f"only {reach:.0%} of the weights in the blocks' matrices are in linears that can be quantized; the others keep "
-            f"their precision, the largest of them {largest}",
+            f"only {reach:.0%} of the blocks' weights are in linears; the others keep their precision, the largest of them "
+            f"{largest}",
         )
 
     @property

@@ -55,7 +55,7 @@ from lowbit.stages.fisher import FisherPass
 from lowbit.stages.journal import Journal
 from lowbit.stages.outside import divergence, pack_outside, replaced
 from lowbit.stages.store import ActivationStore
-from lowbit.stages.stream import Call, Stream, outside
+from lowbit.stages.stream import Call, CannotStream, Stream, outside
 from lowbit.steps import BlockIO, BlockState, LayerRecord
 from lowbit.transforms import Seeded
 
@@ -249,7 +249,7 @@ class Walk:
         """:meth:`start`, or None for a walk without windows."""
         try:
             return None if self.ids is None else self.start()
-        except ValueError:
+        except CannotStream:
             if not self.drawn:
                 raise
             self.ids = None

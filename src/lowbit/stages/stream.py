@@ -23,6 +23,10 @@ from lowbit.architectures import Architecture, block_modules
 from lowbit.checkpoints.source import ModelSource
 
 
+class CannotStream(ValueError):
+    """The blocks of a model cannot run one at a time, or not on token ids alone. Found before the first block is changed."""
+
+
 @dataclass(frozen=True)
 class Call:
     """The arguments of a block other than its hidden states; runs any block with them.
@@ -46,7 +50,7 @@ class Call:
             return torch.cat([self(block, window, first + w) for w, window in enumerate(x.split(1))])
         args, kwargs = self._of(first)
         output = block(x, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple | list) else output
 
     def _of(self, window: int) -> tuple[tuple, dict[str, Any]]:
         """A copy of the containers each time, since a block may write into a dict that it is given."""
@@ -102,7 +106,7 @@ class _Arguments:
         """Takes the arguments of the next window.
 
         Raises:
-            ValueError: they differ in something that is not a tensor.
+            CannotStream: they differ in something that is not a tensor.
         """
         if not self.first:
             self.first = calls
@@ -111,7 +115,7 @@ class _Arguments:
         kept: dict[tuple[int, int], Tensor] = {}  # many blocks are given the same tensors
         for i, (first, call, windows) in enumerate(zip(self.first, calls, self.others, strict=True)):
             if _kinds((first.args, first.kwargs)) != _kinds((call.args, call.kwargs)):
-                raise ValueError(
+                raise CannotStream(
                     f"block {i} is called with arguments that change from window to window in more than tensors; its blocks "
                     "cannot run one at a time"
                 )
@@ -171,6 +175,19 @@ def outside(model: PreTrainedModel, architecture: Architecture, *, only_base: bo
     return sorted(key for key in model.state_dict() if not key.startswith(prefix) and key.startswith(inside))
 
 
+def check_blocks_run_alone(architecture: Architecture) -> None:
+    """Checks what is known before any block runs.
+
+    Raises:
+        CannotStream: the blocks need more of each other than hidden states.
+    """
+    if architecture.apart:
+        raise CannotStream(f"{architecture.apart}, so they cannot run one at a time. {_WITHOUT_TEXT}")
+
+
+_WITHOUT_TEXT = "Methods that need no text can quantize this model: give none (--calibration none)"
+
+
 class Stream:
     """Hidden states in, hidden states and logits out, for a skeleton whose blocks come and go.
 
@@ -216,40 +233,42 @@ class Stream:
                     self.model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
                 except Exception as error:  # a model that expects tuples may fail in any way behind a stub
                     if stubs[number].call is None:
-                        raise ValueError(
+                        raise CannotStream(
                             f"{type(self.model).__name__} does not run on token ids alone as far as block {number} "
-                            f"({type(error).__name__}: {error}); methods that need no text can quantize it"
+                            f"({type(error).__name__}: {error}). {_WITHOUT_TEXT}"
                         ) from error
                 call, seen = stubs[number].call, stubs[number].seen
-            assert call is not None and seen is not None
+            if call is None or seen is None:
+                kind = self.kinds[number].__name__
+                raise CannotStream(f"block {number} ({kind}) does not run on token ids alone. {_WITHOUT_TEXT}")
             args, kwargs = call._of(0)
             output = self.blocks[number](seen, *args, **kwargs)
-            self.rests[self.kinds[number]] = output[1:] if isinstance(output, tuple) else None
+            self.rests[self.kinds[number]] = tuple(output[1:]) if isinstance(output, tuple | list) else None
 
     @torch.no_grad()
     def enter(self, ids_1T: Tensor) -> tuple[Tensor, list[Call]]:
         """The first block's inputs ``[1, T, d]`` for one window of ids, and every block's other arguments.
 
         Raises:
-            ValueError: blocks that the model does not run one after another, each on what the one before gave.
+            CannotStream: blocks that the model does not run one after another, each on what the one before gave.
         """
         with self._stubs() as stubs:
             self.model.base_model(input_ids=ids_1T, use_cache=False)
         missing = [i for i, stub in enumerate(stubs) if stub.call is None]
         seen = [stub.seen for stub in stubs if stub.seen is not None]
         if missing:
-            raise ValueError(f"blocks {missing} of {self.architecture.blocks} are not run by the model")
+            raise CannotStream(f"blocks {missing} do not run on token ids alone. {_WITHOUT_TEXT}")
         changed = [i for i, x in enumerate(seen) if x is not seen[0] and not torch.equal(x, seen[0])]
         if changed or seen[0].dim() != 3 or seen[0].shape[:2] != ids_1T.shape:
-            raise ValueError(
+            raise CannotStream(
                 f"{type(self.model).__name__} "
                 + (
                     f"changes the hidden states before block {changed[0]}"
                     if changed
                     else f"holds {list(seen[0].shape)}"
                 )
-                + " between its blocks; expected one vector for each token, handed on from block to block. Methods that need "
-                "no text can quantize it"
+                + " between its blocks; expected one vector for each token, handed on from block to block. "
+                + _WITHOUT_TEXT
             )
         return seen[0], [stub.call for stub in stubs if stub.call is not None]
 
@@ -257,13 +276,9 @@ class Stream:
         """:meth:`enter` for every window, with what that needs loaded from ``source`` meanwhile.
 
         Raises:
-            ValueError: as :meth:`enter`; blocks that need more of each other than hidden states.
+            CannotStream: as :meth:`enter`; blocks that need more of each other than hidden states.
         """
-        if self.architecture.apart:
-            raise ValueError(
-                f"the blocks of {type(self.model).__name__} cannot run one at a time: {self.architecture.apart}. Methods that "
-                "need no text can quantize it"
-            )
+        check_blocks_run_alone(self.architecture)
         before = outside(self.model, self.architecture, only_base=True)
         blocks = [f"{self.architecture.blocks}.{i}" for i in self.samples]
         source.load(self.model, before)

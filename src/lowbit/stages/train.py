@@ -66,7 +66,8 @@ class Training:
     def _load(self, shards: list[str]) -> nn.Module:
         source = self.walk.source
         native.write_checkpoint(self.section.directory, source.config, self.walk.description, shards, source.dtype)
-        return native.load(self.section.directory, dtype=torch.float32, unfinished=True)
+        trust = source.trust_remote_code
+        return native.load(self.section.directory, dtype=torch.float32, unfinished=True, trust_remote_code=trust)
 
     def _train(self, model: nn.Module) -> list[str]:
         """Changes ``model`` in place; returns notes for the report."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,11 @@ from lowbit.plan.foresight import plan
 
 from helpers import random_ids, tiny_llama
 
-WIDE = {"hidden_size": 192, "intermediate_size": 144, "num_key_value_heads": 4}  # no multiple of the blocks
+WIDE: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 144,
+    "num_key_value_heads": 4,
+}  # no multiple of the blocks
 
 
 def _rewrite(model: Path, change, quantization: dict | None = None) -> None:
@@ -69,8 +74,7 @@ def test_float8_weights_are_multiplied_by_their_scales(tmp_path, block):
     described = {"quant_method": "fp8", "weight_block_size": list(block) if block else None}
     model = tiny_llama(tmp_path / "model", **WIDE)
     _rewrite(model, lambda t: _to_fp8(t, block), None if block == (128, 128) else described)
-    source = open_model(model)
-    state = source.load_full().state_dict()
+    state = lowbit.load(model).state_dict()
     for name, value in _restored(load_file(model / "model.safetensors"), block).items():
         assert torch.equal(state[name], value.float()), name
     report = lowbit.quantize(model, lowbit.recipe("rtn", bits=8, group_size=32), random_ids(2, 16), out=tmp_path / "q")
@@ -177,3 +181,19 @@ def test_the_bias_of_a_quantized_linear_keeps_its_dtype(tmp_path):
     assert loaded.get_buffer(bias.replace("q_proj", "k_proj")).dtype == torch.bfloat16
     planned = plan(model, lowbit.recipe("rtn", bits=8, group_size=32)).bytes_out
     assert planned == sum(tensor.nbytes for tensor in _tensors(tmp_path / "q").values())
+
+
+def test_float8_experts_that_are_stored_one_by_one_are_joined_as_what_they_stand_for(tmp_path):
+    model = tmp_path / "model"
+    save_model("deepseek_v3", model, torch.bfloat16)
+    _rewrite(model, lambda t: _to_fp8(t, (128, 128)), {"quant_method": "fp8", "weight_block_size": [128, 128]})
+    stored = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    wanted = (stored[name].float() * stored[f"{name}_scale_inv"]).bfloat16().float()
+    source = open_model(model)
+    fused, unfused = source.load_full(), source.skeleton(unfuse=True)
+    source.load_into(unfused, "model.layers.1")
+    assert torch.equal(fused.model.layers[1].mlp.experts.gate_up_proj[3, 32:], wanted)
+    assert torch.equal(unfused.get_parameter(name), wanted) and source.dtype == torch.bfloat16
+    report = lowbit.quantize(model, lowbit.recipe("rtn", bits=8, group_size=16), ids(2, 16, 1), out=tmp_path / "q")
+    assert report.kl is not None and report.kl < 0.05

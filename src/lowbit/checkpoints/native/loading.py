@@ -13,7 +13,9 @@ from transformers import AutoConfig
 from lowbit.architectures import auto_class
 from lowbit.checkpoints import transformers_plugin as _transformers_plugin  # noqa: F401  (teaches transformers to read these)
 from lowbit.checkpoints.native.reading import read_checkpoint
+from lowbit.checkpoints.scaled import holds_scaled
 from lowbit.checkpoints.shards import ModelError, refuse_adapter
+from lowbit.checkpoints.source import open_model
 from lowbit.modules import QuantLinear
 
 
@@ -42,6 +44,11 @@ def load(
     directory = Path(directory)
     checkpoint = read_checkpoint(directory, unfinished=unfinished)
     refuse_adapter(directory)
+    if checkpoint.description is None and holds_scaled(checkpoint.headers):
+        source = open_model(directory, trust_remote_code=trust_remote_code)
+        asked = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+        whole: Any = source.load_full(asked if isinstance(asked, torch.dtype) else source.dtype)
+        return whole.to(device)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
         loaded: Any = auto_class(config).from_pretrained(
