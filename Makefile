@@ -1,7 +1,7 @@
 # Everything a user or a developer runs. PYTHON picks the interpreter (3.11 to 3.13) for a new .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: install demo test exhaustive identity lint docs fidelity sanitize clean
+.PHONY: install demo test exhaustive fuzz identity lint docs fidelity sanitize clean
 
 install: .venv/installed
 
@@ -23,6 +23,10 @@ test: install
 # Every combination of factors and every record of the authors' code, where the tests above take enough for every pair.
 exhaustive: install
 	LOWBIT_EXHAUSTIVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Whether mutated checkpoints, recipe files and command lines end in one line or in a model; ARGS such as --seed 3 --count 1000.
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(ARGS)
 
 # Whether the working tree writes other bytes than the commit BASE; ARGS such as --only "gptq*", --jobs 2, --list.
 BASE ?= HEAD

@@ -333,7 +333,10 @@ def mutated_recipe(place: Path, number: int) -> str:
         data = json.loads(json.dumps(data))
         for _ in range(rng.choice([1, 1, 2])):
             mutate_tree(data, rng)
-        text = yaml.safe_dump(data)
+        try:
+            text = yaml.safe_dump(data)
+        except RecursionError:
+            text = json.dumps(data)
     if rng.random() < 0.5:
         at = rng.randrange(len(text))
         text = rng.choice(
@@ -353,14 +356,28 @@ def command_line(model: Path, recipe: Path, number: int) -> list[str]:
     """A command that reads ``recipe``, or one of mutated options."""
     rng = random.Random(f"command {number}")
     if rng.random() < 0.6:
-        return [rng.choice(["plan", "explain"]), str(model), "--recipe", str(recipe)]
+        return ["plan", str(model), "--recipe", str(recipe)]
     words = [
         "--method", "rtn", "gptq", "awq+gptq", "rtn+rtn", "+", "--bits", "4", "0", "-1", "99999999999999", "nan", "--group-size",
         "channel", "16", "--set", "bits=4", "x=1", "=", "bits=[[", "seed=1e400", "--override", "down:bits=3", "re:(a+)+:bits=3",
         "re:(:skip", "*:skip", "--samples", "--seq-len", "--json", "--ram-limit", "1G", "-1G", "xG", "--activation-bits", "8",
         "--recipe", str(recipe), "w4-rtn", "", "\x7f", "é", "--help",
     ]  # fmt: skip
-    command = rng.choice(["plan", "plan", "plan", "explain", "methods", "recipes", "nothing", "inspect"])
+    if rng.random() < 0.5:
+        options = {
+            "--method": ["rtn", "gptq", "awq+gptq", "rtn+rtn", "+", ""],
+            "--bits": ["4", "0", "-1", "99999999999999", "nan"],
+            "--group-size": ["channel", "16", "0", "-3", "1000000000000"],
+            "--set": ["bits=4", "x=1", "=", "bits=[[", "seed=1e400", "damp=nan", "symmetric=maybe"],
+            "--override": ["down:bits=3", "re:(a+)+:bits=3", "re:(:skip", "*:skip", ":", "down:bits=99", "down"],
+            "--activation-bits": ["8", "0", "-1"],
+            "--ram-limit": ["1G", "-1G", "xG", "1e400"],
+            "--samples": ["0", "4", "-1", "1000000000000"],
+            "--seq-len": ["16", "0", "-5", "1000000000000"],
+        }
+        chosen = rng.sample(sorted(options), k=rng.randrange(1, 5))
+        return ["plan", str(model), *(word for name in chosen for word in (name, rng.choice(options[name])))]
+    command = rng.choice(["plan", "explain", "methods", "recipes", "nothing", "inspect"])
     return [command, *([str(model)] if rng.random() < 0.9 else []), *rng.choices(words, k=rng.randrange(6))]
 
 
@@ -502,14 +519,15 @@ class Worker:
 
     def _lost(self) -> tuple[str, str]:
         assert self._process is not None
-        code, self._process = self._process.wait(), None
+        code = self._process.wait()
+        self.close()
         return "CRASHED", f"exit code {code}"
 
     def close(self) -> None:
         """Ends the process."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            self._process.communicate()  # waits, and closes the pipes
             self._process = None
 
 

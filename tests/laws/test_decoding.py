@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
+import signal
+import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -309,6 +313,11 @@ def test_what_a_step_does_not_do_is_left_to_the_ordinary_forward(steps):
     model.train()
     model(one, **kv(filled()))
     model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(one, **kv(filled()))
+    for where in ([[-1]], [[10.5]], [[2**31]]):
+        inputs = {"position_ids": torch.tensor(where)}
+        assert torch.equal(model(one, **kv(filled()), **inputs).logits, ordinary(model, one, filled(), **inputs))
     assert steps() == 0
     ones = torch.ones_like(holes)
     for inputs in ({}, {"attention_mask": ones}, {"position_ids": torch.tensor([[7]])}, {"logits_to_keep": 1}):
@@ -318,11 +327,87 @@ def test_what_a_step_does_not_do_is_left_to_the_ordinary_forward(steps):
 
 @torch.no_grad()
 def test_a_position_turns_a_token_as_it_says(steps):
-    model, one, where = packed(), torch.tensor([[8]]), torch.tensor([[700]])
-    theirs, ours = DynamicCache(), DynamicCache()
-    ordinary(model, PROMPT, theirs), ordinary(model, PROMPT, ours)
-    a, b = ordinary(model, one, theirs, position_ids=where), model(one, **kv(ours), position_ids=where).logits
-    assert steps() == 1 and sqnr_db(a, b) > 90
+    model, one = packed(), torch.tensor([[8]])
+    for position in (700, 0, 10**7):
+        where = torch.tensor([[position]])
+        theirs, ours = DynamicCache(), DynamicCache()
+        ordinary(model, PROMPT, theirs), ordinary(model, PROMPT, ours)
+        a = ordinary(model, one, theirs, position_ids=where)
+        b = model(one, **kv(ours), position_ids=where).logits
+        assert steps() == 1 and sqnr_db(a, b) > 90
+
+
+def test_a_part_of_each_head_is_turned_where_the_model_does_so_and_only_there(steps):
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}  # which llama does not look at
+    theirs, ours = both_ways(packed(LlamaConfig(**SIZES, rope_parameters=rope)))
+    assert steps() == len(TOKENS) and sqnr_db(theirs, ours) > 90
+
+
+@torch.no_grad()
+def test_a_cache_with_one_layer_of_another_kind_is_not_taken(steps):
+    model = packed()
+
+    def refused(change: Callable[[DynamicCache], object]) -> bool:
+        cache = DynamicCache()
+        ordinary(model, PROMPT, cache)
+        change(cache)
+        return isinstance(caches.adopt(cache, 2, 2, 24, torch.float32), str)
+
+    def other(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[DynamicCache], object]:
+        return lambda cache: setattr(cache.layers[1], name, change(getattr(cache.layers[1], name)))
+
+    assert not refused(lambda cache: None)
+    for name in ("keys", "values"):
+        for change in (Tensor.half, lambda t: t[:, :1], lambda t: t[..., :8], lambda t: t.repeat(2, 1, 1, 1)):
+            assert refused(other(name, change))
+    assert refused(other("values", lambda t: t[:, :, :1]))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:This process")
+def test_a_child_forked_within_a_step_runs_steps_of_its_own(monkeypatch):
+    monkeypatch.setattr(caches, "LEAST_ROOM", 2**16)  # attention over so many tokens is most of a step
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's own pool does not survive a fork
+    model, stop = packed(), threading.Event()
+    with torch.no_grad():
+        cache = DynamicCache()
+        ordinary(model, PROMPT, cache)
+        described = model._described()  # pyright: ignore[reportCallIssue]
+        room = caches.adopt(cache, *described.cache)
+        assert isinstance(room, caches.Room)
+        for buffer in room.buffers:
+            buffer.zero_()
+
+    @torch.no_grad()
+    def step() -> None:
+        room.lengths = [2**15, 2**15]
+        described.run(torch.tensor([[5]]), room, 100)
+
+    def spin() -> None:
+        while not stop.is_set():
+            step()
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    try:
+        for _ in range(4):
+            time.sleep(0.01)
+            child = os.fork()
+            if not child:
+                step()
+                os._exit(0)
+            end = time.monotonic() + 20
+            while not os.waitpid(child, os.WNOHANG)[0]:
+                if time.monotonic() > end:
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                    pytest.fail("the child waits for a lock that a thread of its parent holds")
+                time.sleep(0.005)
+    finally:
+        stop.set()
+        thread.join()
+        torch.set_num_threads(threads)
 
 
 def changes() -> dict[str, Callable[[PreTrainedModel], object]]:
@@ -336,6 +421,10 @@ def changes() -> dict[str, Callable[[PreTrainedModel], object]]:
     def other_memory(model: PreTrainedModel) -> None:
         model.model.norm.weight.data = torch.linspace(0.1, 2, 72)
 
+    def other_tiles(model: PreTrainedModel) -> None:
+        tiles = model.model.layers[0].mlp.up_proj.tiles
+        tiles.data = tiles.data.clone()
+
     return {
         "a replaced layer": other_layer,
         "a swapped block": other_block,
@@ -345,6 +434,12 @@ def changes() -> dict[str, Callable[[PreTrainedModel], object]]:
         "a new head": lambda m: m.set_submodule("lm_head", nn.Linear(72, 131, bias=True).requires_grad_(False)),
         "a cast": lambda m: m.to(torch.float64).to(torch.float32),
         "restored and prepared again": lambda m: (restore(m), prepare(m)),
+        "tiles' other memory": other_tiles,
+        "shared memory": lambda m: m.share_memory(),
+        "scales changed in place": lambda m: m.model.layers[0].mlp.up_proj.scale.mul_(2),
+        "frequencies changed in place": lambda m: m.model.rotary_emb.inv_freq.mul_(0.5),
+        "another scaling of angles": lambda m: setattr(m.model.rotary_emb, "attention_scaling", 2.0),
+        "another eps": lambda m: setattr(m.model.norm, "variance_epsilon", 1.0),
         "a bias that is given": lambda m: setattr(m.model.layers[0].mlp.up_proj, "bias", torch.ones(112)),
     }
 
@@ -356,7 +451,8 @@ def test_a_step_never_runs_a_model_of_before(what, steps):
     changes()[what](model)
     theirs, ours = both_ways(model)
     assert steps() == 2 * len(TOKENS) and sqnr_db(theirs, ours) > 90
-    assert torch.equal(before, ours) == (what in ("a cast", "restored and prepared again"))
+    same = ("a cast", "restored and prepared again", "tiles' other memory", "shared memory")
+    assert torch.equal(before, ours) == (what in same)
 
 
 def test_a_step_stops_where_a_layer_is_restored_a_forward_replaced_or_a_hook_listens(steps):

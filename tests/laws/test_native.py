@@ -15,6 +15,7 @@ from lowbit.layouts import pack_qtensor
 from lowbit.modules import ActSpec, QuantLinear, prepare
 from lowbit.numerics import (
     NF4,
+    Affine,
     Alternating,
     BinaryCoded,
     Block,
@@ -123,6 +124,32 @@ def test_tiles_are_a_bijection_of_the_codes(spec):
         packed = layer(spec, shape)
         assert packed.tiles is not None
         assert torch.equal(native.unpack(packed.tiles, spec, shape), packed.tensors["codes"])
+
+
+def test_compiled_code_refuses_sizes_that_are_not_those_of_its_tiles():
+    spec = Spec(NF4, PerGroup(16))
+    packed = layer(spec, (40, 64))
+    tiles, table, x = packed.tiles, native.table_of(spec), torch.randn(2, 64)
+    assert tiles is not None and table is not None
+    native.linear("portable", x, tiles, 40, table, tabled=True)
+    for wrong in (
+        lambda: native.linear("portable", x[:, :16].contiguous(), tiles, 40, table, tabled=True),
+        lambda: native.linear("portable", x, tiles, 39, table, tabled=True),
+        lambda: native.linear("portable", x, tiles, 40, table[:8], tabled=True),
+        lambda: native.linear("portable", x, tiles, 40, None, tabled=True),
+        lambda: native.linear("portable", x, tiles, 40, table, 8, act_params=Affine(torch.ones(3, 1))),
+        lambda: native.decode("portable", tiles, table, 40, 0, torch.empty(40, 48)),
+        lambda: native.unpack(tiles, spec, (48, 64)),
+        lambda: native.linear("portable", x, layer(Spec(Int(4), PerGroup(16)), (40, 64)).tiles, 40, tabled=True),
+        lambda: native.linear("portable", x, tiles[:-64], 40, table, tabled=True),
+    ):
+        with pytest.raises(ValueError):
+            wrong()
+    for word in range(14):  # of the header: each says a size, a kind or a place
+        other = tiles.clone()
+        other.view(torch.int64)[word] += 1
+        with pytest.raises(ValueError, match=r"no packed tiles|of another shape"):
+            native.linear("portable", x, other, 40, table, tabled=True)
 
 
 @pytest.mark.parametrize(("spec", "isa"), FORMATS_BY_SET, ids=str)

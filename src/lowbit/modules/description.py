@@ -123,9 +123,8 @@ class LinearDescription:
         if missing := set(_REQUIRED) - data.keys():
             raise ValueError(f"the description of a packed linear lacks {', '.join(sorted(missing))}")
         for key in data.keys() - {*_REQUIRED, *PLACES}:
-            raise ValueError(
-                f"the description of a packed linear has an unknown entry {key!r}{nearest(str(key)[:100], [*dict.fromkeys((*_REQUIRED, *PLACES))])}"
-            )
+            hint = nearest(str(key)[:100], [*{*_REQUIRED, *PLACES}])
+            raise ValueError(f"the description of a packed linear has an unknown entry {key!r:.100}{hint}")
         bias, shape = data["bias"], data["shape"]
         if bias is not None and (not isinstance(bias, str) or bias not in _BIAS_DTYPES):
             raise ValueError(f"bias is stored as one of {', '.join(_BIAS_DTYPES)} or null, found {bias!r:.100}")

@@ -209,11 +209,11 @@ class QuantLinear(nn.Module):
             reason = kernels.native.why_unpackable(packed)
             if reason is not None:
                 return reason
-            self.tiles = kernels.native.pack(packed)
+            self.tiles = tiles = kernels.native.pack(packed)
             del self._buffers["codes"]
             made = {
                 place: tuple(
-                    t.made(torch.float32, self.tiles.device) if isinstance(t, Seeded) else t
+                    t.made(torch.float32, tiles.device) if isinstance(t, Seeded) else t
                     for t in self._transforms(place, torch.float32)
                 )
                 for place in ("pre", "post")

@@ -342,9 +342,7 @@ def test_other_missing_and_unexpected_tensors_are_named(saved, copy):
     layers = json.loads((copy / "config.json").read_text())["quantization_config"]["layers"]
     del layers["model.layers.0.mlp.down_proj"]
     edit_config(copy, layers=layers)
-    with pytest.raises(
-        ValueError, match=r"differ in \d tensors: model.layers.0.mlp.down_proj.weight, .*down_proj.codes"
-    ):
+    with pytest.raises(ValueError, match=r"tensor model.layers.0.mlp.down_proj.weight .* is not in the checkpoint"):
         native.load(copy)
 
 
@@ -422,3 +420,39 @@ def test_nothing_is_saved_over_other_files(saved, tmp_path):
     with pytest.raises(ValueError, match="is not empty"):
         native.save(saved["tied"][0], tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_either_loader_refuses_tensors_that_are_missing_or_hold_no_number(copy):
+    def refuse(said: str) -> None:
+        for load in (native.load, AutoModelForCausalLM.from_pretrained):
+            with pytest.raises(ValueError, match=said) as refused:
+                load(copy)
+            assert str(copy) in str(refused.value) and "\n" not in str(refused.value)
+
+    shard = next(file for file in sorted(copy.glob("*.safetensors")) if "model.norm.weight" in load_file(file))
+    tensors = load_file(shard)
+    spoiled = tensors["model.norm.weight"].clone()
+    spoiled[3] = torch.nan
+    save_file(tensors | {"model.norm.weight": spoiled}, shard, {"format": "pt"})
+    refuse(r"tensor model\.norm\.weight holds NaN or Inf")
+    save_file(tensors | {"model.norm.weight": spoiled[:-1].clone()}, shard, {"format": "pt"})
+    refuse(r"tensor model\.norm\.weight is .* the model that config\.json describes has")
+    save_file(tensors, shard, {"format": "pt"})
+    drop_tensor(copy, "model.norm.weight")
+    refuse(r"tensor model\.norm\.weight .* is not in the checkpoint")
+
+
+def test_damaged_json_ends_in_one_line(copy):
+    for name in ("config.json", "model.safetensors.index.json"):
+        kept = (copy / name).read_bytes()
+        (copy / name).write_bytes(b"[" * 100_000)
+        with pytest.raises(ValueError, match="nested too deeply"):
+            native.load(copy)
+        (copy / name).write_bytes(kept)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": "int4"}))
+    with pytest.raises(ValueError, match=r"quantization_config of config.json is an object, found 'int4'"):
+        native.load(copy)
+    (copy / "config.json").write_text(json.dumps(config | {"hidden_act": "nothing"}))
+    with pytest.raises(ValueError, match="transformers cannot load the model"):
+        native.load(copy)

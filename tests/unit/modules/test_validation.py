@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_a_part_of_another_shape_than_its_layer_is_refused_by_its_field(place, p
 def test_transforms_in_a_row_are_compared_with_the_width_between_them():
     counts = torch.ones(I - 4, dtype=torch.int32)
     counts[:4] = 2
-    around = {"pre": (Scale(torch.ones(I - 4)), Split(counts), Shift(torch.zeros(I)))}
+    around: dict[str, Any] = {"pre": (Scale(torch.ones(I - 4)), Split(counts), Shift(torch.zeros(I)))}
     assert described(lambda data: None, **around).features == (I - 4, O)
     with pytest.raises(ValueError, match=r"pre0_s of a Scale is torch.float32 \[64\], expected floating \[60\]"):
         described(lambda data: data["pre"][0].update(s=tensor(I)), **around)

@@ -390,6 +390,47 @@ def test_a_missing_or_broken_file_says_what_to_do(tmp_path):
         from_file(file)
 
 
+_STEPS = "name: x\nscheme: [{match: '*', weight: {type: Spec, grid: {type: Int, bits: 4}, granularity: {type: PerChannel}}}]\n"
+_BOMB = "".join(f"b{i}: &b{i} [*b{i - 1}, *b{i - 1}]\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("b0: &b0 [x, x]\n" + _BOMB, "more than 100000 values"),
+        ("name: x\nscheme: [{match: '*', weight: &a {type: Spec, grid: *a}}]\n", "an alias refers to what contains it"),
+        ("[" * 5000, "nested too deeply"),
+        ("x: " + "[" * 60 + "]" * 60, "nested more than 50 deep"),
+        ("x: " + "y" * 10**6, "a recipe has at most 1000000"),
+        ("method: rtn\noptions: {bits: 4, bits: 3}\n", "the key 'bits' is given twice"),
+        ("!!timestamp x", "is not YAML"),
+        ("method: rtn\noverrides: [{match: 're:([a-z0-9._]+)+!$', bits: 3}]\n", "could try for ever"),
+        ("method: rtn\noverrides: [{match: 're:(a|aa)*!', bits: 3}]\n", "could try for ever"),
+        ("method: rtn\noverrides: [{match: 're:" + "a?" * 40 + "', bits: 3}]\n", "could try for ever"),
+        ("method: rtn\noverrides: [{match: 're:(?:){1000000000}', bits: 3}]\n", "could try for ever"),
+        ("method: rtn\noverrides: [{match: 're:" + "(" * 5000 + ")" * 5000 + "', bits: 3}]\n", "at most 500 are read"),
+        ("method: rtn\noverrides: [{match: " + "x" * 501 + ", bits: 3}]\n", "at most 500 are read"),
+        (_STEPS + "steps: [{type: {a: 1}}]\n", "unknown type {'a': 1}"),
+        (_STEPS.replace("weight: {", "weight: {true: x, ") + "steps: []\n", "a key is text, found True"),
+    ],
+    ids=str,
+)
+def test_a_file_that_would_run_for_ever_or_mean_two_things_is_refused_in_one_line(tmp_path, text, message):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message) as refused:
+        as_recipe(file)
+    assert "mine.yaml" in str(refused.value) and "\n" not in str(refused.value) and len(str(refused.value)) < 2000
+
+
+def test_ordinary_patterns_and_aliases_stay(tmp_path):
+    file = tmp_path / "mine.yaml"
+    patterns = (r".*layers\.\d+\..*_proj$", r"layers\.(1?[0-9]|2[0-9]|3[01])\.", r"(mlp|self_attn)\.(up|down|q)_proj")
+    overrides = ", ".join(f"{{match: 're:{pattern}', bits: *b}}" for pattern in patterns)
+    file.write_text(f"method: rtn\noptions: {{bits: &b 4}}\noverrides: [{overrides}]\n")
+    assert [rule.match for rule in as_recipe(file).scheme.rules[1:]] == [f"re:{pattern}" for pattern in patterns]
+
+
 def test_quantized_layers_are_packed_linears(tiny, tmp_path):
     journal = Journal(tmp_path / "out", {})
     journal.open()

@@ -313,6 +313,8 @@ void linear(const std::string& isa, uintptr_t tiles, int64_t bytes, uintptr_t ta
   job.act_shared = act_shared;
   job.act_scale = at<float>(act_scale);
   job.act_zero = at<float>(act_zero);
+  if (input == FLOATS && t.kind != TABLE && t.kind != CODEBOOK)
+    throw std::invalid_argument("only values that are looked up meet floats");
   if (input == HALVES && (x_type != BF16 || !runs(k, job)->takes))
     throw std::invalid_argument("only matrix tiles multiply bfloat16 as it is");
   nb::gil_scoped_release release;

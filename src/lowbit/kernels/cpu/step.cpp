@@ -198,6 +198,8 @@ class Step {
     m.tiles = header(at<uint8_t>(tiles), bytes);
     if (m.tiles.kind == TABLE && (!table || values < int64_t{1} << m.tiles.bits))
       throw std::invalid_argument("the table has fewer values than the packed tiles have codes");
+    if (input == FLOATS && m.tiles.kind != TABLE && m.tiles.kind != CODEBOOK)
+      throw std::invalid_argument("only values that are looked up meet floats");
     m.rows = m.tiles.rows;
     m.cols = m.tiles.cols;
     m.packed = true;
