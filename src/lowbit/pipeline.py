@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lowbit.checkpoints import native
 from lowbit.checkpoints.companions import copy_companions
@@ -161,7 +162,7 @@ class Job:
 
 
 def prepare(
-    model: str | PathLike[str],
+    model: str | PathLike[str] | PreTrainedModel,
     recipe: Recipe | str | Path | Mapping[str, Any],
     calibration: str | Sequence[str] | Tensor | Calibration | None,
     *,
@@ -201,7 +202,7 @@ def _tokenizer_if_any(source: ModelSource) -> Any:
 
 
 def quantize(
-    model: str | PathLike[str],
+    model: str | PathLike[str] | PreTrainedModel,
     recipe: Recipe | str | Path | Mapping[str, Any],
     calibration: str | Sequence[str] | Tensor | Calibration | None = "python-docs",
     *,
@@ -219,7 +220,7 @@ def quantize(
     """Quantizes ``model`` by ``recipe`` and writes a packed checkpoint to ``out``.
 
     Args:
-        model: a local directory, hub id, ``.gguf`` file or ``smollm2-135m``.
+        model: a local directory, hub id, ``.gguf`` file, ``smollm2-135m``, or a transformers model in memory.
         recipe: a Recipe, a method's name or mix (``"awq+gptq"``), a recipe file, or its data.
         calibration: text (see :func:`lowbit.data.load_text`), a list of texts, ids ``[N, T]``, or None for recipes that need
             none.
@@ -405,7 +406,7 @@ def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tenso
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(directory)
     copy_companions(job.source.path, directory, code=job.source.trust_remote_code)
-    weights = sum((directory / shard).stat().st_size for shard in shards)
+    weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     report = replace(report, out=job.out, bytes=weights)
     write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name)
     if reference is not None:

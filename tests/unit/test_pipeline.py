@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowbit
 from lowbit.checkpoints.source import open_model
+from lowbit.data import Calibration
 from lowbit.modules import QuantLinear
 from lowbit.numerics import Int, PerGroup, Spec
 from lowbit.plan.model_plan import plan_model
@@ -96,7 +99,7 @@ def test_at_no_time_is_more_than_one_block_of_original_weights_in_memory(tmp_pat
 
 def test_a_recipe_without_statistics_runs_without_text(model, tmp_path):
     report = lowbit.quantize(model, lowbit.recipe("rtn", bits=4, group_size=32), None, out=tmp_path / "q")
-    assert report.kl is None and all(layer.error is None for layer in report.layers)
+    assert report.kl is not None and report.calibration == "none"
     with_text = _quantize(model, tmp_path / "t", "rtn")
     assert with_text.kl is not None
     for shard in (tmp_path / "q").glob("*.safetensors"):
@@ -251,3 +254,53 @@ def test_an_unknown_architecture_is_discovered_and_said_to_lack_transforms(tmp_p
     )
     assert report.coverage == 1.0
     assert any("no edge" in text or "transform" in text for text in report.warnings)
+
+
+def test_a_model_in_memory_is_quantized_as_its_directory_is(tmp_path):
+    directory = tiny_llama(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    for name, source in (("a", directory), ("b", model)):
+        lowbit.quantize(source, "rtn", random_ids(2, 16), out=tmp_path / name)
+    a, b = ((tmp_path / name).glob("model-*.safetensors") for name in "ab")
+    assert [file.read_bytes() for file in sorted(a)] == [file.read_bytes() for file in sorted(b)]
+    with pytest.raises(ValueError, match="a model of type int, expected a directory"):
+        lowbit.quantize(3, "rtn", None, out=tmp_path / "c")
+
+
+def test_weight_files_may_be_read_by_whoever_may_read_new_files(tmp_path):
+    lowbit.quantize(tiny_llama(tmp_path / "model"), "rtn", None, out=tmp_path / "out")
+    (tmp_path / "new").touch()
+    assert {file.stat().st_mode for file in (tmp_path / "out").iterdir()} == {(tmp_path / "new").stat().st_mode}
+
+
+def test_a_run_without_text_is_measured_and_reloaded_on_drawn_tokens(tmp_path, monkeypatch):
+    model = tiny_llama(tmp_path / "model")
+    report = lowbit.quantize(model, "rtn", None, out=tmp_path / "out")
+    assert report.kl is not None and report.measured_on == "2 windows of 64 tokens drawn from the vocabulary"
+    assert "over the limit 1e-09" in lowbit.quantize(model, "rtn", None, out=tmp_path / "far", max_kl=1e-9).warnings[-1]
+    monkeypatch.setattr("lowbit.pipeline.output_error", lambda a, b: 1.0)
+    with pytest.raises(lowbit.BrokenModel, match="the reloaded checkpoint does not compute what was measured"):
+        lowbit.quantize(model, "rtn", None, out=tmp_path / "wrong")
+
+
+def test_results_are_measured_on_windows_of_the_text_that_no_step_saw(tmp_path):
+    model = tiny_llama(tmp_path / "model")
+    ids = random_ids(6, 16)
+    held = Calibration(ids[:4], "a text", "0", held_out=ids[4:])
+    report = lowbit.quantize(model, "gptq", held, out=tmp_path / "held", max_kl=50)
+    assert report.measured_on == "2 windows of 16 tokens of a text, held out from calibration"
+    plain = lowbit.quantize(model, "gptq", ids[:4], out=tmp_path / "plain", max_kl=50)
+    assert "also used for calibration" in plain.measured_on and plain.kl != report.kl
+    a, b = (sorted((tmp_path / name).glob("model-*.safetensors")) for name in ("held", "plain"))
+    assert [file.read_bytes() for file in a] == [file.read_bytes() for file in b]
+
+
+def test_transformers_without_lowbit_refuses_a_checkpoint(tmp_path):
+    """It passes over a quantization_config that it does not know, and would give every packed layer random weights."""
+    lowbit.quantize(tiny_llama(tmp_path / "model"), "rtn", None, out=tmp_path / "out")
+    code = (
+        "import sys; sys.modules['lowbit'] = None\n"
+        "from transformers import AutoModelForCausalLM as M\nM.from_pretrained(sys.argv[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 1 and "raising an error" in done.stderr

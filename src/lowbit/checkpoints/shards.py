@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHTS = "model.safetensors"
@@ -207,6 +209,17 @@ def read_tensor(header: TensorHeader, rows: tuple[int, int] | None = None) -> Te
                 raise ModelError(f"{header.file}: ended at byte {start + done}; it was cut while in use.")
             done += count
     return flat.view(shape)
+
+
+def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a shard that whoever may read new files here may read.
+
+    safetensors writes a file for its owner alone, so the mode is taken from one that is made as others are.
+    """
+    file.touch()
+    mode = file.stat().st_mode
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    file.chmod(mode)
 
 
 def fingerprint(config: Path, headers: dict[str, TensorHeader]) -> str:

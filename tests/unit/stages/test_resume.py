@@ -248,7 +248,7 @@ def test_a_full_disk_leaves_finished_blocks_and_says_how_to_continue(tmp_path, m
     journal = Journal(tmp_path / "out", {"recipe": "a"})
     journal.open()
     journal.write("one.safetensors", {"x": torch.zeros(2)}, {})
-    monkeypatch.setattr(journals, "save_file", _raise_no_space)
+    monkeypatch.setattr(journals, "write_shard", _raise_no_space)
     with pytest.raises(OutputError, match=r"No space left.*repeat the same command"):
         journal.write("two.safetensors", {"x": torch.zeros(2)}, {})
     monkeypatch.undo()

@@ -9,10 +9,9 @@ No pickle is read or written.
 from lowbit.checkpoints.native.file_format import Native, save
 from lowbit.checkpoints.native.loading import bits_per_weight, load
 from lowbit.checkpoints.native.reading import Checkpoint, bits_report, is_native, read_checkpoint
-from lowbit.checkpoints.native.writing import SHARD_METADATA, ShardWriter, write_checkpoint, write_checkpoint_index
+from lowbit.checkpoints.native.writing import ShardWriter, write_checkpoint, write_checkpoint_index
 
 __all__ = [
-    "SHARD_METADATA",
     "Checkpoint",
     "Native",
     "ShardWriter",

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.native.checking import check_layers
 from lowbit.checkpoints.native.reading import CONFIG
-from lowbit.checkpoints.shards import INDEX, ModelError, TensorHeader, read_shard_header
+from lowbit.checkpoints.shards import INDEX, ModelError, TensorHeader, read_shard_header, write_shard
 
-SHARD_METADATA = {"format": "pt"}
 GUARD = "needs-lowbit.safetensors"
 """The shard of :attr:`ModelDescription.guarded`."""
 
@@ -50,7 +48,7 @@ class ShardWriter:
         return names
 
     def _write(self) -> None:
-        save_file(self._held, self._unnamed(self._written), metadata=SHARD_METADATA)
+        write_shard(self._unnamed(self._written), self._held)
         self._held, self._size = {}, 0
         self._written += 1
 
@@ -83,7 +81,7 @@ def write_checkpoint_index(
         headers |= of_shard
     description = check_layers(directory, config["quantization_config"], headers)
     if description.guarded is not None:
-        save_file({description.guarded: torch.empty(0, dtype=torch.uint8)}, directory / GUARD, metadata=SHARD_METADATA)
+        write_shard(directory / GUARD, {description.guarded: torch.empty(0, dtype=torch.uint8)})
         headers |= read_shard_header(directory / GUARD)
     index = {
         "metadata": {"total_size": sum(header.nbytes for header in headers.values())},
