@@ -8,7 +8,7 @@ has been compared with the one that was measured.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from os import PathLike
@@ -299,7 +299,7 @@ def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max
     weights = sum(layer.weights for layer in layers)
     every = sum(prod(shape) for block in job.plan.blocks for shape in block.shapes.values())
     promised = sum(prod(block.shapes[path]) for block in job.plan.blocks for path in block.formats)
-    notes = {f"{block.name}: {note}" for block in walk.records for note in block.notes}
+    notes = {note for block in walk.records for note in block.notes}
     notes |= {f"{layer.name}: {note}" for layer in layers for note in layer.notes}
     report = QuantizeReport(
         out=None,
@@ -311,7 +311,7 @@ def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max
         top1_agreement=agreement,
         coverage=weights / max(1, every),
         blocks=tuple(walk.records),
-        warnings=(*job.warnings, *_grouped(sorted(notes))),
+        warnings=(*job.warnings, *_grouped(sorted(notes), {block.name for block in walk.records})),
     )
     problems = _problems(report, max_kl)
     if weights < promised or not layers:
@@ -375,13 +375,18 @@ def _compare_reloaded(directory: Path, ids_T: Tensor, logits: Tensor) -> None:
         )
 
 
-def _grouped(notes: list[str]) -> list[str]:
-    """Notes that differ only in the layer's name, as one line with a count."""
+def _grouped(notes: list[str], blocks: Container[str]) -> list[str]:
+    """Notes that differ only in the layer's name, as one line with a count; experts are counted too."""
     by_text: dict[str, list[str]] = {}
     for note in notes:
         name, _, text = note.partition(": ")
         by_text.setdefault(text, []).append(name)
-    return [
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {text}"
-        for text, names in by_text.items()
-    ]
+    return [f"{_several(names, blocks)}: {text}" for text, names in by_text.items()]
+
+
+def _several(names: list[str], blocks: Container[str]) -> str:
+    """The first of ``names`` and how many follow. Experts are modules with a number for a name, inside a block."""
+    owners = {name.rpartition(".")[0] for name in names}
+    experts = sum(owner.rpartition(".")[2].isdecimal() and owner not in blocks for owner in owners)
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}{f' (of {experts} experts)' if experts > 1 else ''}"

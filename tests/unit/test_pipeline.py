@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lowbit.numerics import Int, PerGroup, Spec
 from lowbit.plan.model_plan import plan_model
 from lowbit.recipes import Recipe
 from lowbit.scheme import linears
+from lowbit.solve import FEW_TOKENS
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Journal
 from lowbit.steps import Solve
@@ -251,3 +253,18 @@ def test_an_unknown_architecture_is_discovered_and_said_to_lack_transforms(tmp_p
     )
     assert report.coverage == 1.0
     assert any("no edge" in text or "transform" in text for text in report.warnings)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "smoothquant", "squeezellm", "autoround"])
+def test_experts_that_few_tokens_reached_are_counted_in_one_warning_for_each_kind(tmp_path, name):
+    path, sizes = tmp_path / "model", {"num_local_experts": 8, "num_experts_per_tok": 1, "num_hidden_layers": 1}
+    widths = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("mixtral", vocab_size=128, max_position_embeddings=64, **sizes, **widths)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    options = {"steps": 1} if name == "autoround" else {}
+    report = lowbit.quantize(path, lowbit.recipe(name, **options), random_ids(1, 6), out=tmp_path / "out", max_kl=50)
+    (unseen,) = [each for each in report.warnings if "saw no calibration token" in each]
+    assert re.search(r"more \(of \d+ experts\): ", unseen)
+    few = [each for each in report.warnings if FEW_TOKENS in each]
+    assert len(few) == (name != "squeezellm")  # its Fisher information does not tell how many tokens gave it

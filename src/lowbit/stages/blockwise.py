@@ -303,6 +303,7 @@ class Walk:
             store_dtype=self.source.dtype,
             tick=self._tick,
             rotated=self.rotation is not None,
+            reads_inputs=self.recipe.reads_inputs,
         )
 
     def _resume(self, i: int, call: Call | None) -> BlockRecord:
