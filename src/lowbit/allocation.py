@@ -34,6 +34,7 @@ from lowbit.solve.factor import inverse_factor
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Journal
 from lowbit.steps import BlockState
+from lowbit.surroundings import own_settings
 
 WIDTHS = range(2, 9)
 _ROWS = 96
@@ -93,6 +94,7 @@ class Allocation:
         return {**to_dict(self.recipe), "description": summary}
 
 
+@own_settings()
 def allocate(
     model: str | PathLike[str],
     recipe: Recipe | str | Path | Mapping[str, Any],

@@ -17,8 +17,10 @@ from lowbit.checkpoints.source import load_tokenizer
 from lowbit.data import load_text
 from lowbit.evaluation import Evaluation, directory_bytes, evaluate_model
 from lowbit.progress import Progress
+from lowbit.surroundings import own_settings
 
 
+@own_settings()
 def load(
     model: str | PathLike[str], dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
@@ -35,6 +37,7 @@ def load(
     return native.load(path, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
+@own_settings()
 def evaluate(
     model: str | PathLike[str] | PreTrainedModel,
     text: str | Tensor = "python-docs",

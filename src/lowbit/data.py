@@ -23,6 +23,7 @@ from torch import Tensor
 from lowbit.architectures import learned_positions
 from lowbit.decoding import cache_argument
 from lowbit.rows import RowError, has_rows, texts_of
+from lowbit.surroundings import usable
 
 Split = Literal["calibration", "evaluation"]
 Bos = Literal["auto", "yes", "no"]
@@ -337,7 +338,7 @@ def calibration_of(
         own = source.load_full() if isinstance(text, str) and text == SELF else None
         tokenizer = None if own is not None else source.tokenizer()
         made = calibration_set(text, tokenizer, samples, seq_len, bos=bos, vocab_size=config.vocab_size, model=own)
-    return replace(made, warnings=_check_ids(source, made.ids))
+    return replace(made, ids=usable(made.ids), warnings=_check_ids(source, made.ids))
 
 
 def _given_ids(ids: Tensor) -> Calibration:

@@ -13,6 +13,7 @@ from lowbit.architectures import Kind, Port, ResolvedBlock, ResolvedEdge, Resolv
 from lowbit.modules import QuantLinear
 from lowbit.recipes import Recipe, as_recipe
 from lowbit.steps import BlockIO, BlockState
+from lowbit.surroundings import own_settings, usable
 
 _PATH = "linear"
 
@@ -28,7 +29,7 @@ class LoneLinear(nn.Module):
         return self.linear(x)
 
 
-@torch.enable_grad()
+@own_settings()
 def quantize_linear(
     linear: nn.Linear,
     inputs: Tensor | None,
@@ -65,11 +66,11 @@ def quantize_linear(
     block = LoneLinear(_copy(linear))
     io = None
     if inputs is not None:
-        x = inputs.detach().float().reshape(-1, *inputs.shape[-2:])
+        x = usable(inputs).float().reshape(-1, *inputs.shape[-2:])
         with torch.no_grad():
             y = torch.cat([block(window[None]) for window in x])
         io = BlockIO(x, y, lambda run, window: run(window))
-    known = {} if fisher is None else {_PATH: fisher.detach().float()}
+    known = {} if fisher is None else {_PATH: usable(fisher).float()}
     state = BlockState.of("", block, lone_block(linear), {_PATH: form}, io, known, seed=recipe.seed)
     for step in recipe.steps:
         step.run(state)

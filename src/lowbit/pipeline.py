@@ -8,9 +8,9 @@ has been compared with the one that was measured.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import inf, prod
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from lowbit.stages.journal import Journal
 from lowbit.stages.run import Run
 from lowbit.stages.stream import CannotStream, check_blocks_run_alone
 from lowbit.steps import LayerRecord
+from lowbit.surroundings import own_settings
 from lowbit.version import __version__
 
 MAX_KL = 2.0
@@ -131,6 +132,7 @@ class Job:
     tokenizer: Any
     out: Path
     warnings: list[str] = field(default_factory=list)
+    max_bits: float = inf
 
     @property
     def source(self) -> ModelSource:
@@ -161,6 +163,7 @@ class Job:
         }
 
 
+@own_settings()
 def prepare(
     model: str | PathLike[str] | PreTrainedModel,
     recipe: Recipe | str | Path | Mapping[str, Any],
@@ -170,9 +173,10 @@ def prepare(
     samples: int = 32,
     seq_len: int = 512,
     bos: Bos = "auto",
+    max_bits: float = inf,
     trust_remote_code: bool = False,
 ) -> Job:
-    """Checks recipe, target, model and text, in the order of what is cheapest to find out.
+    """Checks recipe, target, model and text, in the order of what is cheapest to find out. Arguments as of :func:`quantize`.
 
     Raises:
         ValueError: the first thing that is wrong, with what to do.
@@ -180,7 +184,12 @@ def prepare(
     recipe, out = as_recipe(recipe), check_target(Path(out).expanduser())
     recipe.check_runs()
     plan = lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe)
-    job = Job(plan, None, None, out, [*plan.architecture.warnings, *plan.source.warnings])
+    job = Job(plan, None, None, out, [*plan.architecture.warnings, *plan.source.warnings], max_bits)
+    if max_bits < inf and (planned := _planned_bits(plan)) > max_bits:
+        raise ValueError(
+            f"recipe {recipe.name!r} stores {planned:.3f} bits a weight in this model, over the limit {max_bits:g}; choose "
+            "fewer bits, larger groups or another method, or raise max_bits"
+        )
     if calibration is None and recipe.needs_calibration:
         raise ValueError(
             f"recipe {recipe.name!r} needs calibration text: pass a file, python-docs, a hub dataset or self"
@@ -191,6 +200,22 @@ def prepare(
         job.warnings.extend(job.calibration.warnings)
     job.tokenizer = _tokenizer_if_any(plan.source)
     return job
+
+
+def _planned_bits(plan: ModelPlan) -> float:
+    """Stored bits for each quantized weight, as far as they are known before the work."""
+    bits = sum(plan.description(layer).stored_bits + 8 * layer.order_bytes for *_, layer in plan.layers)
+    return bits / max(1, sum(prod(block.shapes[path]) for block in plan.blocks for path in block.formats))
+
+
+def _asked_bits(plan: ModelPlan) -> float:
+    """Bits of the codes of each quantized weight: what a recipe is named by."""
+    every = [
+        (prod(block.shapes[path]), form.weight.grid.bits)
+        for block in plan.blocks
+        for path, form in block.formats.items()
+    ]
+    return sum(weights * bits for weights, bits in every) / max(1, sum(weights for weights, _ in every))
 
 
 def _tokenizer_if_any(source: ModelSource) -> Any:
@@ -212,6 +237,7 @@ def quantize(
     bos: Bos = "auto",
     ram_limit: int = 2**32,
     max_kl: float = MAX_KL,
+    max_bits: float = inf,
     allow_broken: bool = False,
     restart: bool = False,
     trust_remote_code: bool = False,
@@ -228,6 +254,8 @@ def quantize(
         bos: whether every window begins with the model's first token: ``auto`` (as its tokenizer has it), ``yes``, ``no``.
         ram_limit: bytes of activations in memory; more go to memory-mapped files beside the target.
         max_kl: mean KL divergence in nats beyond which the result counts as broken.
+        max_bits: stored bits for each quantized weight beyond which a recipe is refused, before the work if they are known
+            then; otherwise the result counts as broken.
         allow_broken: write it all the same, with the findings in its card.
         restart: discard an unfinished run of the same target instead of continuing it.
 
@@ -243,12 +271,13 @@ def quantize(
         samples=samples,
         seq_len=seq_len,
         bos=bos,
+        max_bits=max_bits,
         trust_remote_code=trust_remote_code,
     )
     return run(job, ram_limit, max_kl, allow_broken, restart, progress)
 
 
-@torch.enable_grad()  # steps learn, also where the caller computes no gradients
+@own_settings()
 def run(
     job: Job, ram_limit: int, max_kl: float, allow_broken: bool, restart: bool, progress: Progress | None = None
 ) -> QuantizeReport:
@@ -323,14 +352,15 @@ def _measure(
 def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max_kl: float) -> QuantizeReport:
     layers = [layer for block in walk.records for layer in block.layers]
     weights = sum(layer.weights for layer in layers)
+    bits = sum(layer.bits_per_weight * layer.weights for layer in layers) / max(1, weights)
     promised = sum(prod(block.shapes[path]) for block in job.plan.blocks for path in block.formats)
-    notes = {f"{block.name}: {note}" for block in walk.records for note in block.notes}
+    notes = {note for block in walk.records for note in block.notes}
     notes |= {f"{layer.name}: {note}" for layer in layers for note in layer.notes}
     report = QuantizeReport(
         out=None,
         recipe=job.recipe,
         calibration="none" if job.calibration is None else f"{job.calibration.name}, {list(job.calibration.ids.shape)}",
-        bits_per_weight=sum(layer.bits_per_weight * layer.weights for layer in layers) / max(1, weights),
+        bits_per_weight=bits,
         bytes=0,
         kl=kl,
         top1_agreement=agreement,
@@ -338,9 +368,14 @@ def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max
         coverage=weights / max(1, job.plan.matrices),
         outside_cost=walk.outside_cost if walk.packs_outside else None,
         blocks=tuple(walk.records),
-        warnings=(*job.warnings, *_outside_note(walk), *_grouped(sorted(notes))),
+        warnings=(
+            *job.warnings,
+            *_beyond_asked(bits, _asked_bits(job.plan)),
+            *_outside_note(walk),
+            *_grouped(sorted(notes), {block.name for block in walk.records}),
+        ),
     )
-    problems = [*job.plan.problems, *_losses(report, max_kl), *_zeroed(report)]
+    problems = [*job.plan.problems, *_losses(report, max_kl), *_others(report, job.max_bits)]
     if job.calibration is None:  # drawn tokens are no text: what they show is said, and only NaN refuses
         lost = [text for text in _losses(report, max_kl) if "nan" not in text]
         problems = [text for text in problems if text not in lost]
@@ -348,6 +383,16 @@ def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max
     if weights < promised or not layers:
         problems.append(f"{weights:,} weights are quantized, the recipe promised {promised:,}")
     return replace(report, problems=tuple(problems))
+
+
+def _beyond_asked(stored: float, asked: float) -> tuple[str, ...]:
+    """A warning if tables, scales and kept weights make the codes a small part of what is stored."""
+    if stored <= asked + 1 and stored <= 1.25 * asked:
+        return ()
+    return (
+        f"{stored:.2f} bits a weight are stored where {asked:g} were asked: scales, tables and kept weights take the rest; "
+        "larger groups or another method store less",
+    )
 
 
 def _measured_on(job: Job, walk: Walk) -> str:
@@ -382,10 +427,13 @@ def _losses(report: QuantizeReport, max_kl: float) -> list[str]:
     return found
 
 
-def _zeroed(report: QuantizeReport) -> list[str]:
-    """Layers that lost whole groups."""
+def _others(report: QuantizeReport, max_bits: float) -> list[str]:
+    """More stored bits than allowed, and layers that lost whole groups."""
+    found = []
+    if report.bits_per_weight > max_bits:
+        found.append(f"{report.bits_per_weight:.3f} bits a weight are stored, over the limit {max_bits:g}")
     lost = (layer for layer in report.layers if layer.zeroed > MAX_ZEROED)
-    return [f"{layer.name}: {layer.zeroed:.0%} of its groups came out all zero" for layer in lost]
+    return found + [f"{layer.name}: {layer.zeroed:.0%} of its groups came out all zero" for layer in lost]
 
 
 def _refusal(job: Job, report: QuantizeReport) -> str:
@@ -428,13 +476,18 @@ def _compare_reloaded(directory: Path, ids_T: Tensor, logits: Tensor, trust_remo
         )
 
 
-def _grouped(notes: list[str]) -> list[str]:
-    """Notes that differ only in the layer's name, as one line with a count."""
+def _grouped(notes: list[str], blocks: Container[str]) -> list[str]:
+    """Notes that differ only in the layer's name, as one line with a count; experts are counted too."""
     by_text: dict[str, list[str]] = {}
     for note in notes:
         name, _, text = note.partition(": ")
         by_text.setdefault(text, []).append(name)
-    return [
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {text}"
-        for text, names in by_text.items()
-    ]
+    return [f"{_several(names, blocks)}: {text}" for text, names in by_text.items()]
+
+
+def _several(names: list[str], blocks: Container[str]) -> str:
+    """The first of ``names`` and how many follow. Experts are modules with a number for a name, inside a block."""
+    owners = {name.rpartition(".")[0] for name in names}
+    experts = sum(owner.rpartition(".")[2].isdecimal() and owner not in blocks for owner in owners)
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}{f' (of {experts} experts)' if experts > 1 else ''}"

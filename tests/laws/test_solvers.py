@@ -32,10 +32,11 @@ from lowbit.numerics import (
     QTensor,
     RowBands,
     Spec,
+    Tokens,
     from_dict,
     to_dict,
 )
-from lowbit.solve import Gptq, Nearest, Solution, Solver
+from lowbit.solve import FEW_TOKENS, Gptq, Nearest, Solution, Solver
 from lowbit.solve.columns import Tiling, by_band_and_score, lazy_blocks
 from lowbit.solve.factor import asymmetric_target, inverse_factor
 from lowbit.solve.greedy import descend
@@ -212,7 +213,46 @@ def test_weights_that_are_not_finite_are_refused(solver, bad):
 
 def test_nearest_needs_nothing_and_the_column_solver_the_gram_matrix():
     assert Nearest().needs == frozenset()
-    assert Gptq().needs == frozenset({Gram()})
+    assert Gptq().needs == frozenset({Gram(), Tokens()})
+
+
+def _of_few_directions(tokens: int, seed: int) -> Tensor:
+    """Inputs that four directions explain, nearly."""
+    g, mix = _generator(seed), torch.randn(4, I, generator=_generator(9), dtype=torch.float64)
+    noise = torch.randn(tokens, I, generator=g, dtype=torch.float64)
+    return torch.randn(tokens, 4, generator=g, dtype=torch.float64) @ mix + 0.3 * noise
+
+
+def _independent(tokens: int, seed: int) -> Tensor:
+    return torch.randn(tokens, I, generator=_generator(seed), dtype=torch.float64)
+
+
+def _seldom_active(tokens: int, seed: int) -> Tensor:
+    return (_independent(tokens, seed) - 1).relu()
+
+
+@pytest.mark.parametrize("inputs", [_independent, _of_few_directions, _seldom_active])
+@pytest.mark.parametrize("share", [1 / 16, 1 / 4, 1 / 2, 15 / 16])
+def test_few_tokens_make_no_solver_worse_than_rounding_to_nearest_on_others(inputs, share):
+    unseen = inputs(2000, seed=99)
+    h_unseen, lost, nearest, believing = unseen.T @ unseen, 0.0, 0.0, 0.0
+    for seed in range(6):
+        x_TI, w_OI = inputs(max(1, int(share * I)), seed), _weight(64, seed=seed)
+        for solver in (Gptq(fit=ClipSearch(steps=20), order="group", greedy_passes=2), Gptq()):
+            solution = solver.solve(w_OI, GROUPED, {Gram(): x_TI.T @ x_TI, Tokens(): torch.tensor([len(x_TI)])})
+            assert solution.notes[0] == FEW_TOKENS
+            lost += _loss(w_OI, solution, h_unseen)
+            nearest += _loss(w_OI, _solve(Nearest(solver.fit), w_OI, GROUPED, h_unseen), h_unseen)
+            believing += _loss(w_OI, _solve(solver, w_OI, GROUPED, x_TI.T @ x_TI), h_unseen)
+    assert lost < 1.005 * nearest
+    assert lost < believing if inputs is not _of_few_directions else lost < 0.98 * nearest
+
+
+def test_as_many_tokens_as_channels_are_believed_to_the_bit():
+    x_TI = _inputs(tokens=I)
+    stats = {Gram(): x_TI.T @ x_TI}
+    counted = Gptq().solve(_weight(), GROUPED, {**stats, Tokens(): torch.tensor([I])})
+    assert torch.equal(counted.q.codes, Gptq().solve(_weight(), GROUPED, stats).q.codes) and not counted.notes
 
 
 # ------------------------------------------------------------------------------------------- a range chosen earlier
@@ -525,7 +565,7 @@ def test_inputs_that_did_not_move_need_no_correction():
     stats = {Gram(): h, CrossGram(): torch.zeros(I, I, dtype=torch.float64)}
     plain = _solve(Gptq(order="act"), w, GROUPED, h)
     assert _same(Gptq(order="act", asymmetric=1.0).solve(w, GROUPED, stats).q, plain.q)
-    assert Gptq(asymmetric=0.5).needs == {Gram(), CrossGram()}
+    assert Gptq(asymmetric=0.5).needs == {Gram(), CrossGram(), Tokens()}
 
 
 def test_the_target_for_moved_inputs_approaches_the_original_output_with_its_share():

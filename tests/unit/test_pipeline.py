@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from lowbit.numerics import Int, PerGroup, Spec
 from lowbit.plan.model_plan import plan_model
 from lowbit.recipes import Recipe
 from lowbit.scheme import linears
+from lowbit.solve import FEW_TOKENS
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Journal
 from lowbit.steps import Solve
@@ -304,3 +307,78 @@ def test_transformers_without_lowbit_refuses_a_checkpoint(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 1 and "raising an error" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "smoothquant", "squeezellm", "autoround"])
+def test_experts_that_few_tokens_reached_are_counted_in_one_warning_for_each_kind(tmp_path, name):
+    path, sizes = tmp_path / "model", {"num_local_experts": 8, "num_experts_per_tok": 1, "num_hidden_layers": 1}
+    widths = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("mixtral", vocab_size=128, max_position_embeddings=64, **sizes, **widths)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    options = {"steps": 1} if name == "autoround" else {}
+    report = lowbit.quantize(path, lowbit.recipe(name, **options), random_ids(1, 6), out=tmp_path / "out", max_kl=50)
+    (unseen,) = [each for each in report.warnings if "saw no calibration token" in each]
+    assert re.search(r"more \(of \d+ experts\): ", unseen)
+    few = [each for each in report.warnings if FEW_TOKENS in each]
+    assert len(few) == (name != "squeezellm")  # its Fisher information does not tell how many tokens gave it
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_the_settings_of_the_caller_change_nothing(model, tmp_path):
+    learning = lowbit.recipe("omniquant", bits=4, epochs=1)
+
+    def results(name):
+        ids, w = random_ids(2, 8), torch.nn.Linear(16, 8, dtype=torch.float32)
+        w.load_state_dict(
+            {"weight": torch.linspace(-1, 1, 128, dtype=torch.float32).reshape(8, 16), "bias": torch.zeros(8)}
+        )
+        inputs = torch.sin(torch.arange(640.0, dtype=torch.float32)).reshape(40, 16)
+        out, mode = tmp_path / name, (torch.get_default_dtype(), torch.is_inference_mode_enabled())
+        found = [lowbit.quantize(model, each, ids, out=out / str(i)) for i, each in enumerate((learning, "squeezellm"))]
+        linear = lowbit.quantize_linear(w, inputs, learning)
+        loaded = lowbit.load(out / "0").state_dict()
+        evaluation = lowbit.evaluate(out / "1", ids, seq_len=8, windows=2, against=model)
+        assert mode == (torch.get_default_dtype(), torch.is_inference_mode_enabled())
+        files = [sorted(p.read_bytes() for p in (out / i).glob("*.safetensors")) for i in "01"]
+        kl = [report.kl for report in found]
+        return files, kl, linear.dequantize().tolist(), loaded, evaluation.perplexity, evaluation.kl
+
+    plain = results("plain")
+    for name, mode in {
+        "inference": torch.inference_mode(),
+        "bfloat16": default_dtype(torch.bfloat16),
+        "float64": default_dtype(torch.float64),
+        "autocast": torch.autocast("cpu", torch.bfloat16),
+    }.items():
+        with mode:
+            found = results(name)
+        for one, other in zip(plain, found, strict=True):
+            if isinstance(one, dict):
+                assert all(torch.equal(one[key], other[key]) and one[key].dtype == other[key].dtype for key in one)
+            else:
+                assert one == other, name
+
+
+def test_more_stored_bits_than_asked_are_said_and_can_be_refused(model, tmp_path):
+    tables = lowbit.recipe("squeezellm", bits=4)
+    report = _quantize(model, tmp_path / "said", tables, random_ids(2, 8))
+    (said,) = [each for each in report.warnings if "were asked" in each]
+    assert f"{report.bits_per_weight:.2f} bits a weight are stored where 4 were asked" in said
+    with pytest.raises(ValueError, match=r"stores .* bits a weight in this model, over the limit 5"):
+        _quantize(model, tmp_path / "refused", tables, random_ids(2, 8), max_bits=5)
+    assert not list(tmp_path.glob("refused*"))
+    kept = lowbit.recipe("spqr", threshold=0.0)  # how many weights it keeps is not known before
+    plain = lowbit.recipe("rtn", bits=4, group_size=32)
+    assert not [each for each in _quantize(model, tmp_path / "plain", plain, max_bits=8).warnings if "asked" in each]
+    with pytest.raises(lowbit.BrokenModel, match=r"bits a weight are stored, over the limit 16"):
+        _quantize(model, tmp_path / "late", kept, random_ids(2, 8), max_bits=16)

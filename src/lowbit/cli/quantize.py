@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,6 +67,9 @@ def command(
         float | None,
         typer.Option(help="Mean KL divergence in nats from which the result counts as broken (default 2)."),
     ] = None,
+    max_bits: Annotated[
+        float | None, typer.Option(help="Stored bits for each quantized weight above which a recipe is refused.")
+    ] = None,
     allow_broken: Annotated[bool, typer.Option("--allow-broken", help="Write a broken result all the same.")] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard an unfinished run of the same target instead of continuing it.")
@@ -87,7 +91,15 @@ def command(
 
     text = None if calibration == "none" else common.text_or_default(calibration, "calibration")
     job = prepare(
-        model, chosen, text, out=out, samples=samples, seq_len=seq_len, bos=bos, trust_remote_code=trust_remote_code
+        model,
+        chosen,
+        text,
+        out=out,
+        samples=samples,
+        seq_len=seq_len,
+        bos=bos,
+        max_bits=math.inf if max_bits is None else max_bits,
+        trust_remote_code=trust_remote_code,
     )
     _announce(job, restart)
     with common.progress() as report:

@@ -31,9 +31,11 @@ from lowbit.numerics import to_dict
 from lowbit.plan.model_plan import lay_over
 from lowbit.progress import Progress
 from lowbit.recipes import Recipe
+from lowbit.surroundings import own_settings
 from lowbit.version import __version__
 
 
+@own_settings()
 def compare(
     model: str | PathLike[str],
     rows: str | PathLike[str] | Iterable[Row | Recipe | str | PathLike[str] | Mapping[str, Any]],

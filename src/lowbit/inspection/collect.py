@@ -30,6 +30,7 @@ from lowbit.numerics import AbsMax, MinMax, Samples, Statistic, quantize
 from lowbit.progress import Progress
 from lowbit.stages.stream import Call, Stream
 from lowbit.steps import BlockIO, BlockState
+from lowbit.surroundings import own_settings
 
 _TOKENS = 256  # sampled for a layer's output error
 
@@ -45,6 +46,7 @@ class TokenPeak(Statistic):
         return torch.cat([old, new])
 
 
+@own_settings()
 def inspect_model(
     model: str | PathLike[str],
     calibration: str | Sequence[str] | Tensor | Calibration,

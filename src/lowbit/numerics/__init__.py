@@ -69,6 +69,7 @@ from lowbit.numerics.statistics import (
     Samples,
     Statistic,
     TokenRange,
+    Tokens,
     clipped_tokens,
     mean_abs,
 )
@@ -130,6 +131,7 @@ __all__ = [
     "Statistic",
     "Table",
     "TokenRange",
+    "Tokens",
     "TruncationSearch",
     "arity",
     "check_types",

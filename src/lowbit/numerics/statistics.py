@@ -75,6 +75,18 @@ class Gram(Statistic):
 
 @serializable
 @dataclass(frozen=True)
+class Tokens(Statistic):
+    """The number of tokens, ``[1]`` int64: how far other statistics can be trusted."""
+
+    def merge(self, x_TI: Tensor) -> Tensor:
+        return torch.full((1,), len(x_TI), dtype=torch.int64, device=x_TI.device)
+
+    def join(self, old: Tensor, new: Tensor) -> Tensor:
+        return old.add_(new)
+
+
+@serializable
+@dataclass(frozen=True)
 class AbsMax(Statistic):
     """Largest magnitude of each channel, ``[I]``."""
 

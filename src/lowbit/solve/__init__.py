@@ -1,11 +1,12 @@
 """Weight solvers: codes for one weight matrix, from its values and, if needed, statistics of its inputs."""
 
-from lowbit.solve.base import Solution, Solver
+from lowbit.solve.base import FEW_TOKENS, Solution, Solver
 from lowbit.solve.gptq import Gptq
 from lowbit.solve.nearest import Nearest
 from lowbit.solve.outliers import LeaveOneOut, OutlierRule, RangeOutliers, ReachingColumns, Sensitive, WeakColumns
 
 __all__ = [
+    "FEW_TOKENS",
     "Gptq",
     "LeaveOneOut",
     "Nearest",

@@ -18,6 +18,11 @@ from lowbit.numerics import Clipped, Fit, Fixed, PerToken, QTensor, SideTerm, Sp
 from lowbit.solve.outliers import OutlierRule
 from lowbit.transforms import ChannelTransform
 
+FEW_TOKENS = (
+    "fewer calibration tokens than input channels: little can be learned from its input; use more calibration text"
+)
+"""The note of a layer that a solver of its inputs, or a step before it, knows too little about."""
+
 
 @dataclass(frozen=True, eq=False)
 class Solution:

@@ -1,7 +1,8 @@
 """The triangular factor for the column recursion, from a Gram matrix that may be badly conditioned.
 
-Calibration can give singular matrices (fewer tokens than channels), matrices that rounding made indefinite, and NaN. The
-damping rises in steps until a factor exists, and a note names the damping that was needed.
+Calibration can give matrices that mean little (fewer tokens than channels), matrices that rounding made indefinite, and
+NaN. A matrix of few tokens is shrunk first. The damping rises in steps until a factor exists, and a note names the damping
+that was needed.
 
 Shapes: I input channel.
 """
@@ -13,6 +14,34 @@ from torch import Tensor
 
 _FLOAT64_UP_TO = 8192
 """Most channels for a factor in float64; for wider weights its time and memory would exceed the rest of the solve."""
+_DOUBT = 32
+"""Tokens at which half of what correlations seem to tell is believed."""
+
+
+def shrunk(h_II: Tensor, tokens: int) -> tuple[Tensor, float]:
+    """The Gram matrix of few tokens, moved towards a multiple of the identity: ``(1 - s) H + s mean(diag H) I``.
+
+    A solver that believes in the correlations of a few tokens moves errors to where other tokens feel them more. The share
+    s is that of the oracle approximating shrinkage (OAS, arXiv:0907.4698), found from H and the number of tokens alone:
+    near 1 for channels that are independent (the solver then rounds to nearest), and small where a few directions hold
+    most of the energy, which few tokens show well. That formula takes inputs for Gaussian; ``1 - s`` is therefore reduced
+    to ``T / (T + 32)`` of it at T tokens, because a few heavy-tailed tokens look like strong correlations.
+
+    Args:
+        h_II: the Gram matrix, neither zero nor NaN; not changed.
+        tokens: how many it was summed over.
+
+    Returns:
+        The new matrix, without dead channels, and s.
+    """
+    I, trace = len(h_II), h_II.diagonal().sum(dtype=torch.float64).item()
+    energy = h_II.square().sum(dtype=torch.float64).item()
+    spread = (tokens + 1 - 2 / I) * (energy - trace**2 / I)
+    share = min(1.0, ((1 - 2 / I) * energy + trace**2) / spread) if spread > 0 else 1.0
+    share = 1 - (1 - share) * tokens / (tokens + _DOUBT)
+    h_II = h_II * (1 - share)
+    h_II.diagonal().add_(share * trace / I)
+    return h_II, share
 
 
 def inverse_factor(h_II: Tensor, damp: float) -> tuple[Tensor | None, tuple[str, ...]]:

@@ -4,13 +4,15 @@ The loss is the layer's output error ``tr((Q - W) H (Q - W)^T)``, with H the Gra
 costs least if the later columns absorb its error along row j of the Cholesky factor of H^-1 (GPTQ, arXiv:2210.17323; LDLQ
 of arXiv:2307.13304 is the same recursion). All rows share H, so the loop runs over columns and is vectorized over rows.
 
-Three things differ from the authors' code (IST-DASLab/gptq):
+Four things differ from the authors' code (IST-DASLab/gptq):
 
 * A group's grid is placed on weights with all corrections so far. In the authors' code, a group that starts inside a lazy
   block misses the corrections of that block; ``stale_groups=True`` does the same.
 * Fits get the diagonal of H as the importance of each column. A range search without it clips the most important weights
   when one input channel is very large.
 * Dead channels get the mean diagonal, not 1, so the solution does not depend on the scale of H.
+* H of fewer tokens than channels is shrunk (:func:`~lowbit.solve.factor.shrunk`), and that is noted. Its dead channels keep
+  their weights, because a few tokens do not prove that a channel is dead.
 
 Outliers (``solve.outliers``) enter in three places only: kept columns are visited last and never rounded, grids are placed
 without the kept weights, and a weight that the loop keeps leaves no error.
@@ -43,12 +45,13 @@ from lowbit.numerics import (
     QTensor,
     Spec,
     Statistic,
+    Tokens,
     arity,
     serializable,
 )
-from lowbit.solve.base import Solution, Solver, check_weight
+from lowbit.solve.base import FEW_TOKENS, Solution, Solver, check_weight
 from lowbit.solve.columns import Bands, Tiling, by_band_and_score, by_score, lazy_blocks
-from lowbit.solve.factor import asymmetric_target, inverse_factor
+from lowbit.solve.factor import asymmetric_target, inverse_factor, shrunk
 from lowbit.solve.greedy import descend
 from lowbit.solve.kept import Kept
 from lowbit.solve.nearest import Nearest
@@ -112,7 +115,7 @@ class Gptq(Solver):
 
     @property
     def needs(self) -> frozenset[Statistic]:
-        own: frozenset[Statistic] = frozenset({Gram(), CrossGram()} if self.asymmetric else {Gram()})
+        own: frozenset[Statistic] = frozenset({Gram(), Tokens()} | ({CrossGram()} if self.asymmetric else set()))
         return own.union(*(rule.needs for rule in rules_of(self.outliers)))
 
     @property
@@ -151,6 +154,10 @@ class Gptq(Solver):
         if not torch.isfinite(H).all() or dead.all():
             why = "all inputs were always zero" if dead.all() else "NaN or Inf in the Gram matrix"
             return self._nearest(w_OI, spec, stats, clip, (why,))
+        tokens, trust, notes = stats.get(Tokens()), 1.0, ()
+        if tokens is not None and tokens.item() < len(H):
+            H, share = shrunk(H, int(tokens.item()))
+            dead, trust, notes = torch.zeros_like(dead), 1 - share, (FEW_TOKENS,)
         W = w_OI.to(torch.float64 if w_OI.dtype == torch.float64 else torch.float32).masked_fill(dead, 0)
         fit = clip or self.fit
         tiling = Tiling.of(spec.granularity, W)
@@ -161,12 +168,13 @@ class Gptq(Solver):
         take = stored[visit]
         H = H[take][:, take]
         H.diagonal().masked_fill_(dead[take], H.diagonal()[~dead[take]].mean().item())
-        U, notes = inverse_factor(H, self.damp)
+        U, damped = inverse_factor(H, self.damp)
+        notes = (*notes, *damped)
         if U is None:
             return self._nearest(w_OI, spec, stats, clip, notes)
         H, U, W = H.to(W.dtype), U.to(W.dtype), W[:, take].T.contiguous()
         if self.asymmetric:
-            W = asymmetric_target(W, stats[CrossGram()][take][:, take].to(W), U, self.asymmetric)
+            W = asymmetric_target(W, stats[CrossGram()][take][:, take].to(W), U, trust * self.asymmetric)
         bands = Bands(tiling, spec, fit, len(w_OI), diag[stored])
         kept = Kept.of(W, chosen, take, rules_of(self.outliers), U.diagonal())
         codes = self._round(W, H, U, visit, bands, kept)

@@ -372,6 +372,7 @@ class Walk:
             dtypes={key: self.source.dtype_of(f"{plan.name}.{key}") for key in plan.module.state_dict()},
             tick=self._tick,
             rotated=self.rotation is not None,
+            reads_inputs=self.recipe.reads_inputs,
         )
 
     def _resume(self, i: int, call: Call | None) -> BlockRecord:

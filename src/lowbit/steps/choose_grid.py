@@ -123,7 +123,7 @@ class FitActivation(Step):
                     continue
                 x_TI, spec = stats.get(shared.name, {}).get(Samples(self.tokens)), form.act.spec
                 if x_TI is None:
-                    state.note(f"{path} saw no token: its static activation range is unknown, [-1, 1] is stored")
+                    state.note("saw no token: its static activation range is unknown, [-1, 1] is stored", at=path)
                     x_TI = torch.tensor([[-1.0, 1.0]])
                     known[spec] = spec, fit_params(x_TI, spec, MinMax())
                 if spec not in known:

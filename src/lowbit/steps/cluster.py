@@ -106,7 +106,7 @@ class Cluster(Step):
         for edge in (*_folded(state.resolved, state.formats), *loose):
             bounds = state.edge_stat(edge, stats, Range())
             if bounds is None:
-                state.note(f"edge {edge.name!r} saw no token: its channels are clustered as they come")
+                state.note("saw no token: its channels are clustered as they come", at=edge.name)
                 bounds = torch.arange(state.draft(edge.consumers[0].module).weight.shape[1]).expand(2, -1).float()
             sizes, order = self._sorted(edge, bounds, state.seed)
             state.commit(edge, Permute(order), Kind.PERMUTE)

@@ -93,7 +93,7 @@ def _at_edges(state: BlockState, stats: dict[str, Stats], at: tuple[str, ...], r
     for edge in state.edges(at, rule.kind):
         start = rule(state, edge, stats)
         if start is None:
-            state.note(f"edge {edge.name!r} saw no token: no {rule.kind.value} is learned there")
+            state.note(f"saw no token: no {rule.kind.value} is learned at this edge", at=edge.name)
         else:
             yield edge, start
 

@@ -119,7 +119,7 @@ class SearchActivationRange(Step):
                 )
             seen = state.stats_of(stats, path).get(TokenRange())
             if seen is None:
-                state.note(f"{path} saw no token: its static activation range is unknown, [-1, 1] is stored")
+                state.note("saw no token: its static activation range is unknown, [-1, 1] is stored", at=path)
                 seen = torch.tensor([[-1.0], [1.0]])
             bounds[path] = seen
         return bounds

@@ -216,7 +216,7 @@ class SearchReassembly(Step):
         for site in sites:
             known, calls = stats.get(site.shared.name, {}), [call for call in recorded if call.place in site.places]
             if not known or not calls:
-                state.note(f"{site.shared.name} saw no token: its channels stay as they are")
+                state.note("saw no token: its channels stay as they are", at=site.shared.name)
                 continue
             best, least = None, loss_with(state, site, None, calls)
             for transform in self._candidates(state, site, known):

@@ -224,7 +224,7 @@ class Search(Step):
             judging = [call for place in self._judges(state.drafts, edge) for call in calls if call.place == place]
             losses = [self._loss(state, edge, transform, stats, judging) for transform in tried]
             if not losses or not judging:
-                state.note(f"edge {edge.name!r} saw no token: nothing was searched there")
+                state.note("saw no token: nothing was searched at this edge", at=edge.name)
                 continue
             best = min(range(len(losses)), key=lambda i: (not losses[i] >= 0, losses[i]))  # NaN last, first of equals
             winners.append((edge, tried[best]))
@@ -303,7 +303,7 @@ class SearchClip(Step):
                 continue
             spec = draft.format.weight
             if not isinstance(spec.granularity, PerGroup | PerChannel):
-                state.note(f"{path}: clipping is searched per channel or per group, not {spec.granularity}")
+                state.note(f"clipping is searched per channel or per group, not {spec.granularity}", at=path)
                 continue
             draft.range_shares = self._clip(draft.weight, spec, gram)
 

@@ -110,7 +110,7 @@ class SearchFloat(Step):
         act = form.act if form.act is not None and form.act.static and isinstance(form.act.spec.grid, Float) else None
         floating = isinstance(form.weight.grid, Float)
         if absmax_I is None:
-            state.note(f"{path} saw no token: its formats are not searched, and a static input reaches from -1 to 1")
+            state.note("saw no token: its formats are not searched, and a static input reaches from -1 to 1", at=path)
             absmax_I = torch.ones(w_OI.shape[1])
         if act is not None:
             draft.act_params = input_range(act.spec, absmax_I, 1.0)

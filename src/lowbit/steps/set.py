@@ -50,7 +50,7 @@ class Set(Step):
         for edge in (*state.edges(self.at, self.rule.kind, note=not self.run_time), *loose):
             transform = self.rule(state, edge, stats)
             if transform is None:
-                state.note(f"edge {edge.name!r} saw no token: its {self.rule.kind.value} is not applied")
+                state.note(f"saw no token: no {self.rule.kind.value} is applied at this edge", at=edge.name)
             else:
                 state.commit(edge, transform, self.rule.kind)
 
@@ -121,7 +121,7 @@ class SetActivationRange(Step):
             bounds = known.get(self._need)
             if bounds is None:
                 state.note(
-                    f"{path} saw no token{self._but_first}: its static activation range is unknown, [-1, 1] is stored"
+                    f"saw no token{self._but_first}: its static activation range is unknown, [-1, 1] is stored", at=path
                 )
                 bounds = torch.tensor([[-1.0], [1.0]])
             bounds = bounds.expand(2, draft.weight.shape[1])
@@ -143,12 +143,13 @@ class SetActivationRange(Step):
             else "the first token of a window reaches"
         )
         state.note(
-            f"{path}: {what} {largest:.3g}, all others {rest:.3g}; "
+            f"{what} {largest:.3g}, all others {rest:.3g}; "
             + (
                 f"the static range leaves {'them' if several else 'it'} out and clips {'them' if several else 'it'} at run time"
                 if self.skip_first
                 else "it alone sets the static range; skip_first=1 leaves it out"
-            )
+            ),
+            at=path,
         )
 
     @property

@@ -9,8 +9,19 @@ import torch
 from torch import Tensor
 
 from lowbit.modules import ActSpec, DraftLinear, QuantLinear
-from lowbit.numerics import PerChannel, PerTensor, QTensor, Samples, Spec, Statistic, serializable, usual_fit
-from lowbit.solve import Nearest, Solver
+from lowbit.numerics import (
+    Fisher,
+    PerChannel,
+    PerTensor,
+    QTensor,
+    Samples,
+    Spec,
+    Statistic,
+    Tokens,
+    serializable,
+    usual_fit,
+)
+from lowbit.solve import FEW_TOKENS, Nearest, Solver
 from lowbit.steps.effects import BlockDescription, Freedom, LayerDescription
 from lowbit.steps.state import BlockState, LayerRecord, Stats
 from lowbit.steps.step import RunSizes, Step, names_of
@@ -82,12 +93,9 @@ class Solve(Step):
     def _replace(self, state: BlockState, path: str, stats: Stats) -> None:
         draft, solver, name = state.draft(path), self.solver, state.full_name(path)
         assert draft.format is not None
-        notes: tuple[str, ...] = ()
+        notes = self._doubts(state, stats, draft.weight.shape[1])
         if any(need not in stats for need in solver.needs):
-            solver, notes = (
-                Nearest(usual_fit(draft.format.weight.grid)),
-                ("saw no calibration token: rounded to nearest",),
-            )
+            solver = Nearest(usual_fit(draft.format.weight.grid))
         if not torch.isfinite(draft.weight).all():
             raise ValueError(f"{name}: the weight holds NaN or Inf after the transforms before it")
         try:
@@ -111,6 +119,17 @@ class Solve(Step):
                 (*notes, *solution.notes),
             )
         )
+
+    def _doubts(self, state: BlockState, stats: Stats, columns: int) -> tuple[str, ...]:
+        """What the report must say of a linear that few calibration tokens reached, or none, such as that of an expert."""
+        fisher, sample = stats.get(Fisher()), stats.get(_CHECK)
+        reads = state.io is not None and state.context.reads_inputs
+        if (reads and sample is None) or (fisher is not None and not fisher.any()):
+            return ("saw no calibration token: rounded as if all inputs were alike",)
+        if not reads or sample is None or Tokens() in self.solver.needs:  # such a solver says it itself
+            return ()
+        tokens = _CHECK.stride * len(sample)  # or more, if the sample is full
+        return (FEW_TOKENS,) if tokens < columns and not _CHECK.enough(sample) else ()
 
 
 def _zeroed(w_OI: Tensor, q: QTensor) -> float:

@@ -92,6 +92,7 @@ class BlockContext:
         dtypes: dtypes of the parameters that are saved in another one, by name in the block.
         tick: called with the current activity as work goes on.
         rotated: whether the block reads and writes a rotated residual stream, as in ``io``.
+        reads_inputs: whether the recipe learns anything from ``io``. Otherwise it is there for the report.
     """
 
     name: str
@@ -102,6 +103,7 @@ class BlockContext:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     tick: Callable[[str], None] = lambda what: None
     rotated: bool = False
+    reads_inputs: bool = True
 
 
 @dataclass
@@ -174,10 +176,17 @@ class BlockState:
         """The name of the linear at ``path`` in the model."""
         return f"{self.name}.{path}" if self.name else path
 
-    def note(self, text: str) -> None:
-        """Adds a warning to the report, once for each block."""
-        if text not in self.notes:
-            self.notes.append(text)
+    def note(self, text: str, at: str = "") -> None:
+        """Adds a warning to the report, once for each place.
+
+        Args:
+            text: names no place, so that the report can join equal warnings.
+            at: what is concerned, such as the path of a linear or the name of an edge; the block if empty.
+        """
+        where = self.full_name(at) if at else self.name
+        note = f"{where}: {text}" if where else text
+        if note not in self.notes:
+            self.notes.append(note)
 
     # Linears
 
@@ -367,7 +376,7 @@ class BlockState:
                 with self._as_original():
                     self._run(first, i, self.io.window(i, original=True), pair)
                 for name, own in seen.items():
-                    self.note(f"{name}: other tokens reach it in the original model; it is not corrected for that")
+                    self.note("other tokens reach it in the original model; it is not corrected for that", at=name)
                     update(name, torch.stack([own, own]), paired=True)
                 seen.clear()
             self.tick("calibrating")
@@ -383,7 +392,7 @@ class BlockState:
         assert self.io is not None
         if len(x_TI) == self.io.x.shape[-2]:
             return x_TI[skip:]
-        self.note(f"{name}: only some tokens reach it, so the first {skip} of a window are unknown there")
+        self.note(f"only some tokens reach it, so the first {skip} of a window are unknown there", at=name)
         return x_TI
 
     def _run(self, first: Mapping[str, str], i: int, window: Tensor, gather: Callable[[str, Tensor], None]) -> None:

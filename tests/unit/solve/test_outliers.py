@@ -30,6 +30,7 @@ from lowbit.numerics import (
     RmsRange,
     Sparse,
     Spec,
+    Tokens,
     from_dict,
     stored_bits,
     to_dict,
@@ -161,7 +162,7 @@ def test_leave_one_out_at_infinity_is_the_plain_column_solver():
 def test_rules_are_plain_data_and_back(rule):
     for solver in (Gptq(outliers=rule), Gptq(outliers=(rule, Sensitive(0.001)))):
         assert from_dict(json.loads(json.dumps(to_dict(solver)))) == solver
-    assert Gptq(outliers=rule).needs == {Gram()} | rule.needs
+    assert Gptq(outliers=rule).needs == {Gram(), Tokens()} | rule.needs
 
 
 def test_several_rules_take_what_those_before_left():

@@ -1,0 +1,30 @@
+"""Shields the package's work from torch settings that its caller made for other work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """While open, float32 is the default dtype, gradients are computed, and there is neither inference mode nor autocast.
+
+    Also a decorator: ``@own_settings()``. Every function of the public interface that computes is under it, so its results
+    have the same bits whatever its caller set. Tensors that the caller made in inference mode cannot take part in
+    learning; :func:`usable` copies them.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def usable(x: torch.Tensor) -> torch.Tensor:
+    """``x`` detached, and copied if it was made in inference mode."""
+    return x.clone() if x.is_inference() else x.detach()
