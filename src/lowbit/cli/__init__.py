@@ -2,7 +2,7 @@
 
 What every command keeps: results on stdout and everything else on stderr, so that ``--json`` is JSON alone; exit code 0
 only on success, 1 with one line that says what is wrong and what to do, 2 for a command that is not well formed, 130
-after Ctrl-C. Commands import what they run when they run it, so that help, lists and completion need no torch.
+after Ctrl-C, 143 after SIGTERM. Commands import what they run when they run it, so that help, lists and completion need no torch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 from lowbit.cli import (
     allocate,
     bench,
+    chat,
     compare,
     evaluate,
     explain,
@@ -84,6 +85,7 @@ for module in (
     allocate,
     export,
     generate,
+    chat,
     plan,
     explain,
     methods,

@@ -7,7 +7,9 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,6 +58,11 @@ def console(*, stderr: bool = False) -> Console:
 def say(message: str) -> None:
     """A line for the person who waits, on stderr."""
     typer.echo(message, err=True)
+
+
+def fail(message: str) -> None:
+    """The line that says what is wrong, on stderr."""
+    typer.echo("error: " + " ".join(message.split("\n")), err=True)
 
 
 def warn(messages: Iterable[str], kind: str = "warning") -> None:
@@ -131,8 +138,13 @@ def show_layers(rows: Iterable[Any]) -> None:
 # Errors
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as ``kill`` and a system's shutdown send it. It ends a command as Ctrl-C does."""
+
+
 def guarded(command: Callable[..., None], interrupted: str = "interrupted") -> Callable[..., None]:
-    """``command`` with errors as one line on stderr and exit code 1, and Ctrl-C as 130 with a line ``interrupted``. LOWBIT_DEBUG=1 shows tracebacks.
+    """``command`` with errors as one line on stderr and exit code 1, and Ctrl-C as 130 with a line ``interrupted``, SIGTERM
+    as 143 with the same line. LOWBIT_DEBUG=1 shows tracebacks.
 
     Only what a user can cause is caught: a defect of this program keeps its traceback.
     """
@@ -143,19 +155,37 @@ def guarded(command: Callable[..., None], interrupted: str = "interrupted") -> C
         try:
             if not debug:
                 _quiet()
-            command(*args, **kwargs)
+            with _terminable():
+                command(*args, **kwargs)
         except BrokenPipeError:
             raise  # typer's: whoever read stdout has enough
         except (ValueError, OSError) as error:
             if debug:
                 raise
-            say("error: " + " ".join(str(error).split("\n")))
+            fail(str(error))
             raise SystemExit(1) from error
         except KeyboardInterrupt as stop:
             say(interrupted)
-            raise SystemExit(130) from stop
+            raise SystemExit(143 if isinstance(stop, Terminated) else 130) from stop
 
     return run
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """While open, SIGTERM raises :class:`Terminated` in the main thread, so that temporary files are removed."""
+
+    def terminate(number: int, frame: Any) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _quiet() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ COMMANDS = (
     "quantize",
     "evaluate",
     "generate",
+    "chat",
     "plan",
     "explain",
     "methods",
@@ -68,8 +71,8 @@ def place(tmp_path_factory):
     return root
 
 
-def run(*arguments: object, **environment: str):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=environment)
+def run(*arguments: object, stdin: str | None = None, **environment: str):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin, env=environment)
 
 
 def quantize(place: Path, out: Path, *more: object, method: tuple[str, ...] = RTN):
@@ -215,6 +218,85 @@ def test_generate_streams_the_text_that_json_gives(quantized):
     whole = run("generate", quantized.out, "--prompt", "w1 w2", "--max-new-tokens", 5, "--json")
     assert streamed.exit_code == whole.exit_code == 0, streamed.stderr + whole.stderr
     assert json.loads(whole.stdout)["text"].split() == streamed.stdout.split() != []
+
+
+def test_generate_reads_its_prompt_from_stdin(quantized):
+    given = run("generate", quantized.out, "--prompt", "w1 w2", "--json")
+    assert json.loads(run("generate", quantized.out, "--prompt", "-", "--json", stdin="w1 w2\n").stdout) == json.loads(
+        given.stdout
+    )
+
+
+# Chat
+
+TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}w0{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def chatty(quantized):
+    """The quantized model, its tokenizer with a chat template."""
+    out = quantized.out.with_name("chatty")
+    shutil.copytree(quantized.out, out)
+    (out / "chat_template.jinja").write_text(TEMPLATE)
+    return out
+
+
+def seen_by_the_model(monkeypatch, answers=("w7 w8",)) -> list[Any]:
+    """Replaces generation; returns the list of the conversations that it is asked to continue."""
+    seen: list[Any] = []
+
+    def generate_text(model, tokenizer, prompt, max_new_tokens, *, on_text, **options):
+        seen.append(prompt)
+        answer = answers[min(len(seen), len(answers)) - 1]
+        if isinstance(answer, BaseException):
+            on_text("w9 ")
+            raise answer
+        on_text(answer)
+        return answer
+
+    monkeypatch.setattr("lowbit.evaluation.generate_text", generate_text)
+    return seen
+
+
+def test_chat_answers_each_line_of_a_pipe_and_remembers(chatty, monkeypatch):
+    result = run("chat", chatty, "--max-new-tokens", 4, stdin="w1 w2\n\nw3\n")
+    assert result.exit_code == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    said = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": first.strip()}]
+    whole = run("generate", chatty, "--chat", "--prompt", "w1 w2", "--max-new-tokens", 4)
+    assert whole.stdout.splitlines() == [first] and first.strip()
+    seen = seen_by_the_model(monkeypatch, (first.strip(), second.strip()))
+    run("chat", chatty, "--system", "w5", stdin="w1 w2\nw3\n/reset\nw4\n/what\n/exit\nw6\n")
+    system = {"role": "system", "content": "w5"}
+    asked = {"role": "user", "content": "w3"}
+    assert seen == [[system, said[0]], [system, *said, asked], [system, {"role": "user", "content": "w4"}]]
+
+
+def test_ctrl_c_at_a_terminal_stops_the_answer_and_the_chat_goes_on(chatty, monkeypatch):
+    from lowbit.cli import chat
+
+    seen = seen_by_the_model(monkeypatch, (KeyboardInterrupt(), ValueError("too long"), "w8"))
+    typed = iter(["w1", KeyboardInterrupt(), "w2", "w3", EOFError()])
+
+    def typing(prompt):
+        text = next(typed)
+        if isinstance(text, BaseException):
+            raise text
+        return text
+
+    monkeypatch.setattr("builtins.input", typing)
+    monkeypatch.setattr(chat, "sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    result = run("chat", chatty)
+    assert result.exit_code == 0, result.stderr
+    assert [part["content"] for part in seen[-1]] == ["w1", "w9 ", "w3"]
+    assert "error: too long. Start again with /reset" in result.stderr and "/exit" in result.stderr
+
+
+def test_chat_without_a_template_is_refused_before_the_model_is_loaded(quantized, monkeypatch):
+    import lowbit
+
+    monkeypatch.setattr(lowbit, "load", None)
+    assert_refused(run("chat", quantized.out, stdin="w1\n"), "no chat template", "lowbit generate")
 
 
 def test_a_recipe_file_and_options_give_the_same_recipe(place, tmp_path):
