@@ -75,9 +75,12 @@ def evaluate(
         text_name="token ids" if content is None else content.name,
         progress=progress,
     )
-    size = None if where is None else directory_bytes(sources.locate(where)[1]).weights
-    bits = native.bits_per_weight(loaded)
-    return dataclasses.replace(result, bits_per_weight=bits, bytes=size)
+    result = dataclasses.replace(result, bits_per_weight=native.bits_per_weight(loaded))
+    if where is None:
+        return result
+    path = sources.locate(where)[1]
+    bits, size = native.model_bits_per_weight(path), directory_bytes(path).weights
+    return dataclasses.replace(result, model_bits_per_weight=bits, bytes=size)
 
 
 __all__ = ["ExportReport", "evaluate", "export", "load", "load_tokenizer"]

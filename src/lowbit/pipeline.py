@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowbit.checkpoints import native
 from lowbit.checkpoints.model_card import write_card
-from lowbit.checkpoints.source import ModelSource, open_model
+from lowbit.checkpoints.source import ModelSource, gguf_file, open_model
 from lowbit.checkpoints.target import check_target
 from lowbit.data import Bos, Calibration, calibration_of
 from lowbit.evaluation import kl_and_agreement, output_error
@@ -49,7 +49,9 @@ class QuantizeReport:
     Attributes:
         out: the checkpoint's directory; None where nothing finished was written.
         bits_per_weight: all stored bits of the quantized linears over their weights.
+        model_bits_per_weight: all stored bits of the checkpoint over the model's parameters; 0 where nothing was written.
         bytes: of the checkpoint's weight files.
+        source_bytes: of the original's weights as the user has them: its tensors, or the GGUF file.
         kl, top1_agreement: against the original on the first calibration windows (None: data-free).
         coverage: share of the blocks' linear weights that are quantized.
         layers, blocks: records in the order of the walk; ``error`` is a relative squared output error.
@@ -61,7 +63,9 @@ class QuantizeReport:
     recipe: Recipe
     calibration: str
     bits_per_weight: float
+    model_bits_per_weight: float
     bytes: int
+    source_bytes: int
     kl: float | None
     top1_agreement: float | None
     coverage: float
@@ -85,7 +89,9 @@ class QuantizeReport:
             "recipe": to_dict(self.recipe),
             "calibration": self.calibration,
             "bits_per_weight": self.bits_per_weight,
+            "model_bits_per_weight": self.model_bits_per_weight,
             "bytes": self.bytes,
+            "source_bytes": self.source_bytes,
             "kl": self.kl,
             "top1_agreement": self.top1_agreement,
             "coverage": self.coverage,
@@ -121,6 +127,7 @@ class Job:
     calibration: Calibration | None
     tokenizer: Any
     out: Path
+    source_bytes: int
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -163,7 +170,9 @@ def prepare(
     recipe, out = as_recipe(recipe), check_target(Path(out).expanduser())
     recipe.check_runs()
     plan = lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe)
-    job = Job(plan, None, None, out, list(plan.architecture.warnings))
+    gguf = gguf_file(model)
+    source_bytes = sum(x.nbytes for x in plan.source.headers.values()) if gguf is None else gguf.stat().st_size
+    job = Job(plan, None, None, out, source_bytes, list(plan.architecture.warnings))
     if calibration is None and recipe.needs_calibration:
         raise ValueError(
             f"recipe {recipe.name!r} needs calibration text: pass a file, python-docs, a hub dataset or self"
@@ -306,7 +315,9 @@ def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max
         recipe=job.recipe,
         calibration="none" if job.calibration is None else f"{job.calibration.name}, {list(job.calibration.ids.shape)}",
         bits_per_weight=sum(layer.bits_per_weight * layer.weights for layer in layers) / max(1, weights),
+        model_bits_per_weight=0.0,
         bytes=0,
+        source_bytes=job.source_bytes,
         kl=kl,
         top1_agreement=agreement,
         coverage=weights / max(1, every),
@@ -354,7 +365,14 @@ def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tenso
     if generation.is_file():
         shutil.copyfile(generation, directory / generation.name)
     weights = sum((directory / shard).stat().st_size for shard in shards)
-    report = replace(report, out=job.out, bytes=weights)
+    bits = native.model_bits_per_weight(directory, unfinished=True)
+    report = replace(report, out=job.out, bytes=weights, model_bits_per_weight=bits)
+    if weights > job.source_bytes:
+        larger = (
+            f"the weight files take {weights:,} bytes, more than the original's {job.source_bytes:,}: embeddings and head "
+            f"stay in {str(job.source.dtype).removeprefix('torch.')}, and the original may be quantized already"
+        )
+        report = replace(report, warnings=(*report.warnings, larger))
     write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name)
     if reference is not None:
         _compare_reloaded(directory, *reference)

@@ -32,7 +32,9 @@ def _card(report: Mapping[str, Any], header: Mapping[str, Any], model: str) -> s
     kl, agreement = report["kl"], report["top1_agreement"]
     rows = [
         ("bits per weight of the quantized linears, everything stored counted", f"{report['bits_per_weight']:.4f}"),
+        ("bits per weight of the whole model", f"{report['model_bits_per_weight']:.4f}"),
         ("bytes of the weight files", f"{report['bytes']:,}"),
+        ("bytes of the original's weights", f"{report['source_bytes']:,}"),
         ("share of the blocks' linear weights that are quantized", f"{report['coverage']:.1%}"),
         ("mean KL divergence from the original, nats a token", "not measured" if kl is None else f"{kl:.4f}"),
         ("top-1 agreement with the original", "not measured" if agreement is None else f"{agreement:.1%}"),

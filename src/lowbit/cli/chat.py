@@ -57,7 +57,8 @@ def command(
                 if not terminal:
                     raise
                 common.fail(f"{error}. Start again with /reset")
-            else:
+                continue
+            if text:  # an answer that was stopped before its first word leaves no trace
                 said = [*asked, {"role": "assistant", "content": text}]
 
 

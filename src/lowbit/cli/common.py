@@ -106,6 +106,15 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def duration(seconds: float) -> str:
+    """Seconds for reading: ``1 min 10 s``."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
 def number(value: float | None, form: str = ".4g") -> str:
     """A figure for reading; ``-`` where it was not measured."""
     return "-" if value is None else format(value, form)

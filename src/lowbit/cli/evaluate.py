@@ -72,7 +72,8 @@ def _show(model: str, result: Evaluation) -> None:
             common.number(result.top1_agreement, ".1%"),
             _interval(result.top1_interval, ".1%"),
         )
-    table.add_row("bits per weight", common.number(result.bits_per_weight), "")
+    table.add_row("bits per weight, quantized linears", common.number(result.bits_per_weight), "")
+    table.add_row("bits per weight, whole model", common.number(result.model_bits_per_weight), "")
     table.add_row("weight files", "-" if result.bytes is None else common.size(result.bytes), "")
     console = common.console()
     console.print(table)

@@ -62,7 +62,8 @@ def _show(result: Plan) -> None:
     table = common.table("plan", "", title=title, numbers=("",))
     quantized = [row for row in result.layers if not row.reason]
     table.add_row("matrices quantized", f"{len(quantized)} of {len(result.layers)}")
-    table.add_row("bits per quantized weight, everything stored counted", f"{result.bits_per_weight:.4f}")
+    table.add_row("bits per weight, quantized linears", f"{result.bits_per_weight:.4f}")
+    table.add_row("bits per weight, whole model", f"{result.model_bits_per_weight:.4f}")
     table.add_row("tensors now", common.size(result.bytes_in))
     table.add_row("tensors after", common.size(result.bytes_out))
     table.add_row("peak memory while quantizing, about", common.size(result.peak_ram_bytes))

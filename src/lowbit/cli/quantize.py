@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -74,6 +76,7 @@ def command(
     The model is read a block at a time, and each finished block is on disk before the next begins: after a kill or
     Ctrl-C the same command continues where it stopped. A result that is broken is refused, with the layers to blame.
     """
+    started = time.perf_counter()
     limit = byte_count(ram_limit)
     chosen = choose_recipe(method, recipe, method_options(bits, group_size, activation_bits, settings), overrides)
     common.use_threads(threads)
@@ -90,6 +93,7 @@ def command(
         common.print_json(result.to_dict())
     else:
         _show(result)
+        typer.echo(_outcome(result, time.perf_counter() - started, job.tokenizer, shlex.quote(str(out))))
 
 
 def _announce(job: Job, restart: bool) -> None:
@@ -125,7 +129,9 @@ def describe(recipe: Recipe) -> str:
 
 def _show(result: QuantizeReport) -> None:
     table = common.table("measured", "", title=f"{result.recipe.name} -> {result.out}", numbers=("",))
-    table.add_row("bits per weight, everything stored counted", f"{result.bits_per_weight:.4f}")
+    table.add_row("bits per weight, quantized linears", f"{result.bits_per_weight:.4f}")
+    table.add_row("bits per weight, whole model", f"{result.model_bits_per_weight:.4f}")
+    table.add_row("original's weights", common.size(result.source_bytes))
     table.add_row("weight files", common.size(result.bytes))
     table.add_row("share of block weights quantized", f"{result.coverage:.1%}")
     table.add_row("KL from the original, nats a token", common.number(result.kl))
@@ -138,3 +144,16 @@ def _show(result: QuantizeReport) -> None:
     if result.kl is not None:
         common.say("KL and agreement are of the first calibration windows; lowbit evaluate measures on held-out text.")
     common.warn((*result.problems, *result.warnings))
+
+
+def _outcome(result: QuantizeReport, seconds: float, tokenizer: Any, out: str) -> str:
+    """What came of it in a line, and the next command."""
+    line = (
+        f"{common.size(result.source_bytes)} to {common.size(result.bytes)} in {common.duration(seconds)} "
+        f"({result.bits_per_weight:.3g} bits per weight in the quantized linears, {result.model_bits_per_weight:.3g} in the "
+        "whole model)."
+    )
+    if tokenizer is None:
+        return line
+    chats = getattr(tokenizer, "chat_template", None)
+    return f"{line} Next: " + (f"lowbit chat {out}" if chats else f'lowbit generate {out} --prompt "Once upon a time"')

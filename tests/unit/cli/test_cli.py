@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -141,6 +142,15 @@ def test_quantize_says_what_it_does_and_shows_what_came_out(quantized, place):
         "output error of model.layers.",
     ):
         assert words in quantized.stdout
+    *_, last = quantized.stdout.splitlines()
+    assert re.fullmatch(
+        r"\d+\.\d kB to \d+\.\d kB in \d+ s \([\d.]+ bits per weight in the quantized linears, [\d.]+ in the whole "
+        rf'model\)\. Next: lowbit generate {quantized.out} --prompt "Once upon a time"',
+        last,
+    )
+    card = (quantized.out / "README.md").read_text()
+    whole = next(line for line in card.splitlines() if line.startswith("| bits per weight of the whole model"))
+    assert 8.5 < float(whole.split(" | ")[1].strip(" |")) < 32
 
 
 def test_quantize_json_is_the_report_alone(place, tmp_path):
@@ -175,7 +185,10 @@ def test_evaluate_json_has_the_promised_keys(quantized, place):
     values = json.loads(result.stdout)
     assert {"perplexity", "kl", "top1_agreement", "bits_per_weight", "bytes"} <= values.keys()
     assert values["bytes"] == sum(file.stat().st_size for file in quantized.out.glob("*.safetensors"))
-    assert 8 < values["bits_per_weight"] < 9
+    assert 8 < values["bits_per_weight"] < 9 < values["model_bits_per_weight"]
+    report = json.loads((quantized.out / "lowbit-report.json").read_text())
+    assert values["model_bits_per_weight"] == report["model_bits_per_weight"]
+    assert report["source_bytes"] > report["bytes"] == values["bytes"]
     assert 0 <= values["kl"] < 0.1
     assert values["windows"] == 5
     assert values["text"] == "text.txt"
@@ -327,7 +340,8 @@ def test_plan_says_what_a_run_then_does(quantized, place):
     assert result.exit_code == 0, result.stderr
     foretold = json.loads(result.stdout)
     measured = run("evaluate", quantized.out, "--text", place / "text.txt", "--seq-len", 16, "--windows", 1, "--json")
-    assert foretold["bits_per_weight"] == json.loads(measured.stdout)["bits_per_weight"]
+    for name in ("bits_per_weight", "model_bits_per_weight"):
+        assert foretold[name] == pytest.approx(json.loads(measured.stdout)[name], rel=1e-6), name
     shown = run("plan", place / "model", *RTN).stdout
     for words in (
         "14 of 16",

@@ -8,7 +8,14 @@ No pickle is read or written.
 
 from lowbit.checkpoints.native.file_format import Native, save
 from lowbit.checkpoints.native.loading import bits_per_weight, load
-from lowbit.checkpoints.native.reading import Checkpoint, bits_report, check_layers, is_native, read_checkpoint
+from lowbit.checkpoints.native.reading import (
+    Checkpoint,
+    bits_report,
+    check_layers,
+    is_native,
+    model_bits_per_weight,
+    read_checkpoint,
+)
 from lowbit.checkpoints.native.writing import SHARD_METADATA, ShardWriter, write_checkpoint, write_checkpoint_index
 
 __all__ = [
@@ -21,6 +28,7 @@ __all__ = [
     "check_layers",
     "is_native",
     "load",
+    "model_bits_per_weight",
     "read_checkpoint",
     "save",
     "write_checkpoint",
