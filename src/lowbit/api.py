@@ -44,6 +44,7 @@ def evaluate(
     windows: int | None = 20,
     against: str | PathLike[str] | PreTrainedModel | None = None,
     tokenizer: Any = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Perplexity under a named protocol; with ``against``, KL divergence and top-1 agreement too, in the same pass.
@@ -55,15 +56,20 @@ def evaluate(
         seq_len, windows: how many windows of how many tokens (None: as many as the text holds).
         against: the original to compare with.
         tokenizer: needed where ``model`` is not a path and ``text`` is text.
+        trust_remote_code: allow the models' own Python code.
     """
     where = None if isinstance(model, PreTrainedModel) else model
     if isinstance(text, str) and tokenizer is None:
         if where is None:
             raise ValueError("text needs a tokenizer: pass tokenizer=, or the model's directory instead of the model")
-        tokenizer = load_tokenizer(where)
+        tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
     content = load_text(text, "evaluation", tokenizer) if isinstance(text, str) else None
-    loaded = model if isinstance(model, PreTrainedModel) else load(model, torch.float32)
-    original = against if against is None or isinstance(against, PreTrainedModel) else load(against, torch.float32)
+    loaded, original = (
+        each
+        if each is None or isinstance(each, PreTrainedModel)
+        else load(each, torch.float32, trust_remote_code=trust_remote_code)
+        for each in (model, against)
+    )
     result = evaluate_model(
         loaded,
         text if content is None else content.text,  # pyright: ignore[reportArgumentType]
@@ -78,7 +84,7 @@ def evaluate(
     result = dataclasses.replace(result, bits_per_weight=native.bits_per_weight(loaded))
     if where is None:
         return result
-    path = sources.locate(where)[1]
+    path = sources.locate(where, trust_remote_code=trust_remote_code)[1]
     bits, size = native.model_bits_per_weight(path), directory_bytes(path).weights
     return dataclasses.replace(result, model_bits_per_weight=bits, bytes=size)
 

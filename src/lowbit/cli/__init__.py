@@ -16,6 +16,7 @@ from lowbit.cli import (
     allocate,
     bench,
     chat,
+    common,
     compare,
     evaluate,
     explain,
@@ -27,7 +28,6 @@ from lowbit.cli import (
     quantize,
     recipes,
 )
-from lowbit.cli.common import guarded
 
 
 class _Flags:
@@ -46,8 +46,18 @@ class _Group(_Flags, TyperGroup):
     pass
 
 
+_ALIASES = {"--nsamples": "--samples", "--seqlen": "--seq-len", "--wbits": "--bits", "--groupsize": "--group-size"}
+"""Names that other tools give to options. They work and stay out of the help."""
+
+
 class _Command(_Flags, TyperCommand):
-    pass
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = {name for param in self.get_params(ctx) for name in param.opts}
+        named = [word.partition("=") for word in args]
+        renamed = [
+            (_ALIASES[name] if _ALIASES.get(name) in known else name, equals, value) for name, equals, value in named
+        ]
+        return super().parse_args(ctx, ["".join(word) for word in renamed])
 
 
 app = typer.Typer(
@@ -74,8 +84,11 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
 ) -> None:
     """Quantize large language models, run them packed, and measure what it cost."""
+    common.set_output(quiet, verbose)
 
 
 for module in (
@@ -93,7 +106,7 @@ for module in (
     inspect,
     bench,
 ):
-    command = guarded(module.command, getattr(module, "INTERRUPTED", "interrupted"))
+    command = common.guarded(module.command, getattr(module, "INTERRUPTED", "interrupted"))
     app.command(module.__name__.rpartition(".")[2], cls=_Command, epilog=module.EXAMPLE)(command)
 
 __all__ = ["app"]

@@ -38,6 +38,7 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE.json", help="Also written here, and as FILE.md.")
     ] = None,
+    trust_remote_code: common.Trust = False,
     threads: common.Threads = None,
     as_json: common.Json = False,
 ) -> None:
@@ -53,7 +54,7 @@ def command(
     if kernels:
         result = _of_kernels(shapes or "4096x4096,11008x4096", bits or "8,4,3,2,1", rows, group_size)
     elif model is not None:
-        result = {"models": [_of_model(model, prompt_tokens, new_tokens)]}
+        result = {"models": [_of_model(model, prompt_tokens, new_tokens, trust_remote_code)]}
     else:
         widths = _numbers(bits or "16,4,3,2", "bits")
         result = {"models": _of_sizes(str(shapes).split(","), widths, group_size, prompt_tokens, new_tokens, threads)}
@@ -88,12 +89,13 @@ def _of_kernels(shapes: str, bits: str, rows: str, group_size: int) -> dict[str,
     return {"kernels": [speed.to_dict() for speed in speeds]}
 
 
-def _of_model(model: str, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+def _of_model(model: str, prompt_tokens: int, new_tokens: int, trust_remote_code: bool) -> dict[str, Any]:
     import lowbit
 
     with common.progress() as report:
         report(0, 1, "loading")
-        return _timed(lowbit.load(model), {"model": model}, prompt_tokens, new_tokens, report)
+        loaded = lowbit.load(model, trust_remote_code=trust_remote_code)
+        return _timed(loaded, {"model": model}, prompt_tokens, new_tokens, report)
 
 
 def _of_sizes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lowbit.progress import Progress as Report
+from lowbit.progress import silent
 
 if TYPE_CHECKING:  # rich is imported where something is drawn
     from rich.console import Console
@@ -44,7 +46,29 @@ BeginWith = Annotated[
 ]
 
 
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors only.", show_default=False)
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", help="Print messages of the libraries too, and tracebacks of errors.", show_default=False
+    ),
+]
+
+
 # Output
+
+
+_quiet = _verbose = False
+
+
+def set_output(quiet: bool, verbose: bool) -> None:
+    """How much this process prints from now on."""
+    global _quiet, _verbose
+    if quiet and verbose:
+        raise typer.BadParameter("found both --quiet and --verbose; give one of them")
+    _quiet, _verbose = quiet, verbose
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -57,7 +81,8 @@ def console(*, stderr: bool = False) -> Console:
 
 def say(message: str) -> None:
     """A line for the person who waits, on stderr."""
-    typer.echo(message, err=True)
+    if not _quiet:
+        typer.echo(message, err=True)
 
 
 def fail(message: str) -> None:
@@ -153,17 +178,18 @@ class Terminated(KeyboardInterrupt):
 
 def guarded(command: Callable[..., None], interrupted: str = "interrupted") -> Callable[..., None]:
     """``command`` with errors as one line on stderr and exit code 1, and Ctrl-C as 130 with a line ``interrupted``, SIGTERM
-    as 143 with the same line. LOWBIT_DEBUG=1 shows tracebacks.
+    as 143 with the same line. --verbose and LOWBIT_DEBUG=1 show tracebacks.
 
     Only what a user can cause is caught: a defect of this program keeps its traceback.
     """
 
     @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        debug = os.environ.get("LOWBIT_DEBUG", "") not in ("", "0")
+    def run(*args: Any, quiet: bool, verbose: bool, **kwargs: Any) -> None:
+        set_output(_quiet or quiet, _verbose or verbose)  # asked for before the command's name, or after it
+        debug = _verbose or os.environ.get("LOWBIT_DEBUG", "") not in ("", "0")
         try:
             if not debug:
-                _quiet()
+                _silence_libraries()
             with _terminable():
                 command(*args, **kwargs)
         except BrokenPipeError:
@@ -174,9 +200,16 @@ def guarded(command: Callable[..., None], interrupted: str = "interrupted") -> C
             fail(str(error))
             raise SystemExit(1) from error
         except KeyboardInterrupt as stop:
-            say(interrupted)
+            typer.echo(interrupted, err=True)
             raise SystemExit(143 if isinstance(stop, Terminated) else 130) from stop
 
+    # typer reads options from the signature: these two belong to every command
+    own = inspect.signature(command, eval_str=True)
+    added = {"quiet": Quiet, "verbose": Verbose}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    more = [inspect.Parameter(name, keyword, default=False, annotation=kind) for name, kind in added.items()]
+    run.__signature__ = own.replace(parameters=[*own.parameters.values(), *more])  # pyright: ignore[reportAttributeAccessIssue]
+    run.__annotations__ = command.__annotations__ | added
     return run
 
 
@@ -197,7 +230,7 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _quiet() -> None:
+def _silence_libraries() -> None:
     """No bars and no advice of transformers' and datasets' own between ours; their errors stay.
 
     By the variables that they read when they are imported, so that a command imports them only if it needs them.
@@ -213,6 +246,9 @@ def _quiet() -> None:
 @contextmanager
 def progress() -> Iterator[Report]:
     """One bar on stderr with percentage, elapsed and remaining time; a line now and then where it is no terminal."""
+    if _quiet:
+        yield silent
+        return
     screen = console(stderr=True)
     if not screen.is_terminal:
         yield _lines()

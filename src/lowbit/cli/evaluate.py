@@ -32,6 +32,7 @@ def command(
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The original: measures KL divergence and top-1 agreement too.")
     ] = None,
+    trust_remote_code: common.Trust = False,
     threads: common.Threads = None,
     as_json: common.Json = False,
 ) -> None:
@@ -47,7 +48,14 @@ def command(
     with common.progress() as report:
         report(0, 1, "loading")
         result = lowbit.evaluate(
-            model, chosen, protocol=protocol, seq_len=seq_len, windows=windows or None, against=against, progress=report
+            model,
+            chosen,
+            protocol=protocol,
+            seq_len=seq_len,
+            windows=windows or None,
+            against=against,
+            trust_remote_code=trust_remote_code,
+            progress=report,
         )
     if as_json:
         common.print_json(result.to_dict())

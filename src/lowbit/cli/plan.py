@@ -15,6 +15,7 @@ from lowbit.cli.choose import (
     Overrides,
     RamLimit,
     RecipeOption,
+    SchemeName,
     Settings,
     byte_count,
     choose_recipe,
@@ -34,22 +35,31 @@ def command(
     bits: Bits = None,
     group_size: GroupSize = None,
     activation_bits: ActivationBits = None,
+    scheme: SchemeName = None,
     settings: Settings = None,
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(min=0, help="Windows of calibration text; 0: a run without text.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     ram_limit: RamLimit = "4GiB",
+    trust_remote_code: common.Trust = False,
     as_json: common.Json = False,
 ) -> None:
     """Say what quantizing would give and need, without reading a weight.
 
     Bytes, bits per weight, peak memory, layers that stay as they are and why, and which runtimes can take the result.
     """
-    options = method_options(bits, group_size, activation_bits, settings)
+    options = method_options(bits, group_size, activation_bits, settings, scheme)
     chosen = choose_recipe(method, recipe, options, overrides)
     from lowbit.plan import plan
 
-    result = plan(model, chosen, samples=samples, seq_len=seq_len, ram_limit=byte_count(ram_limit))
+    result = plan(
+        model,
+        chosen,
+        samples=samples,
+        seq_len=seq_len,
+        ram_limit=byte_count(ram_limit),
+        trust_remote_code=trust_remote_code,
+    )
     if as_json:
         common.print_json(result.to_dict())
     else:

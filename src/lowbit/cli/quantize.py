@@ -18,6 +18,7 @@ from lowbit.cli.choose import (
     Overrides,
     RamLimit,
     RecipeOption,
+    SchemeName,
     Settings,
     byte_count,
     choose_recipe,
@@ -44,6 +45,7 @@ def command(
     bits: Bits = None,
     group_size: GroupSize = None,
     activation_bits: ActivationBits = None,
+    scheme: SchemeName = None,
     settings: Settings = None,
     overrides: Overrides = None,
     calibration: Annotated[
@@ -78,7 +80,9 @@ def command(
     """
     started = time.perf_counter()
     limit = byte_count(ram_limit)
-    chosen = choose_recipe(method, recipe, method_options(bits, group_size, activation_bits, settings), overrides)
+    chosen = choose_recipe(
+        method, recipe, method_options(bits, group_size, activation_bits, settings, scheme), overrides
+    )
     common.use_threads(threads)
     from lowbit.pipeline import MAX_KL, prepare, run
 

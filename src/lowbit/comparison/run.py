@@ -23,7 +23,7 @@ from lowbit.comparison.results import Record, Results
 from lowbit.comparison.rows import ORIGINAL, Row, as_rows
 from lowbit.comparison.table import markdown
 from lowbit.comparison.work import MeasureOriginal, MeasureRow, Setting
-from lowbit.data import Calibration, calibration_of, load_text
+from lowbit.data import Bos, Calibration, calibration_of, load_text
 from lowbit.evaluation.machine import cpu_name
 from lowbit.evaluation.perplexity import check_fits, windows_sha256
 from lowbit.evaluation.windows import cut
@@ -43,6 +43,7 @@ def compare(
     *,
     samples: int = 32,
     seq_len: int = 512,
+    bos: Bos = "auto",
     protocol: str = "gptq",
     eval_seq_len: int = 1024,
     windows: int | None = 20,
@@ -69,6 +70,7 @@ def compare(
         text: the text to evaluate on (its evaluation part if it has one), or token ids.
         out: a ``.jsonl`` file; continued if it exists.
         samples, seq_len: number of calibration windows, and tokens of each.
+        bos: whether every calibration window begins with the model's first token, as for :func:`lowbit.quantize`.
         protocol, eval_seq_len, windows: how the text is evaluated, as in :func:`lowbit.evaluation`.
         only: measure only rows whose label contains one of these.
         threads: torch's threads in the rows' processes; None: as in this process.
@@ -98,7 +100,8 @@ def compare(
     setting, warnings_of_text = _setting(source, text, protocol, eval_seq_len, windows, ram_limit)
     run = _Run(
         results=results,
-        setting=replace(setting, calibration=_calibration(source, asked, calibration, samples, seq_len)),
+        setting=replace(setting, calibration=_calibration(source, asked, calibration, samples, seq_len, bos)),
+        bos=bos,
         model={"name": source.name, "sha256": source.fingerprint},
         protocol=warnings_of_text,
         labels=tuple(row.label for row in asked),
@@ -133,13 +136,14 @@ def _calibration(
     text: str | Sequence[str] | Tensor | Calibration | None,
     samples: int,
     seq_len: int,
+    bos: Bos,
 ) -> Calibration | None:
     needy = [row.label for row in rows if row.recipe.needs_calibration]
     if not needy:
         return None
     if text is None:
         raise ValueError(f"{'; '.join(needy)}: calibration text is needed: a file, python-docs, a hub dataset or self")
-    return calibration_of(source, text, samples, seq_len)
+    return calibration_of(source, text, samples, seq_len, bos)
 
 
 def _setting(
@@ -166,6 +170,7 @@ class _Run:
 
     results: Results
     setting: Setting
+    bos: Bos
     model: Record
     protocol: Record
     labels: tuple[str, ...]
@@ -219,7 +224,13 @@ class _Run:
         calibration = None
         if used is not None:
             count, tokens = used.ids.shape
-            calibration = {"text": used.name, "windows": count, "tokens": tokens, "sha256": used.sha256}
+            calibration = {
+                "text": used.name,
+                "windows": count,
+                "tokens": tokens,
+                "bos": self.bos,
+                "sha256": used.sha256,
+            }
         return {
             "label": ORIGINAL if row is None else row.label,
             "recipe": None if row is None else to_dict(row.recipe),

@@ -66,6 +66,7 @@ def plan(
     samples: int = 32,
     seq_len: int = 512,
     ram_limit: int = 2**32,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """What quantizing ``model`` by ``recipe`` would give and cost, from config.json and shard headers. Reads no weight.
 
@@ -73,12 +74,13 @@ def plan(
         model, recipe: as for :func:`lowbit.quantize`.
         samples, seq_len: number and length of calibration windows; ``samples=0`` for a run without calibration text.
         ram_limit: bytes of activations in memory; more go to files.
+        trust_remote_code: allow the model's own Python code.
 
     Raises:
         ValueError: what a run would refuse: a model that cannot be opened or is quantized already, a rule that matches
             no layer, a format that a layer cannot have.
     """
-    checked = plan_model(model, recipe)
+    checked = plan_model(model, recipe, trust_remote_code=trust_remote_code)
     layers = planned_layers(checked)
     quantized = [layer for layer in layers if not layer.reason]
     weights = sum(prod(layer.shape) for layer in quantized)

@@ -321,10 +321,34 @@ def test_a_recipe_file_and_options_give_the_same_recipe(place, tmp_path):
     assert json.loads(by_file.stdout)["recipe"] == json.loads(by_name.stdout)["recipe"]
 
 
-@pytest.mark.parametrize("spelling", ["channel", "none", "0"])
+@pytest.mark.parametrize("spelling", ["channel", "none", "0", "-1"])
 def test_group_size_channel_is_one_scale_for_each_row(place, spelling):
     result = run("plan", place / "model", "--method", "rtn", "--group-size", spelling, "--json")
     assert json.loads(result.stdout)["recipe"]["scheme"]["rules"][0]["weight"]["granularity"] == {"type": "PerChannel"}
+
+
+def test_names_of_other_tools_work_and_a_scheme_is_bits_and_activation_bits(place):
+    def recipe(*words):
+        result = run("plan", place / "model", *words, "--json")
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)["recipe"]
+
+    eight = recipe("--method", "rtn", "--bits", 8, "--activation-bits", 8)
+    assert recipe("--method", "rtn", "--scheme", "W8A8") == eight
+    owq = recipe("--method", "owq", "--wbits=4", "--nsamples", 4, "--seqlen", 16)  # knows no activation bits
+    assert recipe("--method", "owq", "--scheme", "w4a16", "--samples", 4, "--seq-len", 16) == owq
+    assert_refused(run("plan", place / "model", "--method", "llm-int8", "--scheme", "W8A16"), "always quantizes inputs")
+    assert "--nsamples" not in run("plan", "--help").stdout
+
+
+def test_quiet_leaves_results_and_verbose_shows_tracebacks(quantized, place):
+    asked = ("generate", quantized.out, "--prompt", "w1", "--max-new-tokens", 2)
+    for words in (("-q", *asked), (*asked, "-q")):
+        result = run(*words)
+        assert (result.exit_code, result.stderr) == (0, "") and result.stdout.strip()
+    assert "loading" in run(*asked).stderr
+    assert isinstance(run("plan", "absent", *RTN, "-v").exception, ValueError)
+    assert_refused(run("plan", "absent", *RTN, "-q"), "absent")
 
 
 def test_a_group_size_that_is_not_given_is_the_methods_own(place):
@@ -464,6 +488,9 @@ def test_a_broken_result_is_refused_unless_allowed(place, tmp_path):
         ("quantize", "MODEL", "--method", "rtn", "--override", "down", "-o", "OUT"),
         ("quantize", "MODEL", "--method", "rtn", "--ram-limit", "much", "-o", "OUT"),
         ("quantize", "MODEL", "--method", "rtn"),
+        ("plan", "MODEL", "--method", "rtn", "--scheme", "W4A16", "--bits", "4"),
+        ("plan", "MODEL", "--method", "rtn", "--scheme", "4x16"),
+        ("plan", "MODEL", "--method", "rtn", "-q", "-v"),
         ("quantise",),
     ],
 )

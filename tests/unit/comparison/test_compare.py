@@ -366,6 +366,7 @@ def test_the_command_makes_rows_of_methods_bits_and_files(model, tmp_path, here)
     named = ["rtn, W4 g32", "gptq, W4 g32", "rtn, W3 g32", "gptq, W3 g32"]
     assert labels == ["original", "first", "mine", *named]
     assert "gptq, W3 g32: perplexity " in result.stderr
+    assert [(record["calibration"] or {}).get("bos") for record in json.loads(result.stdout)[-2:]] == [None, "auto"]
     shown = command(model, *rows, "--recipe", recipe, *texts(model), "-o", out)
     assert shown.exit_code == 0 and all(label in shown.stdout for label in labels)
     assert len(here) == 7  # nothing was measured for the second one
