@@ -98,5 +98,5 @@ def command(
     )
     for width, names in allocation.by_width().items():
         table.add_row(str(width), str(len(names)), ", ".join(sorted({name.rpartition(".")[2] for name in names})))
-    common.console().print(table)
+    common.show_table(table)
     common.say(f"{data['description']}")

@@ -112,14 +112,40 @@ def _finite(value: Any) -> Any:
 
 
 def table(*columns: str, title: str | None = None, numbers: tuple[str, ...] = ()) -> Table:
-    """An empty table; columns in ``numbers`` are aligned to the right."""
+    """An empty table for :func:`show_table`; columns in ``numbers`` are aligned to the right."""
     from rich.table import Table
 
     made = Table(title=title, title_justify="left", title_style="bold")
     for name in columns:
-        first = not made.columns  # names are for copying: never broken in two
-        made.add_column(name, justify="right" if name in numbers else "left", overflow="fold", no_wrap=first)
+        whole = not made.columns or name in numbers  # names are for copying, and half a number is another number
+        made.add_column(name, justify="right" if name in numbers else "left", overflow="fold", no_wrap=whole)
     return made
+
+
+def show_table(made: Table) -> None:
+    """Prints a table on stdout; where it is too wide for the terminal, each row as a paragraph."""
+    from rich.measure import Measurement
+
+    screen = console()
+    unlimited = screen.options.update(width=2**16, markup=False)  # a measure never exceeds the width that it is told
+    if Measurement.get(screen, unlimited, made).minimum <= screen.width:
+        screen.print(made, markup=False)
+        return
+    if made.title:
+        screen.print(made.title, style="bold", markup=False)
+    names = [str(column.header) for column in made.columns]
+    for first, *rest in zip(*(column.cells for column in made.columns), strict=True):
+        screen.print(first, markup=False, soft_wrap=True)
+        line = "   "
+        for name, cell in zip(names[1:], rest, strict=True):
+            if cell in ("", "-"):
+                continue
+            item = f" {name}: {cell};" if name else f" {cell};"
+            if len(line) + len(item) > screen.width and line.strip():
+                screen.print(line, markup=False, soft_wrap=True)
+                line = "   "
+            line += item
+        screen.print(line.removesuffix(";"), markup=False, soft_wrap=True)
 
 
 def size(count: float) -> str:
@@ -166,7 +192,7 @@ def show_layers(rows: Iterable[Any]) -> None:
     )
     for (name, *rest), count in groups.items():
         listed.add_row(name, str(count), *rest)
-    console().print(listed, markup=False)
+    show_table(listed)
 
 
 # Errors

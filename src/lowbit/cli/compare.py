@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -94,6 +94,9 @@ def command(
     scratch: Annotated[
         Path | None, typer.Option(metavar="DIR", help="For temporary files (default: beside the results).")
     ] = None,
+    form: Annotated[
+        Literal["table", "csv", "latex", "markdown"], typer.Option("--format", help="How stdout shows the table.")
+    ] = "table",
     trust_remote_code: common.Trust = False,
     threads: common.Threads = None,
     as_json: common.Json = False,
@@ -135,6 +138,10 @@ def command(
         )
     if as_json:
         common.print_json(records)
+    elif form != "table":
+        from lowbit.comparison import table
+
+        typer.echo(table.FORMS[form](records), nl=False)
     else:
         _show(model, records)
     failed = [record["label"] for record in records if "error" in record]
@@ -184,4 +191,4 @@ def _show(model: str, records: list[dict[str, Any]]) -> None:
     shown = common.table(*COLUMNS, title=model, numbers=COLUMNS[1:-1])
     for record in records:
         shown.add_row(*cells(record))
-    common.console().print(shown, markup=False)
+    common.show_table(shown)

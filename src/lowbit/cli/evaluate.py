@@ -83,9 +83,8 @@ def _show(model: str, result: Evaluation) -> None:
     table.add_row("bits per weight, quantized linears", common.number(result.bits_per_weight), "")
     table.add_row("bits per weight, whole model", common.number(result.model_bits_per_weight), "")
     table.add_row("weight files", "-" if result.bytes is None else common.size(result.bytes), "")
-    console = common.console()
-    console.print(table)
-    console.print(
+    common.show_table(table)
+    common.console().print(
         f"{result.text}: {result.windows} windows of {result.seq_len} by protocol {result.protocol}, "
         f"{result.tokens} tokens predicted",
         markup=False,

@@ -78,7 +78,8 @@ def _show(result: Inspection) -> None:
     for row in sorted(result.inputs, key=lambda row: -row.largest / max(row.median_channel, 1e-30))[:ROWS]:
         figures = common.number(row.largest), common.number(row.median_channel)
         wide.add_row(row.name, *figures, str(len(row.outliers)), str(len(row.massive)))
-    console.print(hard, wide)
+    common.show_table(hard)
+    common.show_table(wide)
     for file in result.files:
         console.print(str(file), markup=False, soft_wrap=True)
     common.warn(result.warnings)

@@ -67,7 +67,6 @@ def command(
 
 
 def _show(result: Plan) -> None:
-    console = common.console()
     title = f"{result.recipe['name']} on {result.name} (architecture {result.architecture})"
     table = common.table("plan", "", title=title, numbers=("",))
     quantized = [row for row in result.layers if not row.reason]
@@ -79,10 +78,10 @@ def _show(result: Plan) -> None:
     table.add_row("peak memory while quantizing, about", common.size(result.peak_ram_bytes))
     if result.peak_disk_bytes:
         table.add_row("temporary files beside the target", common.size(result.peak_disk_bytes))
-    console.print(table)
+    common.show_table(table)
     common.show_layers(result.layers)
     runs = common.table("runs in", "")
     for name, verdict in result.compatibility.items():
         runs.add_row(name, verdict)
-    console.print(runs, markup=False)
+    common.show_table(runs)
     common.warn(result.warnings)

@@ -144,7 +144,7 @@ def _show(result: QuantizeReport) -> None:
         table.add_section()
     for layer in result.worst_layers[:WORST]:
         table.add_row(f"output error of {layer.name}", common.number(layer.error))
-    common.console().print(table)
+    common.show_table(table)
     if result.kl is not None:
         common.say("KL and agreement are of the first calibration windows; lowbit evaluate measures on held-out text.")
     common.warn((*result.problems, *result.warnings))

@@ -515,7 +515,25 @@ def test_methods_json_has_the_five_methods():
     assert {"rtn", "gptq", "awq", "smoothquant", "omniquant"} <= entries.keys()
     assert all({"name", "family", "paper", "needs"} <= entry.keys() for entry in entries.values())
     assert entries["gptq"]["needs"] == ["Gram"]
-    assert "gptq" in run("methods").stdout
+    listed = run("methods").stdout
+    assert all(entry["name"] in listed for entry in entries.values()) and "arXiv" not in listed
+    told = run("methods", "gptq").stdout
+    assert "arXiv:2210.17323" in told and re.search(r"act_order +│ false", told)
+    assert_refused(run("methods", "gptk"), "did you mean 'gptq'")
+
+
+def test_a_terminal_of_80_columns_shows_every_number_and_name_whole(place, monkeypatch):
+    from rich.console import Console
+
+    wide = run("plan", place / "model", *RTN).stdout
+    monkeypatch.setattr(common, "console", lambda *, stderr=False: Console(stderr=stderr, width=80, highlight=False))
+    narrow = run("plan", place / "model", *RTN).stdout
+    assert "int8 asymmetric, groups of 32" in narrow and " shape: 128 x 64;" in narrow
+    assert set(re.findall(r"[\d.]+ [kM]?B|\d+\.\d+|model\.layers\S+|\d+ x \d+", wide)) <= set(
+        re.findall(r"[\d.]+ [kM]?B|\d+\.\d+|model\.layers\S+|\d+ x \d+", narrow)
+    )
+    for words in (("methods",), ("recipes",)):
+        assert max(map(len, run(*words).stdout.splitlines())) <= 80
 
 
 def test_recipes_are_listed_and_printed(tmp_path, monkeypatch):
