@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -33,6 +32,7 @@ from lowbit.scheme import FormatRule
 from lowbit.solve.factor import inverse_factor
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Journal
+from lowbit.stages.scratch import scratch_directory
 from lowbit.steps import BlockState
 
 WIDTHS = range(2, 9)
@@ -147,8 +147,8 @@ def allocate(
     text = calibration_of(plan.source, calibration, samples, seq_len, bos)
     curves: dict[str, dict[int, float]] = {}
     before = 0.0
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        journal = Journal(Path(folder) / "allocate", {})
+    with scratch_directory("lowbit-allocate", None if scratch is None else Path(scratch)) as folder:
+        journal = Journal(folder / "allocate", {})
         journal.open()
         walk = Walk(plan, text.ids, journal, ram_limit, progress=progress or (lambda *_: None))
         try:

@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 from lowbit.cli import (
     allocate,
     bench,
+    cache,
     chat,
     common,
     compare,
@@ -60,6 +61,14 @@ class _Command(_Flags, TyperCommand):
         return super().parse_args(ctx, ["".join(word) for word in renamed])
 
 
+_EPILOG = """
+Example: lowbit quantize smollm2-135m --method gptq --bits 4 --group-size 64 -o smollm2-w4
+
+Environment: LOWBIT_CACHE is the directory of converted GGUF files. LOWBIT_DEBUG=1 shows tracebacks, as --verbose does.
+LOWBIT_KERNELS names the kernel that every packed layer must use. HF_HOME is the hub's cache; HF_HUB_OFFLINE=1 reads only
+that. OMP_NUM_THREADS limits threads, as --threads does.
+"""
+
 app = typer.Typer(
     name="lowbit",
     cls=_Group,
@@ -67,7 +76,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # the only mode that joins the lines of a paragraph
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Example: lowbit quantize smollm2-135m --method gptq --bits 4 --group-size 64 -o smollm2-w4",
+    epilog=_EPILOG,
 )
 
 
@@ -105,6 +114,7 @@ for module in (
     recipes,
     inspect,
     bench,
+    cache,
 ):
     command = common.guarded(module.command, getattr(module, "INTERRUPTED", "interrupted"))
     app.command(module.__name__.rpartition(".")[2], cls=_Command, epilog=module.EXAMPLE)(command)

@@ -6,7 +6,6 @@ Each row is written when it is known.
 from __future__ import annotations
 
 import platform
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -31,6 +30,7 @@ from lowbit.numerics import to_dict
 from lowbit.plan.model_plan import lay_over
 from lowbit.progress import Progress
 from lowbit.recipes import Recipe
+from lowbit.stages.scratch import scratch_directory
 from lowbit.version import __version__
 
 
@@ -187,8 +187,8 @@ class _Run:
         self._write_table()
         todo = [row for row in chosen if not self._has(row)]
         if todo or not self._has(None):
-            with tempfile.TemporaryDirectory(prefix=f"{self.results.path.stem}-", dir=place) as scratch:
-                self._measure(todo, Path(scratch))
+            with scratch_directory(self.results.path.stem, place) as scratch:
+                self._measure(todo, scratch)
         latest = (self.results.latest(self._head(row)) for row in (None, *rows))
         return [record for record in latest if record is not None]
 

@@ -36,6 +36,7 @@ COMMANDS = (
     "inspect",
     "compare",
     "allocate",
+    "cache",
 )
 WORDS = [f"w{i}" for i in range(60)]
 SHORT = ("--samples", "4", "--seq-len", "16")
@@ -548,6 +549,16 @@ def test_recipes_are_listed_and_printed(tmp_path, monkeypatch):
     assert_refused(run("recipes", "smal"), "did you mean 'small'")
 
 
+def test_the_cache_of_converted_files_is_listed_and_cleared(tmp_path):
+    model = tmp_path / "gguf" / "small-0123"
+    model.mkdir(parents=True)
+    (model / "model.safetensors").write_bytes(b"0" * 1500)
+    listed = run("cache", "list", LOWBIT_CACHE=str(tmp_path))
+    assert listed.stdout.split() == [str(model), "1.5", "kB"]
+    assert json.loads(run("cache", "clear", "--json", LOWBIT_CACHE=str(tmp_path)).stdout)[0]["bytes"] == 1500
+    assert not model.exists() and run("cache", "list", LOWBIT_CACHE=str(tmp_path)).stdout == ""
+
+
 # Progress and parsing
 
 
@@ -584,26 +595,28 @@ def test_sizes_are_read_with_their_units(text, count):
 INTERRUPTED = """
 import os, signal, sys
 from lowbit.stages.journal import Journal
+number = getattr(signal, sys.argv.pop(1))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it runs in the background with it ignored
 write = Journal.write
 def interrupted(self, *args):
     write(self, *args)
     if len(self.finished) == 1:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 Journal.write = interrupted
 from lowbit.cli import app
 app(prog_name="lowbit")
 """
 
 
-def test_ctrl_c_keeps_finished_blocks_says_so_and_the_same_command_continues(place, tmp_path):
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_ctrl_c_and_sigterm_keep_finished_blocks_say_so_and_the_same_command_continues(place, tmp_path, name, code):
     out = tmp_path / "out"
     arguments = ["quantize", place / "model", "--method", "gptq", "--bits", "8", "--group-size", "32"]
     arguments += ["--calibration", place / "text.txt", *SHORT, "-o", out]
-    command = [sys.executable, "-c", INTERRUPTED, *map(str, arguments)]
+    command = [sys.executable, "-c", INTERRUPTED, name, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     stopped = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert stopped.returncode == 130, stopped.stderr
+    assert stopped.returncode == code, stopped.stderr
     assert "continue" in stopped.stderr
     assert not out.exists() and len((tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines()) >= 2
     finished = run(*arguments)
