@@ -373,7 +373,7 @@ def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tenso
             f"stay in {str(job.source.dtype).removeprefix('torch.')}, and the original may be quantized already"
         )
         report = replace(report, warnings=(*report.warnings, larger))
-    write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name)
+    write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name, job.source.path)
     if reference is not None:
         _compare_reloaded(directory, *reference)
     shutil.rmtree(directory / "scratch", ignore_errors=True)

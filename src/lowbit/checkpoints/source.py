@@ -33,7 +33,15 @@ from lowbit.checkpoints.shards import ModelError, TensorHeader, fingerprint, rea
 __all__ = ["ModelError", "ModelSource", "load_tokenizer", "locate", "open_model"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
-_HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]  # never pickled weights
+_HUB_FILES = [
+    "*.safetensors",
+    "*.json",
+    "tokenizer*",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "README.md",
+]  # never pickled weights
 _HUB_TIMEOUT = 10  # seconds
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import lowbit
 from lowbit import data
 from lowbit.cli import app, common
 from lowbit.cli.choose import byte_count, override
@@ -152,6 +153,22 @@ def test_quantize_says_what_it_does_and_shows_what_came_out(quantized, place):
     card = (quantized.out / "README.md").read_text()
     whole = next(line for line in card.splitlines() if line.startswith("| bits per weight of the whole model"))
     assert 8.5 < float(whole.split(" | ")[1].strip(" |")) < 32
+
+
+def test_the_card_keeps_the_sources_licence_and_its_code_runs(place, tmp_path, monkeypatch, capsys):
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\nbase_model: some/where\n---\n# A model\n")
+    lowbit.quantize(tmp_path / "model", lowbit.recipe("rtn", group_size=32), None, out=tmp_path / "out")
+    _, front, card = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
+    told = yaml.safe_load(front)
+    assert (told["license"], told["base_model"], told["pipeline_tag"]) == ("mit", "some/where", "text-generation")
+    monkeypatch.chdir(tmp_path / "out")
+    exec(card.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out.strip()
+    model = LlamaForCausalLM.from_pretrained(place / "model").bfloat16()
+    model.save_pretrained(tmp_path / "half")
+    report = lowbit.quantize(tmp_path / "half", lowbit.recipe("rtn", bits=8, group_size=2), None, out=tmp_path / "big")
+    assert report.bytes > report.source_bytes and "more than the original's" in report.warnings[-1]
 
 
 def test_quantize_json_is_the_report_alone(place, tmp_path):
@@ -307,8 +324,6 @@ def test_ctrl_c_at_a_terminal_stops_the_answer_and_the_chat_goes_on(chatty, monk
 
 
 def test_chat_without_a_template_is_refused_before_the_model_is_loaded(quantized, monkeypatch):
-    import lowbit
-
     monkeypatch.setattr(lowbit, "load", None)
     assert_refused(run("chat", quantized.out, stdin="w1\n"), "no chat template", "lowbit generate")
 

@@ -36,8 +36,8 @@ def read_checkpoint(directory: str | os.PathLike[str], *, unfinished: bool = Fal
         ModelError: not a directory, unfinished, a missing or truncated shard, or a packed layer that is not whole.
     """
     directory = Path(directory)
-    partial = directory.with_name(directory.name + ".partial")
     if not directory.is_dir():
+        partial = directory.with_name(directory.name + ".partial")
         hint = f"; {partial} holds an unfinished run: {_CONTINUE}" if partial.is_dir() else ""
         raise ModelError(f"{directory}: no such directory{hint}")
     if (directory / JOURNAL).is_file() and not unfinished:
