@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -64,12 +65,9 @@ def evaluate(
             raise ValueError("text needs a tokenizer: pass tokenizer=, or the model's directory instead of the model")
         tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
     content = load_text(text, "evaluation", tokenizer) if isinstance(text, str) else None
-    loaded, original = (
-        each
-        if each is None or isinstance(each, PreTrainedModel)
-        else load(each, torch.float32, trust_remote_code=trust_remote_code)
-        for each in (model, against)
-    )
+    opened = partial(load, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    loaded = model if isinstance(model, PreTrainedModel) else opened(model)
+    original = against if against is None or isinstance(against, PreTrainedModel) else opened(against)
     result = evaluate_model(
         loaded,
         text if content is None else content.text,  # pyright: ignore[reportArgumentType]
