@@ -90,18 +90,19 @@ def command(
     job = prepare(
         model, chosen, text, out=out, samples=samples, seq_len=seq_len, bos=bos, trust_remote_code=trust_remote_code
     )
-    _announce(job, restart)
+    continued = _announce(job, restart)
     with common.progress() as report:
         result = run(job, limit, MAX_KL if max_kl is None else max_kl, allow_broken, restart, report)
     if as_json:
         common.print_json(result.to_dict())
     else:
         _show(result)
-        typer.echo(_outcome(result, time.perf_counter() - started, job.tokenizer, shlex.quote(str(out))))
+        taken = common.duration(time.perf_counter() - started) + (" since it was continued" if continued else "")
+        typer.echo(_outcome(result, taken, job.tokenizer, shlex.quote(str(out))))
 
 
-def _announce(job: Job, restart: bool) -> None:
-    """What will be done, from what, to where."""
+def _announce(job: Job, restart: bool) -> bool:
+    """Says what will be done, from what, to where; returns whether an unfinished run is continued."""
     from lowbit.stages.journal import Journal
 
     text = job.calibration
@@ -112,10 +113,12 @@ def _announce(job: Job, restart: bool) -> None:
     )
     common.say(f"target:      {job.out}")
     journal = Journal(job.out, job.header).path
-    if journal.exists():
+    unfinished = journal.exists()
+    if unfinished:
         finished = journal.read_bytes().count(b"\n") - 1
         verb = "discarding" if restart else "continuing"
         common.say(f"{verb} the unfinished run in {journal.parent}: finished blocks: {finished}")
+    return unfinished and not restart
 
 
 def describe(recipe: Recipe) -> str:
@@ -150,10 +153,10 @@ def _show(result: QuantizeReport) -> None:
     common.warn((*result.problems, *result.warnings))
 
 
-def _outcome(result: QuantizeReport, seconds: float, tokenizer: Any, out: str) -> str:
+def _outcome(result: QuantizeReport, taken: str, tokenizer: Any, out: str) -> str:
     """What came of it in a line, and the next command."""
     line = (
-        f"{common.size(result.source_bytes)} to {common.size(result.bytes)} in {common.duration(seconds)} "
+        f"{common.size(result.source_bytes)} to {common.size(result.bytes)} in {taken} "
         f"({result.bits_per_weight:.3g} bits per weight in the quantized linears, {result.model_bits_per_weight:.3g} in the "
         "whole model)."
     )

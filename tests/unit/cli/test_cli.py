@@ -637,6 +637,7 @@ def test_ctrl_c_and_sigterm_keep_finished_blocks_say_so_and_the_same_command_con
     finished = run(*arguments)
     assert finished.exit_code == 0, finished.stderr
     assert "continuing" in finished.stderr and "finished blocks: 1" in finished.stderr
+    assert "since it was continued (" in finished.stdout.splitlines()[-1]
     assert (out / "config.json").exists() and not (tmp_path / "out.partial").exists()
 
 
