@@ -113,7 +113,7 @@ def running(model_or_dir: str | Path, title: str) -> Running:
         model, tokenizer = lowbit.load(model_or_dir, torch.float32), lowbit.load_tokenizer(model_or_dir)
         speed = measure_speed(model, time_budget_s=SPEED_SECONDS, progress=report)
         report(0, 1, "writing a sentence")
-        sentence = generate_text(model, tokenizer, PROMPT, 40, chat=True)
+        sentence = generate_text(model, tokenizer, [{"role": "user", "content": PROMPT}], 40)
         return Running(speed, model_bytes(model), kernels(model), taken, " ".join(sentence.split()))
 
 

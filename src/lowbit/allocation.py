@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.data import Calibration, calibration_of
+from lowbit.data import Bos, Calibration, calibration_of
 from lowbit.modules import LinearFormat
 from lowbit.numerics import ClipSearch, Gram, RangeGrid, Spec, quantize, to_dict
 from lowbit.plan.layers import planned_layers
@@ -33,6 +32,7 @@ from lowbit.scheme import FormatRule
 from lowbit.solve.factor import inverse_factor
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Journal
+from lowbit.stages.scratch import scratch_directory
 from lowbit.steps import BlockState
 from lowbit.surroundings import own_settings
 
@@ -103,9 +103,11 @@ def allocate(
     *,
     samples: int = 8,
     seq_len: int = 512,
+    bos: Bos = "auto",
     widths: Iterable[int] = WIDTHS,
     ram_limit: int = 2**32,
     scratch: str | PathLike[str] | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Allocation:
     """Finds a width for every linear that ``recipe`` quantizes, within ``bits`` bits per weight on average.
@@ -114,8 +116,8 @@ def allocate(
     :mod:`lowbit.stages.fisher`) and rounds a sample of every weight at each width.
 
     Args:
-        model, recipe, calibration, samples, seq_len, ram_limit: as for :func:`lowbit.quantize`. The recipe's grid must
-            have bits to change. Rules that skip linears or quantize activations stay.
+        model, recipe, calibration, samples, seq_len, bos, ram_limit, trust_remote_code: as for :func:`lowbit.quantize`. The
+            recipe's grid must have bits to change. Rules that skip linears or quantize activations stay.
         bits: mean number of stored bits per weight, including scales and everything else.
         widths: of codes, to choose from.
         scratch: directory for temporary files; None: the system's.
@@ -126,7 +128,7 @@ def allocate(
     """
     base = as_recipe(recipe)
     widths = sorted(set(widths))
-    plan = plan_model(model, base)
+    plan = plan_model(model, base, trust_remote_code=trust_remote_code)
     at_width = {width: replan(plan.source, plan.architecture, plan.model, _all_at(base, width)) for width in widths}
     given, stored = _bits(plan), {width: _bits(other) for width, other in at_width.items()}
     forms = {f"{block.name}.{path}": form for block in plan.blocks for path, form in block.formats.items()}
@@ -144,11 +146,11 @@ def allocate(
             f"{bits} bits a weight were asked for; with codes of {widths[0]} bits this recipe takes {least / total:.3f}, everything "
             "stored counted: ask for more, or use larger groups"
         )
-    text = calibration_of(plan.source, calibration, samples, seq_len)
+    text = calibration_of(plan.source, calibration, samples, seq_len, bos)
     curves: dict[str, dict[int, float]] = {}
     before = 0.0
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        journal = Journal(Path(folder) / "allocate", {})
+    with scratch_directory("lowbit-allocate", None if scratch is None else Path(scratch)) as folder:
+        journal = Journal(folder / "allocate", {})
         journal.open()
         walk = Walk(plan, text.ids, journal, ram_limit, progress=progress or (lambda *_: None))
         try:

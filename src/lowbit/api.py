@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -47,6 +48,7 @@ def evaluate(
     windows: int | None = 20,
     against: str | PathLike[str] | PreTrainedModel | None = None,
     tokenizer: Any = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Perplexity under a named protocol; with ``against``, KL divergence and top-1 agreement too, in the same pass.
@@ -58,15 +60,17 @@ def evaluate(
         seq_len, windows: how many windows of how many tokens (None: as many as the text holds).
         against: the original to compare with.
         tokenizer: needed where ``model`` is not a path and ``text`` is text.
+        trust_remote_code: allow the models' own Python code.
     """
     where = None if isinstance(model, PreTrainedModel) else model
     if isinstance(text, str) and tokenizer is None:
         if where is None:
             raise ValueError("text needs a tokenizer: pass tokenizer=, or the model's directory instead of the model")
-        tokenizer = load_tokenizer(where)
+        tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
     content = load_text(text, "evaluation", tokenizer) if isinstance(text, str) else None
-    loaded = model if isinstance(model, PreTrainedModel) else load(model, torch.float32)
-    original = against if against is None or isinstance(against, PreTrainedModel) else load(against, torch.float32)
+    opened = partial(load, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    loaded = model if isinstance(model, PreTrainedModel) else opened(model)
+    original = against if against is None or isinstance(against, PreTrainedModel) else opened(against)
     result = evaluate_model(
         loaded,
         text if content is None else content.text,  # pyright: ignore[reportArgumentType]
@@ -78,9 +82,12 @@ def evaluate(
         text_name="token ids" if content is None else content.name,
         progress=progress,
     )
-    size = None if where is None else directory_bytes(sources.locate(where)[1]).weights
-    bits = native.bits_per_weight(loaded)
-    return dataclasses.replace(result, bits_per_weight=bits, bytes=size)
+    result = dataclasses.replace(result, bits_per_weight=native.bits_per_weight(loaded))
+    if where is None:
+        return result
+    path = sources.locate(where, trust_remote_code=trust_remote_code)[1]
+    bits, size = native.model_bits_per_weight(path), directory_bytes(path).weights
+    return dataclasses.replace(result, model_bits_per_weight=bits, bytes=size)
 
 
 __all__ = ["ExportReport", "evaluate", "export", "load", "load_tokenizer"]

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from lowbit.checkpoints import native
 from lowbit.checkpoints.companions import copy_companions
 from lowbit.checkpoints.model_card import write_card
-from lowbit.checkpoints.source import ModelSource, open_model
+from lowbit.checkpoints.source import ModelSource, gguf_file, open_model
 from lowbit.checkpoints.target import check_target
 from lowbit.data import Bos, Calibration, calibration_of, drawn_tokens
 from lowbit.evaluation import kl_and_agreement, output_error
@@ -53,7 +53,9 @@ class QuantizeReport:
     Attributes:
         out: the checkpoint's directory; None where nothing finished was written.
         bits_per_weight: all stored bits of the quantized linears over their weights.
+        model_bits_per_weight: all stored bits of the checkpoint over the model's parameters; 0 where nothing was written.
         bytes: of the checkpoint's weight files.
+        source_bytes: of the original's weights as the user has them: its tensors, or the GGUF file.
         kl, top1_agreement: against the original; None where its blocks cannot run one at a time.
         measured_on: what ``kl`` and ``top1_agreement`` were measured on.
         outside_cost: nats a token that packing the embedding and the head costs; None: not packed, or not measured.
@@ -67,7 +69,9 @@ class QuantizeReport:
     recipe: Recipe
     calibration: str
     bits_per_weight: float
+    model_bits_per_weight: float
     bytes: int
+    source_bytes: int
     kl: float | None
     top1_agreement: float | None
     measured_on: str
@@ -93,7 +97,9 @@ class QuantizeReport:
             "recipe": to_dict(self.recipe),
             "calibration": self.calibration,
             "bits_per_weight": self.bits_per_weight,
+            "model_bits_per_weight": self.model_bits_per_weight,
             "bytes": self.bytes,
+            "source_bytes": self.source_bytes,
             "kl": self.kl,
             "top1_agreement": self.top1_agreement,
             "measured_on": self.measured_on,
@@ -131,6 +137,7 @@ class Job:
     calibration: Calibration | None
     tokenizer: Any
     out: Path
+    source_bytes: int
     warnings: list[str] = field(default_factory=list)
     max_bits: float = inf
 
@@ -184,7 +191,9 @@ def prepare(
     recipe, out = as_recipe(recipe), check_target(Path(out).expanduser())
     recipe.check_runs()
     plan = lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe)
-    job = Job(plan, None, None, out, [*plan.architecture.warnings, *plan.source.warnings], max_bits)
+    gguf = gguf_file(model)
+    source_bytes = sum(x.nbytes for x in plan.source.headers.values()) if gguf is None else gguf.stat().st_size
+    job = Job(plan, None, None, out, source_bytes, [*plan.architecture.warnings, *plan.source.warnings], max_bits)
     if max_bits < inf and (planned := _planned_bits(plan)) > max_bits:
         raise ValueError(
             f"recipe {recipe.name!r} stores {planned:.3f} bits a weight in this model, over the limit {max_bits:g}; choose "
@@ -361,7 +370,9 @@ def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max
         recipe=job.recipe,
         calibration="none" if job.calibration is None else f"{job.calibration.name}, {list(job.calibration.ids.shape)}",
         bits_per_weight=bits,
+        model_bits_per_weight=0.0,
         bytes=0,
+        source_bytes=job.source_bytes,
         kl=kl,
         top1_agreement=agreement,
         measured_on=_measured_on(job, walk),
@@ -455,8 +466,15 @@ def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tenso
         job.tokenizer.save_pretrained(directory)
     copy_companions(job.source.path, directory, code=job.source.trust_remote_code)
     weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    report = replace(report, out=job.out, bytes=weights)
-    write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name)
+    bits = native.model_bits_per_weight(directory, unfinished=True)
+    report = replace(report, out=job.out, bytes=weights, model_bits_per_weight=bits)
+    if weights > job.source_bytes:
+        larger = (
+            f"the weight files take {weights:,} bytes, more than the original's {job.source_bytes:,}: embeddings and head "
+            f"stay in {str(job.source.dtype).removeprefix('torch.')}, and the original may be quantized already"
+        )
+        report = replace(report, warnings=(*report.warnings, larger))
+    write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name, job.source.path)
     if reference is not None:
         _compare_reloaded(directory, *reference, job.source.trust_remote_code)
     shutil.rmtree(directory / "scratch", ignore_errors=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import platformdirs
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from lowbit.checkpoints.shards import ModelError
 
@@ -34,6 +34,21 @@ _WHOLE = 2**30  # bytes; larger files are identified by pieces
 def cache_directory() -> Path:
     """Where converted models are kept: `$LOWBIT_CACHE`, or the platform's user cache directory for lowbit."""
     return Path(os.environ.get("LOWBIT_CACHE") or platformdirs.user_cache_dir("lowbit", appauthor=False))
+
+
+def conversions() -> list[Path]:
+    """Directories of converted GGUF files in the cache, unfinished ones too."""
+    cache = cache_directory() / "gguf"
+    return sorted(path for path in cache.iterdir() if path.is_dir()) if cache.is_dir() else []
+
+
+def remove_conversion(directory: Path) -> None:
+    """Removes one of :func:`conversions`. Raises ModelError while another process makes it."""
+    try:
+        with FileLock(f"{directory.with_name(directory.name.removesuffix('.partial'))}.lock", timeout=0):
+            shutil.rmtree(directory)
+    except Timeout as error:
+        raise ModelError(f"{directory} is being made by another process; wait for it, or end it") from error
 
 
 def demo_gguf() -> Path:

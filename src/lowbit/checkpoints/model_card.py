@@ -15,36 +15,79 @@ import yaml
 REPORT = "lowbit-report.json"
 
 
-def write_card(directory: Path, report: Mapping[str, Any], header: Mapping[str, Any], model: str) -> None:
+_USE = """```python
+import lowbit
+
+model, tokenizer = lowbit.load("."), lowbit.load_tokenizer(".")  # this directory; elsewhere, its path
+prompt = tokenizer("Once upon a time", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(prompt, max_new_tokens=32)[0]))
+```"""
+_KEPT = ("license", "license_name", "license_link", "language")
+
+
+def write_card(directory: Path, report: Mapping[str, Any], header: Mapping[str, Any], model: str, source: Path) -> None:
     """Writes ``README.md`` and ``lowbit-report.json`` into a checkpoint.
 
     Args:
         report: plain data of a run's report.
         header: what determines the result: versions, hashes of model and calibration, the recipe.
         model: what the original is called.
+        source: the original's directory, whose own card and config say its licence and where it is from.
     """
     whole = {**report, "header": dict(header)}
     (directory / REPORT).write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
-    (directory / "README.md").write_text(_card(report, header, model))
+    (directory / "README.md").write_text(_card(report, header, model, source))
 
 
-def _card(report: Mapping[str, Any], header: Mapping[str, Any], model: str) -> str:
+def _front(model: str, source: Path) -> dict[str, Any]:
+    """What a hub reads: kind, licence and origin."""
+    theirs = _front_of(source / "README.md")
+    config = source / "config.json"
+    named = json.loads(config.read_text()).get("_name_or_path") if config.is_file() else None
+    origin = model if "/" in model else theirs.get("base_model") or (named if _is_hub_id(named) else model)
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front |= {key: theirs[key] for key in _KEPT if key in theirs}
+    return front | {"base_model": origin, "base_model_relation": "quantized", "tags": ["lowbit", "quantized"]}
+
+
+def _front_of(card: Path) -> dict[str, Any]:
+    """The front matter of a model card; empty where there is none that can be read."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    parts = text.split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        front = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    return front if isinstance(front, dict) else {}
+
+
+def _is_hub_id(name: Any) -> bool:
+    return isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _card(report: Mapping[str, Any], header: Mapping[str, Any], model: str, source: Path) -> str:
     kl, agreement = report["kl"], report["top1_agreement"]
     rows = [
         ("bits per weight of the quantized linears, everything stored counted", f"{report['bits_per_weight']:.4f}"),
+        ("bits per weight of the whole model", f"{report['model_bits_per_weight']:.4f}"),
         ("bytes of the weight files", f"{report['bytes']:,}"),
+        ("bytes of the original's weights", f"{report['source_bytes']:,}"),
         ("share of the blocks' linear weights that are quantized", f"{report['coverage']:.1%}"),
         ("mean KL divergence from the original, nats a token", "not measured" if kl is None else f"{kl:.4f}"),
         ("top-1 agreement with the original", "not measured" if agreement is None else f"{agreement:.1%}"),
     ]
     worst = sorted((x for x in report["layers"] if x["error"] is not None), key=lambda x: -x["error"])[:10]
-    front = yaml.safe_dump({"library_name": "transformers", "base_model": model, "tags": ["lowbit", "quantized"]})
+    front = yaml.safe_dump(_front(model, source), sort_keys=False)
     lines = [
         f"---\n{front}---",
         f"# {model}, quantized with lowbit",
         "",
-        "Load it with `lowbit.load(DIR)`, or with transformers' `AutoModelForCausalLM.from_pretrained(DIR)` after "
-        "`import lowbit`.",
+        _USE,
+        "",
+        "After `import lowbit`, transformers' `AutoModelForCausalLM.from_pretrained` loads it too. In a terminal: "
+        "`lowbit generate . --prompt TEXT`, or `lowbit chat .` for a model that chats.",
         "",
         *(["**Broken**: " + "; ".join(report["problems"]), ""] if report["problems"] else []),
         "| measured | |",

@@ -47,7 +47,15 @@ from lowbit.checkpoints.shards import (
 __all__ = ["ModelError", "ModelSource", "load_tokenizer", "locate", "open_model"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
-_HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]  # never pickled weights
+_HUB_FILES = [
+    "*.safetensors",
+    "*.json",
+    "tokenizer*",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "README.md",
+]  # never pickled weights
 _HUB_TIMEOUT = 10  # seconds
 _NO_WEIGHTS = re.compile(
     r"\.(inv_freq|masked_bias|(attn|attention|self_attention)\.bias)$"
@@ -116,10 +124,9 @@ def locate(spec: str | PathLike[str], *, trust_remote_code: bool = False) -> tup
         )
     text = os.fspath(spec)
     path = Path(text).expanduser()
-    if text == DEMO_NAME:
-        return DEMO_NAME, convert_gguf(demo_gguf())
-    if path.suffix.lower() == ".gguf":
-        return path.stem, convert_gguf(path)
+    file = gguf_file(text)
+    if file is not None:
+        return DEMO_NAME if text == DEMO_NAME else path.stem, convert_gguf(file)
     if path.is_dir():
         return path.resolve().name, path
     if path.is_file():
@@ -129,6 +136,14 @@ def locate(spec: str | PathLike[str], *, trust_remote_code: bool = False) -> tup
             f"{text}: no such directory; expected a model directory, a .gguf file, a hub id or {DEMO_NAME}."
         )
     return text, _download(text, trust_remote_code)
+
+
+def gguf_file(spec: str | PathLike[str]) -> Path | None:
+    """The GGUF file that a model is read from; None for a directory or a hub id."""
+    path = Path(os.fspath(spec)).expanduser()
+    if os.fspath(spec) == DEMO_NAME:
+        return demo_gguf()
+    return path if path.suffix.lower() == ".gguf" else None
 
 
 def _download(repo: str, trust_remote_code: bool) -> Path:

@@ -2,7 +2,7 @@
 
 What every command keeps: results on stdout and everything else on stderr, so that ``--json`` is JSON alone; exit code 0
 only on success, 1 with one line that says what is wrong and what to do, 2 for a command that is not well formed, 130
-after Ctrl-C. Commands import what they run when they run it, so that help, lists and completion need no torch.
+after Ctrl-C, 143 after SIGTERM. Commands import what they run when they run it, so that help, lists and completion need no torch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typer.core import TyperCommand, TyperGroup
 from lowbit.cli import (
     allocate,
     bench,
+    cache,
+    chat,
+    common,
     compare,
     evaluate,
     explain,
@@ -26,7 +29,6 @@ from lowbit.cli import (
     quantize,
     recipes,
 )
-from lowbit.cli.common import guarded
 
 
 class _Flags:
@@ -45,9 +47,27 @@ class _Group(_Flags, TyperGroup):
     pass
 
 
-class _Command(_Flags, TyperCommand):
-    pass
+_ALIASES = {"--nsamples": "--samples", "--seqlen": "--seq-len", "--wbits": "--bits", "--groupsize": "--group-size"}
+"""Names that other tools give to options. They work and stay out of the help."""
 
+
+class _Command(_Flags, TyperCommand):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = {name for param in self.get_params(ctx) for name in param.opts}
+        named = [word.partition("=") for word in args]
+        renamed = [
+            (_ALIASES[name] if _ALIASES.get(name) in known else name, equals, value) for name, equals, value in named
+        ]
+        return super().parse_args(ctx, ["".join(word) for word in renamed])
+
+
+_EPILOG = """
+Example: lowbit quantize smollm2-135m --method gptq --bits 4 --group-size 64 -o smollm2-w4
+
+Environment: LOWBIT_CACHE is the directory of converted GGUF files. LOWBIT_DEBUG=1 shows tracebacks, as --verbose does.
+LOWBIT_KERNELS names the kernel that every packed layer must use. HF_HOME is the hub's cache; HF_HUB_OFFLINE=1 reads only
+that. OMP_NUM_THREADS limits threads, as --threads does.
+"""
 
 app = typer.Typer(
     name="lowbit",
@@ -56,7 +76,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # the only mode that joins the lines of a paragraph
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Example: lowbit quantize smollm2-135m --method gptq --bits 4 --group-size 64 -o smollm2-w4",
+    epilog=_EPILOG,
 )
 
 
@@ -73,8 +93,11 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
 ) -> None:
     """Quantize large language models, run them packed, and measure what it cost."""
+    common.set_output(quiet, verbose)
 
 
 for module in (
@@ -84,14 +107,16 @@ for module in (
     allocate,
     export,
     generate,
+    chat,
     plan,
     explain,
     methods,
     recipes,
     inspect,
     bench,
+    cache,
 ):
-    command = guarded(module.command, getattr(module, "INTERRUPTED", "interrupted"))
+    command = common.guarded(module.command, getattr(module, "INTERRUPTED", "interrupted"))
     app.command(module.__name__.rpartition(".")[2], cls=_Command, epilog=module.EXAMPLE)(command)
 
 __all__ = ["app"]

@@ -16,6 +16,7 @@ from lowbit.cli.choose import (
     Overrides,
     RamLimit,
     RecipeOption,
+    SchemeName,
     Settings,
     byte_count,
     choose_recipe,
@@ -42,6 +43,7 @@ def command(
     bits: Bits = None,
     group_size: GroupSize = None,
     activation_bits: ActivationBits = None,
+    scheme: SchemeName = None,
     settings: Settings = None,
     overrides: Overrides = None,
     calibration: Annotated[
@@ -49,7 +51,9 @@ def command(
     ] = None,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 8,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    bos: common.BeginWith = "auto",
     ram_limit: RamLimit = "4GiB",
+    trust_remote_code: common.Trust = False,
     threads: common.Threads = None,
     as_json: common.Json = False,
 ) -> None:
@@ -61,7 +65,9 @@ def command(
     if out.exists():
         raise ValueError(f"{out} exists; choose another -o FILE.yaml, or remove it")
     limit = byte_count(ram_limit)
-    chosen = choose_recipe(method, recipe, method_options(bits, group_size, activation_bits, settings), overrides)
+    chosen = choose_recipe(
+        method, recipe, method_options(bits, group_size, activation_bits, settings, scheme), overrides
+    )
     common.use_threads(threads)
     import yaml
 
@@ -76,7 +82,9 @@ def command(
             text,
             samples=samples,
             seq_len=seq_len,
+            bos=bos,
             ram_limit=limit,
+            trust_remote_code=trust_remote_code,
             progress=report,
         )
     data = allocation.to_dict()
@@ -90,5 +98,5 @@ def command(
     )
     for width, names in allocation.by_width().items():
         table.add_row(str(width), str(len(names)), ", ".join(sorted({name.rpartition(".")[2] for name in names})))
-    common.console().print(table)
+    common.show_table(table)
     common.say(f"{data['description']}")

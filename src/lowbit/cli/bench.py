@@ -38,6 +38,7 @@ def command(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE.json", help="Also written here, and as FILE.md.")
     ] = None,
+    trust_remote_code: common.Trust = False,
     threads: common.Threads = None,
     as_json: common.Json = False,
 ) -> None:
@@ -53,7 +54,7 @@ def command(
     if kernels:
         result = _of_kernels(shapes or "4096x4096,11008x4096", bits or "8,4,3,2,1", rows, group_size)
     elif model is not None:
-        result = {"models": [_of_model(model, prompt_tokens, new_tokens)]}
+        result = {"models": [_of_model(model, prompt_tokens, new_tokens, trust_remote_code)]}
     else:
         widths = _numbers(bits or "16,4,3,2", "bits")
         result = {"models": _of_sizes(str(shapes).split(","), widths, group_size, prompt_tokens, new_tokens, threads)}
@@ -61,15 +62,14 @@ def command(
     from lowbit.evaluation.machine import machine
 
     result |= {"machine": machine(), "lowbit": __version__}
-    text = _markdown(result)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
-        out.with_suffix(".md").write_text(text)
+        out.with_suffix(".md").write_text(_markdown(result))
     if as_json:
         common.print_json(result)
     else:
-        common.console().print(text, markup=False, soft_wrap=True)
+        _show(result)
 
 
 def _numbers(text: str, what: str) -> tuple[int, ...]:
@@ -88,12 +88,13 @@ def _of_kernels(shapes: str, bits: str, rows: str, group_size: int) -> dict[str,
     return {"kernels": [speed.to_dict() for speed in speeds]}
 
 
-def _of_model(model: str, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+def _of_model(model: str, prompt_tokens: int, new_tokens: int, trust_remote_code: bool) -> dict[str, Any]:
     import lowbit
 
     with common.progress() as report:
         report(0, 1, "loading")
-        return _timed(lowbit.load(model), {"model": model}, prompt_tokens, new_tokens, report)
+        loaded = lowbit.load(model, trust_remote_code=trust_remote_code)
+        return _timed(loaded, {"model": model}, prompt_tokens, new_tokens, report)
 
 
 def _of_sizes(
@@ -142,31 +143,60 @@ def _timed(model: Any, about: dict[str, Any], prompt_tokens: int, new_tokens: in
     return about | {"running_memory": peak_rss()} | speed.to_dict()
 
 
-def _markdown(result: dict[str, Any]) -> str:
-    lines = []
-    if "kernels" in result:
-        lines += [
-            "| shape | tokens | bits | group | input | kernel | µs | GB/s | share of memory | x bf16 | x fp32 | x torch int4 |",
-            "|---|---:|---:|---:|---|---|---:|---:|---:|---:|---:|---:|",
-        ]
-        for k in result["kernels"]:
-            group = "channel" if k["group_size"] is None else k["group_size"]
-            int4 = "" if k["speedup_int4"] is None else f"{k['speedup_int4']:.2f}"
-            lines.append(
-                f"| {k['shape']} | {k['rows']} | {k['bits']} | {group} | {k['input']} | {k['kernel']} | {k['us']:.0f} | "
-                f"{k['gb_per_s']:.1f} | {k['bandwidth_share']:.2f} | {k['speedup_bf16']:.2f} | {k['speedup_fp32']:.2f} | {int4} |"
-            )
-    else:
-        lines += [
-            "| model | bits | type | weights in memory | running memory | prefill, tokens/s | decode, tokens/s |",
-            "|---|---:|---|---:|---:|---:|---:|",
-        ]
-        for m in result["models"]:
-            lines.append(
-                f"| {m['model']} | {m.get('bits', '')} | {m['dtype']} | {common.size(m['weight_memory'])} | "
-                f"{common.size(m['running_memory'])} | {m['prefill_tokens_per_s']:.1f} | {m['decode_tokens_per_s']:.2f} |"
-            )
-        lines += ["", *dict.fromkeys(m["token_step"] for m in result["models"])]
+KERNEL_COLUMNS = ("shape", "tokens", "bits", "group", "input", "kernel", "µs", "GB/s", "share of memory")
+KERNEL_COLUMNS += ("x bf16", "x fp32", "x torch int4")
+MODEL_COLUMNS = (
+    "model",
+    "bits",
+    "type",
+    "weights in memory",
+    "running memory",
+    "prefill, tokens/s",
+    "decode, tokens/s",
+)
+_TEXT = ("shape", "input", "kernel", "model", "type")
+
+
+def _cells(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Names of columns, and a row of texts for each measurement."""
+    if "kernels" not in result:
+        return MODEL_COLUMNS, [_model_cells(speed) for speed in result["models"]]
+    return KERNEL_COLUMNS, [_kernel_cells(speed) for speed in result["kernels"]]
+
+
+def _kernel_cells(k: dict[str, Any]) -> tuple[str, ...]:
+    group = "channel" if k["group_size"] is None else str(k["group_size"])
+    figures = (f"{k['us']:.0f}", f"{k['gb_per_s']:.1f}", f"{k['bandwidth_share']:.2f}")
+    ratios = (f"{k['speedup_bf16']:.2f}", f"{k['speedup_fp32']:.2f}")
+    int4 = "" if k["speedup_int4"] is None else f"{k['speedup_int4']:.2f}"
+    return (k["shape"], str(k["rows"]), str(k["bits"]), group, k["input"], k["kernel"], *figures, *ratios, int4)
+
+
+def _model_cells(m: dict[str, Any]) -> tuple[str, ...]:
+    memory = common.size(m["weight_memory"]), common.size(m["running_memory"])
+    speeds = f"{m['prefill_tokens_per_s']:.1f}", f"{m['decode_tokens_per_s']:.2f}"
+    return (m["model"], str(m.get("bits", "")), m["dtype"], *memory, *speeds)
+
+
+def _remarks(result: dict[str, Any]) -> list[str]:
+    """How new tokens were computed, and the machine."""
     about = result["machine"]
-    lines += ["", f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, lowbit {result['lowbit']}"]
-    return "\n".join(lines) + "\n"
+    steps = dict.fromkeys(m["token_step"] for m in result.get("models", ()))
+    return [*steps, f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, lowbit {result['lowbit']}"]
+
+
+def _markdown(result: dict[str, Any]) -> str:
+    columns, rows = _cells(result)
+    lines = [f"| {' | '.join(columns)} |", "|" + "".join("---|" if name in _TEXT else "---:|" for name in columns)]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*lines, "", *_remarks(result)]) + "\n"
+
+
+def _show(result: dict[str, Any]) -> None:
+    columns, rows = _cells(result)
+    table = common.table(*columns, numbers=tuple(name for name in columns if name not in _TEXT))
+    for row in rows:
+        table.add_row(*row)
+    common.show_table(table)
+    for line in _remarks(result):
+        typer.echo(line)

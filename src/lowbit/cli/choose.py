@@ -11,7 +11,7 @@ import typer
 from lowbit.cli.complete import methods, recipes
 
 METHOD_PANEL = "What to do"
-_PER_CHANNEL = ("channel", "none", "0")
+_PER_CHANNEL = ("channel", "none", "0", "-1")
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -34,11 +34,20 @@ RecipeOption = Annotated[
     ),
 ]
 Bits = Annotated[int | None, typer.Option(help="Bits of a weight.", rich_help_panel=METHOD_PANEL)]
+SchemeName = Annotated[
+    str | None,
+    typer.Option(
+        "--scheme",
+        metavar="WnAm",
+        help="Bits of weights and inputs in one word, such as W4A16 or W8A8: --bits and --activation-bits.",
+        rich_help_panel=METHOD_PANEL,
+    ),
+]
 GroupSize = Annotated[
     str | None,
     typer.Option(
         metavar="N|channel",
-        help="Weights that share a scale; channel (or 0): one scale for each output channel.",
+        help="Weights that share a scale; channel (or -1): one scale for each output channel.",
         rich_help_panel=METHOD_PANEL,
     ),
 ]
@@ -86,8 +95,15 @@ def method_options(
     group_size: str | None,
     activation_bits: int | None,
     settings: Sequence[str] | None,
+    scheme: str | None = None,
 ) -> dict[str, Any]:
     """The options that the user gave, and no others: a method's defaults are its own, and so are its refusals."""
+    if scheme is not None:
+        if bits is not None or activation_bits is not None:
+            raise typer.BadParameter(
+                f"{scheme} says the bits already; leave out --bits and --activation-bits", param_hint="--scheme"
+            )
+        bits, activation_bits = scheme_bits(scheme)
     given: dict[str, Any] = {"bits": bits, "activation_bits": activation_bits}
     options = {key: value for key, value in given.items() if value is not None}
     if group_size is not None:
@@ -100,6 +116,17 @@ def method_options(
             raise typer.BadParameter(f"{key} is given twice", param_hint="--set")
         options[key] = _scalar(value)
     return options
+
+
+def scheme_bits(scheme: str) -> tuple[int, int]:
+    """Bits of weights and of inputs: 4 and 16 for ``W4A16``."""
+    match = re.fullmatch(r"w(\d+)a(\d+)", scheme.lower())
+    if match is None:
+        raise typer.BadParameter(
+            f"expected W and bits of a weight, A and bits of an input, such as W4A16; found {scheme!r}",
+            param_hint="--scheme",
+        )
+    return int(match[1]), int(match[2])
 
 
 def choose_recipe(

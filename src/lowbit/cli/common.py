@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lowbit.progress import Progress as Report
+from lowbit.progress import silent
 
 if TYPE_CHECKING:  # rich is imported where something is drawn
     from rich.console import Console
@@ -42,7 +46,29 @@ BeginWith = Annotated[
 ]
 
 
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors only.", show_default=False)
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", help="Print messages of the libraries too, and tracebacks of errors.", show_default=False
+    ),
+]
+
+
 # Output
+
+
+_quiet = _verbose = False
+
+
+def set_output(quiet: bool, verbose: bool) -> None:
+    """How much this process prints from now on."""
+    global _quiet, _verbose
+    if quiet and verbose:
+        raise typer.BadParameter("found both --quiet and --verbose; give one of them")
+    _quiet, _verbose = quiet, verbose
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -55,7 +81,13 @@ def console(*, stderr: bool = False) -> Console:
 
 def say(message: str) -> None:
     """A line for the person who waits, on stderr."""
-    typer.echo(message, err=True)
+    if not _quiet:
+        typer.echo(message, err=True)
+
+
+def fail(message: str) -> None:
+    """The line that says what is wrong, on stderr."""
+    typer.echo("error: " + " ".join(message.split("\n")), err=True)
 
 
 def warn(messages: Iterable[str], kind: str = "warning") -> None:
@@ -80,14 +112,40 @@ def _finite(value: Any) -> Any:
 
 
 def table(*columns: str, title: str | None = None, numbers: tuple[str, ...] = ()) -> Table:
-    """An empty table; columns in ``numbers`` are aligned to the right."""
+    """An empty table for :func:`show_table`; columns in ``numbers`` are aligned to the right."""
     from rich.table import Table
 
     made = Table(title=title, title_justify="left", title_style="bold")
     for name in columns:
-        first = not made.columns  # names are for copying: never broken in two
-        made.add_column(name, justify="right" if name in numbers else "left", overflow="fold", no_wrap=first)
+        whole = not made.columns or name in numbers  # names are for copying, and half a number is another number
+        made.add_column(name, justify="right" if name in numbers else "left", overflow="fold", no_wrap=whole)
     return made
+
+
+def show_table(made: Table) -> None:
+    """Prints a table on stdout; where it is too wide for the terminal, each row as a paragraph."""
+    from rich.measure import Measurement
+
+    screen = console()
+    unlimited = screen.options.update(width=2**16, markup=False)  # a measure never exceeds the width that it is told
+    if Measurement.get(screen, unlimited, made).minimum <= screen.width:
+        screen.print(made, markup=False)
+        return
+    if made.title:
+        screen.print(made.title, style="bold", markup=False)
+    names = [str(column.header) for column in made.columns]
+    for first, *rest in zip(*(column.cells for column in made.columns), strict=True):
+        screen.print(first, markup=False, soft_wrap=True)
+        line = "   "
+        for name, cell in zip(names[1:], rest, strict=True):
+            if cell in ("", "-"):
+                continue
+            item = f" {name}: {cell};" if name else f" {cell};"
+            if len(line) + len(item) > screen.width and line.strip():
+                screen.print(line, markup=False, soft_wrap=True)
+                line = "   "
+            line += item
+        screen.print(line.removesuffix(";"), markup=False, soft_wrap=True)
 
 
 def size(count: float) -> str:
@@ -97,6 +155,15 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for reading: ``1 min 10 s``."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
 def number(value: float | None, form: str = ".4g") -> str:
@@ -125,40 +192,71 @@ def show_layers(rows: Iterable[Any]) -> None:
     )
     for (name, *rest), count in groups.items():
         listed.add_row(name, str(count), *rest)
-    console().print(listed, markup=False)
+    show_table(listed)
 
 
 # Errors
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as ``kill`` and a system's shutdown send it. It ends a command as Ctrl-C does."""
+
+
 def guarded(command: Callable[..., None], interrupted: str = "interrupted") -> Callable[..., None]:
-    """``command`` with errors as one line on stderr and exit code 1, and Ctrl-C as 130 with a line ``interrupted``. LOWBIT_DEBUG=1 shows tracebacks.
+    """``command`` with errors as one line on stderr and exit code 1, and Ctrl-C as 130 with a line ``interrupted``, SIGTERM
+    as 143 with the same line. --verbose and LOWBIT_DEBUG=1 show tracebacks.
 
     Only what a user can cause is caught: a defect of this program keeps its traceback.
     """
 
     @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        debug = os.environ.get("LOWBIT_DEBUG", "") not in ("", "0")
+    def run(*args: Any, quiet: bool, verbose: bool, **kwargs: Any) -> None:
+        set_output(_quiet or quiet, _verbose or verbose)  # asked for before the command's name, or after it
+        debug = _verbose or os.environ.get("LOWBIT_DEBUG", "") not in ("", "0")
         try:
             if not debug:
-                _quiet()
-            command(*args, **kwargs)
+                _silence_libraries()
+            with _terminable():
+                command(*args, **kwargs)
         except BrokenPipeError:
             raise  # typer's: whoever read stdout has enough
         except (ValueError, OSError) as error:
             if debug:
                 raise
-            say("error: " + " ".join(str(error).split("\n")))
+            fail(str(error))
             raise SystemExit(1) from error
         except KeyboardInterrupt as stop:
-            say(interrupted)
-            raise SystemExit(130) from stop
+            typer.echo(interrupted, err=True)
+            raise SystemExit(143 if isinstance(stop, Terminated) else 130) from stop
 
+    # typer reads options from the signature: these two belong to every command
+    own = inspect.signature(command, eval_str=True)
+    added = {"quiet": Quiet, "verbose": Verbose}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    more = [inspect.Parameter(name, keyword, default=False, annotation=kind) for name, kind in added.items()]
+    run.__signature__ = own.replace(parameters=[*own.parameters.values(), *more])  # pyright: ignore[reportAttributeAccessIssue]
+    run.__annotations__ = command.__annotations__ | added
     return run
 
 
-def _quiet() -> None:
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """While open, SIGTERM raises :class:`Terminated` in the main thread, so that temporary files are removed."""
+
+    def terminate(number: int, frame: Any) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _silence_libraries() -> None:
     """No bars and no advice of transformers' and datasets' own between ours; their errors stay.
 
     By the variables that they read when they are imported, so that a command imports them only if it needs them.
@@ -174,6 +272,9 @@ def _quiet() -> None:
 @contextmanager
 def progress() -> Iterator[Report]:
     """One bar on stderr with percentage, elapsed and remaining time; a line now and then where it is no terminal."""
+    if _quiet:
+        yield silent
+        return
     screen = console(stderr=True)
     if not screen.is_terminal:
         yield _lines()

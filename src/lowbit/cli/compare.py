@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lowbit.cli import common, complete
-from lowbit.cli.choose import METHOD_PANEL, ActivationBits, GroupSize, RamLimit, Settings, byte_count, method_options
+from lowbit.cli.choose import (
+    METHOD_PANEL,
+    ActivationBits,
+    GroupSize,
+    Overrides,
+    RamLimit,
+    SchemeName,
+    Settings,
+    byte_count,
+    method_options,
+    override,
+)
 
 if TYPE_CHECKING:
     from lowbit.comparison import Row
@@ -60,7 +71,9 @@ def command(
     ] = None,
     group_size: GroupSize = None,
     activation_bits: ActivationBits = None,
+    scheme: SchemeName = None,
     settings: Settings = None,
+    overrides: Overrides = None,
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="PART", help="Measure only rows with this in their label. May be repeated."),
@@ -70,6 +83,7 @@ def command(
     ] = None,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
+    bos: common.BeginWith = "auto",
     text: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What is evaluated on. " + common.TEXT_HELP.format(more=""))
     ] = None,
@@ -80,6 +94,9 @@ def command(
     scratch: Annotated[
         Path | None, typer.Option(metavar="DIR", help="For temporary files (default: beside the results).")
     ] = None,
+    form: Annotated[
+        Literal["table", "csv", "latex", "markdown"], typer.Option("--format", help="How stdout shows the table.")
+    ] = "table",
     trust_remote_code: common.Trust = False,
     threads: common.Threads = None,
     as_json: common.Json = False,
@@ -91,7 +108,10 @@ def command(
     recorded, the others go on, and the exit code is 1.
     """
     limit = byte_count(ram_limit)
-    rows = _rows(grid, recipes, methods, bits, method_options(None, group_size, activation_bits, settings))
+    if scheme is not None and bits is not None:
+        raise typer.BadParameter(f"{scheme} says the bits already; leave out --bits", param_hint="--scheme")
+    options = method_options(None, group_size, activation_bits, settings, scheme)
+    rows = _rows(grid, recipes, methods, bits, options, overrides)
     common.use_threads(threads)
     import lowbit
 
@@ -104,6 +124,7 @@ def command(
             out,
             samples=samples,
             seq_len=seq_len,
+            bos=bos,
             protocol=protocol,
             eval_seq_len=eval_seq_len,
             windows=windows or None,
@@ -117,6 +138,10 @@ def command(
         )
     if as_json:
         common.print_json(records)
+    elif form != "table":
+        from lowbit.comparison import table
+
+        typer.echo(table.FORMS[form](records), nl=False)
     else:
         _show(model, records)
     failed = [record["label"] for record in records if "error" in record]
@@ -130,17 +155,19 @@ def _rows(
     methods: list[str] | None,
     bits: str | None,
     options: dict[str, Any],
+    overrides: list[str] | None,
 ) -> list[Row]:
-    """Rows of the grid file, of recipe files and of methods, in this order."""
+    """Rows of the grid file, of recipe files and of methods, in this order; ``overrides`` change all of them."""
     if not (grid or recipes or methods):
         raise typer.BadParameter("give --method NAME, --recipe FILE or --grid FILE", param_hint="--method / --grid")
     if not methods and (bits or options):
         raise typer.BadParameter("--bits and what goes with it are options of --method", param_hint="--method")
-    from lowbit.comparison import as_rows, method_rows, read_grid
+    from lowbit.comparison import Row, as_rows, method_rows, read_grid
 
     widths = [None] if bits is None else [_width(part) for part in bits.split(",")]
     given = [*(read_grid(grid) if grid else []), *(recipes or []), *method_rows(methods or [], widths, options)]
-    return as_rows(given)
+    changes = [override(each) for each in overrides or ()]
+    return [Row(row.label, row.recipe.with_overrides(changes)) for row in as_rows(given)]
 
 
 def _width(text: str) -> int:
@@ -164,4 +191,4 @@ def _show(model: str, records: list[dict[str, Any]]) -> None:
     shown = common.table(*COLUMNS, title=model, numbers=COLUMNS[1:-1])
     for record in records:
         shown.add_row(*cells(record))
-    common.console().print(shown, markup=False)
+    common.show_table(shown)

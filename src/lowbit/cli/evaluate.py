@@ -32,6 +32,7 @@ def command(
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The original: measures KL divergence and top-1 agreement too.")
     ] = None,
+    trust_remote_code: common.Trust = False,
     threads: common.Threads = None,
     as_json: common.Json = False,
 ) -> None:
@@ -47,7 +48,14 @@ def command(
     with common.progress() as report:
         report(0, 1, "loading")
         result = lowbit.evaluate(
-            model, chosen, protocol=protocol, seq_len=seq_len, windows=windows or None, against=against, progress=report
+            model,
+            chosen,
+            protocol=protocol,
+            seq_len=seq_len,
+            windows=windows or None,
+            against=against,
+            trust_remote_code=trust_remote_code,
+            progress=report,
         )
     if as_json:
         common.print_json(result.to_dict())
@@ -72,11 +80,11 @@ def _show(model: str, result: Evaluation) -> None:
             common.number(result.top1_agreement, ".1%"),
             _interval(result.top1_interval, ".1%"),
         )
-    table.add_row("bits per weight", common.number(result.bits_per_weight), "")
+    table.add_row("bits per weight, quantized linears", common.number(result.bits_per_weight), "")
+    table.add_row("bits per weight, whole model", common.number(result.model_bits_per_weight), "")
     table.add_row("weight files", "-" if result.bytes is None else common.size(result.bytes), "")
-    console = common.console()
-    console.print(table)
-    console.print(
+    common.show_table(table)
+    common.console().print(
         f"{result.text}: {result.windows} windows of {result.seq_len} by protocol {result.protocol}, "
         f"{result.tokens} tokens predicted",
         markup=False,

@@ -12,6 +12,7 @@ from lowbit.cli.choose import (
     Bits,
     GroupSize,
     Overrides,
+    SchemeName,
     Settings,
     choose_recipe,
     method_options,
@@ -33,19 +34,21 @@ def command(
     bits: Bits = None,
     group_size: GroupSize = None,
     activation_bits: ActivationBits = None,
+    scheme: SchemeName = None,
     settings: Settings = None,
     overrides: Overrides = None,
+    trust_remote_code: common.Trust = False,
     as_json: common.Json = False,
 ) -> None:
     """Explain step by step what a recipe does, and the format it gives to each layer. Reads no weight.
 
     Options of a method (--bits and so on) go with a method's name.
     """
-    options = method_options(bits, group_size, activation_bits, settings)
+    options = method_options(bits, group_size, activation_bits, settings, scheme)
     chosen = choose_recipe(recipe if options else None, None if options else recipe, options, overrides)
     from lowbit.plan import explain
 
-    result = explain(chosen, model)
+    result = explain(chosen, model, trust_remote_code=trust_remote_code)
     if as_json:
         common.print_json(result.to_dict())
         return

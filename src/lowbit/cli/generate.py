@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -10,14 +13,25 @@ from lowbit.cli import common
 
 EXAMPLE = 'Example: lowbit generate smollm2-w4 --prompt "The capital of France is" --max-new-tokens 32'
 
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy; above it tokens are sampled.")]
+TopP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens that have this share together.")
+]
+Seed = Annotated[int, typer.Option(help="Of the sampling.")]
+
 
 def command(
     model: common.Model,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue, or with --chat the message.")],
+    prompt: Annotated[
+        str, typer.Option(metavar="TEXT", help="The text to continue, or with --chat the message; - reads stdin.")
+    ],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens generated.")] = 64,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above it tokens are sampled.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="One message through the chat template; lowbit chat has a conversation.")
+    ] = False,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
     trust_remote_code: common.Trust = False,
     threads: common.Threads = None,
     as_json: common.Json = False,
@@ -26,24 +40,16 @@ def command(
 
     The text goes to stdout as it is generated. A quantized model runs packed.
     """
-    common.use_threads(threads)
-    import lowbit
-    from lowbit import decoding
-    from lowbit.evaluation import generate_text
-
-    common.say(f"loading {model}")
-    tokenizer = lowbit.load_tokenizer(model, trust_remote_code=trust_remote_code)
-    loaded = lowbit.load(model, trust_remote_code=trust_remote_code)
-    common.say(decoding.explain(loaded))
-    text = generate_text(
-        loaded,
-        tokenizer,
-        prompt,
+    if prompt == "-":
+        prompt = sys.stdin.read().removesuffix("\n")
+    write = writer(model, trust_remote_code, threads, chat=chat)
+    text = write(
+        [{"role": "user", "content": prompt}] if chat else prompt,
         max_new_tokens,
-        chat=chat,
         temperature=temperature,
+        top_p=top_p,
         seed=seed,
-        on_text=None if as_json else _write,
+        on_text=None if as_json else show,
     )
     if as_json:
         common.print_json({"prompt": prompt, "text": text})
@@ -51,5 +57,26 @@ def command(
         typer.echo()
 
 
-def _write(piece: str) -> None:
+def writer(model: str, trust_remote_code: bool, threads: int | None, *, chat: bool) -> Callable[..., str]:
+    """:func:`lowbit.evaluation.generate_text` with its model and tokenizer, loaded from ``model``.
+
+    Raises:
+        ValueError: what loading raises; ``chat`` and a tokenizer without a chat template, before weights are read.
+    """
+    common.use_threads(threads)
+    import lowbit
+    from lowbit import decoding
+    from lowbit.evaluation import check_chat, generate_text
+
+    common.say(f"loading {model}")
+    tokenizer = lowbit.load_tokenizer(model, trust_remote_code=trust_remote_code)
+    if chat:
+        check_chat(tokenizer)
+    loaded = lowbit.load(model, trust_remote_code=trust_remote_code)
+    common.say(decoding.explain(loaded))
+    return partial(generate_text, loaded, tokenizer)
+
+
+def show(piece: str) -> None:
+    """Prints a piece of the answer at once."""
     typer.echo(piece, nl=False)

@@ -25,6 +25,8 @@ def command(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 8,
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 512,
+    bos: common.BeginWith = "auto",
+    trust_remote_code: common.Trust = False,
     threads: common.Threads = None,
     as_json: common.Json = False,
 ) -> None:
@@ -38,7 +40,16 @@ def command(
     text = common.text_or_default(calibration, "calibration")
     common.say(f"calibration: {text}")
     with common.progress() as report:
-        result = inspect_model(model, text, samples=samples, seq_len=seq_len, out=out, progress=report)
+        result = inspect_model(
+            model,
+            text,
+            samples=samples,
+            seq_len=seq_len,
+            bos=bos,
+            out=out,
+            trust_remote_code=trust_remote_code,
+            progress=report,
+        )
     if as_json:
         common.print_json(result.to_dict())
     else:
@@ -67,7 +78,8 @@ def _show(result: Inspection) -> None:
     for row in sorted(result.inputs, key=lambda row: -row.largest / max(row.median_channel, 1e-30))[:ROWS]:
         figures = common.number(row.largest), common.number(row.median_channel)
         wide.add_row(row.name, *figures, str(len(row.outliers)), str(len(row.massive)))
-    console.print(hard, wide)
+    common.show_table(hard)
+    common.show_table(wide)
     for file in result.files:
         console.print(str(file), markup=False, soft_wrap=True)
     common.warn(result.warnings)

@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated, Any
+
+import typer
 
 from lowbit.catalog import list_methods
-from lowbit.cli import common
+from lowbit.cli import common, complete
 
-EXAMPLE = "Example: lowbit methods --json"
+EXAMPLE = "Example: lowbit methods; lowbit methods gptq"
 
 
-def command(as_json: common.Json = False) -> None:
-    """List the quantization methods with their papers, needs and options."""
-    methods = list_methods()
+def command(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="Say all about this method.", autocompletion=complete.methods),
+    ] = None,
+    as_json: common.Json = False,
+) -> None:
+    """List the quantization methods, or say all about one: its paper, what it needs, its options with their defaults."""
+    methods = {entry["name"]: entry for entry in list_methods()}
+    if name is not None and name not in methods:
+        from lowbit.numerics import nearest
+
+        raise ValueError(f"no method {name!r}{nearest(name, list(methods))}")
     if as_json:
-        common.print_json(methods)
-        return
-    table = common.table("method", "family", "paper", "needs", "what it does", "options and defaults")
-    for entry in methods:
-        options = ", ".join(f"{key}={_plain(value)}" for key, value in entry["options"].items())
-        needs = ", ".join(entry["needs"]) or "nothing"
-        table.add_row(entry["name"], entry["family"], entry["paper"] or "-", needs, entry["summary"], options)
-    common.console().print(table, markup=False)
+        common.print_json(list(methods.values()) if name is None else methods[name])
+    elif name is not None:
+        _show(methods[name])
+    else:
+        table = common.table("method", "what it does")
+        for entry in methods.values():
+            table.add_row(entry["name"], entry["summary"])
+        common.show_table(table)
+        common.say("lowbit methods NAME says all about one; a mix such as smoothquant+gptq is a method too")
 
 
-def _plain(value: object) -> str:
-    """As --set takes it."""
-    return value if isinstance(value, str) else json.dumps(value)
+def _show(entry: dict[str, Any]) -> None:
+    typer.echo(f"{entry['name']} ({entry['family']}, {entry['paper'] or 'no paper'}): {entry['summary']}")
+    typer.echo(f"Measures {', '.join(entry['needs'])} on calibration text." if entry["needs"] else "Needs no text.")
+    table = common.table("option", "default")
+    for key, value in entry["options"].items():
+        table.add_row(key, value if isinstance(value, str) else json.dumps(value))  # as --set takes it
+    common.show_table(table)

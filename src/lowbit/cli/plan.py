@@ -15,6 +15,7 @@ from lowbit.cli.choose import (
     Overrides,
     RamLimit,
     RecipeOption,
+    SchemeName,
     Settings,
     byte_count,
     choose_recipe,
@@ -34,22 +35,31 @@ def command(
     bits: Bits = None,
     group_size: GroupSize = None,
     activation_bits: ActivationBits = None,
+    scheme: SchemeName = None,
     settings: Settings = None,
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(min=0, help="Windows of calibration text; 0: a run without text.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     ram_limit: RamLimit = "4GiB",
+    trust_remote_code: common.Trust = False,
     as_json: common.Json = False,
 ) -> None:
     """Say what quantizing would give and need, without reading a weight.
 
     Bytes, bits per weight, peak memory, layers that stay as they are and why, and which runtimes can take the result.
     """
-    options = method_options(bits, group_size, activation_bits, settings)
+    options = method_options(bits, group_size, activation_bits, settings, scheme)
     chosen = choose_recipe(method, recipe, options, overrides)
     from lowbit.plan import plan
 
-    result = plan(model, chosen, samples=samples, seq_len=seq_len, ram_limit=byte_count(ram_limit))
+    result = plan(
+        model,
+        chosen,
+        samples=samples,
+        seq_len=seq_len,
+        ram_limit=byte_count(ram_limit),
+        trust_remote_code=trust_remote_code,
+    )
     if as_json:
         common.print_json(result.to_dict())
     else:
@@ -57,21 +67,21 @@ def command(
 
 
 def _show(result: Plan) -> None:
-    console = common.console()
     title = f"{result.recipe['name']} on {result.name} (architecture {result.architecture})"
     table = common.table("plan", "", title=title, numbers=("",))
     quantized = [row for row in result.layers if not row.reason]
     table.add_row("matrices quantized", f"{len(quantized)} of {len(result.layers)}")
-    table.add_row("bits per quantized weight, everything stored counted", f"{result.bits_per_weight:.4f}")
+    table.add_row("bits per weight, quantized linears", f"{result.bits_per_weight:.4f}")
+    table.add_row("bits per weight, whole model", f"{result.model_bits_per_weight:.4f}")
     table.add_row("tensors now", common.size(result.bytes_in))
     table.add_row("tensors after", common.size(result.bytes_out))
     table.add_row("peak memory while quantizing, about", common.size(result.peak_ram_bytes))
     if result.peak_disk_bytes:
         table.add_row("temporary files beside the target", common.size(result.peak_disk_bytes))
-    console.print(table)
+    common.show_table(table)
     common.show_layers(result.layers)
     runs = common.table("runs in", "")
     for name, verdict in result.compatibility.items():
         runs.add_row(name, verdict)
-    console.print(runs, markup=False)
+    common.show_table(runs)
     common.warn(result.warnings)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +21,7 @@ from lowbit.cli.choose import (
     Overrides,
     RamLimit,
     RecipeOption,
+    SchemeName,
     Settings,
     byte_count,
     choose_recipe,
@@ -48,6 +51,7 @@ def command(
     activation_bits: ActivationBits = None,
     embedding_bits: EmbeddingBits = None,
     head_bits: HeadBits = None,
+    scheme: SchemeName = None,
     settings: Settings = None,
     overrides: Overrides = None,
     calibration: Annotated[
@@ -83,9 +87,11 @@ def command(
     The model is read a block at a time, and each finished block is on disk before the next begins: after a kill or
     Ctrl-C the same command continues where it stopped. A result that is broken is refused, with the layers to blame.
     """
+    started = time.perf_counter()
     limit = byte_count(ram_limit)
     changes = [*(overrides or ()), *outside_overrides(embedding_bits, head_bits)]
-    chosen = choose_recipe(method, recipe, method_options(bits, group_size, activation_bits, settings), changes)
+    options = method_options(bits, group_size, activation_bits, settings, scheme)
+    chosen = choose_recipe(method, recipe, options, changes)
     common.use_threads(threads)
     from lowbit.pipeline import MAX_KL, prepare, run
 
@@ -101,17 +107,19 @@ def command(
         max_bits=math.inf if max_bits is None else max_bits,
         trust_remote_code=trust_remote_code,
     )
-    _announce(job, restart)
+    continued = _announce(job, restart)
     with common.progress() as report:
         result = run(job, limit, MAX_KL if max_kl is None else max_kl, allow_broken, restart, report)
     if as_json:
         common.print_json(result.to_dict())
     else:
         _show(result)
+        taken = common.duration(time.perf_counter() - started) + (" since it was continued" if continued else "")
+        typer.echo(_outcome(result, taken, job.tokenizer, shlex.quote(str(out))))
 
 
-def _announce(job: Job, restart: bool) -> None:
-    """What will be done, from what, to where."""
+def _announce(job: Job, restart: bool) -> bool:
+    """Says what will be done, from what, to where; returns whether an unfinished run is continued."""
     from lowbit.stages.journal import Journal
 
     text = job.calibration
@@ -122,10 +130,12 @@ def _announce(job: Job, restart: bool) -> None:
     )
     common.say(f"target:      {job.out}")
     journal = Journal(job.out, job.header).path
-    if journal.exists():
+    unfinished = journal.exists()
+    if unfinished:
         finished = journal.read_bytes().count(b"\n") - 1
         verb = "discarding" if restart else "continuing"
         common.say(f"{verb} the unfinished run in {journal.parent}: finished blocks: {finished}")
+    return unfinished and not restart
 
 
 def describe(recipe: Recipe) -> str:
@@ -143,7 +153,9 @@ def describe(recipe: Recipe) -> str:
 
 def _show(result: QuantizeReport) -> None:
     table = common.table("measured", "", title=f"{result.recipe.name} -> {result.out}", numbers=("",))
-    table.add_row("bits per weight, everything stored counted", f"{result.bits_per_weight:.4f}")
+    table.add_row("bits per weight, quantized linears", f"{result.bits_per_weight:.4f}")
+    table.add_row("bits per weight, whole model", f"{result.model_bits_per_weight:.4f}")
+    table.add_row("original's weights", common.size(result.source_bytes))
     table.add_row("weight files", common.size(result.bytes))
     table.add_row("share of block weights quantized", f"{result.coverage:.1%}")
     table.add_row("KL from the original, nats a token", common.number(result.kl))
@@ -152,7 +164,20 @@ def _show(result: QuantizeReport) -> None:
         table.add_section()
     for layer in result.worst_layers[:WORST]:
         table.add_row(f"output error of {layer.name}", common.number(layer.error))
-    common.console().print(table)
+    common.show_table(table)
     if result.kl is not None:
         common.say("KL and agreement are of the first calibration windows; lowbit evaluate measures on held-out text.")
     common.warn((*result.problems, *result.warnings))
+
+
+def _outcome(result: QuantizeReport, taken: str, tokenizer: Any, out: str) -> str:
+    """What came of it in a line, and the next command."""
+    line = (
+        f"{common.size(result.source_bytes)} to {common.size(result.bytes)} in {taken} "
+        f"({result.bits_per_weight:.3g} bits per weight in the quantized linears, {result.model_bits_per_weight:.3g} in the "
+        "whole model)."
+    )
+    if tokenizer is None:
+        return line
+    chats = getattr(tokenizer, "chat_template", None)
+    return f"{line} Next: " + (f"lowbit chat {out}" if chats else f'lowbit generate {out} --prompt "Once upon a time"')

@@ -41,7 +41,7 @@ def command(
     table = common.table("recipe", "method", "what for")
     for entry in entries:
         table.add_row(entry["name"], entry["method"] or "-", entry["description"])
-    common.console().print(table, markup=False)
+    common.show_table(table)
 
 
 def _entry(name: str, file: Path) -> dict[str, Any]:

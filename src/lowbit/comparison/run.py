@@ -6,7 +6,6 @@ Each row is written when it is known.
 from __future__ import annotations
 
 import platform
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -23,7 +22,7 @@ from lowbit.comparison.results import Record, Results
 from lowbit.comparison.rows import ORIGINAL, Row, as_rows
 from lowbit.comparison.table import markdown
 from lowbit.comparison.work import MeasureOriginal, MeasureRow, Setting
-from lowbit.data import Calibration, calibration_of, load_text
+from lowbit.data import Bos, Calibration, calibration_of, load_text
 from lowbit.evaluation.machine import cpu_name
 from lowbit.evaluation.perplexity import check_fits, windows_sha256
 from lowbit.evaluation.windows import cut
@@ -31,6 +30,7 @@ from lowbit.numerics import to_dict
 from lowbit.plan.model_plan import lay_over
 from lowbit.progress import Progress
 from lowbit.recipes import Recipe
+from lowbit.stages.scratch import scratch_directory
 from lowbit.surroundings import own_settings
 from lowbit.version import __version__
 
@@ -45,6 +45,7 @@ def compare(
     *,
     samples: int = 32,
     seq_len: int = 512,
+    bos: Bos = "auto",
     protocol: str = "gptq",
     eval_seq_len: int = 1024,
     windows: int | None = 20,
@@ -71,6 +72,7 @@ def compare(
         text: the text to evaluate on (its evaluation part if it has one), or token ids.
         out: a ``.jsonl`` file; continued if it exists.
         samples, seq_len: number of calibration windows, and tokens of each.
+        bos: whether every calibration window begins with the model's first token, as for :func:`lowbit.quantize`.
         protocol, eval_seq_len, windows: how the text is evaluated, as in :func:`lowbit.evaluation`.
         only: measure only rows whose label contains one of these.
         threads: torch's threads in the rows' processes; None: as in this process.
@@ -84,7 +86,8 @@ def compare(
     Returns:
         The records of the original and of the rows, in their order, including those of earlier runs: label, recipe,
             model, protocol,
-        calibration, figures (perplexity, kl, top1_agreement and their 95 % intervals, bits_per_weight, bytes, seconds,
+        calibration, figures (perplexity, kl, top1_agreement and their 95 % intervals, bits_per_weight,
+            model_bits_per_weight, bytes, seconds,
             peak bytes
         of memory), problems (why it counts as broken), machine, versions. A failed row has ``error`` instead of
             figures.
@@ -99,7 +102,8 @@ def compare(
     setting, warnings_of_text = _setting(source, text, protocol, eval_seq_len, windows, ram_limit)
     run = _Run(
         results=results,
-        setting=replace(setting, calibration=_calibration(source, asked, calibration, samples, seq_len)),
+        setting=replace(setting, calibration=_calibration(source, asked, calibration, samples, seq_len, bos)),
+        bos=bos,
         model={"name": source.name, "sha256": source.fingerprint},
         protocol=warnings_of_text,
         labels=tuple(row.label for row in asked),
@@ -134,13 +138,14 @@ def _calibration(
     text: str | Sequence[str] | Tensor | Calibration | None,
     samples: int,
     seq_len: int,
+    bos: Bos,
 ) -> Calibration | None:
     needy = [row.label for row in rows if row.recipe.needs_calibration]
     if not needy:
         return None
     if text is None:
         raise ValueError(f"{'; '.join(needy)}: calibration text is needed: a file, python-docs, a hub dataset or self")
-    return calibration_of(source, text, samples, seq_len)
+    return calibration_of(source, text, samples, seq_len, bos)
 
 
 def _setting(
@@ -167,6 +172,7 @@ class _Run:
 
     results: Results
     setting: Setting
+    bos: Bos
     model: Record
     protocol: Record
     labels: tuple[str, ...]
@@ -183,8 +189,8 @@ class _Run:
         self._write_table()
         todo = [row for row in chosen if not self._has(row)]
         if todo or not self._has(None):
-            with tempfile.TemporaryDirectory(prefix=f"{self.results.path.stem}-", dir=place) as scratch:
-                self._measure(todo, Path(scratch))
+            with scratch_directory(self.results.path.stem, place) as scratch:
+                self._measure(todo, scratch)
         latest = (self.results.latest(self._head(row)) for row in (None, *rows))
         return [record for record in latest if record is not None]
 
@@ -220,7 +226,13 @@ class _Run:
         calibration = None
         if used is not None:
             count, tokens = used.ids.shape
-            calibration = {"text": used.name, "windows": count, "tokens": tokens, "sha256": used.sha256}
+            calibration = {
+                "text": used.name,
+                "windows": count,
+                "tokens": tokens,
+                "bos": self.bos,
+                "sha256": used.sha256,
+            }
         return {
             "label": ORIGINAL if row is None else row.label,
             "recipe": None if row is None else to_dict(row.recipe),

@@ -1,8 +1,12 @@
-"""Records as a table for people: the cells of a row, and a Markdown page with a section for each model and protocol."""
+"""Records as a table for people: the cells of a row, a Markdown page with a section for each model and protocol, and the
+table alone as CSV, LaTeX or Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lowbit.comparison.results import Record
@@ -14,7 +18,8 @@ COLUMNS = (
     "95 % interval",
     "KL, nats",
     "top-1",
-    "bits per weight",
+    "bits, linears",
+    "bits, model",
     "weight files",
     "quantize",
     "peak memory",
@@ -32,6 +37,7 @@ def cells(record: Mapping[str, Any]) -> tuple[str, ...]:
         _text(record.get("kl"), ".4f"),
         _text(record.get("top1_agreement"), ".1%"),
         _text(record.get("bits_per_weight"), ".3f"),
+        _text(record.get("model_bits_per_weight"), ".3f"),
         _text(record.get("bytes"), ".1f", 1e6, " MB"),
         _text(record.get("quantize_seconds"), ".0f", 1, " s"),
         _text(record.get("peak_rss_bytes"), ".2f", 1e9, " GB"),
@@ -59,18 +65,52 @@ def _section(records: list[Record]) -> str:
         f"(protocol {protocol['name']})",
         "",
         "Written by `lowbit compare`; the recipes and everything else are in the JSON lines next to this file.",
+        "Bits are stored bits a weight, of the quantized linears and of the whole model.",
         *(f"Calibrated on {text}." for text in texts),
         *(f"Seconds and memory on {machine}." for machine in machines),
         "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|---|{'---:|' * (len(COLUMNS) - 2)}---|",
     ]
+    rows = []
     for record in records:
         row = list(cells(record))
         if len(texts) > 1 and record.get("calibration"):
             row[-1] = ", ".join(filter(None, (f"calibrated on {_calibration(record)}", row[-1])))
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |")
+        rows.append(row)
+    return "\n".join(lines) + "\n" + _markdown_table(rows)
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 2)}---|"]
+    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def _csv_table(rows: Sequence[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+    return text.getvalue()
+
+
+def _latex_table(rows: Sequence[Sequence[str]]) -> str:
+    """A tabular of the package booktabs."""
+    lines = [rf"\begin{{tabular}}{{l{'r' * (len(COLUMNS) - 2)}l}}", r"\toprule", _latex_row(COLUMNS), r"\midrule"]
+    return "\n".join([*lines, *map(_latex_row, rows), r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _latex_row(row: Sequence[str]) -> str:
+    return " & ".join(re.sub(r"[\\{}$&#%_^~]", _escaped, cell) for cell in row) + r" \\"
+
+
+def _escaped(match: re.Match[str]) -> str:
+    words = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
+    return words.get(match[0], "\\" + match[0])
+
+
+FORMS: dict[str, Callable[[Sequence[Record]], str]] = {
+    name: lambda records, write=write: write([cells(record) for record in records])
+    for name, write in (("csv", _csv_table), ("latex", _latex_table), ("markdown", _markdown_table))
+}
+"""The table alone, in forms for other programs, by name."""
 
 
 def _remark(record: Mapping[str, Any]) -> str:

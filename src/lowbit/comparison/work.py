@@ -89,7 +89,12 @@ class MeasureOriginal:
         if result.broken:
             raise ValueError("the original model's own logits are NaN or infinite: there is nothing to compare with")
         size = directory_bytes(source.path).weights
-        return _figures(result) | {"bytes": size, "evaluate_seconds": _since(started), "peak_rss_bytes": peak_rss()}
+        return _figures(result) | {
+            "model_bits_per_weight": native.model_bits_per_weight(source.path),
+            "bytes": size,
+            "evaluate_seconds": _since(started),
+            "peak_rss_bytes": peak_rss(),
+        }
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ class MeasureRow:
         result = self.setting.evaluate(model, original, lambda done, what: progress(QUANTIZING + rest * done, what))
         record = _figures(result) | {
             "bits_per_weight": native.bits_per_weight(model),
+            "model_bits_per_weight": native.model_bits_per_weight(out),
             "bytes": directory_bytes(out).weights,
             "coverage": report.coverage,
             "calibration_kl": report.kl,

@@ -5,7 +5,7 @@ frozen values. Nothing here prints; long work takes `progress(done, total, descr
 """
 
 from lowbit.evaluation.divergence import kl_and_agreement
-from lowbit.evaluation.generate import generate_text
+from lowbit.evaluation.generate import check_chat, generate_text
 from lowbit.evaluation.layers import output_error, sqnr_db
 from lowbit.evaluation.memory import DirectoryBytes, directory_bytes, model_bytes, peak_rss, reset_peak_rss
 from lowbit.evaluation.perplexity import Evaluation, evaluate_model
@@ -19,6 +19,7 @@ __all__ = [
     "Evaluation",
     "KeptOriginal",
     "Speed",
+    "check_chat",
     "directory_bytes",
     "evaluate_model",
     "generate_text",

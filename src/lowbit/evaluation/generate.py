@@ -2,46 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import TextStreamer
 
-from lowbit.evaluation.forward import evaluating
+from lowbit.evaluation.forward import check_positions, evaluating
+
+Messages = Sequence[Mapping[str, str]]
+"""A conversation: mappings with ``role`` (system, user or assistant) and ``content``, the oldest first."""
 
 
 def generate_text(
     model: Any,
     tokenizer: Any,
-    prompt: str,
+    prompt: str | Messages,
     max_new_tokens: int = 64,
     *,
-    chat: bool = False,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """The continuation of `prompt`, without the prompt and without special tokens.
+    """The continuation of `prompt`, or the next answer of a conversation, without special tokens.
 
     Args:
         model: a transformers causal LM.
         tokenizer: its tokenizer.
-        prompt: the text to continue, or with `chat` the user's message.
-        max_new_tokens: largest number of generated tokens.
-        chat: put the prompt through the tokenizer's chat template as one user message.
+        prompt: the text to continue, or messages, which go through the tokenizer's chat template.
+        max_new_tokens: largest number of generated tokens. The model's positions limit it too.
         temperature: 0 is greedy; above 0 tokens are sampled.
         top_p: nucleus of the sampling; 1 keeps all tokens.
         seed: of the sampling. The caller's random state is not changed.
         on_text: called with each piece of text as it is generated.
 
     Raises:
-        ValueError: an empty prompt, `chat` with a tokenizer that has no chat template, a negative temperature.
+        ValueError: an empty prompt, one that leaves the model no position for an answer, messages for a tokenizer that
+            has no chat template or a template that refuses them, a temperature or `top_p` out of range.
     """
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}: 0 is greedy, above 0 samples")
-    ids_1T = _prompt_ids(tokenizer, prompt, chat).to(model.device)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}: expected more than 0 and at most 1, which keeps all tokens")
+    ids_1T = _prompt_ids(tokenizer, prompt).to(model.device)
+    length = ids_1T.shape[1]
+    what = f"a prompt of {length} tokens and its answer" if isinstance(prompt, str) else "the conversation"
+    check_positions(model, length + 1, what)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = max_new_tokens if positions is None else min(max_new_tokens, positions - length)
     # do_sample overrides the checkpoint's generation_config; its temperature and the like would only cause a warning.
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
@@ -54,12 +63,12 @@ def generate_text(
         out_1T = model.generate(
             ids_1T,
             attention_mask=torch.ones_like(ids_1T),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=room,
             pad_token_id=pad,
             streamer=streamer,
             **sampling,
         )
-    return tokenizer.decode(out_1T[0, ids_1T.shape[1] :], skip_special_tokens=True)
+    return tokenizer.decode(out_1T[0, length:], skip_special_tokens=True)
 
 
 class _CallbackStreamer(TextStreamer):
@@ -74,16 +83,27 @@ class _CallbackStreamer(TextStreamer):
             self.on_text(text)
 
 
-def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
+def check_chat(tokenizer: Any) -> None:
+    """Raises ValueError where the tokenizer has no chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "the tokenizer has no chat template, so nothing says how this model reads a conversation: use a model that was "
+            "trained to chat (often named -Instruct or -Chat), or continue a text with lowbit generate MODEL --prompt TEXT"
+        )
+
+
+def _prompt_ids(tokenizer: Any, prompt: str | Messages) -> torch.Tensor:
     """The prompt as ids [1, T], with the special tokens that the tokenizer or its template adds."""
-    if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("the tokenizer has no chat template: generate with chat=False")
-        message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    else:
+    if isinstance(prompt, str):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    else:
+        check_chat(tokenizer)
+        try:
+            text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is code, and raises what its author liked
+            roles = ", ".join(message["role"] for message in prompt)
+            raise ValueError(f"the model's chat template refuses messages of the roles {roles}: {error}") from error
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise ValueError("the prompt is empty and the tokenizer adds no BOS: give at least one token to continue")
     return ids.long()

@@ -45,7 +45,8 @@ class Evaluation:
         text: the text's name, as the caller gave it.
         ids_sha256: a hash of the window length and the ids that were read.
         broken_tokens: counted tokens whose negative log-likelihood or KL is NaN or infinite.
-        bits_per_weight, bytes: of the checkpoint; the caller fills them in, with `dataclasses.replace`.
+        bits_per_weight, model_bits_per_weight, bytes: of the checkpoint's quantized linears, of all of it, and of its
+            weight files; the caller fills them in, with `dataclasses.replace`.
     """
 
     perplexity: float
@@ -64,6 +65,7 @@ class Evaluation:
     ids_sha256: str
     broken_tokens: int = 0
     bits_per_weight: float | None = None
+    model_bits_per_weight: float | None = None
     bytes: int | None = None
 
     @property

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lowbit.architectures import for_config, model_blocks
 from lowbit.checkpoints.source import ModelSource, open_model
-from lowbit.data import Calibration, calibration_of
+from lowbit.data import Bos, Calibration, calibration_of
 from lowbit.evaluation import output_error
 from lowbit.inspection.rows import MASSIVE, OUTLIER, ROUNDED, InputRow, Inspection, LayerRow, MassiveToken, markdown
 from lowbit.modules import LinearFormat, unmake_drafts
@@ -53,13 +53,15 @@ def inspect_model(
     *,
     samples: int = 8,
     seq_len: int = 512,
+    bos: Bos = "auto",
     out: str | PathLike[str] | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Inspection:
     """Runs a few windows of text through ``model``, block by block, and measures every linear and its input.
 
     Args:
-        model: as for :func:`lowbit.quantize`.
+        model, bos, trust_remote_code: as for :func:`lowbit.quantize`.
         calibration: a text, ``self``, ids ``[N, T]`` or a Calibration.
         samples, seq_len: number of windows of a text, and tokens of each.
         out: a directory for ``inspection.md``, ``inspection.json``, the plots, and ``channels.safetensors`` (the
@@ -69,8 +71,8 @@ def inspect_model(
     Raises:
         ValueError: a model or a text that cannot be used.
     """
-    source = open_model(model)
-    text = calibration_of(source, calibration, samples, seq_len)
+    source = open_model(model, trust_remote_code=trust_remote_code)
+    text = calibration_of(source, calibration, samples, seq_len, bos)
     rows: list[LayerRow] = []
     inputs: list[InputRow] = []
     channels: dict[str, Tensor] = {}

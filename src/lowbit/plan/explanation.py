@@ -37,16 +37,18 @@ class Explanation:
         return {"steps": list(self.steps), "layers": layers, "notes": list(self.notes)}
 
 
-def explain(recipe: Recipe | str | Path | dict[str, Any], model: str | PathLike[str]) -> Explanation:
+def explain(
+    recipe: Recipe | str | Path | dict[str, Any], model: str | PathLike[str], *, trust_remote_code: bool = False
+) -> Explanation:
     """What ``recipe`` would do to each layer of ``model``. Reads no weight.
 
     Args:
-        recipe, model: as for :func:`lowbit.quantize`.
+        recipe, model, trust_remote_code: as for :func:`lowbit.quantize`.
 
     Raises:
         ValueError: as :func:`lowbit.plan.plan`.
     """
-    plan = plan_model(model, recipe)
+    plan = plan_model(model, recipe, trust_remote_code=trust_remote_code)
     steps = tuple(" ".join(_sentences(plan, step)) for step in plan.recipe.steps)
     notes = (*_feed(plan), *_attention(plan), *plan.architecture.warnings, *_left_out(plan))
     return Explanation(steps, planned_layers(plan), notes)

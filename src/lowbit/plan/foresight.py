@@ -31,6 +31,7 @@ class Plan:
             counted; weights kept in half precision are not. Biases that a shift adds to experts are counted even if no
             calibration token reaches the expert.
         bits_per_weight: all stored bits of the quantized linears over their number of weights, counted in the same way.
+        model_bits_per_weight: bits of ``bytes_out`` over the number of the original's parameters.
         peak_ram_bytes: an estimate, see :mod:`lowbit.plan.peak`.
         peak_ram_parts: terms of the estimate, by moment of the run.
         peak_disk_bytes: bytes of temporary files (activations beyond the memory limit, Fisher information), without the
@@ -46,6 +47,7 @@ class Plan:
     bytes_in: int
     bytes_out: int
     bits_per_weight: float
+    model_bits_per_weight: float
     peak_ram_bytes: int
     peak_disk_bytes: int
     warnings: tuple[str, ...]
@@ -64,6 +66,7 @@ def plan(
     samples: int = 32,
     seq_len: int = 512,
     ram_limit: int = 2**32,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """What quantizing ``model`` by ``recipe`` would give and cost, from config.json and shard headers. Reads no weight.
 
@@ -71,24 +74,27 @@ def plan(
         model, recipe: as for :func:`lowbit.quantize`.
         samples, seq_len: number and length of calibration windows; ``samples=0`` for a run without calibration text.
         ram_limit: bytes of activations in memory; more go to files.
+        trust_remote_code: allow the model's own Python code.
 
     Raises:
         ValueError: what a run would refuse: a model that cannot be opened or is quantized already, a rule that matches
             no layer, a format that a layer cannot have.
     """
-    checked = plan_model(model, recipe)
+    checked = plan_model(model, recipe, trust_remote_code=trust_remote_code)
     layers = planned_layers(checked)
     quantized = [layer for layer in layers if not layer.reason]
     weights = sum(prod(layer.shape) for layer in quantized)
     parts = peak_parts(checked, samples, seq_len, ram_limit)
+    bytes_out, parameters = _bytes_out(checked), sum(prod(x.shape) for x in checked.source.headers.values())
     return Plan(
         name=checked.source.name,
         recipe=to_dict(checked.recipe),
         architecture=checked.architecture.name,
         layers=layers,
         bytes_in=sum(header.nbytes for header in checked.source.headers.values()),
-        bytes_out=_bytes_out(checked),
+        bytes_out=bytes_out,
         bits_per_weight=sum(layer.bits_per_weight * prod(layer.shape) for layer in quantized) / max(1, weights),
+        model_bits_per_weight=8 * bytes_out / parameters,
         peak_ram_bytes=max(sum(terms.values()) for terms in parts.values()),
         peak_disk_bytes=peak_disk_bytes(checked, samples * seq_len, ram_limit),
         warnings=tuple(_warnings(checked, layers, samples, seq_len)),

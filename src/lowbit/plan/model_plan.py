@@ -154,7 +154,9 @@ class ModelPlan:
         return None if self.rotation is None else ResidualRotation(self.architecture.blocks, self.rotation)
 
 
-def plan_model(model: str | PathLike[str], recipe: Recipe | str | Path | Mapping[str, Any]) -> ModelPlan:
+def plan_model(
+    model: str | PathLike[str], recipe: Recipe | str | Path | Mapping[str, Any], *, trust_remote_code: bool = False
+) -> ModelPlan:
     """Opens ``model`` without its weights and lays ``recipe`` over it.
 
     Raises:
@@ -162,7 +164,7 @@ def plan_model(model: str | PathLike[str], recipe: Recipe | str | Path | Mapping
     """
     recipe = as_recipe(recipe)
     recipe.check_runs()
-    return lay_over(open_model(model), recipe)
+    return lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe)
 
 
 def lay_over(source: ModelSource, recipe: Recipe) -> ModelPlan:

@@ -120,7 +120,8 @@ def method(name: str, *, family: str, paper: str, alias: str | None = None):
 def recipe(name: str, **options: Any) -> Recipe:
     """The recipe of method ``name``, or of a mix ``"a+b"``: the steps of a, then those of b, solved once as b solves.
 
-    Each option goes to every method of the mix that has it.
+    Each option goes to every method of the mix that has it. ``activation_bits=16``, which leaves inputs as they are, is also
+    taken for methods that never quantize them.
 
     Raises:
         ValueError: an unknown method or option (with the nearest known one), a value of the wrong type, an impossible
@@ -132,9 +133,16 @@ def recipe(name: str, **options: Any) -> Recipe:
         if part not in METHODS:
             raise ValueError(f"no method {part!r}{nearest(part, [*METHODS, *ALIASES])}")
         parts.append(METHODS[part])
+    known = {key for part in parts for key in part.options}
+    if options.get("activation_bits") == 16 and "activation_bits" not in known:
+        made = recipe(name, **{key: value for key, value in options.items() if key != "activation_bits"})
+        if any(rule.activation is not None for rule in made.scheme.rules):
+            raise ValueError(
+                f"{name!r} always quantizes inputs: leave out activation_bits = 16, or choose another method"
+            )
+        return made
     if len(parts) == 1:
         return parts[0].recipe(**options)
-    known = {key for part in parts for key in part.options}
     for key in options:
         if key not in known:
             raise ValueError(f"none of the methods in {name!r} has an option {key!r}{nearest(key, sorted(known))}")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import lowbit
 from lowbit import data
 from lowbit.cli import app, common
 from lowbit.cli.choose import byte_count, override
@@ -25,6 +29,7 @@ COMMANDS = (
     "quantize",
     "evaluate",
     "generate",
+    "chat",
     "plan",
     "explain",
     "methods",
@@ -32,6 +37,7 @@ COMMANDS = (
     "inspect",
     "compare",
     "allocate",
+    "cache",
 )
 WORDS = [f"w{i}" for i in range(60)]
 SHORT = ("--samples", "4", "--seq-len", "16")
@@ -68,8 +74,8 @@ def place(tmp_path_factory):
     return root
 
 
-def run(*arguments: object, **environment: str):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=environment)
+def run(*arguments: object, stdin: str | None = None, **environment: str):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin, env=environment)
 
 
 def quantize(place: Path, out: Path, *more: object, method: tuple[str, ...] = RTN):
@@ -138,6 +144,31 @@ def test_quantize_says_what_it_does_and_shows_what_came_out(quantized, place):
         "output error of model.layers.",
     ):
         assert words in quantized.stdout
+    *_, last = quantized.stdout.splitlines()
+    assert re.fullmatch(
+        r"\d+\.\d kB to \d+\.\d kB in \d+ s \([\d.]+ bits per weight in the quantized linears, [\d.]+ in the whole "
+        rf'model\)\. Next: lowbit generate {quantized.out} --prompt "Once upon a time"',
+        last,
+    )
+    card = (quantized.out / "README.md").read_text()
+    whole = next(line for line in card.splitlines() if line.startswith("| bits per weight of the whole model"))
+    assert 8.5 < float(whole.split(" | ")[1].strip(" |")) < 32
+
+
+def test_the_card_keeps_the_sources_licence_and_its_code_runs(place, tmp_path, monkeypatch, capsys):
+    shutil.copytree(place / "model", tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\nbase_model: some/where\n---\n# A model\n")
+    lowbit.quantize(tmp_path / "model", lowbit.recipe("rtn", group_size=32), None, out=tmp_path / "out")
+    _, front, card = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
+    told = yaml.safe_load(front)
+    assert (told["license"], told["base_model"], told["pipeline_tag"]) == ("mit", "some/where", "text-generation")
+    monkeypatch.chdir(tmp_path / "out")
+    exec(card.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out.strip()
+    model = LlamaForCausalLM.from_pretrained(place / "model").bfloat16()
+    model.save_pretrained(tmp_path / "half")
+    report = lowbit.quantize(tmp_path / "half", lowbit.recipe("rtn", bits=8, group_size=2), None, out=tmp_path / "big")
+    assert report.bytes > report.source_bytes and "more than the original's" in report.warnings[-1]
 
 
 def test_quantize_json_is_the_report_alone(place, tmp_path):
@@ -172,7 +203,10 @@ def test_evaluate_json_has_the_promised_keys(quantized, place):
     values = json.loads(result.stdout)
     assert {"perplexity", "kl", "top1_agreement", "bits_per_weight", "bytes"} <= values.keys()
     assert values["bytes"] == sum(file.stat().st_size for file in quantized.out.glob("*.safetensors"))
-    assert 8 < values["bits_per_weight"] < 9
+    assert 8 < values["bits_per_weight"] < 9 < values["model_bits_per_weight"]
+    report = json.loads((quantized.out / "lowbit-report.json").read_text())
+    assert values["model_bits_per_weight"] == report["model_bits_per_weight"]
+    assert report["source_bytes"] > report["bytes"] == values["bytes"]
     assert 0 <= values["kl"] < 0.1
     assert values["windows"] == 5
     assert values["text"] == "text.txt"
@@ -217,6 +251,83 @@ def test_generate_streams_the_text_that_json_gives(quantized):
     assert json.loads(whole.stdout)["text"].split() == streamed.stdout.split() != []
 
 
+def test_generate_reads_its_prompt_from_stdin(quantized):
+    given = run("generate", quantized.out, "--prompt", "w1 w2", "--json")
+    assert json.loads(run("generate", quantized.out, "--prompt", "-", "--json", stdin="w1 w2\n").stdout) == json.loads(
+        given.stdout
+    )
+
+
+# Chat
+
+TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}w0{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def chatty(quantized):
+    """The quantized model, its tokenizer with a chat template."""
+    out = quantized.out.with_name("chatty")
+    shutil.copytree(quantized.out, out)
+    (out / "chat_template.jinja").write_text(TEMPLATE)
+    return out
+
+
+def seen_by_the_model(monkeypatch, answers=("w7 w8",)) -> list[Any]:
+    """Replaces generation; returns the list of the conversations that it is asked to continue."""
+    seen: list[Any] = []
+
+    def generate_text(model, tokenizer, prompt, max_new_tokens, *, on_text, **options):
+        seen.append(prompt)
+        answer = answers[min(len(seen), len(answers)) - 1]
+        if isinstance(answer, BaseException):
+            on_text("w9 ")
+            raise answer
+        on_text(answer)
+        return answer
+
+    monkeypatch.setattr("lowbit.evaluation.generate_text", generate_text)
+    return seen
+
+
+def test_chat_answers_each_line_of_a_pipe_and_remembers(chatty, monkeypatch):
+    result = run("chat", chatty, "--max-new-tokens", 4, stdin="w1 w2\n\nw3\n")
+    assert result.exit_code == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    said = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": first.strip()}]
+    whole = run("generate", chatty, "--chat", "--prompt", "w1 w2", "--max-new-tokens", 4)
+    assert whole.stdout.splitlines() == [first] and first.strip()
+    seen = seen_by_the_model(monkeypatch, (first.strip(), second.strip()))
+    run("chat", chatty, "--system", "w5", stdin="w1 w2\nw3\n/reset\nw4\n/what\n/exit\nw6\n")
+    system = {"role": "system", "content": "w5"}
+    asked = {"role": "user", "content": "w3"}
+    assert seen == [[system, said[0]], [system, *said, asked], [system, {"role": "user", "content": "w4"}]]
+
+
+def test_ctrl_c_at_a_terminal_stops_the_answer_and_the_chat_goes_on(chatty, monkeypatch):
+    from lowbit.cli import chat
+
+    seen = seen_by_the_model(monkeypatch, (KeyboardInterrupt(), ValueError("too long"), "w8"))
+    typed = iter(["w1", KeyboardInterrupt(), "w2", "w3", EOFError()])
+
+    def typing(prompt):
+        text = next(typed)
+        if isinstance(text, BaseException):
+            raise text
+        return text
+
+    monkeypatch.setattr("builtins.input", typing)
+    monkeypatch.setattr(chat, "sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    result = run("chat", chatty)
+    assert result.exit_code == 0, result.stderr
+    assert [part["content"] for part in seen[-1]] == ["w1", "w9 ", "w3"]
+    assert "error: too long. Start again with /reset" in result.stderr and "/exit" in result.stderr
+
+
+def test_chat_without_a_template_is_refused_before_the_model_is_loaded(quantized, monkeypatch):
+    monkeypatch.setattr(lowbit, "load", None)
+    assert_refused(run("chat", quantized.out, stdin="w1\n"), "no chat template", "lowbit generate")
+
+
 def test_a_recipe_file_and_options_give_the_same_recipe(place, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"method": "rtn", "options": {"bits": 8, "group_size": 32}}))
@@ -226,10 +337,34 @@ def test_a_recipe_file_and_options_give_the_same_recipe(place, tmp_path):
     assert json.loads(by_file.stdout)["recipe"] == json.loads(by_name.stdout)["recipe"]
 
 
-@pytest.mark.parametrize("spelling", ["channel", "none", "0"])
+@pytest.mark.parametrize("spelling", ["channel", "none", "0", "-1"])
 def test_group_size_channel_is_one_scale_for_each_row(place, spelling):
     result = run("plan", place / "model", "--method", "rtn", "--group-size", spelling, "--json")
     assert json.loads(result.stdout)["recipe"]["scheme"]["rules"][0]["weight"]["granularity"] == {"type": "PerChannel"}
+
+
+def test_names_of_other_tools_work_and_a_scheme_is_bits_and_activation_bits(place):
+    def recipe(*words):
+        result = run("plan", place / "model", *words, "--json")
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)["recipe"]
+
+    eight = recipe("--method", "rtn", "--bits", 8, "--activation-bits", 8)
+    assert recipe("--method", "rtn", "--scheme", "W8A8") == eight
+    owq = recipe("--method", "owq", "--wbits=4", "--nsamples", 4, "--seqlen", 16)  # knows no activation bits
+    assert recipe("--method", "owq", "--scheme", "w4a16", "--samples", 4, "--seq-len", 16) == owq
+    assert_refused(run("plan", place / "model", "--method", "llm-int8", "--scheme", "W8A16"), "always quantizes inputs")
+    assert "--nsamples" not in run("plan", "--help").stdout
+
+
+def test_quiet_leaves_results_and_verbose_shows_tracebacks(quantized, place):
+    asked = ("generate", quantized.out, "--prompt", "w1", "--max-new-tokens", 2)
+    for words in (("-q", *asked), (*asked, "-q")):
+        result = run(*words)
+        assert (result.exit_code, result.stderr) == (0, "") and result.stdout.strip()
+    assert "loading" in run(*asked).stderr
+    assert isinstance(run("plan", "absent", *RTN, "-v").exception, ValueError)
+    assert_refused(run("plan", "absent", *RTN, "-q"), "absent")
 
 
 def test_a_group_size_that_is_not_given_is_the_methods_own(place):
@@ -245,7 +380,8 @@ def test_plan_says_what_a_run_then_does(quantized, place):
     assert result.exit_code == 0, result.stderr
     foretold = json.loads(result.stdout)
     measured = run("evaluate", quantized.out, "--text", place / "text.txt", "--seq-len", 16, "--windows", 1, "--json")
-    assert foretold["bits_per_weight"] == json.loads(measured.stdout)["bits_per_weight"]
+    for name in ("bits_per_weight", "model_bits_per_weight"):
+        assert foretold[name] == pytest.approx(json.loads(measured.stdout)[name], rel=1e-6), name
     shown = run("plan", place / "model", *RTN).stdout
     for words in (
         "14 of 16",
@@ -368,6 +504,9 @@ def test_a_broken_result_is_refused_unless_allowed(place, tmp_path):
         ("quantize", "MODEL", "--method", "rtn", "--override", "down", "-o", "OUT"),
         ("quantize", "MODEL", "--method", "rtn", "--ram-limit", "much", "-o", "OUT"),
         ("quantize", "MODEL", "--method", "rtn"),
+        ("plan", "MODEL", "--method", "rtn", "--scheme", "W4A16", "--bits", "4"),
+        ("plan", "MODEL", "--method", "rtn", "--scheme", "4x16"),
+        ("plan", "MODEL", "--method", "rtn", "-q", "-v"),
         ("quantise",),
     ],
 )
@@ -392,7 +531,25 @@ def test_methods_json_has_the_five_methods():
     assert {"rtn", "gptq", "awq", "smoothquant", "omniquant"} <= entries.keys()
     assert all({"name", "family", "paper", "needs"} <= entry.keys() for entry in entries.values())
     assert entries["gptq"]["needs"] == ["Gram"]
-    assert "gptq" in run("methods").stdout
+    listed = run("methods").stdout
+    assert all(entry["name"] in listed for entry in entries.values()) and "arXiv" not in listed
+    told = run("methods", "gptq").stdout
+    assert "arXiv:2210.17323" in told and re.search(r"act_order +│ false", told)
+    assert_refused(run("methods", "gptk"), "did you mean 'gptq'")
+
+
+def test_a_terminal_of_80_columns_shows_every_number_and_name_whole(place, monkeypatch):
+    from rich.console import Console
+
+    wide = run("plan", place / "model", *RTN).stdout
+    monkeypatch.setattr(common, "console", lambda *, stderr=False: Console(stderr=stderr, width=80, highlight=False))
+    narrow = run("plan", place / "model", *RTN).stdout
+    assert "int8 asymmetric, groups of 32" in narrow and " shape: 128 x 64;" in narrow
+    assert set(re.findall(r"[\d.]+ [kM]?B|\d+\.\d+|model\.layers\S+|\d+ x \d+", wide)) <= set(
+        re.findall(r"[\d.]+ [kM]?B|\d+\.\d+|model\.layers\S+|\d+ x \d+", narrow)
+    )
+    for words in (("methods",), ("recipes",)):
+        assert max(map(len, run(*words).stdout.splitlines())) <= 80
 
 
 def test_recipes_are_listed_and_printed(tmp_path, monkeypatch):
@@ -405,6 +562,16 @@ def test_recipes_are_listed_and_printed(tmp_path, monkeypatch):
     assert run("recipes", "small").stdout == file.read_text()
     assert json.loads(run("recipes", "small", "--json").stdout)["recipe"]["name"] == "rtn"
     assert_refused(run("recipes", "smal"), "did you mean 'small'")
+
+
+def test_the_cache_of_converted_files_is_listed_and_cleared(tmp_path):
+    model = tmp_path / "gguf" / "small-0123"
+    model.mkdir(parents=True)
+    (model / "model.safetensors").write_bytes(b"0" * 1500)
+    listed = run("cache", "list", LOWBIT_CACHE=str(tmp_path))
+    assert listed.stdout.split() == [str(model), "1.5", "kB"]
+    assert json.loads(run("cache", "clear", "--json", LOWBIT_CACHE=str(tmp_path)).stdout)[0]["bytes"] == 1500
+    assert not model.exists() and run("cache", "list", LOWBIT_CACHE=str(tmp_path)).stdout == ""
 
 
 # Progress and parsing
@@ -443,31 +610,34 @@ def test_sizes_are_read_with_their_units(text, count):
 INTERRUPTED = """
 import os, signal, sys
 from lowbit.stages.journal import Journal
+number = getattr(signal, sys.argv.pop(1))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it runs in the background with it ignored
 write = Journal.write
 def interrupted(self, *args):
     write(self, *args)
     if len(self.finished) == 1:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 Journal.write = interrupted
 from lowbit.cli import app
 app(prog_name="lowbit")
 """
 
 
-def test_ctrl_c_keeps_finished_blocks_says_so_and_the_same_command_continues(place, tmp_path):
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_ctrl_c_and_sigterm_keep_finished_blocks_say_so_and_the_same_command_continues(place, tmp_path, name, code):
     out = tmp_path / "out"
     arguments = ["quantize", place / "model", "--method", "gptq", "--bits", "8", "--group-size", "32"]
     arguments += ["--calibration", place / "text.txt", *SHORT, "-o", out]
-    command = [sys.executable, "-c", INTERRUPTED, *map(str, arguments)]
+    command = [sys.executable, "-c", INTERRUPTED, name, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     stopped = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert stopped.returncode == 130, stopped.stderr
+    assert stopped.returncode == code, stopped.stderr
     assert "continue" in stopped.stderr
     assert not out.exists() and len((tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines()) >= 2
     finished = run(*arguments)
     assert finished.exit_code == 0, finished.stderr
     assert "continuing" in finished.stderr and "finished blocks: 1" in finished.stderr
+    assert "since it was continued (" in finished.stdout.splitlines()[-1]
     assert (out / "config.json").exists() and not (tmp_path / "out.partial").exists()
 
 

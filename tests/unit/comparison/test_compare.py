@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import signal
@@ -366,9 +367,18 @@ def test_the_command_makes_rows_of_methods_bits_and_files(model, tmp_path, here)
     named = ["rtn, W4 g32", "gptq, W4 g32", "rtn, W3 g32", "gptq, W3 g32"]
     assert labels == ["original", "first", "mine", *named]
     assert "gptq, W3 g32: perplexity " in result.stderr
+    assert [(record["calibration"] or {}).get("bos") for record in json.loads(result.stdout)[-2:]] == [None, "auto"]
     shown = command(model, *rows, "--recipe", recipe, *texts(model), "-o", out)
     assert shown.exit_code == 0 and all(label in shown.stdout for label in labels)
-    assert len(here) == 7  # nothing was measured for the second one
+    [header, first, *_] = csv.reader(
+        command(model, *rows, *texts(model), "-o", out, "--format", "csv").stdout.splitlines()
+    )
+    assert tuple(header) == COLUMNS and first[0] == "original" and float(first[1]) > 1
+    markdown = command(model, *rows, *texts(model), "-o", out, "--format", "markdown").stdout
+    assert "\n".join(markdown.splitlines()[:3]) in out.with_suffix(".md").read_text()
+    latex = command(model, *rows, *texts(model), "-o", out, "--format", "latex").stdout
+    assert latex.startswith("\\begin{tabular}") and r"95 \% interval" in latex and latex.count(r"\\") == 1 + 6
+    assert len(here) == 7  # nothing was measured for all these
 
 
 def test_the_command_fails_where_a_row_failed(model, tmp_path, monkeypatch, here):

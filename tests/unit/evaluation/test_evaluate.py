@@ -578,12 +578,19 @@ def test_sampling_follows_its_seed_and_leaves_the_callers_random_state():
 
 def test_chat_goes_through_the_template():
     model, tokenizer = tiny_model(dtype=torch.float32, vocab_size=98), char_tokenizer()
+    hello = [{"role": "user", "content": "hello"}]
     with pytest.raises(ValueError, match="no chat template"):
-        generate_text(model, tokenizer, "hello", chat=True)
+        generate_text(model, tokenizer, hello)
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
     )
-    assert generate_text(model, tokenizer, "hello", 9, chat=True) == generate_text(model, tokenizer, "[hello]A:", 9)
+    assert generate_text(model, tokenizer, hello, 9) == generate_text(model, tokenizer, "[hello]A:", 9)
+    long = [{"role": "user", "content": "a" * model.config.max_position_embeddings}]
+    with pytest.raises(ValueError, match=r"the conversation needs .* positions"):
+        generate_text(model, tokenizer, long)
+    tokenizer.chat_template = "{{ raise_exception('no system messages') }}"
+    with pytest.raises(ValueError, match="refuses messages of the roles user: no system messages"):
+        generate_text(model, tokenizer, hello)
     with pytest.raises(ValueError, match="prompt is empty"):
         generate_text(model, tokenizer, "")
 

@@ -8,7 +8,13 @@ No pickle is read or written.
 
 from lowbit.checkpoints.native.file_format import Native, save
 from lowbit.checkpoints.native.loading import bits_per_weight, load
-from lowbit.checkpoints.native.reading import Checkpoint, bits_report, is_native, read_checkpoint
+from lowbit.checkpoints.native.reading import (
+    Checkpoint,
+    bits_report,
+    is_native,
+    model_bits_per_weight,
+    read_checkpoint,
+)
 from lowbit.checkpoints.native.writing import ShardWriter, write_checkpoint, write_checkpoint_index
 
 __all__ = [
@@ -19,6 +25,7 @@ __all__ = [
     "bits_report",
     "is_native",
     "load",
+    "model_bits_per_weight",
     "read_checkpoint",
     "save",
     "write_checkpoint",

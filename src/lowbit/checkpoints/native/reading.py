@@ -37,8 +37,8 @@ def read_checkpoint(directory: str | os.PathLike[str], *, unfinished: bool = Fal
         ModelError: not a directory, unfinished, a missing or truncated shard, or a packed layer that is not whole.
     """
     directory = Path(directory)
-    partial = directory.with_name(directory.name + ".partial")
     if not directory.is_dir():
+        partial = directory.with_name(directory.name + ".partial")
         hint = f"; {partial} holds an unfinished run: {_CONTINUE}" if partial.is_dir() else ""
         raise ModelError(f"{directory}: no such directory{hint}")
     if (directory / JOURNAL).is_file() and not unfinished:
@@ -87,15 +87,29 @@ def bits_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
     layers = description.layers
     quantized_bits = sum(layer.stored_bits for layer in layers.values())
     quantized = sum(layer.features[0] * layer.features[1] for layer in layers.values())
-    packed = {f"{name}.{buffer}" for name, layer in layers.items() for buffer in layer.layout() if buffer != "bias"}
-    others = [header for name, header in checkpoint.headers.items() if name not in packed]
-    other_bits = 8 * sum(header.nbytes for header in others)
-    parameters = quantized + sum(torch.Size(header.shape).numel() for header in others)
     return {
         "bytes": sum(file.stat().st_size for file in {header.file for header in checkpoint.headers.values()}),
         "quantized_bytes": quantized_bits // 8,
         "quantized_weights": quantized,
         "bits_per_weight": quantized_bits / quantized,
-        "model_bits_per_weight": (quantized_bits + other_bits) / parameters,
+        "model_bits_per_weight": _model_bits_per_weight(checkpoint),
         "layers": len(layers),
     }
+
+
+def model_bits_per_weight(directory: str | os.PathLike[str], *, unfinished: bool = False) -> float:
+    """All stored bits of a model directory, packed or not, over the parameters of its model. Reads headers only.
+
+    Raises:
+        ModelError: as :func:`read_checkpoint`.
+    """
+    return _model_bits_per_weight(read_checkpoint(directory, unfinished=unfinished))
+
+
+def _model_bits_per_weight(checkpoint: Checkpoint) -> float:
+    layers = {} if checkpoint.description is None else checkpoint.description.layers
+    packed = {f"{name}.{buffer}" for name, layer in layers.items() for buffer in layer.layout() if buffer != "bias"}
+    others = (header for name, header in checkpoint.headers.items() if name not in packed)
+    parameters = sum(layer.features[0] * layer.features[1] for layer in layers.values())
+    parameters += sum(torch.Size(header.shape).numel() for header in others)
+    return 8 * sum(header.nbytes for header in checkpoint.headers.values()) / parameters
