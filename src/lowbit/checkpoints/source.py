@@ -138,8 +138,10 @@ def locate(spec: str | PathLike[str], *, trust_remote_code: bool = False) -> tup
     return text, _download(text, trust_remote_code)
 
 
-def gguf_file(spec: str | PathLike[str]) -> Path | None:
-    """The GGUF file that a model is read from; None for a directory or a hub id."""
+def gguf_file(spec: str | PathLike[str] | PreTrainedModel) -> Path | None:
+    """The GGUF file that a model is read from; None for a directory, a hub id or a model in memory."""
+    if not isinstance(spec, str | PathLike):
+        return None
     path = Path(os.fspath(spec)).expanduser()
     if os.fspath(spec) == DEMO_NAME:
         return demo_gguf()

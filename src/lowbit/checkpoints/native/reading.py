@@ -107,7 +107,8 @@ def model_bits_per_weight(directory: str | os.PathLike[str], *, unfinished: bool
 
 
 def _model_bits_per_weight(checkpoint: Checkpoint) -> float:
-    layers = {} if checkpoint.description is None else checkpoint.description.layers
+    described = checkpoint.description
+    layers = {} if described is None else {**described.layers, **described.embeddings}
     packed = {f"{name}.{buffer}" for name, layer in layers.items() for buffer in layer.layout() if buffer != "bias"}
     others = (header for name, header in checkpoint.headers.items() if name not in packed)
     parameters = sum(layer.features[0] * layer.features[1] for layer in layers.values())
