@@ -213,7 +213,7 @@ def test_other_architectures_are_inspected_too(tmp_path, config):
 def test_calibration_is_checked_like_that_of_a_run(planted, ids):
     named = inspect_model(planted, Calibration(ids, "my text", "0" * 64))
     assert named.calibration == f"my text, [{WINDOWS}, {TOKENS}]"
-    with pytest.raises(ValueError, match="from 0 to 127, found .* to 200"):
+    with pytest.raises(ValueError, match=r"from 0 to 127, found .* to 200"):
         inspect_model(planted, ids.masked_fill(ids == 7, 200))
     with pytest.raises(ValueError, match="no tokenizer"):
         inspect_model(planted, "python-docs")
