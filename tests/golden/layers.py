@@ -34,7 +34,15 @@ FIRST_IDS = {
     "wikitext2.test.raw": [3717, 446, 6356, 389, 9226, 352, 446, 3717, 3717],
 }
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
-LAYERS = tuple(f"model.layers.{block}.{linear}" for block in (2, 14) for linear in LINEARS)
+MASSIVE = 28
+"""The block where one channel of down_proj's input holds 79 % of its energy."""
+
+
+def layers_of(*blocks: int) -> tuple[str, ...]:
+    return tuple(f"model.layers.{block}.{linear}" for block in blocks for linear in LINEARS)
+
+
+LAYERS = layers_of(2, 14)
 
 
 def missing() -> str | None:
@@ -46,9 +54,9 @@ def missing() -> str | None:
     return None
 
 
-def official(*methods: str, where: str = "") -> list[dict]:
-    """The records of ``methods`` whose layer's name holds ``where``; empty where the file is absent."""
-    path = DATA / "official.json"
+def official(*methods: str, where: str = "", file: str = "official.json") -> list[dict]:
+    """The records of ``methods`` in ``file`` whose layer's name holds ``where``; empty where the file is absent."""
+    path = DATA / file
     records = json.loads(path.read_text()) if path.exists() else []
     return [r for r in records if r["method"] in methods and where in r["layer"]]
 
@@ -63,9 +71,14 @@ def chosen(records: list[dict]) -> list[dict]:
     return enough(records, traits, together=2)
 
 
-def gather() -> dict[str, Tensor]:
-    """``{layer}.weight`` float32 ``[O, I]``, ``{layer}.calibration`` and ``{layer}.evaluation`` float64 ``[I, I]``."""
-    return cached("official-layers-smollm2-135m-2-14-32x512-16x512", _run_model)
+def gather(*blocks: int) -> dict[str, Tensor]:
+    """``{layer}.weight`` float32 ``[O, I]``, ``{layer}.calibration`` and ``{layer}.evaluation`` float64 ``[I, I]``.
+
+    Of ``blocks``, or of blocks 2 and 14.
+    """
+    blocks = blocks or (2, 14)
+    name = f"official-layers-smollm2-135m-{'-'.join(map(str, blocks))}-32x512-16x512"
+    return cached(name, lambda: _run_model(layers_of(*blocks)))
 
 
 def cached(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -105,16 +118,16 @@ def windows_of(split: str, tokenizer) -> Tensor:
     return torch.tensor(ids[: windows * WINDOW]).view(windows, WINDOW)
 
 
-def _run_model() -> dict[str, Tensor]:
+def _run_model(layers: tuple[str, ...]) -> dict[str, Tensor]:
     model, tokenizer = model_and_tokenizer()
-    out = {f"{layer}.weight": model.get_submodule(layer).weight.detach().clone() for layer in LAYERS}
+    out = {f"{layer}.weight": model.get_submodule(layer).weight.detach().clone() for layer in layers}
     for split in SPLITS:
-        grams = _grams(model, windows_of(split, tokenizer))
+        grams = _grams(model, layers, windows_of(split, tokenizer))
         out |= {f"{layer}.{split}": gram for layer, gram in grams.items()}
     return out
 
 
-def _grams(model, batches: Tensor) -> dict[str, Tensor]:
+def _grams(model, layers: tuple[str, ...], batches: Tensor) -> dict[str, Tensor]:
     grams: dict[str, Tensor] = {}
 
     def watch(layer: str):
@@ -124,7 +137,7 @@ def _grams(model, batches: Tensor) -> dict[str, Tensor]:
 
         return model.get_submodule(layer).register_forward_pre_hook(hook)
 
-    hooks = [watch(layer) for layer in LAYERS]
+    hooks = [watch(layer) for layer in layers]
     with torch.inference_mode():
         for window in batches:
             model.model(window[None], use_cache=False)  # without the head, which is not recorded

@@ -122,7 +122,8 @@ class WeakColumns(OutlierRule):
             return count, ()
         used, each = codes / weights, column / weights
         return 0, (
-            f"no column kept: of {self.target_bits:g} bits the codes take {used:.3f}, and a column would take {each:.3f}",
+            f"no column kept: of {self.target_bits:g} bits the codes and their scales take {used:.3f}, and a column would take "
+            f"{each:.3f}; from {used + each:.3f} bits on one is kept",
         )
 
 
