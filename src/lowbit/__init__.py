@@ -6,6 +6,7 @@ public name is imported when it is first used (PEP 562).
 """
 
 from importlib import import_module as _import_module
+from importlib.util import find_spec as _find_spec
 from typing import TYPE_CHECKING, Any
 
 from lowbit import transformers_hook as _transformers_hook
@@ -60,10 +61,12 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
-    value = globals()[name] = getattr(_import_module(_HOMES[name]), name)
-    return value
+    if name in _HOMES:
+        value = globals()[name] = getattr(_import_module(_HOMES[name]), name)
+        return value
+    if not name.startswith("_") and _find_spec(f"lowbit.{name}") is not None:
+        return _import_module(f"lowbit.{name}")  # lowbit.decoding.explain after import lowbit alone
+    raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

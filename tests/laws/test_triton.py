@@ -125,7 +125,7 @@ import torch, lowbit
 from lowbit.numerics import Int, MinMax, PerGroup, Spec, quantize
 layer = lowbit.modules.QuantLinear.from_qtensor(quantize(torch.randn(8, 32), Spec(Int(4), PerGroup(16)), MinMax()))
 assert layer(torch.randn(2, 32)).shape == (2, 8)
-assert not [name for name in sys.modules if name.startswith("lowbit.kernels.triton.")]
+assert "lowbit.kernels.triton.launch" not in sys.modules  # which imports triton
 """
     subprocess.run([sys.executable, "-c", code], check=True, env=_environment())
 

@@ -108,7 +108,10 @@ def test_an_export_holds_one_layer_and_one_shard_at_a_time(tmp_path, monkeypatch
     native.Native(shard_bytes=limit).write(native.Native().read(tmp_path / "q"), tmp_path / "out")
     # A full shard, the layer that was read last, and the one that is being read.
     assert most <= limit + 2 * largest < sum(t.nbytes for t in tensors.values()) / 3
-    assert len(read) == len(tensors) and len(list((tmp_path / "out").glob("*.safetensors"))) > 5
+    assert (
+        len(read) == sum(t.numel() > 0 for t in tensors.values())
+        and len(list((tmp_path / "out").glob("*.safetensors"))) > 5
+    )
     native.load(tmp_path / "out")
 
 
@@ -171,7 +174,7 @@ def test_a_damaged_checkpoint_is_refused(made, tmp_path):
     shard = sorted(damaged.glob("*.safetensors"))[0]
     tensors = load_file(shard)
     name = next(name for name in tensors if name.endswith(".codes"))
-    save_file(tensors | {name: tensors[name][:-1].contiguous()}, shard, native.SHARD_METADATA)
+    save_file(tensors | {name: tensors[name][:-1].contiguous()}, shard, {"format": "pt"})
     with pytest.raises(ValueError, match=f"tensor {name} is torch.uint8"):
         lowbit.export(damaged, out=tmp_path / "out")
 

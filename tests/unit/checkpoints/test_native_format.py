@@ -24,7 +24,6 @@ from transformers.pytorch_utils import Conv1D
 from lowbit.architectures.experts import unfuse_experts
 from lowbit.checkpoints import native
 from lowbit.checkpoints.description import ModelDescription
-from lowbit.checkpoints.native import SHARD_METADATA
 from lowbit.checkpoints.shards import read_shard_header
 from lowbit.checkpoints.swap import swap
 from lowbit.modules import ActSpec, QuantLinear
@@ -301,7 +300,7 @@ def edit_config(directory: Path, **changes) -> None:
 def drop_tensor(directory: Path, name: str) -> None:
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     shard = directory / index["weight_map"].pop(name)
-    save_file({key: t for key, t in load_file(shard).items() if key != name}, shard, metadata=SHARD_METADATA)
+    save_file({key: t for key, t in load_file(shard).items() if key != name}, shard, metadata={"format": "pt"})
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -340,16 +339,16 @@ def test_other_missing_and_unexpected_tensors_are_named(saved, copy):
     shutil.rmtree(copy)
     shutil.copytree(saved["untied"][1], copy)
     layers = json.loads((copy / "config.json").read_text())["quantization_config"]["layers"]
-    del layers["model.layers.0.mlp.down_proj"]
+    del layers["model.layers.1.mlp.down_proj"]
     edit_config(copy, layers=layers)
-    with pytest.raises(ValueError, match=r"tensor model.layers.0.mlp.down_proj.weight .* is not in the checkpoint"):
+    with pytest.raises(ValueError, match=r"tensor model.layers.1.mlp.down_proj.weight .* is not in the checkpoint"):
         native.load(copy)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 5}, "version 5 of the native format, this lowbit reads versions 1 to 4"),
+        ({"version": 6}, "version 6 of the native format, this lowbit reads versions 1 to 5"),
         ({"schemes": []}, "has scheme 1 of 0|has scheme 0 of 0"),
         ({"schemes": None}, "damaged: expected a list 'schemes'"),
         ({"layers": {}}, "damaged"),

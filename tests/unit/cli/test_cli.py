@@ -530,7 +530,7 @@ def test_methods_json_has_the_five_methods():
     entries = {entry["name"]: entry for entry in json.loads(result.stdout)}
     assert {"rtn", "gptq", "awq", "smoothquant", "omniquant"} <= entries.keys()
     assert all({"name", "family", "paper", "needs"} <= entry.keys() for entry in entries.values())
-    assert entries["gptq"]["needs"] == ["Gram"]
+    assert entries["gptq"]["needs"] == ["Gram", "Tokens"]
     listed = run("methods").stdout
     assert all(entry["name"] in listed for entry in entries.values()) and "arXiv" not in listed
     told = run("methods", "gptq").stdout
