@@ -16,7 +16,7 @@ from torch import Tensor
 
 import lowbit
 from lowbit.architectures import Kind, Port, ResolvedBlock, ResolvedEdge, ResolvedInput
-from lowbit.numerics import Gram
+from lowbit.numerics import Gram, Tokens
 from lowbit.recipes import Recipe
 from lowbit.steps import BlockState
 
@@ -41,7 +41,7 @@ class _Grams(BlockState):
         h = self.gram
         for t in self.draft("linear").pre:
             h = t.forward(t.forward(h).T)
-        return {"input": {Gram(): h}}
+        return {"input": {Gram(): h, Tokens(): torch.tensor([10**6])}}
 
 
 def ratio(layer: str, recipe: Recipe, tensors: dict[str, Tensor], seed: int = 0) -> tuple[float, float]:
