@@ -199,7 +199,9 @@ class Walk:
         self.last = "packed"
 
     def _keep_windows(self, count: int) -> None:
-        """Both streams with their first windows alone: no step reads them, and for the report these are enough."""
+        """Keeps the first windows: no step reads them, and for the report these are enough."""
+        assert self.ids is not None
+        self.ids = self.ids[:count]
         for name in ("fp", "quant", "next"):
             kept = self.store[name][:count].clone()
             self.store.free(name)

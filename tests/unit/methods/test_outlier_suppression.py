@@ -177,7 +177,7 @@ def test_gains_next_to_nothing_stay_where_they_are(opt):
 def test_where_the_norms_output_is_the_residual_stream_the_report_says_that_gains_stay():
     (state, _) = _bare_states(_random_model("opt norm after, projected embeddings"))
     Set(OwnGain(), NORMS).run(state)
-    assert state.notes == ["no edge 'norm_*' in this architecture: its scale is not applied"]
+    assert state.notes == ["block: no edge 'norm_*' in this architecture: its scale is not applied"]
 
 
 def test_only_an_edge_behind_a_norm_has_a_gain_to_migrate(llama):
