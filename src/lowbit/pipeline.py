@@ -465,7 +465,8 @@ def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tenso
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(directory)
     copy_companions(job.source.path, directory, code=job.source.trust_remote_code)
-    weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    files = (directory / name for name in (*shards, native.GUARD))
+    weights = sum(file.stat().st_size for file in files if file.exists())
     bits = native.model_bits_per_weight(directory, unfinished=True)
     report = replace(report, out=job.out, bytes=weights, model_bits_per_weight=bits)
     if weights > job.source_bytes:
