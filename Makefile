@@ -1,7 +1,7 @@
 # Everything a user or a developer runs. PYTHON picks the interpreter (3.11 to 3.13) for a new .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: install demo test exhaustive fuzz identity lint docs fidelity sanitize clean
+.PHONY: install demo test oldest exhaustive fuzz identity lint docs fidelity sanitize clean
 
 install: .venv/installed
 
@@ -19,6 +19,13 @@ demo: install
 test: install
 	# Workers with one thread each beat one with two; the one that is done first takes over from the other.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The parts that stand on transformers' interfaces, with the oldest release that is supported; `make test` has the newest.
+OLDEST := build/transformers-5.20
+oldest: install
+	test -d $(OLDEST) || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) transformers==5.20.0
+	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/laws/test_decoding.py \
+		tests/laws/test_attention.py tests/unit/architectures tests/unit/checkpoints tests/unit/modules tests/unit/test_pipeline.py
 
 # Every combination of factors and every record of the authors' code, where the tests above take enough for every pair.
 exhaustive: install

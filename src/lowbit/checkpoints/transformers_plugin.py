@@ -78,9 +78,15 @@ class LowbitQuantizer(HfQuantizer):
         from lowbit.architectures import IMPLEMENTATION
         from lowbit.checkpoints.native.checking import check_and_prepare
         from lowbit.checkpoints.swap import tie_heads
+        from lowbit.modules import QuantEmbedding, QuantLinear
 
         if self.quantization_config.description().attention:
             model.set_attn_implementation(IMPLEMENTATION)
+        for module in model.modules():
+            if isinstance(module, QuantLinear | QuantEmbedding):
+                for name, (_, dtype) in module.description.layout().items():
+                    # Up to transformers 5.20 classes that keep modules in float32 widen packed tensors too; exact both ways.
+                    module._buffers[name] = module.get_buffer(name).to(dtype)
         tie_heads(model, self.quantization_config.description())
         check_and_prepare(self._directory, model)
         decoding.install(model)
