@@ -94,8 +94,7 @@ def _card(report: Mapping[str, Any], header: Mapping[str, Any], model: str, sour
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in rows),
         "",
-        "Divergence and agreement are over the first windows of the calibration text, while quantizing: an early warning, "
-        "not an evaluation. `lowbit evaluate` measures on held-out text.",
+        f"Divergence and agreement are measured on {report['measured_on']}: an early warning, not an evaluation.",
         "",
         "## Recipe",
         "",

@@ -160,13 +160,15 @@ def _show(result: QuantizeReport) -> None:
     table.add_row("share of block weights quantized", f"{result.coverage:.1%}")
     table.add_row("KL from the original, nats a token", common.number(result.kl))
     table.add_row("top-1 agreement with the original", common.number(result.top1_agreement, ".1%"))
+    if result.outside_cost is not None:
+        table.add_row("of it for the packed embedding and head", f"{result.outside_cost:.2g}")
     if result.worst_layers:
         table.add_section()
     for layer in result.worst_layers[:WORST]:
         table.add_row(f"output error of {layer.name}", common.number(layer.error))
     common.show_table(table)
     if result.kl is not None:
-        common.say("KL and agreement are of the first calibration windows; lowbit evaluate measures on held-out text.")
+        common.say(f"KL and agreement are measured on {result.measured_on}.")
     common.warn((*result.problems, *result.warnings))
 
 
