@@ -191,6 +191,10 @@ def prepare(
     recipe, out = as_recipe(recipe), check_target(Path(out).expanduser())
     recipe.check_runs()
     plan = lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe)
+    if not any(block.formats for block in plan.blocks):
+        raise ValueError(
+            f"recipe {recipe.name!r} quantizes no linear of this model: every rule skips; leave an override out"
+        )
     gguf = gguf_file(model)
     source_bytes = sum(x.nbytes for x in plan.source.headers.values()) if gguf is None else gguf.stat().st_size
     job = Job(plan, None, None, out, source_bytes, [*plan.architecture.warnings, *plan.source.warnings], max_bits)

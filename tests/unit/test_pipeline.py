@@ -382,3 +382,10 @@ def test_more_stored_bits_than_asked_are_said_and_can_be_refused(model, tmp_path
     assert not [each for each in _quantize(model, tmp_path / "plain", plain, max_bits=8).warnings if "asked" in each]
     with pytest.raises(lowbit.BrokenModel, match=r"bits a weight are stored, over the limit 16"):
         _quantize(model, tmp_path / "late", kept, random_ids(2, 8), max_bits=16)
+
+
+def test_a_recipe_that_skips_everything_is_refused_before_any_work(tmp_path):
+    recipe = lowbit.recipe("rtn", bits=4, group_size=32).with_overrides([{"match": "*", "skip": True}])
+    with pytest.raises(ValueError, match="quantizes no linear of this model"):
+        lowbit.quantize(tiny_llama(tmp_path / "model"), recipe, None, out=tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()

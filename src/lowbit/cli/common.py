@@ -210,7 +210,7 @@ def guarded(command: Callable[..., None], interrupted: str = "interrupted") -> C
     """
 
     @functools.wraps(command)
-    def run(*args: Any, quiet: bool, verbose: bool, **kwargs: Any) -> None:
+    def run(*args: Any, quiet: bool = False, verbose: bool = False, **kwargs: Any) -> None:
         set_output(_quiet or quiet, _verbose or verbose)  # asked for before the command's name, or after it
         debug = _verbose or os.environ.get("LOWBIT_DEBUG", "") not in ("", "0")
         try:

@@ -82,12 +82,13 @@ def peak_parts(plan: ModelPlan, samples: int, seq_len: int, ram_limit: int) -> d
     outside = outside_bytes(plan, FLOAT)
     logits = seq_len * plan.source.config.get_text_config().vocab_size * FLOAT
     packed = sum(plan.description(layer).nbytes for *_, layer in plan.layers)
+    tables = sum(layer.nbytes for layer in plan.outside.stored.values())
     fisher = _fisher_parts(plan, worst, samples, seq_len, ram_limit) if plan.recipe.needs_fisher else {}
     train = _train_parts(plan, worst, seq_len, held, packed)
     return (fisher | train) | {
         "start": held | {"embeddings": _base_bytes(plan), "block": _block_bytes(plan.blocks[0])},
         "block": held | block,
-        "compare": held | {"outside the blocks": outside, "logits": 8 * logits},
+        "compare": held | {"outside the blocks": outside, "packed outside": tables, "logits": 8 * logits},
         "reload": held | {"outside the blocks": outside, "packed layers": packed, "logits": 6 * logits},
     }
 
