@@ -433,12 +433,22 @@ class Walk:
             self.packs_outside = plan.limit is None or self.outside_cost < plan.limit
 
     def _cost_of_outside(self) -> float:
-        """Nats a token by which the packed embedding and head move the quantized model away from the original."""
-        packed, plain = (
-            sum(divergence(original, quantized) for _, original, quantized in self._logits(packs))
-            for packs in (True, False)
-        )
-        return float(packed - plain) / len(self.watched)
+        """Nats a token by which the packed embedding and head move the quantized model.
+
+        Measured from the quantized model, not as a difference of two distances from the original: errors of blocks and of
+        embeddings are independent, and their chance products are larger than what is measured.
+        """
+        assert self.stream is not None and self.ids is not None
+        cost = 0.0
+        with self.stream.loaded_outside(self.source):
+            modules = pack_outside(self.model, self.plan.outside)
+            for i, w in enumerate(self.watched):
+                ids, plain = self.ids[w : w + 1], self.store["quant"][w : w + 1]
+                packed = self.store["packed"][i : i + 1] if self.last == "packed" else plain
+                before = self.logits_of(ids, plain)
+                with replaced(self.model, modules):
+                    cost += float(divergence(before, self.logits_of(ids, packed)))
+        return cost / len(self.watched)
 
     def write_rest(self) -> None:
         """Stores everything outside the blocks, packed as :meth:`settle_outside` decided or as it was."""
@@ -461,14 +471,10 @@ class Walk:
 
     def logits(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """``(ids [T], original logits [T, V], quantized logits [T, V])`` of the windows :attr:`watched`."""
-        return self._logits(self.packs_outside)
-
-    def _logits(self, packs: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """:meth:`logits` with or without the packed embedding and head."""
         assert self.stream is not None and self.ids is not None
-        packed = packs and self.last == "packed"
+        packed = self.packs_outside and self.last == "packed"
         with self.stream.loaded_outside(self.source):
-            modules = pack_outside(self.model, self.plan.outside) if packs else {}
+            modules = pack_outside(self.model, self.plan.outside) if self.packs_outside else {}
             for i, w in enumerate(self.watched):
                 ids = self.ids[w : w + 1]
                 original = self.logits_of(ids, self.store["fp"][w : w + 1])
