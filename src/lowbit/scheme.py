@@ -66,10 +66,14 @@ USUAL_COST = 1e-3
 
 
 def row_format(bits: int | None) -> Spec | None:
-    """The format of an embedding or head of ``bits``; None (as it is) for None, 16 and over."""
+    """The format of an embedding or head of ``bits``; None (as it is) for None, 16 and over.
+
+    Groups of 64, because a scale for a whole row costs SmolLM2-135M 0.0017 nats a token at 8 bits and these cost it 0.0006.
+    Scales in bfloat16, because rows of tokens that were never trained can be smaller than float16 holds.
+    """
     if bits is None or bits >= 16:
         return None
-    return Spec(Int(bits, symmetric=True), PerChannel(), scale_dtype="float32")
+    return Spec(Int(bits, symmetric=True), PerGroup(64), scale_dtype="bfloat16")
 
 
 @untagged

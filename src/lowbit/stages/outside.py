@@ -1,4 +1,4 @@
-"""Packing the token embedding and the output head: every weight takes the nearest code of its row."""
+"""Packing the token embedding and the output head: every weight takes the nearest code of its group."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowbit.numerics import ClipSearch, MinMax, quantize
 from lowbit.plan.outside import OutsidePlan
 
 _WIDE = 8
-"""Bits from which on a row's range covers its extremes; narrower codes search for the range of least error."""
+"""Bits from which on a group's range covers its extremes; narrower codes search for the range of least error."""
 
 
 @torch.no_grad()
