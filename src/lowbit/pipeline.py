@@ -25,9 +25,10 @@ from lowbit.checkpoints.model_card import write_card
 from lowbit.checkpoints.source import ModelSource, gguf_file, open_model
 from lowbit.checkpoints.target import check_target
 from lowbit.data import Bos, Calibration, calibration_of, drawn_tokens
-from lowbit.evaluation import kl_and_agreement, output_error
+from lowbit.evaluation import output_error
 from lowbit.modules import restore
 from lowbit.numerics import to_dict
+from lowbit.numerics.divergence import kl_and_agreement
 from lowbit.plan.model_plan import ModelPlan, lay_over
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Recipe, as_recipe

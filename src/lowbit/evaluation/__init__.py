@@ -4,7 +4,6 @@ Everything takes a transformers causal LM (a quantized one is an ordinary model 
 frozen values. Nothing here prints; long work takes `progress(done, total, description)`.
 """
 
-from lowbit.evaluation.divergence import kl_and_agreement
 from lowbit.evaluation.generate import check_chat, generate_text
 from lowbit.evaluation.layers import output_error, sqnr_db
 from lowbit.evaluation.memory import DirectoryBytes, directory_bytes, model_bytes, peak_rss, reset_peak_rss
@@ -24,7 +23,6 @@ __all__ = [
     "evaluate_model",
     "generate_text",
     "keep_states",
-    "kl_and_agreement",
     "measure_speed",
     "model_bytes",
     "output_error",

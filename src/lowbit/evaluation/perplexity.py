@@ -8,7 +8,8 @@ original is given.
 Laws: a model against itself has KL exactly 0 and agreement exactly 1. Figures follow the protocols `gptq`, `llama.cpp`
 and `word` of `windows.py` for every model.
 
-Batch 1. Memory in addition to the models: one window's logits of each, and a few chunks of them (see `divergence.py`).
+Batch 1. Memory in addition to the models: one window's logits of each, and a few chunks of them (see
+`lowbit.numerics.divergence`).
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowbit.evaluation.divergence import score_tokens
 from lowbit.evaluation.forward import check_positions, evaluating, logits_of, vocabulary_size
 from lowbit.evaluation.intervals import Interval, mean_and_interval
 from lowbit.evaluation.reference import KeptOriginal
 from lowbit.evaluation.windows import Cut, Text, Window, cut
+from lowbit.numerics.divergence import score_tokens
 from lowbit.progress import Progress
 
 

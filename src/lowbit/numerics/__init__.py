@@ -1,4 +1,4 @@
-"""Number formats: grids, granularities, fits and quantized tensors.
+"""Number formats: grids, granularities, fits and quantized tensors; the divergence of two distributions.
 
 Imports torch, numpy, numba and pydantic; knows no model and no method.
 """

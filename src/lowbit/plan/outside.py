@@ -42,11 +42,6 @@ class OutsidePlan:
         """Every packed module that stores tensors, by name."""
         return {**self.embeddings, **self.layers}
 
-    @property
-    def heads(self) -> dict[str, LinearDescription]:
-        """Every packed output head by name, tied or not."""
-        return {**self.layers, **{head: self.embeddings[table] for head, table in self.tied_heads.items()}}
-
 
 def plan_outside(model: Any, architecture: Architecture, scheme: Scheme, bias_dtype: torch.dtype) -> OutsidePlan:
     """The plan for a skeleton.

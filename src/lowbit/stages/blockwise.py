@@ -48,12 +48,13 @@ from lowbit.modules import (
     unmake_drafts,
 )
 from lowbit.numerics import from_dict, to_dict
+from lowbit.numerics.divergence import kl_and_agreement
 from lowbit.plan.model_plan import ModelPlan
 from lowbit.plan.outside import OutsidePlan
 from lowbit.progress import Progress, silent
 from lowbit.stages.fisher import FisherPass
 from lowbit.stages.journal import Journal
-from lowbit.stages.outside import divergence, pack_outside, replaced
+from lowbit.stages.outside import pack_outside, replaced
 from lowbit.stages.store import ActivationStore
 from lowbit.stages.stream import Call, CannotStream, Stream, outside
 from lowbit.steps import BlockIO, BlockState, LayerRecord
@@ -131,8 +132,6 @@ class Walk:
         self.records: list[BlockRecord] = []
         self.stream: Stream | None = None
         self.fisher: FisherPass | None = None
-        self.last = "quant"
-        """The stream that the finished model's logits come from: ``packed`` where its embedding is."""
         self.packs_outside = False
         self.outside_cost: float | None = None
         self._at, self._ticks, self._expected = 0, 0, 0  # the block at hand: number, done, about how many there will be
@@ -164,6 +163,11 @@ class Walk:
 
     # Streams
 
+    @property
+    def has_packed_stream(self) -> bool:
+        """Whether a third stream, ``packed``, begins at the packed embedding. The finished model's logits come from it."""
+        return bool(self.plan.outside.embeddings)
+
     def start(self) -> list[Call]:
         """Fills both streams with the first block's inputs; returns every block's arguments."""
         assert self.ids is not None
@@ -176,7 +180,7 @@ class Walk:
             self.store["fp"][w] = self.store["quant"][w] = hidden[0]
 
         calls = self.stream.enter_windows(self.source, self.ids, take, self.store.keep)
-        if self.plan.outside.embeddings:
+        if self.has_packed_stream:
             self._enter_packed()
         return calls
 
@@ -196,7 +200,6 @@ class Walk:
                     self.store.allocate("packed", (len(self.watched), *hidden.shape[1:]), torch.float32)
                 self.store["packed"][i] = hidden[0]
         self.source.release_tensors(self.model, names)
-        self.last = "packed"
 
     def _keep_windows(self, count: int) -> None:
         """Keeps the first windows: no step reads them, and for the report these are enough."""
@@ -213,7 +216,7 @@ class Walk:
             return
         for w in range(len(self.store["fp"])):
             self.store["fp"][w] = self.store["quant"][w] = turned(self.store["fp"][w], self.rotation)
-        if self.last == "packed":
+        if self.has_packed_stream:
             self.store["packed"].copy_(turned(self.store["packed"], self.rotation))
 
     @torch.no_grad()
@@ -260,14 +263,18 @@ class Walk:
     def _check_finished(self) -> None:
         """Forgets finished units from the first one on that is not what this walk writes: the journal was damaged."""
         for i, entry in enumerate(self.section.finished):
-            try:
-                record = BlockRecord.from_dict(entry["record"]) if i < self.total else None
-            except (AttributeError, KeyError, TypeError, ValueError):
-                record = None
-            expected = i == self.total or (record is not None and record.name == self.plan.blocks[i].name)
-            if not expected or entry["file"] != self._shard(i):
-                return self.section.forget(i)
-        return None
+            if entry["file"] != self._shard(i) or not self._is_record(i, entry["record"]):
+                self.section.forget(i)
+                break
+
+    def _is_record(self, i: int, data: dict[str, Any]) -> bool:
+        """Whether ``data`` is a record of block i. The unit after the last block, what is outside, has none to check."""
+        if i >= self.total:
+            return i == self.total
+        try:
+            return BlockRecord.from_dict(data).name == self.plan.blocks[i].name
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return False
 
     def originals(self) -> Iterator[tuple[BlockState, dict[str, Tensor]]]:
         """Each block as it is before the first step, with its inputs in the original model, and the Fisher information of
@@ -395,7 +402,7 @@ class Walk:
         """Moves both streams behind the block; returns their relative squared difference."""
         fp, quant, following = self.store["fp"], self.store["quant"], self.store["next"]
         self._advance(call, block, quant, quant)
-        if self.last == "packed":
+        if self.has_packed_stream:
             self._advance(call, block, self.store["packed"], self.store["packed"], self.watched.start)
         fp.copy_(following)
         lost = sum((quant[w] - fp[w]).double().square().sum() for w in range(self.calibrated))
@@ -444,10 +451,11 @@ class Walk:
             modules = pack_outside(self.model, self.plan.outside)
             for i, w in enumerate(self.watched):
                 ids, plain = self.ids[w : w + 1], self.store["quant"][w : w + 1]
-                packed = self.store["packed"][i : i + 1] if self.last == "packed" else plain
+                packed = self.store["packed"][i : i + 1] if self.has_packed_stream else plain
                 before = self.logits_of(ids, plain)
                 with replaced(self.model, modules):
-                    cost += float(divergence(before, self.logits_of(ids, packed)))
+                    kl_T, _ = kl_and_agreement(before, self.logits_of(ids, packed))
+                    cost += kl_T.mean().item()
         return cost / len(self.watched)
 
     def write_rest(self) -> None:
@@ -472,7 +480,7 @@ class Walk:
     def logits(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """``(ids [T], original logits [T, V], quantized logits [T, V])`` of the windows :attr:`watched`."""
         assert self.stream is not None and self.ids is not None
-        packed = self.packs_outside and self.last == "packed"
+        packed = self.packs_outside and self.has_packed_stream
         with self.stream.loaded_outside(self.source):
             modules = pack_outside(self.model, self.plan.outside) if self.packs_outside else {}
             for i, w in enumerate(self.watched):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowbit.modules import LinearDescription, QuantEmbedding, QuantLinear, scale_of
 from lowbit.numerics import ClipSearch, MinMax, quantize
@@ -43,19 +43,8 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
     own = {name: model.get_submodule(name) for name in modules}
     try:
         for name, module in modules.items():
-            _put(model, name, module)
+            model.set_submodule(name, module)
         yield
     finally:
         for name, module in own.items():
-            _put(model, name, module)
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-def divergence(original_TV: Tensor, other_TV: Tensor) -> Tensor:
-    """KL divergence from ``original`` in nats, mean over T tokens, float64."""
-    p, q = original_TV.double().log_softmax(-1), other_TV.double().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).mean()
+            model.set_submodule(name, module)

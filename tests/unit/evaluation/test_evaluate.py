@@ -22,7 +22,6 @@ from lowbit.evaluation import (
     directory_bytes,
     evaluate_model,
     generate_text,
-    kl_and_agreement,
     measure_speed,
     memory,
     model_bytes,
@@ -32,7 +31,6 @@ from lowbit.evaluation import (
     speed,
     sqnr_db,
 )
-from lowbit.evaluation.divergence import score_tokens
 from lowbit.evaluation.intervals import mean_and_interval, student_t
 from lowbit.evaluation.speed import Plan, fit_budget
 from lowbit.evaluation.windows import cut
@@ -254,47 +252,10 @@ def test_one_pass_gives_the_figures_of_separate_passes(model, other):
     assert found.kl > 0 and 0 < found.top1_agreement < 1
 
 
-def test_kl_of_each_token_is_that_of_torch_distributions():
-    generator = torch.Generator().manual_seed(1)
-    p, q = 3 * torch.randn(2, 50, 77, generator=generator, dtype=torch.float64)
-    expected = torch.distributions.kl_divergence(
-        torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
-    )
-    kl, agree = kl_and_agreement(p, q)
-    assert kl.dtype == torch.float64 and agree.dtype == torch.bool
-    torch.testing.assert_close(kl, expected, rtol=1e-12, atol=0)
-    assert torch.equal(agree, p.argmax(-1) == q.argmax(-1))
-    low, _ = kl_and_agreement(p.bfloat16(), q.bfloat16())
-    exact, _ = kl_and_agreement(p.bfloat16().double(), q.bfloat16().double())
-    torch.testing.assert_close(low, exact, rtol=2e-5, atol=1e-6)  # float32 arithmetic on the same bfloat16 logits
-
-
-def test_kl_is_in_the_direction_from_the_original_to_the_quantized():
-    p, q = torch.tensor([[0.0, -torch.inf]]), torch.tensor([[0.0, 0.0]])
-    assert kl_and_agreement(p, q)[0].item() == pytest.approx(math.log(2), rel=1e-6)  # 0 log 0 = 0
-    assert kl_and_agreement(q, p)[0].item() == math.inf
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_chunks_change_nothing(dtype):
-    generator = torch.Generator().manual_seed(2)
-    p, q = torch.randn(2, 70, 1000, generator=generator, dtype=dtype)
-    targets = torch.randint(1000, (70,), generator=generator)
-    whole = score_tokens(q, targets, p, chunk=70)
-    for chunk in (1, 32, 64, 1000):
-        for found, expected in zip(score_tokens(q, targets, p, chunk=chunk), whole, strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-        kl, agree = kl_and_agreement(p, q, chunk=chunk)
-        torch.testing.assert_close(kl, whole.kl, rtol=1e-12, atol=1e-12)
-        assert torch.equal(agree, whole.agree)
-
-
 def test_models_of_different_vocabularies_are_not_compared(model):
     wider = tiny_model(vocab_size=VOCABULARY + 8)
     with pytest.raises(ValueError, match="128 logits and the original 136"):
         evaluate_model(model, random_ids(64), None, "gptq", 32, against=wider)
-    with pytest.raises(ValueError, match="share a vocabulary"):
-        kl_and_agreement(torch.zeros(2, 3), torch.zeros(2, 4))
 
 
 # intervals
