@@ -30,6 +30,7 @@ from lowbit.modules import restore
 from lowbit.numerics import to_dict
 from lowbit.numerics.divergence import kl_and_agreement
 from lowbit.plan.model_plan import ModelPlan, lay_over
+from lowbit.plan.outside import OutsidePlan
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Recipe, as_recipe
 from lowbit.stages.blockwise import BlockRecord, Broken, Walk
@@ -475,10 +476,7 @@ def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tenso
     bits = native.model_bits_per_weight(directory, unfinished=True)
     report = replace(report, out=job.out, bytes=weights, model_bits_per_weight=bits)
     if weights > job.source_bytes:
-        larger = (
-            f"the weight files take {weights:,} bytes, more than the original's {job.source_bytes:,}: embeddings and head "
-            f"stay in {str(job.source.dtype).removeprefix('torch.')}, and the original may be quantized already"
-        )
+        larger = _larger(weights, job.source_bytes, walk.packed_outside, job.source.dtype)
         report = replace(report, warnings=(*report.warnings, larger))
     write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name, job.source.path)
     if reference is not None:
@@ -486,6 +484,18 @@ def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tenso
     shutil.rmtree(directory / "scratch", ignore_errors=True)
     journal.finish()
     return report
+
+
+def _larger(weights: int, source: int, packed: OutsidePlan, dtype: torch.dtype) -> str:
+    """The warning about weight files of more bytes than the original's."""
+    stored = {"embedding": packed.embeddings, "head": packed.layers or packed.tied_heads}
+    kept = [f"the {what}" for what, layers in stored.items() if not layers]
+    verb = "stay" if len(kept) > 1 else "stays"
+    stays = f"{' and '.join(kept)} {verb} in {str(dtype).removeprefix('torch.')}, and " if kept else ""
+    return (
+        f"the weight files take {weights:,} bytes, more than the original's {source:,}: {stays}the original may be quantized "
+        "already"
+    )
 
 
 @torch.no_grad()

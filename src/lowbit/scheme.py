@@ -165,14 +165,17 @@ class Override:
         """``outside`` with what this override says of the embedding or the head.
 
         Raises:
-            ValueError: something else than bits or skip.
+            ValueError: something else than bits or skip, or bits that no code has.
         """
         others = [key for key in ("group_size", "symmetric", "activation_bits") if getattr(self, key) is not None]
         if others or (self.bits is None) != self.skip:
             raise ValueError(
                 f"override {self.match!r}: bits or skip are expected, found {', '.join(others) or 'neither'}"
             )
-        return replace(outside, **{OUTSIDE_ROLES[self.match]: None if self.skip else row_format(self.bits)}, limit=None)
+        what = OUTSIDE_ROLES[self.match]
+        if self.bits is not None and not (1 <= self.bits <= 8 or self.bits >= 16):
+            raise ValueError(f"the {what} has 1 to 8 bits, or 16 to stay as it is; found {self.bits}")
+        return replace(outside, **{what: None if self.skip else row_format(self.bits)}, limit=None)
 
     def rule(self, base: FormatRule) -> FormatRule:
         if self.skip:

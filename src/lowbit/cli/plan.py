@@ -10,7 +10,9 @@ from lowbit.cli import common
 from lowbit.cli.choose import (
     ActivationBits,
     Bits,
+    EmbeddingBits,
     GroupSize,
+    HeadBits,
     MethodOption,
     Overrides,
     RamLimit,
@@ -20,6 +22,7 @@ from lowbit.cli.choose import (
     byte_count,
     choose_recipe,
     method_options,
+    outside_overrides,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ def command(
     bits: Bits = None,
     group_size: GroupSize = None,
     activation_bits: ActivationBits = None,
+    embedding_bits: EmbeddingBits = None,
+    head_bits: HeadBits = None,
     scheme: SchemeName = None,
     settings: Settings = None,
     overrides: Overrides = None,
@@ -49,7 +54,7 @@ def command(
     Bytes, bits per weight, peak memory, layers that stay as they are and why, and which runtimes can take the result.
     """
     options = method_options(bits, group_size, activation_bits, settings, scheme)
-    chosen = choose_recipe(method, recipe, options, overrides)
+    chosen = choose_recipe(method, recipe, options, [*(overrides or ()), *outside_overrides(embedding_bits, head_bits)])
     from lowbit.plan import plan
 
     result = plan(

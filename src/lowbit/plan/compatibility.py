@@ -41,12 +41,15 @@ def model_description(plan: ModelPlan) -> ModelDescription:
 
     Sizes that a search or a solver chooses are upper bounds. Numbers of outliers are unknown.
     """
+    layers = {f"{block.name}.{path}": _with_solver(plan.description(layer), layer) for block, path, layer in plan.layers}
     return ModelDescription(
-        {f"{block.name}.{path}": _with_solver(plan.description(layer), layer) for block, path, layer in plan.layers},
+        layers={**layers, **plan.outside.layers},
         attention={
             f"{block.name}.{path}": spec for block in plan.blocks for path, spec in block.description.attention.items()
         },
         residual=plan.residual,
+        embeddings=plan.outside.embeddings,
+        tied_heads=plan.outside.tied_heads,
     )
 
 

@@ -148,9 +148,14 @@ class Walk:
         return held or range(min(WATCHED, self.calibrated))
 
     @property
+    def packed_outside(self) -> OutsidePlan:
+        """What is packed outside of the blocks: all of the plan's, or nothing, as :meth:`settle_outside` decided."""
+        return self.plan.outside if self.packs_outside else OutsidePlan()
+
+    @property
     def description(self) -> ModelDescription:
         """What the checkpoint of the blocks so far stores."""
-        packed = self.plan.outside if self.packs_outside else OutsidePlan()
+        packed = self.packed_outside
         layers = {name: layer for record in self.records for name, layer in record.modules.items()}
         return ModelDescription(
             layers={**layers, **packed.layers},
@@ -462,7 +467,7 @@ class Walk:
         """Stores everything outside the blocks, packed as :meth:`settle_outside` decided or as it was."""
         if len(self.section.finished) > self.total:
             return
-        packed = self.plan.outside if self.packs_outside else OutsidePlan()
+        packed = self.packed_outside
         tied = set(self.model.all_tied_weights_keys)
         names = [key for key in outside(self.model, self.architecture) if key not in tied]
         plain = [key for key in names if key.rpartition(".")[0] not in packed.stored]

@@ -14,6 +14,7 @@ from lowbit import decoding
 from lowbit.modules import QuantEmbedding, QuantLinear
 from lowbit.numerics import Int, MinMax, PerChannel, PerGroup, Spec, quantize
 from lowbit.plan import outside as outsides
+from lowbit.pipeline import prepare, run
 from lowbit.plan import plan
 from lowbit.recipes import as_recipe
 
@@ -123,3 +124,21 @@ def test_overrides_of_embedding_and_head_take_bits_or_skip():
     for entry in ({"match": "head"}, {"match": "embedding", "bits": 8, "group_size": 32}):
         with pytest.raises(ValueError, match="bits or skip are expected"):
             as_recipe("rtn").with_overrides([entry])
+
+
+@pytest.mark.parametrize("match", ["embedding", "head"])
+def test_bits_that_an_embedding_or_a_head_cannot_have_are_refused_by_name(match):
+    for bits in (0, 9, 15):
+        with pytest.raises(ValueError, match=f"the {match} has 1 to 8 bits, or 16 to stay as it is; found {bits}"):
+            as_recipe("rtn").with_overrides([{"match": match, "bits": bits}])
+    assert getattr(as_recipe("rtn").with_overrides([{"match": match, "bits": 16}]).scheme.chosen_outside, match) is None
+
+
+def test_a_result_larger_than_its_source_names_only_what_is_not_packed(model, tmp_path):
+    for name, bits in (("plain", {}), ("packed", {"embedding": 8, "head": 8})):
+        job = prepare(model, recipe(**bits), IDS, out=tmp_path / name)
+        job.source_bytes = 1
+        report = run(job, ram_limit=2**30, max_kl=50, allow_broken=False, restart=False)
+        (warning,) = [text for text in report.warnings if "more than the original's" in text]
+        assert warning.endswith("the original may be quantized already")
+        assert ("the embedding and the head stay in float32" in warning) == (name == "plain")

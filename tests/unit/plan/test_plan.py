@@ -376,6 +376,19 @@ def test_other_formats_are_judged_by_bits_groups_and_zero_points(models, name, o
     assert why in answers(models, name, **options)[format]
 
 
+@pytest.mark.parametrize("name", ["llama", "tied"])
+def test_formats_that_have_no_place_for_a_packed_embedding_say_how_to_leave_it(models, name):
+    def found(**change):
+        wanted = recipe("rtn", group_size=16).with_overrides([{"match": "embedding", **change}])
+        return plan(models(name), wanted).compatibility
+
+    packed, plain = found(bits=8), found(skip=True)
+    for other in ("vLLM / compressed-tensors", "llama.cpp GGUF", "GPTQ format"):
+        assert "the embedding is packed, for which it has no place; --embedding-bits 16 leaves it" in packed[other]
+        assert "embedding" not in plain[other]
+    assert packed["native format"].startswith("yes")
+
+
 # Explanations
 
 

@@ -94,6 +94,8 @@ def beside_codes(description: ModelDescription, *, order: bool = False) -> Itera
         kept |= dict.fromkeys(_WORDS.get(part.type, part.type) for part in layer.side_terms)
     if kept:
         yield f"layers keep {' and '.join(sorted(kept))}, for which it has no place"
+    if description.embeddings:
+        yield "the embedding is packed, for which it has no place; --embedding-bits 16 leaves it as it is"
     if description.attention:
         yield "attention multiplies quantized queries, keys and values, for which it has no place"
     if description.kv is not None:
