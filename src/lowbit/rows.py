@@ -1,4 +1,7 @@
-"""Texts in files of rows: JSON, JSON lines, CSV and parquet with a column of texts or of chat messages."""
+"""Texts in files of rows: JSON, JSON lines, CSV and parquet with a column of texts or of chat messages.
+
+Not read by ``datasets``: it copies each file into its cache, and refuses mixed rows without saying which one is wrong.
+"""
 
 from __future__ import annotations
 
@@ -94,11 +97,9 @@ def _csv(path: Path, text: str) -> list[Any]:
 
 
 def _parquet(path: Path, content: bytes) -> list[Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise RowError(f"{path}: parquet files need the package pyarrow. Run: pip install pyarrow") from None
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         return pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -248,8 +250,7 @@ def test_files_of_rows_are_read_by_their_text_or_messages(tokenizer, tmp_path):
         assert load_text(str(tmp_path / name)).text == expected, name
     assert load_text(f"{tmp_path / 'a.csv'}:id").text == "0\n\n1\n\n2"
     assert load_text([row["text"] for row in rows]).text == expected
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert load_text(str(tmp_path / "a.parquet")).text == expected
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfplain")
     assert load_text(str(tmp_path / "bom.txt")).text == "plain"

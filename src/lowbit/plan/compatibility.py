@@ -41,7 +41,9 @@ def model_description(plan: ModelPlan) -> ModelDescription:
 
     Sizes that a search or a solver chooses are upper bounds. Numbers of outliers are unknown.
     """
-    layers = {f"{block.name}.{path}": _with_solver(plan.description(layer), layer) for block, path, layer in plan.layers}
+    layers = {
+        f"{block.name}.{path}": _with_solver(plan.description(layer), layer) for block, path, layer in plan.layers
+    }
     return ModelDescription(
         layers={**layers, **plan.outside.layers},
         attention={

@@ -3,7 +3,8 @@
 A run writes into ``DIR.partial`` next to its target and renames it at the very end, so nothing that looks finished exists
 before. A block's shard is written under another name, flushed to disk and renamed, and only then does a line with its
 hash enter the journal; a kill at any point leaves either no line or a whole shard. The journal's first line says what is
-being made from what; a run that would make something else refuses to continue it. A lock keeps a second run out.
+being made from what; a run that would make something else refuses to continue it. A lock beside the directory keeps a
+second run out; the system releases it when a process ends, however that ends.
 
 A recipe's stages share the directory. Each has a :class:`Section` of the journal: its finished units, and names for their
 files.
@@ -18,22 +19,18 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from lowbit.checkpoints.shards import write_shard
 from lowbit.checkpoints.target import OutputError, check_target
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
-
-
-JOURNAL, LOCK = "journal.jsonl", "lock"
+JOURNAL, HOLDER = "journal.jsonl", "lock-holder"
 UNLISTED = "fisher-*.safetensors"
 """Whole files that a continued run uses although the journal does not name them."""
 
@@ -50,7 +47,7 @@ class Journal:
         self.out, self.header = Path(out).resolve(), json.loads(json.dumps(header))
         self.directory = self.out.with_name(self.out.name + ".partial")
         self.finished: list[dict[str, Any]] = []
-        self._lock: int | None = None
+        self._lock = FileLock(self.out.with_name(self.directory.name + ".lock"), timeout=0, thread_local=False)
 
     @property
     def path(self) -> Path:
@@ -79,9 +76,15 @@ class Journal:
 
     def _open(self, restart: bool) -> int:
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.directory / LOCK)
-            if self._aside.exists():  # the kill came between the two renames of finish
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            check_target(self.out)  # again: another run may have finished it meanwhile
+            continued = self.directory.exists()
+            self.directory.mkdir(exist_ok=True)
+            (self.directory / HOLDER).write_text(_this_process())
+            if not continued:  # a kill came after the last rename of finish: what the journal lists is not here
+                self._aside.unlink(missing_ok=True)
+            elif self._aside.exists():  # a kill came between the two renames
                 self._aside.replace(self.path)
             if restart:
                 self._sweep(())
@@ -96,15 +99,27 @@ class Journal:
             raise _disk_error(self.directory, error) from error
         return len(self.finished)
 
+    def _take_lock(self) -> None:
+        try:
+            self._lock.acquire()
+        except Timeout:
+            holder = self.directory / HOLDER
+            name = holder.read_text() if holder.exists() else "a process that has just begun"
+            raise OutputError(
+                f"{self.directory} is being written by another run ({name}); wait for it, stop it, or choose another -o DIR"
+            ) from None
+
     def close(self) -> None:
         """Lets other runs have the directory."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if self._lock.is_locked:
+            (self.directory / HOLDER).unlink(missing_ok=True)
+            with suppress(PermissionError):  # Windows does not remove an open file
+                Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
 
     def _sweep(self, kept: Iterable[str]) -> None:
-        """Removes everything in the directory but the lock and the files ``kept``."""
-        keep = {LOCK, *kept}
+        """Removes everything in the directory but the files ``kept`` and the name of the lock's holder."""
+        keep = {HOLDER, *kept}
         for path in self.directory.iterdir():
             if path.name in keep or (kept and path.match(UNLISTED)):
                 continue
@@ -189,38 +204,16 @@ class Journal:
             for shard in self.directory.glob(pattern):
                 shard.unlink()
         self.path.replace(self._aside)  # in the directory until now: a kill before this line loses nothing
+        (self.directory / HOLDER).unlink()
         if self.out.exists():
             self.out.rmdir()  # empty: checked by open
         os.replace(self.directory, self.out)  # noqa: PTH105
         self._aside.unlink()
-        (self.out / LOCK).unlink()
         self.close()
 
 
-def _locked(path: Path) -> int:
-    """A file descriptor that holds the lock of a partial directory; the file says which process that is.
-
-    Raises:
-        OutputError: another run holds it.
-    """
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    if fcntl is None:  # a system without such locks
-        return lock
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(lock, 1000, 0).decode(errors="replace") or "a process that has just begun"
-        os.close(lock)
-        raise OutputError(
-            f"{path.parent} is being written by another run ({holder}); wait for it, stop it, or choose another -o DIR"
-        ) from None
-    except OSError:  # a file system without locks
-        return lock
-    os.ftruncate(lock, 0)
-    os.write(
-        lock, f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode()
-    )
-    return lock
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
 
 
 def _whole_lines(content: bytes) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ import lowbit
 from lowbit import decoding
 from lowbit.modules import QuantEmbedding, QuantLinear
 from lowbit.numerics import Int, MinMax, PerChannel, PerGroup, Spec, quantize
-from lowbit.plan import outside as outsides
 from lowbit.pipeline import prepare, run
+from lowbit.plan import outside as outsides
 from lowbit.plan import plan
 from lowbit.recipes import as_recipe
 

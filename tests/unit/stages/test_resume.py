@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -195,7 +197,7 @@ def test_what_an_interrupted_run_left_and_no_line_names_is_removed(tmp_path):
     again.open()
     assert {path.name for path in directory.iterdir()} == {
         "journal.jsonl",
-        "lock",
+        "lock-holder",
         "one.safetensors",
         "two.safetensors",
         "three.safetensors",
@@ -209,6 +211,29 @@ def test_a_kill_between_the_last_two_renames_loses_nothing(tmp_path):
     journal = _three_units(tmp_path)
     journal.path.replace(tmp_path / "out.journal")
     assert Journal(tmp_path / "out", {"recipe": "a"}).open() == 3
+
+
+def test_what_a_kill_after_the_last_rename_left_is_dropped(tmp_path):
+    journal = _three_units(tmp_path)
+    journal.path.replace(tmp_path / "out.journal")
+    journal.directory.rename(tmp_path / "out")
+    with pytest.raises(OutputError, match="not empty"):
+        Journal(tmp_path / "out", {"recipe": "a"}).open()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    again = Journal(tmp_path / "out", {"recipe": "b"})
+    assert again.open() == 0 and not (tmp_path / "out.journal").exists()
+    again.close()
+
+
+def test_a_lock_ends_with_its_process_and_is_left_nowhere(tmp_path):
+    code = "import os, sys; from lowbit.stages.journal import Journal\nj = Journal(sys.argv[1], {}); j.open(); os.kill(os.getpid(), 9)"
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")])
+    assert killed.returncode == -signal.SIGKILL
+    assert {path.name for path in tmp_path.iterdir()} == {"out.partial", "out.partial.lock"}
+    journal = Journal(tmp_path / "out", {})
+    assert journal.open() == 0
+    journal.close()
+    assert {path.name for path in tmp_path.rglob("*")} == {"out.partial", "journal.jsonl"}
 
 
 def test_a_second_run_on_one_target_is_told_who_has_it(tmp_path):
