@@ -24,7 +24,7 @@ from lowbit.data import calibration_of, load_text
 from lowbit.evaluation.perplexity import windows_sha256
 from lowbit.evaluation.windows import cut
 from lowbit.numerics import to_dict
-from lowbit.pipeline import MAX_KL
+from lowbit.report import MAX_KL
 
 RESULTS = Path(__file__).parent / "results"
 MODEL, WINDOWS, SEQ_LEN, SAMPLES, CALIBRATION_LEN = "smollm2-135m", 20, 1024, 32, 512  # the old script's constants

@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 
 import lowbit
 from lowbit.checkpoints.gguf_reader import cache_directory
+from lowbit.checkpoints.locate import locate
 from lowbit.checkpoints.native import bits_report
-from lowbit.checkpoints.source import locate
 from lowbit.cli import common
 from lowbit.evaluation import (
     Evaluation,

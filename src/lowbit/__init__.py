@@ -18,8 +18,9 @@ if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors; a test com
     from lowbit.catalog import list_methods
     from lowbit.comparison import compare
     from lowbit.linear_api import quantize_linear
-    from lowbit.pipeline import BrokenModel, QuantizeReport, quantize
+    from lowbit.pipeline import quantize
     from lowbit.recipes import Recipe, recipe
+    from lowbit.report import BrokenModel, QuantizeReport
 
 __all__ = [
     "Allocation",
@@ -42,9 +43,9 @@ __all__ = [
 
 _HOMES = {
     "Allocation": "lowbit.allocation",
-    "BrokenModel": "lowbit.pipeline",
+    "BrokenModel": "lowbit.report",
     "ExportReport": "lowbit.api",
-    "QuantizeReport": "lowbit.pipeline",
+    "QuantizeReport": "lowbit.report",
     "Recipe": "lowbit.recipes",
     "allocate": "lowbit.allocation",
     "compare": "lowbit.comparison",

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowbit.checkpoints import native
-from lowbit.checkpoints import source as sources
 from lowbit.checkpoints.export import ExportReport, export
+from lowbit.checkpoints.locate import locate
 from lowbit.checkpoints.source import load_tokenizer
 from lowbit.data import load_text
 from lowbit.evaluation import Evaluation, directory_bytes, evaluate_model
@@ -34,7 +34,7 @@ def load(
     Raises:
         ValueError: nothing there that can be loaded, with what to do.
     """
-    _, path = sources.locate(model, trust_remote_code=trust_remote_code)
+    _, path = locate(model, trust_remote_code=trust_remote_code)
     return native.load(path, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
@@ -85,7 +85,7 @@ def evaluate(
     result = dataclasses.replace(result, bits_per_weight=native.bits_per_weight(loaded))
     if where is None:
         return result
-    path = sources.locate(where, trust_remote_code=trust_remote_code)[1]
+    path = locate(where, trust_remote_code=trust_remote_code)[1]
     bits, size = native.model_bits_per_weight(path), directory_bytes(path).weights
     return dataclasses.replace(result, model_bits_per_weight=bits, bytes=size)
 

@@ -8,9 +8,9 @@ has been compared with the one that was measured.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf, prod
+from math import inf, isnan, prod
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from lowbit.checkpoints import native
 from lowbit.checkpoints.companions import copy_companions
+from lowbit.checkpoints.locate import gguf_file
 from lowbit.checkpoints.model_card import write_card
-from lowbit.checkpoints.source import ModelSource, gguf_file, open_model
+from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.checkpoints.target import check_target
 from lowbit.data import Bos, Calibration, calibration_of, drawn_tokens
 from lowbit.evaluation import output_error
@@ -30,105 +31,27 @@ from lowbit.modules import restore
 from lowbit.numerics import to_dict
 from lowbit.numerics.divergence import kl_and_agreement
 from lowbit.plan.model_plan import ModelPlan, lay_over
-from lowbit.plan.outside import OutsidePlan
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Recipe, as_recipe
-from lowbit.stages.blockwise import BlockRecord, Broken, Walk
+from lowbit.report import (
+    MAX_KL,
+    BrokenModel,
+    QuantizeReport,
+    beyond_asked,
+    grouped,
+    larger_than_source,
+    losses,
+    other_problems,
+    refusal,
+)
+from lowbit.stages.blockwise import Broken, Walk
 from lowbit.stages.journal import Journal
 from lowbit.stages.run import Run
 from lowbit.stages.stream import CannotStream, check_blocks_run_alone
-from lowbit.steps import LayerRecord
 from lowbit.surroundings import own_settings
 from lowbit.version import __version__
 
-MAX_KL = 2.0
-"""Mean KL divergence (nats a token) from the original beyond which a model counts as broken."""
-MAX_ZEROED = 0.1
-"""Share of a layer's groups that may come out all zero, as those of channels that no token activates do."""
 RELOAD_TOLERANCE = 1e-4  # relative squared difference of logits; equal up to the order of float32 sums
-
-
-@dataclass(frozen=True)
-class QuantizeReport:
-    """What came out, as measured.
-
-    Attributes:
-        out: the checkpoint's directory; None where nothing finished was written.
-        bits_per_weight: all stored bits of the quantized linears over their weights.
-        model_bits_per_weight: all stored bits of the checkpoint over the model's parameters; 0 where nothing was written.
-        bytes: of the checkpoint's weight files.
-        source_bytes: of the original's weights as the user has them: its tensors, or the GGUF file.
-        kl, top1_agreement: against the original; None where its blocks cannot run one at a time.
-        measured_on: what ``kl`` and ``top1_agreement`` were measured on.
-        outside_cost: nats a token that packing the embedding and the head costs; None: not packed, or not measured.
-        coverage: share of the weights in the blocks' matrices that are quantized.
-        layers, blocks: records in the order of the walk; ``error`` is a relative squared output error.
-        problems: why the result counts as broken; empty for a good one.
-        warnings: what the user should know and may accept.
-    """
-
-    out: Path | None
-    recipe: Recipe
-    calibration: str
-    bits_per_weight: float
-    model_bits_per_weight: float
-    bytes: int
-    source_bytes: int
-    kl: float | None
-    top1_agreement: float | None
-    measured_on: str
-    coverage: float
-    outside_cost: float | None
-    blocks: tuple[BlockRecord, ...]
-    problems: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def layers(self) -> list[LayerRecord]:
-        return [layer for block in self.blocks for layer in block.layers]
-
-    @property
-    def worst_layers(self) -> list[LayerRecord]:
-        """Layers by falling output error."""
-        return sorted((x for x in self.layers if x.error is not None), key=lambda x: x.error or 0.0, reverse=True)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
-        return {
-            "out": None if self.out is None else str(self.out),
-            "recipe": to_dict(self.recipe),
-            "calibration": self.calibration,
-            "bits_per_weight": self.bits_per_weight,
-            "model_bits_per_weight": self.model_bits_per_weight,
-            "bytes": self.bytes,
-            "source_bytes": self.source_bytes,
-            "kl": self.kl,
-            "top1_agreement": self.top1_agreement,
-            "measured_on": self.measured_on,
-            "coverage": self.coverage,
-            "outside_cost": self.outside_cost,
-            "problems": list(self.problems),
-            "warnings": list(self.warnings),
-            "layers": [
-                {
-                    "name": x.name,
-                    "role": x.role,
-                    "bits_per_weight": x.bits_per_weight,
-                    "error": x.error,
-                    "notes": list(x.notes),
-                }
-                for x in self.layers
-            ],
-            "block_errors": [block.error for block in self.blocks],
-        }
-
-
-class BrokenModel(ValueError):
-    """The guard's refusal. ``report`` says what was measured."""
-
-    def __init__(self, message: str, report: QuantizeReport | None = None):
-        super().__init__(message)
-        self.report = report
 
 
 @dataclass
@@ -335,7 +258,7 @@ def _run(
         del model
         report = _report(job, walk, kl, agreement, max_kl)
         if report.problems and not allow_broken:
-            raise BrokenModel(_refusal(job, report), report)
+            raise BrokenModel(refusal(report, journal.directory.name), report)
         return _finish(job, walk, report, reference)
     finally:
         running.close()
@@ -387,29 +310,20 @@ def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max
         blocks=tuple(walk.records),
         warnings=(
             *job.warnings,
-            *_beyond_asked(bits, _asked_bits(job.plan)),
+            *beyond_asked(bits, _asked_bits(job.plan)),
             *_outside_note(walk),
-            *_grouped(sorted(notes), {block.name for block in walk.records}),
+            *grouped(sorted(notes), {block.name for block in walk.records}),
         ),
     )
-    problems = [*job.plan.problems, *_losses(report, max_kl), *_others(report, job.max_bits)]
+    lost = losses(report, max_kl)
     if job.calibration is None:  # drawn tokens are no text: what they show is said, and only NaN refuses
-        lost = [text for text in _losses(report, max_kl) if "nan" not in text]
-        problems = [text for text in problems if text not in lost]
-        report = replace(report, warnings=(*report.warnings, *(f"on {report.measured_on}: {text}" for text in lost)))
+        said = [f"on {report.measured_on}: {text}" for value, text in lost if not isnan(value)]
+        lost = [(value, text) for value, text in lost if isnan(value)]
+        report = replace(report, warnings=(*report.warnings, *said))
+    problems = [*job.plan.problems, *(text for _, text in lost), *other_problems(report, job.max_bits)]
     if weights < promised or not layers:
         problems.append(f"{weights:,} weights are quantized, the recipe promised {promised:,}")
     return replace(report, problems=tuple(problems))
-
-
-def _beyond_asked(stored: float, asked: float) -> tuple[str, ...]:
-    """A warning if tables, scales and kept weights make the codes a small part of what is stored."""
-    if stored <= asked + 1 and stored <= 1.25 * asked:
-        return ()
-    return (
-        f"{stored:.2f} bits a weight are stored where {asked:g} were asked: scales, tables and kept weights take the rest; "
-        "larger groups or another method store less",
-    )
 
 
 def _measured_on(job: Job, walk: Walk) -> str:
@@ -431,38 +345,6 @@ def _outside_note(walk: Walk) -> list[str]:
     ]
 
 
-def _losses(report: QuantizeReport, max_kl: float) -> list[str]:
-    """Outputs too far from the original's."""
-    found = []
-    if report.kl is not None and not report.kl <= max_kl:
-        found.append(
-            f"the mean KL divergence from the original is {report.kl:.3g} nats a token, over the limit {max_kl:g}"
-        )
-    for layer in report.layers:
-        if layer.error is not None and not layer.error < 1.0:
-            found.append(f"{layer.name} keeps nothing of its output (relative error {layer.error:.3g})")
-    return found
-
-
-def _others(report: QuantizeReport, max_bits: float) -> list[str]:
-    """More stored bits than allowed, and layers that lost whole groups."""
-    found = []
-    if report.bits_per_weight > max_bits:
-        found.append(f"{report.bits_per_weight:.3f} bits a weight are stored, over the limit {max_bits:g}")
-    lost = (layer for layer in report.layers if layer.zeroed > MAX_ZEROED)
-    return found + [f"{layer.name}: {layer.zeroed:.0%} of its groups came out all zero" for layer in lost]
-
-
-def _refusal(job: Job, report: QuantizeReport) -> str:
-    worst = ", ".join(f"{x.name} ({x.error:.3g})" for x in report.worst_layers[:5])
-    return (
-        f"the result is broken: {'; '.join(report.problems[:5])}. Layers with the largest relative output error: {worst}. "
-        "Likely remedies: more bits or smaller groups for these layers (overrides), a calibrated method such as one that "
-        "corrects errors as it goes, or more calibration text. Nothing finished was written; "
-        f"{job.out.name}.partial keeps the blocks: repeat with --allow-broken to write the checkpoint all the same"
-    )
-
-
 def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tensor, Tensor] | None) -> QuantizeReport:
     """Config, index, card and tokenizer into the partial directory; reload and compare there; then the rename."""
     journal, directory = walk.journal, walk.journal.directory
@@ -476,31 +358,22 @@ def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tenso
     bits = native.model_bits_per_weight(directory, unfinished=True)
     report = replace(report, out=job.out, bytes=weights, model_bits_per_weight=bits)
     if weights > job.source_bytes:
-        larger = _larger(weights, job.source_bytes, walk.packed_outside, job.source.dtype)
+        larger = larger_than_source(weights, job.source_bytes, walk.packed_outside, job.source.dtype)
         report = replace(report, warnings=(*report.warnings, larger))
     write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name, job.source.path)
-    if reference is not None:
-        _compare_reloaded(directory, *reference, job.source.trust_remote_code)
+    _check_reloaded(directory, reference, job.source.trust_remote_code)
     shutil.rmtree(directory / "scratch", ignore_errors=True)
     journal.finish()
     return report
 
 
-def _larger(weights: int, source: int, packed: OutsidePlan, dtype: torch.dtype) -> str:
-    """The warning about weight files of more bytes than the original's."""
-    stored = {"embedding": packed.embeddings, "head": packed.layers or packed.tied_heads}
-    kept = [f"the {what}" for what, layers in stored.items() if not layers]
-    verb = "stay" if len(kept) > 1 else "stays"
-    stays = f"{' and '.join(kept)} {verb} in {str(dtype).removeprefix('torch.')}, and " if kept else ""
-    return (
-        f"the weight files take {weights:,} bytes, more than the original's {source:,}: {stays}the original may be quantized "
-        "already"
-    )
-
-
 @torch.no_grad()
-def _compare_reloaded(directory: Path, ids_T: Tensor, logits: Tensor, trust_remote_code: bool) -> None:
+def _check_reloaded(directory: Path, reference: tuple[Tensor, Tensor] | None, trust_remote_code: bool) -> None:
+    """Loads what was saved; ``reference``: ids ``[T]`` and logits ``[T, V]`` to compare with, None where none were measured."""
     reloaded = native.load(directory, dtype=torch.float32, unfinished=True, trust_remote_code=trust_remote_code)
+    if reference is None:
+        return
+    ids_T, logits = reference
     restore(reloaded)  # by the kernels that measured: others round elsewhere, and activations of 4 bits make much of it
     error = output_error(logits, reloaded(input_ids=ids_T[None], use_cache=False).logits[0])
     if not error < RELOAD_TOLERANCE:
@@ -508,20 +381,3 @@ def _compare_reloaded(directory: Path, ids_T: Tensor, logits: Tensor, trust_remo
             f"the reloaded checkpoint does not compute what was measured (relative error {error:.3g}); this is a defect of "
             f"lowbit or of the disk. {directory} is kept for inspection and is not a finished checkpoint"
         )
-
-
-def _grouped(notes: list[str], blocks: Container[str]) -> list[str]:
-    """Notes that differ only in the layer's name, as one line with a count; experts are counted too."""
-    by_text: dict[str, list[str]] = {}
-    for note in notes:
-        name, _, text = note.partition(": ")
-        by_text.setdefault(text, []).append(name)
-    return [f"{_several(names, blocks)}: {text}" for text, names in by_text.items()]
-
-
-def _several(names: list[str], blocks: Container[str]) -> str:
-    """The first of ``names`` and how many follow. Experts are modules with a number for a name, inside a block."""
-    owners = {name.rpartition(".")[0] for name in names}
-    experts = sum(owner.rpartition(".")[2].isdecimal() and owner not in blocks for owner in owners)
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]}{more}{f' (of {experts} experts)' if experts > 1 else ''}"

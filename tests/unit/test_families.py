@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 import lowbit
 from families import FAMILIES, PAGE, error_of, ids, save_model
-from lowbit.pipeline import BrokenModel
+from lowbit.report import BrokenModel
 
 CASES = {  # a method each, of all three
     "jamba": "gptq",

@@ -25,6 +25,7 @@ from lowbit.scheme import linears
 from lowbit.solve import FEW_TOKENS
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Journal
+from lowbit.stages.stream import CannotStream
 from lowbit.steps import Solve
 
 from helpers import random_ids, tiny_llama
@@ -284,6 +285,32 @@ def test_a_run_without_text_is_measured_and_reloaded_on_drawn_tokens(tmp_path, m
     monkeypatch.setattr("lowbit.pipeline.output_error", lambda a, b: 1.0)
     with pytest.raises(lowbit.BrokenModel, match="the reloaded checkpoint does not compute what was measured"):
         lowbit.quantize(model, "rtn", None, out=tmp_path / "wrong")
+
+
+def test_drawn_tokens_refuse_a_model_for_nan_alone(model, tmp_path, monkeypatch):
+    def measure(kl):
+        monkeypatch.setattr("lowbit.pipeline.kl_and_agreement", lambda *_: (torch.tensor([kl]), torch.tensor([False])))
+
+    measure(3.0)
+    assert "is 3 nats a token" in lowbit.quantize(model, "rtn", None, out=tmp_path / "far").warnings[-1]
+    measure(float("nan"))
+    with pytest.raises(lowbit.BrokenModel, match="KL divergence from the original is nan"):
+        lowbit.quantize(model, "rtn", None, out=tmp_path / "nan")
+
+
+def test_a_checkpoint_that_nothing_was_measured_on_is_loaded_before_it_is_finished(model, tmp_path, monkeypatch):
+    def cannot(walk):
+        raise CannotStream("its blocks cannot run one at a time")
+
+    def damaged(directory, **options):
+        raise ValueError("it does not load")
+
+    monkeypatch.setattr(Walk, "start", cannot)
+    assert lowbit.quantize(model, "rtn", None, out=tmp_path / "q").measured_on == "nothing"
+    monkeypatch.setattr("lowbit.checkpoints.native.load", damaged)
+    with pytest.raises(ValueError, match="it does not load"):
+        lowbit.quantize(model, "rtn", None, out=tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_results_are_measured_on_windows_of_the_text_that_no_step_saw(tmp_path):

@@ -13,8 +13,9 @@ from torch import nn
 
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.formats import find_format
+from lowbit.checkpoints.locate import locate
 from lowbit.checkpoints.native import Native
-from lowbit.checkpoints.source import locate, open_model
+from lowbit.checkpoints.source import open_model
 from lowbit.checkpoints.target import OutputError, check_target
 
 

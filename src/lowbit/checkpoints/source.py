@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lowbit.architectures import auto_class, is_language_model
-from lowbit.checkpoints.gguf_reader import DEMO_NAME, convert_gguf, demo_gguf
+from lowbit.checkpoints.locate import locate
 from lowbit.checkpoints.origins import Origin, Stored, expert_origin, find_origins
 from lowbit.checkpoints.scaled import READABLE, ScaledWeight, with_scales
 from lowbit.checkpoints.shards import (
@@ -44,19 +44,8 @@ from lowbit.checkpoints.shards import (
     seem_equal,
 )
 
-__all__ = ["ModelError", "ModelSource", "load_tokenizer", "locate", "open_model"]
+__all__ = ["ModelError", "ModelSource", "load_tokenizer", "open_model"]
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
-_HUB_FILES = [
-    "*.safetensors",
-    "*.json",
-    "tokenizer*",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-    "README.md",
-]  # never pickled weights
-_HUB_TIMEOUT = 10  # seconds
 _NO_WEIGHTS = re.compile(
     r"\.(inv_freq|masked_bias|(attn|attention|self_attention)\.bias)$"
 )  # buffers of old checkpoints
@@ -114,52 +103,6 @@ def _saved(model: PreTrainedModel, trust_remote_code: bool) -> ModelSource:
         raise
     weakref.finalize(source, shutil.rmtree, directory, ignore_errors=True)
     return source
-
-
-def locate(spec: str | PathLike[str], *, trust_remote_code: bool = False) -> tuple[str, Path]:
-    """A model's name and local directory: downloads a hub id, converts a GGUF file. Raises ModelError."""
-    if not isinstance(spec, str | PathLike):
-        raise ModelError(
-            f"found a model of type {type(spec).__name__}, expected a directory, a hub id or a .gguf file."
-        )
-    text = os.fspath(spec)
-    path = Path(text).expanduser()
-    file = gguf_file(text)
-    if file is not None:
-        return DEMO_NAME if text == DEMO_NAME else path.stem, convert_gguf(file)
-    if path.is_dir():
-        return path.resolve().name, path
-    if path.is_file():
-        raise ModelError(f"{text}: a file; expected a model directory, a .gguf file, a hub id or {DEMO_NAME}.")
-    if not isinstance(spec, str) or not _HUB_ID.fullmatch(text):
-        raise ModelError(
-            f"{text}: no such directory; expected a model directory, a .gguf file, a hub id or {DEMO_NAME}."
-        )
-    return text, _download(text, trust_remote_code)
-
-
-def gguf_file(spec: str | PathLike[str] | PreTrainedModel) -> Path | None:
-    """The GGUF file that a model is read from; None for a directory, a hub id or a model in memory."""
-    if not isinstance(spec, str | PathLike):
-        return None
-    path = Path(os.fspath(spec)).expanduser()
-    if os.fspath(spec) == DEMO_NAME:
-        return demo_gguf()
-    return path if path.suffix.lower() == ".gguf" else None
-
-
-def _download(repo: str, trust_remote_code: bool) -> Path:
-    import huggingface_hub
-
-    patterns = [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT))
-    except Exception as error:  # the client's network errors have no common base but this
-        raise ModelError(
-            f"{repo}: no such directory here, and the hub did not give a model of that name ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no message'}). Without a network, pass a local directory "
-            f"with config.json and safetensors, a .gguf file, or {DEMO_NAME}."
-        ) from error
 
 
 def _quantization(raw: dict[str, Any]) -> dict[str, Any] | None:

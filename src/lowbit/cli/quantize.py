@@ -30,8 +30,9 @@ from lowbit.cli.choose import (
 )
 
 if TYPE_CHECKING:
-    from lowbit.pipeline import Job, QuantizeReport
+    from lowbit.pipeline import Job
     from lowbit.recipes import Recipe
+    from lowbit.report import QuantizeReport
 
 EXAMPLE = (
     "Example: lowbit quantize smollm2-135m --method gptq --bits 4 --group-size 64 --set act_order=true "
@@ -93,7 +94,8 @@ def command(
     options = method_options(bits, group_size, activation_bits, settings, scheme)
     chosen = choose_recipe(method, recipe, options, changes)
     common.use_threads(threads)
-    from lowbit.pipeline import MAX_KL, prepare, run
+    from lowbit.pipeline import prepare, run
+    from lowbit.report import MAX_KL
 
     text = None if calibration == "none" else common.text_or_default(calibration, "calibration")
     job = prepare(

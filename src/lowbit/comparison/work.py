@@ -21,8 +21,9 @@ from lowbit.checkpoints import native
 from lowbit.checkpoints.source import ModelSource, load_tokenizer, open_model
 from lowbit.data import Calibration
 from lowbit.evaluation import Evaluation, KeptOriginal, directory_bytes, evaluate_model, keep_states, peak_rss
-from lowbit.pipeline import MAX_KL, QuantizeReport, prepare, run
+from lowbit.pipeline import prepare, run
 from lowbit.recipes import Recipe
+from lowbit.report import MAX_KL, QuantizeReport
 
 ShareReport = Callable[[float, str], None]
 """``progress(share, what)`` with the finished share of the row, 0 to 1."""

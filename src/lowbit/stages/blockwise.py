@@ -16,10 +16,9 @@ read back and both streams pass through them, with the same operations in the sa
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +38,12 @@ from lowbit.architectures import (
 from lowbit.checkpoints.description import ModelDescription, has_unfused_experts
 from lowbit.checkpoints.source import return_free_memory
 from lowbit.modules import (
-    AttentionSpec,
-    LinearDescription,
     OperandRanges,
     QuantLinear,
     make_drafts,
     turned,
     unmake_drafts,
 )
-from lowbit.numerics import from_dict, to_dict
 from lowbit.numerics.divergence import kl_and_agreement
 from lowbit.plan.model_plan import ModelPlan
 from lowbit.plan.outside import OutsidePlan
@@ -55,43 +51,14 @@ from lowbit.progress import Progress, silent
 from lowbit.stages.fisher import FisherPass
 from lowbit.stages.journal import Journal
 from lowbit.stages.outside import pack_outside, replaced
+from lowbit.stages.record import BlockRecord, install_packed
 from lowbit.stages.store import ActivationStore
 from lowbit.stages.stream import Call, CannotStream, Stream, outside
-from lowbit.steps import BlockIO, BlockState, LayerRecord
+from lowbit.steps import BlockIO, BlockState
 from lowbit.transforms import Seeded
 
 WATCHED = 8
 """Calibration windows by which the report compares the result with the original."""
-
-
-@dataclass
-class BlockRecord:
-    """What a block cost. ``error``: relative squared difference of the two streams behind it, None without calibration."""
-
-    name: str
-    error: float | None
-    layers: list[LayerRecord]
-    notes: list[str] = field(default_factory=list)
-    modules: dict[str, LinearDescription] = field(default_factory=dict)  # of the packed linears by full name
-    attention: dict[str, AttentionSpec] = field(default_factory=dict)  # formats of attention's operands, likewise
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for the journal."""
-        return {
-            "name": self.name,
-            "error": self.error,
-            "layers": [dataclasses.asdict(layer) for layer in self.layers],
-            "notes": self.notes,
-            "modules": {name: description.to_json() for name, description in self.modules.items()},
-            "attention": {name: to_dict(spec) for name, spec in self.attention.items()},
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> BlockRecord:
-        layers = [LayerRecord(**{**layer, "notes": tuple(layer["notes"])}) for layer in data["layers"]]
-        modules = {name: LinearDescription.from_json(each) for name, each in data["modules"].items()}
-        attention = {name: from_dict(spec) for name, spec in data["attention"].items()}
-        return cls(**{**data, "layers": layers, "modules": modules, "attention": attention})
 
 
 class Broken(ValueError):
@@ -505,26 +472,6 @@ class Walk:
 
     def close(self) -> None:
         self.store.close()
-
-
-def install_packed(
-    block: nn.Module, name: str, modules: dict[str, LinearDescription], tensors: dict[str, Tensor]
-) -> None:
-    """Puts packed linears and stored tensors (names with prefix ``name``) into an original block, in place."""
-    for full, description in modules.items():
-        parent, _, leaf = full.removeprefix(f"{name}.").rpartition(".")
-        setattr(block.get_submodule(parent) if parent else block, leaf, QuantLinear.empty(description))
-    local = {key.removeprefix(f"{name}."): value for key, value in tensors.items()}
-    packed = {path for path, module in block.named_modules() if isinstance(module, QuantLinear | OperandRanges)}
-    for key, value in local.items():
-        path, _, leaf = key.rpartition(".")
-        module = block.get_submodule(path)
-        if path in packed:
-            module._buffers[leaf] = value.clone()
-        elif leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(value.float().clone(), requires_grad=False)
-        else:
-            module._buffers[leaf] = value.float() if value.is_floating_point() else value.clone()
 
 
 def derived_seed(seed: int, block: int) -> int:

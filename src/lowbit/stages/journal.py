@@ -103,10 +103,12 @@ class Journal:
         try:
             self._lock.acquire()
         except Timeout:
-            holder = self.directory / HOLDER
-            name = holder.read_text() if holder.exists() else "a process that has just begun"
+            holder = ""
+            with suppress(OSError):
+                holder = (self.directory / HOLDER).read_text()
             raise OutputError(
-                f"{self.directory} is being written by another run ({name}); wait for it, stop it, or choose another -o DIR"
+                f"{self.directory} is being written by another run ({holder or 'a process that has just begun'}); wait for "
+                "it, stop it, or choose another -o DIR"
             ) from None
 
     def close(self) -> None:

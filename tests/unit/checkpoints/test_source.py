@@ -21,8 +21,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from lowbit.checkpoints import gguf_reader, origins, source
+from lowbit.checkpoints import gguf_reader, origins
 from lowbit.checkpoints.gguf_reader import cache_directory, convert_gguf
+from lowbit.checkpoints.locate import locate
 from lowbit.checkpoints.source import ModelError, load_tokenizer, open_model
 
 LLAMA = {
@@ -252,6 +253,7 @@ def test_a_tied_model_that_stores_only_its_head_loads(tmp_path):
     model = opened.skeleton()
     opened.load_into(model, "")
     same_state(model, reference)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_a_tied_model_with_two_different_tables_is_refused(tmp_path):
@@ -610,4 +612,4 @@ def test_the_demo_model_opens_loads_and_has_its_tokenizer():
     assert max(len(group.unique()) for group in weight[:8].reshape(-1, 32)) <= 16
     tokenizer = load_tokenizer(opened)
     assert tokenizer.decode(tokenizer("packed weights")["input_ids"]) == "packed weights"
-    assert source.locate("smollm2-135m")[1] == opened.path
+    assert locate("smollm2-135m")[1] == opened.path

@@ -118,7 +118,7 @@ def test_help_lists_every_command():
 
 
 def test_documented_default_of_max_kl_is_the_pipelines():
-    from lowbit.pipeline import MAX_KL
+    from lowbit.report import MAX_KL
 
     assert f"(default {MAX_KL:g})" in " ".join(run("quantize", "--help", COLUMNS="300").stdout.split())
 
