@@ -1,7 +1,7 @@
 # Everything a user or a developer runs. PYTHON picks the interpreter (3.11 to 3.13) for a new .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: install demo test oldest exhaustive fuzz identity lint docs fidelity sanitize clean
+.PHONY: install demo test oldest exhaustive fuzz kills identity lint docs fidelity sanitize clean
 
 install: .venv/installed
 
@@ -34,6 +34,10 @@ exhaustive: install
 # Whether mutated checkpoints, recipe files and command lines end in one line or in a model; ARGS such as --seed 3 --count 1000.
 fuzz: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(ARGS)
+
+# Whether runs that are killed at random, and repeated, end in the bytes of undisturbed ones and leave nothing; ARGS as above.
+kills: install
+	$(BIN)/python tests/kills.py $(ARGS)
 
 # Whether the working tree writes other bytes than the commit BASE; ARGS such as --only "gptq*", --jobs 2, --list.
 BASE ?= HEAD

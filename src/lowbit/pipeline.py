@@ -45,7 +45,7 @@ from lowbit.report import (
     refusal,
 )
 from lowbit.stages.blockwise import Broken, Walk
-from lowbit.stages.journal import Journal
+from lowbit.stages.journal import Journal, settle
 from lowbit.stages.run import Run
 from lowbit.stages.stream import CannotStream, check_blocks_run_alone
 from lowbit.surroundings import own_settings
@@ -113,7 +113,9 @@ def prepare(
     Raises:
         ValueError: the first thing that is wrong, with what to do.
     """
-    recipe, out = as_recipe(recipe), check_target(Path(out).expanduser())
+    recipe, out = as_recipe(recipe), Path(out).expanduser().resolve()
+    settle(out)
+    check_target(out)
     recipe.check_runs()
     plan = lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe)
     if not any(block.formats for block in plan.blocks):

@@ -47,7 +47,7 @@ class Journal:
         self.out, self.header = Path(out).resolve(), json.loads(json.dumps(header))
         self.directory = self.out.with_name(self.out.name + ".partial")
         self.finished: list[dict[str, Any]] = []
-        self._lock = FileLock(self.out.with_name(self.directory.name + ".lock"), timeout=0, thread_local=False)
+        self._lock = FileLock(_beside(self.out, "lock"), timeout=0, thread_local=False)
 
     @property
     def path(self) -> Path:
@@ -56,7 +56,7 @@ class Journal:
     @property
     def _aside(self) -> Path:
         """Where the journal is while the directory becomes the target."""
-        return self.out.with_name(self.out.name + ".journal")
+        return _beside(self.out, "journal")
 
     def open(self, *, restart: bool = False) -> int:
         """Makes or continues the partial directory, and locks it until :meth:`close`; returns how many units are finished.
@@ -115,6 +115,8 @@ class Journal:
         """Lets other runs have the directory."""
         if self._lock.is_locked:
             (self.directory / HOLDER).unlink(missing_ok=True)
+            if not self.directory.exists():  # the run is finished
+                self._aside.unlink(missing_ok=True)
             with suppress(PermissionError):  # Windows does not remove an open file
                 Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
@@ -210,8 +212,23 @@ class Journal:
         if self.out.exists():
             self.out.rmdir()  # empty: checked by open
         os.replace(self.directory, self.out)  # noqa: PTH105
-        self._aside.unlink()
         self.close()
+
+
+def _beside(out: Path, kind: str) -> Path:
+    """A file of a run next to its target."""
+    return out.with_name(f"{out.name}.partial.{kind}")
+
+
+def settle(out: Path) -> None:
+    """Removes what lies beside ``out`` of a run that finished it and was killed after its last rename."""
+    aside, lock, partial = _beside(out, "journal"), _beside(out, "lock"), out.with_name(out.name + ".partial")
+    if partial.exists() or not (aside.exists() or lock.exists()):
+        return
+    with suppress(OSError), FileLock(lock, timeout=0):  # or a run has just begun here, or is just finishing
+        if not partial.exists():
+            aside.unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
 
 
 def _this_process() -> str:

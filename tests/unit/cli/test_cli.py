@@ -415,6 +415,19 @@ def test_inspect_writes_its_files_and_shows_the_hardest_layers(place, tmp_path):
     assert all(str(file) in result.stdout for file in files)
 
 
+def test_ctrl_c_while_the_program_starts_is_a_line(monkeypatch, capsys):
+    from lowbit import __main__, cli
+
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    monkeypatch.setattr(__main__.gc, "freeze", lambda: None)
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 def test_ctrl_c_says_how_to_continue_and_the_same_command_does(place, tmp_path, monkeypatch):
     from lowbit.stages.blockwise import Walk
 

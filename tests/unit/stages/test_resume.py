@@ -209,19 +209,19 @@ def test_what_an_interrupted_run_left_and_no_line_names_is_removed(tmp_path):
 
 def test_a_kill_between_the_last_two_renames_loses_nothing(tmp_path):
     journal = _three_units(tmp_path)
-    journal.path.replace(tmp_path / "out.journal")
+    journal.path.replace(tmp_path / "out.partial.journal")
     assert Journal(tmp_path / "out", {"recipe": "a"}).open() == 3
 
 
 def test_what_a_kill_after_the_last_rename_left_is_dropped(tmp_path):
     journal = _three_units(tmp_path)
-    journal.path.replace(tmp_path / "out.journal")
+    journal.path.replace(tmp_path / "out.partial.journal")
     journal.directory.rename(tmp_path / "out")
     with pytest.raises(OutputError, match="not empty"):
         Journal(tmp_path / "out", {"recipe": "a"}).open()
     (tmp_path / "out").rename(tmp_path / "moved")
     again = Journal(tmp_path / "out", {"recipe": "b"})
-    assert again.open() == 0 and not (tmp_path / "out.journal").exists()
+    assert again.open() == 0 and not (tmp_path / "out.partial.journal").exists()
     again.close()
 
 
@@ -234,6 +234,26 @@ def test_a_lock_ends_with_its_process_and_is_left_nowhere(tmp_path):
     assert journal.open() == 0
     journal.close()
     assert {path.name for path in tmp_path.rglob("*")} == {"out.partial", "journal.jsonl"}
+
+
+def test_a_kill_after_the_last_rename_leaves_what_the_next_run_removes(tmp_path, monkeypatch):
+    def killed(self):
+        raise KeyboardInterrupt
+
+    model = tiny_llama(tmp_path / "model")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Journal, "close", killed)
+        lowbit.quantize(model, "rtn", None, out=tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out", "out.partial.journal", "out.partial.lock"}
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        lowbit.quantize(model, "rtn", None, out=tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
+
+
+def test_a_file_of_the_user_beside_the_target_stays(tmp_path):
+    (tmp_path / "out.journal").write_text("mine")
+    _three_units(tmp_path)
+    assert (tmp_path / "out.journal").read_text() == "mine"
 
 
 def test_a_second_run_on_one_target_is_told_who_has_it(tmp_path):
