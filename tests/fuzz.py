@@ -227,7 +227,7 @@ def mutated_checkpoint(bases: Path, place: Path, number: int) -> str:
     shards = {file: load_file(file) for file in sorted(place.glob("*.safetensors"))}
     done = [base]
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        file = rng.choice(list(shards))
+        file = rng.choice([file for file, tensors in shards.items() if tensors])
         tensors = shards[file]
         name = rng.choice(sorted(tensors))
         kind = rng.choice(

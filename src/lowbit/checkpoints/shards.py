@@ -49,6 +49,11 @@ _DTYPES = {
 }
 
 
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_FEW = 1000
+"""Layers that a model may have with fewer tensors, because it shares them."""
+
+
 class ModelError(ValueError):
     """A model that cannot be used as given; the message says what was found, what was expected and what to do."""
 
@@ -254,6 +259,18 @@ def refuse_adapter(directory: Path) -> None:
             f"{directory}: adapter_config.json lies next to the weights, so it is not clear which model is meant. Merge the "
             "adapter first (merge_and_unload of peft, then save_pretrained into a new directory), or move its files away."
         )
+
+
+def refuse_more_layers(directory: Path, config: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> None:
+    """Raises ModelError where config.json asks for more layers than there are tensors: making them takes for ever."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        for name in _LAYER_COUNTS:
+            if type(count := part.get(name)) is int and count > max(len(headers), _FEW):
+                raise ModelError(
+                    f"{directory}: config.json says {name} = {count}, and the checkpoint has {len(headers)} tensors. It is "
+                    "incomplete or config.json is of another model"
+                )
 
 
 def seem_equal(a: TensorHeader, b: TensorHeader, samples: int = 64) -> bool:

@@ -41,6 +41,7 @@ from lowbit.checkpoints.shards import (
     read_headers,
     read_json,
     refuse_adapter,
+    refuse_more_layers,
     seem_equal,
 )
 
@@ -81,6 +82,7 @@ def open_model(
             "would start from rounded weights. Use the original model."
         )
     headers = read_headers(path)
+    refuse_more_layers(path, raw, headers)
     config = _load_config(name, path, raw, trust_remote_code)
     source = ModelSource(name, path, config, headers, trust_remote_code, quantization)
     if readable:
@@ -137,7 +139,14 @@ def _load_config(name: str, path: Path, raw: dict[str, Any], trust_remote_code: 
         # The model divides weights of its blocks when it first runs, and hidden states in turn. This only keeps float16 in
         # range; without it the function is the same, and packed weights cannot be divided.
         config.rescale_every = 0
+    plain_outputs(config)
     return config
+
+
+def plain_outputs(config: Any) -> None:
+    """Resets what a config says of the outputs of calls, which is the caller's choice: an object with logits, nothing else."""
+    for part in {id(each): each for each in (config, config.get_text_config())}.values():
+        part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
 
 
 @dataclass(frozen=True, eq=False)

@@ -88,7 +88,7 @@ class _Watch:
 
     def current(self) -> bool:
         """Whether all sources are unchanged and no hook was added."""
-        unmoved = [t.data_ptr() for t in self._tensors] == self._addresses
+        unmoved = list(map(Tensor.data_ptr, self._tensors)) == self._addresses
         unchanged = [t._version for t in self._read] == self._versions
         return unmoved and unchanged and self._entries.same() and not self.has_hooks()
 

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+import lowbit
 from lowbit.checkpoints import gguf_reader, origins
 from lowbit.checkpoints.gguf_reader import cache_directory, convert_gguf
 from lowbit.checkpoints.locate import locate
@@ -329,6 +330,20 @@ def test_a_missing_config_is_refused(llama):
     (llama / "config.json").unlink()
     with pytest.raises(ModelError, match=r"no config\.json; expected a model directory"):
         open_model(llama)
+
+
+def test_outputs_of_calls_are_not_what_a_config_says_of_them(llama):
+    edit_json(llama / "config.json", return_dict=False, output_hidden_states="x")
+    ids = torch.arange(4)[None]
+    for model in (open_model(llama).load_full(), lowbit.load(llama)):
+        assert model(ids).logits.shape[:2] == (1, 4) and model(ids).hidden_states is None
+
+
+def test_more_layers_than_tensors_are_refused_before_any_is_made(llama):
+    edit_json(llama / "config.json", num_hidden_layers=10**12)
+    for use in (open_model, lowbit.load):
+        with pytest.raises(ModelError, match=r"num_hidden_layers = 1000000000000, and the checkpoint has \d+ tensors"):
+            use(llama)
 
 
 def test_a_damaged_config_is_refused(llama):

@@ -15,7 +15,7 @@ from lowbit.checkpoints import transformers_plugin as _transformers_plugin  # no
 from lowbit.checkpoints.native.reading import read_checkpoint
 from lowbit.checkpoints.scaled import holds_scaled
 from lowbit.checkpoints.shards import ModelError, refuse_adapter
-from lowbit.checkpoints.source import open_model
+from lowbit.checkpoints.source import open_model, plain_outputs
 from lowbit.modules import QuantLinear
 
 
@@ -76,6 +76,7 @@ def load(
             f"{', '.join(lost[:5])}{' ...' if len(lost) > 5 else ''}. "
             "It is incomplete or config.json is of another model"
         )
+    plain_outputs(model.config)
     return model.to(device).eval()
 
 

@@ -12,7 +12,7 @@ import torch
 
 from lowbit.checkpoints.description import METHOD, ModelDescription
 from lowbit.checkpoints.native.checking import check_layers
-from lowbit.checkpoints.shards import ModelError, TensorHeader, read_headers, read_json
+from lowbit.checkpoints.shards import ModelError, TensorHeader, read_headers, read_json, refuse_more_layers
 
 CONFIG = "config.json"
 JOURNAL = "journal.jsonl"  # of a run that writes here; gone when it has finished
@@ -53,6 +53,7 @@ def read_checkpoint(directory: str | os.PathLike[str], *, unfinished: bool = Fal
     if not isinstance(said := config.get("quantization_config", {}), dict):
         raise ModelError(f"{directory}: quantization_config of {CONFIG} is an object, found {said!r:.100}")
     headers = read_headers(directory)
+    refuse_more_layers(directory, config, headers)
     description = check_layers(directory, config["quantization_config"], headers) if is_native(config) else None
     return Checkpoint(config, headers, description)
 
