@@ -82,15 +82,23 @@ class Reason:
     why_not: str | None
 
 
-def reference(x: Tensor, layer: PackedLinear) -> Tensor:
-    """Decodes the weight in float32, rounds it and the quantized and decoded input to the dtype of x, and multiplies."""
+def reference_weight(layer: PackedLinear) -> Tensor:
+    """The weight ``[O, I]`` that :func:`reference` multiplies, float32: with side terms where the input is not quantized, so
+    that one product serves all."""
     weight = decode_packed(layer.tensors, layer.spec, layer.shape)
+    return with_side_terms(weight, layer.side_terms) if layer.act is None else weight
+
+
+def reference(x: Tensor, layer: PackedLinear, weight: Tensor | None = None) -> Tensor:
+    """Decodes the weight in float32, rounds it and the quantized and decoded input to the dtype of x, and multiplies.
+
+    ``weight``: the layer's :func:`reference_weight`, where the caller kept it.
+    """
+    weight = (reference_weight(layer) if weight is None else weight).to(x.dtype)
     if layer.act is None:
-        return F.linear(
-            x, with_side_terms(weight, layer.side_terms).to(x.dtype)
-        )  # one product instead of one for each term
+        return F.linear(x, weight)
     fake = fake_quantize_activation(x, layer.act, layer.act_params, layer.threshold).to(x.dtype)
-    return add_side(F.linear(fake, weight.to(x.dtype)), x, layer)
+    return add_side(F.linear(fake, weight), x, layer)
 
 
 def with_side_terms(weight_OI: Tensor, side_terms: tuple[SideTerm, ...]) -> Tensor:

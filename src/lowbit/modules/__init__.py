@@ -14,7 +14,7 @@ from lowbit.modules.draft_linear import DraftLinear, make_drafts, unmake_drafts,
 from lowbit.modules.kv_spec import KVSpec
 from lowbit.modules.linear_format import LinearFormat
 from lowbit.modules.quant_embedding import QuantEmbedding, scale_of
-from lowbit.modules.quant_linear import QuantLinear, prepare, restore
+from lowbit.modules.quant_linear import QuantLinear, kept_weights, prepare, restore
 from lowbit.modules.residual import ResidualRotation, residual_of, turn_residual, turned
 from lowbit.modules.serialize_transforms import PartDescription, TensorInfo
 from lowbit.modules.validation import check_finite, check_tensors
@@ -37,6 +37,7 @@ __all__ = [
     "check_tensors",
     "fake_activation",
     "fake_quantize_activation",
+    "kept_weights",
     "make_drafts",
     "prepare",
     "quantize_activation",

@@ -84,6 +84,7 @@ class DraftLinear(nn.Module):
         self._origin = (origin,)  # in a tuple, so that it is no part of the model
         self._simulation: _Simulation | None = None
         self._observer: Callable[[Tensor], None] | None = None
+        self._idle = False
 
     def as_loaded(self) -> nn.Module:
         """A linear of the class that this draft was made of, with its weight and bias as they are now.
@@ -118,6 +119,8 @@ class DraftLinear(nn.Module):
         """:meth:`forward` of an input ``[..., I]`` that has been through ``pre``."""
         if self._observer is not None:
             self._observer(h)
+        if self._idle:
+            return h.new_zeros(*h.shape[:-1], self.weight.shape[0])
         if self._simulation is not None:
             y, bias = self._simulated_product(h, self._simulation), self._simulation.bias
         elif self.post:
@@ -188,6 +191,15 @@ class DraftLinear(nn.Module):
             yield
         finally:
             self._observer = before
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """While open, the output is zero: for passes that want inputs alone, where none depends on this linear."""
+        before, self._idle = self._idle, True
+        try:
+            yield
+        finally:
+            self._idle = before
 
     # Changing
 

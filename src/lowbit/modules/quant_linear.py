@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,7 @@ class QuantLinear(nn.Module):
         self.tiles: Tensor | None
         self.register_buffer("tiles", None, persistent=False)
         self._prepared: Prepared | None = None
+        self._kept_weight: Tensor | None = None
         if description.bias is None:
             self.register_buffer("bias", None)
 
@@ -174,6 +176,8 @@ class QuantLinear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """The part between the transforms: activation quantization, the packed weight and its side terms."""
+        if self._kept_weight is not None:
+            return kernels.reference(x, self.packed(), self._kept_weight)
         ready, forced = self.prepared, kernels.forced()
         compiled = forced is None or forced in kernels.native.instruction_sets()
         if ready is None or not compiled or (self.act is not None and torch.is_grad_enabled() and x.requires_grad):
@@ -381,6 +385,22 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.restore()
+
+
+@contextmanager
+def kept_weights(module: nn.Module, rows: int) -> Iterator[None]:
+    """While open, the packed layers in ``module`` that the reference runs keep their decoded weights, instead of decoding
+    them for every input. ``rows``: input vectors of a call."""
+    layers = [layer for layer in module.modules() if isinstance(layer, QuantLinear)]
+    try:
+        for layer in layers:
+            packed = layer.packed()
+            if kernels.choose(packed, rows).run is kernels.reference:
+                layer._kept_weight = kernels.reference_weight(packed)
+        yield
+    finally:
+        for layer in layers:
+            layer._kept_weight = None
 
 
 def _state(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int, int], ...]:

@@ -48,6 +48,10 @@ class Statistic:
         new = self.merge(x_TI)
         return new if old is None else self.join(old, new)
 
+    def complete(self, acc: Tensor) -> Tensor:
+        """The statistic, from the accumulator behind the last token; may reuse ``acc``."""
+        return acc
+
     def enough(self, acc: Tensor) -> bool:
         """Whether further tokens would change nothing, so that the pass over them can be left out."""
         return False
@@ -60,14 +64,31 @@ class Statistic:
         return self.merge(torch.empty(shape, device="meta")).nbytes
 
 
+_STRIP = 256
+"""Rows of a symmetric matrix that are computed together: half as many products in all, each large enough for full speed."""
+
+
 @serializable
 @dataclass(frozen=True)
 class Gram(Statistic):
     """``sum_t x_t x_t^T``, ``[I, I]`` in float32: the Hessian of the layer's output error, up to a factor."""
 
     def merge(self, x_TI: Tensor) -> Tensor:
-        x_TI = x_TI.float()
-        return x_TI.T @ x_TI
+        return self.complete(self.update(None, x_TI))
+
+    def update(self, old: Tensor | None, x_TI: Tensor) -> Tensor:
+        """The accumulator, of which only strips from the diagonal to the right are filled, without a matrix beside it."""
+        x_TI, width = x_TI.float(), x_TI.shape[-1]
+        acc = x_TI.new_zeros(width, width) if old is None else old
+        for start in range(0, width, _STRIP):
+            acc[start : start + _STRIP, start:].addmm_(x_TI[:, start : start + _STRIP].T, x_TI[:, start:])
+        return acc
+
+    def complete(self, acc: Tensor) -> Tensor:
+        for start in range(0, len(acc), _STRIP):
+            end = start + _STRIP
+            acc[end:, start:end] = acc[start:end, end:].T
+        return acc
 
     def join(self, old: Tensor, new: Tensor) -> Tensor:
         return old.add_(new)

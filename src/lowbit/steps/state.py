@@ -9,7 +9,6 @@ drafts. The walk owns everything else, so the same steps serve a streamed model 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
@@ -21,6 +20,7 @@ from lowbit.architectures import Kind, Port, ResolvedBlock, ResolvedEdge, add_bi
 from lowbit.modules import DraftLinear, LinearFormat, QuantLinear, make_drafts
 from lowbit.modules.draft_linear import for_gradients, no_fisher
 from lowbit.numerics import Fisher, Statistic
+from lowbit.steps.collection import Collection
 from lowbit.transforms import ChannelTransform, Permute, Scale
 
 Stats = Mapping[Statistic, Tensor]
@@ -326,7 +326,9 @@ class BlockState:
                     break
         return wanted
 
-    def collect(self, needs: Iterable[Statistic], inputs: Iterable[str] | None = None) -> dict[str, Stats]:
+    def collect(
+        self, needs: Iterable[Statistic], inputs: Iterable[str] | None = None, behind: Tensor | None = None
+    ) -> dict[str, Stats]:
         """Gathers statistics of shared inputs in one forward over the calibration windows.
 
         Needs that are not of inputs are skipped; :meth:`stats_of` adds them.
@@ -334,6 +336,7 @@ class BlockState:
         Args:
             needs: the statistics to gather.
             inputs: names of shared inputs; None: all.
+            behind: ``[N, T, d]``, filled with the block's output; None: what only the output needs is not computed.
 
         Returns:
             Statistics by name of the input. The mapping is empty for an input that saw no token (an expert that was
@@ -343,86 +346,12 @@ class BlockState:
             ValueError: there is no calibration data.
         """
         needs = tuple(need for need in needs if need.of_input)
-        first = {name: path for path, name in self.readers().items() if inputs is None or name in inputs}
-        gathered: dict[str, dict[Statistic, Tensor]] = {name: {} for name in first}
+        wanted = {name: path for path, name in self.readers().items() if inputs is None or name in inputs}
         if not needs:
-            return dict(gathered)
+            return {name: {} for name in wanted}
         if self.io is None:
             raise ValueError(f"{self.full_name('')}: this recipe needs calibration text ({needs[0]}); none was given")
-        seen: dict[str, Tensor] = {}  # of one window, until the original stream has passed
-
-        def update(name: str, x: Tensor, paired: bool) -> None:
-            for need in needs:
-                if need.paired != paired:
-                    continue
-                counted = self._after_first(name, x, need.skip_first) if need.skip_first else x
-                if counted.shape[-2]:
-                    gathered[name][need] = need.update(gathered[name].get(need), counted)
-
-        def gather(name: str, x_TI: Tensor) -> None:
-            update(name, x_TI, paired=False)
-            if any(need.paired for need in needs):
-                seen[name] = x_TI.clone()
-
-        def pair(name: str, x_TI: Tensor) -> None:
-            own = seen.get(name)
-            if own is not None and own.shape == x_TI.shape:
-                update(name, torch.stack([own, x_TI]), paired=True)
-                del seen[name]
-
-        for i in range(len(self.io)):
-            self._run(first, i, self.io.window(i), gather)
-            if seen:
-                with self._as_original():
-                    self._run(first, i, self.io.window(i, original=True), pair)
-                for name, own in seen.items():
-                    self.note("other tokens reach it in the original model; it is not corrected for that", at=name)
-                    update(name, torch.stack([own, own]), paired=True)
-                seen.clear()
-            self.tick("calibrating")
-            if all(need in known and need.enough(known[need]) for known in gathered.values() for need in needs):
-                break
-        return dict(gathered)
-
-    def _after_first(self, name: str, x_TI: Tensor, skip: int) -> Tensor:
-        """``x_TI`` of one window without its first ``skip`` positions.
-
-        If only some tokens reach an input, the positions of its rows are unknown: it stays whole, and that is noted.
-        """
-        assert self.io is not None
-        if len(x_TI) == self.io.x.shape[-2]:
-            return x_TI[skip:]
-        self.note(f"only some tokens reach it, so the first {skip} of a window are unknown there", at=name)
-        return x_TI
-
-    def _run(self, first: Mapping[str, str], i: int, window: Tensor, gather: Callable[[str, Tensor], None]) -> None:
-        """Runs window ``i`` through the block. Calls ``gather(name, x_TI)`` for each shared input that tokens reach."""
-
-        def observer(name: str) -> Callable[[Tensor], None]:
-            def on_input(x: Tensor) -> None:
-                x_TI = x.detach().flatten(0, -2)
-                if len(x_TI):
-                    gather(name, x_TI)
-
-            return on_input
-
-        assert self.io is not None
-        with ExitStack() as stack, torch.no_grad():
-            for name, path in first.items():
-                stack.enter_context(self.draft(path).observed(observer(name)))
-            self.io.run(self.block, window, i)
-
-    @contextmanager
-    def _as_original(self) -> Iterator[None]:
-        """While open, the drafts in ``originals`` stand in place of their packed linears."""
-        packed = {path: self.block.get_submodule(path) for path in self.originals}
-        try:
-            for path, draft in self.originals.items():
-                self.block.set_submodule(path, draft)
-            yield
-        finally:
-            for path, module in packed.items():
-                self.block.set_submodule(path, module)
+        return dict(Collection(self, needs, wanted, behind).run())
 
     def stats_of(self, stats: Mapping[str, Stats], path: str) -> Stats:
         """All statistics for linear ``path``: those of its input, from :meth:`collect`, and those of its weight."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from itertools import pairwise
 
 import pytest
@@ -18,6 +19,7 @@ from lowbit.recipes import recipe
 from lowbit.solve import Gptq
 from lowbit.stages.stream import Stream
 from lowbit.steps import BlockIO, BlockState, Solve
+from lowbit.steps.collection import Collection
 
 from helpers import random_ids, tiny_llama
 
@@ -110,17 +112,14 @@ def test_the_block_comes_closer_to_the_original_output_with_the_share(state, sec
     assert all(b < a for a, b in pairwise(missed))
 
 
-def test_tokens_that_the_original_model_routes_elsewhere_are_left_uncorrected(state, second_block):
-    work = state(second_block[3])
-    run = work._run
-    calls = [0]
+def test_tokens_that_the_original_model_routes_elsewhere_are_left_uncorrected(state, second_block, monkeypatch):
+    work, observed, passes = state(second_block[3]), Collection._observed, itertools.count()
 
-    def rerouted(first, i, window, gather):
-        calls[0] += 1
-        original = calls[0] % 2 == 0  # half of the tokens do not reach it
-        run(first, i, window, (lambda name, x_TI: gather(name, x_TI[::2])) if original else gather)
+    def rerouted(self, gather):
+        original = next(passes) % 2  # half of the tokens do not reach it
+        return observed(self, (lambda name, x_TI: gather(name, x_TI[::2])) if original else gather)
 
-    work._run = rerouted  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(Collection, "_observed", rerouted)
     stats = work.collect([Gram(), CrossGram()])
     assert all((found[CrossGram()] == 0).all() for found in stats.values()) and len(work.notes) == len(stats)
 
