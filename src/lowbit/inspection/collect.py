@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -28,7 +27,7 @@ from lowbit.inspection.rows import MASSIVE, OUTLIER, ROUNDED, InputRow, Inspecti
 from lowbit.modules import LinearFormat, unmake_drafts
 from lowbit.numerics import AbsMax, MinMax, Samples, Statistic, quantize
 from lowbit.progress import Progress
-from lowbit.stages.stream import Call, Stream
+from lowbit.stages.stream import Stream
 from lowbit.steps import BlockIO, BlockState
 from lowbit.surroundings import own_settings
 
@@ -76,11 +75,11 @@ def inspect_model(
     rows: list[LayerRow] = []
     inputs: list[InputRow] = []
     channels: dict[str, Tensor] = {}
-    for state, total in _original_blocks(source, text.ids):
+    for state, behind, total in _original_blocks(source, text.ids):
         block = len({row.block for row in inputs})
         if progress is not None:
             progress(block, total, f"block {block + 1} of {total}")
-        new_inputs, new_rows, new_channels = _look(state, block, tuple(text.ids.shape))
+        new_inputs, new_rows, new_channels = _look(state, behind, block, tuple(text.ids.shape))
         inputs, rows, channels = inputs + new_inputs, rows + new_rows, channels | new_channels
     inspection = Inspection(
         source.name,
@@ -92,43 +91,32 @@ def inspect_model(
     return inspection if out is None else _write(inspection, channels, Path(out))
 
 
-def _original_blocks(source: ModelSource, ids: Tensor) -> Iterator[tuple[BlockState, int]]:
-    """Every block with its original weights and inputs, and the number of blocks.
-
-    Run each block over all windows, once, before asking for the next: its outputs are the next one's inputs.
-    """
+def _original_blocks(source: ModelSource, ids: Tensor) -> Iterator[tuple[BlockState, Tensor, int]]:
+    """Every block with its original weights and inputs, a tensor to be filled with its outputs, and the number of blocks."""
     model, architecture = source.skeleton(unfuse=True), for_config(source.config)
     blocks = model_blocks(model, architecture, source.config)
     entered: list[Tensor] = []
     calls = Stream(model, architecture).enter_windows(source, ids, lambda _, hidden: entered.append(hidden))
     x = torch.cat(entered)
-    for i, block in enumerate(blocks):
+    behind = torch.empty_like(x)
+    for block, call in zip(blocks, calls, strict=True):
         source.load_into(model, block.name)
-        answers: list[Tensor] = []
-
-        def run(
-            module: Any, window: Tensor, first: int, call: Call = calls[i], answers: list[Tensor] = answers
-        ) -> Tensor:
-            answers.append(call(module, window, first))
-            return answers[-1]
-
         formats = {path: LinearFormat(ROUNDED) for path in block.resolved.linears}
-        io = BlockIO(x, None, run, by_window=True)
-        yield BlockState.of(block.name, block.module, block.resolved, formats, io), len(blocks)
-        assert len(answers) == len(x), f"{block.name} was run over {len(answers)} of {len(x)} windows"
-        x = torch.cat(answers)
+        io = BlockIO(x, None, call, by_window=True)
+        yield BlockState.of(block.name, block.module, block.resolved, formats, io), behind, len(blocks)
+        x, behind = behind, x
         unmake_drafts(block.module)
         source.release(model, block.name)
 
 
 @torch.no_grad()
 def _look(
-    state: BlockState, block: int, shape: tuple[int, ...]
+    state: BlockState, behind: Tensor, block: int, shape: tuple[int, ...]
 ) -> tuple[list[InputRow], list[LayerRow], dict[str, Tensor]]:
     stride = max(1, shape[0] * shape[1] // _TOKENS)
     samples = Samples(_TOKENS, stride)
     needs: tuple[Statistic, ...] = (AbsMax(), TokenPeak(), samples)
-    stats = state.collect(needs)
+    stats = state.collect(needs, behind=behind)
     inputs, rows, channels = [], [], {}
     for shared in state.resolved.shared_inputs:
         seen, name = stats[shared.name], state.full_name(shared.name)

@@ -83,6 +83,11 @@ class Recipe:
         return any(stage.reads_inputs for stage in self.stages)
 
     @property
+    def reads_original(self) -> bool:
+        """Whether a stage compares with what the original model computes from the calibration text."""
+        return any(stage.reads_original for stage in self.stages)
+
+    @property
     def learns(self) -> bool:
         """Whether a stage computes gradients."""
         return any(stage.learns for stage in self.stages)

@@ -27,6 +27,11 @@ class Stage(Protocol):
         ...
 
     @property
+    def reads_original(self) -> bool:
+        """Whether it compares with what the original model computes from the calibration text."""
+        ...
+
+    @property
     def learns(self) -> bool:
         """Whether it computes gradients."""
         ...
@@ -71,6 +76,10 @@ class Blockwise:
     @property
     def reads_inputs(self) -> bool:
         return any(step.reads_inputs for step in self.steps)
+
+    @property
+    def reads_original(self) -> bool:
+        return self.feed == "fp" or any(step.reads_original for step in self.steps)
 
     @property
     def learns(self) -> bool:
@@ -126,6 +135,10 @@ class Train:
 
     @property
     def reads_inputs(self) -> bool:
+        return True
+
+    @property
+    def reads_original(self) -> bool:
         return True
 
     @property

@@ -40,11 +40,13 @@ from lowbit.checkpoints.source import return_free_memory
 from lowbit.modules import (
     OperandRanges,
     QuantLinear,
+    kept_weights,
     make_drafts,
     turned,
     unmake_drafts,
 )
 from lowbit.numerics.divergence import kl_and_agreement
+from lowbit.parallel import each
 from lowbit.plan.model_plan import ModelPlan
 from lowbit.plan.outside import OutsidePlan
 from lowbit.progress import Progress, silent
@@ -59,6 +61,8 @@ from lowbit.transforms import Seeded
 
 WATCHED = 8
 """Calibration windows by which the report compares the result with the original."""
+_COST_STRIDE = 4
+"""What a packed embedding costs is measured at every position of this number: a mean, whose limit is twice what is usual."""
 
 
 class Broken(ValueError):
@@ -99,6 +103,7 @@ class Walk:
         self.records: list[BlockRecord] = []
         self.stream: Stream | None = None
         self.fisher: FisherPass | None = None
+        self._numbers: dict[str, range] = {}  # the windows of each array of activations
         self.packs_outside = False
         self.outside_cost: float | None = None
         self._at, self._ticks, self._expected = 0, 0, 0  # the block at hand: number, done, about how many there will be
@@ -140,21 +145,37 @@ class Walk:
         """Whether a third stream, ``packed``, begins at the packed embedding. The finished model's logits come from it."""
         return bool(self.plan.outside.embeddings)
 
-    def start(self) -> list[Call]:
-        """Fills both streams with the first block's inputs; returns every block's arguments."""
+    def start(self, *, whole: bool = False) -> list[Call]:
+        """Fills both streams with the first block's inputs; returns every block's arguments.
+
+        A stream has the windows that something reads: all of them, or those that the result is measured on. ``whole``: all.
+        """
         assert self.ids is not None
-        self.stream, windows = Stream(self.model, self.architecture), len(self.ids)
+        recipe, every = self.recipe, range(len(self.ids))
+        original = whole or recipe.reads_original or recipe.needs_fisher
+        quantized = whole or (recipe.reads_inputs and recipe.feed == "quant")
+        of_original, of_quantized = (every if all_read else self.watched for all_read in (original, quantized))
+        self._numbers = {"fp": of_original, "next": of_original, "quant": of_quantized, "packed": self.watched}
+        self.stream = Stream(self.model, self.architecture)
 
         def take(w: int, hidden: Tensor) -> None:
             if w == 0:
-                for array in ("fp", "quant", "next"):
-                    self.store.allocate(array, (windows, *hidden.shape[1:]), torch.float32)
-            self.store["fp"][w] = self.store["quant"][w] = hidden[0]
+                for name in ("fp", "quant", "next"):
+                    self.store.allocate(name, (len(self._numbers[name]), *hidden.shape[1:]), torch.float32)
+            for name in ("fp", "quant"):
+                if w in self._numbers[name]:
+                    self.hidden(name, w).copy_(hidden)
 
-        calls = self.stream.enter_windows(self.source, self.ids, take, self.store.keep)
+        entered = self.ids[: max(numbers.stop for numbers in self._numbers.values())]
+        calls = self.stream.enter_windows(self.source, entered, take, self.store.keep)
         if self.has_packed_stream:
             self._enter_packed()
         return calls
+
+    def hidden(self, name: str, w: int) -> Tensor:
+        """Window w of the stream ``name``, ``[1, T, d]``: a view."""
+        i = self._numbers[name].index(w)
+        return self.store[name][i : i + 1]
 
     def _enter_packed(self) -> None:
         """Fills the stream ``packed``: the first windows as the finished model reads them, by its packed embedding.
@@ -166,37 +187,39 @@ class Walk:
         self.source.load(self.model, names)
         table = OutsidePlan(self.plan.outside.embeddings)
         with replaced(self.model, pack_outside(self.model, table)):
-            for i, w in enumerate(self.watched):
+            for w in self.watched:
                 hidden, _ = self.stream.enter(self.ids[w : w + 1])
-                if i == 0:
+                if w == self.watched.start:
                     self.store.allocate("packed", (len(self.watched), *hidden.shape[1:]), torch.float32)
-                self.store["packed"][i] = hidden[0]
+                self.hidden("packed", w).copy_(hidden)
         self.source.release_tensors(self.model, names)
 
-    def _keep_windows(self, count: int) -> None:
-        """Keeps the first windows: no step reads them, and for the report these are enough."""
-        assert self.ids is not None
-        self.ids = self.ids[:count]
-        for name in ("fp", "quant", "next"):
-            kept = self.store[name][:count].clone()
+    def _keep_watched(self) -> None:
+        """Keeps of the original stream what the result is measured on, where only Fisher information needed the rest."""
+        for name in ("fp", "next"):
+            kept = self.store[name][self.watched.start : self.watched.stop].clone()
             self.store.free(name)
             self.store.allocate(name, kept.shape, kept.dtype).copy_(kept)
+            self._numbers[name] = self.watched
 
     def _turn_streams(self) -> None:
-        """Both streams, as the first block was to read them, rotated."""
+        """All streams, as the first block was to read them, rotated."""
         if self.rotation is None:
             return
-        for w in range(len(self.store["fp"])):
-            self.store["fp"][w] = self.store["quant"][w] = turned(self.store["fp"][w], self.rotation)
-        if self.has_packed_stream:
-            self.store["packed"].copy_(turned(self.store["packed"], self.rotation))
+        for name in ("fp", "quant", *(["packed"] if self.has_packed_stream else [])):
+            for w in self._numbers[name]:
+                self.hidden(name, w).copy_(turned(self.hidden(name, w), self.rotation))
 
     @torch.no_grad()
-    def _advance(self, call: Call, block: nn.Module, source: Tensor, target: Tensor, first: int = 0) -> None:
-        """Runs ``block`` on windows, of which ``first`` is the number of the first."""
-        for w in range(len(source)):
-            target[w] = call(block, source[w : w + 1], first + w)[0]
-            self._tick("running")
+    def _advance(self, call: Call, block: nn.Module, source: str, target: str) -> None:
+        """Runs ``block`` on the windows of a stream; its outputs are those of ``target``."""
+        numbers = self._numbers[source]
+
+        def run(i: int) -> None:
+            w = numbers[i]
+            self.hidden(target, w).copy_(call(block, self.hidden(source, w), w))
+
+        each(len(numbers), run, lambda: self._tick("running"))
 
     # Blocks
 
@@ -206,8 +229,8 @@ class Walk:
         calls = self._calls()
         if calls is not None and self.recipe.needs_fisher:
             self.find_sensitivities(calls)
-        if calls is not None and not self.recipe.reads_inputs:
-            self._keep_windows(WATCHED)
+            if not self.recipe.reads_original:
+                self._keep_watched()
         if calls is not None:
             self._turn_streams()
         for i in range(self.total):
@@ -251,7 +274,7 @@ class Walk:
     def originals(self) -> Iterator[tuple[BlockState, dict[str, Tensor]]]:
         """Each block as it is before the first step, with its inputs in the original model, and the Fisher information of
         the linears that the recipe quantizes (by path). Quantizes nothing and writes nothing that lasts."""
-        calls = self.start()
+        calls = self.start(whole=True)
         self.find_sensitivities(calls)
         self._turn_streams()
         assert self.fisher is not None
@@ -280,12 +303,18 @@ class Walk:
         self.fisher.run(self.store["fp"][: self.calibrated], range(len(self.section.finished), self.total))
 
     def _ticks_of(self, i: int) -> int:
-        """About how many ticks block i will take: the original stream and the quantized one, and what steps say of themselves."""
-        windows = 0 if self.ids is None else len(self.store["fp"])
+        """About how many ticks block i will take: its streams, and what steps say of themselves."""
+        if self.ids is None or not self._numbers:
+            return sum(step.ticks(0, len(self.plan.blocks[i].formats)) for step in self.recipe.steps)
+        streams = ("fp", "quant", *(["packed"] if self.has_packed_stream else []))
+        ticks = sum(len(self._numbers[name]) for name in streams)
         if i < len(self.section.finished):
-            return 2 * windows
-        linears = len(self.plan.blocks[i].formats)
-        return 2 * windows + sum(step.ticks(windows, linears) for step in self.recipe.steps)
+            return ticks
+        windows, linears = (
+            len(self._seen("quant" if self.recipe.feed == "quant" else "fp")),
+            len(self.plan.blocks[i].formats),
+        )
+        return ticks + sum(step.ticks(windows, linears) for step in self.recipe.steps)
 
     def _tick(self, what: str) -> None:
         self._ticks += 1
@@ -300,7 +329,7 @@ class Walk:
         if self.rotation is not None:
             self._fold(i, self.rotation)
         if call is not None:
-            self._advance(call, self.blocks[i], self.store["fp"], self.store["next"])
+            self._advance(call, self.blocks[i], "fp", "next")
         if self.recipe.scheme.attention is not None:  # from here on, for the steps and for what comes behind them
             for path in attention_modules(self.plan.blocks[i].resolved):
                 quantize_attention(self.blocks[i].get_submodule(path), self.recipe.scheme.attention)
@@ -339,8 +368,9 @@ class Walk:
     ) -> BlockState:
         plan, io = self.plan.blocks[i], None
         if call is not None:
-            fp, quant, y = (self.store[name][: self.calibrated] for name in ("fp", "quant", "next"))
-            io = BlockIO(fp if self.recipe.feed == "fp" else quant, y, call, x_fp=fp, by_window=True)
+            x, fp, y = (self._seen(name) for name in (self.recipe.feed, "fp", "next"))
+            paired = len(fp) == len(x)
+            io = BlockIO(x, y if paired else None, call, x_fp=fp if paired else None, by_window=True)
         return BlockState.of(
             plan.name,
             block,
@@ -355,6 +385,11 @@ class Walk:
             rotated=self.rotation is not None,
             reads_inputs=self.recipe.reads_inputs,
         )
+
+    def _seen(self, name: str) -> Tensor:
+        """The windows of a stream that steps may see, ``[N, T, d]``."""
+        numbers = self._numbers[name]
+        return self.store[name][: max(0, min(numbers.stop, self.calibrated) - numbers.start)]
 
     def _resume(self, i: int, call: Call | None) -> BlockRecord:
         entry = self.section.finished[i]
@@ -371,15 +406,18 @@ class Walk:
         return record
 
     def _behind(self, block: nn.Module, call: Call) -> float:
-        """Moves both streams behind the block; returns their relative squared difference."""
-        fp, quant, following = self.store["fp"], self.store["quant"], self.store["next"]
-        self._advance(call, block, quant, quant)
-        if self.has_packed_stream:
-            self._advance(call, block, self.store["packed"], self.store["packed"], self.watched.start)
-        fp.copy_(following)
-        lost = sum((quant[w] - fp[w]).double().square().sum() for w in range(self.calibrated))
-        kept = sum(fp[w].double().square().sum() for w in range(self.calibrated))
-        error = float(lost / kept)
+        """Moves all streams behind the block; returns the relative squared difference of the two on the watched windows."""
+        with kept_weights(block, self.store["quant"].shape[1]):
+            self._advance(call, block, "quant", "quant")
+            if self.has_packed_stream:
+                self._advance(call, block, "packed", "packed")
+        self.store["fp"].copy_(self.store["next"])
+        lost = kept = 0.0
+        for w in self.watched:
+            original = self.hidden("fp", w).double()
+            lost += (self.hidden("quant", w) - original).square().sum().item()
+            kept += original.square().sum().item()
+        error = lost / kept if kept else lost
         if not error < float("inf"):
             raise Broken(f"{self.plan.blocks[len(self.records)].name}: hidden states behind it are NaN or Inf")
         return error
@@ -421,9 +459,10 @@ class Walk:
         cost = 0.0
         with self.stream.loaded_outside(self.source):
             modules = pack_outside(self.model, self.plan.outside)
-            for i, w in enumerate(self.watched):
-                ids, plain = self.ids[w : w + 1], self.store["quant"][w : w + 1]
-                packed = self.store["packed"][i : i + 1] if self.has_packed_stream else plain
+            for w in self.watched:
+                ids = self.ids[w : w + 1, ::_COST_STRIDE]
+                plain = self.hidden("quant", w)[:, ::_COST_STRIDE]
+                packed = self.hidden("packed", w)[:, ::_COST_STRIDE] if self.has_packed_stream else plain
                 before = self.logits_of(ids, plain)
                 with replaced(self.model, modules):
                     kl_T, _ = kl_and_agreement(before, self.logits_of(ids, packed))
@@ -452,15 +491,14 @@ class Walk:
     def logits(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """``(ids [T], original logits [T, V], quantized logits [T, V])`` of the windows :attr:`watched`."""
         assert self.stream is not None and self.ids is not None
-        packed = self.packs_outside and self.has_packed_stream
+        stream = "packed" if self.packs_outside and self.has_packed_stream else "quant"
         with self.stream.loaded_outside(self.source):
             modules = pack_outside(self.model, self.plan.outside) if self.packs_outside else {}
-            for i, w in enumerate(self.watched):
+            for w in self.watched:
                 ids = self.ids[w : w + 1]
-                original = self.logits_of(ids, self.store["fp"][w : w + 1])
-                quantized = self.store["packed"][i : i + 1] if packed else self.store["quant"][w : w + 1]
+                original = self.logits_of(ids, self.hidden("fp", w))
                 with replaced(self.model, modules):
-                    quantized = self.logits_of(ids, quantized)
+                    quantized = self.logits_of(ids, self.hidden(stream, w))
                 yield ids[0], original, quantized
 
     def logits_of(self, ids_1T: Tensor, hidden_1Td: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class Training:
             self.progress(min(done, expected), expected, text)
 
         def original(i: int) -> Tensor:
-            return walk.logits_of(ids[i : i + 1], walk.store["fp"][i : i + 1])
+            return walk.logits_of(ids[i : i + 1], walk.hidden("fp", i))
 
         with walk.stream.loaded_outside(walk.source):
             return train(model, self.stage, ids, original, walk.recipe.seed, tick)

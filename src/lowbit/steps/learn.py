@@ -77,6 +77,10 @@ class Learn(Step):
         return True
 
     @property
+    def reads_original(self) -> bool:
+        return True
+
+    @property
     def reads_inputs(self) -> bool:
         return True
 

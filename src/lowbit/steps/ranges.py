@@ -63,6 +63,10 @@ class SearchActivationRange(Step):
         return frozenset({TokenRange()})
 
     @property
+    def reads_original(self) -> bool:
+        return True
+
+    @property
     def fixes(self) -> frozenset[Freedom]:
         return frozenset({Freedom.INPUT_RANGES})
 

@@ -99,6 +99,11 @@ class Step(Effects):
         return any(need.of_input for need in self.needs)
 
     @property
+    def reads_original(self) -> bool:
+        """Whether it reads the original model's hidden states: ``y`` or ``x_fp`` of :class:`~lowbit.steps.state.BlockIO`."""
+        return any(need.paired for need in self.needs)
+
+    @property
     def rotates_residual(self) -> bool:
         """Whether :meth:`residual_rotation` returns one.
 
