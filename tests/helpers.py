@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowbit.architectures import ResolvedBlock, for_config, resolve
+from lowbit.architectures import ResolvedBlock, for_config, resolve, unfuse_experts
 from lowbit.checkpoints.source import open_model
 from lowbit.stages.stream import Stream
 from lowbit.steps import BlockIO, BlockState
@@ -52,6 +52,7 @@ def first_block(place: Path) -> tuple[nn.Module, ResolvedBlock, BlockIO]:
     """The first block of the model in ``place``, its table, and its inputs and outputs for 4 windows of 32 random tokens."""
     source = open_model(place)
     model = source.load_full()
+    unfuse_experts(model)
     architecture = for_config(source.config)
     stream = Stream(model, architecture)
     entered = [stream.enter(window[None]) for window in random_ids(4, 32)]

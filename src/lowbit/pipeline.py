@@ -48,6 +48,7 @@ from lowbit.stages.blockwise import Broken, Walk
 from lowbit.stages.journal import Journal, settle
 from lowbit.stages.run import Run
 from lowbit.stages.stream import CannotStream, check_blocks_run_alone
+from lowbit.steps.precision import product_type
 from lowbit.surroundings import own_settings
 from lowbit.version import __version__
 
@@ -91,6 +92,7 @@ class Job:
             "threads": torch.get_num_threads(),
             "model": self.source.fingerprint,
             "recipe": to_dict(self.recipe),
+            "products": product_type(torch.device("cpu"), self.recipe.compute),
             "calibration": None if self.calibration is None else self.calibration.sha256,
         }
 

@@ -101,7 +101,8 @@ def _card(report: Mapping[str, Any], header: Mapping[str, Any], model: str, sour
         f"```yaml\n{yaml.safe_dump(header['recipe'], sort_keys=False)}```",
         "",
         f"Calibration: {report['calibration']} (sha256 of the token ids {header['calibration']}). Original model: "
-        f"fingerprint {header['model']}. lowbit {header['lowbit']}, torch {header['torch']}.",
+        f"fingerprint {header['model']}. Its products were in {header['products']} (`compute: float32` in a recipe makes them "
+        f"exact). lowbit {header['lowbit']}, torch {header['torch']}.",
         "",
         "## Layers with the largest relative output error",
         "",

@@ -96,7 +96,7 @@ def plan(
         bits_per_weight=sum(layer.bits_per_weight * prod(layer.shape) for layer in quantized) / max(1, weights),
         model_bits_per_weight=8 * bytes_out / parameters,
         peak_ram_bytes=max(sum(terms.values()) for terms in parts.values()),
-        peak_disk_bytes=peak_disk_bytes(checked, samples * seq_len, ram_limit),
+        peak_disk_bytes=peak_disk_bytes(checked, samples, seq_len, ram_limit),
         warnings=tuple(_warnings(checked, layers, samples, seq_len)),
         compatibility=compatibility(checked),
         peak_ram_parts=parts,

@@ -3,7 +3,7 @@
 One of four moments is the peak. Each holds
 
     start      P + A + E + B                     the first block's inputs are made
-    block      P + A + B + L + max over steps of (statistics + the step's own memory + one window's activations)
+    block      P + A + B + L + max over steps of (statistics + the step's own memory + a window's activations on each thread)
     compare    P + A + O + 8 V                   the logits of both models, window by window
     reload     P + A + O + Q + 6 V               the finished checkpoint, packed, against the logits kept
 
@@ -12,8 +12,9 @@ Fisher information adds two moments, with an array of activations for every bloc
     loss       P + A + O + 6 V                   the gradient after the last block
     gradients  P + A + 2 B + G + 3 W             a block, its squares, its largest gradient (G), one window (W)
 
-P is the process itself (Python, torch, transformers: measured). A is the activations of the calibration set: three
-float32 arrays ``[N, T, d]``, as far as they fit in the user's limit; the rest is in files. B is the largest block in
+P is the process itself (Python, torch, transformers: measured). A is the activations of the calibration set: three or four
+float32 arrays ``[N, T, d]``, each of the windows that something reads (:mod:`lowbit.plan.streams`), as far as they fit in the
+user's limit; the rest is in files. B is the largest block in
 float32, L its largest tensor as stored, O everything outside the blocks in float32 and E the same without the head, Q
 the packed layers, V the logits of one window in float32. A stage that trains the packed model adds one moment:
 
@@ -37,10 +38,14 @@ blocks (d 576 with a vocabulary of 49,152, and d 1,024), five methods peaked bet
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
+
+import torch
 
 from lowbit.data import held_out_windows
 from lowbit.plan.model_plan import BlockPlan, ModelPlan, outside_bytes
+from lowbit.plan.streams import stream_windows
 from lowbit.recipes import Train
 from lowbit.steps import Step
 from lowbit.steps.step import FLOAT, RunSizes
@@ -49,35 +54,46 @@ PROCESS = 420 * 2**20
 """Bytes of a process that has imported everything and run a tiny model."""
 
 
-def activation_bytes(plan: ModelPlan, tokens: int, ram_limit: int, arrays: int = 3) -> tuple[int, int]:
-    """Bytes of ``arrays`` float32 arrays of hidden states: (in memory, in files).
+def activation_bytes(plan: ModelPlan, tokens: Iterable[int], ram_limit: int) -> tuple[int, int]:
+    """Bytes of float32 arrays of the hidden states of so many ``tokens`` each: (in memory, in files).
 
     Each array is in memory if it still fits the limit, as the store decides.
     """
-    size, ram = tokens * plan.source.config.get_text_config().hidden_size * FLOAT, 0
-    for _ in range(arrays):
-        ram += size if ram + size <= ram_limit else 0
-    return ram, arrays * size - ram
+    ram = disk = 0
+    for count in tokens:
+        size = count * plan.source.config.get_text_config().hidden_size * FLOAT
+        if ram + size <= ram_limit:
+            ram += size
+        else:
+            disk += size
+    return ram, disk
 
 
-def peak_disk_bytes(plan: ModelPlan, tokens: int, ram_limit: int) -> int:
+def stream_tokens(plan: ModelPlan, samples: int, seq_len: int, *, fisher: bool = False) -> list[int]:
+    """Tokens of each array of hidden states, in the order in which they are made; ``fisher``: while Fisher information is
+    made, with an array for every block."""
+    held_out = held_out_windows(samples) if samples and plan.recipe.reads_inputs else 0
+    windows = stream_windows(plan.recipe, samples, held_out, original=fisher)
+    named = ("fp", "quant", "next", *(["packed"] if plan.outside.embeddings else []))
+    return [len(windows[name]) * seq_len for name in named] + [samples * seq_len] * len(plan.blocks) * fisher
+
+
+def peak_disk_bytes(plan: ModelPlan, samples: int, seq_len: int, ram_limit: int) -> int:
     """Bytes of temporary files: activations beyond the limit, and Fisher information if the recipe needs it."""
-    if not plan.recipe.needs_fisher:
-        return activation_bytes(plan, tokens, ram_limit)[1]
+    fisher = plan.recipe.needs_fisher
     squares = sum(prod(block.shapes[path]) for block, path, _ in plan.layers) * FLOAT
-    return activation_bytes(plan, tokens, ram_limit, 3 + len(plan.blocks))[1] + squares
+    return activation_bytes(plan, stream_tokens(plan, samples, seq_len, fisher=fisher), ram_limit)[1] + fisher * squares
 
 
 def peak_parts(plan: ModelPlan, samples: int, seq_len: int, ram_limit: int) -> dict[str, dict[str, int]]:
     """Bytes of each moment's terms (see the module docstring). The peak is the largest sum."""
-    held_out = held_out_windows(samples) if samples and plan.recipe.reads_inputs else 0
-    tokens = (samples + held_out) * seq_len
-    held = {"process": PROCESS, "activations": activation_bytes(plan, tokens, ram_limit)[0]}
+    streams = stream_tokens(plan, samples, seq_len)
+    held = {"process": PROCESS, "activations": activation_bytes(plan, streams, ram_limit)[0]}
     worst = max(plan.blocks, key=lambda block: _block_bytes(block) + _largest_step(plan, block, samples, seq_len)[1])
     step, need = _largest_step(plan, worst, samples, seq_len)
     largest = max(p.numel() for p in worst.module.parameters()) * plan.source.dtype.itemsize
     block = {"block": _block_bytes(worst), "largest tensor": largest, f"step {step}": need}
-    if not tokens:
+    if not samples:
         return {"block": held | block}
     outside = outside_bytes(plan, FLOAT)
     logits = seq_len * plan.source.config.get_text_config().vocab_size * FLOAT
@@ -118,7 +134,7 @@ def _train_parts(
 def _fisher_parts(
     plan: ModelPlan, worst: BlockPlan, samples: int, seq_len: int, ram_limit: int
 ) -> dict[str, dict[str, int]]:
-    boundaries = activation_bytes(plan, samples * seq_len, ram_limit, 3 + len(plan.blocks))[0]
+    boundaries = activation_bytes(plan, stream_tokens(plan, samples, seq_len, fisher=True), ram_limit)[0]
     held = {"process": PROCESS, "activations": boundaries}
     logits = seq_len * plan.source.config.get_text_config().vocab_size * FLOAT
     largest = max((prod(worst.shapes[path]) for path in worst.formats), default=0) * FLOAT
@@ -151,8 +167,8 @@ def _largest_step(plan: ModelPlan, block: BlockPlan, samples: int, seq_len: int)
 
 
 def step_bytes(step: Step, sizes: RunSizes) -> int:
-    """Bytes that a step holds on one block: statistics, one window's activations, and its own memory."""
-    window = sizes.window_bytes if sizes.tokens() else 0
+    """Bytes that a step holds on one block: statistics, a window's activations on each thread, and its own memory."""
+    window = sizes.window_bytes * min(sizes.samples, torch.get_num_threads()) if sizes.tokens() else 0
     return int(sizes.statistics_bytes(step.needs) + window + step.memory(sizes))
 
 

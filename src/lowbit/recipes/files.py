@@ -20,6 +20,7 @@ from lowbit.recipes.recipe import Recipe
 from lowbit.recipes.registry import recipe
 from lowbit.recipes.stages import Blockwise
 from lowbit.scheme import FormatRule, Scheme
+from lowbit.steps.precision import Compute
 
 _MOST_BYTES, _MOST_NODES, _DEEPEST = 10**6, 10**5, 50
 """Of a recipe file: its size, its values with aliases written out, and how deep they are nested."""
@@ -31,7 +32,7 @@ class MethodFile:
     """A recipe file that names a method (or a mix) and its options.
 
     Attributes:
-        feed, seed: replace the method's own.
+        feed, compute, seed: replace the method's own.
         kv: formats of the KV cache.
         then: stages after the method's own.
         overrides: see :class:`~lowbit.scheme.Override`.
@@ -42,14 +43,15 @@ class MethodFile:
     overrides: tuple[dict[str, Any], ...] = ()
     description: str = ""
     feed: Literal["fp", "quant"] | None = None
+    compute: Compute | None = None
     seed: int | None = None
     kv: KVSpec | None = None
     then: tuple[Any, ...] = ()
 
     def recipe(self) -> Recipe:
         built = recipe(self.method, **self.options)
-        if self.feed is not None:
-            built = built.with_blockwise(feed=self.feed)
+        given = {"feed": self.feed, "compute": self.compute}
+        built = built.with_blockwise(**{name: value for name, value in given.items() if value is not None})
         return replace(
             built,
             scheme=built.scheme if self.kv is None else replace(built.scheme, kv=self.kv),
@@ -68,7 +70,7 @@ class RecipeFile:
     Attributes:
         scheme: a mapping of ``rules``, ``attention`` and ``kv``, or the rules alone, with ``attention`` and ``kv`` at
             the top.
-        stages: in order. ``steps`` and ``feed`` at the top stand for one Blockwise stage.
+        stages: in order. ``steps``, ``feed`` and ``compute`` at the top stand for one Blockwise stage.
         overrides: see :class:`~lowbit.scheme.Override`.
     """
 
@@ -79,6 +81,7 @@ class RecipeFile:
     stages: tuple[Any, ...] | None = None
     steps: tuple[Any, ...] | None = None
     feed: Literal["fp", "quant"] | None = None
+    compute: Compute | None = None
     seed: int = 0
     overrides: tuple[dict[str, Any], ...] = ()
     description: str = ""
@@ -86,15 +89,15 @@ class RecipeFile:
     def __post_init__(self):
         if isinstance(self.scheme, Scheme) and (self.attention or self.kv):
             raise ValueError("'scheme' is a mapping, so attention and kv go into it; found them at the top")
-        if self.stages is not None and (self.steps is not None or self.feed is not None):
+        if self.stages is not None and not self.steps is self.feed is self.compute is None:
             raise ValueError(
-                "steps and feed at the top are short for one Blockwise stage; with 'stages' they go into it"
+                "steps, feed and compute at the top are short for one Blockwise stage; with 'stages' they go into it"
             )
 
     def recipe(self) -> Recipe:
         stages = self.stages or ()
         if self.steps is not None:
-            stages = (Blockwise(self.steps, self.feed or "quant"),)
+            stages = (Blockwise(self.steps, self.feed or "quant", self.compute or "auto"),)
         scheme = self.scheme if isinstance(self.scheme, Scheme) else Scheme(self.scheme, self.attention, self.kv)
         return Recipe(self.name, scheme, stages, self.seed).with_overrides(self.overrides)
 

@@ -14,7 +14,7 @@ from lowbit.steps.combination import in_order
 def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
     """One recipe from several, with all steps in order.
 
-    Solve, weight format and feed are those of the last recipe that has steps.
+    Solve, weight format, feed and compute are those of the last recipe that has steps.
 
     Steps that fix static activation ranges follow all steps that transform channels. Rotations at run time follow all
     folded transforms. The Blockwise stages become one; all other stages follow in order. Formats of activations, of
@@ -50,7 +50,7 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     scheme = Scheme(_joined(name, last.scheme.rules, inputs), attention, kv)
-    return Recipe(name, scheme, (Blockwise(steps, last.feed), *later), last.seed)
+    return Recipe(name, scheme, (Blockwise(steps, last.feed, last.compute), *later), last.seed)
 
 
 def _taking_out(rule: FormatRule, threshold: float) -> FormatRule:

@@ -18,6 +18,7 @@ from lowbit.modules.kv_spec import unsupported
 from lowbit.numerics import check_types, from_dict, untagged
 from lowbit.recipes.stages import Blockwise, Stage
 from lowbit.scheme import Outside, Override, Scheme
+from lowbit.steps.precision import Compute
 
 
 @untagged
@@ -74,6 +75,11 @@ class Recipe:
         return "quant" if self._blockwise is None else self._blockwise.feed
 
     @property
+    def compute(self) -> Compute:
+        """The type of products while calibration text passes through the blocks."""
+        return "auto" if self._blockwise is None else self._blockwise.compute
+
+    @property
     def _blockwise(self) -> Blockwise | None:
         return next((stage for stage in self.stages if isinstance(stage, Blockwise)), None)
 
@@ -108,7 +114,7 @@ class Recipe:
             raise ValueError(unsupported(self.scheme.kv, f"recipe {self.name!r}"))
 
     def with_blockwise(self, **changes: Any) -> Recipe:
-        """This recipe with other ``steps`` or another ``feed`` in its Blockwise stage."""
+        """This recipe with other ``steps`` or another ``feed`` or ``compute`` in its Blockwise stage."""
         stages = (replace(stage, **changes) if isinstance(stage, Blockwise) else stage for stage in self.stages)
         return replace(self, stages=tuple(stages))
 

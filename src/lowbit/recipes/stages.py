@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from lowbit.numerics import Fisher, check_types, serializable
 from lowbit.scheme import Scheme
 from lowbit.steps import Freedom, Step
 from lowbit.steps.combination import check_attention_ranges, check_combination
+from lowbit.steps.precision import Compute
 from lowbit.training import AdamW, Objective, OneCycle, Trainable
 
 
@@ -54,6 +55,8 @@ class Blockwise:
     Args:
         steps: in order. ``Solve``, which packs the block's linears, comes last and once.
         feed: the inputs that steps see: ``"quant"`` from the quantized blocks before, ``"fp"`` from the original ones.
+        compute: the type of products while calibration text passes through the blocks; ``"auto"``: bfloat16 where the machine is
+            clearly faster with it. The residual stream, statistics, solvers and what the result is measured on are in float32.
 
     Raises:
         ValueError: a value that is no step, a setting of the wrong type, no Solve, or a Solve that is not last.
@@ -61,8 +64,11 @@ class Blockwise:
 
     steps: tuple[Any, ...]
     feed: Literal["fp", "quant"] = "quant"
+    compute: Compute = "auto"
 
     def __post_init__(self):
+        if self.compute not in get_args(Compute):
+            raise ValueError(f"compute is one of {', '.join(get_args(Compute))}, found {self.compute!r}")
         for step in self.steps:
             if hasattr(type(step), "run"):  # first, because a step's needs may depend on a field of a wrong type
                 check_types(step)

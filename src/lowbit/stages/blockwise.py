@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from lowbit.numerics.divergence import kl_and_agreement
 from lowbit.parallel import each
 from lowbit.plan.model_plan import ModelPlan
 from lowbit.plan.outside import OutsidePlan
+from lowbit.plan.streams import stream_windows, watched_windows
 from lowbit.progress import Progress, silent
 from lowbit.stages.fisher import FisherPass
 from lowbit.stages.journal import Journal
@@ -57,10 +59,9 @@ from lowbit.stages.record import BlockRecord, install_packed
 from lowbit.stages.store import ActivationStore
 from lowbit.stages.stream import Call, CannotStream, Stream, outside
 from lowbit.steps import BlockIO, BlockState
+from lowbit.steps.precision import products
 from lowbit.transforms import Seeded
 
-WATCHED = 8
-"""Calibration windows by which the report compares the result with the original."""
 _COST_STRIDE = 4
 """What a packed embedding costs is measured at every position of this number: a mean, whose limit is twice what is usual."""
 
@@ -116,8 +117,7 @@ class Walk:
     @property
     def watched(self) -> range:
         """Windows that the result is measured on: those held out, or the first of the others."""
-        held = range(self.calibrated, self.calibrated + self.held_out)
-        return held or range(min(WATCHED, self.calibrated))
+        return watched_windows(self.calibrated, self.held_out)
 
     @property
     def packed_outside(self) -> OutsidePlan:
@@ -151,11 +151,11 @@ class Walk:
         A stream has the windows that something reads: all of them, or those that the result is measured on. ``whole``: all.
         """
         assert self.ids is not None
-        recipe, every = self.recipe, range(len(self.ids))
-        original = whole or recipe.reads_original or recipe.needs_fisher
-        quantized = whole or (recipe.reads_inputs and recipe.feed == "quant")
-        of_original, of_quantized = (every if all_read else self.watched for all_read in (original, quantized))
-        self._numbers = {"fp": of_original, "next": of_original, "quant": of_quantized, "packed": self.watched}
+        self._numbers = stream_windows(
+            self.recipe, self.calibrated, self.held_out, original=whole or self.recipe.needs_fisher
+        )
+        if whole:
+            self._numbers["quant"] = self._numbers["fp"]
         self.stream = Stream(self.model, self.architecture)
 
         def take(w: int, hidden: Tensor) -> None:
@@ -213,11 +213,12 @@ class Walk:
     @torch.no_grad()
     def _advance(self, call: Call, block: nn.Module, source: str, target: str) -> None:
         """Runs ``block`` on the windows of a stream; its outputs are those of ``target``."""
-        numbers = self._numbers[source]
+        numbers, device = self._numbers[source], self.store[source].device
 
         def run(i: int) -> None:
-            w = numbers[i]
-            self.hidden(target, w).copy_(call(block, self.hidden(source, w), w))
+            w = numbers[i]  # the windows that are measured on are exact, whatever is fast
+            with products(device, "float32" if w in self.watched else self.recipe.compute):
+                self.hidden(target, w).copy_(call(block, self.hidden(source, w), w))
 
         each(len(numbers), run, lambda: self._tick("running"))
 
@@ -370,7 +371,8 @@ class Walk:
         if call is not None:
             x, fp, y = (self._seen(name) for name in (self.recipe.feed, "fp", "next"))
             paired = len(fp) == len(x)
-            io = BlockIO(x, y if paired else None, call, x_fp=fp if paired else None, by_window=True)
+            fast = partial(products, x.device, self.recipe.compute)
+            io = BlockIO(x, y if paired else None, call, fp if paired else None, by_window=True, products=fast)
         return BlockState.of(
             plan.name,
             block,

@@ -1,10 +1,15 @@
-"""Products in bfloat16 where that is faster: one decision for all code that computes gradients."""
+"""Products in bfloat16 where that is faster: one decision for streams of calibration text and for gradients."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 
 from lowbit.kernels.instructions import faster_than_float32
+
+Compute = Literal["auto", "float32", "bfloat16"]
+"""The type of products; ``auto``: bfloat16 where the device is clearly faster with it."""
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -14,6 +19,16 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def product_type(device: torch.device, compute: Compute) -> str:
+    """``float32`` or ``bfloat16``: what ``compute`` means on ``device``."""
+    return ("bfloat16" if has_bfloat16(device) else "float32") if compute == "auto" else compute
+
+
+def products(device: torch.device, compute: Compute) -> torch.autocast:
+    """A context with products in the type that ``compute`` asks for. Sums that go on, such as a residual stream, keep theirs."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=product_type(device, compute) == "bfloat16")
+
+
 def faster_products(device: torch.device, wanted: bool = True) -> torch.autocast:
     """A context with products in bfloat16 if ``wanted`` and ``device`` has instructions for it, else in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_bfloat16(device))
+    return products(device, "auto" if wanted else "float32")

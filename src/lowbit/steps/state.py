@@ -9,6 +9,7 @@ drafts. The walk owns everything else, so the same steps serve a streamed model 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
@@ -36,6 +37,7 @@ class BlockIO:
         call: runs a block on one or more windows ``[B, T, d]`` and returns its hidden states.
         x_fp: ``[N, T, d]``, the inputs from the original blocks; None if they are ``x``.
         by_window: ``call`` also takes the number of the first window, because arguments of the block differ by window.
+        products: makes a context for passes that only gather statistics; products in it may be less exact and faster.
     """
 
     x: Tensor
@@ -43,6 +45,7 @@ class BlockIO:
     call: Callable[..., Tensor]
     x_fp: Tensor | None = None
     by_window: bool = False
+    products: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def window(self, i: int, original: bool = False) -> Tensor:
         """Window ``i``, ``[1, T, d]`` float32; with ``original`` from the original blocks."""

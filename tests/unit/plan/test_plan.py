@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -270,13 +271,20 @@ def test_a_model_that_is_quantized_already_is_refused_with_its_method(models, tm
 
 
 def test_activations_go_to_files_as_the_store_decides(models, tmp_path):
-    size = 4 * 16 * 32 * 4  # windows, tokens, channels, bytes
-    for limit in (0, size, 2 * size + 1, 4 * size):
+    each = 16 * 32 * 4  # tokens, channels, bytes of a window
+    for limit, (method, windows) in product(
+        (0, 4 * each, 8 * each + 1, 40 * each),
+        (
+            ("rtn", (4, 4, 4)),
+            ("gptq", (1, 5, 1)),
+            ("omniquant", (5, 5, 5)),
+        ),  # one window is held out where text is read
+    ):
         with ActivationStore(limit, tmp_path) as store:
-            for array in ("fp", "quant", "next"):
-                store.allocate(array, (4, 16, 32), torch.float32)
-            told = plan(models("llama"), "rtn", samples=4, seq_len=16, ram_limit=limit)
-            assert told.peak_disk_bytes == store.disk_bytes
+            for array, count in zip(("fp", "quant", "next"), windows, strict=True):
+                store.allocate(array, (count, 16, 32), torch.float32)
+            told = plan(models("llama"), method, samples=4, seq_len=16, ram_limit=limit)
+            assert told.peak_disk_bytes == store.disk_bytes, (method, limit)
             assert told.peak_ram_parts["block"]["activations"] == store.ram_bytes
     assert plan(models("llama"), "rtn", samples=0).peak_disk_bytes == 0
 
