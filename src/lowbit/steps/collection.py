@@ -158,7 +158,7 @@ class Collection:
             def on_input(x: Tensor) -> None:
                 x_TI = x.detach().flatten(0, -2)
                 if len(x_TI):
-                    gather(name, x_TI)
+                    gather(name, x_TI.to(torch.promote_types(x.dtype, torch.float32)))
 
             return on_input
 
