@@ -1,0 +1,134 @@
+"""One quantization in a process of its own, for quantize.py: seconds, processor time, peak memory and perplexity, as JSON.
+
+    PYTHON benchmarks/quantize_child.py TOOL MODEL IDS.safetensors OUT [--options JSON]
+
+TOOL is lowbit, llm-compressor or auto-round, and PYTHON an interpreter that has it. IDS holds ``calibration`` and ``evaluation``
+windows, so that every tool sees the same tokens. Only quantizing and saving are timed; imports, loading and perplexity are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+
+def lowbit(model: str, ids: Tensor, out: Path, options: dict[str, Any]) -> tuple[Callable[[], None], Callable[[], Any]]:
+    """``options``: of the recipe, with its name as ``method``."""
+    import lowbit
+    from lowbit.recipes import recipe
+
+    made = recipe(options.pop("method"), **options)
+    return lambda: lowbit.quantize(model, made, ids, out=out) and None, lambda: lowbit.load(out, torch.float32)
+
+
+def llm_compressor(
+    model: str, ids: Tensor, out: Path, options: dict[str, Any]
+) -> tuple[Callable[[], None], Callable[[], Any]]:
+    """``options``: bits, group_size, symmetric, dtype."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, options["dtype"]))
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+    weights = QuantizationArgs(
+        num_bits=options["bits"],
+        type="int",
+        symmetric=options["symmetric"],
+        strategy="group",
+        group_size=options["group_size"],
+    )
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    modifier = GPTQModifier(config_groups=groups, ignore=["lm_head"])
+
+    def quantize() -> None:
+        oneshot(
+            model=loaded,
+            tokenizer=AutoTokenizer.from_pretrained(model),
+            dataset=rows,
+            recipe=modifier,
+            max_seq_length=ids.shape[1],
+            num_calibration_samples=len(ids),
+            output_dir=str(out),
+        )
+
+    return quantize, lambda: loaded.float()
+
+
+def auto_round(
+    model: str, ids: Tensor, out: Path, options: dict[str, Any]
+) -> tuple[Callable[[], None], Callable[[], Any]]:
+    """``options``: bits, group_size, symmetric, steps, batch, dtype."""
+    from auto_round import AutoRound
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, options["dtype"]))
+    rounding = AutoRound(
+        loaded,
+        AutoTokenizer.from_pretrained(model),
+        bits=options["bits"],
+        group_size=options["group_size"],
+        sym=options["symmetric"],
+        iters=options["steps"],
+        batch_size=options["batch"],
+        nsamples=len(ids),
+        seqlen=ids.shape[1],
+        dataset=[{"input_ids": row[None]} for row in ids],
+    )
+
+    def quantize() -> None:
+        rounding.quantize()
+        rounding.save_quantized(str(out), format="fake")
+
+    return quantize, lambda: rounding.model.float()
+
+
+TOOLS = {"lowbit": lowbit, "llm-compressor": llm_compressor, "auto-round": auto_round}
+PACKAGES = {"lowbit": "lowbit", "llm-compressor": "llmcompressor", "auto-round": "auto-round"}
+
+
+@torch.no_grad()
+def perplexity(model: Any, ids_NT: Tensor) -> float:
+    """exp of the mean next-token loss; no token is context for two windows."""
+    losses = [cross_entropy(model(input_ids=ids[None]).logits[0, :-1].float(), ids[1:]).item() for ids in ids_NT]
+    return torch.tensor(losses).mean().exp().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tool", choices=TOOLS)
+    parser.add_argument("model")
+    parser.add_argument("ids", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--options", type=json.loads, default={})
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    ids = load_file(arguments.ids)
+    quantize, result = TOOLS[arguments.tool](arguments.model, ids["calibration"], arguments.out, arguments.options)
+    start, used = time.perf_counter(), time.process_time()
+    quantize()
+    measured: dict[str, Any] = {
+        "seconds": time.perf_counter() - start,
+        "processor_seconds": time.process_time() - used,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "version": version(PACKAGES[arguments.tool]),
+    }
+    measured["perplexity"] = perplexity(result(), ids["evaluation"])
+    print(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main()
