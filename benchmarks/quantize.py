@@ -149,7 +149,7 @@ def compare(arguments: argparse.Namespace) -> None:
         "| | tool | seconds | x llm-compressor | processor seconds | peak memory, GB | perplexity |",
         "|---|---|---:|---:|---:|---:|---:|",
         *(
-            f"| {name} | {row['tool']} | {row['seconds']:.1f} | {'' if base is None else f'{row["seconds"] / base:.2f}'} | "
+            f"| {name} | {row['tool']} | {row['seconds']:.1f} | {row['seconds'] / base if base else 0:.2f} | "
             f"{row['processor_seconds']:.1f} | {row['peak_bytes'] / 1e9:.2f} | {row['perplexity']:.3f} |"
             for name, row in rows.items()
         ),
