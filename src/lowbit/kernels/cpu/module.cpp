@@ -214,14 +214,18 @@ std::vector<const Kernels*> look([[maybe_unused]] bool spoil) {
 #if defined(__x86_64__) || defined(_M_X64)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#ifndef LOWBIT_WITHOUT_avx512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
-#ifdef LOWBIT_AMX
+#if defined(LOWBIT_AMX) && !defined(LOWBIT_WITHOUT_amx)
     if (has_matrix_tiles() && agrees(amx_kernels(), spoil)) found.push_back(amx_kernels());
 #endif
     found.push_back(avx512_kernels());
   }
+#endif
+#ifndef LOWBIT_WITHOUT_avxvnni
   if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(avxvnni_kernels());
+#endif
   if (avx2) found.push_back(avx2_kernels());
 #elif defined(__aarch64__)
   found.push_back(neon_kernels());
