@@ -9,7 +9,7 @@ from collections.abc import Hashable
 import pytest
 import torch
 
-from lowbit import kernels
+from lowbit import compiled, kernels
 from lowbit.kernels import PackedLinear, native, product, reference
 from lowbit.layouts import pack_qtensor
 from lowbit.modules import ActSpec, QuantLinear, prepare
@@ -377,7 +377,7 @@ def test_few_tokens_are_left_to_lanes_even_where_matrix_tiles_are_forced(isa, mo
 
 
 def test_torchs_own_threads_are_used():
-    assert native._torch_pool() != 0
+    assert compiled._torch_pool() != 0
 
 
 def test_layers_that_cannot_be_packed_say_why():

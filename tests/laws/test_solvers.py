@@ -39,7 +39,7 @@ from lowbit.numerics import (
 from lowbit.solve import FEW_TOKENS, Gptq, Nearest, Solution, Solver
 from lowbit.solve.columns import Tiling, by_band_and_score, lazy_blocks
 from lowbit.solve.factor import asymmetric_target, inverse_factor
-from lowbit.solve.greedy import descend
+from lowbit.solve.recursion import descend
 
 from pairwise import cases
 

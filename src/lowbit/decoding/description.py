@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from lowbit import kernels
 from lowbit.architectures import Architecture, for_config
 from lowbit.architectures.attention import SPEC
+from lowbit.compiled import ENVIRONMENT
 from lowbit.decoding.cache import Room
 from lowbit.kernels.native import DTYPES
-from lowbit.kernels.ops import ENVIRONMENT
 from lowbit.kernels.step import DecoderBlock, Linear, RmsNorm, TokenStep, why_not
 from lowbit.modules import QuantEmbedding, QuantLinear
 

@@ -10,15 +10,16 @@ Shapes: T token, O output channel, I input channel.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lowbit import layouts
+from lowbit.compiled import address
+from lowbit.compiled import instruction_sets as instruction_sets
+from lowbit.compiled import library as _cpu
 from lowbit.kernels.ops import PackedLinear
 from lowbit.layouts import unpack_params
 from lowbit.numerics import (
@@ -41,21 +42,11 @@ from lowbit.numerics import (
     Table,
 )
 
-try:
-    from lowbit.kernels import _cpu  # pyright: ignore[reportAttributeAccessIssue]
-except ImportError:  # installed where there was no compiler
-    _cpu = None
-
 UNIFORM, TABLE, CODEBOOK, BINARY = range(4)
 _FLOATS, _INT8, _HALVES, _FIXED = range(4)
 MATRIX_TILES = {"amx": "avx512"}  # instruction sets with matrix tiles, and the one that runs their other products
 TILE_ROWS = 16  # tokens that fill a tile
 DTYPES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 4}
-
-
-def instruction_sets() -> list[str]:
-    """Names of the compiled kernels that this CPU runs, the widest first; empty without compiled code."""
-    return [] if _cpu is None else _cpu.instruction_sets()
 
 
 def kind_of(spec: Spec) -> int | None:
@@ -145,9 +136,9 @@ def pack(layer: PackedLinear) -> Tensor:
         codes = layouts.pack(spec.grid.ranks(layouts.unpack(codes, spec.grid.bits, columns)), _tile_bits(spec))
     assert kind != CODEBOOK or scale.shape == (rows, 2**spec.grid.bits)
     about = (kind, _tile_bits(spec), rows, columns, group)
-    tiles = torch.empty(_cpu.packed_bytes(*about, scale.data_ptr(), _address(zero)), dtype=torch.uint8)
+    tiles = torch.empty(_cpu.packed_bytes(*about, scale.data_ptr(), address(zero)), dtype=torch.uint8)
     _cpu.pack(
-        *about, codes.data_ptr(), scale.data_ptr(), _address(zero), constant,
+        *about, codes.data_ptr(), scale.data_ptr(), address(zero), constant,
         tiles.data_ptr(), tiles.numel(), torch.get_num_threads(),
     )  # fmt: skip
     return tiles
@@ -251,7 +242,7 @@ def linear(
     _cpu.linear(
         isa, tiles.data_ptr(), tiles.numel(), *table_arguments(table), x_TI.data_ptr(), DTYPES[x_TI.dtype], tokens, columns,
         y_TO.data_ptr(), DTYPES[y_TO.dtype], out_features, mode, act_bits, act_symmetric, act_reach,
-        scale is not None and scale.numel() == 1, _address(scale), _address(zero), torch.get_num_threads(),
+        scale is not None and scale.numel() == 1, address(scale), address(zero), torch.get_num_threads(),
     )  # fmt: skip
     return y_TO
 
@@ -278,7 +269,7 @@ def row_arguments(value: Tensor, column: Tensor, start: Tensor | None = None) ->
     """
     assert value.is_contiguous()
     rows, width = (len(value), value.shape[1]) if start is None else (len(start) - 1, 0)
-    return rows, _address(start), column.data_ptr(), column.element_size(), value.data_ptr(), width
+    return rows, address(start), column.data_ptr(), column.element_size(), value.data_ptr(), width
 
 
 def input_mode(tabled: bool, rounded: bool) -> int:
@@ -288,34 +279,4 @@ def input_mode(tabled: bool, rounded: bool) -> int:
 
 def table_arguments(table: Tensor | None) -> tuple[int, int]:
     """Address and length of a table, float32, which must outlive their use; zeros without one."""
-    return _address(table), 0 if table is None else table.numel()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _torch_pool() -> tuple[int, int, int]:
-    """Addresses of ``GOMP_parallel``, ``omp_get_num_threads`` and ``omp_get_thread_num`` in torch's OpenMP runtime; zeros if
-    it is not found.
-
-    LLVM's and Intel's runtimes have the same entries. Only libraries that are already loaded count.
-    """
-    candidates: list[str | None] = [None]
-    candidates += [str(path) for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*"))]
-    candidates += [str(path) for path in sorted(Path(torch.__file__).parent.parent.glob("torch.libs/lib*omp*"))]
-    for name in candidates:
-        try:
-            library = ctypes.CDLL(name, mode=getattr(ctypes, "RTLD_NOLOAD", 4) if name else ctypes.DEFAULT_MODE)
-            entries = library.GOMP_parallel, library.omp_get_num_threads, library.omp_get_thread_num
-        except (OSError, AttributeError):
-            continue
-        parallel, size, number = (ctypes.cast(entry, ctypes.c_void_p).value or 0 for entry in entries)
-        return parallel, size, number
-    return 0, 0, 0
-
-
-if _cpu is not None:
-    _pool = _torch_pool()
-    _cpu.use_pool(_pool[0])
-    _cpu.use_team(*_pool)
+    return address(table), 0 if table is None else table.numel()

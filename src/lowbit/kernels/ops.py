@@ -10,7 +10,6 @@ A kernel sees plain data (:class:`PackedLinear`), never a module. To add one, en
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -18,12 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowbit.compiled import ENVIRONMENT, forced
 from lowbit.kernels.activation import fake_quantize_activation
 from lowbit.kernels.decode import decode_packed
 from lowbit.numerics import Affine, SideTerm, Spec
 from lowbit.numerics.serialize import nearest
-
-ENVIRONMENT = "LOWBIT_KERNELS"
 
 
 @dataclass(frozen=True)
@@ -128,11 +126,6 @@ def register(kernel: Kernel) -> None:
 def names() -> list[str]:
     """Names of the kernels in the order in which they are asked."""
     return [kernel.name for kernel in (*_KERNELS, _REFERENCE)]
-
-
-def forced() -> str | None:
-    """The kernel that the environment variable LOWBIT_KERNELS forces; None if it is not set."""
-    return os.environ.get(ENVIRONMENT) or None
 
 
 def choose(layer: PackedLinear, rows: int) -> Kernel:

@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from lowbit.compiled import solver_set
 from lowbit.numerics.grids.base import OF_NOTHING, Affine, Grid, Lut, Params, RangeGrid
 from lowbit.numerics.grids.codebook import Codebook
 from lowbit.numerics.grids.int import Int
 from lowbit.numerics.kmeans import kmeans_rows
+from lowbit.numerics.rounding import least_lossy
 from lowbit.numerics.serialize import serializable
 
 
@@ -90,25 +91,81 @@ class Percentile(_RangeFit):
 
 
 _RUN = 2**18
-"""Values that a search handles at once on a CPU, so that its intermediate results stay in the cache."""
+"""Values, and candidates, that a search handles at once on a CPU, so that intermediate results stay in the cache."""
 
-_Search = TypeVar("_Search", bound=Callable[..., Affine])
+_Ends = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""``ends(lo_G1, hi_G1, candidate)``: the ranges of candidates ``[1, C]`` (all) or ``[G, 1]`` (one for each granule), from their
+numbers, int64."""
 
 
-def _in_runs(search: _Search) -> _Search:
-    """Runs a search on some granules at a time; granules are independent."""
+def _search(
+    x_GK: Tensor,
+    lo_G1: Tensor,
+    hi_G1: Tensor,
+    grid: RangeGrid,
+    importance_GK: Tensor | None,
+    norm: float,
+    count: int,
+    ends: _Ends,
+    otherwise: tuple[Tensor, Tensor],
+) -> Affine:
+    """Places ``grid`` on each granule by the first of ``count`` candidates with the least ``sum importance * |x - q|**norm``.
 
-    @wraps(search)
-    def over_runs(self: Any, x_GK: Tensor, grid: Any, importance_GK: Tensor | None = None) -> Affine:
-        if x_GK.numel() <= _RUN or x_GK.device.type != "cpu":
-            return search(self, x_GK, grid, importance_GK)
-        runs = x_GK.split(max(1, _RUN // x_GK.shape[1]))
-        weights = [None] * len(runs) if importance_GK is None else importance_GK.split(len(runs[0]))
-        parts = [search(self, x, grid, weight) for x, weight in zip(runs, weights, strict=True)]
-        zeros = [part.zero for part in parts if part.zero is not None]
-        return Affine(torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None)
+    Args:
+        x_GK: the granules.
+        lo_G1, hi_G1: arguments of ``ends``.
+        grid: any grid that a range places.
+        importance_GK: weights of the values; None: all equal.
+        norm: exponent.
+        count: C.
+        ends: makes the candidates.
+        otherwise: the range of a granule where no error is below infinity.
+    """
+    run = len(x_GK)
+    if x_GK.device.type == "cpu":
+        run = max(1, _RUN // max(x_GK.shape[1], count))
+    every = torch.arange(count, device=x_GK.device)[None]
+    best = []
+    with torch.no_grad():
+        for start in range(0, len(x_GK), run):
+            some = slice(start, start + run)
+            x, weight = x_GK[some], None if importance_GK is None else importance_GK[some]
+            isa = solver_set(x, weight, lo_G1)
+            found = None
+            if isa is not None:
+                tried = grid.from_range(*ends(lo_G1[some], hi_G1[some], every))
+                found = least_lossy(x, grid, tried, norm, weight, isa)
+            if found is None:
+                found = _least_lossy(x, lo_G1[some], hi_G1[some], grid, weight, norm, count, ends)
+            best.append(found)
+        best_G1 = torch.cat(best)
+    lo, hi = ends(lo_G1, hi_G1, best_G1.clamp(min=0))
+    found_G1 = best_G1 >= 0
+    return grid.from_range(torch.where(found_G1, lo, otherwise[0]), torch.where(found_G1, hi, otherwise[1]))
 
-    return cast(_Search, over_runs)
+
+def _least_lossy(
+    x_GK: Tensor,
+    lo_G1: Tensor,
+    hi_G1: Tensor,
+    grid: RangeGrid,
+    importance_GK: Tensor | None,
+    norm: float,
+    count: int,
+    ends: _Ends,
+) -> Tensor:
+    """The search in torch: the number of the best candidate, int64 ``[G, 1]``; -1 where no error is below infinity."""
+    best = torch.full_like(lo_G1, float("inf"))
+    best_at = torch.full(lo_G1.shape, -1, device=lo_G1.device)
+    for i in range(count):
+        number = torch.full((1, 1), i, device=lo_G1.device)
+        params = grid.from_range(*ends(lo_G1, hi_G1, number))
+        loss = absolute_power(grid.fake(x_GK, params).sub_(x_GK), norm)
+        loss = (loss if importance_GK is None else loss * importance_GK).sum(1, keepdim=True)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        best_at = torch.where(better, number, best_at)
+    return best_at
 
 
 def absolute_power(error: Tensor, norm: float) -> Tensor:
@@ -134,20 +191,16 @@ class ClipSearch(_RangeFit):
         if self.steps < 1 or not 0 < self.max_shrink <= 1 or self.norm <= 0:
             raise ValueError(f"clip search needs steps >= 1, 0 < max_shrink <= 1 and norm > 0, found {self}")
 
-    @_in_runs
     def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
         lo, hi = extremes(x_GK)
-        best_shrink = torch.ones_like(lo)
-        best = torch.full_like(lo, float("inf"))
-        for i in range(max(1, int(self.max_shrink * self.steps))):
-            shrink = 1 - i / self.steps
-            params = grid.from_range(shrink * lo, shrink * hi)
-            loss = absolute_power(grid.decode(grid.encode(x_GK, params), params).sub_(x_GK), self.norm)
-            loss = (loss if importance_GK is None else loss * importance_GK).sum(1, keepdim=True)
-            better = loss < best
-            best = torch.where(better, loss, best)
-            best_shrink = torch.where(better, torch.full_like(best_shrink, shrink), best_shrink)
-        return grid.from_range(best_shrink * lo, best_shrink * hi)
+        count = max(1, int(self.max_shrink * self.steps))
+        shrink_C = lo.new_tensor([1 - i / self.steps for i in range(count)])
+
+        def ends(lo: Tensor, hi: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
+            shrink = shrink_C[candidate]
+            return shrink * lo, shrink * hi
+
+        return _search(x_GK, lo, hi, grid, importance_GK, self.norm, count, ends, (lo, hi))
 
 
 @dataclass(frozen=True)
@@ -205,28 +258,25 @@ class TruncationSearch(_RangeFit):
         if self.steps < 1 or self.norm <= 0:
             raise ValueError(f"truncation search needs steps >= 1 and norm > 0, found {self}")
 
-    @_in_runs
     def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
         lo, hi = extremes(x_GK)
         real, movable = isinstance(grid, Int) and grid.real_zero, isinstance(grid, Int) and not grid.symmetric
         if not real:
             lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-        shares = [z / (2**grid.bits - 1) for z in range(2**grid.bits)] if movable else [None]
-        best, best_lo, best_hi = torch.full_like(lo, float("inf")), lo, hi
-        for i in range(self.steps, 0, -1):
-            width = (hi - lo) * (i / self.steps)
-            for share in shares:
-                if share is None:
-                    low = lo * (i / self.steps)
-                else:
-                    low = lo + share * (hi - lo - width) if real else -share * width
-                params = grid.from_range(low, low + width)
-                loss = absolute_power(grid.decode(grid.encode(x_GK, params), params).sub_(x_GK), self.norm)
-                loss = (loss if importance_GK is None else loss * importance_GK).sum(1, keepdim=True)
-                better = loss < best
-                best = torch.where(better, loss, best)
-                best_lo, best_hi = torch.where(better, low, best_lo), torch.where(better, low + width, best_hi)
-        return grid.from_range(best_lo, best_hi)
+        widths = [i / self.steps for i in range(self.steps, 0, -1)]
+        zeros = [z / (2**grid.bits - 1) for z in range(2**grid.bits)] if movable else [0.0]
+        width_C = lo.new_tensor([width for width in widths for _ in zeros])
+        share_C = lo.new_tensor(zeros * len(widths))
+
+        def ends(lo: Tensor, hi: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
+            width, share = (hi - lo) * width_C[candidate], share_C[candidate]
+            if not movable:
+                low = lo * width_C[candidate]
+            else:
+                low = lo + share * (hi - lo - width) if real else -share * width
+            return low, low + width
+
+        return _search(x_GK, lo, hi, grid, importance_GK, self.norm, len(width_C), ends, (lo, hi))
 
 
 @serializable
@@ -254,17 +304,16 @@ class RangeSearch(_RangeFit):
         if not 0 < self.first < self.last or self.step <= 0:
             raise ValueError(f"a range search needs 0 < first < last and step > 0, found {self}")
 
-    @_in_runs
     def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
         unit = x_GK.abs().amax(1, keepdim=True) if self.unit == "absmax" else _three_sigma(x_GK, importance_GK)
-        best, best_end = torch.full_like(unit, float("inf")), unit
-        for i in range(math.ceil((self.last - self.first) / self.step - 1e-9)):
-            end = unit * (self.first + i * self.step)
-            loss = (grid.fake(x_GK, grid.from_range(-end, end)) - x_GK).square_()
-            loss = (loss if importance_GK is None else loss * importance_GK).sum(1, keepdim=True)
-            better = loss < best
-            best, best_end = torch.where(better, loss, best), torch.where(better, end, best_end)
-        return grid.from_range(-best_end, best_end)
+        count = math.ceil((self.last - self.first) / self.step - 1e-9)
+        multiple_C = unit.new_tensor([self.first + i * self.step for i in range(count)])
+
+        def ends(lo: Tensor, hi: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
+            end = hi * multiple_C[candidate]
+            return -end, end
+
+        return _search(x_GK, -unit, unit, grid, importance_GK, 2, count, ends, (-unit, unit))
 
 
 def _three_sigma(x_GK: Tensor, importance_GK: Tensor | None) -> Tensor:

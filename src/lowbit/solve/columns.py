@@ -9,6 +9,7 @@ Shapes: O output channel (row), I input channel (column), K columns of one band.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics import Block, Fit, Granularity, Params, PerToken, Spec, fit_raw
+
+_TRIED = 2**18
+"""Weights that trials fit at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,18 +62,18 @@ class Tiling:
         """The number of bands."""
         return int(self.band_I[-1]) + 1
 
-    def place(self, w_OK: Tensor, spec: Spec, fit: Fit, importance_K: Tensor, out_OK: Tensor | None = None) -> Params:
+    def place(self, w_OK: Tensor, spec: Spec, fit: Fit, importance: Tensor, out_OK: Tensor | None = None) -> Params:
         """Fitted parameters of one band, before rounding to storage; leading axis: strips.
 
         Args:
             w_OK: the columns of the band, in any order.
             spec, fit: format, and the fit that places its grid.
-            importance_K: of each column.
+            importance: ``[K]`` of each column, or ``[O, K]``.
             out_OK: weights that the fit ignores.
         """
         tile = Block(self.height, w_OK.shape[1])
         here = Spec(spec.grid, tile, spec.stats, spec.scale_dtype, spec.stats_centred)
-        return place(w_OK, here, fit, importance_K.expand_as(w_OK), out_OK)
+        return place(w_OK, here, fit, importance.expand_as(w_OK), out_OK)
 
     def of_rows(self, params: Params, rows: int) -> Params:
         """The parameters of one band, repeated for each of the ``rows`` rows: leading axis O."""
@@ -124,14 +128,39 @@ class Bands:
 
     def place(self, b: int, w_OK: Tensor, columns: Tensor, out_OK: Tensor | None) -> None:
         """Places band b on its columns ``w_OK``, which are stored at ``columns``."""
-        self._fitted[b] = self.trial(b, w_OK, columns, out_OK)
+        self._fitted[b] = self.tiling.place(w_OK, self.spec, self._fit_of(b), self.importance_I[columns], out_OK)
         self._by_row[b] = self.tiling.of_rows(self.spec.as_stored(self._fitted[b]), self.rows)
 
-    def trial(self, b: int, w_OK: Tensor, columns: Tensor, out_OK: Tensor | None = None) -> Params:
-        """The parameters that :meth:`place` would fit, without keeping them; leading axis: strips."""
-        of_granules = getattr(self.fit, "rows", None)  # an earlier choice for each granule
-        fit = self.fit if of_granules is None else of_granules(slice(b, None, self.tiling.wide))
-        return self.tiling.place(w_OK, self.spec, fit, self.importance_I[columns], out_OK)
+    def trials(
+        self, b: int, w_OK: Tensor, columns: Tensor, some_FN: Tensor, out_OK: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Params]]:
+        """What :meth:`place` would fit to some columns of the band alone, without keeping it.
+
+        Args:
+            b, w_OK, columns, out_OK: as for :meth:`place`.
+            some_FN: F choices of N columns each, as indices into the K columns.
+
+        Yields:
+            For some of the choices at a time: their weights ``[O * f, N]``, every row f times, and the parameters as fitted,
+            one set for each of these rows.
+        """
+        rows, width = len(w_OK), some_FN.shape[1]
+        together = max(1, _TRIED // (rows * width)) if self.tiling.height == 1 else 1
+        for some in some_FN.split(together):
+            shape = rows * len(some), width
+            w, out = (None if x is None else x[:, some.flatten()].view(shape) for x in (w_OK, out_OK))
+            assert w is not None
+            importance = self.importance_I[columns[some]].expand(rows, *some.shape).reshape(shape)
+            fitted = self.tiling.place(w, self.spec, self._fit_of(b, len(some)), importance, out)
+            yield w, self.tiling.of_rows(fitted, len(w))
+
+    def _fit_of(self, b: int, copies: int = 1) -> Fit:
+        """The fit of band b; a choice for each granule becomes that of the band's granules, each ``copies`` times."""
+        of_granules = getattr(self.fit, "rows", None)
+        if of_granules is None:
+            return self.fit
+        strips = -(-self.rows // self.tiling.height)
+        return of_granules(torch.arange(b, strips * self.tiling.wide, self.tiling.wide).repeat_interleave(copies))
 
     def of_rows(self, b: int) -> Params:
         """Parameters of band b as stored, one set for each row."""

@@ -82,9 +82,24 @@ def _reversed_cholesky_inverse(h_II: Tensor) -> Tensor | None:
     L, info = torch.linalg.cholesky_ex(h_II.flip(0, 1))
     if info.item() != 0:
         return None
-    one = torch.eye(len(h_II), dtype=h_II.dtype, device=h_II.device)
-    U = torch.linalg.solve_triangular(L.flip(0, 1), one, upper=True)
+    U = _lower_inverse(L).flip(0, 1)
     return U if bool(torch.isfinite(U).all()) else None
+
+
+_LEAF = 128
+"""Side up to which a triangular matrix is inverted as if it were full."""
+
+
+def _lower_inverse(L: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, by halves: a third of the work of solving for a full one."""
+    n = len(L)
+    if n <= _LEAF:
+        return torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype, device=L.device), upper=False)
+    half = n // 2
+    inverse, below = torch.zeros_like(L), L[half:, :half]
+    inverse[:half, :half], inverse[half:, half:] = _lower_inverse(L[:half, :half]), _lower_inverse(L[half:, half:])
+    torch.mm(inverse[half:, half:] @ below, -inverse[:half, :half], out=inverse[half:, :half])
+    return inverse
 
 
 def asymmetric_target(w_IO: Tensor, d_II: Tensor, U: Tensor, share: float) -> Tensor:

@@ -24,7 +24,7 @@ column-major (W_IO), so that one column is contiguous.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -37,7 +37,6 @@ from lowbit.numerics import (
     Fit,
     Fixed,
     Gram,
-    Grid,
     MinMax,
     Params,
     PerChannel,
@@ -52,10 +51,10 @@ from lowbit.numerics import (
 from lowbit.solve.base import FEW_TOKENS, Solution, Solver, check_weight
 from lowbit.solve.columns import Bands, Tiling, by_band_and_score, by_score, lazy_blocks
 from lowbit.solve.factor import asymmetric_target, inverse_factor, shrunk
-from lowbit.solve.greedy import descend
 from lowbit.solve.kept import Kept
 from lowbit.solve.nearest import Nearest
 from lowbit.solve.outliers import OutlierRule, choose, perturbation, rules_of
+from lowbit.solve.recursion import descend, recursion
 from lowbit.transforms import Permute
 
 
@@ -233,7 +232,8 @@ class Gptq(Solver):
         if not self.stale_groups and not self.static_groups:
             runs = [width[b] for b in dict.fromkeys(band[:n])]
         target = W.clone() if self.greedy_passes else W
-        codes_IO = _recursion(W, U, grid, lazy_blocks(runs, self.block), params_at, self.stale_groups, kept)
+        blocks = lazy_blocks(runs, self.block)
+        codes_IO = recursion(W, U, grid, blocks, params_at, lambda i: band[i] in bands, self.stale_groups, kept)
         for i in range(n, len(W)):
             assert kept is not None
             if band[i] not in bands:  # a band with only kept columns
@@ -245,34 +245,6 @@ class Gptq(Solver):
         codes_OI = torch.empty_like(codes_IO.T, memory_format=torch.contiguous_format)
         codes_OI[:, visit] = codes_IO.T
         return codes_OI
-
-
-def _recursion(
-    W: Tensor,
-    U: Tensor,
-    grid: Grid,
-    blocks: list[tuple[int, int]],
-    params_at: Callable[[int, Tensor], Params],
-    stale: bool,
-    kept: Kept | None,
-) -> Tensor:
-    """Algorithm 1 of arXiv:2210.17323 on W ``[I, O]`` (overwritten); U is its Cholesky(H^-1)^T. Returns codes ``[I, O]``."""
-    Q = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-    for i1, i2 in blocks:
-        Err = torch.empty_like(W[i1:i2])
-        seen = W.clone() if stale else W
-        for i in range(i1, i2):
-            params = params_at(i, seen)
-            w = W[i, :, None]
-            codes = grid.encode(w, params)
-            q = grid.decode(codes, params)
-            if kept is not None:
-                codes, q = kept.at(i, w, codes, q, grid, params)
-            err = (w - q)[:, 0] / U[i, i]
-            W[i:i2].addmm_(U[i, i:i2, None], err[None], alpha=-1)  # later columns of the block, immediately
-            Q[i], Err[i - i1] = codes[:, 0], err
-        W[i2:].addmm_(U[i1:i2, i2:].T, Err, alpha=-1)  # all other columns, once for each block
-    return Q
 
 
 def _as_they_come(score_I: Tensor) -> Tensor:

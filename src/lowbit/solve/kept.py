@@ -5,6 +5,7 @@ Shapes: O output channel, I input channel in the order of visits; K column of on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -58,9 +59,8 @@ class Kept:
             return out
         w_OK = w_IO[here].T.contiguous()
 
-        def place(some: Tensor) -> Params:
-            trial = bands.trial(b, w_OK[:, some], columns[some], None if out is None else out[:, some])
-            return bands.tiling.of_rows(trial, len(w_OK))
+        def place(some_FN: Tensor) -> Iterator[tuple[Tensor, Params]]:
+            return bands.trials(b, w_OK, columns, some_FN, out)
 
         unfit = self.watch.unfit(w_OK, self.u_I[here], grid, place)
         return out if unfit is None else unfit if out is None else unfit | out
@@ -71,7 +71,7 @@ class Kept:
         """Codes and values of the i-th visited column, with its kept weights taken out of the rounding."""
         kept_O1 = self.mask[i, :, None]
         if self.watch is not None:
-            kept_O1 = kept_O1 | self.watch.keep((w_O1 - q_O1) / self.u_I[i])
+            kept_O1 = kept_O1 | (((w_O1 - q_O1) / self.u_I[i]).square() > self.watch.tau)
         zero = grid.encode(torch.zeros_like(w_O1), params)
         base = grid.decode(zero, params)
         # Rounded to float16 first, so that the error fed back is that of the stored value.

@@ -16,7 +16,7 @@ Shapes: O output channel, I input channel, K column of one band, k kept column.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -45,22 +45,28 @@ from lowbit.numerics import (
 Stats = Mapping[Statistic, Tensor]
 
 
+Place = Callable[[Tensor], Iterator[tuple[Tensor, Params]]]
+"""``place(some_FN)`` fits each of F choices of N columns of a band. It yields, for some choices at a time, their weights
+``[O * f, N]``, every row f times, and parameters, one set for each of these rows."""
+
+
 class Watch(Protocol):
     """The part of a rule inside the column loop. ``u`` is the diagonal of U; errors are ``e = (w - q) / u``."""
 
-    def unfit(self, w_OK: Tensor, u_K: Tensor, grid: Grid, place: Callable[[Tensor], Params]) -> Tensor | None:
+    def unfit(self, w_OK: Tensor, u_K: Tensor, grid: Grid, place: Place) -> Tensor | None:
         """Weights of a band that its fit must ignore, bool ``[O, K]``; None: it ignores none.
 
         Args:
             w_OK: the band.
             u_K: its part of the diagonal of U.
             grid: the grid.
-            place: ``place(columns)`` fits these columns of ``w_OK`` alone; one set of parameters for each row.
+            place: fits choices of columns of ``w_OK`` alone.
         """
         ...
 
-    def keep(self, e_O: Tensor) -> Tensor:
-        """Kept weights of a column, bool ``[O]``, from the scaled errors that rounding them would leave."""
+    @property
+    def tau(self) -> float:
+        """A weight is kept if the square of the scaled error that rounding it would leave exceeds this."""
         ...
 
 
@@ -159,21 +165,23 @@ class _LeaveOneOut:
     tau: float
     simplified: bool
 
-    def unfit(self, w_OK: Tensor, u_K: Tensor, grid: Grid, place: Callable[[Tensor], Params]) -> Tensor | None:
+    def unfit(self, w_OK: Tensor, u_K: Tensor, grid: Grid, place: Place) -> Tensor | None:
         width = w_OK.shape[1]
         if self.simplified or width == 1:
             return None
 
-        def cost_O(columns: Tensor) -> Tensor:
-            w, params = w_OK[:, columns], place(columns)
-            return ((grid.decode(grid.encode(w, params), params) - w) / u_K[columns]).square().sum(1)
+        def cost_OF(some_FN: Tensor) -> Tensor:
+            costs, at = [], 0
+            for w, params in place(some_FN):
+                shape = len(w_OK), len(w) // len(w_OK), w.shape[1]
+                u = u_K[some_FN[at : at + shape[1]]]
+                costs.append(((grid.decode(grid.encode(w, params), params) - w).view(shape) / u).square_().sum(2))
+                at += shape[1]
+            return torch.cat(costs, 1)
 
         everyone = torch.arange(width, device=w_OK.device)
-        others = [cost_O(everyone[everyone != k]) for k in range(width)]
-        return cost_O(everyone)[:, None] - torch.stack(others, 1) > self.tau
-
-    def keep(self, e_O: Tensor) -> Tensor:
-        return e_O.square() > self.tau
+        others = torch.stack([everyone[everyone != k] for k in range(width)])
+        return cost_OF(everyone[None]) - cost_OF(others) > self.tau
 
 
 @serializable

@@ -182,18 +182,10 @@ def test_the_module_that_the_hook_waits_for_keeps_its_loader_and_may_be_reloaded
 
 # Circles
 
-# Edges of a circle that may stay for now, each with its reason. To be emptied.
-EXCEPTIONS = {
-    # The compiled lowbit.kernels._cpu is no Python file, and stands for its package.
-    ("lowbit.kernels.native", "lowbit.kernels"),
-}
-
 
 def test_no_modules_import_each_other_in_a_circle():
     """Imports within functions count too; imports for type checkers do not."""
     graph = grimp.build_graph("lowbit", exclude_type_checking_imports=True, cache_dir=None)
-    for importer, imported in EXCEPTIONS:
-        graph.remove_import(importer=importer, imported=imported)
     imports = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
     order = list(TopologicalSorter(imports).static_order())  # raises CycleError, which names a circle
     assert set(order) == graph.modules

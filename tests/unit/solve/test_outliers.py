@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -399,9 +400,10 @@ def test_leaving_out_the_worst_weight_of_a_group_does_not_raise_the_error_of_the
     w[torch.arange(O), torch.arange(O) % 16] += 8 * W[:, 16].sign()
     u, grid = torch.ones(16, dtype=torch.float64), Int(4, zero="real")
 
-    def place(columns: Tensor) -> Affine:
-        lo, hi = torch.aminmax(w[:, columns], dim=1, keepdim=True)
-        return grid.from_range(lo, hi)
+    def place(some: Tensor) -> Iterator[tuple[Tensor, Affine]]:
+        for columns in some:
+            lo, hi = torch.aminmax(w[:, columns], dim=1, keepdim=True)
+            yield w[:, columns], grid.from_range(lo, hi)
 
     watch = LeaveOneOut(0.0).watch(w, u)
     assert watch is not None

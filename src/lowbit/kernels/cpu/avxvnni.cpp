@@ -1,6 +1,7 @@
 // AVX2 with the dot products of AVX-VNNI.
 #include <immintrin.h>
 
+#include "solve.h"
 #include "step.h"
 #include "tiles.h"
 
@@ -12,6 +13,7 @@ namespace {
 #include "kernel.inl"
 #include "side.inl"
 #include "step.inl"
+#include "solve.inl"
 
 }  // namespace
 }  // namespace lowbit::avxvnni
@@ -19,7 +21,7 @@ namespace {
 namespace lowbit {
 const Kernels* avxvnni_kernels() {
   static const Kernels kernels{"avxvnni", avxvnni::prepare, avxvnni::multiply, avxvnni::decode, avxvnni::read,
-                               avxvnni::side, avxvnni::side_input, &avxvnni::step_kernels};
+                               avxvnni::side, avxvnni::side_input, &avxvnni::step_kernels, &avxvnni::solve_kernels};
   return &kernels;
 }
 }  // namespace lowbit

@@ -29,6 +29,8 @@ using namespace lowbit;
 
 namespace lowbit {
 void bind_step(nb::module_& m, const Kernels* (*kernels_called)(const std::string&));  // step.cpp
+void bind_solve(nb::module_& m, const Kernels* (*kernels_called)(const std::string&),
+                void (*loop)(int64_t pieces, int threads, const std::function<void(int64_t)>& piece));  // solve.cpp
 }
 
 namespace {
@@ -384,7 +386,7 @@ double read_memory(const std::string& isa, uintptr_t data, int64_t bytes, int th
 }  // namespace
 
 NB_MODULE(_cpu, m) {
-  m.doc() = "Products with packed weights on CPUs; called by lowbit.kernels.native only.";
+  m.doc() = "Compiled code for CPUs: products with packed weights, and the inner loops of the solvers.";
   auto names_of = [](const std::vector<const Kernels*>& found) {
     std::vector<std::string> names;
     for (const Kernels* k : found) names.emplace_back(k->name);
@@ -402,4 +404,5 @@ NB_MODULE(_cpu, m) {
   m.def("side", &side);
   m.def("read", &read_memory);
   bind_step(m, &kernels_called);
+  bind_solve(m, &kernels_called, &run_parallel);
 }

@@ -1,6 +1,7 @@
 // Arm with dot products (Armv8.2): sixteen lanes are four registers. Written by the book and not yet run on an Arm machine.
 #include <arm_neon.h>
 
+#include "solve.h"
 #include "step.h"
 #include "tiles.h"
 
@@ -143,6 +144,7 @@ struct V {
 #include "kernel.inl"
 #include "side.inl"
 #include "step.inl"
+#include "solve.inl"
 
 }  // namespace
 }  // namespace lowbit::neon
@@ -150,7 +152,7 @@ struct V {
 namespace lowbit {
 const Kernels* neon_kernels() {
   static const Kernels kernels{"neon", neon::prepare, neon::multiply, neon::decode, neon::read,
-                               neon::side, neon::side_input, &neon::step_kernels};
+                               neon::side, neon::side_input, &neon::step_kernels, &neon::solve_kernels};
   return &kernels;
 }
 }  // namespace lowbit

@@ -1,4 +1,5 @@
 // Plain C++: what V has to provide, said in loops. Runs everywhere, and is what the others are checked against.
+#include "solve.h"
 #include "step.h"
 #include "tiles.h"
 
@@ -114,6 +115,7 @@ struct V {
 #include "kernel.inl"
 #include "side.inl"
 #include "step.inl"
+#include "solve.inl"
 
 }  // namespace
 }  // namespace lowbit::portable
@@ -121,7 +123,7 @@ struct V {
 namespace lowbit {
 const Kernels* portable_kernels() {
   static const Kernels kernels{"portable", portable::prepare, portable::multiply, portable::decode, portable::read,
-                               portable::side, portable::side_input, &portable::step_kernels};
+                               portable::side, portable::side_input, &portable::step_kernels, &portable::solve_kernels};
   return &kernels;
 }
 }  // namespace lowbit

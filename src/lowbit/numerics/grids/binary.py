@@ -48,11 +48,15 @@ class BinaryCoded:
         values = params.alpha @ self.signs(every).to(params.alpha.dtype).T
         return values if params.offset is None else values + params.offset
 
-    def encode(self, x_GK: Tensor, params: Bases) -> Tensor:
+    def sorted_levels(self, params: Bases) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels ``[G, 2**bits]``, the code of each (uint8), and the midpoints between neighbours."""
         levels, codes = self.levels(params).sort(dim=1, stable=True)
-        midpoints = (levels[:, 1:] + levels[:, :-1]) / 2
+        return levels, codes.to(torch.uint8), (levels[:, 1:] + levels[:, :-1]) / 2
+
+    def encode(self, x_GK: Tensor, params: Bases) -> Tensor:
+        levels, codes, midpoints = self.sorted_levels(params)
         rank = torch.searchsorted(midpoints.contiguous(), x_GK.to(levels.dtype).contiguous())
-        return codes.gather(1, rank).to(torch.uint8)
+        return codes.gather(1, rank)
 
     def decode(self, codes_GK: Tensor, params: Bases) -> Tensor:
         return self.levels(params).gather(1, codes_GK.long())

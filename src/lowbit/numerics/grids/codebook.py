@@ -28,10 +28,15 @@ class Codebook:
     def fields(self) -> tuple[Field, ...]:
         return (Field("values", width=2**self.bits),)
 
+    def sorted_levels(self, params: Lut) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels ``[G, 2**bits]``, the code of each (uint8), and the midpoints between neighbours."""
+        values = params.values
+        codes = torch.arange(2**self.bits, dtype=torch.uint8, device=values.device).expand_as(values)
+        return values, codes, (values[:, 1:] + values[:, :-1]) / 2
+
     def encode(self, x_GK: Tensor, params: Lut) -> Tensor:
         """Rank of the nearest value; a tie goes to the lower. Values must rise; rounding to storage keeps them rising."""
-        values = params.values
-        midpoints = (values[:, 1:] + values[:, :-1]) / 2
+        values, _, midpoints = self.sorted_levels(params)
         return torch.searchsorted(midpoints.contiguous(), x_GK.to(values.dtype).contiguous()).to(torch.uint8)
 
     def decode(self, codes_GK: Tensor, params: Lut) -> Tensor:

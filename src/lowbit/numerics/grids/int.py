@@ -74,7 +74,8 @@ class Int:
         return 2**self.bits - 1
 
     @property
-    def _middle(self) -> float:
+    def middle(self) -> float:
+        """The level of zero in a grid without zero points."""
         return 0.5 if self.bits == 1 else 2.0 ** (self.bits - 1)
 
     def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Affine:
@@ -97,7 +98,7 @@ class Int:
 
     def zero_point(self, params: Affine) -> Tensor | float:
         """The level (in code units) of the value zero."""
-        return self._middle if params.zero is None else params.zero
+        return self.middle if params.zero is None else params.zero
 
     def encode(self, x_GK: Tensor, params: Affine) -> Tensor:
         return self._level(x_GK / params.scale, params, torch.round).to(torch.uint8)

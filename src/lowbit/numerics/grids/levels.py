@@ -86,7 +86,7 @@ class _Levels:
         return Affine(torch.where(scale > 0, scale, torch.full_like(scale, OF_NOTHING)))
 
     def encode(self, x_GK: Tensor, params: Affine) -> Tensor:
-        _, codes, midpoints = self._sorted(x_GK.device, params.scale.dtype)
+        _, codes, midpoints = self.sorted_levels(x_GK.device, params.scale.dtype)
         return _looked_up(codes, _rank(x_GK / params.scale, midpoints))
 
     def decode(self, codes_GK: Tensor, params: Affine) -> Tensor:
@@ -94,13 +94,13 @@ class _Levels:
         return _looked_up(table, codes_GK.int()) * params.scale
 
     def fake(self, x_GK: Tensor, params: Affine) -> Tensor:
-        levels, _, midpoints = self._sorted(x_GK.device, params.scale.dtype)
+        levels, _, midpoints = self.sorted_levels(x_GK.device, params.scale.dtype)
         v = x_GK / params.scale
         inside = v.clamp(levels[0].item(), levels[-1].item())
         nearest = _looked_up(levels, _rank(v.detach(), midpoints))
         return (nearest + (inside - inside.detach())) * params.scale  # the bracket is exactly zero, with a gradient
 
-    def _sorted(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def sorted_levels(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Levels in rising order, the code of each, and the midpoints between neighbours."""
         levels, codes = _sorted_levels(self.table())
         values = torch.tensor(levels, dtype=dtype, device=device)

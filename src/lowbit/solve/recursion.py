@@ -1,0 +1,201 @@
+"""The loops over columns: one rounds them and moves each error onto later columns, one descends over their codes.
+
+Both work on runs of columns whose grids are placed. Inside a run every column first takes the corrections of the columns
+before it; the rest of the matrix takes those of the whole run by one product. Compiled code does a run for strips of rows, in
+parallel; torch does it column by column, and is the law.
+
+Shapes: O output channel, I input channel in the order of visits, N column of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lowbit import compiled
+from lowbit.numerics import Grid, Params
+from lowbit.numerics.rounding import rounding
+from lowbit.solve.kept import Kept
+
+
+def recursion(
+    W: Tensor,
+    U: Tensor,
+    grid: Grid,
+    blocks: list[tuple[int, int]],
+    params_at: Callable[[int, Tensor], Params],
+    placed: Callable[[int], bool],
+    stale: bool,
+    kept: Kept | None,
+) -> Tensor:
+    """Algorithm 1 of arXiv:2210.17323.
+
+    Args:
+        W: the weight ``[I, O]``, overwritten.
+        U: Cholesky(H^-1)^T.
+        grid: of the codes.
+        blocks: lazy blocks ``[i1, i2)`` of columns.
+        params_at: ``params_at(i, W)`` are the parameters of column i, one set for each row; they are placed on W if they are
+            not yet.
+        placed: whether the parameters of a column are.
+        stale: place parameters without the corrections of the current block.
+        kept: weights that are not rounded.
+
+    Returns:
+        Codes, uint8 ``[I, O]``; columns outside the blocks are not filled.
+    """
+    Q = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    for i1, i2 in blocks:
+        Err = torch.empty_like(W[i1:i2])
+        seen = W.clone() if stale else W
+        i = i1
+        while i < i2:
+            params = [params_at(i, seen)]
+            while i + len(params) < i2 and placed(i + len(params)):
+                params.append(params_at(i + len(params), seen))
+            run = slice(i, i + len(params))
+            err = Err[run.start - i1 : run.stop - i1]
+            if not _compiled_run(W[run], U[run, run], grid, params, Q[run], err, kept, run):
+                _run(W[run], U[run, run], grid, params, Q[run], err, kept, i)
+            i = run.stop
+            W[i:i2].addmm_(U[run, i:i2].T, err, alpha=-1)
+        W[i2:].addmm_(U[i1:i2, i2:].T, Err, alpha=-1)
+    return Q
+
+
+def _run(
+    W: Tensor, U: Tensor, grid: Grid, params: list[Params], Q: Tensor, Err: Tensor, kept: Kept | None, first: int
+) -> None:
+    """Rounds a run of columns W ``[N, O]``, visited from ``first`` on; fills the codes Q and scaled errors Err ``[N, O]``."""
+    for j, placed in enumerate(params):
+        w = W[j, :, None]
+        codes = grid.encode(w, placed)
+        q = grid.decode(codes, placed)
+        if kept is not None:
+            codes, q = kept.at(first + j, w, codes, q, grid, placed)
+        err = (w - q)[:, 0] / U[j, j]
+        Q[j], Err[j] = codes[:, 0], err
+        W[j + 1 :].addmm_(U[j, j + 1 :, None], err[None], alpha=-1)
+
+
+def _compiled_run(
+    W: Tensor, U: Tensor, grid: Grid, params: list[Params], Q: Tensor, Err: Tensor, kept: Kept | None, run: slice
+) -> bool:
+    """:func:`_run` in compiled code; False if it cannot round to ``grid``."""
+    mask = value = None
+    limit = -1.0
+    if kept is not None:
+        mask, value = kept.mask[run], kept.value[run]
+        limit = -1.0 if kept.watch is None else kept.watch.tau
+    return _columns(W, -U.T, U.diagonal(), grid, params, Q, Err, mask, value, limit) is not None
+
+
+def descend(
+    codes_IO: Tensor,
+    W: Tensor,
+    H: Tensor,
+    damp: float,
+    params_of: Callable[[int], Params],
+    grid: Grid,
+    kept: Kept | None,
+    passes: int,
+    block: int = 128,
+) -> None:
+    """Coordinate descent over codes: lowers the loss of a solved weight further, one column of codes at a time.
+
+    These are QuIP's greedy passes (arXiv:2307.13304) in a form that never raises the loss. Let ``S = Q - W``. The best value
+    of column j, with all others fixed, is ``q_j - (S H)_j / H_jj`` in each row, and the nearest code to it is the best code.
+    The authors' code clips codes after a whole pass; S then disagrees with clipped codes and the loss can rise. Here the grid
+    clips in each step, and S follows the codes.
+
+    Law: a pass never raises ``tr(S H S^T)``, with H damped as in the solver.
+
+    Args:
+        codes_IO: uint8 ``[I, O]``, improved in place, in at most ``passes`` passes; it stops when a pass changes nothing.
+        W: the target ``[I, O]``.
+        H: ``[I, I]``, not damped, in the same order.
+        damp: share of the mean diagonal that is added to the diagonal of H.
+        params_of: parameters of a column, one set for each row.
+        grid: decodes the codes.
+        kept: weights stored outside the codes; not changed.
+        passes: most passes.
+        block: columns between two updates of S H; changes speed only.
+    """
+    H = H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    n = len(W) if kept is None else kept.rounded
+    S = torch.stack([grid.decode(codes_IO[i, :, None], params_of(i))[:, 0] for i in range(len(W))]) - W
+    if kept is not None:
+        S += kept.value
+    for _ in range(passes):
+        changed = False
+        for i1 in range(0, n, block):
+            run = slice(i1, min(i1 + block, n))
+            params = [params_of(i) for i in range(run.start, run.stop)]
+            SH = H[run] @ S
+            mask = None if kept is None else kept.mask[run]
+            better = _columns(
+                SH, H[run, run], H.diagonal()[run], grid, params, codes_IO[run], None, mask, None, -1.0, W[run], S[run]
+            )
+            if better is None:
+                better = _descend(SH, H[run, run], grid, params, codes_IO[run], mask, W[run], S[run])
+            changed |= better
+        if not changed:
+            return
+
+
+def _descend(
+    SH: Tensor, H: Tensor, grid: Grid, params: list[Params], codes_NO: Tensor, mask: Tensor | None, W: Tensor, S: Tensor
+) -> bool:
+    """One pass over a run of columns. SH, S and W ``[N, O]``, H ``[N, N]``; changes SH, S and the codes."""
+    changed = False
+    for j, placed in enumerate(params):
+        before = S[j] + W[j]
+        codes = grid.encode((before - SH[j] / H[j, j])[:, None], placed)[:, 0]
+        other = codes != codes_NO[j]
+        if mask is not None:
+            other &= ~mask[j]
+        if not other.any():
+            continue
+        changed = True
+        after = torch.where(other, grid.decode(codes[:, None], placed)[:, 0], before)
+        SH.addmm_(H[:, j, None], (after - before)[None])
+        codes_NO[j], S[j] = torch.where(other, codes, codes_NO[j]), torch.where(other, after - W[j], S[j])
+    return changed
+
+
+def _columns(
+    given: Tensor,
+    mix_NN: Tensor,
+    divisor_N: Tensor,
+    grid: Grid,
+    params: list[Params],
+    codes_NO: Tensor,
+    moved_NO: Tensor | None,
+    mask_NO: Tensor | None,
+    value_NO: Tensor | None,
+    limit: float,
+    target_NO: Tensor | None = None,
+    error_NO: Tensor | None = None,
+) -> bool | None:
+    """``columns`` of the compiled library (``kernels/cpu/solve.h``) on a run. Whether descent changed a code; None if compiled
+    code does not run."""
+    isa = compiled.solver_set(given, mix_NN, *(each for p in {id(p): p for p in params}.values() for each in p))
+    sets = list({id(p): p for p in params}.values())
+    placed = None if isa is None else rounding(grid, sets)
+    if placed is None:
+        return None
+    assert compiled.library is not None
+    numbers = {id(p): number for number, p in enumerate(sets)}
+    set_N = torch.tensor([numbers[id(p)] for p in params], dtype=torch.int32)
+    mix_NN, divisor_N = mix_NN.contiguous(), divisor_N.contiguous()
+    rows = given.shape[1]
+    matrices = given, codes_NO, moved_NO, mask_NO, value_NO, target_NO, error_NO
+    assert all(m is None or m.stride() == (rows, 1) or len(m) == 1 for m in matrices), "columns are not contiguous"
+    at = compiled.address
+    return compiled.library.columns(
+        isa, placed.grid, rows, len(given), rows, at(given), at(mix_NN), at(divisor_N), at(set_N), at(placed.scale),
+        at(placed.zero), at(codes_NO), at(moved_NO), at(mask_NO), at(value_NO), limit, at(target_NO), at(error_NO),
+        torch.get_num_threads(),
+    )  # fmt: skip
