@@ -217,9 +217,9 @@ def test_a_recursion_on_given_grids_finds_the_codes_of_torch(isa, grid, kept, mo
 
     def solve() -> tuple[Tensor, Kept | None]:
         held = Kept(mask.clone(), torch.zeros_like(w_IO), 190, u_II.diagonal(), watch) if kept else None
-        blocks = lazy_blocks([48, 48, 48, 46], 128)
+        bands, blocks = _Given(grid, params), lazy_blocks([48, 48, 48, 46], 128)
         return recursion(
-            w_IO.clone(), u_II, grid, blocks, lambda i, W: params[i // 48], lambda i: i % 48 > 0, False, held
+            w_IO.clone(), u_II, blocks, BAND, bands, lambda i, W: bands.placed.add(BAND[i]), False, held
         ), held
 
     (ours, our_kept), (theirs, their_kept) = solve(), by_torch(monkeypatch, solve)
@@ -234,6 +234,22 @@ def test_a_recursion_on_given_grids_finds_the_codes_of_torch(isa, grid, kept, mo
 class _Watch:
     def __init__(self, tau: float):
         self.tau = tau
+
+
+BAND = [i // 48 for i in range(200)]
+
+
+class _Given:
+    """Bands with given parameters, which count as placed when the solver reaches them."""
+
+    def __init__(self, grid, params: list):
+        self.spec, self.params, self.placed = float32(grid, PerChannel()), params, set()
+
+    def __contains__(self, band: int) -> bool:
+        return band in self.placed
+
+    def of_rows(self, band: int):
+        return self.params[band]
 
 
 def _triangular(rows: int, columns: int, grid) -> tuple[Tensor, Tensor, list]:
@@ -255,8 +271,10 @@ def test_exact_recursions_are_equal(isa, grid, monkeypatch):
     params = params._replace(scale=torch.ones_like(params.scale))
 
     def solve() -> Tensor:
-        every = [(0, 40), (40, 70)]
-        return recursion(w_IO.clone(), u_II, grid, every, lambda i, W: params, lambda i: True, False, None)
+        bands = _Given(grid, [params, params])
+        bands.placed = {0, 1}
+        every, band = [(0, 40), (40, 70)], [i % 3 % 2 for i in range(70)]  # as static groups in another order
+        return recursion(w_IO.clone(), u_II, every, band, bands, lambda i, W: None, False, None)
 
     assert torch.equal(solve(), by_torch(monkeypatch, solve))
 
@@ -274,7 +292,7 @@ def test_compiled_descent_never_raises_the_loss_and_keeps_kept_weights(isa, grid
         q = torch.stack([grid.decode(c[:, None], params[i // 48])[:, 0] for i, c in enumerate(codes)])
         s = (q - w_IO).double()
         losses.append((s * (damped @ s)).sum().item())
-        descend(codes, w_IO, h_II, 0.01, lambda i: params[i // 48], grid, kept, 1)
+        descend(codes, w_IO, h_II, 0.01, BAND, _Given(grid, params), kept, 1)
     assert losses[0] > losses[1] and all(a >= b * (1 - 1e-6) for a, b in pairwise(losses))
     assert torch.equal(codes[mask], before[mask]) and torch.equal(codes[190:], before[190:])
 

@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -531,7 +532,8 @@ def test_greedy_passes_from_clipped_codes_fall_where_the_reference_form_rises():
     params = Affine(torch.full((O, 1), scale, dtype=torch.float64), torch.full((O, 1), zero, dtype=torch.float64))
     for passes in (1, 2, 3):
         codes = start.T.to(torch.uint8).contiguous()
-        descend(codes, w.T.contiguous(), h, 0.0, lambda i: params, Int(2), None, passes)
+        given = SimpleNamespace(spec=SimpleNamespace(grid=Int(2)), of_rows=lambda band: params)
+        descend(codes, w.T.contiguous(), h, 0.0, [0] * len(h), given, None, passes)
         ours.append(loss(codes.T.double()))
     assert all(b <= a for a, b in pairwise(ours))
     assert ours[3] < min(losses)

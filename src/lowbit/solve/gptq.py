@@ -38,7 +38,6 @@ from lowbit.numerics import (
     Fixed,
     Gram,
     MinMax,
-    Params,
     PerChannel,
     PerTensor,
     QTensor,
@@ -150,7 +149,7 @@ class Gptq(Solver):
         _check(w_OI, H)
         self.check(spec, clip is not None)
         dead = H.diagonal() == 0
-        if not torch.isfinite(H).all() or dead.all():
+        if not _finite(H) or dead.all():
             why = "all inputs were always zero" if dead.all() else "NaN or Inf in the Gram matrix"
             return self._nearest(w_OI, spec, stats, clip, (why,))
         tokens, trust, notes = stats.get(Tokens()), 1.0, ()
@@ -165,7 +164,7 @@ class Gptq(Solver):
         score = diag * (perturbation(W, spec, fit) if self.rank == "perturbation" else 1)
         stored, visit = self._orders(score, tiling, chosen.columns)
         take = stored[visit]
-        H = H[take][:, take]
+        H = H.clone() if torch.equal(take, _as_they_come(score)) else H[take][:, take]
         H.diagonal().masked_fill_(dead[take], H.diagonal()[~dead[take]].mean().item())
         U, damped = inverse_factor(H, self.damp)
         notes = (*notes, *damped)
@@ -221,19 +220,17 @@ class Gptq(Solver):
             back = visit.argsort()
             bands.place_all(W[back].T, None if kept is None else kept.mask[back].T)
 
-        def params_at(i: int, W: Tensor) -> Params:
-            if band[i] not in bands:
-                here = slice(i, i + width[band[i]])
-                out = None if kept is None else kept.hidden(here, W, grid, bands, band[i], visit[here])
-                bands.place(band[i], W[here].T, visit[here], out)  # W has all corrections so far
-            return bands.of_rows(band[i])
+        def place(i: int, W: Tensor) -> None:
+            here = slice(i, i + width[band[i]])
+            out = None if kept is None else kept.hidden(here, W, grid, bands, band[i], visit[here])
+            bands.place(band[i], W[here].T, visit[here], out)  # W has all corrections so far
 
         runs = [self.block] * (n // self.block) + [n % self.block]
         if not self.stale_groups and not self.static_groups:
             runs = [width[b] for b in dict.fromkeys(band[:n])]
         target = W.clone() if self.greedy_passes else W
         blocks = lazy_blocks(runs, self.block)
-        codes_IO = recursion(W, U, grid, blocks, params_at, lambda i: band[i] in bands, self.stale_groups, kept)
+        codes_IO = recursion(W, U, blocks, band, bands, place, self.stale_groups, kept)
         for i in range(n, len(W)):
             assert kept is not None
             if band[i] not in bands:  # a band with only kept columns
@@ -241,7 +238,7 @@ class Gptq(Solver):
             w = W[i, :, None]
             codes_IO[i] = kept.at(i, w, codes_IO[i, :, None], w, grid, bands.of_rows(band[i]))[0][:, 0]
         if self.greedy_passes:
-            descend(codes_IO, target, H, self.damp, lambda i: bands.of_rows(band[i]), grid, kept, self.greedy_passes)
+            descend(codes_IO, target, H, self.damp, band, bands, kept, self.greedy_passes)
         codes_OI = torch.empty_like(codes_IO.T, memory_format=torch.contiguous_format)
         codes_OI[:, visit] = codes_IO.T
         return codes_OI
@@ -251,8 +248,13 @@ def _as_they_come(score_I: Tensor) -> Tensor:
     return torch.arange(len(score_I), device=score_I.device)
 
 
+def _finite(x: Tensor) -> bool:
+    """Whether no value is NaN or infinite; one pass without a temporary tensor."""
+    return bool(torch.isfinite(x.sum(dtype=torch.float64)))
+
+
 def _check(w_OI: Tensor, H: Tensor) -> None:
-    if not torch.isfinite(w_OI).all():
+    if not _finite(w_OI):
         raise ValueError(f"cannot quantize {int((~torch.isfinite(w_OI)).sum())} weights that are NaN or Inf")
     if H.shape != (w_OI.shape[1], w_OI.shape[1]):
         raise ValueError(

@@ -10,6 +10,7 @@ Shapes: O output channel, I input channel in the order of visits, N column of a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,16 +18,17 @@ from torch import Tensor
 from lowbit import compiled
 from lowbit.numerics import Grid, Params
 from lowbit.numerics.rounding import rounding
+from lowbit.solve.columns import Bands
 from lowbit.solve.kept import Kept
 
 
 def recursion(
     W: Tensor,
     U: Tensor,
-    grid: Grid,
     blocks: list[tuple[int, int]],
-    params_at: Callable[[int, Tensor], Params],
-    placed: Callable[[int], bool],
+    band: list[int],
+    bands: Bands,
+    place: Callable[[int, Tensor], None],
     stale: bool,
     kept: Kept | None,
 ) -> Tensor:
@@ -35,12 +37,11 @@ def recursion(
     Args:
         W: the weight ``[I, O]``, overwritten.
         U: Cholesky(H^-1)^T.
-        grid: of the codes.
         blocks: lazy blocks ``[i1, i2)`` of columns.
-        params_at: ``params_at(i, W)`` are the parameters of column i, one set for each row; they are placed on W if they are
-            not yet.
-        placed: whether the parameters of a column are.
-        stale: place parameters without the corrections of the current block.
+        band: the band of each column.
+        bands: their grids.
+        place: ``place(i, W)`` places the band of column i, which is not placed yet, on W.
+        stale: place bands without the corrections of the current block.
         kept: weights that are not rounded.
 
     Returns:
@@ -52,44 +53,62 @@ def recursion(
         seen = W.clone() if stale else W
         i = i1
         while i < i2:
-            params = [params_at(i, seen)]
-            while i + len(params) < i2 and placed(i + len(params)):
-                params.append(params_at(i + len(params), seen))
-            run = slice(i, i + len(params))
-            err = Err[run.start - i1 : run.stop - i1]
-            if not _compiled_run(W[run], U[run, run], grid, params, Q[run], err, kept, run):
-                _run(W[run], U[run, run], grid, params, Q[run], err, kept, i)
-            i = run.stop
-            W[i:i2].addmm_(U[run, i:i2].T, err, alpha=-1)
+            if band[i] not in bands:
+                place(i, seen)
+            end = next((j for j in range(i + 1, i2) if band[j] not in bands), i2)
+            run, grids = slice(i, end), Grids.of(bands, band[i:end])
+            err = Err[i - i1 : end - i1]
+            if not _compiled_run(W[run], U[run, run], grids, Q[run], err, kept, run):
+                _run(W[run], U[run, run], grids, Q[run], err, kept, i)
+            W[end:i2].addmm_(U[run, end:i2].T, err, alpha=-1)
+            i = end
         W[i2:].addmm_(U[i1:i2, i2:].T, Err, alpha=-1)
     return Q
 
 
-def _run(
-    W: Tensor, U: Tensor, grid: Grid, params: list[Params], Q: Tensor, Err: Tensor, kept: Kept | None, first: int
-) -> None:
+@dataclass(frozen=True, eq=False)
+class Grids:
+    """The grids of a run of columns.
+
+    Args:
+        grid: of all of them.
+        params: of each of the run's bands, one set for each row.
+        which: the number of each column's band.
+    """
+
+    grid: Grid
+    params: list[Params]
+    which: list[int]
+
+    @staticmethod
+    def of(bands: Bands, band: list[int]) -> Grids:
+        """The grids of columns in these bands, which are placed."""
+        number = {b: n for n, b in enumerate(dict.fromkeys(band))}
+        return Grids(bands.spec.grid, [bands.of_rows(b) for b in number], [number[b] for b in band])
+
+
+def _run(W: Tensor, U: Tensor, grids: Grids, Q: Tensor, Err: Tensor, kept: Kept | None, first: int) -> None:
     """Rounds a run of columns W ``[N, O]``, visited from ``first`` on; fills the codes Q and scaled errors Err ``[N, O]``."""
-    for j, placed in enumerate(params):
-        w = W[j, :, None]
-        codes = grid.encode(w, placed)
-        q = grid.decode(codes, placed)
+    grid = grids.grid
+    for j, which in enumerate(grids.which):
+        params, w = grids.params[which], W[j, :, None]
+        codes = grid.encode(w, params)
+        q = grid.decode(codes, params)
         if kept is not None:
-            codes, q = kept.at(first + j, w, codes, q, grid, placed)
+            codes, q = kept.at(first + j, w, codes, q, grid, params)
         err = (w - q)[:, 0] / U[j, j]
         Q[j], Err[j] = codes[:, 0], err
         W[j + 1 :].addmm_(U[j, j + 1 :, None], err[None], alpha=-1)
 
 
-def _compiled_run(
-    W: Tensor, U: Tensor, grid: Grid, params: list[Params], Q: Tensor, Err: Tensor, kept: Kept | None, run: slice
-) -> bool:
-    """:func:`_run` in compiled code; False if it cannot round to ``grid``."""
+def _compiled_run(W: Tensor, U: Tensor, grids: Grids, Q: Tensor, Err: Tensor, kept: Kept | None, run: slice) -> bool:
+    """:func:`_run` in compiled code; False if it cannot round to the grid."""
     mask = value = None
     limit = -1.0
     if kept is not None:
         mask, value = kept.mask[run], kept.value[run]
         limit = -1.0 if kept.watch is None else kept.watch.tau
-    return _columns(W, -U.T, U.diagonal(), grid, params, Q, Err, mask, value, limit) is not None
+    return _columns(W, -U.T, U.diagonal(), grids, Q, Err, mask, value, limit) is not None
 
 
 def descend(
@@ -97,8 +116,8 @@ def descend(
     W: Tensor,
     H: Tensor,
     damp: float,
-    params_of: Callable[[int], Params],
-    grid: Grid,
+    band: list[int],
+    bands: Bands,
     kept: Kept | None,
     passes: int,
     block: int = 128,
@@ -117,49 +136,45 @@ def descend(
         W: the target ``[I, O]``.
         H: ``[I, I]``, not damped, in the same order.
         damp: share of the mean diagonal that is added to the diagonal of H.
-        params_of: parameters of a column, one set for each row.
-        grid: decodes the codes.
+        band: the band of each column.
+        bands: their grids.
         kept: weights stored outside the codes; not changed.
         passes: most passes.
         block: columns between two updates of S H; changes speed only.
     """
     H = H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
     n = len(W) if kept is None else kept.rounded
-    S = torch.stack([grid.decode(codes_IO[i, :, None], params_of(i))[:, 0] for i in range(len(W))]) - W
+    grid = bands.spec.grid
+    S = torch.stack([grid.decode(codes_IO[i, :, None], bands.of_rows(b))[:, 0] for i, b in enumerate(band)]) - W
     if kept is not None:
         S += kept.value
     for _ in range(passes):
         changed = False
         for i1 in range(0, n, block):
             run = slice(i1, min(i1 + block, n))
-            params = [params_of(i) for i in range(run.start, run.stop)]
-            SH = H[run] @ S
-            mask = None if kept is None else kept.mask[run]
-            better = _columns(
-                SH, H[run, run], H.diagonal()[run], grid, params, codes_IO[run], None, mask, None, -1.0, W[run], S[run]
-            )
+            grids, mask = Grids.of(bands, band[run]), None if kept is None else kept.mask[run]
+            SH, h = H[run] @ S, H[run, run]
+            better = _columns(SH, h, h.diagonal(), grids, codes_IO[run], None, mask, None, -1.0, W[run], S[run])
             if better is None:
-                better = _descend(SH, H[run, run], grid, params, codes_IO[run], mask, W[run], S[run])
+                better = _descend(SH, h, grids, codes_IO[run], mask, W[run], S[run])
             changed |= better
         if not changed:
             return
 
 
-def _descend(
-    SH: Tensor, H: Tensor, grid: Grid, params: list[Params], codes_NO: Tensor, mask: Tensor | None, W: Tensor, S: Tensor
-) -> bool:
+def _descend(SH: Tensor, H: Tensor, grids: Grids, codes_NO: Tensor, mask: Tensor | None, W: Tensor, S: Tensor) -> bool:
     """One pass over a run of columns. SH, S and W ``[N, O]``, H ``[N, N]``; changes SH, S and the codes."""
-    changed = False
-    for j, placed in enumerate(params):
-        before = S[j] + W[j]
-        codes = grid.encode((before - SH[j] / H[j, j])[:, None], placed)[:, 0]
+    changed, grid = False, grids.grid
+    for j, which in enumerate(grids.which):
+        params, before = grids.params[which], S[j] + W[j]
+        codes = grid.encode((before - SH[j] / H[j, j])[:, None], params)[:, 0]
         other = codes != codes_NO[j]
         if mask is not None:
             other &= ~mask[j]
         if not other.any():
             continue
         changed = True
-        after = torch.where(other, grid.decode(codes[:, None], placed)[:, 0], before)
+        after = torch.where(other, grid.decode(codes[:, None], params)[:, 0], before)
         SH.addmm_(H[:, j, None], (after - before)[None])
         codes_NO[j], S[j] = torch.where(other, codes, codes_NO[j]), torch.where(other, after - W[j], S[j])
     return changed
@@ -169,8 +184,7 @@ def _columns(
     given: Tensor,
     mix_NN: Tensor,
     divisor_N: Tensor,
-    grid: Grid,
-    params: list[Params],
+    grids: Grids,
     codes_NO: Tensor,
     moved_NO: Tensor | None,
     mask_NO: Tensor | None,
@@ -181,14 +195,12 @@ def _columns(
 ) -> bool | None:
     """``columns`` of the compiled library (``kernels/cpu/solve.h``) on a run. Whether descent changed a code; None if compiled
     code does not run."""
-    isa = compiled.solver_set(given, mix_NN, *(each for p in {id(p): p for p in params}.values() for each in p))
-    sets = list({id(p): p for p in params}.values())
-    placed = None if isa is None else rounding(grid, sets)
+    isa = compiled.solver_set(given, mix_NN, *(each for params in grids.params for each in params))
+    placed = None if isa is None else rounding(grids.grid, grids.params)
     if placed is None:
         return None
     assert compiled.library is not None
-    numbers = {id(p): number for number, p in enumerate(sets)}
-    set_N = torch.tensor([numbers[id(p)] for p in params], dtype=torch.int32)
+    set_N = torch.tensor(grids.which, dtype=torch.int32)
     mix_NN, divisor_N = mix_NN.contiguous(), divisor_N.contiguous()
     rows = given.shape[1]
     matrices = given, codes_NO, moved_NO, mask_NO, value_NO, target_NO, error_NO
