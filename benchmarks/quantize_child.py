@@ -13,7 +13,7 @@ import json
 import resource
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def auto_round(
 
 
 TOOLS = {"lowbit": lowbit, "llm-compressor": llm_compressor, "auto-round": auto_round}
-PACKAGES = {"lowbit": "lowbit", "llm-compressor": "llmcompressor", "auto-round": "auto-round"}
+MODULES = {"lowbit": "lowbit", "llm-compressor": "llmcompressor", "auto-round": "auto_round"}
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def main() -> None:
         "seconds": time.perf_counter() - start,
         "processor_seconds": time.process_time() - used,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "version": version(PACKAGES[arguments.tool]),
+        "version": import_module(MODULES[arguments.tool]).__version__,
     }
     measured["perplexity"] = perplexity(result(), ids["evaluation"])
     print(json.dumps(measured))
