@@ -65,8 +65,8 @@ _EPILOG = """
 Example: lowbit quantize smollm2-135m --method gptq --bits 4 --group-size 64 -o smollm2-w4
 
 Environment: LOWBIT_CACHE is the directory of converted GGUF files. LOWBIT_DEBUG=1 shows tracebacks, as --verbose does.
-LOWBIT_KERNELS names the kernel that every packed layer must use. HF_HOME is the hub's cache; HF_HUB_OFFLINE=1 reads only
-that. OMP_NUM_THREADS limits threads, as --threads does.
+LOWBIT_KERNELS names the kernel that every packed layer must use; reference also keeps fits and solvers in torch. HF_HOME is
+the hub's cache; HF_HUB_OFFLINE=1 reads only that. OMP_NUM_THREADS limits threads, as --threads does.
 """
 
 app = typer.Typer(

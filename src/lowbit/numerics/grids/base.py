@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 OF_NOTHING = 2.0**-100
@@ -91,6 +92,20 @@ def straight_through(value: Tensor, source: Tensor) -> Tensor:
     if not source.requires_grad:
         return value
     return value.detach() + (source - source.detach())
+
+
+_FEW = 16
+"""Most midpoints that are compared one by one, which is several times faster on a CPU than a search for each value."""
+
+
+def rank_in_rows(x_GK: Tensor, midpoints_GM: Tensor) -> Tensor:
+    """The number of each row's rising midpoints below each of its values (finite), int64 ``[G, K]``."""
+    if midpoints_GM.shape[1] > _FEW or x_GK.device.type != "cpu":
+        return torch.searchsorted(midpoints_GM.contiguous(), x_GK.contiguous())
+    count = torch.zeros(x_GK.shape, dtype=torch.uint8)
+    for midpoint_G1 in midpoints_GM.split(1, 1):
+        count += x_GK > midpoint_G1
+    return count.long()
 
 
 def arity(grid: Grid) -> int:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.numerics.grids.base import Bases, Field
+from lowbit.numerics.grids.base import Bases, Field, rank_in_rows
 from lowbit.numerics.serialize import serializable
 
 
@@ -39,8 +39,8 @@ class BinaryCoded:
 
     def signs(self, codes: Tensor) -> Tensor:
         """``[..., bits]`` of -1 and 1, int8."""
-        planes = torch.arange(self.bits, device=codes.device)
-        return ((codes[..., None].int() >> planes) & 1).to(torch.int8) * 2 - 1
+        planes = [(codes >> k) & 1 for k in range(self.bits)]
+        return torch.stack(planes, -1).to(torch.int8).mul_(2).sub_(1)
 
     def levels(self, params: Bases) -> Tensor:
         """Value of each code, ``[G, 2**bits]``."""
@@ -55,8 +55,7 @@ class BinaryCoded:
 
     def encode(self, x_GK: Tensor, params: Bases) -> Tensor:
         levels, codes, midpoints = self.sorted_levels(params)
-        rank = torch.searchsorted(midpoints.contiguous(), x_GK.to(levels.dtype).contiguous())
-        return codes.gather(1, rank)
+        return codes.gather(1, rank_in_rows(x_GK.to(levels.dtype), midpoints))
 
     def decode(self, codes_GK: Tensor, params: Bases) -> Tensor:
         return self.levels(params).gather(1, codes_GK.long())

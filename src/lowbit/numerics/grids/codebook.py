@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.numerics.grids.base import Field, Lut
+from lowbit.numerics.grids.base import Field, Lut, rank_in_rows
 from lowbit.numerics.serialize import serializable
 
 
@@ -37,7 +37,7 @@ class Codebook:
     def encode(self, x_GK: Tensor, params: Lut) -> Tensor:
         """Rank of the nearest value; a tie goes to the lower. Values must rise; rounding to storage keeps them rising."""
         values, _, midpoints = self.sorted_levels(params)
-        return torch.searchsorted(midpoints.contiguous(), x_GK.to(values.dtype).contiguous()).to(torch.uint8)
+        return rank_in_rows(x_GK.to(values.dtype), midpoints).to(torch.uint8)
 
     def decode(self, codes_GK: Tensor, params: Lut) -> Tensor:
         return params.values.gather(1, codes_GK.long())
