@@ -121,13 +121,11 @@ def _search(
         ends: makes the candidates.
         otherwise: the range of a granule where no error is below infinity.
     """
-    run = len(x_GK)
-    if x_GK.device.type == "cpu":
-        run = max(1, _RUN // max(x_GK.shape[1], count))
+    run = max(1, _RUN // max(x_GK.shape[1], count) if x_GK.device.type == "cpu" else len(x_GK))
     every = torch.arange(count, device=x_GK.device)[None]
     best = []
     with torch.no_grad():
-        for start in range(0, len(x_GK), run):
+        for start in range(0, max(1, len(x_GK)), run):
             some = slice(start, start + run)
             x, weight = x_GK[some], None if importance_GK is None else importance_GK[some]
             isa = solver_set(x, weight, lo_G1)

@@ -48,9 +48,8 @@ def rounding(grid: Grid, params: Sequence[Params]) -> Rounding | None:
             placed = _of_range(grid)
             return Rounding(placed.grid, scale, torch.stack(zeros) if zeros else None, placed.held)
         case Codebook() | BinaryCoded():
-            values, codes, midpoints = (
-                torch.stack(each) for each in zip(*map(grid.sorted_levels, params), strict=True)
-            )
+            tables = [grid.sorted_levels(p) for p in params]  # pyright: ignore[reportArgumentType]
+            values, codes, midpoints = (torch.stack(each) for each in zip(*tables, strict=True))
             return _listed(values, codes, midpoints, own=True)
     return None
 
