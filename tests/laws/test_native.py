@@ -467,6 +467,7 @@ def test_gradients_flow_through_a_prepared_layer(act):
 def test_a_machine_without_compiled_kernels_says_so_once_and_runs(monkeypatch):
     plain, _ = prepared()
     monkeypatch.setattr(native, "_cpu", None)
+    monkeypatch.setattr(compiled, "library", None)
     with pytest.warns(UserWarning, match="C\\+\\+ compiler"):
         prepare(plain)
     assert plain.tiles is None and plain.explain()[-1].why_not is None
