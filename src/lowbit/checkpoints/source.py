@@ -50,6 +50,7 @@ __all__ = ["ModelError", "ModelSource", "load_tokenizer", "open_model"]
 _NO_WEIGHTS = re.compile(
     r"\.(inv_freq|masked_bias|(attn|attention|self_attention)\.bias)$"
 )  # buffers of old checkpoints
+_OTHER_HEAD = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice|MaskedLM)$")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -320,6 +321,12 @@ class ModelSource:
 
     def check(self) -> None:
         """Raises ModelError unless every parameter of the model has tensors of the right shape on disk."""
+        named = next(iter(self.config.architectures or ()), "")
+        if _OTHER_HEAD.search(named):
+            raise ModelError(
+                f"{self.name}: config.json names {named}, a model with another head than one of tokens; expected a causal language "
+                "model. Quantize the language model that it was made from."
+            )
         missing = [name for name in self._reference.state_dict() if self._origin(name) is None]
         ignored = "|".join(f"({pattern})" for pattern in self._reference._keys_to_ignore_on_load_missing or ())
         missing = [name for name in missing if not ignored or not re.search(ignored, name)]

@@ -27,6 +27,8 @@ from lowbit.checkpoints.gguf_reader import cache_directory, convert_gguf
 from lowbit.checkpoints.locate import locate
 from lowbit.checkpoints.source import ModelError, load_tokenizer, open_model
 
+from helpers import tiny_llama
+
 LLAMA = {
     "vocab_size": 101,
     "hidden_size": 16,
@@ -628,3 +630,12 @@ def test_the_demo_model_opens_loads_and_has_its_tokenizer():
     tokenizer = load_tokenizer(opened)
     assert tokenizer.decode(tokenizer("packed weights")["input_ids"]) == "packed weights"
     assert locate("smollm2-135m")[1] == opened.path
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_a_model_with_another_head_is_refused_by_its_name(tmp_path, head):
+    tiny_llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [f"LlamaFor{head}"]}))
+    with pytest.raises(ModelError, match=f"names LlamaFor{head}.*expected a causal language"):
+        open_model(tmp_path)
