@@ -302,6 +302,7 @@ def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max
         out=None,
         recipe=job.recipe,
         calibration="none" if job.calibration is None else f"{job.calibration.name}, {list(job.calibration.ids.shape)}",
+        asked_bits=_asked_bits(job.plan),
         bits_per_weight=bits,
         model_bits_per_weight=0.0,
         bytes=0,

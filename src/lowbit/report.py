@@ -27,6 +27,7 @@ class QuantizeReport:
 
     Attributes:
         out: the checkpoint's directory; None where nothing finished was written.
+        asked_bits: mean width of a code, over the weights of the quantized linears: what the recipe asks for.
         bits_per_weight: all stored bits of the quantized linears over their weights.
         model_bits_per_weight: all stored bits of the checkpoint over the model's parameters; 0 where nothing was written.
         bytes: of the checkpoint's weight files.
@@ -43,6 +44,7 @@ class QuantizeReport:
     out: Path | None
     recipe: Recipe
     calibration: str
+    asked_bits: float
     bits_per_weight: float
     model_bits_per_weight: float
     bytes: int
@@ -71,6 +73,7 @@ class QuantizeReport:
             "out": None if self.out is None else str(self.out),
             "recipe": to_dict(self.recipe),
             "calibration": self.calibration,
+            "asked_bits": self.asked_bits,
             "bits_per_weight": self.bits_per_weight,
             "model_bits_per_weight": self.model_bits_per_weight,
             "bytes": self.bytes,

@@ -401,6 +401,7 @@ def test_more_stored_bits_than_asked_are_said_and_can_be_refused(model, tmp_path
     report = _quantize(model, tmp_path / "said", tables, random_ids(2, 8))
     (said,) = [each for each in report.warnings if "were asked" in each]
     assert f"{report.bits_per_weight:.2f} bits a weight are stored where 4 were asked" in said
+    assert report.asked_bits == report.to_dict()["asked_bits"] == 4
     with pytest.raises(ValueError, match=r"stores .* bits a weight in this model, over the limit 5"):
         _quantize(model, tmp_path / "refused", tables, random_ids(2, 8), max_bits=5)
     assert not list(tmp_path.glob("refused*"))

@@ -70,6 +70,7 @@ def _is_hub_id(name: Any) -> bool:
 def _card(report: Mapping[str, Any], header: Mapping[str, Any], model: str, source: Path) -> str:
     kl, agreement = report["kl"], report["top1_agreement"]
     rows = [
+        ("bits of a code, as the recipe asks", f"{report['asked_bits']:.4g}"),
         ("bits per weight of the quantized linears, everything stored counted", f"{report['bits_per_weight']:.4f}"),
         ("bits per weight of the whole model", f"{report['model_bits_per_weight']:.4f}"),
         ("bytes of the weight files", f"{report['bytes']:,}"),

@@ -74,6 +74,11 @@ def _show(model: str, result: Evaluation) -> None:
     table.add_row(f"perplexity{unit}", common.number(result.perplexity), _interval(result.perplexity_interval))
     if result.kl is not None:
         table.add_row("the original's perplexity", common.number(result.reference_perplexity), "")
+        table.add_row(
+            "log of perplexity over the original's",
+            common.number(result.log_perplexity_difference),
+            _interval(result.log_perplexity_difference_interval),
+        )
         table.add_row("KL from the original, nats a token", common.number(result.kl), _interval(result.kl_interval))
         table.add_row(
             "top-1 agreement with the original",

@@ -155,6 +155,7 @@ def describe(recipe: Recipe) -> str:
 
 def _show(result: QuantizeReport) -> None:
     table = common.table("measured", "", title=f"{result.recipe.name} -> {result.out}", numbers=("",))
+    table.add_row("bits per weight, asked", f"{result.asked_bits:.4g}")
     table.add_row("bits per weight, quantized linears", f"{result.bits_per_weight:.4f}")
     table.add_row("bits per weight, whole model", f"{result.model_bits_per_weight:.4f}")
     table.add_row("original's weights", common.size(result.source_bytes))

@@ -86,7 +86,8 @@ def compare(
     Returns:
         The records of the original and of the rows, in their order, including those of earlier runs: label, recipe,
             model, protocol,
-        calibration, figures (perplexity, kl, top1_agreement and their 95 % intervals, bits_per_weight,
+        calibration, figures (perplexity, log_perplexity_difference, kl, top1_agreement and their 95 % intervals,
+            asked_bits, bits_per_weight,
             model_bits_per_weight, bytes, seconds,
             peak bytes
         of memory), problems (why it counts as broken), machine, versions. A failed row has ``error`` instead of

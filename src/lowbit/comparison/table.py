@@ -16,8 +16,10 @@ COLUMNS = (
     "",
     "perplexity",
     "95 % interval",
+    "ln ratio",
     "KL, nats",
     "top-1",
+    "asked",
     "bits, linears",
     "bits, model",
     "weight files",
@@ -30,12 +32,15 @@ COLUMNS = (
 def cells(record: Mapping[str, Any]) -> tuple[str, ...]:
     """One text for each of ``COLUMNS``, empty if it was not measured."""
     low_high = record.get("perplexity_interval")
+    more, around = record.get("log_perplexity_difference"), record.get("log_perplexity_difference_interval")
     return (
         record["label"],
         _text(record.get("perplexity"), ".5g"),
         "" if low_high is None else f"{low_high[0]:.4g} to {low_high[1]:.4g}",
+        _text(more, ".4f") + ("" if around is None else f" ± {(around[1] - around[0]) / 2:.4f}"),
         _text(record.get("kl"), ".4f"),
         _text(record.get("top1_agreement"), ".1%"),
+        _text(record.get("asked_bits"), ".4g"),
         _text(record.get("bits_per_weight"), ".3f"),
         _text(record.get("model_bits_per_weight"), ".3f"),
         _text(record.get("bytes"), ".1f", 1e6, " MB"),
@@ -65,7 +70,8 @@ def _section(records: list[Record]) -> str:
         f"(protocol {protocol['name']})",
         "",
         "Written by `lowbit compare`; the recipes and everything else are in the JSON lines next to this file.",
-        "Bits are stored bits a weight, of the quantized linears and of the whole model.",
+        "The ln ratio is the logarithm of the perplexity over the original's: a mean of differences window by window, with its 95 % "
+        "interval. Bits are those of a code, as asked, and stored bits a weight, of the quantized linears and of the whole model.",
         *(f"Calibrated on {text}." for text in texts),
         *(f"Seconds and memory on {machine}." for machine in machines),
         "",

@@ -118,6 +118,7 @@ class MeasureRow:
         rest = 1 - QUANTIZING
         result = self.setting.evaluate(model, original, lambda done, what: progress(QUANTIZING + rest * done, what))
         record = _figures(result) | {
+            "asked_bits": report.asked_bits,
             "bits_per_weight": native.bits_per_weight(model),
             "model_bits_per_weight": native.model_bits_per_weight(out),
             "bytes": directory_bytes(out).weights,
@@ -148,8 +149,9 @@ class MeasureRow:
 
 def _figures(result: Evaluation) -> dict[str, Any]:
     measured = result.to_dict()
-    names = ("perplexity", "perplexity_interval", "kl", "kl_interval", "top1_agreement", "top1_interval")
-    return {name: measured[name] for name in (*names, "tokens", "broken_tokens")}
+    names = ("perplexity", "log_perplexity_difference", "kl", "top1_agreement")
+    intervals = ("perplexity_interval", "log_perplexity_difference_interval", "kl_interval", "top1_interval")
+    return {name: measured[name] for name in (*names, *intervals, "tokens", "broken_tokens")}
 
 
 def _problems(report: QuantizeReport, result: Evaluation) -> list[str]:

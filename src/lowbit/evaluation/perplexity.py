@@ -41,6 +41,8 @@ class Evaluation:
         kl: mean KL(original || model) in nats per counted token; None without an original.
         top1_agreement: share of counted positions where both have the same most likely token; None without an original.
         reference_perplexity: the original's perplexity on the same tokens; None without an original.
+        log_perplexity_difference: log of the perplexity over the original's; its interval is that of differences window by
+            window, which is narrower than those of both. None without an original.
         tokens, words: counted predictions, and words if the protocol counts them.
         windows, seq_len, protocol: how the text was cut.
         text: the text's name, as the caller gave it.
@@ -65,6 +67,8 @@ class Evaluation:
     text: str
     ids_sha256: str
     broken_tokens: int = 0
+    log_perplexity_difference: float | None = None
+    log_perplexity_difference_interval: Interval | None = None
     bits_per_weight: float | None = None
     model_bits_per_weight: float | None = None
     bytes: int | None = None
@@ -180,6 +184,7 @@ def _summarise(sums: Any, pieces: Cut, compared: bool, *, protocol: str, seq_len
     kl, kl_interval = mean_and_interval(sums.kl, sums.tokens)
     top1, top1_interval = mean_and_interval(sums.agree, sums.tokens)
     reference_nll, _ = mean_and_interval(sums.reference_nll, sums.tokens)
+    more, around = mean_and_interval(sums.nll - sums.reference_nll, sums.tokens)
     return Evaluation(
         perplexity=_exp(nll * per_unit),
         perplexity_interval=nll_interval and (_exp(nll_interval[0] * per_unit), _exp(nll_interval[1] * per_unit)),
@@ -196,6 +201,10 @@ def _summarise(sums: Any, pieces: Cut, compared: bool, *, protocol: str, seq_len
         text=text,
         ids_sha256=windows_sha256(pieces, seq_len),
         broken_tokens=int(sums.broken.sum()),
+        log_perplexity_difference=more * per_unit if compared else None,
+        log_perplexity_difference_interval=around and (around[0] * per_unit, around[1] * per_unit)
+        if compared
+        else None,
     )
 
 

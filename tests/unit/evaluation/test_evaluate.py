@@ -232,12 +232,13 @@ def test_a_model_against_itself_has_no_divergence(model, protocol):
     assert (found.kl, found.kl_interval) == (0.0, (0.0, 0.0))
     assert (found.top1_agreement, found.top1_interval) == (1.0, (1.0, 1.0))
     assert found.reference_perplexity == found.perplexity
+    assert (found.log_perplexity_difference, found.log_perplexity_difference_interval) == (0.0, (0.0, 0.0))
 
 
 def test_without_an_original_there_is_no_comparison(model):
     found = evaluate_model(model, random_ids(64), None, "gptq", 32)
     compared = (found.kl, found.kl_interval, found.top1_agreement, found.top1_interval, found.reference_perplexity)
-    assert compared == (None,) * 5
+    assert (*compared, found.log_perplexity_difference, found.log_perplexity_difference_interval) == (None,) * 7
 
 
 @torch.no_grad()
@@ -250,6 +251,13 @@ def test_one_pass_gives_the_figures_of_separate_passes(model, other):
     assert found.perplexity == evaluate_model(other, ids, None, "gptq", 16).perplexity
     assert found.reference_perplexity == evaluate_model(model, ids, None, "gptq", 16).perplexity
     assert found.kl > 0 and 0 < found.top1_agreement < 1
+    ratio = math.log(found.perplexity / found.reference_perplexity)
+    assert found.log_perplexity_difference == pytest.approx(ratio, rel=1e-9)
+    # Windows that are hard for one model are hard for the other: the interval of differences is the narrower.
+    low, high = found.log_perplexity_difference_interval
+    assert low < ratio < high
+    own_low, own_high = found.perplexity_interval
+    assert high - low < math.log(own_high / own_low)
 
 
 def test_models_of_different_vocabularies_are_not_compared(model):
