@@ -185,10 +185,17 @@ def _line(record: dict[str, Any]) -> str:
     )
 
 
+_READABLE = 24  # characters of a remark in a line, so that it is not folded into a column of syllables
+
+
 def _show(model: str, records: list[dict[str, Any]]) -> None:
     from lowbit.comparison.table import COLUMNS, cells
 
-    shown = common.table(*COLUMNS, title=model, numbers=COLUMNS[1:-1])
-    for record in records:
-        shown.add_row(*cells(record))
+    rows = [cells(record) for record in records]
+    filled = [i for i in range(len(COLUMNS)) if i == 0 or any(row[i] for row in rows)]
+    shown = common.table(*(COLUMNS[i] for i in filled), title=model, numbers=COLUMNS[1:-1])
+    for row in rows:
+        shown.add_row(*(row[i] for i in filled))
+    if filled[-1] == len(COLUMNS) - 1:
+        shown.columns[-1].min_width = min(_READABLE, max(len(row[-1]) for row in rows))
     common.show_table(shown)

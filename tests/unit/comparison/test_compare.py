@@ -387,7 +387,7 @@ def test_the_command_fails_where_a_row_failed(model, tmp_path, monkeypatch, here
 
     monkeypatch.setattr(run, "run_in_child", failing)
     result = command(model, "--method", "rtn", *texts(model), "-o", tmp_path / "r.jsonl")
-    assert result.exit_code == 1 and all(word in result.stdout for word in ("failed:", "gone"))
+    assert result.exit_code == 1 and "failed: gone" in result.stdout
     assert result.stderr.splitlines()[-1] == "error: 1 of 1 rows failed: rtn, W4 g128"
 
 
