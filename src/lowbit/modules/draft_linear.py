@@ -183,6 +183,22 @@ class DraftLinear(nn.Module):
                 restored = restored + term.dense((restored.shape[0], restored.shape[1]))
         return _Simulation(restored, bias, side_terms, transform, chosen.get("act_params"), foreseen)
 
+    @property
+    def errs_by_weight(self) -> bool:
+        """Whether all that simulation changes is the weight."""
+        return not self.post and (self.format is None or self.format.act is None)
+
+    def weight_error(self) -> Tensor | None:
+        """What simulation adds to the weight ``[O, I]``, for the input behind ``pre``; None if that is not all it does."""
+        simulation = self._simulation
+        if simulation is None or simulation.bias is not self.bias or not self.errs_by_weight:
+            return None
+        if simulation.transform is None:
+            return simulation.weight - self.weight
+        if isinstance(simulation.transform, Scale):
+            return simulation.weight / simulation.transform.s - self.weight
+        return None
+
     @contextmanager
     def observed(self, observer: Callable[[Tensor], None]) -> Iterator[None]:
         """While open, ``observer`` is given every input ``[..., I]`` as the weight reads it, behind ``pre``."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from lowbit.parallel import each
 from lowbit.steps.state import BlockState
 
 
@@ -38,41 +40,53 @@ class Call:
         """Repeats the call and returns the sum of squared differences from the recorded tensor."""
         with _watched(state, self.place) as seen:
             state.block.get_submodule(self.place.module)(*self.args, **self.kwargs)
-        return (seen.pop() - self.answer).square().sum().item()
+        return (seen.items.pop() - self.answer).square().sum().item()
 
 
 def listen(state: BlockState, places: Iterable[Place], windows: int | None = None) -> list[Call]:
-    """Runs the block over calibration windows and records the calls at ``places``.
+    """Runs the block over calibration windows, side by side, and records the calls at ``places``.
 
     Args:
         windows: number of windows, from the first; None: all.
 
     Returns:
-        The calls in the order in which they end. Calls without tokens are left out.
+        The calls by window, and in the order in which they end. Calls without tokens are left out.
     """
     assert state.io is not None
-    calls: list[Call] = []
+    io, own = state.io, _Own()
+    calls: list[list[Call]] = [[] for _ in range(len(io) if windows is None else min(windows, len(io)))]
+
+    def window(i: int) -> None:
+        own.items = calls[i]
+        io.run(state.block, io.window(i), i)
+
     with ExitStack() as stack:
         for place in dict.fromkeys(places):
-            stack.enter_context(_keeping(state, place, calls))
-        for i in range(len(state.io) if windows is None else min(windows, len(state.io))):
-            state.io.run(state.block, state.io.window(i), i)
-    return calls
+            stack.enter_context(_keeping(state, place, lambda call: own.items.append(call)))
+        each(len(calls), window)
+    return [call for of_window in calls for call in of_window]
+
+
+class _Own(threading.local):
+    """A list for each thread."""
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
 
 
 @contextmanager
-def _keeping(state: BlockState, place: Place, calls: list[Call]) -> Iterator[None]:
-    """While open, appends the calls at ``place`` to ``calls``."""
-    asked: list[tuple[tuple, dict]] = []
+def _keeping(state: BlockState, place: Place, keep: Callable[[Call], None]) -> Iterator[None]:
+    """While open, ``keep`` is given the calls at ``place``."""
+    asked = _Own()
     module = state.block.get_submodule(place.module)
 
     def on_call(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        asked.append((args, kwargs))
+        asked.items.append((args, kwargs))
 
     def on_answer(*_: Any) -> None:
-        (args, kwargs), answer = asked.pop(), seen.pop()
+        (args, kwargs), answer = asked.items.pop(), seen.items.pop()
         if answer.numel():
-            calls.append(Call(place, args, kwargs, answer))
+            keep(Call(place, args, kwargs, answer))
 
     with _watched(state, place) as seen:
         before = module.register_forward_pre_hook(on_call, with_kwargs=True)
@@ -85,15 +99,15 @@ def _keeping(state: BlockState, place: Place, calls: list[Call]) -> Iterator[Non
 
 
 @contextmanager
-def _watched(state: BlockState, place: Place) -> Iterator[list[Tensor]]:
-    """While open, appends the tensor to compare to the returned list at each call of the place's module."""
-    seen: list[Tensor] = []
+def _watched(state: BlockState, place: Place) -> Iterator[_Own]:
+    """While open, each call of the place's module appends the tensor to compare to the returned list of its thread."""
+    seen = _Own()
 
     def on_output(_: nn.Module, args: tuple, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
+        seen.items.append(output[0] if isinstance(output, tuple) else output)
 
     def on_input(_: nn.Module, args: tuple) -> None:
-        seen.append(args[0])
+        seen.items.append(args[0])
 
     if place.behind is None:
         hook = state.block.get_submodule(place.module).register_forward_hook(on_output)

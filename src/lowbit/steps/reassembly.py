@@ -11,10 +11,11 @@ Shapes: I channel, C a channel that could leave or be merged with.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from typing import Literal
 
 import torch
@@ -23,7 +24,8 @@ from torch import Tensor
 from lowbit.architectures import Kind, ResolvedInput
 from lowbit.numerics import AbsMax, Gram, Statistic, serializable
 from lowbit.steps.effects import TRANSFORMING, BlockDescription, Freedom, LayerDescription
-from lowbit.steps.listen import Call, Place, listen
+from lowbit.steps.judging import least_error
+from lowbit.steps.listen import Place, listen
 from lowbit.steps.state import BlockState, Stats
 from lowbit.steps.step import FLOAT, RunSizes, Step
 from lowbit.transforms import ChannelTransform, Reassembly, Split
@@ -218,13 +220,10 @@ class SearchReassembly(Step):
             if not known or not calls:
                 state.note("saw no token: its channels stay as they are", at=site.shared.name)
                 continue
-            best, least = None, loss_with(state, site, None, calls)
-            for transform in self._candidates(state, site, known):
-                loss = loss_with(state, site, transform, calls)
-                if loss < least or not least >= 0:
-                    best, least = transform, loss
-            if best is not None:
-                winners.append((site, best))
+            tried = [None, *self._candidates(state, site, known)]
+            transform = least_error(state, calls, tried, partial(simulated_with, state, site))
+            if transform is not None:
+                winners.append((site, transform))
         for site, transform in winners:
             for path in site.readers:
                 state.transform(path, transform)
@@ -273,16 +272,13 @@ def site_of(state: BlockState, shared: ResolvedInput) -> Site:
     return Site(shared, readers, tuple(map(Place, readers)))
 
 
-def loss_with(state: BlockState, site: Site, transform: ChannelTransform | None, calls: Iterable[Call]) -> float:
-    """The squared error of ``calls`` while the readers of ``site`` run quantized, with ``transform`` on their input."""
+@contextmanager
+def simulated_with(state: BlockState, site: Site, transform: ChannelTransform | None) -> Iterator[None]:
+    """While open, the readers of ``site`` run quantized, with ``transform`` on their input."""
     with ExitStack() as stack:
         for path in site.readers:
             stack.enter_context(state.draft(path).simulated(transform))
-        total = 0.0
-        for call in calls:
-            total += call.error(state)
-    state.tick("searching")
-    return total
+        yield
 
 
 def _weight_gram(state: BlockState, readers: tuple[str, ...]) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -26,7 +27,8 @@ from lowbit.numerics import (
     serializable,
 )
 from lowbit.steps.effects import EdgeUse, Freedom
-from lowbit.steps.listen import Call, Place, listen
+from lowbit.steps.judging import condensed, least_error
+from lowbit.steps.listen import Place, listen
 from lowbit.steps.rules import Smooth, guard_dead
 from lowbit.steps.state import BlockState, Stats
 from lowbit.steps.step import FLOAT, RunSizes, Step
@@ -215,19 +217,21 @@ class Search(Step):
         with ExitStack() as stack:
             for draft in before:
                 stack.enter_context(draft.simulated())
-            stats = state.collect(self.needs | ({Range()} if static else frozenset()))
+            read = {port.module for edge in edges for port in edge.consumers} if static else set()
+            inputs = {shared.name for shared in state.resolved.shared_inputs if read & set(shared.readers)}
+            inputs |= {name for edge in edges for name in edge.inputs}
+            stats = state.collect(self.needs | ({Range()} if static else frozenset()), inputs)
             places = {place: None for edge in edges for place in self._judges(state.drafts, edge)}
             calls = listen(state, places, self.windows)
         winners = []
         for edge in edges:
             tried = self.candidates(state, edge, stats)
             judging = [call for place in self._judges(state.drafts, edge) for call in calls if call.place == place]
-            losses = [self._loss(state, edge, transform, stats, judging) for transform in tried]
-            if not losses or not judging:
+            if not tried or not judging:
                 state.note("saw no token: nothing was searched at this edge", at=edge.name)
                 continue
-            best = min(range(len(losses)), key=lambda i: (not losses[i] >= 0, losses[i]))  # NaN last, first of equals
-            winners.append((edge, tried[best]))
+            trial = partial(self._simulated, state, edge, stats)
+            winners.append((edge, least_error(state, condensed(state, judging, len(tried)), tried, trial)))
         for edge, transform in winners:
             state.commit(edge, transform, self.candidates.kind)
 
@@ -236,24 +240,20 @@ class Search(Step):
             return [Place(edge.judge)]
         return [Place(port.module) for port in edge.consumers if port.module in quantized]
 
-    def _loss(
+    @contextmanager
+    def _simulated(
         self,
         state: BlockState,
         edge: ResolvedEdge,
-        transform: ChannelTransform,
         stats: Mapping[str, Stats],
-        calls: Iterable[Call],
-    ) -> float:
-        drafts = state.drafts
+        transform: ChannelTransform,
+    ) -> Iterator[None]:
+        """While open, the edge's consumers run quantized behind the ``transform``."""
         with ExitStack() as stack:
-            for port in (port for port in edge.consumers if port.module in drafts):
-                bounds = state.stats_of(stats, port.module).get(Range())
-                stack.enter_context(drafts[port.module].simulated(at_port(transform, port), bounds))
-            total = 0.0
-            for call in calls:
-                total += call.error(state)
-        state.tick("searching")
-        return total
+            for port in (port for port in edge.consumers if port.module in state.drafts):
+                bounds, draft = state.stats_of(stats, port.module).get(Range()), state.draft(port.module)
+                stack.enter_context(draft.simulated(at_port(transform, port), bounds))
+            yield
 
 
 def _stage(state: BlockState, edge: ResolvedEdge) -> int:

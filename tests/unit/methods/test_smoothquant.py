@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from lowbit.modules import ActSpec, LinearFormat
 from lowbit.numerics import AbsMax, Int, LaterRange, PerChannel, PerTensor, PerToken, Range, Spec
 from lowbit.scheme import activation
 from lowbit.steps import BlockState, Search, Set, SetActivationRange, Smooth, SmoothPowers
+from lowbit.steps.judging import total_error
 from lowbit.steps.listen import Place, listen
+from lowbit.steps.search import at_port
 
 import helpers
 from helpers import sqnr_db, tiny_llama
@@ -110,7 +113,12 @@ def test_a_searched_alpha_is_the_best_of_the_grid_at_each_edge_by_the_output_of_
         for edge in edges:
             tried = candidates(s, edge, stats)
             calls = listen(s, [Place(edge.judge)])
-            losses[edge.name] = [search._loss(s, edge, transform, stats, calls) for transform in tried]
+            losses[edge.name] = []
+            for transform in tried:
+                with ExitStack() as stack:
+                    for port in edge.consumers:
+                        stack.enter_context(s.draft(port.module).simulated(at_port(transform, port)))
+                    losses[edge.name].append(total_error(s, calls))
             best[edge.name] = tried[losses[edge.name].index(min(losses[edge.name]))]
     assert len({losses[name].index(min(losses[name])) for name in losses}) > 1  # no one alpha is best everywhere
     committed = {}

@@ -15,8 +15,9 @@ from lowbit.modules import LinearFormat, QuantLinear
 from lowbit.numerics import AbsMax, Gram, Int, PerChannel, Spec
 from lowbit.scheme import activation
 from lowbit.steps import BlockState, SearchReassembly, Solve
+from lowbit.steps.judging import total_error
 from lowbit.steps.listen import Place, listen
-from lowbit.steps.reassembly import assembled, disassembly, loss_with, merge_distances, site_of, thresholds
+from lowbit.steps.reassembly import assembled, disassembly, merge_distances, simulated_with, site_of, thresholds
 from lowbit.transforms import Reassembly, Split
 from unit.methods.test_quip import assert_unchanged, model_of, states
 
@@ -258,7 +259,10 @@ def test_what_is_chosen_loses_no_more_than_no_change_and_outliers_are_split(asse
         calls = listen(original, site.places)
         (transform,) = state.draft(site.readers[0]).pre
         assert all(state.draft(path).pre == (transform,) for path in site.readers)
-        losses = [loss_with(original, site, t, calls) for t in (None, transform)]
+        losses = []
+        for each in (None, transform):
+            with simulated_with(original, site, each):
+                losses.append(total_error(original, calls))
         assert losses[1] < (0.6 if assembly == "none" else 0.9) * losses[0]
         counts = (
             transform.counts
