@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,15 +19,15 @@ from lowbit.numerics import (
     Samples,
     Spec,
     Statistic,
-    quantize,
+    fake_quantize,
     serializable,
-    usual_fit,
 )
 from lowbit.steps.effects import Freedom
 from lowbit.steps.state import BlockState, Stats
 from lowbit.steps.step import Step
 
 _SMALLEST = 2.0**-60  # the range of an input that is zero on every calibration token
+_PARTS = 8  # in which the tokens that judge an input come
 
 
 @serializable
@@ -119,16 +119,16 @@ class SearchFloat(Step):
             state.tick("searching")
             return
         x_TI = x_TI.float()
-        y_TO = x_TI @ w_OI.T
+        y_TO, inputs = x_TI @ w_OI.T, [] if act is None else self._inputs(act, absmax_I)
         for _ in range(self.rounds if floating and act is not None else 1):
             before = form, draft.range_shares, draft.act_params
             if floating:
                 seen_TI = fake_activation(x_TI, form.act, draft.act_params)
                 spec, draft.range_shares = self._best_weight(w_OI, form.weight, seen_TI, y_TO)
                 form = replace(form, weight=spec)
-            if act is not None:
+            if inputs:
                 restored_OI = _restored(w_OI, form.weight, draft.range_shares)
-                act, draft.act_params = self._best_input(x_TI, act, absmax_I, restored_OI, y_TO)
+                act, draft.act_params = _best_input(x_TI, inputs, restored_OI, y_TO)
                 form = replace(form, act=act)
             draft.format = form
             state.tick("searching")
@@ -137,11 +137,12 @@ class SearchFloat(Step):
 
     def _best_weight(self, w_OI: Tensor, spec: Spec, seen_TI: Tensor, y_TO: Tensor) -> tuple[Spec, Clipped]:
         best, chosen = float("inf"), (spec, Clipped(*[torch.ones(1, 1)] * 2))
+        error = _error_of_weight(w_OI, seen_TI, y_TO)
         rows, columns = spec.granularity.param_shape((w_OI.shape[0], w_OI.shape[1]))
         for grid in _formats(spec, self.weight_format):
             here, lost_O, share_O = replace(spec, grid=grid), None, torch.ones(len(w_OI))
             for share in self.shares:
-                error_O = (seen_TI @ _restored(w_OI, here, _clip(share)).T - y_TO).square().sum(0)
+                error_O = error(_restored(w_OI, here, _clip(share)))
                 if rows != len(w_OI):  # rows share ranges: one share for all
                     error_O = error_O.sum().expand_as(error_O)
                 better = torch.ones_like(error_O, dtype=torch.bool) if lost_O is None else error_O < lost_O
@@ -154,18 +155,57 @@ class SearchFloat(Step):
                 best, chosen = lost, (here, Clipped(of_granules, of_granules))
         return chosen
 
-    def _best_input(
-        self, x_TI: Tensor, act: ActSpec, absmax_I: Tensor, w_OI: Tensor, y_TO: Tensor
-    ) -> tuple[ActSpec, Affine]:
-        best, chosen = float("inf"), (act, input_range(act.spec, absmax_I, 1.0))
+    def _inputs(self, act: ActSpec, absmax_I: Tensor) -> list[tuple[ActSpec, Affine]]:
+        """All formats and ranges to try for the input."""
+        tried = []
         for grid in _formats(act.spec, self.activation_format):
             here = replace(act, spec=replace(act.spec, grid=grid))
-            for share, covering in self._ranges(here.spec):
-                params = input_range(here.spec, absmax_I, share, covering)
-                lost = (fake_quantize_activation(x_TI, here, params) @ w_OI.T - y_TO).double().square().sum().item()
-                if lost < best:
-                    best, chosen = lost, (here, params)
-        return chosen
+            tried += [(here, input_range(here.spec, absmax_I, *chosen)) for chosen in self._ranges(here.spec)]
+        return tried
+
+
+def _error_of_weight(w_OI: Tensor, seen_TI: Tensor, y_TO: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that gives ``|seen q^T - y|^2`` of each output channel, ``[O]``, for a restored weight q ``[O, I]``.
+
+    With more tokens than channels it comes from the Gram matrix G of ``seen``, in terms of ``d = q - w`` so that little
+    cancels: ``d G d^T - 2 d seen^T r + |r|^2`` with ``r = y - seen w^T``.
+    """
+    if len(seen_TI) <= seen_TI.shape[1]:
+        return lambda q_OI: (seen_TI @ q_OI.T - y_TO).square().sum(0)
+    rest_TO = y_TO - seen_TI @ w_OI.T
+    gram_II, mixed_OI, rest_O = seen_TI.T @ seen_TI, rest_TO.T @ seen_TI, rest_TO.square().sum(0)
+
+    def error(q_OI: Tensor) -> Tensor:
+        d_OI = q_OI - w_OI
+        return (d_OI @ gram_II).sub_(mixed_OI, alpha=2).mul_(d_OI).sum(1) + rest_O
+
+    return error
+
+
+def _best_input(
+    x_TI: Tensor, tried: Sequence[tuple[ActSpec, Affine]], w_OI: Tensor, y_TO: Tensor
+) -> tuple[ActSpec, Affine]:
+    """The format and range whose output errs least; the first of equals.
+
+    Tokens come in parts. A candidate is given up once its sum exceeds the least whole one, so the first part puts the
+    candidates in order.
+    """
+    parts = list(zip(x_TI.chunk(_PARTS), y_TO.chunk(_PARTS), strict=True))
+
+    def error(i: int, part: tuple[Tensor, Tensor]) -> float:
+        x, y = part
+        return (fake_quantize_activation(x, *tried[i]) @ w_OI.T).sub_(y).square_().sum(dtype=torch.float64).item()
+
+    errors = [error(i, parts[0]) for i in range(len(tried))]
+    least, best = float("inf"), 0
+    for i in sorted(range(len(tried)), key=errors.__getitem__):
+        for part in parts[1:]:
+            if not errors[i] <= least:
+                break
+            errors[i] += error(i, part)
+        if errors[i] < least or (errors[i] == least and i < best):
+            least, best = errors[i], i
+    return tried[best]
 
 
 def input_range(spec: Spec, absmax_I: Tensor, share: float, covering: bool = False) -> Affine:
@@ -205,7 +245,7 @@ def _clip(share: float) -> Clipped:
 
 def _restored(w_OI: Tensor, spec: Spec, clip: Clipped | Fixed | None) -> Tensor:
     """The weight as rounding to nearest will store it."""
-    return quantize(w_OI, spec, clip or usual_fit(spec.grid)).dequantize().to(w_OI.dtype)
+    return fake_quantize(w_OI, spec, clip)
 
 
 _Choice = tuple[LinearFormat, Clipped | Fixed | None, Affine | None]
