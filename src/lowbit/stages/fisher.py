@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from torch.nn.functional import cross_entropy
 
 from lowbit.checkpoints.source import ModelSource
 from lowbit.modules import make_drafts, unmake_drafts
+from lowbit.parallel import each
 from lowbit.progress import Progress, silent
 from lowbit.stages.journal import Journal
 from lowbit.stages.store import ActivationStore
@@ -89,10 +91,9 @@ class FisherPass:
         for i, call in enumerate(self.calls):
             block = self._loaded(i)
             boundary.append(self.store.allocate(_name(i + 1), first_NTd.shape, torch.float32))
-            with torch.no_grad(), faster_products(first_NTd.device):
-                for w in range(len(self.ids)):
-                    boundary[i + 1][w] = call(block, boundary[i][w : w + 1], w)[0]
-                    self._tick(1, f"forward, block {i + 1}")
+            run, tick = partial(_window, block, call, boundary[i], boundary[i + 1]), f"forward, block {i + 1}"
+            with torch.no_grad():
+                each(len(self.ids), run, partial(self._tick, 1, tick))
             self._release(i)
         return boundary
 
@@ -171,6 +172,12 @@ class FisherPass:
     def _tick(self, cost: float, what: str) -> None:
         self._done += cost / len(self.ids)
         self.progress(self._done, self._total, f"sensitivities: {what}")
+
+
+def _window(block: nn.Module, call: Call, before_NTd: Tensor, behind_NTd: Tensor, w: int) -> None:
+    """Window w through a block."""
+    with faster_products(before_NTd.device):  # a setting of the thread
+        behind_NTd[w] = call(block, before_NTd[w : w + 1], w)[0]
 
 
 def _name(i: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -137,12 +137,12 @@ class SearchFloat(Step):
 
     def _best_weight(self, w_OI: Tensor, spec: Spec, seen_TI: Tensor, y_TO: Tensor) -> tuple[Spec, Clipped]:
         best, chosen = float("inf"), (spec, Clipped(*[torch.ones(1, 1)] * 2))
-        error = _error_of_weight(w_OI, seen_TI, y_TO)
+        errors = _Errors(w_OI, seen_TI, y_TO)
         rows, columns = spec.granularity.param_shape((w_OI.shape[0], w_OI.shape[1]))
         for grid in _formats(spec, self.weight_format):
             here, lost_O, share_O = replace(spec, grid=grid), None, torch.ones(len(w_OI))
             for share in self.shares:
-                error_O = error(_restored(w_OI, here, _clip(share)))
+                error_O = errors.of(_restored(w_OI, here, _clip(share)))
                 if rows != len(w_OI):  # rows share ranges: one share for all
                     error_O = error_O.sum().expand_as(error_O)
                 better = torch.ones_like(error_O, dtype=torch.bool) if lost_O is None else error_O < lost_O
@@ -164,22 +164,31 @@ class SearchFloat(Step):
         return tried
 
 
-def _error_of_weight(w_OI: Tensor, seen_TI: Tensor, y_TO: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function that gives ``|seen q^T - y|^2`` of each output channel, ``[O]``, for a restored weight q ``[O, I]``.
+class _Errors:
+    """``|b q^T - y|^2`` for rows q that stand for rows of ``a``: restored rows of a weight, or quantized tokens.
 
-    With more tokens than channels it comes from the Gram matrix G of ``seen``, in terms of ``d = q - w`` so that little
-    cancels: ``d G d^T - 2 d seen^T r + |r|^2`` with ``r = y - seen w^T``.
+    Where b has more rows than columns, they come from its Gram matrix G, in terms of ``d = q - a`` so that little cancels:
+    ``d G d^T - 2 d b^T r + |r|^2`` with ``r = y - b a^T``.
+
+    Args:
+        a_NI: the exact rows.
+        b_MI: what they are multiplied by, as it is now.
+        y_MN: the exact product.
     """
-    if len(seen_TI) <= seen_TI.shape[1]:
-        return lambda q_OI: (seen_TI @ q_OI.T - y_TO).square().sum(0)
-    rest_TO = y_TO - seen_TI @ w_OI.T
-    gram_II, mixed_OI, rest_O = seen_TI.T @ seen_TI, rest_TO.T @ seen_TI, rest_TO.square().sum(0)
 
-    def error(q_OI: Tensor) -> Tensor:
-        d_OI = q_OI - w_OI
-        return (d_OI @ gram_II).sub_(mixed_OI, alpha=2).mul_(d_OI).sum(1) + rest_O
+    def __init__(self, a_NI: Tensor, b_MI: Tensor, y_MN: Tensor):
+        self.a_NI, self.b_MI, self.y_MN = a_NI, b_MI, y_MN
+        self.gram_II = None
+        if len(b_MI) > b_MI.shape[1]:
+            rest_MN = y_MN - b_MI @ a_NI.T
+            self.gram_II, self.mixed_NI, self.rest_N = b_MI.T @ b_MI, rest_MN.T @ b_MI, rest_MN.square().sum(0)
 
-    return error
+    def of(self, q_RI: Tensor, rows: slice = slice(None)) -> Tensor:
+        """``[R]``, for rows that stand for ``rows`` of ``a``."""
+        if self.gram_II is None:
+            return (q_RI @ self.b_MI.T).sub_(self.y_MN[:, rows].T).square_().sum(1)
+        d_RI = q_RI - self.a_NI[rows]
+        return (d_RI @ self.gram_II).sub_(self.mixed_NI[rows], alpha=2).mul_(d_RI).sum(1).add_(self.rest_N[rows])
 
 
 def _best_input(
@@ -190,21 +199,21 @@ def _best_input(
     Tokens come in parts. A candidate is given up once its sum exceeds the least whole one, so the first part puts the
     candidates in order.
     """
-    parts = list(zip(x_TI.chunk(_PARTS), y_TO.chunk(_PARTS), strict=True))
+    errors, size = _Errors(x_TI, w_OI, y_TO.T), -(-len(x_TI) // _PARTS)
+    parts = [slice(start, start + size) for start in range(0, len(x_TI), size)]
 
-    def error(i: int, part: tuple[Tensor, Tensor]) -> float:
-        x, y = part
-        return (fake_quantize_activation(x, *tried[i]) @ w_OI.T).sub_(y).square_().sum(dtype=torch.float64).item()
+    def error(i: int, part: slice) -> float:
+        return errors.of(fake_quantize_activation(x_TI[part], *tried[i]), part).sum(dtype=torch.float64).item()
 
-    errors = [error(i, parts[0]) for i in range(len(tried))]
+    sums = [error(i, parts[0]) for i in range(len(tried))]
     least, best = float("inf"), 0
-    for i in sorted(range(len(tried)), key=errors.__getitem__):
+    for i in sorted(range(len(tried)), key=sums.__getitem__):
         for part in parts[1:]:
-            if not errors[i] <= least:
+            if not sums[i] <= least:
                 break
-            errors[i] += error(i, part)
-        if errors[i] < least or (errors[i] == least and i < best):
-            least, best = errors[i], i
+            sums[i] += error(i, part)
+        if sums[i] < least or (sums[i] == least and i < best):
+            least, best = sums[i], i
     return tried[best]
 
 
