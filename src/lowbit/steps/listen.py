@@ -38,9 +38,18 @@ class Call:
 
     def error(self, state: BlockState) -> float:
         """Repeats the call and returns the sum of squared differences from the recorded tensor."""
-        with _watched(state, self.place) as seen:
-            state.block.get_submodule(self.place.module)(*self.args, **self.kwargs)
-        return (seen.items.pop() - self.answer).square().sum().item()
+        module = state.block.get_submodule(self.place.module)
+        if self.place.behind is None:
+            tensor = _hidden(module(*self.args, **self.kwargs))
+        else:
+            with _watched(state, self.place) as seen:
+                module(*self.args, **self.kwargs)
+            tensor = seen.items.pop()
+        return (tensor - self.answer).square().sum().item()
+
+
+def _hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def listen(state: BlockState, places: Iterable[Place], windows: int | None = None) -> list[Call]:
@@ -104,7 +113,7 @@ def _watched(state: BlockState, place: Place) -> Iterator[_Own]:
     seen = _Own()
 
     def on_output(_: nn.Module, args: tuple, output: Any) -> None:
-        seen.items.append(output[0] if isinstance(output, tuple) else output)
+        seen.items.append(_hidden(output))
 
     def on_input(_: nn.Module, args: tuple) -> None:
         seen.items.append(args[0])
