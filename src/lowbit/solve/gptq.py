@@ -11,7 +11,7 @@ Four things differ from the authors' code (IST-DASLab/gptq):
 * Fits get the diagonal of H as the importance of each column. A range search without it clips the most important weights
   when one input channel is very large.
 * Dead channels get the mean diagonal, not 1, so the solution does not depend on the scale of H.
-* H of fewer tokens than channels is shrunk (:func:`~lowbit.solve.factor.shrunk`), and that is noted. Its dead channels keep
+* H of fewer tokens than channels is shrunk (:func:`~lowbit.solve.factor.shrinkage`), and that is noted. Its dead channels keep
   their weights, because a few tokens do not prove that a channel is dead.
 
 Outliers (``solve.outliers``) enter in three places only: kept columns are visited last and never rounded, grids are placed
@@ -49,12 +49,16 @@ from lowbit.numerics import (
 )
 from lowbit.solve.base import FEW_TOKENS, Solution, Solver, check_weight
 from lowbit.solve.columns import Bands, Tiling, by_band_and_score, by_score, lazy_blocks
-from lowbit.solve.factor import asymmetric_target, inverse_factor, shrunk
+from lowbit.solve.factor import asymmetric_target, gathered, inverse_factor, shrinkage
 from lowbit.solve.kept import Kept
 from lowbit.solve.nearest import Nearest
 from lowbit.solve.outliers import OutlierRule, choose, perturbation, rules_of
 from lowbit.solve.recursion import descend, recursion
 from lowbit.transforms import Permute
+
+
+_STRIP = 256
+"""Rows or columns that are copied together."""
 
 
 @serializable
@@ -148,34 +152,48 @@ class Gptq(Solver):
         H = stats[Gram()]
         _check(w_OI, H)
         self.check(spec, clip is not None)
-        dead = H.diagonal() == 0
+        diag = H.diagonal().clone()
+        dead = diag == 0
         if not _finite(H) or dead.all():
             why = "all inputs were always zero" if dead.all() else "NaN or Inf in the Gram matrix"
             return self._nearest(w_OI, spec, stats, clip, (why,))
         tokens, trust, notes = stats.get(Tokens()), 1.0, ()
         if tokens is not None and tokens.item() < len(H):
-            H, share = shrunk(H, int(tokens.item()))
-            dead, trust, notes = torch.zeros_like(dead), 1 - share, (FEW_TOKENS,)
-        W = w_OI.to(torch.float64 if w_OI.dtype == torch.float64 else torch.float32).masked_fill(dead, 0)
+            share = shrinkage(H, int(tokens.item()))
+            trust, notes = 1 - share, (FEW_TOKENS,)
+            diag = diag * trust + share * diag.sum(dtype=torch.float64).item() / len(H)
+            dead = torch.zeros_like(dead)
+        W = w_OI.to(torch.float64 if w_OI.dtype == torch.float64 else torch.float32)
+        W = W.masked_fill(dead, 0) if dead.any() else W
         fit = clip or self.fit
         tiling = Tiling.of(spec.granularity, W)
         chosen = choose(rules_of(self.outliers), W, spec, fit, stats)
-        diag = H.diagonal().to(W.dtype)
-        score = diag * (perturbation(W, spec, fit) if self.rank == "perturbation" else 1)
+        score = diag.to(W.dtype) * (perturbation(W, spec, fit) if self.rank == "perturbation" else 1)
         stored, visit = self._orders(score, tiling, chosen.columns)
         take = stored[visit]
-        H = H.clone() if torch.equal(take, _as_they_come(score)) else H[take][:, take]
-        H.diagonal().masked_fill_(dead[take], H.diagonal()[~dead[take]].mean().item())
-        U, damped = inverse_factor(H, self.damp)
+        alive = diag[take].masked_fill_(dead[take], diag[take][~dead[take]].mean().item())
+        U, damped = inverse_factor(H, self.damp, order_I=take, scale=trust, diag_I=alive, dtype=W.dtype)
         notes = (*notes, *damped)
         if U is None:
             return self._nearest(w_OI, spec, stats, clip, notes)
-        H, U, W = H.to(W.dtype), U.to(W.dtype), W[:, take].T.contiguous()
+        W = _turned(W, take)
         if self.asymmetric:
-            W = asymmetric_target(W, stats[CrossGram()][take][:, take].to(W), U, trust * self.asymmetric)
-        bands = Bands(tiling, spec, fit, len(w_OI), diag[stored])
-        kept = Kept.of(W, chosen, take, rules_of(self.outliers), U.diagonal())
-        codes = self._round(W, H, U, visit, bands, kept)
+            D = stats[CrossGram()]
+            D = gathered(D, take, torch.empty_like(D, dtype=W.dtype))
+            W = asymmetric_target(W, D, U, trust * self.asymmetric)
+            del D
+        bands = Bands(tiling, spec, fit, len(w_OI), diag.to(W.dtype)[stored])
+        kept = Kept.of(W, chosen, take, rules_of(self.outliers), U.diagonal().clone())
+        target = W.clone() if self.greedy_passes else None
+        codes_IO = self._round(W, U, visit, bands, kept)
+        del U, W  # the largest of what is in memory
+        if target is not None:
+            H = gathered(H, take, torch.empty_like(H, dtype=target.dtype), trust)
+            H.diagonal().copy_(alive)
+            band = tiling.band_I[visit].tolist()
+            descend(codes_IO, target, H, self.damp, band, bands, kept, self.greedy_passes)
+        codes = torch.empty_like(codes_IO.T, memory_format=torch.contiguous_format)
+        codes[:, visit] = codes_IO.T
         q = QTensor.fitted(codes, bands.fitted(), spec)
         side = () if kept is None else kept.side_terms(visit)
         pre = () if torch.equal(stored, _as_they_come(score)) else (Permute(stored),)
@@ -208,10 +226,10 @@ class Gptq(Solver):
         order = torch.cat([order[normal[order]], order[~normal[order]]])
         return (order, same) if self.moves_groups and tiling.wide > 1 else (same, order)
 
-    def _round(self, W: Tensor, H: Tensor, U: Tensor, visit: Tensor, bands: Bands, kept: Kept | None) -> Tensor:
-        """Codes ``[O, I]`` as stored; fills ``bands`` and ``kept``.
+    def _round(self, W: Tensor, U: Tensor, visit: Tensor, bands: Bands, kept: Kept | None) -> Tensor:
+        """Codes ``[I, O]``; fills ``bands`` and ``kept``.
 
-        W ``[I, O]`` (overwritten), H and U are in the order of visits.
+        W ``[I, O]`` (overwritten), U and the codes are in the order of visits.
         """
         n = len(W) if kept is None else kept.rounded  # columns to round; later ones are kept whole
         grid, band = bands.spec.grid, bands.tiling.band_I[visit].tolist()
@@ -228,7 +246,6 @@ class Gptq(Solver):
         runs = [self.block] * (n // self.block) + [n % self.block]
         if not self.stale_groups and not self.static_groups:
             runs = [width[b] for b in dict.fromkeys(band[:n])]
-        target = W.clone() if self.greedy_passes else W
         blocks = lazy_blocks(runs, self.block)
         codes_IO = recursion(W, U, blocks, band, bands, place, self.stale_groups, kept)
         for i in range(n, len(W)):
@@ -237,11 +254,15 @@ class Gptq(Solver):
                 bands.place(band[i], torch.zeros_like(W[i : i + 1].T), visit[i : i + 1], None)
             w = W[i, :, None]
             codes_IO[i] = kept.at(i, w, codes_IO[i, :, None], w, grid, bands.of_rows(band[i]))[0][:, 0]
-        if self.greedy_passes:
-            descend(codes_IO, target, H, self.damp, band, bands, kept, self.greedy_passes)
-        codes_OI = torch.empty_like(codes_IO.T, memory_format=torch.contiguous_format)
-        codes_OI[:, visit] = codes_IO.T
-        return codes_OI
+        return codes_IO
+
+
+def _turned(w_OI: Tensor, take_I: Tensor) -> Tensor:
+    """``w_OI[:, take].T``, contiguous, with a few columns in memory beside it."""
+    w_IO = w_OI.new_empty(w_OI.shape[1], w_OI.shape[0])
+    for columns, into in zip(take_I.split(_STRIP), w_IO.split(_STRIP), strict=True):
+        into.copy_(w_OI[:, columns].T)
+    return w_IO
 
 
 def _as_they_come(score_I: Tensor) -> Tensor:
@@ -249,8 +270,8 @@ def _as_they_come(score_I: Tensor) -> Tensor:
 
 
 def _finite(x: Tensor) -> bool:
-    """Whether no value is NaN or infinite; one pass without a temporary tensor."""
-    return bool(torch.isfinite(x.sum(dtype=torch.float64)))
+    """Whether no value is NaN or infinite; one pass, with a few rows in memory beside it."""
+    return all(bool(torch.isfinite(rows.sum(dtype=torch.float64))) for rows in x.split(_STRIP))
 
 
 def _check(w_OI: Tensor, H: Tensor) -> None:
