@@ -1,7 +1,9 @@
-"""Shields the package's work from torch settings that its caller made for other work."""
+"""The process around the package's work: torch settings that its caller made for other work, and freed memory."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,3 +30,15 @@ def own_settings() -> Iterator[None]:
 def usable(x: torch.Tensor) -> torch.Tensor:
     """``x`` detached, and copied if it was made in inference mode."""
     return x.clone() if x.is_inference() else x.detach()
+
+
+def return_free_memory() -> None:
+    """Gives memory that has been freed back to the operating system, where the C library can (glibc).
+
+    Its allocator does not fit an aligned block into the hole that one of the same size left, so a walk that frees and
+    allocates a block at a time grows by about half a block each time without this: measured over 30 blocks of 14 MB,
+    280 MB more instead of 30.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)

@@ -29,11 +29,13 @@ class Statistic:
         of_input: False if inputs cannot give the statistic.
         paired: batches are ``[2, T, I]``, the same tokens as the layer will read them and as the original model reads them.
         skip_first: positions at the start of each calibration window that its batches leave out.
+        adds_in_place: tokens are added to the accumulator without a second one for the batch.
     """
 
     of_input: ClassVar[bool] = True
     paired: ClassVar[bool] = False
     skip_first = 0
+    adds_in_place: ClassVar[bool] = False
 
     def merge(self, x_TI: Tensor) -> Tensor:
         """The statistic of one batch of tokens alone."""
@@ -72,6 +74,8 @@ _STRIP = 256
 @dataclass(frozen=True)
 class Gram(Statistic):
     """``sum_t x_t x_t^T``, ``[I, I]`` in float32: the Hessian of the layer's output error, up to a factor."""
+
+    adds_in_place: ClassVar[bool] = True
 
     def merge(self, x_TI: Tensor) -> Tensor:
         return self.complete(self.update(None, x_TI))

@@ -41,16 +41,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 
-import torch
-
 from lowbit.data import held_out_windows
 from lowbit.plan.model_plan import BlockPlan, ModelPlan, outside_bytes
 from lowbit.plan.streams import stream_windows
 from lowbit.recipes import Train
-from lowbit.steps import Step
 from lowbit.steps.step import FLOAT, RunSizes
 
-PROCESS = 420 * 2**20
+PROCESS = 520 * 2**20
 """Bytes of a process that has imported everything and run a tiny model."""
 
 
@@ -162,14 +159,8 @@ def _base_bytes(plan: ModelPlan) -> int:
 
 def _largest_step(plan: ModelPlan, block: BlockPlan, samples: int, seq_len: int) -> tuple[str, int]:
     sizes = run_sizes(plan, block, samples, seq_len)
-    steps = [(type(step).__name__, step_bytes(step, sizes)) for step in plan.recipe.steps]
+    steps = [(type(step).__name__, int(step.peak(sizes))) for step in plan.recipe.steps]
     return max(steps, key=lambda size: size[1])
-
-
-def step_bytes(step: Step, sizes: RunSizes) -> int:
-    """Bytes that a step holds on one block: statistics, a window's activations on each thread, and its own memory."""
-    window = sizes.window_bytes * min(sizes.samples, torch.get_num_threads()) if sizes.tokens() else 0
-    return int(sizes.statistics_bytes(step.needs) + window + step.memory(sizes))
 
 
 def run_sizes(plan: ModelPlan, block: BlockPlan, samples: int, seq_len: int) -> RunSizes:

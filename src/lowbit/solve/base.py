@@ -43,7 +43,6 @@ class Solution:
     notes: tuple[str, ...] = ()
 
 
-_FACTOR_COPIES = 6  # float64 matrices of the input's width in memory at once
 _WEIGHT_COPIES = 3  # float32 copies of the weight in memory at once
 
 
@@ -72,9 +71,7 @@ class Solver:
 
     def memory(self, rows: int, columns: int) -> int:
         """Approximate bytes for solving a weight of ``rows`` x ``columns``, without the weight and the statistics."""
-        matrix = any(need.nbytes(1, columns) >= 4 * columns**2 for need in self.needs)
-        factor = _FACTOR_COPIES * 8 * columns**2 if matrix else 0
-        return factor + (_WEIGHT_COPIES + matrix) * 4 * rows * columns
+        return _WEIGHT_COPIES * 4 * rows * columns
 
     def check(self, spec: Spec, clipped: bool) -> None:
         """Checks that this solver can reach ``spec``.

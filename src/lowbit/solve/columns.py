@@ -18,6 +18,8 @@ from torch import Tensor
 
 from lowbit.numerics import Block, Fit, Granularity, Params, PerToken, Spec, fit_raw
 
+_CHECKED = 64
+"""Rows of a tiling that are checked at once."""
 _TRIED = 2**18
 """Weights that trials fit at once."""
 
@@ -45,12 +47,13 @@ class Tiling:
             raise ValueError("PerToken() is for activations; a weight is quantized PerChannel(), PerGroup(size), ...")
         shape = (w_OI.shape[0], w_OI.shape[1])
         high, wide = granularity.param_shape(shape)
-        number_G1 = torch.arange(high * wide, device=w_OI.device)[:, None]
-        granule_OI = granularity.join(number_G1.expand_as(granularity.split(w_OI)), shape)
-        band_I, strip_O = granule_OI[0], granule_OI[:, 0] // wide
+        number_G1 = torch.arange(high * wide, dtype=torch.int32, device=w_OI.device)[:, None]
+        granule_OI = granularity.join(number_G1.expand(-1, granularity.split(w_OI).shape[1]), shape)
+        band_I, strip_O = granule_OI[0].long(), granule_OI[:, 0].long() // wide
         height = int((strip_O == 0).sum())
+        pieces = zip(granule_OI.split(_CHECKED), strip_O.split(_CHECKED), strict=True)
         if not (
-            torch.equal(granule_OI, strip_O[:, None] * wide + band_I)
+            all(torch.equal(piece, (strips[:, None] * wide + band_I).int()) for piece, strips in pieces)
             and torch.equal(strip_O, torch.arange(shape[0], device=w_OI.device) // height)
             and torch.equal(band_I, band_I.sort().values)
         ):

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+STRIP = 256
+"""Rows or columns that are copied or multiplied together where a matrix is changed in place."""
 _FLOAT64_UP_TO = 8192
 """Most channels for a factor in float64; for wider weights its time and memory would exceed the rest of the solve."""
 _DOUBT = 32
@@ -32,7 +34,7 @@ def shrinkage(h_II: Tensor, tokens: int) -> float:
         tokens: how many it was summed over.
     """
     I, trace = len(h_II), h_II.diagonal().sum(dtype=torch.float64).item()
-    energy = sum(rows.square().sum(dtype=torch.float64).item() for rows in h_II.split(_STRIP))
+    energy = sum(rows.square().sum(dtype=torch.float64).item() for rows in h_II.split(STRIP))
     spread = (tokens + 1 - 2 / I) * (energy - trace**2 / I)
     share = min(1.0, ((1 - 2 / I) * energy + trace**2) / spread) if spread > 0 else 1.0
     return 1 - (1 - share) * tokens / (tokens + _DOUBT)
@@ -40,17 +42,15 @@ def shrinkage(h_II: Tensor, tokens: int) -> float:
 
 def gathered(h_II: Tensor, order_I: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
     """Fills ``out`` with ``scale * H[order][:, order]``, in the dtype of ``out``, with a few rows in memory beside it."""
-    for rows, into in zip(order_I.split(_STRIP), out.split(_STRIP), strict=True):
-        part = h_II[rows].index_select(1, order_I)
-        into.copy_(part if scale == 1 else part.mul_(scale))
+    for rows, into in zip(order_I.split(STRIP), out.split(STRIP), strict=True):
+        into.copy_(h_II.index_select(0, rows).index_select(1, order_I).mul_(scale))
     return out
 
 
 def factor_bytes(width: int) -> int:
     """Bytes that :func:`inverse_factor` holds for a matrix of ``width`` channels, the result included: one matrix, which
     rounding to float32 leaves in its place, and strips."""
-    size = _dtype(width).itemsize
-    return size * width * (width + _STRIP)
+    return width * (_dtype(width).itemsize * width + 8 * STRIP)
 
 
 def _dtype(width: int) -> torch.dtype:
@@ -107,8 +107,8 @@ def inverse_factor(
     return None, ("Gram matrix not positive definite at any damping",)
 
 
-_STRIP = 256
-"""Rows or columns that are copied or multiplied together where a matrix is changed in place."""
+_PIECE = 2**16
+"""Elements that are moved together where a matrix is reversed or rounded in its place."""
 _LEAF = 128
 """Side up to which a triangular matrix is inverted as if it were full."""
 
@@ -120,7 +120,7 @@ def _invert_factor(h_II: Tensor) -> bool:
     if info.item() != 0:
         return False
     _invert_lower(h_II)
-    return all(bool(torch.isfinite(columns.sum())) for columns in h_II.split(_STRIP, 1))
+    return all(bool(torch.isfinite(columns.sum())) for columns in h_II.split(STRIP, 1))
 
 
 def _invert_lower(L: Tensor) -> None:
@@ -134,17 +134,17 @@ def _invert_lower(L: Tensor) -> None:
     A, B, D = L[:half, :half], L[half:, :half], L[half:, half:]
     _invert_lower(A)
     _invert_lower(D)
-    for start in reversed(range(0, len(B), _STRIP)):
-        end = min(start + _STRIP, len(B))
+    for start in reversed(range(0, len(B), STRIP)):
+        end = min(start + STRIP, len(B))
         B[start:end] = D[start:end, :end] @ B[:end]
-    for start in range(0, half, _STRIP):
-        strip = slice(start, min(start + _STRIP, half))
+    for start in range(0, half, STRIP):
+        strip = slice(start, min(start + STRIP, half))
         B[:, strip] = (B[:, start:] @ A[start:, strip]).neg_()
 
 
 def _reverse(flat: Tensor) -> None:
     """Reverses a vector in place. Of a matrix laid out in one, that reverses rows and columns."""
-    n, piece = len(flat), 2**20
+    n, piece = len(flat), _PIECE
     for start in range(0, n // 2, piece):
         end = min(start + piece, n // 2)
         front, back = flat[start:end], flat[n - end : n - start]
@@ -157,7 +157,7 @@ def _cast(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """A contiguous matrix in ``dtype``: in the memory of ``matrix`` if it fits there."""
     if dtype.itemsize > matrix.dtype.itemsize:
         return matrix.to(dtype)
-    old, piece = matrix.view(-1), 2**20
+    old, piece = matrix.view(-1), _PIECE
     new = old.view(dtype)[: len(old)]
     for start in range(0, len(old), piece):
         new[start : start + piece] = old[start : start + piece].to(dtype)

@@ -49,16 +49,12 @@ from lowbit.numerics import (
 )
 from lowbit.solve.base import FEW_TOKENS, Solution, Solver, check_weight
 from lowbit.solve.columns import Bands, Tiling, by_band_and_score, by_score, lazy_blocks
-from lowbit.solve.factor import asymmetric_target, gathered, inverse_factor, shrinkage
+from lowbit.solve.factor import STRIP, asymmetric_target, factor_bytes, gathered, inverse_factor, shrinkage
 from lowbit.solve.kept import Kept
 from lowbit.solve.nearest import Nearest
 from lowbit.solve.outliers import OutlierRule, choose, perturbation, rules_of
 from lowbit.solve.recursion import descend, recursion
 from lowbit.transforms import Permute
-
-
-_STRIP = 256
-"""Rows or columns that are copied together."""
 
 
 @serializable
@@ -123,6 +119,16 @@ class Gptq(Solver):
     @property
     def moves_groups(self) -> bool:
         return self.order == "act" and not self.static_groups
+
+    def memory(self, rows: int, columns: int) -> int:
+        weight, matrix = 4 * rows * columns, 4 * columns**2
+        # The loop: the weight as it is corrected, its codes, and what goes on beside: kept weights and their mask, the
+        # target of the descent, the placing of all grids at once.
+        copies = 1.5 + 1.5 * bool(self.outliers) + bool(self.greedy_passes) + 2.5 * self.static_groups
+        loop = factor_bytes(columns) + copies * weight
+        paired = factor_bytes(columns) + matrix + 3 * weight if self.asymmetric else 0
+        descent = matrix + (3.5 + 1.5 * bool(self.outliers)) * weight if self.greedy_passes else 0
+        return int(max(super().memory(rows, columns), loop, paired, descent))
 
     def check(self, spec: Spec, clipped: bool) -> None:
         check_weight(spec, None if clipped else self.fit)
@@ -260,7 +266,7 @@ class Gptq(Solver):
 def _turned(w_OI: Tensor, take_I: Tensor) -> Tensor:
     """``w_OI[:, take].T``, contiguous, with a few columns in memory beside it."""
     w_IO = w_OI.new_empty(w_OI.shape[1], w_OI.shape[0])
-    for columns, into in zip(take_I.split(_STRIP), w_IO.split(_STRIP), strict=True):
+    for columns, into in zip(take_I.split(STRIP), w_IO.split(STRIP), strict=True):
         into.copy_(w_OI[:, columns].T)
     return w_IO
 
@@ -271,7 +277,7 @@ def _as_they_come(score_I: Tensor) -> Tensor:
 
 def _finite(x: Tensor) -> bool:
     """Whether no value is NaN or infinite; one pass, with a few rows in memory beside it."""
-    return all(bool(torch.isfinite(rows.sum(dtype=torch.float64))) for rows in x.split(_STRIP))
+    return all(bool(torch.isfinite(rows.sum(dtype=torch.float64))) for rows in x.split(STRIP))
 
 
 def _check(w_OI: Tensor, H: Tensor) -> None:

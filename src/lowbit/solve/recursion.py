@@ -142,10 +142,12 @@ def descend(
         passes: most passes.
         block: columns between two updates of S H; changes speed only.
     """
-    H = H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    lift = damp * H.diagonal().mean()
     n = len(W) if kept is None else kept.rounded
     grid = bands.spec.grid
-    S = torch.stack([grid.decode(codes_IO[i, :, None], bands.of_rows(b))[:, 0] for i, b in enumerate(band)]) - W
+    S = torch.empty_like(W)
+    for i, b in enumerate(band):
+        torch.sub(grid.decode(codes_IO[i, :, None], bands.of_rows(b))[:, 0], W[i], out=S[i])
     if kept is not None:
         S += kept.value
     for _ in range(passes):
@@ -153,7 +155,9 @@ def descend(
         for i1 in range(0, n, block):
             run = slice(i1, min(i1 + block, n))
             grids, mask = Grids.of(bands, band[run]), None if kept is None else kept.mask[run]
-            SH, h = H[run] @ S, H[run, run]
+            damped = H[run].clone()
+            damped.diagonal(i1).add_(lift)
+            SH, h = damped @ S, damped[:, run]
             better = _columns(SH, h, h.diagonal(), grids, codes_IO[run], None, mask, None, -1.0, W[run], S[run])
             if better is None:
                 better = _descend(SH, h, grids, codes_IO[run], mask, W[run], S[run])

@@ -37,7 +37,6 @@ from lowbit.architectures import (
     rotate_residual,
 )
 from lowbit.checkpoints.description import ModelDescription, has_unfused_experts
-from lowbit.checkpoints.source import return_free_memory
 from lowbit.modules import (
     OperandRanges,
     QuantLinear,
@@ -60,6 +59,7 @@ from lowbit.stages.store import ActivationStore
 from lowbit.stages.stream import Call, CannotStream, Stream, outside
 from lowbit.steps import BlockIO, BlockState
 from lowbit.steps.precision import products
+from lowbit.surroundings import return_free_memory
 from lowbit.transforms import Seeded
 
 _COST_STRIDE = 4
@@ -354,6 +354,7 @@ class Walk:
             state.note(f"{other} is a matrix that no role covers: it keeps its precision")
         for step in self.recipe.steps:
             step.run(state)
+            return_free_memory()
         assert not state.drafts, f"{name}: {list(state.drafts)} left unquantized"
         unmake_drafts(block)
         packed = {f"{name}.{path}": m.description for path, m in block.named_modules() if isinstance(m, QuantLinear)}

@@ -19,6 +19,7 @@ from torch import Tensor
 from lowbit.modules import DraftLinear
 from lowbit.numerics import Statistic
 from lowbit.parallel import TakenTwice, Turns, each
+from lowbit.surroundings import return_free_memory
 
 if TYPE_CHECKING:
     from lowbit.steps.state import BlockState
@@ -58,6 +59,7 @@ class Collection:
                 except TakenTwice:  # a linear that runs several times in a window; only one thread keeps that in order
                     self.gathered = {name: {} for name in self.readers}
                     self._in_turn()
+        return_free_memory()  # what windows took, on each thread
         for name in self.readers:
             if name in self._partial:
                 self.state.note(

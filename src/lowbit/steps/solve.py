@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
 
+from lowbit.architectures import ResolvedBlock
 from lowbit.modules import ActSpec, DraftLinear, QuantLinear
 from lowbit.numerics import (
     Fisher,
@@ -24,7 +26,7 @@ from lowbit.numerics import (
 from lowbit.solve import FEW_TOKENS, Nearest, Solver
 from lowbit.steps.effects import BlockDescription, Freedom, LayerDescription
 from lowbit.steps.state import BlockState, LayerRecord, Stats
-from lowbit.steps.step import RunSizes, Step, names_of
+from lowbit.steps.step import FLOAT, RunSizes, Step, names_of
 
 _CHECK = Samples(256, stride=2)  # tokens on which each layer's output error is measured for the report
 
@@ -36,6 +38,9 @@ class Solve(Step):
 
     ``true_sequential``: linears are solved stage by stage ({q, k, v}, {o}, {gate, up}, {down}), each stage with
     statistics gathered after the quantized stages before it. Otherwise all linears see the block as it was.
+
+    Linears of the narrowest input are solved first, and the statistics of an input are dropped behind its last linear: the
+    largest matrix is then factored when most of the block is packed and nothing but its own statistics is left.
     """
 
     solver: Solver = Nearest()
@@ -44,6 +49,11 @@ class Solve(Step):
     @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset(self.solver.needs)
+
+    @property
+    def _keeps_originals(self) -> bool:
+        """Whether a later stage runs the original block once more."""
+        return self.true_sequential and any(need.paired for need in self.needs)
 
     @property
     def fixes(self) -> frozenset[Freedom]:
@@ -67,9 +77,23 @@ class Solve(Step):
         several = layer.format.weight.granularity.param_shape(layer.shape)[1] > 1
         return replace(layer, ordered=several and self.solver.moves_groups, outliers=self.solver.outliers is not None)
 
-    def memory(self, sizes: RunSizes) -> float:
-        solving = max((self.solver.memory(*sizes.shapes[path]) for path in sizes.block.layers), default=0)
-        return sizes.statistics_bytes({_CHECK}) + solving
+    def peak(self, sizes: RunSizes) -> float:
+        stages = sizes.block.resolved.stages if self.true_sequential else (tuple(sizes.block.layers),)
+        needs, largest, packed = self.needs | {_CHECK}, 0.0, 0.0  # packed: bytes of the block that are free by then
+        for stage in stages:
+            inputs = _by_input(
+                sizes.block.resolved, sizes.shapes, [path for path in stage if path in sizes.block.layers]
+            )
+            held = {name: sizes.input_bytes(needs, paths[0]) for name, paths in inputs}
+            largest = max(largest, sum(held.values()) + sizes.batch_bytes(needs) + sizes.pass_bytes - packed)
+            for name, paths in inputs:
+                for path in paths:
+                    largest = max(largest, sum(held.values()) + self.solver.memory(*sizes.shapes[path]) - packed)
+                    kept = self._keeps_originals * FLOAT * prod(sizes.shapes[path])
+                    stored = sizes.block.layers[path].stored(torch.float32).nbytes
+                    packed += FLOAT * prod(sizes.shapes[path]) - kept - stored
+                held[name] = 0
+        return largest
 
     def ticks(self, windows: int, linears: int) -> int:
         return linears + windows * (4 if self.true_sequential else 1)  # the report reads the windows at least
@@ -86,11 +110,18 @@ class Solve(Step):
         wanted = {shared.name for shared in state.resolved.shared_inputs if set(shared.readers) & set(paths)}
         needs = self.needs if state.io is None else self.needs | {_CHECK}
         stats = state.collect(needs, wanted)
-        for path in paths:
-            self._replace(state, path, state.stats_of(stats, path))
-            state.tick("solving")
+        shapes = {
+            path: (draft.weight.shape[0], draft.weight.shape[1]) for path in paths for draft in [state.draft(path)]
+        }
+        records: dict[str, LayerRecord] = {}
+        for name, readers in _by_input(state.resolved, shapes, paths):
+            for path in readers:
+                records[path] = self._replace(state, path, state.stats_of(stats, path))
+                state.tick("solving")
+            stats.pop(name, None)
+        state.records.extend(records[path] for path in paths)
 
-    def _replace(self, state: BlockState, path: str, stats: Stats) -> None:
+    def _replace(self, state: BlockState, path: str, stats: Stats) -> LayerRecord:
         draft, solver, name = state.draft(path), self.solver, state.full_name(path)
         assert draft.format is not None
         notes = self._doubts(state, stats, draft.weight.shape[1])
@@ -105,19 +136,17 @@ class Solve(Step):
             error = _output_error(draft, draft.pack(*parts, own_pre=False), stats)
         except ValueError as problem:
             raise ValueError(f"{name}: {problem}") from problem
-        if any(need.paired for need in self.needs):
+        if self._keeps_originals:
             state.originals[path] = draft
         state.block.set_submodule(path, packed)
-        state.records.append(
-            LayerRecord(
-                name,
-                state.resolved.linears[path],
-                packed.bits_per_weight,
-                packed.in_features * packed.out_features,
-                error,
-                _zeroed(draft.weight, solution.q),
-                (*notes, *solution.notes),
-            )
+        return LayerRecord(
+            name,
+            state.resolved.linears[path],
+            packed.bits_per_weight,
+            packed.in_features * packed.out_features,
+            error,
+            _zeroed(draft.weight, solution.q),
+            (*notes, *solution.notes),
         )
 
     def _doubts(self, state: BlockState, stats: Stats, columns: int) -> tuple[str, ...]:
@@ -130,6 +159,20 @@ class Solve(Step):
             return ()
         tokens = _CHECK.stride * len(sample)  # or more, if the sample is full
         return (FEW_TOKENS,) if tokens < columns and not _CHECK.enough(sample) else ()
+
+
+def _by_input(
+    resolved: ResolvedBlock, shapes: Mapping[str, tuple[int, int]], paths: Sequence[str]
+) -> list[tuple[str, list[str]]]:
+    """``paths`` by the shared input that they read, with its name: the narrowest first.
+
+    Args:
+        resolved: the block.
+        shapes: ``(O, I)`` of each path.
+        paths: linears, in the order in which those of one input stay.
+    """
+    inputs = [(shared.name, [path for path in paths if path in shared.readers]) for shared in resolved.shared_inputs]
+    return sorted(((name, read) for name, read in inputs if read), key=lambda each: shapes[each[1][0]][1])
 
 
 def _zeroed(w_OI: Tensor, q: QTensor) -> float:

@@ -8,6 +8,8 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lowbit.modules import ActSpec
 from lowbit.numerics import Spec, Statistic
 from lowbit.steps.effects import BlockDescription, Effects, Freedom
@@ -63,13 +65,24 @@ class RunSizes:
         )
         return [readers[0] for readers in inputs if readers]
 
+    @property
+    def pass_bytes(self) -> float:
+        """Bytes of :attr:`window_bytes` on each thread, while windows pass; 0 without calibration tokens."""
+        return self.window_bytes * min(self.samples, torch.get_num_threads()) if self.tokens() else 0
+
+    def input_bytes(self, needs: Iterable[Statistic], path: str) -> int:
+        """Bytes of the statistics of the input that linear ``path`` reads. 0 without calibration tokens."""
+        return sum(need.nbytes(self.tokens(), self.shapes[path][1]) for need in needs) if self.tokens() else 0
+
+    def batch_bytes(self, needs: Iterable[Statistic]) -> int:
+        """Bytes of the largest statistic of a batch that is made before it is added to the others."""
+        apart = [need for need in needs if not need.adds_in_place]
+        return max((self.input_bytes([need], path) for need in apart for path in self.first_readers), default=0)
+
     def statistics_bytes(self, needs: Iterable[Statistic]) -> int:
-        """Bytes of the statistics of all shared inputs, and of the largest once more. 0 without calibration tokens."""
-        if not self.tokens():
-            return 0
-        widths = [self.shapes[path][1] for path in self.first_readers]
-        sizes = [need.nbytes(self.tokens(), width) for need in needs for width in widths]
-        return sum(sizes) + max(sizes, default=0)
+        """Bytes of the statistics of all shared inputs, and of a batch's. 0 without calibration tokens."""
+        needs = tuple(needs)
+        return sum(self.input_bytes(needs, path) for path in self.first_readers) + self.batch_bytes(needs)
 
     def judged_bytes(self, modules: Iterable[str], windows: int | None) -> float:
         """Bytes of the inputs and outputs of ``modules`` over calibration windows.
@@ -139,6 +152,10 @@ class Step(Effects):
     def memory(self, sizes: RunSizes) -> float:
         """Bytes that it holds on one block, in addition to its statistics and one window's activations."""
         return 0
+
+    def peak(self, sizes: RunSizes) -> float:
+        """Bytes that one block needs at most while the step runs, in addition to the block."""
+        return sizes.statistics_bytes(self.needs) + sizes.pass_bytes + self.memory(sizes)
 
     def ticks(self, windows: int, linears: int) -> int:
         """The approximate number of ticks on a block of ``linears`` linears, to estimate the remaining time."""
