@@ -67,8 +67,9 @@ class RunSizes:
 
     @property
     def pass_bytes(self) -> float:
-        """Bytes of :attr:`window_bytes` on each thread, while windows pass; 0 without calibration tokens."""
-        return self.window_bytes * min(self.samples, torch.get_num_threads()) if self.tokens() else 0
+        """Bytes of :attr:`window_bytes` on each thread, while windows pass, twice: the allocator keeps about as much again
+        of what a thread frees. 0 without calibration tokens."""
+        return 2 * self.window_bytes * min(self.samples, torch.get_num_threads()) if self.tokens() else 0
 
     def input_bytes(self, needs: Iterable[Statistic], path: str) -> int:
         """Bytes of the statistics of the input that linear ``path`` reads. 0 without calibration tokens."""
