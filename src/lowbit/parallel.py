@@ -31,12 +31,13 @@ def each(count: int, work: Callable[[int], None], done: Callable[[], None] = lam
             work(i)
             done()
         return
-    gradients, ready = torch.is_grad_enabled(), threading.Barrier(workers + 1)
+    gradients, prepared, go = torch.is_grad_enabled(), threading.Semaphore(0), threading.Event()
 
     def prepare() -> None:
         torch.set_num_threads(threads // workers)
         torch.get_num_threads()  # a thread takes its number at the first look, and the last call of all threads counts then
-        ready.wait()
+        prepared.release()
+        go.wait()
 
     def piece(i: int) -> None:
         with torch.set_grad_enabled(gradients):
@@ -45,8 +46,10 @@ def each(count: int, work: Callable[[int], None], done: Callable[[], None] = lam
     pool = ThreadPoolExecutor(workers, "lowbit", prepare)
     try:
         waiting: set[Future[None]] = {pool.submit(piece, i) for i in range(workers)}
-        ready.wait()
+        for _ in range(workers):
+            prepared.acquire()
         torch.set_num_threads(threads)  # for threads that are yet to begin, such as autograd's
+        go.set()
         begun = workers
         while waiting:
             finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -57,7 +60,10 @@ def each(count: int, work: Callable[[int], None], done: Callable[[], None] = lam
                     begun += 1
                 done()
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        go.set()  # an interrupt may have come before: threads that wait would never end
+        pool.shutdown()
+        torch.set_num_threads(threads)
 
 
 class Turns:

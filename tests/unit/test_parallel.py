@@ -63,6 +63,22 @@ def test_a_failure_is_raised_and_what_has_not_begun_is_left_out(four_threads):
     assert len(begun) < 1000
 
 
+def test_an_interrupt_while_threads_begin_ends_them(four_threads, monkeypatch):
+    class Interrupted(threading.Semaphore):
+        def acquire(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading, "Semaphore", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        each(4, lambda i: None)
+    monkeypatch.undo()
+    assert torch.get_num_threads() == 4
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lowbit")]
+    later = []
+    each(4, lambda i: later.append(i))
+    assert sorted(later) == [0, 1, 2, 3]
+
+
 def test_pieces_change_what_they_share_in_their_order(four_threads):
     turns, order = Turns("ab"), {"a": [], "b": []}
 
