@@ -14,7 +14,7 @@ from lowbit.version import __version__
 
 if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors; a test compares the two
     from lowbit.allocation import Allocation, allocate
-    from lowbit.api import ExportReport, evaluate, export, load, load_tokenizer
+    from lowbit.api import ExportReport, evaluate, export, kv_cache, load, load_tokenizer
     from lowbit.catalog import list_methods
     from lowbit.comparison import compare
     from lowbit.linear_api import quantize_linear
@@ -33,6 +33,7 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "kv_cache",
     "list_methods",
     "load",
     "load_tokenizer",
@@ -51,6 +52,7 @@ _HOMES = {
     "compare": "lowbit.comparison",
     "evaluate": "lowbit.api",
     "export": "lowbit.api",
+    "kv_cache": "lowbit.api",
     "list_methods": "lowbit.catalog",
     "load": "lowbit.api",
     "load_tokenizer": "lowbit.api",

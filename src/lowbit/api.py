@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowbit.caches import PackedCache
 from lowbit.checkpoints import native
 from lowbit.checkpoints.export import ExportReport, export
 from lowbit.checkpoints.locate import locate
 from lowbit.checkpoints.source import load_tokenizer
 from lowbit.data import load_text
 from lowbit.evaluation import Evaluation, directory_bytes, evaluate_model
+from lowbit.modules import KVSpec
 from lowbit.progress import Progress
+from lowbit.recipes import kv_scheme
 from lowbit.surroundings import own_settings
 
 
@@ -36,6 +39,25 @@ def load(
     """
     _, path = locate(model, trust_remote_code=trust_remote_code)
     return native.load(path, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def kv_cache(model: Any, method: str | KVSpec = "kivi", **options: Any) -> PackedCache:
+    """An empty transformers cache that packs keys and values, for ``model(…, cache=…)`` and ``model.generate(…, cache=…)``.
+
+    ``cache.update(keys, values, layer)`` appends, ``cache.layers[i].keys_values()`` decodes, ``cache.nbytes`` is what it holds.
+    Layers of full attention are packed; sliding windows and states stay as transformers holds them.
+
+    Args:
+        model: a transformers model or its configuration.
+        method: a method for caches (``lowbit methods``), such as ``kivi`` or ``kivi:2`` (2 bits), or a format.
+        options: of the method, such as ``bits``, ``group_size`` and ``recent``.
+
+    Raises:
+        ValueError: no such method or option, one that does not say how a cache is held, or a model without layers of full
+            attention.
+    """
+    scheme = kv_scheme(method, **options)
+    return PackedCache(getattr(model, "config", model), scheme.kv, scheme.kv_overrides)
 
 
 @own_settings()

@@ -118,7 +118,6 @@ def prepare(
     recipe, out = as_recipe(recipe), Path(out).expanduser().resolve()
     settle(out)
     check_target(out)
-    recipe.check_runs()
     plan = lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe)
     if not any(block.formats for block in plan.blocks):
         raise ValueError(

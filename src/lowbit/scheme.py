@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from typing import Any, Literal
 
 from lowbit.architectures import ROLE_GROUPS, ResolvedBlock
-from lowbit.modules import ActSpec, AttentionSpec, KVSpec, LinearFormat
+from lowbit.modules import ActSpec, AttentionSpec, KVRule, KVSpec, LinearFormat
 from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, nearest, untagged
 from lowbit.patterns import check_pattern
 
@@ -84,14 +84,16 @@ class Scheme:
     Attributes:
         rules: formats of linears; later rules override earlier ones.
         attention: the formats of the operands of every block's attention; None: floating.
-        kv: the formats of every block's cache of keys and values; None: floating.
+        kv: the format of every block's cache of keys and values; None: floating.
         outside: the formats of embedding and head; None: 8 bits where codes have at most 4 and it costs little.
+        kv_overrides: other formats of the cache of some layers; the last rule that matches counts.
     """
 
     rules: tuple[FormatRule, ...] = ()
     attention: AttentionSpec | None = None
     kv: KVSpec | None = None
     outside: Outside | None = None
+    kv_overrides: tuple[KVRule, ...] = ()
 
     @property
     def chosen_outside(self) -> Outside:

@@ -11,7 +11,7 @@ from torch import nn
 from lowbit.architectures import quantize_attention
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.modules import AttentionSpec, LinearDescription, QuantEmbedding, QuantLinear, scale_of, turn_residual
-from lowbit.modules.kv_spec import unsupported
+
 
 
 def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLinear | QuantEmbedding]:
@@ -24,8 +24,6 @@ def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLine
         ValueError: a name that the model does not have, a place that holds another kind of module or another width, or a
             quantized cache.
     """
-    if description.kv is not None:
-        raise ValueError(unsupported(description.kv, "the checkpoint"))
     if description.unfused_experts:
         from lowbit.architectures.experts import unfuse_experts  # the common model has no experts, and need not load it
 

@@ -1,13 +1,14 @@
-"""The formats of a cache of keys and values: a description that recipes and checkpoints carry.
-
-Nothing here stores or runs a cache yet. Whatever would have to refuses with :func:`unsupported`.
-"""
+"""The formats of a cache of keys and values: a description that recipes and checkpoints carry."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from lowbit.numerics import Block, PerGroup, PerToken, RangeGrid, Spec, serializable
+from lowbit.numerics import Block, PerGroup, PerToken, RangeGrid, Spec, serializable, untagged
+
+LEAST_TOKENS = 32
+"""Tokens over which a channel's mean is taken, at least."""
 
 
 @serializable
@@ -15,38 +16,57 @@ from lowbit.numerics import Block, PerGroup, PerToken, RangeGrid, Spec, serializ
 class KVSpec:
     """How the cache of every attention head holds keys and values.
 
-    Keys and values are ``[S, D]``, S tokens of D channels, keys as they are after the rotary embedding. A cache grows, and
-    what it holds is never quantized again. So a range belongs to a token (``PerToken``), to a group of a token's channels
-    (``PerGroup``) or to a block of consecutive tokens (``Block``, rows are tokens), and is that of the numbers themselves.
+    Keys and values are ``[S, D]``, S tokens of D channels. A cache grows, and what it holds is never quantized again. So a
+    range belongs to a token (``PerToken``), to a group of a token's channels (``PerGroup``) or to a block of consecutive
+    tokens (``Block``, rows are tokens), and is that of the numbers themselves. Levels of a normal distribution (``Normal``)
+    are placed by the root mean square instead.
 
-    KIVI (arXiv:2402.02750) at 2 bits: ``KVSpec(Spec(Int(2), Block(32, 1)), Spec(Int(2), PerGroup(32)), recent=128)``, which
-    gives keys a range for each channel and 32 tokens, and values one for each token and 32 channels.
+    KIVI (arXiv:2402.02750) at 2 bits: ``KVSpec(Spec(Int(2, zero="real"), Block(32, 1)), Spec(Int(2, zero="real"),
+    PerGroup(32)), recent=128)``, which gives keys a range for each channel and 32 tokens, and values one for each token and
+    32 channels.
 
     Args:
-        key, value: grid and granularity, and how scales are stored.
+        key, value: grid and granularity, and how scales are stored; None: as the model computes them.
         recent: how many of the newest tokens stay floating. Tokens that share a range leave this window together: in blocks,
             when ``recent`` tokens wait, all of them; otherwise one by one, the oldest first.
         sink: how many of a sequence's first tokens stay floating.
         past_only: a call attends to its own tokens as they are, and only later calls read them quantized; False: a call
             reads its own tokens quantized too, where they are outside both windows.
+        key_rotation, value_rotation: ``"hadamard"``: channels of a head are rotated before they are quantized.
+        centred: the mean of each key channel, over the tokens that a sequence has when its first ones are packed, is taken
+            off before, and added again.
+        before_rope: keys are quantized as they were before the rotary embedding, which is applied again on reading. For
+            models whose keys have large biases.
 
     Raises:
         ValueError: formats of another kind, a granularity that would need tokens still to come, scales that are quantized
-            again, negative windows, or a window that is not a whole number of blocks.
+            again, negative windows, a window that is not a whole number of blocks, or too short for means.
     """
 
-    key: Spec
-    value: Spec
+    key: Spec | None
+    value: Spec | None
     recent: int = 0
     sink: int = 0
     past_only: bool = True
+    key_rotation: Literal["hadamard"] | None = None
+    value_rotation: Literal["hadamard"] | None = None
+    centred: bool = False
+    before_rope: bool = False
 
     def __post_init__(self):
         for name, count in (("recent", self.recent), ("sink", self.sink)):
             if not isinstance(count, int) or isinstance(count, bool) or count < 0:
                 raise ValueError(f"KVSpec.{name} is a number of tokens, 0 or more, found {count!r}")
+        for name, rotation in (("key_rotation", self.key_rotation), ("value_rotation", self.value_rotation)):
+            if rotation not in ("hadamard", None):
+                raise ValueError(f"KVSpec.{name} is 'hadamard' or None, found {rotation!r}")
         for name, spec in (("key", self.key), ("value", self.value)):
-            self._check(name, spec)
+            if spec is not None:
+                self._check(name, spec)
+        if self.centred and self.key is not None and self.recent < LEAST_TOKENS:
+            raise ValueError(
+                f"KVSpec.centred takes means over the tokens that wait, so recent is at least {LEAST_TOKENS}, found {self.recent}"
+            )
 
     def _check(self, name: str, spec: Spec) -> None:
         if not isinstance(spec, Spec) or not isinstance(spec.grid, RangeGrid):
@@ -69,15 +89,33 @@ class KVSpec:
                 f"they are whole: recent is a multiple of {grain.rows}, found {self.recent}"
             )
 
+    def bits(self, dim: int) -> float:
+        """Stored bits for each number of a long sequence of heads of ``dim`` channels, scales and zero points counted."""
+        return sum(_bits(spec, dim) for spec in (self.key, self.value)) / 2
 
-def unsupported(spec: KVSpec, owner: str) -> str:
-    """The message with which everything that would have to store or run such a cache refuses.
+
+def _bits(spec: Spec | None, dim: int) -> float:
+    if spec is None:
+        return 16.0
+    grain, words = spec.granularity, -(-dim * spec.grid.bits // 32) * 32
+    rows = grain.rows if isinstance(grain, Block) else 1
+    params = grain.param_shape((rows, dim))[1] * len(spec.grid.fields) * spec.torch_scale_dtype.itemsize * 8
+    return (words * rows + params) / (rows * dim)
+
+
+@untagged
+@dataclass(frozen=True)
+class KVRule:
+    """Another format of the cache of some layers.
 
     Args:
-        spec: the formats found.
-        owner: what has them, such as ``"recipe 'kivi'"``.
+        layers: numbers of layers from 0; negative ones count from the last.
+        kv: their format; None: as the model computes it.
     """
-    return (
-        f"{owner} has a KV cache format, {spec}. This version of lowbit can describe such a format and cannot store or run a "
-        "quantized cache: remove kv to keep the cache floating, or use a version that runs it"
-    )
+
+    layers: tuple[int, ...]
+    kv: KVSpec | None = None
+
+    def matches(self, layer: int, count: int) -> bool:
+        """Whether it is of ``layer`` of ``count``."""
+        return layer in self.layers or layer - count in self.layers

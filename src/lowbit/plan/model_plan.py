@@ -163,7 +163,6 @@ def plan_model(
         ValueError: as :func:`open_model` and :func:`lay_over`, and if this version cannot carry out the recipe.
     """
     recipe = as_recipe(recipe)
-    recipe.check_runs()
     return lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe)
 
 

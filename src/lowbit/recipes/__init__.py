@@ -4,11 +4,12 @@ from lowbit.catalog import builtin_recipes
 from lowbit.recipes.files import as_recipe, from_file, from_plain
 from lowbit.recipes.mix import mix
 from lowbit.recipes.recipe import Recipe
-from lowbit.recipes.registry import ALIASES, METHODS, Method, method, recipe
+from lowbit.recipes.registry import ALIASES, KV_FAMILY, METHODS, Method, kv_scheme, method, recipe
 from lowbit.recipes.stages import Blockwise, Stage, Train
 
 __all__ = [
     "ALIASES",
+    "KV_FAMILY",
     "METHODS",
     "Blockwise",
     "Method",
@@ -19,6 +20,7 @@ __all__ = [
     "builtin_recipes",
     "from_file",
     "from_plain",
+    "kv_scheme",
     "method",
     "mix",
     "recipe",

@@ -27,10 +27,11 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
     recipes = tuple(recipes)
     solving = [recipe for recipe in recipes if recipe.steps]
     attention = next((each.scheme.attention for each in recipes if each.scheme.attention), None)
-    kv = next((each.scheme.kv for each in recipes if each.scheme.kv), None)
+    caching = next((each.scheme for each in recipes if each.scheme.kv), Scheme())
+    kv, kv_overrides = caching.kv, caching.kv_overrides
     later = tuple(stage for each in recipes for stage in each.stages if not isinstance(stage, Blockwise))
     if not solving:
-        return Recipe(name, Scheme(attention=attention, kv=kv), later)
+        return Recipe(name, Scheme(attention=attention, kv=kv, kv_overrides=kv_overrides), later)
     *firsts, last = solving
     for each in firsts:
         if len(each.steps) == 1 and len(each.stages) == 1 and not each.scheme.quantizes_activations:
@@ -49,7 +50,7 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
         inputs = tuple(_taking_out(rule, threshold) for rule in quantized.scheme.rules)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    scheme = Scheme(_joined(name, last.scheme.rules, inputs), attention, kv)
+    scheme = Scheme(_joined(name, last.scheme.rules, inputs), attention, kv, kv_overrides=kv_overrides)
     return Recipe(name, scheme, (Blockwise(steps, last.feed, last.compute), *later), last.seed)
 
 

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lowbit.modules.kv_spec import unsupported
 from lowbit.numerics import check_types, from_dict, untagged
 from lowbit.recipes.stages import Blockwise, Stage
 from lowbit.scheme import Outside, Override, Scheme
@@ -107,11 +106,6 @@ class Recipe:
     def needs_fisher(self) -> bool:
         """Whether a stage needs Fisher information, which takes a backward pass over the whole model first."""
         return any(stage.needs_fisher for stage in self.stages)
-
-    def check_runs(self) -> None:
-        """Raises ValueError if this version cannot carry the recipe out."""
-        if self.scheme.kv is not None:
-            raise ValueError(unsupported(self.scheme.kv, f"recipe {self.name!r}"))
 
     def with_blockwise(self, **changes: Any) -> Recipe:
         """This recipe with other ``steps`` or another ``feed`` or ``compute`` in its Blockwise stage."""

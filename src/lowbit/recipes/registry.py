@@ -10,9 +10,14 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError, validate_call
 
+from lowbit.modules import KVSpec
 from lowbit.numerics import nearest, to_dict
 from lowbit.recipes.mix import mix
 from lowbit.recipes.recipe import Recipe
+from lowbit.scheme import Scheme
+
+KV_FAMILY = "kv-cache"
+"""The family of methods that say how a cache is held."""
 
 
 @dataclass(frozen=True)
@@ -147,3 +152,29 @@ def recipe(name: str, **options: Any) -> Recipe:
         if key not in known:
             raise ValueError(f"none of the methods in {name!r} has an option {key!r}{nearest(key, sorted(known))}")
     return mix(name, [part.recipe(**{k: v for k, v in options.items() if k in part.options}) for part in parts])
+
+
+def kv_scheme(method: str | KVSpec, **options: Any) -> Scheme:
+    """The scheme of a cache alone.
+
+    Args:
+        method: a method, a method and its bits (``kivi:2``), or a format.
+        options: of the method.
+
+    Raises:
+        ValueError: an unknown method or option, or a method that does not say how a cache is held.
+    """
+    if isinstance(method, KVSpec):
+        if options:
+            raise ValueError(f"a KVSpec says everything; leave out {', '.join(options)}, or name a method")
+        return Scheme(kv=method)
+    name, colon, bits = method.partition(":")
+    if colon:
+        if not bits.isdigit() or "bits" in options:
+            raise ValueError(f"expected a method and its bits once, such as kivi:2; found {method!r} {options or ''}")
+        options["bits"] = int(bits)
+    scheme = recipe(name, **options).scheme
+    if scheme.rules or not (scheme.kv or scheme.kv_overrides):
+        known = ", ".join(each.name for each in METHODS.values() if each.family == KV_FAMILY)
+        raise ValueError(f"{name!r} is no method for caches; known: {known}")
+    return scheme

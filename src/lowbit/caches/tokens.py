@@ -1,0 +1,177 @@
+"""Packed tokens of all heads of one layer: codes and parameters in buffers that grow.
+
+Tokens that share ranges (a block) are packed together; a block begins a tile, and cropping leaves slots of its last tile
+empty. What is packed is never quantized again.
+
+Shapes: B sequence, H key-value head, N token, D channel, W word, G group of a token's channels, M block, C group of a
+block's channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.caches.words import TILE, from_words, to_words, words_of
+from lowbit.numerics import Affine, Block, MinMax, Normal, PerGroup, RangeGrid, Spec
+
+_STEP = 16
+"""Tiles by which buffers grow at least; a large one grows by a thirty-second."""
+
+
+class PackedTokens:
+    """Tokens ``[B, H, N, D]`` in the format ``spec``.
+
+    Args:
+        spec: a grid that a range places, per token, per group of a token's channels, or per block of tokens.
+        like: ``[B, H, N, D]``, of whose sequences, heads, channels and device the tokens will be.
+
+    Attributes:
+        codes: int32 ``[B, H, tiles, W, 16]``; see :mod:`lowbit.caches.words`.
+        scale, zero: parameters in the spec's ``scale_dtype``: ``[B, H, tiles, G, 16]`` of tokens, or ``[B, H, M, C]`` of
+            blocks. ``zero`` is None where the grid has no zero point.
+        rows: tokens that share a range.
+        groups: ranges of such tokens; each is of :attr:`width` channels.
+        counts: tokens of each block; empty for formats without blocks.
+        length: tokens.
+    """
+
+    def __init__(self, spec: Spec, like: Tensor):
+        self.spec = spec
+        self.dim = like.shape[-1]
+        grain = spec.granularity
+        self.rows = grain.rows if isinstance(grain, Block) else 1
+        self.groups = grain.param_shape((self.rows, self.dim))[1]
+        width = grain.cols if isinstance(grain, Block) else grain.size if isinstance(grain, PerGroup) else self.dim
+        self.width = min(width, self.dim)
+        self.counts: list[int] = []
+        self.length = 0
+        batch, heads = like.shape[:2]
+        words = words_of(self.dim, spec.grid.bits)
+        self.codes = torch.empty(batch, heads, 0, words, TILE, dtype=torch.int32, device=like.device)
+        inner = (self.groups,) if self.in_blocks else (self.groups, TILE)
+        params = torch.empty(batch, heads, 0, *inner, dtype=spec.torch_scale_dtype, device=like.device)
+        self.scale = params
+        self.zero = params.clone() if len(spec.grid.fields) > 1 else None
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether neighbouring tokens share ranges."""
+        return self.rows > 1
+
+    @property
+    def block_tiles(self) -> int:
+        """Tiles of a block."""
+        return -(-self.rows // TILE)
+
+    @property
+    def slots(self) -> int:
+        """Slots from the first to the last token; :attr:`counts` says which are empty."""
+        return len(self.counts) * self.block_tiles * TILE if self.in_blocks else self.length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, spare room counted."""
+        return sum(tensor.nbytes for tensor in (self.codes, self.scale, self.zero) if tensor is not None)
+
+    def append(self, x_BHND: Tensor) -> None:
+        """Packs tokens, a whole number of blocks.
+
+        Raises:
+            ValueError: numbers without a scale that the format can store, such as NaN.
+        """
+        grain, grid = self.spec.granularity, self.spec.grid
+        assert isinstance(grid, RangeGrid)
+        batch, heads, count, dim = x_BHND.shape
+        assert count % self.rows == 0
+        if not count:
+            return
+        x_ND = x_BHND.float().reshape(-1, dim)
+        x_GK = grain.split(x_ND)
+        params: Affine = self.spec.as_stored(_placed(x_GK, grid), self.groups)  # pyright: ignore[reportAssignmentType]
+        codes = grain.join(grid.encode(x_GK, params), tuple(x_ND.shape)).view(batch, heads, count, dim)
+        self._write(to_words(codes, grid.bits), count)
+        for name, values in params._asdict().items():
+            if values is not None:
+                self._write_params(name, values.view(batch, heads, count // self.rows, self.groups))
+        if self.in_blocks:
+            self.counts += [self.rows] * (count // self.rows)
+        self.length += count
+
+    def _write(self, words_BHNW: Tensor, count: int) -> None:
+        slots = torch.arange(count, device=words_BHNW.device)
+        if self.in_blocks:
+            slots = slots // self.rows * (self.block_tiles * TILE) + slots % self.rows
+        slots = slots + self.slots
+        self.codes = _with_room(self.codes, int(slots[-1]) // TILE + 1)
+        self.codes[:, :, slots // TILE, :, slots % TILE] = words_BHNW.permute(2, 0, 1, 3)
+
+    def _write_params(self, name: str, values_BHMG: Tensor) -> None:
+        kept, count = getattr(self, name), values_BHMG.shape[2]
+        values_BHMG = values_BHMG.to(kept.dtype)
+        if self.in_blocks:
+            start = len(self.counts)
+            kept = _with_room(kept, start + count)
+            kept[:, :, start : start + count] = values_BHMG
+        else:
+            slots = torch.arange(self.length, self.length + count, device=kept.device)
+            kept = _with_room(kept, (self.length + count - 1) // TILE + 1)
+            kept[:, :, slots // TILE, :, slots % TILE] = values_BHMG.permute(2, 0, 1, 3)
+        setattr(self, name, kept)
+
+    def decode(self) -> Tensor:
+        """The tokens, float32 ``[B, H, N, D]``."""
+        tiles = -(-self.slots // TILE)
+        words = self.codes[:, :, :tiles].transpose(-1, -2).flatten(2, 3)
+        codes = from_words(words, self.spec.grid.bits, self.dim)
+        params = Affine(*(None if p is None else self._spread(p, tiles) for p in (self.scale, self.zero)))  # pyright: ignore[reportArgumentType]
+        x = self.spec.grid.decode(codes, params)
+        return x[:, :, self._held(x.device)] if self.in_blocks else x[:, :, : self.length]
+
+    def _spread(self, params: Tensor, tiles: int) -> Tensor:
+        """Parameters of every element, float32 ``[B, H, slots, D]``."""
+        if self.in_blocks:
+            params = params[:, :, : len(self.counts)].repeat_interleave(self.block_tiles * TILE, 2)
+        else:
+            params = params[:, :, :tiles].transpose(-1, -2).flatten(2, 3)
+        return params.float().repeat_interleave(self.width, -1)[..., : self.dim]
+
+    def _held(self, device: torch.device) -> Tensor:
+        """Slots that hold tokens, in order."""
+        size = self.block_tiles * TILE
+        return torch.cat([torch.arange(i * size, i * size + count) for i, count in enumerate(self.counts)]).to(device)
+
+    def crop(self, count: int) -> None:
+        """Drops the last ``count`` tokens."""
+        self.length -= count
+        while self.in_blocks and count:
+            taken = min(count, self.counts[-1])
+            self.counts[-1] -= taken
+            count -= taken
+            if not self.counts[-1]:
+                self.counts.pop()
+
+    def select(self, index: Tensor) -> None:
+        """Keeps the sequences ``index``, in this order; one may come several times."""
+        index = index.to(self.codes.device)
+        self.codes, self.scale = self.codes.index_select(0, index), self.scale.index_select(0, index)
+        self.zero = None if self.zero is None else self.zero.index_select(0, index)
+
+
+def _placed(x_GK: Tensor, grid: RangeGrid) -> Affine:
+    """Parameters of each granule: by its extremes; normal levels, which are of unit variance, by its root mean square."""
+    if not isinstance(grid, Normal):
+        return MinMax()(x_GK, grid)
+    rms_G1 = x_GK.square().mean(1, keepdim=True).sqrt()
+    return Affine(torch.where(rms_G1 > 0, rms_G1, 1.0))
+
+
+def _with_room(buffer: Tensor, count: int) -> Tensor:
+    """``buffer``, or a larger copy of it, with room for ``count`` entries along axis 2."""
+    if count <= buffer.shape[2]:
+        return buffer
+    room = -(-(count + count // 32) // _STEP) * _STEP
+    with torch.inference_mode(False):  # so that it can be written in any mode later
+        larger = torch.zeros(*buffer.shape[:2], room, *buffer.shape[3:], dtype=buffer.dtype, device=buffer.device)
+    larger[:, :, : buffer.shape[2]] = buffer
+    return larger
