@@ -17,6 +17,7 @@ from lowbit.checkpoints.export import ExportReport, export
 from lowbit.checkpoints.locate import locate
 from lowbit.checkpoints.source import load_tokenizer
 from lowbit.data import load_text
+from lowbit.decoding.packed_cache import packed_cache
 from lowbit.evaluation import Evaluation, directory_bytes, evaluate_model
 from lowbit.modules import KVSpec
 from lowbit.progress import Progress
@@ -44,7 +45,8 @@ def load(
 def kv_cache(model: Any, method: str | KVSpec = "kivi", **options: Any) -> PackedCache:
     """An empty transformers cache that packs keys and values, for ``model(…, cache=…)`` and ``model.generate(…, cache=…)``.
 
-    ``cache.update(keys, values, layer)`` appends, ``cache.layers[i].keys_values()`` decodes, ``cache.nbytes`` is what it holds.
+    Where a model (not its configuration) has large key biases, keys of these layers are packed before the rotary embedding and
+    centred. ``cache.update(keys, values, layer)`` appends, ``cache.layers[i].keys_values()`` decodes, ``cache.nbytes`` is what it holds.
     Layers of full attention are packed; sliding windows and states stay as transformers holds them.
 
     Args:
@@ -57,7 +59,7 @@ def kv_cache(model: Any, method: str | KVSpec = "kivi", **options: Any) -> Packe
             attention.
     """
     scheme = kv_scheme(method, **options)
-    return PackedCache(getattr(model, "config", model), scheme.kv, scheme.kv_overrides)
+    return packed_cache(model, scheme.kv, scheme.kv_overrides)
 
 
 @own_settings()

@@ -15,8 +15,8 @@ from torch import Tensor
 from lowbit.caches.words import TILE, from_words, to_words, words_of
 from lowbit.numerics import Affine, Block, MinMax, Normal, PerGroup, RangeGrid, Spec
 
-_STEP = 16
-"""Tiles by which buffers grow at least; a large one grows by a thirty-second."""
+_STEP = 8
+"""Tiles by which buffers grow at least; a large one grows by a sixty-fourth."""
 
 
 class PackedTokens:
@@ -170,7 +170,7 @@ def _with_room(buffer: Tensor, count: int) -> Tensor:
     """``buffer``, or a larger copy of it, with room for ``count`` entries along axis 2."""
     if count <= buffer.shape[2]:
         return buffer
-    room = -(-(count + count // 32) // _STEP) * _STEP
+    room = -(-(count + count // 64) // _STEP) * _STEP
     with torch.inference_mode(False):  # so that it can be written in any mode later
         larger = torch.zeros(*buffer.shape[:2], room, *buffer.shape[3:], dtype=buffer.dtype, device=buffer.device)
     larger[:, :, : buffer.shape[2]] = buffer
