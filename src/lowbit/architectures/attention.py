@@ -6,7 +6,7 @@ model in which only some blocks are quantized so far.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lowbit.caches import PackedStates, attend_packed
 from lowbit.architectures.resolved import ResolvedBlock
 from lowbit.modules import AttentionSpec, OperandRanges, attend
 
@@ -92,6 +93,10 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     spec = attention_spec(module)
+    if spec is None and isinstance(key, PackedStates) and isinstance(value, PackedStates) and _plain(query, kwargs):
+        mixed = attend_packed(query, key.layer, attention_mask, scaling)
+        key.layer.settle()
+        return mixed, None
     if (observer := getattr(module, _OBSERVER, None)) is not None:
         observer(query, key, value)
     if spec is None and kwargs.get("softcap") is None:
@@ -113,6 +118,13 @@ def _attention(
         softcap=softcap,
     )
     return mixed, None
+
+
+def _plain(query: Tensor, options: Mapping[str, Any]) -> bool:
+    """Whether an attention call asks for nothing but a softmax over the keys that its mask shows."""
+    asked = ("softcap", "s_aux", "position_bias", "dropout")
+    causal = query.shape[2] == 1 or options.get("is_causal") is not False
+    return causal and not any(options.get(name) is not None and options.get(name) != 0 for name in asked)
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

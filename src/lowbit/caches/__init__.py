@@ -1,7 +1,9 @@
 """Packed caches of keys and values, as layers of transformers' caches."""
 
+from lowbit.caches.attention import attend_packed
 from lowbit.caches.cache import PackedCache, format_of
 from lowbit.caches.coordinates import Coordinates
 from lowbit.caches.layer import PackedLayer
+from lowbit.caches.states import PackedStates
 
-__all__ = ["Coordinates", "PackedCache", "PackedLayer", "format_of"]
+__all__ = ["Coordinates", "PackedCache", "PackedLayer", "PackedStates", "attend_packed", "format_of"]

@@ -62,6 +62,12 @@ class PackedCache(DynamicCache):
                 total += sum(t.nbytes for t in vars(layer).values() if isinstance(t, Tensor))
         return total
 
+    def stay_packed(self, whether: bool) -> None:
+        """Says whether attention reads packed tokens where they are, as lowbit's own attention function does."""
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                layer.lazy = whether
+
     def pad(self, positions: int) -> None:
         """Says how many leading positions some sequence of the batch does not use (left padding); they are not packed."""
         for layer in self.layers:

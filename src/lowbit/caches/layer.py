@@ -5,14 +5,17 @@ Shapes: B sequence, H key-value head, T token, D channel.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from lowbit.caches.compiled import Description
 from lowbit.caches.coordinates import Coordinates
 from lowbit.caches.side import Side
+from lowbit.caches.states import PackedStates
 from lowbit.modules import KVSpec
 
 
@@ -41,6 +44,8 @@ class PackedLayer(CacheLayerMixin):
         self._frequencies = frequencies
         self.padding = 0
         """Leading positions that some sequence of the batch does not use."""
+        self.lazy = False
+        """Return states that are decoded only if something reads them."""
         self.reset()
 
     def reset(self) -> None:
@@ -57,6 +62,8 @@ class PackedLayer(CacheLayerMixin):
             frequencies=self._frequencies if spec.before_rope else None,
         )
         self.value_side = Side(spec.value, spec.recent, spec.sink, value, rotated=spec.value_rotation is not None)
+        self._descriptions = Description(), Description()
+        self._unread: set[int] = set()
         self.is_initialized = False
 
     @property
@@ -68,7 +75,7 @@ class PackedLayer(CacheLayerMixin):
         """Takes over the dtype and device of the states ``[B, H, T, D]``."""
         self.dtype, self.device = key_states.dtype, key_states.device
         for side, states in zip(self.sides, (key_states, value_states), strict=True):
-            side.waiting = states[:, :, :0]
+            side.begin(states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -79,14 +86,40 @@ class PackedLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        both = []
+        self.settle()
         for side, states in zip(self.sides, (key_states, value_states), strict=True):
             side.append(states.detach())
-            if not self.spec.past_only:
-                side.settle(self.padding)
-            both.append(side.read(states.dtype))
+        if not self.spec.past_only:
+            self.settle()
+        whole = self.spec.key is None and self.spec.value is None
+        if self.lazy and not whole and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._unread = {0, 1}
+            length = self.get_seq_length()
+            keys, values = (
+                PackedStates.of(self, states, length, partial(self._read_late, i, length))
+                for i, states in enumerate((key_states, value_states))
+            )
+            return keys, values
+        both = self.keys_values()
+        self.settle()
+        return both
+
+    def _read_late(self, which: int, length: int) -> Tensor:
+        states = self.sides[which].read(self.dtype, 0, length)
+        self._unread.discard(which)
+        if not self._unread:
+            self.settle()
+        return states
+
+    def settle(self) -> None:
+        """Packs what leaves the windows. Between an update and this, new tokens are held as they came."""
+        for side in self.sides:
             side.settle(self.padding)
-        return both[0], both[1]
+
+    def descriptions(self) -> tuple[Any, Any]:
+        """Keys and values as the compiled code sees them."""
+        keys, values = self._descriptions
+        return keys.current(self.key_side), values.current(self.value_side)
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
         """All keys and values, decoded, ``[B, H, T, D]`` each.
@@ -150,9 +183,10 @@ class PackedLayer(CacheLayerMixin):
 
     def _select(self, index: Any) -> None:
         if self.is_initialized:
+            self._descriptions = Description(), Description()
             for side in self.sides:
                 assert side.waiting is not None
-                side.select(index(len(side.waiting)))
+                side.select(index(len(side.waiting.buffer)))
 
     def offload(self) -> None:
         """Refused: packed tokens stay where they are."""

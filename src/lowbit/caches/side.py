@@ -11,6 +11,7 @@ from torch import Tensor
 from lowbit.caches.coordinates import Coordinates, hadamard
 from lowbit.caches.rotary import turned
 from lowbit.caches.tokens import PackedTokens
+from lowbit.caches.window import Window
 from lowbit.numerics import Block, Spec
 
 
@@ -43,7 +44,30 @@ class Side:
         self._rotated, self._centred, self._frequencies = rotated, centred, frequencies
         self.kept: Tensor | None = None
         self.packed: PackedTokens | None = None
-        self.waiting: Tensor | None = None
+        self.waiting: Window | None = None
+
+    @property
+    def heads(self) -> int:
+        """Key-value heads."""
+        assert self.waiting is not None
+        return self.waiting.buffer.shape[1]
+
+    @property
+    def dim(self) -> int:
+        """Channels of a head."""
+        assert self.waiting is not None
+        return self.waiting.buffer.shape[3]
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether neighbouring tokens share ranges."""
+        grain = None if self.spec is None else self.spec.granularity
+        return isinstance(grain, Block) and grain.rows > 1
+
+    @property
+    def turns(self) -> bool:
+        """Whether tokens are packed before the rotary embedding."""
+        return self._frequencies is not None
 
     @property
     def length(self) -> int:
@@ -60,17 +84,22 @@ class Side:
 
     @property
     def waiting_length(self) -> int:
-        return 0 if self.waiting is None else self.waiting.shape[2]
+        return 0 if self.waiting is None else self.waiting.length
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is held for the sequences."""
-        held = sum(part.nbytes for part in (self.kept, self.packed, self.waiting) if part is not None)
-        return held + self.coordinates.nbytes
+        """Bytes of all that is held for the sequences, spare room counted."""
+        held = [self.kept, self.packed, self.waiting and self.waiting.buffer]
+        return sum(part.nbytes for part in held if part is not None) + self.coordinates.nbytes
+
+    def begin(self, like_BHTD: Tensor) -> None:
+        """Takes over sequences, heads, channels, dtype and device of the tokens to come."""
+        self.waiting = Window(like_BHTD)
 
     def append(self, x_BHTD: Tensor) -> None:
         """Adds tokens; they wait until :meth:`settle`."""
-        self.waiting = x_BHTD if self.waiting is None else torch.cat([self.waiting, x_BHTD], 2)
+        assert self.waiting is not None
+        self.waiting.append(x_BHTD)
 
     def settle(self, padding: int = 0) -> None:
         """Packs the tokens that leave the window.
@@ -80,32 +109,38 @@ class Side:
         """
         if self.spec is None or self.waiting is None:
             return
-        missing = 0 if self.packed_length else max(0, self.sink + padding - self.kept_length)
+        missing = self.missing(padding)
         if missing:
-            first, self.waiting = self.waiting[:, :, :missing], self.waiting[:, :, missing:]
-            self.kept = first.clone() if self.kept is None else torch.cat([self.kept, first], 2)
-        leaving = self._leaving(self.waiting_length)
+            first = self.waiting.tokens[:, :, :missing].clone()
+            self.kept = first if self.kept is None else torch.cat([self.kept, first], 2)
+            self.waiting.drop(first.shape[2])
+        leaving = self.leaving(self.waiting.length)
         if not leaving:
-            self.waiting = self.waiting.contiguous()
             return
+        tokens = self.waiting.tokens
         if self.packed is None:
-            self.packed = PackedTokens(self.spec, self.waiting)
-            self._place(self._turned(self.waiting, -1))
-        self.packed.append(self.coordinates.forward(self._turned(self.waiting[:, :, :leaving], -1)))
-        self.waiting = self.waiting[:, :, leaving:].clone()  # a view would hold the memory of what left
+            self.packed = PackedTokens(self.spec, tokens)
+            self._place(self._unturned(tokens))
+        self.packed.append(self.coordinates.forward(self._unturned(tokens[:, :, :leaving])))
+        self.waiting.drop(leaving)
 
-    def _turned(self, x_BHTD: Tensor, by: int) -> Tensor:
-        """Tokens behind those that are kept and, for ``by`` -1, packed; without the rotary embedding, or with it again."""
-        if self._frequencies is None:
-            return x_BHTD
-        start = self.kept_length + (self.packed_length if by < 0 else 0)
-        return turned(x_BHTD, self._frequencies, start, by)
+    def missing(self, padding: int) -> int:
+        """Tokens that are yet to be kept, before any is packed."""
+        return 0 if self.packed_length else max(0, self.sink + padding - self.kept_length)
 
-    def _leaving(self, waiting: int) -> int:
-        assert self.spec is not None
-        if isinstance(self.spec.granularity, Block) and self.spec.granularity.rows > 1:
+    def leaving(self, waiting: int) -> int:
+        """Tokens that leave a window in which ``waiting`` wait."""
+        if self.spec is None:
+            return 0
+        if self.in_blocks:
             return waiting // self.recent * self.recent
         return max(0, waiting - self.recent)
+
+    def _unturned(self, x_BHTD: Tensor) -> Tensor:
+        """Waiting tokens from the first on, without the rotary embedding where they are packed so."""
+        if self._frequencies is None:
+            return x_BHTD
+        return turned(x_BHTD, self._frequencies, self.kept_length + self.packed_length, -1)
 
     def _place(self, waiting_BHTD: Tensor) -> None:
         """Fixes the coordinates, once there are tokens."""
@@ -116,39 +151,42 @@ class Side:
             self.coordinates = Coordinates(rotation, self.coordinates.scale, self.coordinates.shift)
         self._centred = self._rotated = False
 
-    def read(self, dtype: torch.dtype) -> Tensor:
-        """All tokens, ``[B, H, T, D]``."""
-        parts = [self.kept, self.decoded(), self.waiting]
-        present = [part.to(dtype) for part in parts if part is not None and part.shape[2]]
-        if present:
-            return present[0] if len(present) == 1 else torch.cat(present, 2)
+    def read(self, dtype: torch.dtype, start: int = 0, end: int | None = None) -> Tensor:
+        """The tokens from ``start`` to ``end``, ``[B, H, T, D]``."""
         assert self.waiting is not None
-        return self.waiting
+        end = self.length if end is None else end
+        parts, before = [], 0
+        for part, count in ((self.kept, self.kept_length), (None, self.packed_length), (self.waiting.tokens, self.waiting_length)):
+            first, last = max(start - before, 0), min(end - before, count)
+            if first < last:
+                parts.append((self.decoded(first, last) if part is None else part[:, :, first:last]).to(dtype))
+            before += count
+        if not parts:
+            return self.waiting.tokens[:, :, :0].to(dtype)
+        return parts[0].clone() if len(parts) == 1 else torch.cat(parts, 2)
 
-    def decoded(self) -> Tensor | None:
-        """The packed tokens, float32; None where none are."""
-        if self.packed is None or not self.packed.length:
-            return None
-        return self._turned(self.coordinates.inverse(self.packed.decode()), 1)
+    def decoded(self, start: int = 0, end: int | None = None) -> Tensor:
+        """Packed tokens, float32."""
+        assert self.packed is not None
+        end = self.packed.length if end is None else end
+        x = self.coordinates.inverse(self.packed.decode(start, end))
+        return x if self._frequencies is None else turned(x, self._frequencies, self.kept_length + start, 1)
 
     def crop(self, count: int) -> None:
         """Drops the last ``count`` tokens."""
-        for name in ("waiting", "packed", "kept"):
-            part = getattr(self, name)
-            taken = min(count, getattr(self, f"{name}_length"))
+        for part, held in ((self.waiting, self.waiting_length), (self.packed, self.packed_length)):
+            taken = min(count, held)
+            count -= taken
             if part is not None and taken:
-                count -= taken
-                if name == "packed":
-                    part.crop(taken)
-                else:
-                    setattr(self, name, part[:, :, : part.shape[2] - taken].clone())
+                part.crop(taken)
+        if count and self.kept is not None:
+            self.kept = self.kept[:, :, :-count].clone()
 
     def select(self, index: Tensor) -> None:
         """Keeps the sequences ``index``, in this order; one may come several times."""
-        for name in ("kept", "waiting"):
-            part = getattr(self, name)
+        if self.kept is not None:
+            self.kept = self.kept.index_select(0, index.to(self.kept.device))
+        for part in (self.waiting, self.packed):
             if part is not None:
-                setattr(self, name, part.index_select(0, index.to(part.device)))
-        if self.packed is not None:
-            self.packed.select(index)
+                part.select(index)
         self.coordinates = self.coordinates.select(index)

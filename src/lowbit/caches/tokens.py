@@ -9,6 +9,8 @@ block's channels.
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -66,7 +68,7 @@ class PackedTokens:
 
     @property
     def slots(self) -> int:
-        """Slots from the first to the last token; :attr:`counts` says which are empty."""
+        """Slots of all blocks or tokens; :attr:`counts` says which are empty."""
         return len(self.counts) * self.block_tiles * TILE if self.in_blocks else self.length
 
     @property
@@ -119,27 +121,55 @@ class PackedTokens:
             kept[:, :, slots // TILE, :, slots % TILE] = values_BHMG.permute(2, 0, 1, 3)
         setattr(self, name, kept)
 
-    def decode(self) -> Tensor:
-        """The tokens, float32 ``[B, H, N, D]``."""
-        tiles = -(-self.slots // TILE)
-        words = self.codes[:, :, :tiles].transpose(-1, -2).flatten(2, 3)
-        codes = from_words(words, self.spec.grid.bits, self.dim)
-        params = Affine(*(None if p is None else self._spread(p, tiles) for p in (self.scale, self.zero)))  # pyright: ignore[reportArgumentType]
-        x = self.spec.grid.decode(codes, params)
-        return x[:, :, self._held(x.device)] if self.in_blocks else x[:, :, : self.length]
+    def reserve(self, count: int) -> None:
+        """Makes room for ``count`` more tokens, a whole number of blocks."""
+        blocks = len(self.counts) + count // self.rows if self.in_blocks else 0
+        tiles = blocks * self.block_tiles if self.in_blocks else -(-(self.length + count) // TILE)
+        self.codes = _with_room(self.codes, tiles)
+        params = blocks if self.in_blocks else tiles
+        self.scale = _with_room(self.scale, params)
+        self.zero = None if self.zero is None else _with_room(self.zero, params)
 
-    def _spread(self, params: Tensor, tiles: int) -> Tensor:
-        """Parameters of every element, float32 ``[B, H, slots, D]``."""
+    def count(self, count: int) -> None:
+        """Counts tokens that compiled code has packed."""
+        self.counts += [self.rows] * (count // self.rows) if self.in_blocks else []
+        self.length += count
+
+    def copy(self) -> PackedTokens:
+        """One that goes its own way."""
+        other = copy(self)
+        other.counts = list(self.counts)
+        other.codes, other.scale = self.codes.clone(), self.scale.clone()
+        other.zero = None if self.zero is None else self.zero.clone()
+        return other
+
+    def decode(self, start: int = 0, end: int | None = None) -> Tensor:
+        """The tokens from ``start`` to ``end``, float32 ``[B, H, N, D]``."""
+        slots = self._slots(start, self.length if end is None else end)
+        first, last = int(slots[0]) // TILE, int(slots[-1]) // TILE + 1
+        words = self.codes[:, :, first:last].transpose(-1, -2).flatten(2, 3)
+        codes = from_words(words, self.spec.grid.bits, self.dim)
+        params = Affine(*(None if p is None else self._spread(p, first, last) for p in (self.scale, self.zero)))  # pyright: ignore[reportArgumentType]
+        return self.spec.grid.decode(codes, params)[:, :, (slots - first * TILE).to(codes.device)]
+
+    def _spread(self, params: Tensor, first: int, last: int) -> Tensor:
+        """Parameters of every element of the tiles from ``first`` to ``last``, float32 ``[B, H, slots, D]``."""
         if self.in_blocks:
-            params = params[:, :, : len(self.counts)].repeat_interleave(self.block_tiles * TILE, 2)
+            blocks = torch.arange(first, last, device=params.device) // self.block_tiles
+            params = params[:, :, blocks].repeat_interleave(TILE, 2)
         else:
-            params = params[:, :, :tiles].transpose(-1, -2).flatten(2, 3)
+            params = params[:, :, first:last].transpose(-1, -2).flatten(2, 3)
         return params.float().repeat_interleave(self.width, -1)[..., : self.dim]
 
-    def _held(self, device: torch.device) -> Tensor:
-        """Slots that hold tokens, in order."""
-        size = self.block_tiles * TILE
-        return torch.cat([torch.arange(i * size, i * size + count) for i, count in enumerate(self.counts)]).to(device)
+    def _slots(self, start: int, end: int) -> Tensor:
+        """Slots of the tokens from ``start`` to ``end``."""
+        if not self.in_blocks:
+            return torch.arange(start, end)
+        counts = torch.tensor(self.counts)
+        before = counts.cumsum(0) - counts
+        token = torch.arange(start, end)
+        block = torch.searchsorted(before, token, right=True) - 1
+        return block * (self.block_tiles * TILE) + token - before[block]
 
     def crop(self, count: int) -> None:
         """Drops the last ``count`` tokens."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from lowbit.architectures import for_config
+from lowbit.architectures import IMPLEMENTATION, for_config
 from lowbit.caches import PackedCache, format_of
 from lowbit.caches.rotary import frequencies
 from lowbit.modules import KVRule, KVSpec
@@ -28,7 +28,10 @@ def packed_cache(model: nn.Module | PreTrainedConfig, spec: KVSpec | None, overr
     """
     if isinstance(model, PreTrainedConfig):
         return PackedCache(model, spec, overrides)
-    return PackedCache(model.config, spec, (*overrides, *rules_for_biases(model, spec, overrides)))  # pyright: ignore[reportArgumentType]
+    config: Any = model.config
+    cache = PackedCache(config, spec, (*overrides, *rules_for_biases(model, spec, overrides)))
+    cache.stay_packed(config.get_text_config(decoder=True)._attn_implementation == IMPLEMENTATION)
+    return cache
 
 
 def rules_for_biases(model: Any, spec: KVSpec | None, overrides: Sequence[KVRule] = ()) -> tuple[KVRule, ...]:

@@ -5,7 +5,7 @@ from lowbit.kernels import triton as _triton  # noqa: F401  (registers itself)
 
 # isort: split
 # product registers last, because the last registered kernel is asked first
-from lowbit.kernels import native, product, side_terms, step
+from lowbit.kernels import cache, native, product, side_terms, step
 from lowbit.kernels.activation import (
     fake_quantize_activation,
     outlier_channels,
@@ -35,6 +35,7 @@ __all__ = [
     "PackedLinear",
     "Reason",
     "add_side",
+    "cache",
     "choose",
     "decode_packed",
     "explain",

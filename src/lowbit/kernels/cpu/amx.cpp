@@ -438,7 +438,7 @@ namespace lowbit {
 const Kernels* amx_kernels() {
   static const Kernels* lanes = avx512_kernels();
   static const Kernels kernels{"amx", amx::prepare, amx::multiply, lanes->decode, lanes->read,       lanes->side,
-                               lanes->side_input, lanes->step, lanes->solve, amx::takes, lanes, amx::input_bytes};
+                               lanes->side_input, lanes->step, lanes->solve, lanes->cache, amx::takes, lanes, amx::input_bytes};
   return &kernels;
 }
 }  // namespace lowbit

@@ -66,6 +66,19 @@ struct V {
   }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
+  template <int BY>
+  static I right(I a) {
+    if constexpr (BY > 0) a = {_mm256_srli_epi32(a.a, BY), _mm256_srli_epi32(a.b, BY)};
+    return a;
+  }
+  template <int BY>
+  static I left(I a) { return {_mm256_slli_epi32(a.a, BY), _mm256_slli_epi32(a.b, BY)}; }
+  static I low(I a, int mask) {
+    const __m256i m = _mm256_set1_epi32(mask);
+    return {_mm256_and_si256(a.a, m), _mm256_and_si256(a.b, m)};
+  }
+  static I either_int(I a, I b) { return {_mm256_or_si256(a.a, b.a), _mm256_or_si256(a.b, b.b)}; }
+
   static I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   static I add(I a, I b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
   template <int POWER>

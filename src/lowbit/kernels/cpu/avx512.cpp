@@ -1,6 +1,7 @@
 // AVX-512 with VNNI.
 #include <immintrin.h>
 
+#include "cache.h"
 #include "solve.h"
 #include "step.h"
 #include "tiles.h"
@@ -13,6 +14,7 @@ namespace {
 #include "side.inl"
 #include "step.inl"
 #include "solve.inl"
+#include "cache.inl"
 
 }  // namespace
 }  // namespace lowbit::avx512
@@ -20,7 +22,7 @@ namespace {
 namespace lowbit {
 const Kernels* avx512_kernels() {
   static const Kernels kernels{"avx512", avx512::prepare, avx512::multiply, avx512::decode, avx512::read,
-                               avx512::side, avx512::side_input, &avx512::step_kernels, &avx512::solve_kernels};
+                               avx512::side, avx512::side_input, &avx512::step_kernels, &avx512::solve_kernels, &avx512::cache_kernels};
   return &kernels;
 }
 }  // namespace lowbit

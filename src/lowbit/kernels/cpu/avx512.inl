@@ -55,6 +55,13 @@ struct V {
   static F gather(const float* table, I index) { return _mm512_i32gather_ps(index, table, 4); }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
+  template <int BY>
+  static I right(I a) { if constexpr (BY > 0) a = _mm512_srli_epi32(a, BY); return a; }
+  template <int BY>
+  static I left(I a) { return _mm512_slli_epi32(a, BY); }
+  static I low(I a, int mask) { return _mm512_and_si512(a, _mm512_set1_epi32(mask)); }
+  static I either_int(I a, I b) { return _mm512_or_si512(a, b); }
+
   static I izero() { return _mm512_setzero_si512(); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   template <int POWER>

@@ -1,6 +1,7 @@
 // AVX2 with the dot products of AVX-VNNI.
 #include <immintrin.h>
 
+#include "cache.h"
 #include "solve.h"
 #include "step.h"
 #include "tiles.h"
@@ -14,6 +15,7 @@ namespace {
 #include "side.inl"
 #include "step.inl"
 #include "solve.inl"
+#include "cache.inl"
 
 }  // namespace
 }  // namespace lowbit::avxvnni
@@ -21,7 +23,7 @@ namespace {
 namespace lowbit {
 const Kernels* avxvnni_kernels() {
   static const Kernels kernels{"avxvnni", avxvnni::prepare, avxvnni::multiply, avxvnni::decode, avxvnni::read,
-                               avxvnni::side, avxvnni::side_input, &avxvnni::step_kernels, &avxvnni::solve_kernels};
+                               avxvnni::side, avxvnni::side_input, &avxvnni::step_kernels, &avxvnni::solve_kernels, &avxvnni::cache_kernels};
   return &kernels;
 }
 }  // namespace lowbit

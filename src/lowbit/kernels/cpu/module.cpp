@@ -29,6 +29,8 @@ using namespace lowbit;
 
 namespace lowbit {
 void bind_step(nb::module_& m, const Kernels* (*kernels_called)(const std::string&));  // step.cpp
+void bind_cache(nb::module_& m, const Kernels* (*kernels_called)(const std::string&),
+                void (*loop)(int64_t pieces, int threads, const std::function<void(int64_t)>& piece));  // cache.cpp
 void bind_solve(nb::module_& m, const Kernels* (*kernels_called)(const std::string&),
                 void (*loop)(int64_t pieces, int threads, const std::function<void(int64_t)>& piece));  // solve.cpp
 }
@@ -405,4 +407,5 @@ NB_MODULE(_cpu, m) {
   m.def("read", &read_memory);
   bind_step(m, &kernels_called);
   bind_solve(m, &kernels_called, &run_parallel);
+  bind_cache(m, &kernels_called, &run_parallel);
 }

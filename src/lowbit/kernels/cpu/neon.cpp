@@ -1,6 +1,7 @@
 // Arm with dot products (Armv8.2): sixteen lanes are four registers. Written by the book and not yet run on an Arm machine.
 #include <arm_neon.h>
 
+#include "cache.h"
 #include "solve.h"
 #include "step.h"
 #include "tiles.h"
@@ -72,13 +73,24 @@ struct V {
     for (int i = 0; i < 4; ++i) bytes.val[i] = vreinterpretq_u8_f32(table.v[i]);
     F r;
     for (int i = 0; i < 4; ++i) {
-      const uint32x4_t first = vshlq_n_u32(vreinterpretq_u32_s32(index.v[i]), 2);
+      const uint32x4_t first = vshlq_n_u32(vandq_u32(vreinterpretq_u32_s32(index.v[i]), vdupq_n_u32(15)), 2);
       const uint32x4_t at = vaddq_u32(vmulq_n_u32(first, 0x01010101u), vdupq_n_u32(0x03020100u));
       r.v[i] = vreinterpretq_f32_u8(vqtbl4q_u8(bytes, vreinterpretq_u8_u32(at)));
     }
     return r;
   }
   static void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+  template <int BY>
+  static I right(I a) {
+    if constexpr (BY > 0)
+      for (auto& x : a.v) x = vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(x), BY));
+    return a;
+  }
+  template <int BY>
+  static I left(I a) { for (auto& x : a.v) x = vshlq_n_s32(x, BY); return a; }
+  static I low(I a, int mask) { for (auto& x : a.v) x = vandq_s32(x, vdupq_n_s32(mask)); return a; }
+  static I either_int(I a, I b) { for (int i = 0; i < 4; ++i) a.v[i] = vorrq_s32(a.v[i], b.v[i]); return a; }
 
   static I izero() { return {{vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)}}; }
   static I add(I a, I b) { for (int i = 0; i < 4; ++i) a.v[i] = vaddq_s32(a.v[i], b.v[i]); return a; }
@@ -145,6 +157,7 @@ struct V {
 #include "side.inl"
 #include "step.inl"
 #include "solve.inl"
+#include "cache.inl"
 
 }  // namespace
 }  // namespace lowbit::neon
@@ -152,7 +165,7 @@ struct V {
 namespace lowbit {
 const Kernels* neon_kernels() {
   static const Kernels kernels{"neon", neon::prepare, neon::multiply, neon::decode, neon::read,
-                               neon::side, neon::side_input, &neon::step_kernels, &neon::solve_kernels};
+                               neon::side, neon::side_input, &neon::step_kernels, &neon::solve_kernels, &neon::cache_kernels};
   return &kernels;
 }
 }  // namespace lowbit

@@ -1,4 +1,5 @@
 // Plain C++: what V has to provide, said in loops. Runs everywhere, and is what the others are checked against.
+#include "cache.h"
 #include "solve.h"
 #include "step.h"
 #include "tiles.h"
@@ -38,6 +39,14 @@ struct V {
   static F lookup(F table, I index) { F f; for (int i = 0; i < 16; ++i) f.v[i] = table.v[index.v[i] & 15]; return f; }
   static F gather(const float* table, I index) { F f; for (int i = 0; i < 16; ++i) f.v[i] = table[index.v[i]]; return f; }
   static void prefetch(const void*) {}
+
+  // Bits of each lane, moved as those of an unsigned number; those of `mask`; those of either.
+  template <int BY>
+  static I right(I a) { for (auto& x : a.v) x = static_cast<int32_t>(static_cast<uint32_t>(x) >> BY); return a; }
+  template <int BY>
+  static I left(I a) { for (auto& x : a.v) x = static_cast<int32_t>(static_cast<uint32_t>(x) << BY); return a; }
+  static I low(I a, int mask) { for (auto& x : a.v) x &= mask; return a; }
+  static I either_int(I a, I b) { for (int i = 0; i < 16; ++i) a.v[i] |= b.v[i]; return a; }
 
   static I izero() { return I{}; }
   static I add(I a, I b) { for (int i = 0; i < 16; ++i) a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i])); return a; }
@@ -116,6 +125,7 @@ struct V {
 #include "side.inl"
 #include "step.inl"
 #include "solve.inl"
+#include "cache.inl"
 
 }  // namespace
 }  // namespace lowbit::portable
@@ -123,7 +133,7 @@ struct V {
 namespace lowbit {
 const Kernels* portable_kernels() {
   static const Kernels kernels{"portable", portable::prepare, portable::multiply, portable::decode, portable::read,
-                               portable::side, portable::side_input, &portable::step_kernels, &portable::solve_kernels};
+                               portable::side, portable::side_input, &portable::step_kernels, &portable::solve_kernels, &portable::cache_kernels};
   return &kernels;
 }
 }  // namespace lowbit

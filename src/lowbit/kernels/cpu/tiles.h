@@ -100,6 +100,7 @@ struct Side {
 
 struct StepKernels;
 struct SolveKernels;
+struct CacheKernels;
 
 // What an instruction set provides. Ranges are of tokens, of blocks, of rows and of columns.
 struct Kernels {
@@ -112,6 +113,7 @@ struct Kernels {
   void (*side_input)(const Side&, const void* x, int32_t type, int64_t cols, float* out, int64_t first, int64_t last);
   const StepKernels* step = nullptr;
   const SolveKernels* solve = nullptr;
+  const CacheKernels* cache = nullptr;
   // Kernels of matrix tiles only: what they take, who runs all else, and the bytes of a job's xq. They use no xf.
   bool (*takes)(const Tiles&, int32_t input, int64_t m) = nullptr;
   const Kernels* otherwise = nullptr;

@@ -1,0 +1,102 @@
+"""Attention over a packed layer, without its tokens in full precision.
+
+A few queries go through the compiled code, which unpacks a tile of tokens at a time. More go through runs of decoded tokens,
+each multiplied and forgotten, with the sums of a softmax carried along; this is also the reference for the compiled code.
+
+Shapes: B sequence, H query head, G key-value head, R query heads that share one of them, T query token, S key token, D channel.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lowbit import kernels
+from lowbit.caches.compiled import why_not
+
+if TYPE_CHECKING:
+    from lowbit.caches.layer import PackedLayer
+
+RUN = 1024
+"""Tokens that are decoded together."""
+
+
+def attend_packed(
+    query_BHTD: Tensor, layer: PackedLayer, mask: Tensor | None = None, scaling: float | None = None, *, compiled: bool = True
+) -> Tensor:
+    """``softmax(scaling * query @ keys.T + mask) @ values`` over all tokens of ``layer``, ``[B, T, H, D]`` in the query's dtype.
+
+    Args:
+        query_BHTD: of the last T tokens.
+        mask: ``[B, 1 or H, T, S]``, true where a key is seen, or floating and added; None: a token sees itself and all before.
+        scaling: None: 1 / sqrt(D).
+        compiled: use compiled code where it can do it.
+    """
+    scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+    if compiled and query_BHTD.shape[2] <= kernels.cache.MOST_QUERIES and compiled_reason(layer) is None:
+        seen = _seen(mask, query_BHTD, layer.get_seq_length())
+        if seen is not None:
+            return _compiled(query_BHTD, layer, *seen, scale)
+    return _in_runs(query_BHTD, layer, mask, scale)
+
+
+def compiled_reason(layer: PackedLayer) -> str | None:
+    """Why the compiled code does not attend over ``layer``; None if it does."""
+    if not kernels.cache.available(kernels.forced() or ""):
+        return "there is no compiled code"
+    return next((r for i, side in enumerate(layer.sides) if (r := why_not(side, bool(i))) is not None), None)
+
+
+def _compiled(query_BHTD: Tensor, layer: PackedLayer, begin_BT: Tensor, end_BT: Tensor, scale: float) -> Tensor:
+    batch, heads, count, dim = query_BHTD.shape
+    keys, values = layer.descriptions()
+    isa = kernels.forced() or next(iter(kernels.native.instruction_sets()))
+    groups = layer.key_side.heads
+    query_BGRD = (query_BHTD.float() * scale).reshape(batch, groups, heads // groups * count, dim).contiguous()
+    out = kernels.cache.attend(isa, keys, values, query_BGRD, begin_BT, end_BT, layer.value_side.dim)
+    return out.view(batch, heads, count, -1).transpose(1, 2).to(query_BHTD.dtype)
+
+
+def _seen(mask: Tensor | None, query_BHTD: Tensor, length: int) -> tuple[Tensor, Tensor] | None:
+    """The first key that each query sees and the one after the last, int32 ``[B, T]``; None where it sees others between."""
+    batch, _, count, _ = query_BHTD.shape
+    if mask is None:
+        end = torch.arange(length - count + 1, length + 1, dtype=torch.int32).repeat(batch, 1)
+        return torch.zeros_like(end), end
+    if mask.shape[1] != 1 or mask.shape[-1] != length:
+        return None
+    seen_BTS = (mask if mask.dtype == torch.bool else mask == 0)[:, 0].expand(batch, count, length)
+    if mask.dtype != torch.bool and not bool((mask[:, 0].expand(batch, count, length)[~seen_BTS] < -1e4).all()):
+        return None
+    total_BT = seen_BTS.sum(-1)
+    begin_BT = seen_BTS.int().argmax(-1)
+    end_BT = length - seen_BTS.flip(-1).int().argmax(-1)
+    if not torch.equal(total_BT, end_BT - begin_BT):
+        return None
+    return begin_BT.int().contiguous(), end_BT.int().contiguous()
+
+
+def _in_runs(query_BHTD: Tensor, layer: PackedLayer, mask: Tensor | None, scale: float) -> Tensor:
+    batch, heads, count, dim = query_BHTD.shape
+    length, groups = layer.get_seq_length(), layer.key_side.heads
+    query = (query_BHTD.float() * scale).reshape(batch, groups, -1, dim)
+    if mask is None and count > 1:
+        mask = torch.ones(count, length, dtype=torch.bool, device=query.device).tril(length - count)[None, None]
+    most = torch.full((*query.shape[:3], 1), -torch.inf, device=query.device)
+    total, mixed = torch.zeros_like(most), torch.zeros(*query.shape[:3], layer.value_side.dim, device=query.device)
+    for start in range(0, length, RUN):
+        end = min(length, start + RUN)
+        score = query @ layer.key_side.read(torch.float32, start, end).mT
+        if mask is not None:
+            part = mask[..., start:end].expand(batch, heads, count, end - start).reshape(score.shape)
+            score = score.masked_fill(~part, -torch.inf) if mask.dtype == torch.bool else score + part
+        higher = torch.maximum(most, score.amax(-1, keepdim=True))
+        safe = torch.where(higher == -torch.inf, 0.0, higher)
+        weight, kept = torch.exp(score - safe), torch.exp(most - safe)
+        total = total * kept + weight.sum(-1, keepdim=True)
+        mixed = mixed * kept + weight @ layer.value_side.read(torch.float32, start, end)
+        most = higher
+    out = mixed / total.clamp_min(torch.finfo(torch.float32).tiny)
+    return out.view(batch, heads, count, -1).transpose(1, 2).to(query_BHTD.dtype)

@@ -1,0 +1,360 @@
+// Attention over packed tokens (cache.h). Included after step.inl, under kernel.inl's rules.
+//
+// Queries meet a tile's codes as they are unpacked; scales and zero points of tokens come after the sum over a group's
+// channels, those of blocks go into the queries. Values likewise: a token's scale goes into its probabilities.
+
+// Lane l of out[d]: the value of channel d of token l, in units of the scale.
+template <int BITS>
+static void unpack_tile(const PackedTokens& t, const uint32_t* words, float* out) {
+  constexpr int together = BITS == 6 ? 2 : BITS % 2 ? 1 : BITS;  // of the bits, what divides 32
+  constexpr int period = 32 / together, taken = BITS / together;
+  constexpr int mask = (1 << BITS) - 1;
+  float small[LANES];
+  for (int i = 0; i < LANES; ++i) small[i] = t.table ? t.table[i & mask] : static_cast<float>(i & mask);
+  const auto table = V::floats(small);
+  const auto value = [&](typename V::I code) {  // above the code there may be other bits
+    if constexpr (BITS <= 4) return V::lookup(table, code);
+    code = V::low(code, mask);
+    return t.table ? V::gather(t.table, code) : V::to_float(code);
+  };
+  int64_t d = 0;
+  for (; d + period <= t.dim; d += period, words += taken * LANES) {
+    unroll<0, period>([&]<int I>() {
+      constexpr int bit = I * BITS, word = bit / 32, shift = bit % 32;
+      auto code = V::template right<shift>(V::as_int(V::load(words + word * LANES)));
+      if constexpr (shift + BITS > 32)
+        code = V::either_int(code, V::template left<32 - shift>(V::as_int(V::load(words + (word + 1) * LANES))));
+      V::store(out + (d + I) * LANES, value(code));
+    });
+  }
+  for (int64_t bit = 0; d < t.dim; ++d, bit += BITS) {
+    const uint32_t* word = words + bit / 32 * LANES;
+    const int shift = static_cast<int>(bit % 32);
+    for (int l = 0; l < LANES; ++l) {
+      uint32_t code = word[l] >> shift;
+      if (shift + BITS > 32) code |= word[l + LANES] << (32 - shift);
+      code &= mask;
+      out[d * LANES + l] = t.table ? t.table[code] : static_cast<float>(code);
+    }
+  }
+}
+
+static void unpack(const PackedTokens& t, int64_t tile, float* out) {
+  const uint32_t* words = t.codes + tile * t.tile_words();
+  switch (t.bits) {
+    case 1: return unpack_tile<1>(t, words, out);
+    case 2: return unpack_tile<2>(t, words, out);
+    case 3: return unpack_tile<3>(t, words, out);
+    case 4: return unpack_tile<4>(t, words, out);
+    case 5: return unpack_tile<5>(t, words, out);
+    case 6: return unpack_tile<6>(t, words, out);
+    case 7: return unpack_tile<7>(t, words, out);
+    default: return unpack_tile<8>(t, words, out);
+  }
+}
+
+static inline typename V::F lanes_of(const void* numbers, int32_t number, int64_t at) {
+  if (number == F16) return V::halves(static_cast<const uint16_t*>(numbers) + at);
+  if (number == BF16) return V::bfloats(static_cast<const uint16_t*>(numbers) + at);
+  return V::floats(static_cast<const float*>(numbers) + at);
+}
+
+// Calls f with a constant number of rows, at most MOST at a time, until all are done.
+template <int MOST, class F>
+static inline void by_rows(int64_t rows, F&& f) {
+  int64_t r = 0;
+  for (; r + MOST <= rows; r += MOST) f.template operator()<MOST>(r);
+  if constexpr (MOST > 1) {
+    if (r < rows) by_rows<MOST - 1>(rows - r, [&]<int ROWS>(int64_t more) { f.template operator()<ROWS>(r + more); });
+  }
+}
+
+constexpr int CACHE_ROWS = V::products >= 4 ? 4 : V::products >= 2 ? 2 : 1;
+
+// sums[r] = sum over channels of q[r][d] * tile[d]
+template <int ROWS>
+static inline void tile_scores(const float* q, int64_t pitch, const float* tile, int64_t dim, typename V::F* sum) {
+  for (int r = 0; r < ROWS; ++r) sum[r] = V::set(0.0f);
+  for (int64_t d = 0; d < dim; ++d) {
+    const auto x = V::floats(tile + d * LANES);
+    for (int r = 0; r < ROWS; ++r) sum[r] = V::fma(V::set(q[r * pitch + d]), x, sum[r]);
+  }
+}
+
+// scores [rows, pitch] from `at` on; writes up to LANES beyond the last.
+static void scores_of_tokens(const CacheAttention& a, float* scores, int64_t pitch, int64_t at, float* sums, float* tile) {
+  const PackedTokens& t = a.keys.packed;
+  const bool shifts = t.zero != nullptr || t.middle != 0.0f;
+  for (int64_t r = 0; r < a.rows && shifts; ++r)
+    for (int64_t g = 0; g < t.groups; ++g) {
+      float sum = 0;
+      for (int64_t d = g * t.width; d < least(t.dim, (g + 1) * t.width); ++d) sum += a.packed_q[r * t.dim + d];
+      sums[r * t.groups + g] = sum;
+    }
+  for (int64_t first = 0; first < t.length; first += LANES) {
+    const int64_t number = first / LANES;
+    unpack(t, number, tile);
+    by_rows<CACHE_ROWS>(a.rows, [&]<int ROWS>(int64_t r) {
+      typename V::F total[ROWS], sum[ROWS];
+      for (int i = 0; i < ROWS; ++i) total[i] = V::set(a.constant ? a.constant[r + i] : 0.0f);
+      for (int64_t g = 0; g < t.groups; ++g) {
+        const int64_t d = g * t.width, params = (number * t.groups + g) * LANES;
+        tile_scores<ROWS>(a.packed_q + r * t.dim + d, t.dim, tile + d * LANES, least(t.width, t.dim - d), sum);
+        const auto scale = lanes_of(t.scale, t.number, params);
+        const auto zero = t.zero ? lanes_of(t.zero, t.number, params) : V::set(t.middle);
+        for (int i = 0; i < ROWS; ++i) {
+          if (shifts) sum[i] = V::subf(sum[i], V::mul(zero, V::set(sums[(r + i) * t.groups + g])));
+          total[i] = V::fma(sum[i], scale, total[i]);
+        }
+      }
+      for (int i = 0; i < ROWS; ++i) V::store(scores + (r + i) * pitch + at + first, total[i]);
+    });
+  }
+}
+
+static void scores_of_blocks(const CacheAttention& a, float* scores, int64_t pitch, int64_t at, float* scaled, float* constant,
+                             float* tile) {
+  const PackedTokens& t = a.keys.packed;
+  float scale[LANES], zero[LANES];
+  for (int64_t b = 0; b < t.blocks; ++b) {
+    for (int64_t r = 0; r < a.rows; ++r) constant[r] = a.constant ? a.constant[r] : 0.0f;
+    for (int64_t d = 0; d < t.dim;) {  // scales of up to LANES channels at a time
+      const int64_t n = t.width == 1 ? least(LANES, t.dim - d) : least(t.width, t.dim - d), param = b * t.groups + d / t.width;
+      read_floats(t.scale, t.number, param, t.width == 1 ? n : 1, scale);
+      if (t.zero) read_floats(t.zero, t.number, param, t.width == 1 ? n : 1, zero);
+      for (int64_t r = 0; r < a.rows; ++r)
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t p = t.width == 1 ? i : 0;
+          const float by = a.packed_q[r * t.dim + d + i] * scale[p];
+          scaled[r * t.dim + d + i] = by;
+          constant[r] -= by * (t.zero ? zero[p] : t.middle);
+        }
+      d += n;
+    }
+    for (int64_t in = 0; in < t.counts[b]; in += LANES) {
+      unpack(t, b * t.block_tiles() + in / LANES, tile);
+      by_rows<CACHE_ROWS>(a.rows, [&]<int ROWS>(int64_t r) {
+        typename V::F sum[ROWS];
+        tile_scores<ROWS>(scaled + r * t.dim, t.dim, tile, t.dim, sum);
+        for (int i = 0; i < ROWS; ++i) V::store(scores + (r + i) * pitch + at + in, V::addf(sum[i], V::set(constant[r + i])));
+      });
+    }
+    at += t.counts[b];
+  }
+}
+
+static void scores_of_floats(const CacheAttention& a, const FloatTokens& t, float* scores, int64_t pitch, int64_t at, float* row) {
+  const int64_t dim = a.keys.packed.dim;
+  for (int64_t i = 0; i < t.length; ++i) {
+    const float* key = float_row(t.data, a.keys.type, i * dim, dim, row);
+    for (int64_t r = 0; r < a.rows; ++r) scores[r * pitch + at + i] = dot_floats(a.q + r * dim, key, dim);
+  }
+}
+
+// Probabilities in place; keys that a query does not see get 0.
+static void soften(float* s, int64_t begin, int64_t end, int64_t length) {
+  for (int64_t i = 0; i < begin; ++i) s[i] = 0.0f;
+  for (int64_t i = end; i < length; ++i) s[i] = 0.0f;
+  if (begin >= end) return;
+  float most = s[begin];
+  for (int64_t i = begin + 1; i < end; ++i) most = s[i] > most || s[i] != s[i] ? s[i] : most;
+  for (int64_t i = begin; i < end; ++i) s[i] = exponential(s[i] - most);
+  auto sums = V::set(0.0f);
+  int64_t i = begin;
+  for (; i + LANES <= end; i += LANES) sums = V::addf(sums, V::floats(s + i));
+  float sum = V::total(sums);
+  for (; i < end; ++i) sum += s[i];
+  const float by = 1.0f / sum;
+  for (i = begin; i < end; ++i) s[i] *= by;
+}
+
+// sums[r][d] += p[tile][r] * tiles[tile][d], lane by lane, for channels that share a scale.
+template <int ROWS>
+static inline void mix_tiles(const float* tiles, int64_t tile_pitch, const float* p, int64_t p_pitch, int64_t count, int64_t dim,
+                             float* sums, int64_t pitch) {
+  constexpr int some = V::products / ROWS > 0 ? V::products / ROWS : 1;
+  const auto channels = [&]<int SOME>(int64_t d) {
+    typename V::F sum[ROWS][SOME];
+    for (int r = 0; r < ROWS; ++r)
+      for (int c = 0; c < SOME; ++c) sum[r][c] = V::floats(sums + r * pitch + (d + c) * LANES);
+    for (int64_t n = 0; n < count; ++n) {
+      typename V::F x[SOME];
+      for (int c = 0; c < SOME; ++c) x[c] = V::floats(tiles + n * tile_pitch + (d + c) * LANES);
+      for (int r = 0; r < ROWS; ++r) {
+        const auto weight = V::floats(p + n * p_pitch + r * LANES);
+        for (int c = 0; c < SOME; ++c) sum[r][c] = V::fma(weight, x[c], sum[r][c]);
+      }
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int c = 0; c < SOME; ++c) V::store(sums + r * pitch + (d + c) * LANES, sum[r][c]);
+  };
+  int64_t d = 0;
+  for (; d + some <= dim; d += some) channels.template operator()<some>(d);
+  for (; d < dim; ++d) channels.template operator()<1>(d);
+}
+
+static void mix_packed(const CacheAttention& a, const float* probabilities, int64_t pitch, float* tiles, float* scaled, float* sums,
+                       float* zeros) {
+  const PackedTokens& t = a.values.packed;
+  const bool shifts = t.zero != nullptr || t.middle != 0.0f;
+  for (int64_t i = 0; i < a.rows * t.dim * LANES; ++i) sums[i] = 0.0f;
+  for (int64_t i = 0; i < a.rows * t.groups * LANES; ++i) zeros[i] = 0.0f;
+  const int64_t tile_pitch = t.dim * LANES;
+  for (int64_t first = 0; first < t.length; first += CACHE_TILES * LANES) {
+    const int64_t count = least(CACHE_TILES, (t.length - first + LANES - 1) / LANES), number = first / LANES;
+    for (int64_t n = 0; n < count; ++n) unpack(t, number + n, tiles + n * tile_pitch);
+    for (int64_t g = 0; g < t.groups; ++g) {
+      for (int64_t n = 0; n < count; ++n) {
+        const int64_t params = ((number + n) * t.groups + g) * LANES, at = first + n * LANES, held = least(LANES, t.length - at);
+        const auto scale = lanes_of(t.scale, t.number, params);
+        const auto zero = t.zero ? lanes_of(t.zero, t.number, params) : V::set(t.middle);
+        for (int64_t r = 0; r < a.rows; ++r) {
+          float some[LANES];
+          for (int64_t l = 0; l < LANES; ++l) some[l] = l < held ? probabilities[r * pitch + at + l] : 0.0f;
+          const auto weight = V::mul(V::floats(some), scale);
+          V::store(scaled + (n * a.rows + r) * LANES, weight);
+          float* shift = zeros + (r * t.groups + g) * LANES;
+          if (shifts) V::store(shift, V::fma(weight, zero, V::floats(shift)));
+        }
+      }
+      const int64_t d = g * t.width;
+      by_rows<CACHE_ROWS>(a.rows, [&]<int ROWS>(int64_t r) {
+        mix_tiles<ROWS>(tiles + d * LANES, tile_pitch, scaled + r * LANES, a.rows * LANES, count, least(t.width, t.dim - d),
+                        sums + (r * t.dim + d) * LANES, t.dim * LANES);
+      });
+    }
+  }
+  for (int64_t r = 0; r < a.rows; ++r)
+    for (int64_t d = 0; d < t.dim; ++d) {
+      const float shift = shifts ? V::total(V::floats(zeros + (r * t.groups + d / t.width) * LANES)) : 0.0f;
+      a.packed_out[r * t.dim + d] = V::total(V::floats(sums + (r * t.dim + d) * LANES)) - shift;
+    }
+}
+
+static void mix_floats(const CacheAttention& a, const FloatTokens& t, const float* probabilities, int64_t pitch, int64_t at,
+                       float* row) {
+  const int64_t dim = a.values.packed.dim;
+  for (int64_t i = 0; i < t.length; ++i) {
+    const float* value = float_row(t.data, a.values.type, i * dim, dim, row);
+    for (int64_t r = 0; r < a.rows; ++r) {
+      const float p = probabilities[r * pitch + at + i];
+      for (int64_t d = 0; d < dim; ++d) a.out[r * dim + d] += p * value[d];
+    }
+  }
+}
+
+static void attend_cache(const CacheAttention& a) {
+  const CacheSide &k = a.keys, &v = a.values;
+  const int64_t length = k.length(), pitch = length + 2 * LANES, most = k.packed.groups > v.packed.groups ? k.packed.groups : v.packed.groups;
+  float* scores = a.room;
+  float* queries = scores + a.rows * pitch;
+  float* sums = queries + a.rows * k.packed.dim;
+  float* tiles = sums + a.rows * (most + 1);
+  float* scaled = tiles + CACHE_TILES * ((k.packed.dim > v.packed.dim ? k.packed.dim : v.packed.dim) + 32) * LANES;
+  float* mixtures = scaled + CACHE_TILES * a.rows * LANES;
+  float* zeros = mixtures + a.rows * v.packed.dim * LANES;
+  float* row = zeros + a.rows * v.packed.groups * LANES;
+  // In this order, because packed scores are written in whole tiles.
+  scores_of_floats(a, k.kept, scores, pitch, 0, row);
+  if (k.packed.length && k.packed.rows > 1) scores_of_blocks(a, scores, pitch, k.kept.length, queries, sums, tiles);
+  else if (k.packed.length) scores_of_tokens(a, scores, pitch, k.kept.length, sums, tiles);
+  scores_of_floats(a, k.waiting, scores, pitch, k.kept.length + k.packed.length, row);
+  const int64_t packed = v.kept.length, waiting = packed + v.packed.length;
+  for (int64_t r = 0; r < a.rows; ++r) {
+    soften(scores + r * pitch, a.begin[r], a.end[r], length);
+    float sum = 0;
+    for (int64_t i = packed; i < waiting; ++i) sum += scores[r * pitch + i];
+    a.weight[r] = sum;
+  }
+  for (int64_t i = 0; i < a.rows * v.packed.dim; ++i) a.out[i] = a.packed_out[i] = 0.0f;
+  mix_floats(a, v.kept, scores, pitch, 0, row);
+  if (v.packed.length) mix_packed(a, scores + packed, pitch, tiles, scaled, mixtures, zeros);
+  mix_floats(a, v.waiting, scores, pitch, waiting, row);
+}
+
+// ---- packing ----------------------------------------------------------------------------------------------------------
+
+static inline void write_number(void* numbers, int32_t number, int64_t at, float x, float* stored) {
+  write_floats(&x, 1, numbers, number, at);
+  read_floats(numbers, number, at, 1, stored);
+}
+
+// The range of `count` numbers, `step` apart, as Int.from_range places it, stored at `at`; their codes to `codes`.
+static bool pack_range(const PackedTokens& t, const float* x, int64_t step, int64_t count, int64_t inner, int64_t inner_step, int64_t at,
+                       bool symmetric, bool whole, uint8_t* codes) {
+  const float most = static_cast<float>((1 << t.bits) - 1);
+  float low = x[0], high = x[0];
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < inner; ++j) {
+      const float y = x[i * step + j * inner_step];
+      low = y < low || y != y ? y : low;
+      high = y > high || y != y ? y : high;
+    }
+  float scale, zero = t.middle;
+  if (symmetric) {
+    const float largest = __builtin_fabsf(low) > __builtin_fabsf(high) ? __builtin_fabsf(low) : __builtin_fabsf(high);
+    scale = t.bits == 1 ? largest * 2.0f : largest / static_cast<float>(((1 << t.bits) - 1) / 2);
+    if (!(scale > 0.0f)) scale = largest != largest ? largest : 0x1p-100f;
+  } else {
+    if (whole) {
+      low = low > 0.0f ? 0.0f : low;
+      high = high < 0.0f ? 0.0f : high;
+    }
+    scale = (high - low) / most;
+    const float largest = __builtin_fabsf(low) > __builtin_fabsf(high) ? __builtin_fabsf(low) : __builtin_fabsf(high);
+    if (scale <= (whole ? 0.0f : largest * 0x1p-15f)) scale = high != 0.0f ? __builtin_fabsf(high) : 0x1p-100f;
+    zero = -low / scale;
+    if (whole) zero = __builtin_rintf(zero) < 0.0f ? 0.0f : __builtin_rintf(zero) > most ? most : __builtin_rintf(zero);
+  }
+  float kept;
+  write_number(t.scale, t.number, at, scale, &kept);
+  const float least_scale = t.number == F16 ? 0x1p-24f : 0x1p-126f;  // the smallest that storage holds
+  if (__builtin_fabsf(kept) < least_scale) write_number(t.scale, t.number, at, least_scale, &kept);
+  scale = kept;
+  if (!symmetric) {
+    if (whole) write_number(t.zero, t.number, at, zero, &kept);
+    else write_number(t.zero, t.number, at, zero, &zero);
+  }
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < inner; ++j) {
+      const float y = x[i * step + j * inner_step] / scale;
+      float level = !symmetric && whole ? __builtin_rintf(y) + zero : __builtin_rintf(y + zero);
+      level = level < 0.0f ? 0.0f : level > most ? most : level;
+      codes[i * step + j * inner_step] = level == level ? static_cast<uint8_t>(level) : 0;
+    }
+  return scale - scale == 0.0f && zero - zero == 0.0f;
+}
+
+static void put_codes(const PackedTokens& t, int64_t slot, const uint8_t* codes) {
+  uint32_t* word = t.codes + slot / LANES * t.tile_words() + slot % LANES;
+  for (int64_t w = 0; w < t.words; ++w) word[w * LANES] = 0;
+  for (int64_t d = 0, bit = 0; d < t.dim; ++d, bit += t.bits) {
+    const uint32_t code = codes[d];
+    word[bit / 32 * LANES] |= code << bit % 32;
+    if (bit % 32 + t.bits > 32) word[(bit / 32 + 1) * LANES] |= code >> (32 - bit % 32);
+  }
+}
+
+static bool pack_tokens(const PackedTokens& t, const float* x, int64_t count, bool symmetric, bool whole, float* room) {
+  auto* codes = reinterpret_cast<uint8_t*>(room);  // [rows of a block, dim]
+  bool finite = true;
+  for (int64_t n = 0; n < count; n += t.rows) {
+    const float* from = x + n * t.dim;
+    int64_t slot = t.length + n;
+    if (t.rows > 1) {
+      const int64_t block = t.blocks + n / t.rows;
+      for (int64_t g = 0; g < t.groups; ++g)
+        finite &= pack_range(t, from + g * t.width, t.dim, t.rows, least(t.width, t.dim - g * t.width), 1, block * t.groups + g, symmetric, whole,
+                   codes + g * t.width);
+      slot = block * t.block_tiles() * LANES;
+    } else {
+      for (int64_t g = 0; g < t.groups; ++g)
+        finite &= pack_range(t, from + g * t.width, t.dim, 1, least(t.width, t.dim - g * t.width), 1,
+                   (slot / LANES * t.groups + g) * LANES + slot % LANES, symmetric, whole, codes + g * t.width);
+    }
+    for (int64_t i = 0; i < t.rows; ++i) put_codes(t, slot + i, codes + i * t.dim);
+  }
+  return finite;
+}
+
+static constexpr CacheKernels cache_kernels{attend_cache, pack_tokens};

@@ -1,0 +1,190 @@
+"""Attention over packed tokens: the compiled code and the runs of decoded tokens are one function."""
+
+import itertools
+
+import pytest
+import torch
+
+from lowbit import kernels
+from lowbit.caches import PackedLayer, attend_packed
+from lowbit.caches.attention import compiled_reason
+from lowbit.caches.compiled import Description, packs
+from lowbit.compiled import ENVIRONMENT
+from lowbit.modules import KVSpec
+from lowbit.numerics import NF4, Block, Float, Int, Normal, PerGroup, PerToken, Spec
+
+GRIDS = [
+    *(Int(bits, zero="real") for bits in range(1, 9)),
+    *(Int(bits, symmetric=True) for bits in (1, 2, 3, 4, 8)),
+    *(Int(bits) for bits in (2, 5)),
+    *(Normal(bits) for bits in (2, 3, 4, 6)),
+    NF4,
+    Float(4, 3, "fn"),
+    Float(2, 1),
+]
+GRAINS = [PerToken(), PerGroup(32), PerGroup(24), Block(32, 1), Block(16, 8), Block(24, 1)]
+SETS = kernels.native.instruction_sets()
+LANES = [isa for isa in SETS if isa not in kernels.native.MATRIX_TILES]
+
+
+def layer_of(key, value, count=150, batch=2, heads=2, dim=64, dtype=torch.float32, seed=0, **options):
+    rows = key.granularity.rows if key and isinstance(key.granularity, Block) else 1
+    recent = options.pop("recent", 48 if 48 % rows == 0 else 2 * rows)
+    layer = PackedLayer(KVSpec(key, value, recent=recent, **options))
+    made = torch.Generator().manual_seed(seed)
+    layer.update(*(torch.randn(batch, heads, count, dim, generator=made).to(dtype) for _ in range(2)))
+    return layer
+
+
+def query_of(batch=2, heads=6, count=1, dim=64, seed=5):
+    return torch.randn(batch, heads, count, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def exact(query, layer, mask=None):
+    keys, values = (side.read(torch.float32) for side in layer.sides)
+    shared = query.shape[1] // keys.shape[1]
+    if mask is None and query.shape[2] > 1:
+        mask = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - query.shape[2])
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1), attn_mask=mask
+    )
+    return out.transpose(1, 2)
+
+
+def close(a, b, tolerance=3e-5):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+@pytest.fixture(params=LANES)
+def isa(request, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, request.param)
+    return request.param
+
+
+def test_runs_of_decoded_tokens_give_attention_over_all():
+    for grain in GRAINS[:4]:
+        layer = layer_of(Spec(Int(4, zero="real"), grain), Spec(Int(4, zero="real"), PerGroup(32)), count=2500)
+        for count in (1, 40):
+            query = query_of(count=count)
+            close(attend_packed(query, layer, compiled=False), exact(query, layer))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_every_grid_is_read_as_it_decodes(isa, grid):
+    for key, value in itertools.product(GRAINS[:4], GRAINS[:3]):
+        layer = layer_of(Spec(grid, key), Spec(grid, value))
+        assert compiled_reason(layer) is None
+        query = query_of()
+        close(attend_packed(query, layer), exact(query, layer))
+
+
+@pytest.mark.parametrize("grain", GRAINS, ids=str)
+@pytest.mark.parametrize(("dim", "heads"), [(64, 2), (80, 6), (128, 8), (24, 4), (7, 2)])
+def test_every_shape_of_heads_is_read(isa, grain, dim, heads):
+    values = grain if not isinstance(grain, Block) else PerToken()
+    layer = layer_of(Spec(Int(3, zero="real"), grain), Spec(Int(5, zero="real"), values), dim=dim)
+    for count in (1, 2, 5, 8):
+        query = query_of(count=count, dim=dim, heads=heads)
+        close(attend_packed(query, layer), exact(query, layer))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", ["float16", "bfloat16", "float32"])
+def test_floats_and_scales_of_every_type_are_read(isa, dtype, scale):
+    layer = layer_of(
+        Spec(Int(4, zero="real"), Block(16, 1), scale_dtype=scale),
+        Spec(Int(4, zero="real"), PerGroup(32), scale_dtype=scale),
+        dtype=dtype,
+        sink=5,
+    )
+    query = query_of()
+    close(attend_packed(query, layer), exact(query, layer))
+
+
+@pytest.mark.parametrize("options", [{"key_rotation": "hadamard"}, {"value_rotation": "hadamard"}, {"centred": True}, {"key_rotation": "hadamard", "value_rotation": "hadamard", "centred": True}, {"sink": 4}, {"recent": 0}, {"past_only": False}], ids=str)  # fmt: skip
+def test_coordinates_and_windows_are_read(isa, options):
+    layer = layer_of(Spec(Int(4, zero="real"), PerToken()), Spec(Int(4, zero="real"), PerToken()), **options)
+    for count in (1, 3):
+        query = query_of(count=count)
+        close(attend_packed(query, layer), exact(query, layer))
+
+
+@pytest.mark.parametrize("removed", [1, 20, 60, 101])
+def test_what_is_left_of_a_cropped_block_is_read(isa, removed):
+    layer = layer_of(Spec(Int(2, zero="real"), Block(32, 1)), Spec(Int(2, zero="real"), PerGroup(32)), recent=32)
+    layer.crop(-removed)
+    made = torch.Generator().manual_seed(1)
+    layer.update(*(torch.randn(2, 2, 90, 64, generator=made) for _ in range(2)))
+    query = query_of()
+    close(attend_packed(query, layer), exact(query, layer))
+
+
+def test_masks_of_padded_batches_are_read(isa):
+    layer = layer_of(Spec(Int(4, zero="real"), Block(32, 1)), Spec(Int(4, zero="real"), PerGroup(32)), recent=32)
+    for count in (1, 4):
+        mask = torch.ones(2, 1, count, 150, dtype=torch.bool).tril(150 - count)
+        mask[1, :, :, :77] = False
+        query = query_of(count=count)
+        close(attend_packed(query, layer, mask), exact(query, layer, mask))
+        added = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+        close(attend_packed(query, layer, added), exact(query, layer, mask))
+        holed = mask.clone()
+        holed[:, :, :, 100:110] = False  # goes through runs
+        close(attend_packed(query, layer, holed), exact(query, layer, holed))
+
+
+def test_a_key_of_nan_is_not_hidden(isa):
+    layer = layer_of(Spec(Int(4, zero="real"), PerToken()), Spec(Int(4, zero="real"), PerToken()))
+    key, value = torch.randn(2, 2, 1, 64), torch.randn(2, 2, 1, 64)
+    key[0, 0, 0, 3] = torch.nan
+    layer.update(key, value)
+    assert attend_packed(query_of(), layer)[0, :, 0].isnan().any()
+
+
+@pytest.mark.parametrize("grid", [g for g in GRIDS if isinstance(g, Int)], ids=str)
+@pytest.mark.parametrize("grain", GRAINS, ids=str)
+def test_compiled_code_packs_as_torch_does(isa, grid, grain):
+    """Bit for bit."""
+    rows = grain.rows if isinstance(grain, Block) else 1
+    options = {"key_rotation": "hadamard"} if rows == 1 else {}
+    layer = layer_of(Spec(grid, grain), None, recent=2 * rows, count=5 * rows + 40, **options)
+    side = layer.key_side
+    assert packs(side)
+    tokens = torch.randn(2, 2, 2 * rows, 64, generator=torch.Generator().manual_seed(3)) * 3
+    tokens[0, 0] = 0.0
+    tokens[1, 0] = 2.5
+    side.append(tokens)
+    side.packed.reserve(4 * rows)
+    wanted = side.packed.copy()
+    count = 2 * rows
+    wanted.append(side.coordinates.forward(side.waiting.tokens[:, :, :count]))
+    assert kernels.cache.pack(isa, Description().current(side), count)
+    side.packed.count(count)
+    ours, theirs = side.packed.decode(), wanted.decode()
+    if options:
+        torch.testing.assert_close(ours, theirs, atol=0.5, rtol=0)
+        assert (ours == theirs).float().mean() > 0.98  # the rotation's sums are in another order
+    else:
+        assert torch.equal(ours, theirs)
+
+
+def test_scales_beyond_their_storage_are_told(isa):
+    layer = layer_of(Spec(Int(4, zero="real"), PerToken()), None, recent=0)
+    layer.key_side.append(torch.full((2, 2, 1, 64), 3e38))
+    layer.key_side.packed.reserve(1)
+    layer.key_side.waiting.tokens[..., 0] = -3e38
+    assert not kernels.cache.pack(isa, Description().current(layer.key_side), 1)
+
+
+@pytest.mark.skipif(not SETS, reason="lowbit was installed without its compiled kernels")
+def test_bits_do_not_depend_on_threads():
+    layer = layer_of(Spec(Int(4, zero="real"), Block(32, 1)), Spec(Int(4, zero="real"), PerGroup(32)), recent=32)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(attend_packed(query_of(count=3), layer))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
