@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit import kernels
-from lowbit.caches.compiled import why_not
+from lowbit.caches.compiled import packs, why_not
 
 if TYPE_CHECKING:
     from lowbit.caches.layer import PackedLayer
@@ -47,6 +47,12 @@ def compiled_reason(layer: PackedLayer) -> str | None:
     if not kernels.cache.available(kernels.forced() or ""):
         return "there is no compiled code"
     return next((r for i, side in enumerate(layer.sides) if (r := why_not(side, bool(i))) is not None), None)
+
+
+def packing_reason(layer: PackedLayer) -> str | None:
+    """Why the compiled code does not pack tokens of ``layer``; None if it does."""
+    side = next((side for side in layer.sides if not packs(side)), None)
+    return None if side is None or side.spec is None else f"tokens are packed to {side.spec.grid}, which runs in torch"
 
 
 def _compiled(query_BHTD: Tensor, layer: PackedLayer, begin_BT: Tensor, end_BT: Tensor, scale: float) -> Tensor:

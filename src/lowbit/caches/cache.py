@@ -47,9 +47,8 @@ class PackedCache(DynamicCache):
                 f"{text.model_type} has no layers of full attention whose keys and values could be packed; leave kv out"
             )
         for i in packable:
-            form = format_of(i, count, spec, overrides)
-            if form is not None:
-                self.layers[i] = PackedLayer(form, *(coordinates or {}).get(i, ()), frequencies=_turning(form, text))
+            form = format_of(i, count, spec, overrides) or KVSpec(None, None)
+            self.layers[i] = PackedLayer(form, *(coordinates or {}).get(i, ()), frequencies=_turning(form, text))
 
     @property
     def nbytes(self) -> int:

@@ -45,6 +45,7 @@ class Description:
         self._coordinates: Coordinates | None = None
         self._kept: list[Tensor] = []
         self._formatted = False
+        self._state: tuple[int, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Description, ()
@@ -53,6 +54,9 @@ class Description:
         """The description of ``side`` as it is now."""
         waiting, packed, kept = side.waiting, side.packed, side.kept
         assert waiting is not None
+        state = _state(side)
+        if state == self._state:
+            return self._native
         if self._native is None:
             batch, heads, _, dim = waiting.buffer.shape
             self._native = kernels.cache.layer_side(batch, heads, dim, waiting.buffer.dtype)
@@ -72,7 +76,36 @@ class Description:
             )  # fmt: skip
             if self._coordinates is not side.coordinates:
                 self._place(side.coordinates)
+        self._state = state
         return native
+
+    def before_token(self, side: Side) -> Any:
+        """The description of ``side`` with room for one more token, which the compiled step adds; or the reason why it cannot."""
+        waiting, packed = side.waiting, side.packed
+        assert waiting is not None
+        leaving = side.leaving(waiting.length + 1)
+        if side.missing() or (leaving and packed is None):
+            return "the first tokens are about to be packed"
+        waiting.reserve(1)
+        if leaving:
+            assert packed is not None
+            packed.reserve(leaving)
+        native = self.current(side)
+        native.leaving = leaving
+        return native
+
+    def after_token(self, side: Side) -> None:
+        """Counts the token that the compiled step has added, and those that it has packed; its description did so itself."""
+        waiting, packed = side.waiting, side.packed
+        assert waiting is not None
+        waiting.length += 1
+        leaving = side.leaving(waiting.length)
+        if leaving:
+            assert packed is not None
+            packed.count(leaving)
+            waiting.start += leaving
+            waiting.length -= leaving
+        self._state = _state(side)
 
     def _format(self, side: Side) -> None:
         packed = side.packed
@@ -99,3 +132,13 @@ class Description:
         shift_step = shift[0].numel() if shift is not None and shift.dim() == 4 else 0
         self._native.coordinates(address[0], rotation_step, address[1], address[2], shift_step)
         self._coordinates = coordinates
+
+
+def _state(side: Side) -> tuple[int, ...]:
+    """What a description tells of ``side``, short."""
+    waiting, packed = side.waiting, side.packed
+    assert waiting is not None
+    state = (waiting.buffer.data_ptr(), waiting.start, waiting.length, side.kept_length)
+    if packed is None:
+        return state
+    return *state, packed.codes.data_ptr(), packed.scale.data_ptr(), packed.length, packed.changes

@@ -121,6 +121,22 @@ class PackedLayer(CacheLayerMixin):
         keys, values = self._descriptions
         return keys.current(self.key_side), values.current(self.value_side)
 
+    def before_token(self) -> tuple[Any, Any] | str:
+        """Keys and values as the compiled step sees them before it adds a token; or the reason why it cannot."""
+        self.settle()
+        both = []
+        for side, description in zip(self.sides, self._descriptions, strict=True):
+            native = description.before_token(side)
+            if isinstance(native, str):
+                return native
+            both.append(native)
+        return both[0], both[1]
+
+    def after_token(self) -> None:
+        """Counts the token that the compiled step has added."""
+        for side, description in zip(self.sides, self._descriptions, strict=True):
+            description.after_token(side)
+
     def keys_values(self) -> tuple[Tensor, Tensor]:
         """All keys and values, decoded, ``[B, H, T, D]`` each.
 

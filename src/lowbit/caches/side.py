@@ -59,6 +59,13 @@ class Side:
         return self.waiting.buffer.shape[3]
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Sequences, heads and channels."""
+        assert self.waiting is not None
+        batch, heads, _, dim = self.waiting.buffer.shape
+        return batch, heads, dim
+
+    @property
     def in_blocks(self) -> bool:
         """Whether neighbouring tokens share ranges."""
         grain = None if self.spec is None else self.spec.granularity
@@ -124,7 +131,7 @@ class Side:
         self.packed.append(self.coordinates.forward(self._unturned(tokens[:, :, :leaving])))
         self.waiting.drop(leaving)
 
-    def missing(self, padding: int) -> int:
+    def missing(self, padding: int = 0) -> int:
         """Tokens that are yet to be kept, before any is packed."""
         return 0 if self.packed_length else max(0, self.sink + padding - self.kept_length)
 

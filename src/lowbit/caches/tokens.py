@@ -36,6 +36,7 @@ class PackedTokens:
         groups: ranges of such tokens; each is of :attr:`width` channels.
         counts: tokens of each block; empty for formats without blocks.
         length: tokens.
+        changes: how often tokens were dropped.
     """
 
     def __init__(self, spec: Spec, like: Tensor):
@@ -48,6 +49,7 @@ class PackedTokens:
         self.width = min(width, self.dim)
         self.counts: list[int] = []
         self.length = 0
+        self.changes = 0
         batch, heads = like.shape[:2]
         words = words_of(self.dim, spec.grid.bits)
         self.codes = torch.empty(batch, heads, 0, words, TILE, dtype=torch.int32, device=like.device)
@@ -173,6 +175,7 @@ class PackedTokens:
 
     def crop(self, count: int) -> None:
         """Drops the last ``count`` tokens."""
+        self.changes += 1
         self.length -= count
         while self.in_blocks and count:
             taken = min(count, self.counts[-1])

@@ -1,4 +1,6 @@
-"""Buffers with spare room for keys and values, as layers of transformers' dynamic cache.
+"""Keys and values where the compiled step reads and writes them.
+
+For transformers' dynamic cache these are buffers with spare room, as layers of it.
 
 transformers copies all tokens to append one. These buffers have spare room, which doubles when it is used up, and the
 compiled step writes into them. Otherwise the layers behave as in transformers: setting keys or values (reordering,
@@ -15,6 +17,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from lowbit.caches import PackedCache, PackedLayer
+from lowbit.caches.attention import compiled_reason, packing_reason
 
 LEAST_ROOM = 256
 """Tokens in the smallest buffer; larger buffers double it."""
@@ -37,6 +42,11 @@ class Room:
             buffer[0, :, :length] = layer.keys[0]
             buffer[1, :, :length] = layer.values[0]
             self.buffers.append(buffer)
+
+    @property
+    def length(self) -> int:
+        """Tokens of every layer."""
+        return self.lengths[0]
 
     def reserve(self, tokens: int) -> None:
         """Makes room for at least this number of tokens in every layer."""
@@ -136,7 +146,46 @@ class Growing(DynamicLayer):
         self._alone[name] = value
 
 
-def adopt(cache: Any, layers: int, heads: int, dim: int, dtype: torch.dtype) -> Room | str:
+class PackedRoom:
+    """The layers of a packed cache, for one sequence, ready for one more token.
+
+    Args:
+        layers: those of the model, in order.
+        keys, values: what the compiled code knows of each.
+    """
+
+    def __init__(self, layers: list[PackedLayer], keys: list[Any], values: list[Any]):
+        self.layers, self.keys, self.values = layers, keys, values
+        self.length = layers[0].get_seq_length()
+
+    def advance(self) -> None:
+        """Counts one more token in every layer."""
+        for layer in self.layers:
+            layer.after_token()
+
+    @classmethod
+    def of(cls, layers: list[Any], heads: int, dim: int, dtype: torch.dtype) -> PackedRoom | str:
+        """The room, or the reason why there is none."""
+        keys, values = [], []
+        for layer in layers:
+            if type(layer) is not PackedLayer:
+                return f"the cache has a {type(layer).__name__}, not a PackedLayer"
+            if not layer.is_initialized or layer.get_seq_length() != layers[0].get_seq_length():
+                return "the cache is empty or uneven"
+            for side in layer.sides:
+                if side.shape != (1, heads, dim) or layer.dtype != dtype:
+                    return "the cache holds several sequences, or is another model's"
+            if reason := compiled_reason(layer) or packing_reason(layer):
+                return reason
+            ready = layer.before_token()
+            if isinstance(ready, str):
+                return ready
+            keys.append(ready[0])
+            values.append(ready[1])
+        return cls(layers, keys, values)
+
+
+def adopt(cache: Any, layers: int, heads: int, dim: int, dtype: torch.dtype) -> Room | PackedRoom | str:
     """The room of a cache, whose ordinary layers become :class:`Growing` ones with the same tokens.
 
     Args:
@@ -147,11 +196,13 @@ def adopt(cache: Any, layers: int, heads: int, dim: int, dtype: torch.dtype) -> 
     Returns:
         The room, or the reason why there is none.
     """
-    if type(cache) is not DynamicCache or cache.offloading:
+    if type(cache) not in (DynamicCache, PackedCache) or cache.offloading:
         return f"the cache is a {type(cache).__name__}, not a DynamicCache in memory"
     present: list[Any] = cache.layers
     if len(present) != layers:
         return f"the cache has {len(present)} of {layers} layers"
+    if type(cache) is PackedCache:
+        return PackedRoom.of(present, heads, dim, dtype)
     room = present[0].room if type(present[0]) is Growing else None
     if room is None or not room.holds(present):
         for layer in present:

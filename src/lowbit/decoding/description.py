@@ -20,7 +20,7 @@ from lowbit import kernels
 from lowbit.architectures import Architecture, for_config
 from lowbit.architectures.attention import SPEC
 from lowbit.compiled import ENVIRONMENT
-from lowbit.decoding.cache import Room
+from lowbit.decoding.cache import PackedRoom, Room
 from lowbit.kernels.native import DTYPES
 from lowbit.kernels.step import DecoderBlock, Linear, RmsNorm, TokenStep, why_not
 from lowbit.modules import QuantEmbedding, QuantLinear
@@ -133,8 +133,20 @@ class Described:
         """Whether the model is unchanged since its description."""
         return self._watch.current()
 
-    def run(self, ids: Tensor, room: Room, position: int) -> Tensor:
-        """Logits ``[V]`` after the token ``ids`` ``[1, 1]``; appends the token's keys and values to ``room``."""
+    def run(self, ids: Tensor, room: Room | PackedRoom, position: int) -> Tensor:
+        """Logits ``[V]`` after the token ``ids`` ``[1, 1]``; appends the token's keys and values to ``room``.
+
+        Raises:
+            ValueError: a key or value that the format of a packed cache cannot store.
+        """
+        if isinstance(room, PackedRoom):
+            logits = self._step.packed(
+                self._embed(ids).view(-1), room.keys, room.values, room.length, *self._turned(position)
+            )
+            room.advance()
+            if logits is None:
+                raise ValueError("keys or values have no scale that the cache's format stores; set scale_dtype to 'float32'")
+            return logits
         length = room.lengths[0]
         room.reserve(length + 1)
         cos, sin = self._turned(position)

@@ -139,7 +139,7 @@ class _Stepping:
         room = adopt(cache, *described.cache)
         if isinstance(room, str):
             return room
-        length = room.lengths[0]
+        length = room.length
         mask, position = inputs.get("attention_mask"), inputs.get("position_ids")
         if mask is not None and (mask.shape != (1, length + 1) or not bool(mask.all())):
             return "the attention mask hides tokens"

@@ -145,6 +145,20 @@ class TokenStep:
         )  # fmt: skip
         return logits
 
+    def packed(self, x: Tensor, keys: list[Any], values: list[Any], length: int, cos: Tensor, sin: Tensor) -> Tensor | None:
+        """The same with packed tokens, to which the token is added; None if some number does not fit the storage of its scale.
+
+        Args:
+            keys, values: for each block what :func:`lowbit.kernels.cache.layer_side` gave.
+            length: tokens that they hold.
+        """
+        logits = x.new_empty(self._vocabulary)
+        fits = self._step.run_packed(
+            x.data_ptr(), DTYPES[x.dtype], keys, values, length, cos.data_ptr(), sin.data_ptr(), logits.data_ptr(),
+            DTYPES[logits.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+        return logits if fits else None
+
     def _norm(self, norm: RmsNorm | None) -> int:
         if norm is None:
             return -1

@@ -155,7 +155,9 @@ void bind_cache(nb::module_& m, const Kernels* (*kernels_called)(const std::stri
   nb::class_<LayerSide>(m, "LayerSide")
       .def("__init__",
            [](LayerSide* self, int64_t batch, int64_t heads, int64_t dim, int type) {
-             new (self) LayerSide{batch, heads};
+             new (self) LayerSide();
+             self->batch = batch;
+             self->heads = heads;
              self->packed.dim = dim;
              self->packed.rows = 1;
              self->type = type;

@@ -59,7 +59,7 @@ struct CacheAttention {
 
 // Keys, or values, of all sequences and heads of a layer, as Python describes them.
 struct LayerSide {
-  int64_t batch, heads;
+  int64_t batch = 0, heads = 0;
   PackedTokens packed{};         // of the first head of the first sequence; the next one's are so many tiles, or parameters, on
   int64_t tiles = 0, params = 0;
   std::vector<int32_t> counts;
@@ -90,6 +90,24 @@ struct LayerSide {
     t.counts = counts.data();
     t.blocks = static_cast<int64_t>(counts.size());
     return side;
+  }
+  int64_t length() const { return kept_length + packed.length + waiting_length; }
+  // Whether those that leave can be packed.
+  bool has_room() const {
+    if (!leaving) return true;
+    const int64_t filled = packed.rows > 1 ? (static_cast<int64_t>(counts.size()) + leaving / packed.rows) * packed.block_tiles() * LANES
+                                           : packed.length + leaving;
+    return packed.bits > 0 && packed.codes != nullptr && leaving % packed.rows == 0 && filled <= tiles * LANES;
+  }
+  // Counts a token that the step has added, and those that it has packed.
+  void advance() {
+    ++waiting_length;
+    if (!leaving) return;
+    packed.length += leaving;
+    if (packed.rows > 1) counts.insert(counts.end(), leaving / packed.rows, static_cast<int32_t>(packed.rows));
+    start += leaving;
+    waiting_length -= leaving;
+    leaving = 0;
   }
   const float* shift_of(int64_t head) const {
     return shift ? shift + head / heads * shift_step + head % heads * dim() : nullptr;

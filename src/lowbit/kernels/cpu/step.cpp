@@ -6,6 +6,8 @@
 // that does. Everything between weights is float32; keys and values are rounded to the type of their cache.
 #include "step.h"
 
+#include "cache.h"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -169,6 +171,7 @@ struct Own {
   Aligned<float> heads;            // queries of a group, a key, a value
   Aligned<float> scores, row;
   Aligned<float> weight;           // rows of a block, decoded
+  CacheRoom cache;
   Prepared inputs[3];
 };
 
@@ -178,6 +181,7 @@ struct Token {
   std::vector<uintptr_t> keys, values;  // a layer's cache, [key-value heads, capacity, dim]
   int32_t cache_type;
   int64_t capacity, length;             // tokens before this one
+  std::vector<LayerSide*> key_sides, value_sides;  // instead of all these: each layer's tokens, packed
   const float *cos, *sin;               // [rotary]
   void* logits;
   int32_t logits_type;
@@ -292,6 +296,16 @@ class Step {
         &work, static_cast<unsigned>(threads), 0);
   }
 
+  // Whether a scale was not finite in its storage since the last look.
+  bool unstorable() { return unstorable_.exchange(false); }
+
+  void expect_side(const LayerSide& side, int64_t length) const {
+    if (side.batch != 1 || side.heads != groups_ || side.dim() != dim_ || side.length() != length ||
+        side.start + side.waiting_length >= side.waiting_room || side.leaving > side.waiting_length + 1 ||
+        !side.has_room())
+      throw std::invalid_argument("the cache has no room for the token, or is another model's");
+  }
+
   int64_t blocks() const { return static_cast<int64_t>(blocks_.size()); }
   int64_t vocabulary() const { return matrices_[head_].rows; }
 
@@ -318,7 +332,7 @@ class Step {
     own.normed.reserve(std::max(hidden_, dim_));
     own.heads.reserve((group + 2) * dim_);
     own.row.reserve(dim_ + LANES);
-    own.scores.reserve(group * token.capacity);
+    own.scores.reserve(group * token.capacity);  // of plain caches
     own.weight.reserve(LANES * widest_());
     for (auto& input : own.inputs) {
       input.floats.reserve(floats_());
@@ -435,7 +449,8 @@ class Step {
     turn(to, token);
   }
 
-  void attention(const Block& b, int64_t layer, const Token& token, Own& own, int64_t g) const {
+  void attention(const Block& b, int64_t layer, const Token& token, Own& own, int64_t g) {
+    if (!token.key_sides.empty()) return packed_attention(b, *token.key_sides[layer], *token.value_sides[layer], token, own, g);
     const int64_t group = heads_ / groups_, at_token = (g * token.capacity + token.length) * dim_;
     const float *q = qkv_.get() + g * group * dim_, *k = keys_of_token() + g * dim_, *v = values_of_token() + g * dim_;
     float *queries = own.heads.get(), *key = queries + group * dim_;
@@ -449,6 +464,24 @@ class Step {
     const int64_t skip = g * token.capacity * dim_ * (token.cache_type == F32 ? 4 : 2);
     s_.attend({queries, at<char>(token.keys[layer]) + skip, at<char>(token.values[layer]) + skip, token.cache_type, group,
                dim_, token.length + 1, own.scores.get(), own.row.get(), attended_.get() + g * group * dim_});
+  }
+
+  // The token waits with the newest ones; those that leave them are packed once it has attended.
+  void packed_attention(const Block& b, LayerSide& keys, LayerSide& values, const Token& token, Own& own, int64_t g) {
+    const int64_t group = heads_ / groups_;
+    const float *q = qkv_.get() + g * group * dim_, *k = keys_of_token() + g * dim_, *v = values_of_token() + g * dim_;
+    float *queries = own.heads.get(), *key = queries + group * dim_;
+    head(k, b.k_norm, token, key);
+    for (const auto& [side, state] : {std::pair{&keys, static_cast<const float*>(key)}, std::pair{&values, v}})
+      s_.write(state, dim_, at<void>(side->waiting), side->type, (g * side->waiting_room + side->start + side->waiting_length) * dim_);
+    for (int64_t i = 0; i < group; ++i) {
+      head(q + i * dim_, b.q_norm, token, queries + i * dim_);
+      for (int64_t d = 0; d < dim_; ++d) queries[i * dim_ + d] *= scaling_;
+    }
+    const std::vector<int32_t> begin(group, 0), end(group, static_cast<int32_t>(token.length + 1));
+    attend_head(*k_.cache, keys, values, g, 1, queries, group, begin.data(), end.data(), attended_.get() + g * group * dim_, own.cache);
+    for (const LayerSide* side : {&keys, &values})
+      if (!pack_head(*k_.cache, *side, g, side->leaving, s_.read, own.cache)) unstorable_.store(true, std::memory_order_relaxed);
   }
 
   float* keys_of_token() const { return qkv_.get() + heads_ * dim_ + LANES; }
@@ -509,6 +542,7 @@ class Step {
   std::vector<Block> blocks_;
   int final_norm_ = -1, head_ = -1;
 
+  std::atomic<bool> unstorable_{false};
   Turn turn_;
   Barrier barrier_;
   std::vector<std::atomic<int64_t>> next_;  // the next piece of each phase
@@ -584,10 +618,25 @@ void bind_step(nb::module_& m, const Kernels* (*kernels_called)(const std::strin
         if (static_cast<int64_t>(keys.size()) != self.blocks() || keys.size() != values.size() || length < 0 ||
             length >= capacity)
           throw std::invalid_argument("the cache has no room for the token");
-        Token token{at<void>(x), x_type, std::move(keys), std::move(values), cache_type, capacity, length,
+        Token token{at<void>(x), x_type, std::move(keys), std::move(values), cache_type, capacity, length, {}, {},
                     at<float>(cos), at<float>(sin), at<void>(logits), logits_type};
         nb::gil_scoped_release release;
         self.run(token, threads);
+      })
+      // The same with packed tokens, `length` of them. False: a number did not fit the storage of its scale.
+      .def("run_packed", [](Step& self, uintptr_t x, int x_type, std::vector<LayerSide*> keys, std::vector<LayerSide*> values,
+                            int64_t length, uintptr_t cos, uintptr_t sin, uintptr_t logits, int logits_type, int threads) {
+        if (static_cast<int64_t>(keys.size()) != self.blocks() || keys.size() != values.size())
+          throw std::invalid_argument("the cache is another model's");
+        for (const auto* sides : {&keys, &values})
+          for (const LayerSide* side : *sides) self.expect_side(*side, length);
+        Token token{at<void>(x), x_type, {}, {}, NONE, 0, length, keys, values, at<float>(cos), at<float>(sin),
+                    at<void>(logits), logits_type};
+        nb::gil_scoped_release release;
+        self.run(token, threads);
+        for (const auto* sides : {&keys, &values})
+          for (LayerSide* side : *sides) side->advance();
+        return !self.unstorable();
       });
 }
 
