@@ -233,6 +233,7 @@ class Normal(_Levels):
 
 
 @lru_cache
+@torch.inference_mode(False)  # the first call may come from a model that generates
 def _normal_table(bits: int) -> tuple[float, ...]:
     """Each level is the mean of its cell, and cells end at the midpoints between levels. Newton's method solves this for the
     positive half, from the quantiles of the density's cube root (Panter and Dite). Rounded to float32."""
