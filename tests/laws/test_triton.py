@@ -144,6 +144,7 @@ def test_the_laws_hold_on_this_machines_gpu_or_in_the_interpreter():
         "-p",
         "no:cacheprovider",
         str(Path(__file__).with_name("triton_laws.py")),
+        str(Path(__file__).with_name("triton_cache_laws.py")),
     ]
     done = subprocess.run(command, env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
@@ -234,3 +235,23 @@ def test_the_compiler_takes_every_kernel_and_uses_the_matrix_instructions(
 def test_channels_over_a_threshold_are_refused_with_the_reason(gpu):
     packed = dataclasses.replace(on("cuda:0", EIGHT), threshold=6.0)
     assert "over a threshold" in str(triton.why_not(packed, 1))
+
+
+@needs_triton
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="TRITON_INTERPRET is set: triton does not compile")
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("pair", [0, 1, 3])
+def test_the_compiler_takes_the_kernels_of_packed_tokens(target, pair, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from test_packed_attention import layer_of, query_of
+    from triton_cache_laws import PAIRS
+
+    from lowbit.caches import on_gpu
+    from lowbit.kernels.triton import packed_tokens
+
+    compiled = [Compiled(getattr(packed_tokens, name), target) for name in ("score_tiles", "mix_tiles")]
+    for each in compiled:
+        monkeypatch.setattr(packed_tokens, each.kernel.fn.__name__, each)
+    layer, query = layer_of(*PAIRS[pair], count=120), query_of(heads=2)
+    on_gpu.attend(query, layer, torch.ones(2, 1, 120, dtype=torch.bool))
+    assert [len(each.found) for each in compiled] == [1, 1]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit import kernels
+from lowbit.caches import on_gpu
 from lowbit.caches.compiled import packs, why_not
 
 if TYPE_CHECKING:
@@ -35,9 +36,11 @@ def attend_packed(
         compiled: use compiled code where it can do it.
     """
     scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
-    if compiled and query_BHTD.shape[2] <= kernels.cache.MOST_QUERIES and compiled_reason(layer) is None:
+    if compiled and query_BHTD.shape[2] <= kernels.cache.MOST_QUERIES:
         seen = _seen(mask, query_BHTD, layer.get_seq_length())
-        if seen is not None:
+        if seen is not None and on_gpu.why_not(layer) is None:
+            return _on_gpu(query_BHTD, layer, *seen, scale)
+        if seen is not None and compiled_reason(layer) is None:
             return _compiled(query_BHTD, layer, *seen, scale)
     return _in_runs(query_BHTD, layer, mask, scale)
 
@@ -62,6 +65,17 @@ def _compiled(query_BHTD: Tensor, layer: PackedLayer, begin_BT: Tensor, end_BT: 
     groups = layer.key_side.heads
     query_BGRD = (query_BHTD.float() * scale).reshape(batch, groups, heads // groups * count, dim).contiguous()
     out = kernels.cache.attend(isa, keys, values, query_BGRD, begin_BT, end_BT, layer.value_side.dim)
+    return out.view(batch, heads, count, -1).transpose(1, 2).to(query_BHTD.dtype)
+
+
+def _on_gpu(query_BHTD: Tensor, layer: PackedLayer, begin_BT: Tensor, end_BT: Tensor, scale: float) -> Tensor:
+    batch, heads, count, dim = query_BHTD.shape
+    groups = layer.key_side.heads
+    query_BGRD = (query_BHTD.float() * scale).reshape(batch, groups, heads // groups * count, dim)
+    key_S = torch.arange(layer.get_seq_length(), device=query_BHTD.device)
+    begin_BT1, end_BT1 = (t.to(key_S.device)[..., None] for t in (begin_BT, end_BT))
+    seen_BTS = (key_S >= begin_BT1) & (key_S < end_BT1)
+    out = on_gpu.attend(query_BGRD, layer, seen_BTS.repeat(1, heads // groups, 1))
     return out.view(batch, heads, count, -1).transpose(1, 2).to(query_BHTD.dtype)
 
 

@@ -48,6 +48,10 @@ class Coordinates:
         """These, after taking ``shift`` off."""
         return replace(self, shift=shift if self.shift is None else self.shift + shift)
 
+    def to(self, device: torch.device) -> Coordinates:
+        """On ``device``."""
+        return Coordinates(*(None if t is None else t.to(device) for t in (self.rotation, self.scale, self.shift)))
+
     def select(self, index: Tensor) -> Coordinates:
         """For the sequences ``index``."""
         if self.shift is None or self.shift.dim() == 3:

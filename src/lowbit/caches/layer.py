@@ -204,6 +204,14 @@ class PackedLayer(CacheLayerMixin):
                 assert side.waiting is not None
                 side.select(index(len(side.waiting.buffer)))
 
+    def to(self, device: torch.device | str) -> PackedLayer:
+        """Moves all it holds to ``device``, in place."""
+        for side in self.sides:
+            side.to(torch.device(device))
+        self.device = torch.device(device)
+        self._descriptions = Description(), Description()
+        return self
+
     def offload(self) -> None:
         """Refused: packed tokens stay where they are."""
         raise ValueError("a packed cache is not offloaded; leave offloading out")

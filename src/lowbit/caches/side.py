@@ -189,6 +189,15 @@ class Side:
         if count and self.kept is not None:
             self.kept = self.kept[:, :, :-count].clone()
 
+    def to(self, device: torch.device) -> None:
+        """Moves all tokens to ``device``."""
+        self.kept = None if self.kept is None else self.kept.to(device)
+        for part, names in ((self.waiting, ("buffer",)), (self.packed, ("codes", "scale", "zero"))):
+            for name in names if part is not None else ():
+                tensor = getattr(part, name)
+                setattr(part, name, None if tensor is None else tensor.to(device))
+        self.coordinates = self.coordinates.to(device)
+
     def select(self, index: Tensor) -> None:
         """Keeps the sequences ``index``, in this order; one may come several times."""
         if self.kept is not None:

@@ -163,6 +163,10 @@ class PackedTokens:
             params = params[:, :, first:last].transpose(-1, -2).flatten(2, 3)
         return params.float().repeat_interleave(self.width, -1)[..., : self.dim]
 
+    def held(self, device: torch.device) -> Tensor:
+        """Slots that hold tokens, in order."""
+        return self._slots(0, self.length).to(device)
+
     def _slots(self, start: int, end: int) -> Tensor:
         """Slots of the tokens from ``start`` to ``end``."""
         if not self.in_blocks:

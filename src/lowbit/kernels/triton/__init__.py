@@ -40,13 +40,9 @@ def interpreted() -> bool:
 
 def why_not(layer: PackedLinear, rows: int) -> str | None:
     """The reason why no Triton kernel can run ``layer``; None if one can."""
-    if layer.device.type == "cpu" and not interpreted():
-        return "written for GPUs, the layer is on cpu; TRITON_INTERPRET=1 runs it there, for tests"
-    if layer.device.type not in ("cpu", "cuda"):
-        return f"triton runs on CUDA and ROCm devices only, the layer is on {layer.device.type}"
-    missing = _missing(interpreted()) or (_too_old(layer.device.index) if layer.device.type == "cuda" else None)
-    if missing is not None:
-        return f"{missing}; the weight is decoded at every call instead"
+    reason = missing_for(layer.device)
+    if reason is not None:
+        return reason
     if not isinstance(layer.spec.grid, Int | Float | Normal | Table | Codebook | BinaryCoded):
         return f"weights are {type(layer.spec.grid).__name__}, which has no Triton kernel"
     if shared_by(layer.spec, layer.shape) is None:
@@ -56,6 +52,16 @@ def why_not(layer: PackedLinear, rows: int) -> str | None:
     if _parameters(layer.spec, layer.shape) >= 2**31:
         return "there are more parameters than 32-bit indices reach"
     return None
+
+
+def missing_for(device: torch.device) -> str | None:
+    """The reason why no Triton kernel runs on ``device``; None if it can."""
+    if device.type == "cpu" and not interpreted():
+        return "written for GPUs, the layer is on cpu; TRITON_INTERPRET=1 runs it there, for tests"
+    if device.type not in ("cpu", "cuda"):
+        return f"triton runs on CUDA and ROCm devices only, the layer is on {device.type}"
+    missing = _missing(interpreted()) or (_too_old(device.index) if device.type == "cuda" else None)
+    return None if missing is None else f"{missing}; the weight is decoded at every call instead"
 
 
 def _parameters(spec: Spec, shape: tuple[int, int]) -> int:
