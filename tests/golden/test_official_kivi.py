@@ -78,7 +78,9 @@ def test_attention_with_all_keys_and_values_packed_has_the_authors_error(states,
     assert 0.95 < ratio < 1.02
 
 
-@pytest.mark.parametrize("record", [r for r in RECORDS if re.search("g32 residual32", r["setting"])], ids=lambda r: r["setting"])
+@pytest.mark.parametrize(
+    "record", [r for r in RECORDS if re.search("g32 residual32", r["setting"])], ids=lambda r: r["setting"]
+)
 def test_attention_token_by_token_loses_no_more_than_the_authors_with_a_window(states, record):
     bits = int(record["setting"][0])
     layer = PackedLayer(lowbit.recipe("kivi", bits=bits, group_size=32, recent=32).scheme.kv)

@@ -186,5 +186,3 @@ def test_bits_do_not_depend_on_threads():
     torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
-
-

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from test_decoding import CONFIGS, packed
 from transformers import DynamicCache
 
 import lowbit
@@ -14,8 +15,6 @@ from lowbit.decoding.model import cache_argument
 from lowbit.kernels import native
 from lowbit.modules import KVRule, KVSpec
 from lowbit.numerics import Block, Int, PerGroup, PerToken, Spec
-
-from test_decoding import CONFIGS, packed
 
 LANES = [isa for isa in native.instruction_sets() if isa not in native.MATRIX_TILES]
 PROMPT = torch.randint(0, 131, (1, 70), generator=torch.Generator().manual_seed(3))
@@ -72,7 +71,9 @@ def test_layers_of_several_formats_step_together():
     found = through(model, cache, TEXT)
     assert model._lowbit_step.others == 0
     decoding.uninstall(model)
-    torch.testing.assert_close(found, through(model, PackedCache(model.config, KIVI, (KVRule((0,)),)), TEXT), atol=2e-2, rtol=0)
+    torch.testing.assert_close(
+        found, through(model, PackedCache(model.config, KIVI, (KVRule((0,)),)), TEXT), atol=2e-2, rtol=0
+    )
 
 
 def test_forward_and_step_alternate_on_one_cache():

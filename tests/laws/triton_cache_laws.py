@@ -21,7 +21,9 @@ PAIRS = [
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 @pytest.mark.parametrize("dim", [64, 80])
-@pytest.mark.parametrize("options", [{}, {"sink": 3, "key_rotation": "hadamard", "value_rotation": "hadamard", "centred": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"sink": 3, "key_rotation": "hadamard", "value_rotation": "hadamard", "centred": True}]
+)
 def test_triton_reads_what_decoding_gives(pair, dim, options):
     layer = layer_of(*pair, dim=dim, count=120, **options).to(DEVICE)
     assert on_gpu.why_not(layer) is None

@@ -15,8 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lowbit.caches import PackedStates, attend_packed
 from lowbit.architectures.resolved import ResolvedBlock
+from lowbit.caches import PackedStates, attend_packed
 from lowbit.modules import AttentionSpec, OperandRanges, attend
 
 IMPLEMENTATION = "lowbit"

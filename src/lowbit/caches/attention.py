@@ -25,7 +25,12 @@ RUN = 1024
 
 
 def attend_packed(
-    query_BHTD: Tensor, layer: PackedLayer, mask: Tensor | None = None, scaling: float | None = None, *, compiled: bool = True
+    query_BHTD: Tensor,
+    layer: PackedLayer,
+    mask: Tensor | None = None,
+    scaling: float | None = None,
+    *,
+    compiled: bool = True,
 ) -> Tensor:
     """``softmax(scaling * query @ keys.T + mask) @ values`` over all tokens of ``layer``, ``[B, T, H, D]`` in the query's dtype.
 

@@ -18,7 +18,9 @@ def why_not(side: Side, values: bool) -> str | None:
     """The reason why the compiled attention does not read ``side``; None if it does."""
     if side.turns:
         return "keys are packed before the rotary embedding"
-    if side.waiting is not None and (side.waiting.buffer.device.type != "cpu" or side.waiting.buffer.dtype not in DTYPES):
+    if side.waiting is not None and (
+        side.waiting.buffer.device.type != "cpu" or side.waiting.buffer.dtype not in DTYPES
+    ):
         return f"the cache is {side.waiting.buffer.dtype} on {side.waiting.buffer.device}"
     if side.spec is None:
         return None
@@ -126,7 +128,9 @@ class Description:
             return None if t is None else t.to("cpu", torch.float32).contiguous()
 
         rotation, scale, shift = (plain(t) for t in (coordinates.rotation, coordinates.scale, coordinates.shift))
-        self._kept = [t for t in (rotation, scale, shift) if t is not None]  # the compiled code reads them where they are
+        self._kept = [
+            t for t in (rotation, scale, shift) if t is not None
+        ]  # the compiled code reads them where they are
         address = [0 if t is None else t.data_ptr() for t in (rotation, scale, shift)]
         rotation_step = rotation[0].numel() if rotation is not None and rotation.dim() == 3 else 0
         shift_step = shift[0].numel() if shift is not None and shift.dim() == 4 else 0

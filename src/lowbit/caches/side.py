@@ -163,7 +163,11 @@ class Side:
         assert self.waiting is not None
         end = self.length if end is None else end
         parts, before = [], 0
-        for part, count in ((self.kept, self.kept_length), (None, self.packed_length), (self.waiting.tokens, self.waiting_length)):
+        for part, count in (
+            (self.kept, self.kept_length),
+            (None, self.packed_length),
+            (self.waiting.tokens, self.waiting_length),
+        ):
             first, last = max(start - before, 0), min(end - before, count)
             if first < last:
                 parts.append((self.decoded(first, last) if part is None else part[:, :, first:last]).to(dtype))

@@ -13,7 +13,6 @@ from lowbit.checkpoints.description import ModelDescription
 from lowbit.modules import AttentionSpec, LinearDescription, QuantEmbedding, QuantLinear, scale_of, turn_residual
 
 
-
 def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLinear | QuantEmbedding]:
     """Puts empty packed layers in the places that ``description`` names, in place; the new modules by name.
 

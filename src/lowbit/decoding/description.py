@@ -145,7 +145,9 @@ class Described:
             )
             room.advance()
             if logits is None:
-                raise ValueError("keys or values have no scale that the cache's format stores; set scale_dtype to 'float32'")
+                raise ValueError(
+                    "keys or values have no scale that the cache's format stores; set scale_dtype to 'float32'"
+                )
             return logits
         length = room.lengths[0]
         room.reserve(length + 1)

@@ -20,7 +20,9 @@ LARGE = 16.0
 """A key bias of this magnitude dwarfs what varies from token to token, which is of the order of one."""
 
 
-def packed_cache(model: nn.Module | PreTrainedConfig, spec: KVSpec | None, overrides: Sequence[KVRule] = ()) -> PackedCache:
+def packed_cache(
+    model: nn.Module | PreTrainedConfig, spec: KVSpec | None, overrides: Sequence[KVRule] = ()
+) -> PackedCache:
     """An empty cache for ``model``, or for its configuration, in these formats.
 
     Raises:

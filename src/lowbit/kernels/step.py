@@ -145,7 +145,9 @@ class TokenStep:
         )  # fmt: skip
         return logits
 
-    def packed(self, x: Tensor, keys: list[Any], values: list[Any], length: int, cos: Tensor, sin: Tensor) -> Tensor | None:
+    def packed(
+        self, x: Tensor, keys: list[Any], values: list[Any], length: int, cos: Tensor, sin: Tensor
+    ) -> Tensor | None:
         """The same with packed tokens, to which the token is added; None if some number does not fit the storage of its scale.
 
         Args:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from models import SIZES, llama, qwen2_with_large_key_biases, tokens
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig
 
 import lowbit
@@ -11,8 +12,6 @@ from lowbit.caches import PackedCache, PackedLayer
 from lowbit.decoding.model import cache_argument
 from lowbit.modules import KVRule, KVSpec
 from lowbit.numerics import Block, Int, PerGroup, PerToken, Spec
-
-from models import SIZES, llama, qwen2_with_large_key_biases, tokens
 
 METHODS = ["kivi:4", "kivi:2", "kivi:3", "kv-rotated:4", "kv-turbo:4", "kv-int:8", "kv-int:5", "kv-fp8"]
 
@@ -307,7 +306,9 @@ def test_what_it_says_it_holds_is_what_it_holds(model):
     assert cache.nbytes < of_sixteen_bits / 4.4
 
 
-@pytest.mark.parametrize("spec", [KVSpec(Spec(Int(2), Block(32, 1)), Spec(Int(3), PerGroup(16)), recent=32), kivi(3, 64, 64)])
+@pytest.mark.parametrize(
+    "spec", [KVSpec(Spec(Int(2), Block(32, 1)), Spec(Int(3), PerGroup(16)), recent=32), kivi(3, 64, 64)]
+)
 def test_bits_of_a_format_are_those_of_its_buffers(spec):
     layer, *_ = filled(spec, 64 * 64 + spec.recent, batch=1, heads=1)
     stored = 0

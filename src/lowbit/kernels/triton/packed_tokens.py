@@ -119,7 +119,7 @@ class Tokens:
     used: int
 
     def _arguments(self) -> tuple[list[Any], dict[str, Any]]:
-        batch, heads, tiles, words, _ = self.codes.shape
+        _batch, _heads, tiles, words, _ = self.codes.shape
         groups = self.scale.shape[3]
         tensors = [
             self.codes, self.scale, self.scale if self.zero is None else self.zero,
