@@ -13,6 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowbit.decoding import cache_argument
+from lowbit.decoding.packed_cache import packed_cache
+from lowbit.modules import kv_formats
+
 """`progress(done, total, description)`: how long work tells a caller where it is. Nothing here prints."""
 
 
@@ -30,9 +34,30 @@ def evaluating(*models: nn.Module | None) -> Iterator[None]:
             module.training = training
 
 
-def logits_of(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
-    """Logits [T, vocabulary] of one sequence `ids_T` (int64), in the model's own dtype and on its own device."""
-    return model(input_ids=ids_T[None].to(model.device), use_cache=False).logits[0]
+CHUNK = 32
+"""Tokens that a model with a quantized cache reads at a time. Within a call it sees its own tokens as they are, so that longer
+chunks would flatter a cache that keeps no recent tokens."""
+THROUGH = f"through the cache, chunks of {CHUNK}"
+"""How measurements name this."""
+
+
+def logits_of(model: PreTrainedModel, ids_T: Tensor, *, cached: bool = True) -> Tensor:
+    """Logits [T, vocabulary] of one sequence `ids_T` (int64), in the model's own dtype and on its own device.
+
+    Where the model's formats quantize its cache, and `cached`, it reads the sequence in chunks of `CHUNK` tokens through that
+    cache, as it would when it generates; otherwise at once and without a cache.
+    """
+    ids_1T, formats = ids_T[None].to(model.device), kv_formats(model)
+    if not cached or not formats:
+        return model(input_ids=ids_1T, use_cache=False).logits[0]
+    past = {cache_argument(model): packed_cache(model, formats.kv, formats.overrides)}
+    pieces = ids_1T.split(CHUNK, 1)
+    return torch.cat([model(input_ids=piece, use_cache=True, **past).logits[0] for piece in pieces])
+
+
+def protocol_name(model: PreTrainedModel, protocol: str) -> str:
+    """The name of a protocol, and how the model reads where that is not at once."""
+    return f"{protocol}, {THROUGH}" if kv_formats(model) else protocol
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowbit.evaluation.forward import check_positions, evaluating, logits_of, vocabulary_size
+from lowbit.evaluation.forward import check_positions, evaluating, logits_of, protocol_name, vocabulary_size
 from lowbit.evaluation.intervals import Interval, mean_and_interval
 from lowbit.evaluation.reference import KeptOriginal
 from lowbit.evaluation.windows import Cut, Text, Window, cut
@@ -44,7 +44,7 @@ class Evaluation:
         log_perplexity_difference: log of the perplexity over the original's; its interval is that of differences window by
             window, which is narrower than those of both. None without an original.
         tokens, words: counted predictions, and words if the protocol counts them.
-        windows, seq_len, protocol: how the text was cut.
+        windows, seq_len, protocol: how the text was cut, and whether the model read it through a quantized cache.
         text: the text's name, as the caller gave it.
         ids_sha256: a hash of the window length and the ids that were read.
         broken_tokens: counted tokens whose negative log-likelihood or KL is NaN or infinite.
@@ -141,7 +141,9 @@ def evaluate_model(
     if progress:
         progress(total, total, "perplexity")
     columns = _WindowSums(*np.array(sums, dtype=np.float64).T)
-    return _summarise(columns, pieces, against is not None, protocol=protocol, seq_len=seq_len, text=text_name)
+    return _summarise(
+        columns, pieces, against is not None, protocol=protocol_name(model, protocol), seq_len=seq_len, text=text_name
+    )
 
 
 def _score_window(

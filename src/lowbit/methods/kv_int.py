@@ -29,6 +29,4 @@ def kv_int(
     spec = Spec(
         Int(bits, symmetric, zero="int" if symmetric else "real"), PerGroup(group_size) if group_size else PerToken()
     )
-    return Recipe(
-        "kv-int", Scheme(kv=KVSpec(spec, spec, recent=recent, sink=sink, before_rope=rope == "before"))
-    )
+    return Recipe("kv-int", Scheme(kv=KVSpec(spec, spec, recent=recent, sink=sink, before_rope=rope == "before")))

@@ -49,7 +49,7 @@ class Recipe:
         try:
             for i, stage in enumerate(self.stages):
                 stage.check(self.scheme, self.stages[:i])
-            if not self.stages and (self.scheme.rules or self.scheme.attention or not self.scheme.kv):
+            if not self.stages and (self.scheme.rules or self.scheme.attention or not self.scheme.cache):
                 raise ValueError(
                     "a recipe has a stage, such as Blockwise((Solve(...),)), or only a KV cache format; found neither"
                 )

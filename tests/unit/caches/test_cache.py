@@ -307,7 +307,9 @@ def test_what_it_says_it_holds_is_what_it_holds(model):
     assert cache.nbytes < of_sixteen_bits / 4.7
 
 
-@pytest.mark.parametrize("spec", [KVSpec(Spec(Int(2), Block(32, 1)), Spec(Int(3), PerGroup(16)), recent=32), kivi(3, 64, 64)])
+@pytest.mark.parametrize(
+    "spec", [KVSpec(Spec(Int(2), Block(32, 1)), Spec(Int(3), PerGroup(16)), recent=32), kivi(3, 64, 64)]
+)
 def test_bits_of_a_format_are_those_of_its_buffers(spec):
     layer, *_ = filled(spec, 64 * 64 + spec.recent, batch=1, heads=1)
     stored = 0

@@ -18,4 +18,6 @@ def test_every_code_survives_its_words(bits, dim):
 
 
 def test_the_first_channel_is_in_the_lowest_bits():
-    assert to_words(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9]], dtype=torch.uint8), 4).tolist() == [[0x87654321 - 2**32, 9]]
+    assert to_words(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9]], dtype=torch.uint8), 4).tolist() == [
+        [0x87654321 - 2**32, 9]
+    ]
