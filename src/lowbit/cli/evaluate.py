@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowbit.cli import common
+from lowbit.cli.choose import KV, KVBits, KVSettings, choose_cache
 
 if TYPE_CHECKING:
     from lowbit.evaluation import Evaluation
 
 EXAMPLE = (
     "Example: lowbit evaluate smollm2-w4 --against smollm2-135m --text python-docs --protocol gptq "
-    "--seq-len 1024 --windows 20 --json"
+    "--seq-len 1024 --windows 20 --kv kivi:2 --json"
 )
 
 
@@ -32,14 +33,19 @@ def command(
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The original: measures KL divergence and top-1 agreement too.")
     ] = None,
+    kv: KV = None,
+    kv_bits: KVBits = None,
+    kv_settings: KVSettings = None,
     trust_remote_code: common.Trust = False,
     threads: common.Threads = None,
     as_json: common.Json = False,
 ) -> None:
     """Measure a model: perplexity, and with --against KL divergence and top-1 agreement in the same pass.
 
-    Intervals are 95 %. Figures compare only under the same protocol, window length and text.
+    A model whose cache is quantized, by its checkpoint or by --kv, reads each window in chunks through that cache. Intervals are
+    95 %. Figures compare only under the same protocol, window length and text.
     """
+    formats = choose_cache(kv, kv_bits, kv_settings)
     common.use_threads(threads)
     import lowbit
 
@@ -54,6 +60,7 @@ def command(
             seq_len=seq_len,
             windows=windows or None,
             against=against,
+            kv=formats,
             trust_remote_code=trust_remote_code,
             progress=report,
         )
@@ -87,6 +94,8 @@ def _show(model: str, result: Evaluation) -> None:
         )
     table.add_row("bits per weight, quantized linears", common.number(result.bits_per_weight), "")
     table.add_row("bits per weight, whole model", common.number(result.model_bits_per_weight), "")
+    if result.cache_bits is not None:
+        table.add_row("bits per number in the cache", common.number(result.cache_bits), "")
     table.add_row("weight files", "-" if result.bytes is None else common.size(result.bytes), "")
     common.show_table(table)
     common.console().print(

@@ -12,11 +12,14 @@ import typer
 
 from lowbit.cli import common
 from lowbit.cli.choose import (
+    KV,
     ActivationBits,
     Bits,
     EmbeddingBits,
     GroupSize,
     HeadBits,
+    KVBits,
+    KVSettings,
     MethodOption,
     Overrides,
     RamLimit,
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = (
     "Example: lowbit quantize smollm2-135m --method gptq --bits 4 --group-size 64 --set act_order=true "
-    "--override down:bits=8 --calibration python-docs --samples 32 --seq-len 512 -o smollm2-w4"
+    "--override down:bits=8 --kv kivi --kv-bits 4 --calibration python-docs --samples 32 --seq-len 512 -o smollm2-w4"
 )
 INTERRUPTED = "interrupted: repeat the same command to continue where it stopped"
 WORST = 5  # layers named in the table
@@ -54,6 +57,9 @@ def command(
     head_bits: HeadBits = None,
     scheme: SchemeName = None,
     settings: Settings = None,
+    kv: KV = None,
+    kv_bits: KVBits = None,
+    kv_settings: KVSettings = None,
     overrides: Overrides = None,
     calibration: Annotated[
         str | None,
@@ -92,7 +98,7 @@ def command(
     limit = byte_count(ram_limit)
     changes = [*(overrides or ()), *outside_overrides(embedding_bits, head_bits)]
     options = method_options(bits, group_size, activation_bits, settings, scheme)
-    chosen = choose_recipe(method, recipe, options, changes)
+    chosen = choose_recipe(method, recipe, options, changes, (kv, kv_bits, kv_settings))
     common.use_threads(threads)
     from lowbit.pipeline import prepare, run
     from lowbit.report import MAX_KL

@@ -26,7 +26,7 @@ from lowbit.caches import PackedCache
 from lowbit.decoding.cache import adopt
 from lowbit.decoding.description import Described, Refused, describe, position_of
 from lowbit.decoding.packed_cache import packed_cache
-from lowbit.modules import kv_formats
+from lowbit.modules import KVFormats, kv_formats, set_kv_formats
 
 _CACHES = ("cache", "past_key_values")
 """The argument that carries keys and values: its name since transformers 5.24, and its name before."""
@@ -48,6 +48,19 @@ def install(model: PreTrainedModel) -> None:
     """Makes ``model`` run single tokens by the compiled step whenever possible; see :func:`explain`."""
     if not isinstance(model, _Stepping):
         model.__class__ = _stepping(type(model))
+
+
+def use_cache(model: PreTrainedModel, formats: KVFormats) -> None:
+    """Makes ``generate`` hold keys and values in ``formats``, and measurements read through such a cache; without formats, as
+    transformers does.
+
+    Raises:
+        ValueError: formats that the model cannot have.
+    """
+    if formats:
+        packed_cache(model, formats.kv, formats.overrides)
+    set_kv_formats(model, formats)
+    install(model)
 
 
 def uninstall(model: PreTrainedModel) -> None:

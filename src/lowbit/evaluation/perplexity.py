@@ -48,8 +48,8 @@ class Evaluation:
         text: the text's name, as the caller gave it.
         ids_sha256: a hash of the window length and the ids that were read.
         broken_tokens: counted tokens whose negative log-likelihood or KL is NaN or infinite.
-        bits_per_weight, model_bits_per_weight, bytes: of the checkpoint's quantized linears, of all of it, and of its
-            weight files; the caller fills them in, with `dataclasses.replace`.
+        bits_per_weight, model_bits_per_weight, cache_bits, bytes: of the checkpoint's quantized linears, of all of it, of each
+            number in its quantized cache, and of its weight files; the caller fills them in, with `dataclasses.replace`.
     """
 
     perplexity: float
@@ -71,6 +71,7 @@ class Evaluation:
     log_perplexity_difference_interval: Interval | None = None
     bits_per_weight: float | None = None
     model_bits_per_weight: float | None = None
+    cache_bits: float | None = None
     bytes: int | None = None
 
     @property

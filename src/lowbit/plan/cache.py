@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,12 +10,35 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lowbit.caches import PackedCache, PackedLayer
+from lowbit.checkpoints.source import ModelSource
 from lowbit.modules import KVFormats, KVSpec
 from lowbit.numerics import Spec
 from lowbit.plan.layers import weight_text
 
 USUAL_CONTEXT = 4096
 """Tokens of a sequence where the model names no limit."""
+
+
+@dataclass(frozen=True)
+class PlannedCache:
+    """Bytes of keys and values of one sequence.
+
+    Attributes:
+        tokens: its length.
+        bytes: in the recipe's formats.
+        bytes_floating: in the model's dtype.
+    """
+
+    tokens: int
+    bytes: int
+    bytes_floating: int
+
+
+def planned_cache(source: ModelSource, formats: KVFormats, tokens: int | None) -> PlannedCache | None:
+    """The cache of a sequence of ``tokens``, or of as many as the model was made for; None where nothing is known of it."""
+    tokens = tokens or context_of(source.config)
+    packed, floating = (cache_bytes(source.config, each, tokens, source.dtype) for each in (formats, KVFormats()))
+    return None if packed is None or floating is None else PlannedCache(tokens, packed, floating)
 
 
 def context_of(config: Any) -> int:

@@ -75,7 +75,7 @@ def test_a_description_keeps_formats_and_rules_and_says_the_oldest_version_that_
 )
 def test_damaged_formats_are_refused(key, value):
     data = ModelDescription({}, kv=KIVI.kv).to_json() | {key: value}
-    with pytest.raises(ValueError, match="formats? of|layers"):
+    with pytest.raises(ValueError, match=r"formats? of|layers"):
         ModelDescription.from_json(data)
 
 

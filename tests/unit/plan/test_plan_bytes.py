@@ -41,7 +41,9 @@ CONFIGS = {
         max_position_embeddings=64,
         word_embed_proj_dim=32,
     ),
-    "gemma3": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=16),
+    "gemma3": Gemma3TextConfig(
+        **SIZES, head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
+    ),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=2, num_experts_per_tok=2),
 }
 QUICK = {"llama", "gpt2"}
