@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -19,10 +20,10 @@ from lowbit.checkpoints.source import load_tokenizer
 from lowbit.data import load_text
 from lowbit.decoding import use_cache
 from lowbit.decoding.packed_cache import packed_cache
-from lowbit.evaluation import Evaluation, directory_bytes, evaluate_model
+from lowbit.evaluation import Evaluation, check_generation, check_retrieval, directory_bytes, evaluate_model
 from lowbit.modules import KVFormats, KVSpec, kv_formats
 from lowbit.plan.cache import cache_bits
-from lowbit.progress import Progress
+from lowbit.progress import Progress, silent
 from lowbit.recipes import kv_scheme
 from lowbit.surroundings import own_settings
 
@@ -89,6 +90,8 @@ def evaluate(
     windows: int | None = 20,
     against: str | PathLike[str] | PreTrainedModel | None = None,
     kv: str | KVSpec | KVFormats | None = None,
+    retrieval: Sequence[int] = (),
+    generation: bool = False,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -102,13 +105,17 @@ def evaluate(
         seq_len, windows: how many windows of how many tokens (None: as many as the text holds).
         against: the original to compare with.
         kv: the cache through which ``model``, given by its place, reads, as for :func:`load`.
+        retrieval: lengths in tokens of prompts in which the model must find facts, see :mod:`lowbit.evaluation.tasks`.
+        generation: also whether the model copies, counts and adds.
         tokenizer: needed where ``model`` is not a path and ``text`` is text.
         trust_remote_code: allow the models' own Python code.
     """
     where = None if isinstance(model, PreTrainedModel) else model
-    if isinstance(text, str) and tokenizer is None:
+    if (isinstance(text, str) or retrieval or generation) and tokenizer is None:
         if where is None:
-            raise ValueError("text needs a tokenizer: pass tokenizer=, or the model's directory instead of the model")
+            raise ValueError(
+                "text and tasks need a tokenizer: pass tokenizer=, or the model's directory instead of the model"
+            )
         tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
     content = load_text(text, "evaluation", tokenizer) if isinstance(text, str) else None
     opened = partial(load, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -127,8 +134,13 @@ def evaluate(
         text_name="token ids" if content is None else content.name,
         progress=progress,
     )
+    tasks = check_retrieval(loaded, tokenizer, retrieval, progress=progress or silent) if retrieval else ()
+    tasks += check_generation(loaded, tokenizer, progress=progress or silent) if generation else ()
     result = dataclasses.replace(
-        result, bits_per_weight=native.bits_per_weight(loaded), cache_bits=cache_bits(loaded.config, kv_formats(loaded))
+        result,
+        tasks=tasks,
+        bits_per_weight=native.bits_per_weight(loaded),
+        cache_bits=cache_bits(loaded.config, kv_formats(loaded)),
     )
     if where is None:
         return result

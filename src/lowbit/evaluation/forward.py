@@ -41,18 +41,24 @@ THROUGH = f"through the cache, chunks of {CHUNK}"
 """How measurements name this."""
 
 
-def logits_of(model: PreTrainedModel, ids_T: Tensor, *, cached: bool = True) -> Tensor:
-    """Logits [T, vocabulary] of one sequence `ids_T` (int64), in the model's own dtype and on its own device.
+def logits_of(model: PreTrainedModel, ids_T: Tensor, *, cached: bool = True, last: int | None = None) -> Tensor:
+    """Logits [T, vocabulary] of one sequence `ids_T` (int64), or of its `last` tokens, in the model's own dtype and on its own
+    device.
 
     Where the model's formats quantize its cache, and `cached`, it reads the sequence in chunks of `CHUNK` tokens through that
     cache, as it would when it generates; otherwise at once and without a cache.
     """
     ids_1T, formats = ids_T[None].to(model.device), kv_formats(model)
     if not cached or not formats:
-        return model(input_ids=ids_1T, use_cache=False).logits[0]
+        keep = {} if last is None else {"logits_to_keep": last}
+        return model(input_ids=ids_1T, use_cache=False, **keep).logits[0]
     past = {cache_argument(model): packed_cache(model, formats.kv, formats.overrides)}
-    pieces = ids_1T.split(CHUNK, 1)
-    return torch.cat([model(input_ids=piece, use_cache=True, **past).logits[0] for piece in pieces])
+    skipped, logits = 0 if last is None else len(ids_T) - last, []
+    for piece in ids_1T.split(CHUNK, 1):
+        found = model(input_ids=piece, use_cache=True, **past).logits[0]
+        logits.append(found[skipped:].clone() if skipped else found)
+        skipped = max(0, skipped - piece.shape[1])
+    return torch.cat(logits)
 
 
 def protocol_name(model: PreTrainedModel, protocol: str) -> str:
