@@ -76,6 +76,8 @@ def writer(
     import lowbit
     from lowbit import decoding
     from lowbit.evaluation import check_chat, generate_text
+    from lowbit.modules import kv_formats
+    from lowbit.plan.cache import cache_texts
 
     common.say(f"loading {model}")
     tokenizer = lowbit.load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -83,6 +85,8 @@ def writer(
         check_chat(tokenizer)
     loaded = lowbit.load(model, kv=kv, trust_remote_code=trust_remote_code)
     common.say(decoding.explain(loaded))
+    for line in cache_texts(kv_formats(loaded)):
+        common.say(line)
     return partial(generate_text, loaded, tokenizer)
 
 

@@ -51,7 +51,7 @@ def cache_bytes(config: Any, formats: KVFormats, tokens: int, dtype: torch.dtype
     or with latent attention.
 
     Layers with a sliding window hold no more than that. States of a fixed size (recurrent and convolutional layers) are not
-    counted. What a format keeps floating, recent tokens and sinks, is.
+    counted. What a format keeps floating, sinks and at most so many recent tokens, is.
 
     Raises:
         ValueError: formats that the model cannot have.
