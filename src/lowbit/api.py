@@ -90,6 +90,7 @@ def evaluate(
     windows: int | None = 20,
     against: str | PathLike[str] | PreTrainedModel | None = None,
     kv: str | KVSpec | KVFormats | None = None,
+    chunk: int | None = None,
     retrieval: Sequence[int] = (),
     generation: bool = False,
     tokenizer: Any = None,
@@ -105,6 +106,7 @@ def evaluate(
         seq_len, windows: how many windows of how many tokens (None: as many as the text holds).
         against: the original to compare with.
         kv: the cache through which ``model``, given by its place, reads, as for :func:`load`.
+        chunk: tokens that a model with a quantized cache reads at a time; None: as few as its formats ask for.
         retrieval: lengths in tokens of prompts in which the model must find facts, see :mod:`lowbit.evaluation.tasks`.
         generation: also whether the model copies, counts and adds.
         tokenizer: needed where ``model`` is not a path and ``text`` is text.
@@ -131,6 +133,7 @@ def evaluate(
         seq_len,
         windows,
         against=original,
+        chunk=chunk,
         text_name="token ids" if content is None else content.name,
         progress=progress,
     )

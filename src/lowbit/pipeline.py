@@ -27,7 +27,7 @@ from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.checkpoints.target import check_target
 from lowbit.data import Bos, Calibration, calibration_of, drawn_tokens
 from lowbit.evaluation import output_error
-from lowbit.evaluation.forward import THROUGH, logits_of
+from lowbit.evaluation.forward import logits_of, through
 from lowbit.modules import restore
 from lowbit.numerics import to_dict
 from lowbit.numerics.divergence import kl_and_agreement
@@ -324,7 +324,7 @@ def _report(job: Job, running: Run, kl: float | None, agreement: float | None, m
         source_bytes=job.source_bytes,
         kl=kl,
         top1_agreement=agreement,
-        measured_on=_measured_on(job, walk),
+        measured_on=_measured_on(job, running),
         cache_bits=cache_bits(job.source.config, running.description.cache),
         coverage=weights / max(1, job.plan.matrices),
         outside_cost=walk.outside_cost if walk.packs_outside else None,
@@ -347,11 +347,12 @@ def _report(job: Job, running: Run, kl: float | None, agreement: float | None, m
     return replace(report, problems=tuple(problems))
 
 
-def _measured_on(job: Job, walk: Walk) -> str:
+def _measured_on(job: Job, running: Run) -> str:
+    walk, cache = running.walk, running.description.cache
     if walk.ids is None:
         return "nothing"
-    through = f", {THROUGH}" if job.recipe.scheme.cache else ""
-    windows = f"{len(walk.watched)} windows of {walk.ids.shape[1]} tokens{through}"
+    read = f", {through(cache)}" if cache else ""
+    windows = f"{len(walk.watched)} windows of {walk.ids.shape[1]} tokens{read}"
     if job.calibration is None:
         return f"{windows} drawn from the vocabulary"
     return f"{windows} of {job.calibration.name}, {'held out from' if walk.held_out else 'also used for'} calibration"

@@ -33,6 +33,14 @@ def command(
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The original: measures KL divergence and top-1 agreement too.")
     ] = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens read at a time through a quantized cache (default: 1 to 32, as its window asks).",
+        ),
+    ] = None,
     retrieval: Annotated[
         str | None,
         typer.Option(metavar="N,N,...", help="Also find facts hidden in prompts of so many tokens, such as 1024,4096."),
@@ -67,6 +75,7 @@ def command(
             windows=windows or None,
             against=against,
             kv=formats,
+            chunk=chunk,
             retrieval=lengths,
             generation=generation,
             trust_remote_code=trust_remote_code,

@@ -110,6 +110,7 @@ def evaluate_model(
     windows: int | None = None,
     *,
     against: PreTrainedModel | KeptOriginal | None = None,
+    chunk: int | None = None,
     text_name: str = "",
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -123,6 +124,7 @@ def evaluate_model(
         seq_len: tokens in a window.
         windows: number of windows from the start of the text; None: all.
         against: the original model with the same vocabulary, or its kept states; gives KL and agreement.
+        chunk: tokens that a model with a quantized cache reads at a time; None: as few as its formats ask for.
         text_name: the text's name in the result.
         progress: called as progress(done, total, description) before the first and after each window.
 
@@ -143,17 +145,22 @@ def evaluate_model(
         for done, window in enumerate(pieces.windows):
             if progress:
                 progress(done, total, "perplexity")
-            sums.append(_score_window(model, against, window))
+            sums.append(_score_window(model, against, window, chunk))
     if progress:
         progress(total, total, "perplexity")
     columns = _WindowSums(*np.array(sums, dtype=np.float64).T)
     return _summarise(
-        columns, pieces, against is not None, protocol=protocol_name(model, protocol), seq_len=seq_len, text=text_name
+        columns,
+        pieces,
+        against is not None,
+        protocol=protocol_name(model, protocol, chunk),
+        seq_len=seq_len,
+        text=text_name,
     )
 
 
 def _score_window(
-    model: PreTrainedModel, against: PreTrainedModel | KeptOriginal | None, window: Window
+    model: PreTrainedModel, against: PreTrainedModel | KeptOriginal | None, window: Window, chunk: int | None
 ) -> _WindowSums:
     """Runs both models over one window and sums their scores. Their logits are freed when it returns."""
     counted = slice(window.first, window.first + len(window.targets))
@@ -161,7 +168,7 @@ def _score_window(
     if against is not None:
         kept = isinstance(against, KeptOriginal)
         reference_TV = (against.logits(window.inputs) if kept else logits_of(against, window.inputs))[counted]
-    logits_TV = logits_of(model, window.inputs)[counted]
+    logits_TV = logits_of(model, window.inputs, chunk=chunk)[counted]
     if reference_TV is not None and reference_TV.shape != logits_TV.shape:
         raise ValueError(
             f"the model has {logits_TV.shape[1]} logits and the original {reference_TV.shape[1]}: "

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.modules import set_kv_formats
@@ -48,7 +49,7 @@ class Run:
     progress: Progress = silent
     drawn: bool = False
     held_out: int = 0
-    model: nn.Module | None = None
+    model: PreTrainedModel | None = None
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self):
@@ -87,7 +88,7 @@ class Run:
         apart = self.walk.unfused_experts and bool(self.recipe.stages)
         return replace(self.walk.description, kv=cache.kv, kv_overrides=cache.overrides, unfused_experts=apart)
 
-    def finished_model(self) -> nn.Module | None:
+    def finished_model(self) -> PreTrainedModel | None:
         """The result in memory (float32, packed) after stages that change a whole model or where its cache is quantized;
         None: the walk's streams say what it computes."""
         model, self.model = self.model, None

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import PreTrainedModel
 
 from lowbit.checkpoints.shards import read_shard_header
 from lowbit.progress import Progress
@@ -45,7 +46,7 @@ class Training:
     section: Section
     progress: Progress
 
-    def run(self) -> tuple[nn.Module, list[str]]:
+    def run(self) -> tuple[PreTrainedModel, list[str]]:
         """Trains, unless the journal has all shards; the model as its shards make it (float32, packed), and notes."""
         source, section = self.source.files, self.section
         for i, entry in enumerate(section.finished):

@@ -12,8 +12,8 @@ import torch
 
 import lowbit
 from lowbit.decoding import cache_argument, use_cache
-from lowbit.evaluation import check_generation, check_retrieval, evaluate_model, forward, tasks
-from lowbit.evaluation.forward import CHUNK, logits_of
+from lowbit.evaluation import check_generation, check_retrieval, evaluate_model, tasks
+from lowbit.evaluation.forward import MOST, chunk_of, logits_of
 from lowbit.modules import KVFormats, KVSpec
 from lowbit.recipes import kv_scheme
 
@@ -37,33 +37,46 @@ def test_a_cache_that_packs_nothing_changes_no_figure(model):
     ids = random_ids(300)
     found = evaluate_model(with_cache(model, KVSpec(None, None)), ids, None, "gptq", 150, against=model)
     assert found.kl == pytest.approx(0, abs=1e-9) and found.top1_agreement == 1
-    assert found.protocol == f"gptq, through the cache, chunks of {CHUNK}"
+    assert found.protocol == f"gptq, through the cache, chunks of {MOST}"
     assert evaluate_model(model, ids, None, "gptq", 150).protocol == "gptq"
 
 
-@torch.no_grad()
-def test_a_window_is_read_in_chunks_through_the_cache_the_first_one_too(model):
-    packed, ids = with_cache(model, "kv-int:3"), random_ids(100)
-    cache, parts = lowbit.kv_cache(model, "kv-int:3"), []
-    for start in range(0, 100, CHUNK):
-        parts.append(model(ids[None, start : start + CHUNK], **{cache_argument(model): cache}).logits[0])
-    wanted = torch.cat(parts)
-    assert torch.equal(logits_of(packed, ids), wanted)
-    assert not torch.allclose(wanted[CHUNK:], logits_of(packed, ids, cached=False)[CHUNK:], rtol=1e-3)
-    assert torch.equal(logits_of(packed, ids, last=50), wanted[-50:])
-    assert torch.allclose(logits_of(packed, ids, cached=False, last=50), logits_of(model, ids)[-50:])
+@pytest.mark.parametrize(
+    ("method", "options", "chunk", "text"),
+    [
+        ("kv-int:3", {}, 1, "token by token"),
+        ("kv-int:3", {"recent": 11}, 5, "chunks of 5"),
+        ("kivi:2", {"recent": 32}, 16, "chunks of 16"),
+        ("kivi:2", {}, 32, "chunks of 32"),
+    ],
+)
+def test_a_window_is_read_in_chunks_through_the_cache_the_first_one_too(model, method, options, chunk, text):
+    packed, ids = with_cache(model, method, **options), random_ids(200)
+    cache, parts = lowbit.kv_cache(model, method, **options), []
+    assert chunk_of(lowbit.modules.kv_formats(packed)) == chunk
+    with torch.no_grad():
+        for start in range(0, 200, chunk):
+            parts.append(model(ids[None, start : start + chunk], **{cache_argument(model): cache}).logits[0])
+        wanted = torch.cat(parts)
+        assert torch.equal(logits_of(packed, ids), wanted)
+        assert not torch.allclose(wanted, logits_of(packed, ids, cached=False), rtol=1e-3)
+        assert torch.equal(logits_of(packed, ids, last=50), wanted[-50:])
+        assert torch.allclose(logits_of(packed, ids, cached=False, last=50), logits_of(model, ids)[-50:])
+    found = evaluate_model(packed, ids, None, "gptq", 200)
+    assert found.protocol == f"gptq, through the cache, {text}"
+    assert evaluate_model(packed, ids, None, "gptq", 200, chunk=7).protocol == "gptq, through the cache, chunks of 7"
 
 
-def test_fewer_bits_cost_more_and_none_of_it_in_the_first_chunk(model, monkeypatch):
-    ids, costs = random_ids(400), []
-    for bits in (8, 4, 2):
-        found = evaluate_model(with_cache(model, "kv-int", bits=bits), ids, None, "gptq", 200, against=model)
-        costs.append(found.kl)
+def test_fewer_bits_cost_more_and_longer_chunks_flatter_a_cache_without_a_window(model):
+    ids = random_ids(400)
+
+    def cost(bits, **options):
+        packed = with_cache(model, "kv-int", bits=bits)
+        return evaluate_model(packed, ids, None, "gptq", 200, against=model, **options).kl
+
+    costs = [cost(bits) for bits in (8, 4, 2)]
     assert 0 < costs[0] < costs[1] / 10 and costs[1] < costs[2]
-    first = evaluate_model(with_cache(model, "kv-int:2"), ids[:CHUNK], None, "gptq", CHUNK, against=model)
-    assert first.kl == pytest.approx(0, abs=1e-9)
-    monkeypatch.setattr(forward, "CHUNK", 1)
-    assert evaluate_model(with_cache(model, "kv-int:2"), ids, None, "gptq", 200, against=model).kl > costs[2]
+    assert cost(2, chunk=200) == pytest.approx(0, abs=1e-9) and cost(2, chunk=32) < costs[2]
 
 
 def test_a_model_in_memory_has_its_own_cache_and_one_by_name_takes_another(model, tmp_path):
