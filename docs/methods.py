@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lowbit.catalog import INDEX
-from lowbit.recipes import METHODS, Method
+from lowbit.catalog import INDEX, KV_FAMILY
+from lowbit.plan.cache import cache_texts
+from lowbit.recipes import METHODS, Method, Recipe
 
 DIRECTORY = Path(__file__).parent / "methods"
 
@@ -19,7 +20,7 @@ DIRECTORY = Path(__file__).parent / "methods"
 def page(method: Method) -> str:
     """The page of one method."""
     recipe, described = method.recipe(), method.describe()
-    weight = next(rule.weight for rule in recipe.scheme.rules if rule.weight is not None)
+    caches = method.family == KV_FAMILY
     text = inspect.getdoc(method.build) or ""
     return "\n".join(
         [
@@ -32,9 +33,7 @@ def page(method: Method) -> str:
             f"| paper | {method.paper or 'none'} |",
             f"| family | {method.family} |",
             f"| needs | {', '.join(described['needs']) or 'no data'} |",
-            f"| inputs of its steps | {'of the original model' if recipe.feed == 'fp' else 'from the quantized blocks before'} |",
-            f"| stored by default | `{weight.grid} {weight.granularity}` |",
-            f"| steps | {', then '.join(f'`{type(step).__name__}`' for step in recipe.steps)} |",
+            *(_cache_rows(recipe) if caches else _weight_rows(recipe)),
             "",
             "## Options",
             "",
@@ -44,14 +43,40 @@ def page(method: Method) -> str:
             "",
             "## Use",
             "",
-            f"    lowbit quantize MODEL --method {method.name} --calibration TEXT -o DIRECTORY",
-            "",
-            f'    lowbit.quantize(model, lowbit.recipe("{method.name}"), "python-docs", out="directory")',
-            "",
-            "What it runs on and mixes with: [matrix](../matrix.md).",
+            *(_CACHE_USE if caches else _USE).format(name=method.name).splitlines(),
             "",
         ]
     )
+
+
+_USE = """    lowbit quantize MODEL --method {name} --calibration TEXT -o DIRECTORY
+
+    lowbit.quantize(model, lowbit.recipe("{name}"), "python-docs", out="directory")
+
+What it runs on and mixes with: [matrix](../matrix.md)."""
+_CACHE_USE = """    lowbit generate MODEL --prompt TEXT --kv {name}
+    lowbit quantize MODEL --method gptq --bits 4 --kv {name} --calibration TEXT -o DIRECTORY
+    lowbit quantize MODEL --method {name} -o DIRECTORY
+
+    model.generate(ids, cache=lowbit.kv_cache(model, "{name}"))
+
+The last command leaves the weights as they are. How caches are held, stored and measured:
+[composing](../composing.md#caches-of-keys-and-values)."""
+
+
+def _weight_rows(recipe: Recipe) -> list[str]:
+    weight = next(rule.weight for rule in recipe.scheme.rules if rule.weight is not None)
+    return [
+        f"| inputs of its steps | {'of the original model' if recipe.feed == 'fp' else 'from the quantized blocks before'} |",
+        f"| stored by default | `{weight.grid} {weight.granularity}` |",
+        f"| steps | {', then '.join(f'`{type(step).__name__}`' for step in recipe.steps)} |",
+    ]
+
+
+def _cache_rows(recipe: Recipe) -> list[str]:
+    spec = recipe.scheme.kv
+    rows = [f"| by default | {'; '.join(cache_texts(recipe.scheme.cache))} |"]
+    return rows if spec is None else [*rows, f"| bits for each number, heads of 128 channels | {spec.bits(128):.4g} |"]
 
 
 def _type(parameter: inspect.Parameter) -> str:

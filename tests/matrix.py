@@ -22,12 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowbit
 from lowbit.architectures import for_config
-from lowbit.recipes import METHODS
+from lowbit.recipes import KV_FAMILY, METHODS
 
 from helpers import sqnr_db
 from laws.test_architectures import CASES
 from pairwise import cases
 
+QUANTIZERS = [name for name, method in METHODS.items() if method.family != KV_FAMILY]
+"""Methods with steps. Those for caches have none, and go with every other: tests/unit/methods/test_caches.py."""
 PAGE = Path(__file__).parents[1] / "docs" / "matrix.md"
 WORKS = "works"
 # What makes a run on a tiny model short and good enough to tell a result from noise; given to methods that have the option.
@@ -140,15 +142,15 @@ def steps_of(name: str) -> tuple[Hashable, ...]:
 
 def whole_cells() -> set[tuple[str, str]]:
     """Cells of the first table that run whole: every method with everything that tables are made of."""
-    return set(cases(CASES, METHODS, traits=lambda case, name: (*made_of(case), name)))
+    return set(cases(CASES, QUANTIZERS, traits=lambda case, name: (*made_of(case), name)))
 
 
 def whole_mixes() -> set[str]:
     """Mixes that run whole: of those that work, all steps of one method with all steps of another."""
     mixed = read_page()[1]
     works = cases(
-        METHODS,
-        METHODS,
+        QUANTIZERS,
+        QUANTIZERS,
         where=lambda a, b: mixed.get(f"{a}+{b}") == WORKS,
         traits=lambda a, b: (steps_of(a), steps_of(b)),
     )
@@ -156,7 +158,7 @@ def whole_mixes() -> set[str]:
 
 
 def pairs() -> list[str]:
-    return [f"{a}+{b}" for a in METHODS for b in METHODS if a != b]
+    return [f"{a}+{b}" for a in QUANTIZERS for b in QUANTIZERS if a != b]
 
 
 def places() -> dict[str, list[str]]:
@@ -183,7 +185,7 @@ def differences(case: str, names: list[str], root: Path, whole: Collection[str])
 
 def page(found: dict[str, dict[str, str]], mixed: dict[str, str]) -> str:
     """The page of all cells: of methods by architecture, and of mixes."""
-    methods = list(METHODS)
+    methods = QUANTIZERS
     reasons = [generic(name, said) for name, said in mixed.items() if said != WORKS]
     reasons += [said for row in found.values() for said in row.values() if said != WORKS]
     numbered = {reason: str(i + 1) for i, reason in enumerate(dict.fromkeys(reasons))}
@@ -254,7 +256,7 @@ def main() -> None:
         found: dict[str, dict[str, str]] = {}
         for case in CASES:
             original = save_model(case, root / case)
-            found[case] = {name: outcome(name, original, root / case, root / f"{case}-{name}") for name in METHODS}
+            found[case] = {name: outcome(name, original, root / case, root / f"{case}-{name}") for name in QUANTIZERS}
             print(case, found[case], file=sys.stderr, flush=True)
         original = save_model(MIXED_ON, root / "mixed")
         mixed = {}

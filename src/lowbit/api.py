@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -17,29 +18,46 @@ from lowbit.checkpoints.export import ExportReport, export
 from lowbit.checkpoints.locate import locate
 from lowbit.checkpoints.source import load_tokenizer
 from lowbit.data import load_text
+from lowbit.decoding import use_cache
 from lowbit.decoding.packed_cache import packed_cache
-from lowbit.evaluation import Evaluation, directory_bytes, evaluate_model
-from lowbit.modules import KVSpec
-from lowbit.progress import Progress
+from lowbit.evaluation import Evaluation, check_generation, check_retrieval, directory_bytes, evaluate_model
+from lowbit.modules import KVFormats, KVSpec, kv_formats
+from lowbit.plan.cache import cache_bits
+from lowbit.progress import Progress, silent
 from lowbit.recipes import kv_scheme
 from lowbit.surroundings import own_settings
 
 
 @own_settings()
 def load(
-    model: str | PathLike[str], dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+    model: str | PathLike[str],
+    dtype: torch.dtype | None = None,
+    *,
+    kv: str | KVSpec | KVFormats | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A transformers model ready to run: a lowbit checkpoint, packed, or any model that lowbit can quantize.
 
     Args:
         model: a directory, a hub id, a ``.gguf`` file or ``smollm2-135m``.
         dtype: of what is not packed; None: as stored.
+        kv: how ``generate`` holds keys and values: a method for caches and its bits (``kivi:2``), formats, or ``none``: as the
+            model computes them. None: as the checkpoint says.
 
     Raises:
         ValueError: nothing there that can be loaded, with what to do.
     """
     _, path = locate(model, trust_remote_code=trust_remote_code)
-    return native.load(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded = native.load(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    if kv is not None:
+        use_cache(loaded, _formats(kv))
+    return loaded
+
+
+def _formats(kv: str | KVSpec | KVFormats) -> KVFormats:
+    if isinstance(kv, KVFormats):
+        return kv
+    return KVFormats() if kv == "none" else kv_scheme(kv).cache
 
 
 def kv_cache(model: Any, method: str | KVSpec = "kivi", **options: Any) -> PackedCache:
@@ -71,6 +89,10 @@ def evaluate(
     seq_len: int = 1024,
     windows: int | None = 20,
     against: str | PathLike[str] | PreTrainedModel | None = None,
+    kv: str | KVSpec | KVFormats | None = None,
+    chunk: int | None = None,
+    retrieval: Sequence[int] = (),
+    generation: bool = False,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -83,17 +105,25 @@ def evaluate(
         protocol: ``gptq``, ``llama.cpp`` or ``word``; see :mod:`lowbit.evaluation.perplexity`.
         seq_len, windows: how many windows of how many tokens (None: as many as the text holds).
         against: the original to compare with.
+        kv: the cache through which ``model``, given by its place, reads, as for :func:`load`.
+        chunk: tokens that a model with a quantized cache reads at a time; None: as few as its formats ask for.
+        retrieval: lengths in tokens of prompts in which the model must find facts, see :mod:`lowbit.evaluation.tasks`.
+        generation: also whether the model copies, counts and adds.
         tokenizer: needed where ``model`` is not a path and ``text`` is text.
         trust_remote_code: allow the models' own Python code.
     """
     where = None if isinstance(model, PreTrainedModel) else model
-    if isinstance(text, str) and tokenizer is None:
+    if (isinstance(text, str) or retrieval or generation) and tokenizer is None:
         if where is None:
-            raise ValueError("text needs a tokenizer: pass tokenizer=, or the model's directory instead of the model")
+            raise ValueError(
+                "text and tasks need a tokenizer: pass tokenizer=, or the model's directory instead of the model"
+            )
         tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
     content = load_text(text, "evaluation", tokenizer) if isinstance(text, str) else None
     opened = partial(load, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    loaded = model if isinstance(model, PreTrainedModel) else opened(model)
+    if kv is not None and where is None:
+        raise ValueError("kv= goes with a model's place; a model in memory has its formats: load it with kv=")
+    loaded = model if isinstance(model, PreTrainedModel) else opened(model, kv=kv)
     original = against if against is None or isinstance(against, PreTrainedModel) else opened(against)
     result = evaluate_model(
         loaded,
@@ -103,10 +133,18 @@ def evaluate(
         seq_len,
         windows,
         against=original,
+        chunk=chunk,
         text_name="token ids" if content is None else content.name,
         progress=progress,
     )
-    result = dataclasses.replace(result, bits_per_weight=native.bits_per_weight(loaded))
+    tasks = check_retrieval(loaded, tokenizer, retrieval, progress=progress or silent) if retrieval else ()
+    tasks += check_generation(loaded, tokenizer, progress=progress or silent) if generation else ()
+    result = dataclasses.replace(
+        result,
+        tasks=tasks,
+        bits_per_weight=native.bits_per_weight(loaded),
+        cache_bits=cache_bits(loaded.config, kv_formats(loaded)),
+    )
     if where is None:
         return result
     path = locate(where, trust_remote_code=trust_remote_code)[1]

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+KV_FAMILY = "kv-cache"
+"""The family of methods that say how a cache is held."""
 _PACKAGE = Path(__file__).parent
 INDEX = _PACKAGE / "methods" / "index.json"
 
@@ -23,4 +25,4 @@ def builtin_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted((_PACKAGE / "recipes").glob("*.yaml"))}
 
 
-__all__ = ["INDEX", "builtin_recipes", "list_methods"]
+__all__ = ["INDEX", "KV_FAMILY", "builtin_recipes", "list_methods"]

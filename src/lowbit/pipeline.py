@@ -8,7 +8,7 @@ has been compared with the one that was measured.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, isnan, prod
 from os import PathLike
@@ -27,9 +27,11 @@ from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.checkpoints.target import check_target
 from lowbit.data import Bos, Calibration, calibration_of, drawn_tokens
 from lowbit.evaluation import output_error
+from lowbit.evaluation.forward import logits_of, through
 from lowbit.modules import restore
 from lowbit.numerics import to_dict
 from lowbit.numerics.divergence import kl_and_agreement
+from lowbit.plan.cache import cache_bits
 from lowbit.plan.model_plan import ModelPlan, lay_over
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Recipe, as_recipe
@@ -119,7 +121,7 @@ def prepare(
     settle(out)
     check_target(out)
     plan = lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe)
-    if not any(block.formats for block in plan.blocks):
+    if recipe.stages and not any(block.formats for block in plan.blocks):
         raise ValueError(
             f"recipe {recipe.name!r} quantizes no linear of this model: every rule skips; leave an override out"
         )
@@ -136,7 +138,8 @@ def prepare(
             f"recipe {recipe.name!r} needs calibration text: pass a file, python-docs, a hub dataset or self"
         )
     if calibration is not None:
-        check_blocks_run_alone(plan.architecture)
+        if recipe.stages:
+            check_blocks_run_alone(plan.architecture)
         job.calibration = calibration_of(plan.source, calibration, samples, seq_len, bos)
         job.warnings.extend(job.calibration.warnings)
     job.tokenizer = _tokenizer_if_any(plan.source)
@@ -254,43 +257,56 @@ def _run(
             culprit = f"; the worst layer so far is {worst.name}" if worst else ""
             raise BrokenModel(f"{error}{culprit}. Try more bits, smaller groups or another method") from error
         job.warnings.extend(running.notes)
-        model, running.model = running.model, None
-        if model is not None:
-            restore(model)  # as the reload that it is compared with
-        kl, agreement, reference = _measure(walk, model, progress)
-        del model
-        report = _report(job, walk, kl, agreement, max_kl)
+        kl, agreement, reference = _measure(running, progress)
+        report = _report(job, running, kl, agreement, max_kl)
         if report.problems and not allow_broken:
             raise BrokenModel(refusal(report, journal.directory.name), report)
-        return _finish(job, walk, report, reference)
+        return _finish(job, running, report, reference)
     finally:
         running.close()
 
 
 @torch.no_grad()
 def _measure(
-    walk: Walk, model: Any, progress: Progress | None
+    running: Run, progress: Progress | None
 ) -> tuple[float | None, float | None, tuple[Tensor, Tensor] | None]:
     """KL and agreement over the watched windows, and the last window's ids and logits to compare a reload with.
 
-    The quantized model is the one that the walk left behind, or ``model`` where a later stage changed it.
+    A model whose cache is quantized is measured through it.
     """
-    if walk.ids is None:
+    if running.walk.ids is None:
         return None, None, None
     kls, agreements, reference = [], [], None
-    for ids_T, original, quantized in walk.logits():
-        if model is not None:
-            quantized = model(input_ids=ids_T[None], use_cache=False).logits[0]
+    for ids_T, original, quantized in _logits(running):
         kl_T, agree_T = kl_and_agreement(original, quantized)
         kls.append(kl_T)
         agreements.append(agree_T.double())
         reference = ids_T, quantized
         if progress is not None:
-            progress(len(kls), len(walk.watched), "comparing with the original")
+            progress(len(kls), len(running.walk.watched), "comparing with the original")
     return torch.cat(kls).mean().item(), torch.cat(agreements).mean().item(), reference
 
 
-def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max_kl: float) -> QuantizeReport:
+def _logits(running: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """``(ids [T], original logits [T, V], quantized logits [T, V])`` of the watched windows.
+
+    The quantized model is the one that the walk left behind, or the whole one where a later stage changed it or its cache is
+    quantized. Without stages the original is the same model without a cache.
+    """
+    walk, model = running.walk, running.finished_model()
+    if model is not None:
+        restore(model)  # as the reload that it is compared with
+    if not running.recipe.stages:
+        assert walk.ids is not None and model is not None
+        for w in walk.watched:
+            yield walk.ids[w], logits_of(model, walk.ids[w], cached=False), logits_of(model, walk.ids[w])
+        return
+    for ids_T, original, quantized in walk.logits():
+        yield ids_T, original, quantized if model is None else logits_of(model, ids_T)
+
+
+def _report(job: Job, running: Run, kl: float | None, agreement: float | None, max_kl: float) -> QuantizeReport:
+    walk = running.walk
     layers = [layer for block in walk.records for layer in block.layers]
     weights = sum(layer.weights for layer in layers)
     bits = sum(layer.bits_per_weight * layer.weights for layer in layers) / max(1, weights)
@@ -308,7 +324,8 @@ def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max
         source_bytes=job.source_bytes,
         kl=kl,
         top1_agreement=agreement,
-        measured_on=_measured_on(job, walk),
+        measured_on=_measured_on(job, running),
+        cache_bits=cache_bits(job.source.config, running.description.cache),
         coverage=weights / max(1, job.plan.matrices),
         outside_cost=walk.outside_cost if walk.packs_outside else None,
         blocks=tuple(walk.records),
@@ -325,15 +342,17 @@ def _report(job: Job, walk: Walk, kl: float | None, agreement: float | None, max
         lost = [(value, text) for value, text in lost if isnan(value)]
         report = replace(report, warnings=(*report.warnings, *said))
     problems = [*job.plan.problems, *(text for _, text in lost), *other_problems(report, job.max_bits)]
-    if weights < promised or not layers:
+    if weights < promised or (promised and not layers):
         problems.append(f"{weights:,} weights are quantized, the recipe promised {promised:,}")
     return replace(report, problems=tuple(problems))
 
 
-def _measured_on(job: Job, walk: Walk) -> str:
+def _measured_on(job: Job, running: Run) -> str:
+    walk, cache = running.walk, running.description.cache
     if walk.ids is None:
         return "nothing"
-    windows = f"{len(walk.watched)} windows of {walk.ids.shape[1]} tokens"
+    read = f", {through(cache)}" if cache else ""
+    windows = f"{len(walk.watched)} windows of {walk.ids.shape[1]} tokens{read}"
     if job.calibration is None:
         return f"{windows} drawn from the vocabulary"
     return f"{windows} of {job.calibration.name}, {'held out from' if walk.held_out else 'also used for'} calibration"
@@ -349,11 +368,10 @@ def _outside_note(walk: Walk) -> list[str]:
     ]
 
 
-def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tensor, Tensor] | None) -> QuantizeReport:
+def _finish(job: Job, running: Run, report: QuantizeReport, reference: tuple[Tensor, Tensor] | None) -> QuantizeReport:
     """Config, index, card and tokenizer into the partial directory; reload and compare there; then the rename."""
-    journal, directory = walk.journal, walk.journal.directory
-    shards = journal.section(len(job.recipe.stages) - 1).files
-    native.write_checkpoint(directory, job.source.config, walk.description, shards, job.source.dtype)
+    walk, journal, directory, shards = running.walk, running.journal, running.journal.directory, running.files
+    native.write_checkpoint(directory, job.source.config, running.description, shards, job.source.dtype)
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(directory)
     copy_companions(job.source.path, directory, code=job.source.trust_remote_code)
@@ -361,7 +379,7 @@ def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tenso
     weights = sum(file.stat().st_size for file in files if file.exists())
     bits = native.model_bits_per_weight(directory, unfinished=True)
     report = replace(report, out=job.out, bytes=weights, model_bits_per_weight=bits)
-    if weights > job.source_bytes:
+    if weights > job.source_bytes and job.recipe.stages:
         larger = larger_than_source(weights, job.source_bytes, walk.packed_outside, job.source.dtype)
         report = replace(report, warnings=(*report.warnings, larger))
     write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name, job.source.path)
@@ -379,7 +397,7 @@ def _check_reloaded(directory: Path, reference: tuple[Tensor, Tensor] | None, tr
         return
     ids_T, logits = reference
     restore(reloaded)  # by the kernels that measured: others round elsewhere, and activations of 4 bits make much of it
-    error = output_error(logits, reloaded(input_ids=ids_T[None], use_cache=False).logits[0])
+    error = output_error(logits, logits_of(reloaded, ids_T))
     if not error < RELOAD_TOLERANCE:
         raise BrokenModel(
             f"the reloaded checkpoint does not compute what was measured (relative error {error:.3g}); this is a defect of "

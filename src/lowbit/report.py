@@ -34,6 +34,7 @@ class QuantizeReport:
         source_bytes: of the original's weights as the user has them: its tensors, or the GGUF file.
         kl, top1_agreement: against the original; None where its blocks cannot run one at a time.
         measured_on: what ``kl`` and ``top1_agreement`` were measured on.
+        cache_bits: bits for each number of a long sequence's keys and values, everything stored counted; None: not quantized.
         outside_cost: nats a token that packing the embedding and the head costs; None: not packed, or not measured.
         coverage: share of the weights in the blocks' matrices that are quantized.
         layers, blocks: records in the order of the walk; ``error`` is a relative squared output error.
@@ -55,6 +56,7 @@ class QuantizeReport:
     coverage: float
     outside_cost: float | None
     blocks: tuple[BlockRecord, ...]
+    cache_bits: float | None = None
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -82,6 +84,7 @@ class QuantizeReport:
             "top1_agreement": self.top1_agreement,
             "measured_on": self.measured_on,
             "coverage": self.coverage,
+            "cache_bits": self.cache_bits,
             "outside_cost": self.outside_cost,
             "problems": list(self.problems),
             "warnings": list(self.warnings),

@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from typing import Any, Literal
 
 from lowbit.architectures import ROLE_GROUPS, ResolvedBlock
-from lowbit.modules import ActSpec, AttentionSpec, KVRule, KVSpec, LinearFormat
+from lowbit.modules import ActSpec, AttentionSpec, KVFormats, KVRule, KVSpec, LinearFormat
 from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, Spec, nearest, untagged
 from lowbit.patterns import check_pattern
 
@@ -126,6 +126,11 @@ class Scheme:
         for rule in self.rules:
             if not any(rule.matches(name, role) for name, role in linears.items()):
                 raise ValueError(f"rule {rule.match!r} matches no layer{_nearest_layer(rule.match, linears)}")
+
+    @property
+    def cache(self) -> KVFormats:
+        """The formats of the KV cache of all layers."""
+        return KVFormats(self.kv, self.kv_overrides)
 
     def with_rules(self, *added: FormatRule) -> Scheme:
         """This scheme with rules after its own."""

@@ -6,6 +6,7 @@
      "attention": [[formats of its operands, [module that attends, ...]], ...],       (only where they are quantized)
      "residual": {"type": "RandomHadamard", "seed": 1, "size": 576, "blocks": "model.layers"},  (only where it is rotated)
      "kv": formats of the cache,                               (only where it is quantized)
+     "kv_overrides": [{"layers": [0, -1], "kv": formats or null}, ...],      (only where some layers' caches have others)
      "embeddings": {module name: index into schemes, ...},     (only where they are packed)
      "tied_heads": {module name: name of its embedding, ...}}  (only where a packed embedding is the output head too)
 
@@ -14,7 +15,8 @@ schemes. Everything is written in sorted order: the same model gives the same by
 
 Version 2 is version 1 with layers that transform their output or have side terms. Version 3 is of models whose attention
 quantizes its operands, or whose residual stream is rotated between their first block and their last. Version 4 is of models
-with a quantized cache, version 5 of models with packed embeddings. Readers of an older version would pass these over, so the oldest that says everything is written.
+with a quantized cache, version 5 of models with packed embeddings, version 6 of models whose layers' caches differ. Readers
+of an older version would pass these over, so the oldest that says everything is written.
 """
 
 from __future__ import annotations
@@ -30,18 +32,21 @@ from torch import nn
 from lowbit.architectures import attention_spec
 from lowbit.modules import (
     AttentionSpec,
+    KVFormats,
+    KVRule,
     KVSpec,
     LinearDescription,
     QuantEmbedding,
     QuantLinear,
     ResidualRotation,
+    kv_formats,
     residual_of,
 )
 from lowbit.modules.quant_embedding import check_table
-from lowbit.numerics import from_dict, to_dict
+from lowbit.numerics import check_types, from_dict, to_dict
 
 METHOD = "lowbit"
-VERSIONS = (1, 2, 3, 4, 5)
+VERSIONS = (1, 2, 3, 4, 5, 6)
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class ModelDescription:
         layers: the packed linears by module name.
         attention: the formats of attention's operands, by name of the module that attends.
         kv: the formats of the cache; None: it is not quantized.
+        kv_overrides: other formats of the cache of some layers.
         residual: the rotation of the residual stream; None: it is not rotated.
         unfused_experts: the names are those of a model whose experts were taken apart.
         embeddings: the packed embeddings by module name, each as a linear from channels to the vocabulary.
@@ -65,6 +71,12 @@ class ModelDescription:
     unfused_experts: bool = False
     embeddings: Mapping[str, LinearDescription] = field(default_factory=dict)
     tied_heads: Mapping[str, str] = field(default_factory=dict)
+    kv_overrides: tuple[KVRule, ...] = ()
+
+    @property
+    def cache(self) -> KVFormats:
+        """The formats of the cache of all layers."""
+        return KVFormats(self.kv, self.kv_overrides)
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelDescription:
@@ -76,6 +88,8 @@ class ModelDescription:
         return cls(
             layers={name: module.description for name, module in linears.items() if name not in tied},
             attention={name: spec for name, spec in specs.items() if spec is not None},
+            kv=kv_formats(model).kv,
+            kv_overrides=kv_formats(model).overrides,
             residual=residual_of(model),
             unfused_experts=has_unfused_experts(model),
             embeddings={name: table.description for name, table in tables.items()},
@@ -85,6 +99,8 @@ class ModelDescription:
     @property
     def version(self) -> int:
         """The oldest version of the native format that says everything."""
+        if self.kv_overrides:
+            return 6
         if self.embeddings:
             return 5
         if self.kv is not None:
@@ -109,8 +125,8 @@ class ModelDescription:
         Raises:
             ValueError: nothing is quantized.
         """
-        if not self.layers and self.kv is None:
-            raise ValueError("no layer is quantized; expected at least one QuantLinear")
+        if not self.layers and not self.cache:
+            raise ValueError("no layer is quantized; expected at least one QuantLinear, or formats of the cache")
         schemes: dict[str, int] = {}
 
         def numbers(layers: Mapping[str, LinearDescription]) -> dict[str, int]:
@@ -138,6 +154,8 @@ class ModelDescription:
             data["residual"] = self.residual.to_json()
         if self.kv is not None:
             data["kv"] = to_dict(self.kv)
+        if self.kv_overrides:
+            data["kv_overrides"] = [to_dict(rule) for rule in self.kv_overrides]
         if embeddings:
             data["embeddings"] = embeddings
         if self.tied_heads:
@@ -166,11 +184,9 @@ class ModelDescription:
                 f"the checkpoint is of version {version!r:.100} of the native format, this lowbit reads "
                 f"versions {VERSIONS[0]} to {VERSIONS[-1]}; use a lowbit that wrote such checkpoints"
             )
-        kv = from_dict(data.get("kv"), KVSpec | None)
-        if not isinstance(kv, KVSpec | None):
-            raise ValueError(f"quantization_config is damaged: {data['kv']!r:.100} is no format of a cache")
+        cache = _cache(data)
         schemes, layers = data.get("schemes"), data.get("layers")
-        if not isinstance(schemes, list | tuple) or not isinstance(layers, Mapping) or not (layers or kv):
+        if not isinstance(schemes, list | tuple) or not isinstance(layers, Mapping) or not (layers or cache):
             raise ValueError("quantization_config is damaged: expected a list 'schemes' and an object 'layers'")
         embeddings, tied = data.get("embeddings", {}), data.get("tied_heads", {})
         if not isinstance(embeddings, Mapping) or not isinstance(tied, Mapping):
@@ -200,7 +216,8 @@ class ModelDescription:
         return cls(
             layers={name: described[number] for name, number in layers.items()},
             attention=_attention(data.get("attention", ())),
-            kv=kv,
+            kv=cache.kv,
+            kv_overrides=cache.overrides,
             residual=None if residual is None else ResidualRotation.from_json(residual),
             unfused_experts=unfused,
             embeddings={name: described[number] for name, number in embeddings.items()},
@@ -222,6 +239,18 @@ def _scheme(number: int, data: Any, layers: Mapping[str, Any]) -> LinearDescript
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         whose = next((f" of {name}" for name, scheme in layers.items() if scheme == number), "")
         raise ValueError(f"quantization_config is damaged: scheme {number}{whose}: {error}") from error
+
+
+def _cache(data: Mapping[str, Any]) -> KVFormats:
+    kv, listed = from_dict(data.get("kv"), KVSpec | None), data.get("kv_overrides", ())
+    rules = from_dict(listed, tuple[KVRule, ...])
+    if not isinstance(kv, KVSpec | None):
+        raise ValueError(f"quantization_config is damaged: {data['kv']!r:.100} is no format of a cache")
+    if not isinstance(rules, tuple) or not all(isinstance(rule, KVRule) for rule in rules):
+        raise ValueError(f"quantization_config is damaged: {listed!r:.100} are no formats of some layers' caches")
+    for rule in rules:
+        check_types(rule)
+    return KVFormats(kv, rules)
 
 
 def _attention(data: Any) -> dict[str, AttentionSpec]:

@@ -22,6 +22,16 @@ model, tokenizer = lowbit.load("."), lowbit.load_tokenizer(".")  # this director
 prompt = tokenizer("Once upon a time", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(prompt, max_new_tokens=32)[0]))
 ```"""
+_CACHE = (
+    "`generate` packs keys and values, unless the call brings a cache or names one. A plain `model(ids, use_cache=True)` makes "
+    "transformers' own cache, which is not packed; pass `lowbit.kv_cache(model, ...)` there."
+)
+_WORST = (
+    "## Layers with the largest relative output error",
+    "",
+    "| layer | bits per weight | relative squared output error |",
+    "|---|---|---|",
+)
 _KEPT = ("license", "license_name", "license_link", "language")
 
 
@@ -69,9 +79,15 @@ def _is_hub_id(name: Any) -> bool:
 
 def _card(report: Mapping[str, Any], header: Mapping[str, Any], model: str, source: Path) -> str:
     kl, agreement = report["kl"], report["top1_agreement"]
-    rows = [
+    of_linears = [
         ("bits of a code, as the recipe asks", f"{report['asked_bits']:.4g}"),
         ("bits per weight of the quantized linears, everything stored counted", f"{report['bits_per_weight']:.4f}"),
+    ]
+    bits = report.get("cache_bits")
+    of_cache = [("bits for each number of the cache of keys and values, everything stored counted", f"{bits or 0:.4g}")]
+    rows = [
+        *(of_linears if report["layers"] else ()),
+        *(of_cache if bits is not None else ()),
         ("bits per weight of the whole model", f"{report['model_bits_per_weight']:.4f}"),
         ("bytes of the weight files", f"{report['bytes']:,}"),
         ("bytes of the original's weights", f"{report['source_bytes']:,}"),
@@ -90,6 +106,7 @@ def _card(report: Mapping[str, Any], header: Mapping[str, Any], model: str, sour
         "After `import lowbit`, transformers' `AutoModelForCausalLM.from_pretrained` loads it too. In a terminal: "
         "`lowbit generate . --prompt TEXT`, or `lowbit chat .` for a model that chats.",
         "",
+        *([_CACHE, ""] if bits is not None else []),
         *(["**Broken**: " + "; ".join(report["problems"]), ""] if report["problems"] else []),
         "| measured | |",
         "|---|---|",
@@ -105,10 +122,7 @@ def _card(report: Mapping[str, Any], header: Mapping[str, Any], model: str, sour
         f"fingerprint {header['model']}. Its products were in {header['products']} (`compute: float32` in a recipe makes them "
         f"exact). lowbit {header['lowbit']}, torch {header['torch']}.",
         "",
-        "## Layers with the largest relative output error",
-        "",
-        "| layer | bits per weight | relative squared output error |",
-        "|---|---|---|",
+        *(_WORST if worst else ()),
         *(f"| {x['name']} | {x['bits_per_weight']:.3f} | {x['error']:.4g} |" for x in worst),
         *(["", "## Warnings", "", *(f"* {text}" for text in report["warnings"])] if report["warnings"] else []),
         "",

@@ -9,9 +9,17 @@ import torch
 from torch import nn
 
 from lowbit.architectures import quantize_attention
+from lowbit.caches import PackedCache
 from lowbit.checkpoints.description import ModelDescription
-from lowbit.modules import AttentionSpec, LinearDescription, QuantEmbedding, QuantLinear, scale_of, turn_residual
-
+from lowbit.modules import (
+    AttentionSpec,
+    LinearDescription,
+    QuantEmbedding,
+    QuantLinear,
+    scale_of,
+    set_kv_formats,
+    turn_residual,
+)
 
 def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLinear | QuantEmbedding]:
     """Puts empty packed layers in the places that ``description`` names, in place; the new modules by name.
@@ -20,8 +28,8 @@ def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLine
     A model without the head that the checkpoint was written with is found under the names without its prefix.
 
     Raises:
-        ValueError: a name that the model does not have, a place that holds another kind of module or another width, or a
-            quantized cache.
+        ValueError: a name that the model does not have, a place that holds another kind of module or another width, or formats
+            of a cache that the model does not have.
     """
     if description.unfused_experts:
         from lowbit.architectures.experts import unfuse_experts  # the common model has no experts, and need not load it
@@ -47,6 +55,9 @@ def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLine
         quantize_attention(module, spec)
     if description.residual is not None:
         turn_residual(model, replace(description.residual, blocks=_find(model, description.residual.blocks)[0]))
+    if description.cache:
+        PackedCache(model.config, description.kv, description.kv_overrides)  # refuses what the model cannot have
+        set_kv_formats(model, description.cache)
     return swapped
 
 

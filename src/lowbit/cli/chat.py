@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 
 from lowbit.cli import common
+from lowbit.cli.choose import KV, KVBits, KVSettings, choose_cache
 from lowbit.cli.generate import Seed, Temperature, TopP, show, writer
 
-EXAMPLE = 'Example: lowbit chat smollm2-w4 --system "Answer in one sentence."; echo "What is a tide?" | lowbit chat smollm2-w4'
+EXAMPLE = 'Example: lowbit chat smollm2-w4 --system "Answer in one sentence."; echo "What is a tide?" | lowbit chat smollm2-w4 --kv kv-rotated:4'
 HINT = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
 
 
@@ -25,6 +26,9 @@ def command(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    kv: KV = None,
+    kv_bits: KVBits = None,
+    kv_settings: KVSettings = None,
     trust_remote_code: common.Trust = False,
     threads: common.Threads = None,
 ) -> None:
@@ -33,7 +37,7 @@ def command(
     The model sees the whole conversation each time. /reset forgets it; /exit or Ctrl-D ends; Ctrl-C stops an answer.
     Where stdin is not a terminal, each of its lines is a message.
     """
-    write = writer(model, trust_remote_code, threads, chat=True)
+    write = writer(model, trust_remote_code, threads, choose_cache(kv, kv_bits, kv_settings), chat=True)
     answer = partial(write, temperature=temperature, top_p=top_p, seed=seed)
     terminal = sys.stdin.isatty()
     if terminal:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli.complete import methods, recipes
+from lowbit.cli.complete import caches, methods, recipes
+
+if TYPE_CHECKING:
+    from lowbit.modules import KVFormats
 
 METHOD_PANEL = "What to do"
 _PER_CHANNEL = ("channel", "none", "0", "-1")
@@ -74,6 +77,28 @@ Settings = Annotated[
         rich_help_panel=METHOD_PANEL,
     ),
 ]
+KV = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        metavar="NAME[:BITS]",
+        help="How keys and values are cached: a method for caches and its bits, such as kivi:2; none: as the model computes them.",
+        autocompletion=caches,
+        rich_help_panel=METHOD_PANEL,
+    ),
+]
+KVBits = Annotated[
+    int | None, typer.Option("--kv-bits", metavar="N", help="Bits of keys and values.", rich_help_panel=METHOD_PANEL)
+]
+KVSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--kv-set",
+        metavar="KEY=VALUE",
+        help="Another option of the method for caches. May be repeated.",
+        rich_help_panel=METHOD_PANEL,
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -108,14 +133,46 @@ def method_options(
     options = {key: value for key, value in given.items() if value is not None}
     if group_size is not None:
         options["group_size"] = None if group_size.lower() in _PER_CHANNEL else _scalar(group_size)
+    return _with_settings(options, settings, "--set")
+
+
+def _with_settings(options: dict[str, Any], settings: Sequence[str] | None, hint: str) -> dict[str, Any]:
     for setting in settings or ():
         key, equals, value = setting.partition("=")
         if not key or not equals:
-            raise typer.BadParameter(f"expected KEY=VALUE, found {setting!r}", param_hint="--set")
+            raise typer.BadParameter(f"expected KEY=VALUE, found {setting!r}", param_hint=hint)
         if key in options:
-            raise typer.BadParameter(f"{key} is given twice", param_hint="--set")
+            raise typer.BadParameter(f"{key} is given twice", param_hint=hint)
         options[key] = _scalar(value)
     return options
+
+
+def cache_options(bits: int | None, settings: Sequence[str] | None) -> dict[str, Any]:
+    """``--kv-bits`` and ``--kv-set`` as options of a method for caches."""
+    return _with_settings({} if bits is None else {"bits": bits}, settings, "--kv-set")
+
+
+def choose_cache(name: str | None, bits: int | None, settings: Sequence[str] | None) -> KVFormats | None:
+    """The formats that ``--kv`` and its options ask for; none quantized for ``none``; None where it is not given.
+
+    Raises:
+        ValueError: what the method refuses.
+        typer.BadParameter: options without a method.
+    """
+    options = cache_options(bits, settings)
+    if name is None or name == "none":
+        if options:
+            raise typer.BadParameter(
+                f"{', '.join(options)} of which method? Give --kv NAME", param_hint="--kv-bits / --kv-set"
+            )
+        if name is None:
+            return None
+        from lowbit.modules import KVFormats
+
+        return KVFormats()
+    from lowbit.recipes import kv_scheme
+
+    return kv_scheme(name, **options).cache
 
 
 def scheme_bits(scheme: str) -> tuple[int, int]:
@@ -130,9 +187,16 @@ def scheme_bits(scheme: str) -> tuple[int, int]:
 
 
 def choose_recipe(
-    method: str | None, file: str | None, options: Mapping[str, Any], overrides: Sequence[str] | None
+    method: str | None,
+    file: str | None,
+    options: Mapping[str, Any],
+    overrides: Sequence[str] | None,
+    cache: tuple[str | None, int | None, Sequence[str] | None] = (None, None, None),
 ) -> Any:
     """The :class:`lowbit.recipes.Recipe` that the options ask for.
+
+    ``cache``: ``--kv``, which takes the place of the recipe's own cache or is a recipe itself, and its options. Without it
+    these are of the method for caches in ``--method``.
 
     Raises:
         ValueError: whatever the recipe refuses.
@@ -140,6 +204,15 @@ def choose_recipe(
     """
     from lowbit.recipes import as_recipe, recipe
 
+    name, bits, settings = cache
+    if name is not None:
+        formats = choose_cache(name, bits, settings)
+        if method is None and file is None and formats:
+            if options or overrides:
+                raise typer.BadParameter("--kv alone leaves weights as they are; add --method NAME", param_hint="--kv")
+            return recipe(name.partition(":")[0]).with_cache(formats)
+        return choose_recipe(method, file, options, overrides).with_cache(formats)
+    options = {**options, **{f"kv_{key}": value for key, value in cache_options(bits, settings).items()}}
     changes = [override(text) for text in overrides or ()]
     if file is not None and options:
         raise typer.BadParameter(

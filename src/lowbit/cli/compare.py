@@ -12,21 +12,24 @@ from lowbit.cli.choose import (
     METHOD_PANEL,
     ActivationBits,
     GroupSize,
+    KVSettings,
     Overrides,
     RamLimit,
     SchemeName,
     Settings,
     byte_count,
+    choose_cache,
     method_options,
     override,
 )
 
 if TYPE_CHECKING:
     from lowbit.comparison import Row
+    from lowbit.modules import KVFormats
 
 EXAMPLE = (
     "Example: lowbit compare smollm2-135m --method rtn --method gptq --bits 4,3 --group-size 64 "
-    "--calibration python-docs --text python-docs -o results.jsonl"
+    "--kv none --kv kivi:2 --calibration python-docs --text python-docs -o results.jsonl"
 )
 INTERRUPTED = "interrupted: finished rows are kept; repeat the same command to measure the others"
 
@@ -73,6 +76,24 @@ def command(
     activation_bits: ActivationBits = None,
     scheme: SchemeName = None,
     settings: Settings = None,
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kv",
+            metavar="NAME[:BITS]",
+            help="Every row once with this method for caches, such as kivi:2, or alone without --method; none: without. May be "
+            "repeated.",
+            autocompletion=complete.caches,
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None,
+    kv_bits: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-bits", metavar="N,N,...", help="Bits of each --kv, one or several.", rich_help_panel=METHOD_PANEL
+        ),
+    ] = None,
+    kv_settings: KVSettings = None,
     overrides: Overrides = None,
     only: Annotated[
         list[str] | None,
@@ -111,7 +132,7 @@ def command(
     if scheme is not None and bits is not None:
         raise typer.BadParameter(f"{scheme} says the bits already; leave out --bits", param_hint="--scheme")
     options = method_options(None, group_size, activation_bits, settings, scheme)
-    rows = _rows(grid, recipes, methods, bits, options, overrides)
+    rows = _rows(grid, recipes, methods, bits, options, overrides, _caches(kv, kv_bits, kv_settings))
     common.use_threads(threads)
     import lowbit
 
@@ -156,8 +177,14 @@ def _rows(
     bits: str | None,
     options: dict[str, Any],
     overrides: list[str] | None,
+    caches: dict[str, tuple[str, KVFormats]],
 ) -> list[Row]:
-    """Rows of the grid file, of recipe files and of methods, in this order; ``overrides`` change all of them."""
+    """Rows of the grid file, of recipe files and of methods, in this order; ``overrides`` change all of them.
+
+    ``caches``: each row comes once with each of them; by label, the method and its formats. Alone they are rows themselves.
+    """
+    if caches and not (grid or recipes or methods or overrides or bits or options):
+        return _rows_of_caches(caches)
     if not (grid or recipes or methods):
         raise typer.BadParameter("give --method NAME, --recipe FILE or --grid FILE", param_hint="--method / --grid")
     if not methods and (bits or options):
@@ -167,12 +194,39 @@ def _rows(
     widths = [None] if bits is None else [_width(part) for part in bits.split(",")]
     given = [*(read_grid(grid) if grid else []), *(recipes or []), *method_rows(methods or [], widths, options)]
     changes = [override(each) for each in overrides or ()]
-    return [Row(row.label, row.recipe.with_overrides(changes)) for row in as_rows(given)]
+    rows = [Row(row.label, row.recipe.with_overrides(changes)) for row in as_rows(given)]
+    if not caches:
+        return rows
+    return as_rows(
+        Row(f"{row.label}, {label}" if formats else row.label, row.recipe.with_cache(formats))
+        for row in rows
+        for label, (_, formats) in caches.items()
+    )
 
 
-def _width(text: str) -> int:
+def _rows_of_caches(caches: dict[str, tuple[str, KVFormats]]) -> list[Row]:
+    from lowbit.comparison import Row, as_rows
+    from lowbit.recipes import recipe
+
+    quantized = {label: each for label, each in caches.items() if each[1]}
+    return as_rows([Row(label, recipe(name).with_cache(formats)) for label, (name, formats) in quantized.items()])
+
+
+def _caches(names: list[str] | None, bits: str | None, settings: list[str] | None) -> dict[str, tuple[str, KVFormats]]:
+    """Every ``--kv`` at each of ``--kv-bits``."""
+    widths = [None] if bits is None else [_width(part, "--kv-bits") for part in bits.split(",")]
+    found = {}
+    for name in names or [None]:
+        for width in widths if name != "none" else [None]:
+            formats = choose_cache(name, width, None if name == "none" else settings)
+            if name is not None and formats is not None:
+                found[name if width is None else f"{name}:{width}"] = name.partition(":")[0], formats
+    return found
+
+
+def _width(text: str, option: str = "--bits") -> int:
     if not text.strip().isdecimal():
-        raise typer.BadParameter(f"expected whole numbers such as 4,3,2, found {text!r}", param_hint="--bits")
+        raise typer.BadParameter(f"expected whole numbers such as 4,3,2, found {text!r}", param_hint=option)
     return int(text)
 
 

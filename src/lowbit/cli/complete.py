@@ -1,8 +1,8 @@
-"""What a shell offers after ``--method`` and ``--recipe``, from the catalog alone: a shell asks at every press of the key."""
+"""What a shell offers after ``--method``, ``--kv`` and ``--recipe``, from the catalog alone: a shell asks at every press of the key."""
 
 from __future__ import annotations
 
-from lowbit.catalog import builtin_recipes, list_methods
+from lowbit.catalog import KV_FAMILY, builtin_recipes, list_methods
 
 
 def methods(incomplete: str) -> list[tuple[str, str]]:
@@ -12,6 +12,15 @@ def methods(incomplete: str) -> list[tuple[str, str]]:
         (f"{start}{plus}{entry['name']}", entry["summary"])
         for entry in list_methods()
         if entry["name"].startswith(part)
+    ]
+
+
+def caches(incomplete: str) -> list[tuple[str, str]]:
+    """Names of the methods for caches with their summaries."""
+    return [
+        (entry["name"], entry["summary"])
+        for entry in list_methods()
+        if entry["family"] == KV_FAMILY and entry["name"].startswith(incomplete)
     ]
 
 

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowbit.cli import common
+from lowbit.cli.choose import KV, KVBits, KVSettings, choose_cache
 
 if TYPE_CHECKING:
     from lowbit.evaluation import Evaluation
 
 EXAMPLE = (
     "Example: lowbit evaluate smollm2-w4 --against smollm2-135m --text python-docs --protocol gptq "
-    "--seq-len 1024 --windows 20 --json"
+    "--seq-len 1024 --windows 20 --kv kivi:2 --retrieval 1024,4096 --json"
 )
 
 
@@ -32,14 +33,33 @@ def command(
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The original: measures KL divergence and top-1 agreement too.")
     ] = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens read at a time through a quantized cache (default: 1 to 32, as its window asks).",
+        ),
+    ] = None,
+    retrieval: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="Also find facts hidden in prompts of so many tokens, such as 1024,4096."),
+    ] = None,
+    generation: Annotated[bool, typer.Option("--generation", help="Also copy, count and add.")] = False,
+    kv: KV = None,
+    kv_bits: KVBits = None,
+    kv_settings: KVSettings = None,
     trust_remote_code: common.Trust = False,
     threads: common.Threads = None,
     as_json: common.Json = False,
 ) -> None:
     """Measure a model: perplexity, and with --against KL divergence and top-1 agreement in the same pass.
 
-    Intervals are 95 %. Figures compare only under the same protocol, window length and text.
+    A model whose cache is quantized, by its checkpoint or by --kv, reads each window in chunks through that cache. Intervals are
+    95 %. Figures compare only under the same protocol, window length and text.
     """
+    formats = choose_cache(kv, kv_bits, kv_settings)
+    lengths = [] if retrieval is None else [_length(part) for part in retrieval.split(",")]
     common.use_threads(threads)
     import lowbit
 
@@ -54,6 +74,10 @@ def command(
             seq_len=seq_len,
             windows=windows or None,
             against=against,
+            kv=formats,
+            chunk=chunk,
+            retrieval=lengths,
+            generation=generation,
             trust_remote_code=trust_remote_code,
             progress=report,
         )
@@ -66,6 +90,14 @@ def command(
             f"the model is broken: {result.broken_tokens} of {result.tokens} predictions are NaN or infinite; "
             "quantize it again with more bits or another method"
         )
+
+
+def _length(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise typer.BadParameter(
+            f"expected numbers of tokens such as 1024,4096, found {text!r}", param_hint="--retrieval"
+        )
+    return int(text)
 
 
 def _show(model: str, result: Evaluation) -> None:
@@ -87,13 +119,31 @@ def _show(model: str, result: Evaluation) -> None:
         )
     table.add_row("bits per weight, quantized linears", common.number(result.bits_per_weight), "")
     table.add_row("bits per weight, whole model", common.number(result.model_bits_per_weight), "")
+    if result.cache_bits is not None:
+        table.add_row("bits per number in the cache", common.number(result.cache_bits), "")
     table.add_row("weight files", "-" if result.bytes is None else common.size(result.bytes), "")
     common.show_table(table)
+    if result.tasks:
+        _show_tasks(result)
     common.console().print(
         f"{result.text}: {result.windows} windows of {result.seq_len} by protocol {result.protocol}, "
         f"{result.tokens} tokens predicted",
         markup=False,
     )
+
+
+def _show_tasks(result: Evaluation) -> None:
+    numbers = ("tokens", "answers", "right", "right, plain cache", "nats a token", "nats, plain cache")
+    table = common.table("task", *numbers, numbers=numbers)
+    for task in result.tasks:
+        cells = (
+            f"{task.solved:.0%}",
+            f"{task.solved_floating:.0%}",
+            common.number(task.nll),
+            common.number(task.nll_floating),
+        )
+        table.add_row(task.name, str(task.tokens), str(task.answers), *cells)
+    common.show_table(table)
 
 
 def _interval(interval: tuple[float, float] | None, form: str = ".4g") -> str:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lowbit.cli import common
+from lowbit.cli.choose import KV, KVBits, KVSettings, choose_cache
 
-EXAMPLE = 'Example: lowbit generate smollm2-w4 --prompt "The capital of France is" --max-new-tokens 32'
+if TYPE_CHECKING:
+    from lowbit.modules import KVFormats
+
+EXAMPLE = 'Example: lowbit generate smollm2-w4 --prompt "The capital of France is" --max-new-tokens 32 --kv kivi:2'
 
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy; above it tokens are sampled.")]
 TopP = Annotated[
@@ -32,6 +36,9 @@ def command(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    kv: KV = None,
+    kv_bits: KVBits = None,
+    kv_settings: KVSettings = None,
     trust_remote_code: common.Trust = False,
     threads: common.Threads = None,
     as_json: common.Json = False,
@@ -42,7 +49,7 @@ def command(
     """
     if prompt == "-":
         prompt = sys.stdin.read().removesuffix("\n")
-    write = writer(model, trust_remote_code, threads, chat=chat)
+    write = writer(model, trust_remote_code, threads, choose_cache(kv, kv_bits, kv_settings), chat=chat)
     text = write(
         [{"role": "user", "content": prompt}] if chat else prompt,
         max_new_tokens,
@@ -57,8 +64,10 @@ def command(
         typer.echo()
 
 
-def writer(model: str, trust_remote_code: bool, threads: int | None, *, chat: bool) -> Callable[..., str]:
-    """:func:`lowbit.evaluation.generate_text` with its model and tokenizer, loaded from ``model``.
+def writer(
+    model: str, trust_remote_code: bool, threads: int | None, kv: KVFormats | None, *, chat: bool
+) -> Callable[..., str]:
+    """:func:`lowbit.evaluation.generate_text` with its model and tokenizer, loaded from ``model``, and ``kv`` for its cache.
 
     Raises:
         ValueError: what loading raises; ``chat`` and a tokenizer without a chat template, before weights are read.
@@ -67,13 +76,17 @@ def writer(model: str, trust_remote_code: bool, threads: int | None, *, chat: bo
     import lowbit
     from lowbit import decoding
     from lowbit.evaluation import check_chat, generate_text
+    from lowbit.modules import kv_formats
+    from lowbit.plan.cache import cache_texts
 
     common.say(f"loading {model}")
     tokenizer = lowbit.load_tokenizer(model, trust_remote_code=trust_remote_code)
     if chat:
         check_chat(tokenizer)
-    loaded = lowbit.load(model, trust_remote_code=trust_remote_code)
+    loaded = lowbit.load(model, kv=kv, trust_remote_code=trust_remote_code)
     common.say(decoding.explain(loaded))
+    for line in cache_texts(kv_formats(loaded)):
+        common.say(line)
     return partial(generate_text, loaded, tokenizer)
 
 

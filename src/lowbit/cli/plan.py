@@ -8,11 +8,14 @@ import typer
 
 from lowbit.cli import common
 from lowbit.cli.choose import (
+    KV,
     ActivationBits,
     Bits,
     EmbeddingBits,
     GroupSize,
     HeadBits,
+    KVBits,
+    KVSettings,
     MethodOption,
     Overrides,
     RamLimit,
@@ -28,7 +31,7 @@ from lowbit.cli.choose import (
 if TYPE_CHECKING:
     from lowbit.plan import Plan
 
-EXAMPLE = "Example: lowbit plan smollm2-135m --method gptq --bits 4 --group-size 64"
+EXAMPLE = "Example: lowbit plan smollm2-135m --method gptq --bits 4 --group-size 64 --kv kivi:2 --context 8192"
 
 
 def command(
@@ -42,9 +45,18 @@ def command(
     head_bits: HeadBits = None,
     scheme: SchemeName = None,
     settings: Settings = None,
+    kv: KV = None,
+    kv_bits: KVBits = None,
+    kv_settings: KVSettings = None,
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(min=0, help="Windows of calibration text; 0: a run without text.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Tokens of a sequence whose cache is counted (default: the model's most)."
+        ),
+    ] = None,
     ram_limit: RamLimit = "4GiB",
     trust_remote_code: common.Trust = False,
     as_json: common.Json = False,
@@ -54,7 +66,8 @@ def command(
     Bytes, bits per weight, peak memory, layers that stay as they are and why, and which runtimes can take the result.
     """
     options = method_options(bits, group_size, activation_bits, settings, scheme)
-    chosen = choose_recipe(method, recipe, options, [*(overrides or ()), *outside_overrides(embedding_bits, head_bits)])
+    changes = [*(overrides or ()), *outside_overrides(embedding_bits, head_bits)]
+    chosen = choose_recipe(method, recipe, options, changes, (kv, kv_bits, kv_settings))
     from lowbit.plan import plan
 
     result = plan(
@@ -62,6 +75,7 @@ def command(
         chosen,
         samples=samples,
         seq_len=seq_len,
+        context=context,
         ram_limit=byte_count(ram_limit),
         trust_remote_code=trust_remote_code,
     )
@@ -81,6 +95,10 @@ def _show(result: Plan) -> None:
     table.add_row("tensors now", common.size(result.bytes_in))
     table.add_row("tensors after", common.size(result.bytes_out))
     table.add_row("peak memory while quantizing, about", common.size(result.peak_ram_bytes))
+    if result.cache is not None:
+        before, after = result.cache.bytes_floating, result.cache.bytes
+        text = common.size(after) if after == before else f"{common.size(after)} of {common.size(before)}"
+        table.add_row(f"cache of a sequence of {result.cache.tokens} tokens", text)
     if result.peak_disk_bytes:
         table.add_row("temporary files beside the target", common.size(result.peak_disk_bytes))
     common.show_table(table)

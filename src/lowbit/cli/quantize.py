@@ -12,11 +12,14 @@ import typer
 
 from lowbit.cli import common
 from lowbit.cli.choose import (
+    KV,
     ActivationBits,
     Bits,
     EmbeddingBits,
     GroupSize,
     HeadBits,
+    KVBits,
+    KVSettings,
     MethodOption,
     Overrides,
     RamLimit,
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = (
     "Example: lowbit quantize smollm2-135m --method gptq --bits 4 --group-size 64 --set act_order=true "
-    "--override down:bits=8 --calibration python-docs --samples 32 --seq-len 512 -o smollm2-w4"
+    "--override down:bits=8 --kv kivi --kv-bits 4 --calibration python-docs --samples 32 --seq-len 512 -o smollm2-w4"
 )
 INTERRUPTED = "interrupted: repeat the same command to continue where it stopped"
 WORST = 5  # layers named in the table
@@ -54,6 +57,9 @@ def command(
     head_bits: HeadBits = None,
     scheme: SchemeName = None,
     settings: Settings = None,
+    kv: KV = None,
+    kv_bits: KVBits = None,
+    kv_settings: KVSettings = None,
     overrides: Overrides = None,
     calibration: Annotated[
         str | None,
@@ -92,7 +98,7 @@ def command(
     limit = byte_count(ram_limit)
     changes = [*(overrides or ()), *outside_overrides(embedding_bits, head_bits)]
     options = method_options(bits, group_size, activation_bits, settings, scheme)
-    chosen = choose_recipe(method, recipe, options, changes)
+    chosen = choose_recipe(method, recipe, options, changes, (kv, kv_bits, kv_settings))
     common.use_threads(threads)
     from lowbit.pipeline import prepare, run
     from lowbit.report import MAX_KL
@@ -142,6 +148,7 @@ def _announce(job: Job, restart: bool) -> bool:
 
 def describe(recipe: Recipe) -> str:
     """The formats of a recipe in a line, such as ``weights int4 asymmetric, groups of 64``; rules for some layers by match."""
+    from lowbit.plan.cache import cache_texts
     from lowbit.plan.layers import activation_text, weight_text
 
     parts = []
@@ -150,13 +157,16 @@ def describe(recipe: Recipe) -> str:
         weight = "left as they are" if rule.skip or rule.weight is None else f"weights {weight_text(rule.weight)}"
         inputs = "" if rule.activation is None else f", inputs {activation_text(rule.activation)}"
         parts.append(where + weight + inputs)
-    return "; ".join(parts)
+    return "; ".join([*parts, *cache_texts(recipe.scheme.cache)])
 
 
 def _show(result: QuantizeReport) -> None:
     table = common.table("measured", "", title=f"{result.recipe.name} -> {result.out}", numbers=("",))
-    table.add_row("bits per weight, asked", f"{result.asked_bits:.4g}")
-    table.add_row("bits per weight, quantized linears", f"{result.bits_per_weight:.4f}")
+    if result.layers:
+        table.add_row("bits per weight, asked", f"{result.asked_bits:.4g}")
+        table.add_row("bits per weight, quantized linears", f"{result.bits_per_weight:.4f}")
+    if result.cache_bits is not None:
+        table.add_row("bits per number in the cache", f"{result.cache_bits:.4g}")
     table.add_row("bits per weight, whole model", f"{result.model_bits_per_weight:.4f}")
     table.add_row("original's weights", common.size(result.source_bytes))
     table.add_row("weight files", common.size(result.bytes))
@@ -177,11 +187,10 @@ def _show(result: QuantizeReport) -> None:
 
 def _outcome(result: QuantizeReport, taken: str, tokenizer: Any, out: str) -> str:
     """What came of it in a line, and the next command."""
-    line = (
-        f"{common.size(result.source_bytes)} to {common.size(result.bytes)} in {taken} "
-        f"({result.bits_per_weight:.3g} bits per weight in the quantized linears, {result.model_bits_per_weight:.3g} in the "
-        "whole model)."
-    )
+    parts = [f"{result.bits_per_weight:.3g} bits per weight in the quantized linears"] if result.layers else []
+    parts += [f"{result.model_bits_per_weight:.3g} in the whole model" if parts else "weights as they were"]
+    parts += [] if result.cache_bits is None else [f"{result.cache_bits:.3g} bits per number in the cache"]
+    line = f"{common.size(result.source_bytes)} to {common.size(result.bytes)} in {taken} ({', '.join(parts)})."
     if tokenizer is None:
         return line
     chats = getattr(tokenizer, "chat_template", None)

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from lowbit.modules import KVSpec
 from lowbit.numerics import PerChannel, PerGroup
 from lowbit.recipes import Recipe, as_recipe, recipe
 from lowbit.recipes.files import Loader
@@ -77,7 +78,18 @@ def method_rows(methods: Iterable[str], bits: Iterable[int | None], options: Map
 
 
 def label_of(recipe: Recipe) -> str:
-    """A recipe's name and its first format, such as ``gptq, W4 g64``."""
+    """A recipe's name, its first format and its cache's, such as ``gptq, W4 g64`` and ``kivi, K2V2``."""
+    return ", ".join(filter(None, (_weights_label(recipe), _cache_label(recipe.scheme.kv))))
+
+
+def _cache_label(spec: KVSpec | None) -> str:
+    if spec is None:
+        return ""
+    key, value = (16 if side is None else side.grid.bits for side in (spec.key, spec.value))
+    return f"K{key:g}V{value:g}"
+
+
+def _weights_label(recipe: Recipe) -> str:
     rule = next((rule for rule in recipe.scheme.rules if rule.weight is not None), None)
     if rule is None or rule.weight is None:
         return recipe.name

@@ -22,6 +22,7 @@ COLUMNS = (
     "asked",
     "bits, linears",
     "bits, model",
+    "bits, cache",
     "weight files",
     "quantize",
     "peak memory",
@@ -43,6 +44,7 @@ def cells(record: Mapping[str, Any]) -> tuple[str, ...]:
         _text(record.get("asked_bits"), ".4g"),
         _text(record.get("bits_per_weight"), ".3f"),
         _text(record.get("model_bits_per_weight"), ".3f"),
+        _text(record.get("cache_bits"), ".3f"),
         _text(record.get("bytes"), ".1f", 1e6, " MB"),
         _text(record.get("quantize_seconds"), ".0f", 1, " s"),
         _text(record.get("peak_rss_bytes"), ".2f", 1e9, " GB"),
@@ -122,7 +124,9 @@ FORMS: dict[str, Callable[[Sequence[Record]], str]] = {
 def _remark(record: Mapping[str, Any]) -> str:
     if "error" in record:
         return f"failed: {' '.join(record['error'].split())}"
-    return f"broken: {'; '.join(record['problems'])}" if record.get("problems") else ""
+    through = record.get("read", "").partition(", ")[2]
+    broken = f"broken: {'; '.join(record['problems'])}" if record.get("problems") else ""
+    return "; ".join(filter(None, (through, broken)))
 
 
 def _calibration(record: Record) -> str:

@@ -120,6 +120,7 @@ class MeasureRow:
         record = _figures(result) | {
             "asked_bits": report.asked_bits,
             "bits_per_weight": native.bits_per_weight(model),
+            "cache_bits": report.cache_bits,
             "model_bits_per_weight": native.model_bits_per_weight(out),
             "bytes": directory_bytes(out).weights,
             "coverage": report.coverage,
@@ -151,7 +152,9 @@ def _figures(result: Evaluation) -> dict[str, Any]:
     measured = result.to_dict()
     names = ("perplexity", "log_perplexity_difference", "kl", "top1_agreement")
     intervals = ("perplexity_interval", "log_perplexity_difference_interval", "kl_interval", "top1_interval")
-    return {name: measured[name] for name in (*names, *intervals, "tokens", "broken_tokens")}
+    return {name: measured[name] for name in (*names, *intervals, "tokens", "broken_tokens")} | {
+        "read": result.protocol
+    }
 
 
 def _problems(report: QuantizeReport, result: Evaluation) -> list[str]:

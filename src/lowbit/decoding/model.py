@@ -1,7 +1,9 @@
 """A transformers model whose forward runs one new token by the compiled step if that computes the same.
 
-:func:`install` changes the model's class to a child class with another ``forward``. Generation, sampling, streaming and
-caches stay transformers'. The ordinary forward runs when a call needs more than the next token's logits of one sequence,
+:func:`install` changes the model's class to a child class with another ``forward``. Generation, sampling and streaming stay
+transformers'. So do caches, but for a model whose formats say how its cache is held (:func:`lowbit.modules.kv_formats`):
+``generate`` makes a packed one unless the call brings or names one. A plain ``model(ids, use_cache=True)`` makes
+transformers' own. The ordinary forward runs when a call needs more than the next token's logits of one sequence,
 or when the step cannot run the model; :func:`explain` says which forward runs, and why.
 
 A replaced forward on the instance would be simpler, but it ties the model to itself, which keeps large models in memory
@@ -16,12 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lowbit import kernels
+from lowbit.caches import PackedCache
 from lowbit.decoding.cache import adopt
 from lowbit.decoding.description import Described, Refused, describe, position_of
+from lowbit.decoding.packed_cache import packed_cache
+from lowbit.modules import KVFormats, kv_formats, set_kv_formats
 
 _CACHES = ("cache", "past_key_values")
 """The argument that carries keys and values: its name since transformers 5.24, and its name before."""
@@ -43,6 +48,19 @@ def install(model: PreTrainedModel) -> None:
     """Makes ``model`` run single tokens by the compiled step whenever possible; see :func:`explain`."""
     if not isinstance(model, _Stepping):
         model.__class__ = _stepping(type(model))
+
+
+def use_cache(model: PreTrainedModel, formats: KVFormats) -> None:
+    """Makes ``generate`` hold keys and values in ``formats``, and measurements read through such a cache; without formats, as
+    transformers does.
+
+    Raises:
+        ValueError: formats that the model cannot have.
+    """
+    if formats:
+        packed_cache(model, formats.kv, formats.overrides)
+    set_kv_formats(model, formats)
+    install(model)
 
 
 def uninstall(model: PreTrainedModel) -> None:
@@ -113,6 +131,21 @@ class _Stepping:
             now = kept.described = describe(self, isa)
         return now
 
+    def _prepare_cache_for_generation(
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Lets transformers make the cache; puts a packed one in its place where the model's formats say so."""
+        formats = kv_formats(self)
+        ours = bool(formats) and generation_config.cache_implementation is None
+        ours = ours and all(model_kwargs.get(name) is None for name in _CACHES)
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        for name in _CACHES:
+            if ours and type(model_kwargs.get(name)) is DynamicCache:
+                model_kwargs[name] = packed_cache(self, formats.kv, formats.overrides)
+            if isinstance(cache := model_kwargs.get(name), PackedCache):
+                cache.pad(_padding(model_kwargs.get("attention_mask")))
+        return result
+
     def _one_token(self: Any, inputs: dict[str, Any]) -> CausalLMOutputWithPast | None:
         """The output for one new token after a cache, or None if the ordinary forward must compute it."""
         ids, caches = inputs.get("input_ids"), [inputs[name] for name in _CACHES if inputs.get(name) is not None]
@@ -148,6 +181,13 @@ class _Stepping:
             return "the position is not one that the step can turn to"
         logits = described.run(ids, room, at)
         return CausalLMOutputWithPast(**{"logits": logits.view(1, 1, -1), _OUTPUT_CACHE: cache})
+
+
+def _padding(mask: Any) -> int:
+    """The most leading positions that a row of an attention mask ``[B, T]`` hides."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return 0
+    return int((mask.cumsum(1) == 0).sum(1).max())
 
 
 def _asks_more(inputs: dict[str, Any], config: Any) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lowbit.architectures import IMPLEMENTATION, for_config
@@ -31,36 +31,51 @@ def packed_cache(
     if isinstance(model, PreTrainedConfig):
         return PackedCache(model, spec, overrides)
     config: Any = model.config
-    cache = PackedCache(config, spec, (*overrides, *rules_for_biases(model, spec, overrides)))
+    biases = {layer: _tensor(model, name) for layer, name in key_biases(config).items()}
+    cache = PackedCache(config, spec, (*overrides, *rules_for_biases(config, biases, spec, overrides)))
     cache.stay_packed(config.get_text_config(decoder=True)._attn_implementation == IMPLEMENTATION)
     return cache
 
 
-def rules_for_biases(model: Any, spec: KVSpec | None, overrides: Sequence[KVRule] = ()) -> tuple[KVRule, ...]:
-    """Rules for the layers of ``model`` whose key projection has a bias that is :data:`LARGE` somewhere.
+def key_biases(config: Any) -> dict[int, str]:
+    """The name of the bias of each layer's key projection, in a model that has such projections; some may have no bias."""
+    table = for_config(config)
+    path = next((entry.path for entry in table.linears if entry.role == "k"), None)
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    return {} if path is None else {i: f"{table.blocks}.{i}.{path}.bias" for i in range(count)}
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor | None:
+    owner, _, leaf = name.rpartition(".")
+    try:
+        return getattr(model.get_submodule(owner), leaf, None)
+    except AttributeError:  # a layer of another kind than attention
+        return None
+
+
+def rules_for_biases(
+    config: Any, biases: Mapping[int, Tensor | None], spec: KVSpec | None, overrides: Sequence[KVRule] = ()
+) -> tuple[KVRule, ...]:
+    """Rules for the layers whose key projection has a bias that is :data:`LARGE` somewhere.
 
     Their keys are packed before the rotary embedding, where a bias is the same for every token, and centred, which takes it
     off. After the embedding it turns with the position, and 4 bits hold little else (transformers' own 4-bit cache on
     Qwen2.5 answers nothing right).
     """
-    table = for_config(model.config)
-    path = next((entry.path for entry in table.linears if entry.role == "k"), None)
-    if path is None:
-        return ()
+    text = config.get_text_config(decoder=True)
     try:
-        frequencies(model.config.get_text_config(decoder=True), 2)
+        frequencies(text, 2)
         turns = True
     except ValueError:
         turns = False
-    blocks = model.get_submodule(table.blocks)
     rules = []
-    for i, block in enumerate(blocks):
-        bias = getattr(block.get_submodule(path), "bias", None)
-        form = format_of(i, len(blocks), spec, overrides)
+    for i, bias in biases.items():
+        form = format_of(i, text.num_hidden_layers, spec, overrides)
         if form is None or form.key is None or bias is None or bias.abs().max() < LARGE:
             continue
         in_blocks = isinstance(form.key.granularity, Block) or isinstance(form.value and form.value.granularity, Block)
         recent = form.recent if in_blocks else max(form.recent, LEAST_TOKENS)
         fitted = replace(form, before_rope=turns, centred=recent >= LEAST_TOKENS, recent=recent)
-        rules.append(KVRule((i,), fitted))
+        if fitted != form:  # a checkpoint's own formats are fitted already
+            rules.append(KVRule((i,), fitted))
     return tuple(rules)

@@ -10,6 +10,7 @@ from lowbit.evaluation.memory import DirectoryBytes, directory_bytes, model_byte
 from lowbit.evaluation.perplexity import Evaluation, evaluate_model
 from lowbit.evaluation.reference import KeptOriginal, keep_states
 from lowbit.evaluation.speed import Speed, measure_speed
+from lowbit.evaluation.tasks import TaskScore, check_generation, check_retrieval
 from lowbit.evaluation.windows import PROTOCOLS
 
 __all__ = [
@@ -18,7 +19,10 @@ __all__ = [
     "Evaluation",
     "KeptOriginal",
     "Speed",
+    "TaskScore",
     "check_chat",
+    "check_generation",
+    "check_retrieval",
     "directory_bytes",
     "evaluate_model",
     "generate_text",

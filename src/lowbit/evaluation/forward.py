@@ -13,6 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowbit.decoding import cache_argument
+from lowbit.decoding.packed_cache import packed_cache
+from lowbit.modules import KVFormats, kv_formats
+
 """`progress(done, total, description)`: how long work tells a caller where it is. Nothing here prints."""
 
 
@@ -30,9 +34,54 @@ def evaluating(*models: nn.Module | None) -> Iterator[None]:
             module.training = training
 
 
-def logits_of(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
-    """Logits [T, vocabulary] of one sequence `ids_T` (int64), in the model's own dtype and on its own device."""
-    return model(input_ids=ids_T[None].to(model.device), use_cache=False).logits[0]
+MOST = 32
+"""Tokens that a model with a quantized cache reads at a time, at most."""
+
+
+def chunk_of(formats: KVFormats) -> int:
+    """Tokens that a model with a quantized cache reads at a time.
+
+    Within a call a model sees its own tokens as they are, as if so many more recent tokens were kept. That is harmless beside a
+    window of recent tokens that is twice as long, and misleading without one: SmolLM2 with 4 bits per token and no window loses
+    0.38 nats token by token, and 0.09 in chunks of 32. So formats without a window are read token by token.
+    """
+    specs = (formats.kv, *(rule.kv for rule in formats.overrides))
+    recent = [spec.recent for spec in specs if spec is not None and (spec.key is not None or spec.value is not None)]
+    return MOST if not recent else min(MOST, max(1, min(recent) // 2))
+
+
+def through(formats: KVFormats, chunk: int | None = None) -> str:
+    """How a measurement says that it read through a cache."""
+    size = chunk or chunk_of(formats)
+    return "through the cache, " + ("token by token" if size == 1 else f"chunks of {size}")
+
+
+def logits_of(
+    model: PreTrainedModel, ids_T: Tensor, *, cached: bool = True, last: int | None = None, chunk: int | None = None
+) -> Tensor:
+    """Logits [T, vocabulary] of one sequence `ids_T` (int64), or of its `last` tokens, in the model's own dtype and on its own
+    device.
+
+    Where the model's formats quantize its cache, and `cached`, it reads the sequence in chunks of `chunk` tokens (None:
+    `chunk_of`) through that cache; otherwise at once and without a cache.
+    """
+    ids_1T, formats = ids_T[None].to(model.device), kv_formats(model)
+    if not cached or not formats:
+        keep = {} if last is None else {"logits_to_keep": last}
+        return model(input_ids=ids_1T, use_cache=False, **keep).logits[0]
+    past = {cache_argument(model): packed_cache(model, formats.kv, formats.overrides)}
+    skipped, logits = 0 if last is None else len(ids_T) - last, []
+    for piece in ids_1T.split(chunk or chunk_of(formats), 1):
+        found = model(input_ids=piece, use_cache=True, **past).logits[0]
+        logits.append(found[skipped:].clone() if skipped else found)
+        skipped = max(0, skipped - piece.shape[1])
+    return torch.cat(logits)
+
+
+def protocol_name(model: PreTrainedModel, protocol: str, chunk: int | None = None) -> str:
+    """The name of a protocol, and how the model reads where that is not at once."""
+    formats = kv_formats(model)
+    return f"{protocol}, {through(formats, chunk)}" if formats else protocol
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

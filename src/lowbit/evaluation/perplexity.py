@@ -23,9 +23,10 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowbit.evaluation.forward import check_positions, evaluating, logits_of, vocabulary_size
+from lowbit.evaluation.forward import check_positions, evaluating, logits_of, protocol_name, vocabulary_size
 from lowbit.evaluation.intervals import Interval, mean_and_interval
 from lowbit.evaluation.reference import KeptOriginal
+from lowbit.evaluation.tasks import TaskScore
 from lowbit.evaluation.windows import Cut, Text, Window, cut
 from lowbit.numerics.divergence import score_tokens
 from lowbit.progress import Progress
@@ -44,12 +45,13 @@ class Evaluation:
         log_perplexity_difference: log of the perplexity over the original's; its interval is that of differences window by
             window, which is narrower than those of both. None without an original.
         tokens, words: counted predictions, and words if the protocol counts them.
-        windows, seq_len, protocol: how the text was cut.
+        windows, seq_len, protocol: how the text was cut, and whether the model read it through a quantized cache.
         text: the text's name, as the caller gave it.
         ids_sha256: a hash of the window length and the ids that were read.
         broken_tokens: counted tokens whose negative log-likelihood or KL is NaN or infinite.
-        bits_per_weight, model_bits_per_weight, bytes: of the checkpoint's quantized linears, of all of it, and of its
-            weight files; the caller fills them in, with `dataclasses.replace`.
+        tasks: checks of retrieval and generation, where they were asked for; the caller fills them in too.
+        bits_per_weight, model_bits_per_weight, cache_bits, bytes: of the checkpoint's quantized linears, of all of it, of each
+            number in its quantized cache, and of its weight files; the caller fills them in, with `dataclasses.replace`.
     """
 
     perplexity: float
@@ -71,6 +73,8 @@ class Evaluation:
     log_perplexity_difference_interval: Interval | None = None
     bits_per_weight: float | None = None
     model_bits_per_weight: float | None = None
+    cache_bits: float | None = None
+    tasks: tuple[TaskScore, ...] = ()
     bytes: int | None = None
 
     @property
@@ -81,7 +85,9 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """The fields and `broken` as values of strict JSON; NaN and infinity become null."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: _json_safe(value) for name, value in values.items()} | {"broken": self.broken}
+        tasks = [{name: _json_safe(value) for name, value in vars(task).items()} for task in self.tasks]
+        safe = {name: _json_safe(value) for name, value in values.items()}
+        return safe | {"tasks": tasks, "broken": self.broken}
 
 
 class _WindowSums(NamedTuple):
@@ -104,6 +110,7 @@ def evaluate_model(
     windows: int | None = None,
     *,
     against: PreTrainedModel | KeptOriginal | None = None,
+    chunk: int | None = None,
     text_name: str = "",
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -117,6 +124,7 @@ def evaluate_model(
         seq_len: tokens in a window.
         windows: number of windows from the start of the text; None: all.
         against: the original model with the same vocabulary, or its kept states; gives KL and agreement.
+        chunk: tokens that a model with a quantized cache reads at a time; None: as few as its formats ask for.
         text_name: the text's name in the result.
         progress: called as progress(done, total, description) before the first and after each window.
 
@@ -137,15 +145,22 @@ def evaluate_model(
         for done, window in enumerate(pieces.windows):
             if progress:
                 progress(done, total, "perplexity")
-            sums.append(_score_window(model, against, window))
+            sums.append(_score_window(model, against, window, chunk))
     if progress:
         progress(total, total, "perplexity")
     columns = _WindowSums(*np.array(sums, dtype=np.float64).T)
-    return _summarise(columns, pieces, against is not None, protocol=protocol, seq_len=seq_len, text=text_name)
+    return _summarise(
+        columns,
+        pieces,
+        against is not None,
+        protocol=protocol_name(model, protocol, chunk),
+        seq_len=seq_len,
+        text=text_name,
+    )
 
 
 def _score_window(
-    model: PreTrainedModel, against: PreTrainedModel | KeptOriginal | None, window: Window
+    model: PreTrainedModel, against: PreTrainedModel | KeptOriginal | None, window: Window, chunk: int | None
 ) -> _WindowSums:
     """Runs both models over one window and sums their scores. Their logits are freed when it returns."""
     counted = slice(window.first, window.first + len(window.targets))
@@ -153,7 +168,7 @@ def _score_window(
     if against is not None:
         kept = isinstance(against, KeptOriginal)
         reference_TV = (against.logits(window.inputs) if kept else logits_of(against, window.inputs))[counted]
-    logits_TV = logits_of(model, window.inputs)[counted]
+    logits_TV = logits_of(model, window.inputs, chunk=chunk)[counted]
     if reference_TV is not None and reference_TV.shape != logits_TV.shape:
         raise ValueError(
             f"the model has {logits_TV.shape[1]} logits and the original {reference_TV.shape[1]}: "

@@ -11,7 +11,7 @@ from lowbit.modules.attention import AttentionSpec, attend
 from lowbit.modules.attention_ranges import OperandRanges
 from lowbit.modules.description import LinearDescription
 from lowbit.modules.draft_linear import DraftLinear, make_drafts, unmake_drafts, weight_shape
-from lowbit.modules.kv_spec import KVRule, KVSpec
+from lowbit.modules.kv_spec import KVFormats, KVRule, KVSpec, kv_formats, set_kv_formats
 from lowbit.modules.linear_format import LinearFormat
 from lowbit.modules.quant_embedding import QuantEmbedding, scale_of
 from lowbit.modules.quant_linear import QuantLinear, kept_weights, prepare, restore
@@ -23,6 +23,7 @@ __all__ = [
     "ActSpec",
     "AttentionSpec",
     "DraftLinear",
+    "KVFormats",
     "KVRule",
     "KVSpec",
     "LinearDescription",
@@ -39,12 +40,14 @@ __all__ = [
     "fake_activation",
     "fake_quantize_activation",
     "kept_weights",
+    "kv_formats",
     "make_drafts",
     "prepare",
     "quantize_activation",
     "residual_of",
     "restore",
     "scale_of",
+    "set_kv_formats",
     "static_params",
     "turn_residual",
     "turned",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lowbit.numerics import Block, PerGroup, PerToken, RangeGrid, Spec, serializable, untagged
 
@@ -119,3 +119,36 @@ class KVRule:
     def matches(self, layer: int, count: int) -> bool:
         """Whether it is of ``layer`` of ``count``."""
         return layer in self.layers or layer - count in self.layers
+
+
+@dataclass(frozen=True)
+class KVFormats:
+    """The formats of a model's whole cache.
+
+    Args:
+        kv: of every layer; None: as the model computes it.
+        overrides: other formats of some layers; the last rule that matches counts.
+    """
+
+    kv: KVSpec | None = None
+    overrides: tuple[KVRule, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether any layer is quantized."""
+        return self.kv is not None or any(rule.kv is not None for rule in self.overrides)
+
+
+_ATTRIBUTE = "_lowbit_kv"
+
+
+def set_kv_formats(model: Any, formats: KVFormats) -> None:
+    """Notes at ``model`` how its cache is held; copies and pickles of the model keep it. Without formats, takes a note away."""
+    if formats:
+        setattr(model, _ATTRIBUTE, formats)
+    elif hasattr(model, _ATTRIBUTE):
+        delattr(model, _ATTRIBUTE)
+
+
+def kv_formats(model: Any) -> KVFormats:
+    """What :func:`set_kv_formats` noted; nothing is quantized where it noted nothing."""
+    return getattr(model, _ATTRIBUTE, KVFormats())

@@ -26,7 +26,7 @@ def compatibility(plan: ModelPlan) -> dict[str, str]:
     new_biases = [f"{block.name}.{path}" for block in plan.blocks for path in block.description.biases]
     description = model_description(plan)
     answers = {
-        "lowbit": "yes: " + "; ".join(f"kernel {name} for {roles}" for name, roles in kernels.items()),
+        "lowbit": "yes: " + ("; ".join(f"kernel {name} for {roles}" for name, roles in kernels.items()) or "as it is"),
         "transformers (import lowbit)": "yes: AutoModelForCausalLM.from_pretrained(DIR) after `import lowbit`",
     }
     for file_format in formats.FORMATS:
@@ -49,6 +49,8 @@ def model_description(plan: ModelPlan) -> ModelDescription:
         attention={
             f"{block.name}.{path}": spec for block in plan.blocks for path, spec in block.description.attention.items()
         },
+        kv=plan.recipe.scheme.kv,
+        kv_overrides=plan.recipe.scheme.kv_overrides,
         residual=plan.residual,
         embeddings=plan.outside.embeddings,
         tied_heads=plan.outside.tied_heads,

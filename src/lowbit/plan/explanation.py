@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.numerics import Fisher
+from lowbit.plan.cache import cache_texts
 from lowbit.plan.layers import PlannedLayer, planned_layers, ragged_groups
 from lowbit.plan.model_plan import ModelPlan, base_name, edge_notes, plan_model
 from lowbit.recipes import Recipe
@@ -50,7 +51,13 @@ def explain(
     """
     plan = plan_model(model, recipe, trust_remote_code=trust_remote_code)
     steps = tuple(" ".join(_sentences(plan, step)) for step in plan.recipe.steps)
-    notes = (*_feed(plan), *_attention(plan), *plan.architecture.warnings, *_left_out(plan))
+    notes = (
+        *_feed(plan),
+        *_attention(plan),
+        *cache_texts(plan.recipe.scheme.cache),
+        *plan.architecture.warnings,
+        *_left_out(plan),
+    )
     return Explanation(steps, planned_layers(plan), notes)
 
 

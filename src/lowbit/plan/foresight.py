@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.numerics import PerCluster, to_dict
+from lowbit.plan.cache import PlannedCache, planned_cache
 from lowbit.plan.compatibility import compatibility, kernel_reasons
 from lowbit.plan.layers import PlannedLayer, planned_layers, ragged_groups
 from lowbit.plan.model_plan import ModelPlan, edge_notes, layer_bytes, outside_bytes, plan_model, rest_of_block
@@ -36,6 +37,7 @@ class Plan:
         peak_ram_parts: terms of the estimate, by moment of the run.
         peak_disk_bytes: bytes of temporary files (activations beyond the memory limit, Fisher information), without the
             checkpoint.
+        cache: the bytes of keys and values of one sequence; None where nothing is known of them.
         warnings: what the user should know and may accept.
         compatibility: by runtime or format, ``yes: ...`` or ``no: ...`` with the reason.
     """
@@ -53,10 +55,13 @@ class Plan:
     warnings: tuple[str, ...]
     compatibility: dict[str, str]
     peak_ram_parts: dict[str, dict[str, int]] = field(default_factory=dict)
+    cache: PlannedCache | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
-        return vars(self) | {"layers": [layer.to_dict() for layer in self.layers], "warnings": list(self.warnings)}
+        cache = None if self.cache is None else vars(self.cache)
+        layers = [layer.to_dict() for layer in self.layers]
+        return vars(self) | {"layers": layers, "warnings": list(self.warnings), "cache": cache}
 
 
 def plan(
@@ -65,6 +70,7 @@ def plan(
     *,
     samples: int = 32,
     seq_len: int = 512,
+    context: int | None = None,
     ram_limit: int = 2**32,
     trust_remote_code: bool = False,
 ) -> Plan:
@@ -73,6 +79,7 @@ def plan(
     Args:
         model, recipe: as for :func:`lowbit.quantize`.
         samples, seq_len: number and length of calibration windows; ``samples=0`` for a run without calibration text.
+        context: tokens of a sequence whose cache is counted; None: as many as the model was made for.
         ram_limit: bytes of activations in memory; more go to files.
         trust_remote_code: allow the model's own Python code.
 
@@ -100,6 +107,7 @@ def plan(
         warnings=tuple(_warnings(checked, layers, samples, seq_len)),
         compatibility=compatibility(checked),
         peak_ram_parts=parts,
+        cache=planned_cache(checked.source, checked.recipe.scheme.cache, context),
     )
 
 
@@ -136,6 +144,6 @@ def _warnings(plan: ModelPlan, layers: tuple[PlannedLayer, ...], samples: int, s
     warnings += [step.upper_bound for step in plan.recipe.steps if step.upper_bound]
     if plan.recipe.needs_calibration and samples < 1:
         warnings.append(f"recipe {plan.recipe.name!r} needs calibration text, but samples is {samples}")
-    if not any(not layer.reason for layer in layers):
+    if plan.recipe.stages and not any(not layer.reason for layer in layers):
         warnings.append("nothing is quantized: every linear is skipped")
     return warnings

@@ -30,6 +30,7 @@ from lowbit.architectures import (
     for_config,
     model_blocks,
 )
+from lowbit.caches import PackedCache
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.modules import LinearDescription, LinearFormat, OperandRanges, ResidualRotation, weight_shape
 from lowbit.plan.outside import OutsidePlan, plan_outside
@@ -171,7 +172,7 @@ def lay_over(source: ModelSource, recipe: Recipe) -> ModelPlan:
 
     Raises:
         ValueError: a rule that matches no layer; a format that a layer cannot have, with the layer's name; quantized
-            attention in a model whose attention code does not support it.
+            attention in a model whose attention code does not support it; formats of a cache that the model does not have.
     """
     return replan(source, for_config(source.config), source.skeleton(unfuse=True), recipe)
 
@@ -194,6 +195,8 @@ def replan(source: ModelSource, architecture: Architecture, model: PreTrainedMod
     _ = plan.outside  # refuses what the model's embedding or head cannot have
     if recipe.scheme.attention is not None:
         check_attention(model)
+    if recipe.scheme.cache:
+        PackedCache(source.config, recipe.scheme.kv, recipe.scheme.kv_overrides)  # refuses what the model cannot have
     return plan
 
 

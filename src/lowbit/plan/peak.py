@@ -90,6 +90,8 @@ def peak_disk_bytes(plan: ModelPlan, samples: int, seq_len: int, ram_limit: int)
 
 def peak_parts(plan: ModelPlan, samples: int, seq_len: int, ram_limit: int) -> dict[str, dict[str, int]]:
     """Bytes of each moment's terms (see the module docstring). The peak is the largest sum."""
+    if not plan.recipe.stages:
+        return _whole_parts(plan, samples, seq_len)
     streams = stream_tokens(plan, samples, seq_len)
     held = {"process": PROCESS, "activations": activation_bytes(plan, streams, ram_limit)[0]}
     worst = max(plan.blocks, key=lambda block: _block_bytes(block) + _largest_step(plan, block, samples, seq_len)[1])
@@ -104,12 +106,24 @@ def peak_parts(plan: ModelPlan, samples: int, seq_len: int, ram_limit: int) -> d
     tables = sum(layer.nbytes for layer in plan.outside.stored.values())
     fisher = _fisher_parts(plan, worst, samples, seq_len, ram_limit) if plan.recipe.needs_fisher else {}
     train = _train_parts(plan, worst, seq_len, held, packed)
+    read_back = {"read back for its cache": packed + outside} if plan.recipe.scheme.cache else {}
     return (fisher | train) | {
         "start": held | {"embeddings": _base_bytes(plan), "block": _block_bytes(plan.blocks[0])},
         "block": held | block,
-        "compare": held | {"outside the blocks": outside, "packed outside": tables, "logits": 8 * logits},
+        "compare": held | {"outside the blocks": outside, "packed outside": tables, "logits": 8 * logits} | read_back,
         "reload": held | {"outside the blocks": outside, "packed layers": packed, "logits": 6 * logits},
     }
+
+
+def _whole_parts(plan: ModelPlan, samples: int, seq_len: int) -> dict[str, dict[str, int]]:
+    """Of a run that writes the model as it is and reads it back whole to measure its cache."""
+    largest = max(sum(p.nbytes for p in block.module.parameters()) for block in plan.blocks)
+    write = {"process": PROCESS, "block or what is outside": max(largest, outside_bytes(plan))}
+    if not samples:
+        return {"write": write}
+    model = outside_bytes(plan, FLOAT) + sum(_block_bytes(block) for block in plan.blocks)
+    logits = seq_len * plan.source.config.get_text_config().vocab_size * FLOAT
+    return {"write": write, "compare": {"process": PROCESS, "model": model, "logits": 8 * logits}}
 
 
 def _train_parts(

@@ -1,10 +1,10 @@
 """Recipes (what is stored, and the stages that choose it), the registry of methods, mixes and recipe files."""
 
-from lowbit.catalog import builtin_recipes
+from lowbit.catalog import KV_FAMILY, builtin_recipes
 from lowbit.recipes.files import as_recipe, from_file, from_plain
 from lowbit.recipes.mix import mix
 from lowbit.recipes.recipe import Recipe
-from lowbit.recipes.registry import ALIASES, KV_FAMILY, METHODS, Method, kv_scheme, method, recipe
+from lowbit.recipes.registry import ALIASES, METHODS, Method, kv_scheme, method, recipe
 from lowbit.recipes.stages import Blockwise, Stage, Train
 
 __all__ = [

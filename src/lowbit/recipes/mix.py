@@ -27,7 +27,7 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
     recipes = tuple(recipes)
     solving = [recipe for recipe in recipes if recipe.steps]
     attention = next((each.scheme.attention for each in recipes if each.scheme.attention), None)
-    caching = next((each.scheme for each in recipes if each.scheme.kv), Scheme())
+    caching = next((each.scheme for each in recipes if each.scheme.cache), Scheme())
     kv, kv_overrides = caching.kv, caching.kv_overrides
     later = tuple(stage for each in recipes for stage in each.stages if not isinstance(stage, Blockwise))
     if not solving:

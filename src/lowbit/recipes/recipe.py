@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from lowbit.modules import KVFormats
 from lowbit.numerics import check_types, from_dict, untagged
 from lowbit.recipes.stages import Blockwise, Stage
 from lowbit.scheme import Outside, Override, Scheme
@@ -49,7 +50,7 @@ class Recipe:
         try:
             for i, stage in enumerate(self.stages):
                 stage.check(self.scheme, self.stages[:i])
-            if not self.stages and (self.scheme.rules or self.scheme.attention or not self.scheme.kv):
+            if not self.stages and (self.scheme.rules or self.scheme.attention or not self.scheme.cache):
                 raise ValueError(
                     "a recipe has a stage, such as Blockwise((Solve(...),)), or only a KV cache format; found neither"
                 )
@@ -111,6 +112,14 @@ class Recipe:
         """This recipe with other ``steps`` or another ``feed`` or ``compute`` in its Blockwise stage."""
         stages = (replace(stage, **changes) if isinstance(stage, Blockwise) else stage for stage in self.stages)
         return replace(self, stages=tuple(stages))
+
+    def with_cache(self, formats: KVFormats) -> Recipe:
+        """This recipe with other formats of the KV cache; without formats, the cache stays as the model computes it.
+
+        Raises:
+            ValueError: nothing would be left to do.
+        """
+        return replace(self, scheme=replace(self.scheme, kv=formats.kv, kv_overrides=formats.overrides))
 
     def with_overrides(self, overrides: Iterable[Mapping[str, Any]]) -> Recipe:
         """This recipe with added rules, one for each override. See :class:`Override` for their keys.

@@ -10,14 +10,12 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError, validate_call
 
+from lowbit.catalog import KV_FAMILY
 from lowbit.modules import KVSpec
 from lowbit.numerics import nearest, to_dict
 from lowbit.recipes.mix import mix
 from lowbit.recipes.recipe import Recipe
 from lowbit.scheme import Scheme
-
-KV_FAMILY = "kv-cache"
-"""The family of methods that say how a cache is held."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,8 @@ def method(name: str, *, family: str, paper: str, alias: str | None = None):
 def recipe(name: str, **options: Any) -> Recipe:
     """The recipe of method ``name``, or of a mix ``"a+b"``: the steps of a, then those of b, solved once as b solves.
 
-    Each option goes to every method of the mix that has it. ``activation_bits=16``, which leaves inputs as they are, is also
+    Each option goes to every method of the mix that has it. ``kv_NAME`` is option NAME of the method that says how the cache is
+    held, and of no other: ``recipe("gptq+kivi", bits=4, kv_bits=2)``. ``activation_bits=16``, which leaves inputs as they are, is also
     taken for methods that never quantize them.
 
     Raises:
@@ -146,12 +145,25 @@ def recipe(name: str, **options: Any) -> Recipe:
                 f"{name!r} always quantizes inputs: leave out activation_bits = 16, or choose another method"
             )
         return made
+    own = {f"kv_{key}": key for part in parts if part.family == KV_FAMILY for key in part.options}
+    of_cache = {own[key]: options[key] for key in options if key in own and key not in known}
+    options = {key: value for key, value in options.items() if key not in own or key in known}
     if len(parts) == 1:
-        return parts[0].recipe(**options)
+        for key in options.keys() & of_cache.keys():
+            raise ValueError(f"{name!r} has the option {key!r} once; found it and kv_{key}")
+        return parts[0].recipe(**options, **of_cache)
     for key in options:
         if key not in known:
-            raise ValueError(f"none of the methods in {name!r} has an option {key!r}{nearest(key, sorted(known))}")
-    return mix(name, [part.recipe(**{k: v for k, v in options.items() if k in part.options}) for part in parts])
+            raise ValueError(
+                f"none of the methods in {name!r} has an option {key!r}{nearest(key, sorted({*known, *own}))}"
+            )
+    return mix(name, [part.recipe(**_options_of(part, options, of_cache)) for part in parts])
+
+
+def _options_of(part: Method, options: Mapping[str, Any], of_cache: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that one method of a mix has, those of the cache before others of the same name."""
+    mine = {**options, **of_cache} if part.family == KV_FAMILY else options
+    return {key: value for key, value in mine.items() if key in part.options}
 
 
 def kv_scheme(method: str | KVSpec, **options: Any) -> Scheme:

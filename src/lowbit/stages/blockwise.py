@@ -95,7 +95,7 @@ class Walk:
         self.source, self.recipe, self.architecture = self.plan.source, self.plan.recipe, self.plan.architecture
         attends = None if self.recipe.scheme.attention is None else IMPLEMENTATION
         self.model: PreTrainedModel = self.source.skeleton(unfuse=True, attn_implementation=attends)
-        self.section = self.journal.section(0, last=len(self.recipe.stages) == 1)  # Blockwise comes first
+        self.section = self.journal.section(0, last=len(self.recipe.stages) <= 1)  # Blockwise comes first
         self.blocks = block_modules(self.model, self.architecture)
         self.total = len(self.blocks)
         self.rotation = self.plan.rotation

@@ -7,17 +7,22 @@ done again; the shards of the last one have the names of a checkpoint's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from lowbit.checkpoints.description import ModelDescription
+from lowbit.modules import set_kv_formats
 from lowbit.plan.model_plan import ModelPlan
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Blockwise, Train
 from lowbit.stages.blockwise import Walk
-from lowbit.stages.journal import Journal
+from lowbit.stages.journal import Journal, Section
 from lowbit.stages.train import Training
+from lowbit.stages.whole import fitted_cache, read_back, write_as_it_is
 
 
 @dataclass
@@ -32,7 +37,7 @@ class Run:
         drawn, held_out: as for :class:`Walk`.
 
     Attributes:
-        walk: of the Blockwise stage; it keeps both streams behind the last block.
+        walk: of the Blockwise stage; it keeps both streams behind the last block. Without that stage, it does not begin.
         model: what the last Train stage left (float32, packed), or None: the model is the one that the walk left.
         notes: what stages found that the report should say.
     """
@@ -44,7 +49,7 @@ class Run:
     progress: Progress = silent
     drawn: bool = False
     held_out: int = 0
-    model: nn.Module | None = None
+    model: PreTrainedModel | None = None
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self):
@@ -60,9 +65,38 @@ class Run:
         )
 
     def stages(self) -> None:
-        """Runs them. Raises what they raise."""
+        """Runs them. Raises what they raise. A recipe without stages leaves the model as it is, but for its cache."""
+        if not self.recipe.stages:
+            write_as_it_is(self.plan, self._last, self.progress)
         for number, stage in enumerate(self.recipe.stages):
             _RUNNERS[type(stage)](self, number, stage)
+
+    @property
+    def _last(self) -> Section:
+        """The section whose shards are the result's."""
+        return self.journal.section(max(0, len(self.recipe.stages) - 1), last=True)
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the result's shards."""
+        return self._last.files
+
+    @cached_property
+    def description(self) -> ModelDescription:
+        """What the result stores; its cache is fitted to the keys of the model that the stages left."""
+        cache = fitted_cache(self.plan.source, self._last, self.recipe.scheme.cache)
+        apart = self.walk.unfused_experts and bool(self.recipe.stages)
+        return replace(self.walk.description, kv=cache.kv, kv_overrides=cache.overrides, unfused_experts=apart)
+
+    def finished_model(self) -> PreTrainedModel | None:
+        """The result in memory (float32, packed) after stages that change a whole model or where its cache is quantized;
+        None: the walk's streams say what it computes."""
+        model, self.model = self.model, None
+        if model is not None:
+            set_kv_formats(model, self.description.cache)
+        elif self.description.cache:
+            model = read_back(self.plan.source, self._last, self.description, self.files)
+        return model
 
     def close(self) -> None:
         self.walk.close()

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import PreTrainedModel
 
-from lowbit.checkpoints import native
 from lowbit.checkpoints.shards import read_shard_header
 from lowbit.progress import Progress
 from lowbit.recipes import Train
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Section
+from lowbit.stages.whole import read_back
 from lowbit.steps.precision import faster_products
 from lowbit.training import Batch
 
@@ -45,7 +46,7 @@ class Training:
     section: Section
     progress: Progress
 
-    def run(self) -> tuple[nn.Module, list[str]]:
+    def run(self) -> tuple[PreTrainedModel, list[str]]:
         """Trains, unless the journal has all shards; the model as its shards make it (float32, packed), and notes."""
         source, section = self.source.files, self.section
         for i, entry in enumerate(section.finished):
@@ -54,20 +55,15 @@ class Training:
                 section.forget(i)  # the journal was damaged
                 break
         if len(section.finished) < len(source):
-            model = self._load(source)
+            model = read_back(self.walk.source, section, self.walk.description, source)
             notes = self._train(model)
             state = model.state_dict()
             for i in range(len(section.finished), len(source)):
                 headers = read_shard_header(section.directory / source[i])
                 tensors = {name: state[name].to(header.dtype) for name, header in headers.items()}
                 section.write(section.shard_name(i, len(source)), tensors, {"notes": notes})
-        return self._load(section.files), section.finished[0]["record"]["notes"]
-
-    def _load(self, shards: list[str]) -> nn.Module:
-        source = self.walk.source
-        native.write_checkpoint(self.section.directory, source.config, self.walk.description, shards, source.dtype)
-        trust = source.trust_remote_code
-        return native.load(self.section.directory, dtype=torch.float32, unfinished=True, trust_remote_code=trust)
+        trained = read_back(self.walk.source, section, self.walk.description, section.files)
+        return trained, section.finished[0]["record"]["notes"]
 
     def _train(self, model: nn.Module) -> list[str]:
         """Changes ``model`` in place; returns notes for the report."""

@@ -258,6 +258,71 @@ def test_generate_reads_its_prompt_from_stdin(quantized):
     )
 
 
+# Caches
+
+KIVI = ("--kv", "kivi:2", "--kv-set", "recent=32")
+
+
+def test_a_cache_alone_or_beside_a_method_is_written_and_used(place, tmp_path):
+    alone = run("quantize", place / "model", *KIVI, "--calibration", "none", "-o", tmp_path / "alone", "--allow-broken")
+    assert alone.exit_code == 0, alone.stderr
+    assert "recipe:      kivi: cache: keys int2 asymmetric" in alone.stderr
+    assert "bits per number in the cache" in alone.stdout and "bits per weight, quantized" not in alone.stdout
+    assert "weights as they were, 3.5 bits per number in the cache" in alone.stdout
+    beside = quantize(place, tmp_path / "beside", "--kv", "kivi", "--kv-bits", 2, "--kv-set", "recent=32", "--json")
+    assert beside.exit_code == 0, beside.stderr
+    report = json.loads(beside.stdout)
+    assert report["cache_bits"] == 3.5 and report["bits_per_weight"] > 8
+    mixed = quantize(
+        place, tmp_path / "mixed", "--kv-bits", 2, "--json", method=("--method", "rtn+kivi", "--bits", "8")
+    )
+    assert json.loads(mixed.stdout)["recipe"]["scheme"]["kv"]["key"]["grid"]["bits"] == 2
+    for out in ("alone", "beside"):
+        shown = run("generate", tmp_path / out, "--prompt", "w1 w2", "--max-new-tokens", 5)
+        assert shown.exit_code == 0 and "cache: keys int2" in shown.stderr
+        off = run("generate", tmp_path / out, "--prompt", "w1 w2", "--max-new-tokens", 5, "--kv", "none")
+        assert off.exit_code == 0 and "cache: " not in off.stderr
+
+
+def test_an_ordinary_model_runs_and_is_measured_with_a_cache(place, chatty, tmp_path):
+    shown = run("generate", place / "model", "--prompt", "w1 w2", *KIVI, "--max-new-tokens", 5)
+    assert shown.exit_code == 0 and "cache: keys int2 asymmetric with real zero points" in shown.stderr
+    talk = run("chat", chatty, *KIVI, "--max-new-tokens", 4, stdin="w1 w2\n")
+    assert talk.exit_code == 0 and "cache: keys int2" in talk.stderr
+    assert_refused(
+        run("evaluate", place / "model", "--text", place / "text.txt", "--seq-len", 48, "--windows", 2, "--generation"),
+        "positions",
+    )
+    longer = shutil.copytree(place / "model", tmp_path / "longer")
+    config = json.loads((longer / "config.json").read_text())
+    (longer / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    measure = ("evaluate", longer, "--text", place / "text.txt", "--seq-len", 48, "--windows", 2)
+    against = ("--against", longer)
+    found = json.loads(run(*measure, *against, "--kv", "kv-int:2", "--generation", "--json").stdout)
+    assert found["cache_bits"] == 3 and found["kl"] > 0 and "through the cache, token by token" in found["protocol"]
+    assert [task["name"] for task in found["tasks"]] == ["copying", "counting", "arithmetic"]
+    table = run(*measure, "--kv", "kv-int:2", "--generation").stdout
+    assert all(words in table for words in ("bits per number in the cache", "right, plain cache", "arithmetic"))
+    assert "through the cache" not in run(*measure).stdout
+
+
+def test_a_method_that_says_nothing_of_caches_is_no_cache(place, tmp_path):
+    assert_refused(run("generate", place / "model", "--prompt", "w1", "--kv", "rtn"), "'rtn' is no method for caches")
+    assert_refused(run("generate", place / "model", "--prompt", "w1", "--kv", "kivy"), "kivi")
+
+
+def test_plan_counts_the_cache_of_a_sequence(place):
+    asked = ("plan", place / "model", *RTN, "--context", 64)
+    plain, packed = (json.loads(run(*asked, *more, "--json").stdout)["cache"] for more in ((), KIVI))
+    assert plain["tokens"] == 64 and plain["bytes"] == plain["bytes_floating"] == packed["bytes_floating"]
+    heads, dim, layers = 2, 16, 2
+    numbers = 2 * heads * dim * layers
+    assert plain["bytes"] == 64 * numbers * 4 and packed["bytes"] == 32 * numbers * 4 + 32 * numbers * 3.5 / 8
+    assert "cache of a sequence of 64 tokens" in run(*asked, *KIVI).stdout
+    alone = run("plan", place / "model", *KIVI)
+    assert alone.exit_code == 0 and "0 of 16" in " ".join(alone.stdout.split())
+
+
 # Chat
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}w0{% endif %}"
@@ -520,6 +585,11 @@ def test_a_broken_result_is_refused_unless_allowed(place, tmp_path):
         ("plan", "MODEL", "--method", "rtn", "--scheme", "W4A16", "--bits", "4"),
         ("plan", "MODEL", "--method", "rtn", "--scheme", "4x16"),
         ("plan", "MODEL", "--method", "rtn", "-q", "-v"),
+        ("quantize", "MODEL", "--method", "rtn", "--kv", "kivi", "--kv-set", "recent", "-o", "OUT"),
+        ("quantize", "MODEL", "--kv", "kivi", "--bits", "4", "-o", "OUT"),
+        ("generate", "MODEL", "--prompt", "w1", "--kv-bits", "4"),
+        ("evaluate", "MODEL", "--retrieval", "many"),
+        ("compare", "MODEL", "--kv", "kivi", "--kv-bits", "4,x", "-o", "OUT.jsonl"),
         ("quantise",),
     ],
 )

@@ -381,6 +381,23 @@ def test_the_command_makes_rows_of_methods_bits_and_files(model, tmp_path, here)
     assert len(here) == 7  # nothing was measured for all these
 
 
+def test_the_command_makes_rows_of_caches_alone_and_beside_methods(model, tmp_path, here):
+    caches, out = ("--kv", "kv-int", "--kv-bits", "4,2", "--kv-set", "recent=4"), tmp_path / "r.jsonl"
+    alone = command(model, *caches, *texts(model), "-o", out, "--json")
+    assert alone.exit_code == 0, alone.stderr
+    records = json.loads(alone.stdout)
+    assert [record["label"] for record in records] == ["original", "kv-int:4", "kv-int:2"]
+    assert [record.get("cache_bits") for record in records[1:]] == [5.0, 3.0] and records[0].get("cache_bits") is None
+    assert 0 < records[1]["kl"] < records[2]["kl"]
+    page = out.with_suffix(".md").read_text()
+    assert "through the cache, chunks of 2" in page and "bits, cache" in page
+    rows = ("--method", "rtn", "--bits", "8", "--kv", "none", "--kv", "kv-int:2")
+    both = command(model, *rows, *texts(model), "-o", tmp_path / "both.jsonl", "--json")
+    assert both.exit_code == 0, both.stderr
+    labels = [record["label"] for record in json.loads(both.stdout)]
+    assert labels[1:] == [labels[1], f"{labels[1]}, kv-int:2"]
+
+
 def test_the_command_fails_where_a_row_failed(model, tmp_path, monkeypatch, here):
     def failing(work, threads, log, progress):
         return {"error": "gone"} if hasattr(work, "recipe") else child.attempt(work, progress)

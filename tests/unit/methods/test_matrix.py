@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lowbit.recipes import METHODS
-
 from laws.test_architectures import CASES
-from matrix import outcome, read_page, save_model, whole_cells
+from matrix import QUANTIZERS, outcome, read_page, save_model, whole_cells
 
 WHOLE = whole_cells()
 
@@ -15,7 +13,7 @@ WHOLE = whole_cells()
 def test_the_page_has_every_method_and_every_architecture():
     by_case, _ = read_page()
     assert list(by_case) == list(CASES), "run `make docs`"
-    assert all(list(row) == list(METHODS) for row in by_case.values()), "run `make docs`"
+    assert all(list(row) == QUANTIZERS for row in by_case.values()), "run `make docs`"
 
 
 @pytest.mark.slow
@@ -23,6 +21,6 @@ def test_the_page_has_every_method_and_every_architecture():
 def test_every_method_runs_on_every_architecture_and_reloads_as_it_was_measured(case, tmp_path):
     """The run itself compares the reloaded model with the measured one and refuses a difference: ``whole_cells``."""
     original, wanted = save_model(case, tmp_path / "model"), read_page()[0][case]
-    for name in METHODS:
+    for name in QUANTIZERS:
         found = outcome(name, original, tmp_path / "model", tmp_path / name, whole=(case, name) in WHOLE)
         assert found == wanted[name], name

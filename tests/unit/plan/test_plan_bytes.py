@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, Lla
 from lowbit.checkpoints.shards import TensorHeader, read_shard_header
 from lowbit.plan import explain, plan
 from lowbit.plan.model_plan import ModelPlan, plan_model
+from lowbit.progress import silent
 from lowbit.recipes import METHODS, Recipe, recipe
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Journal
+from lowbit.stages.whole import write_as_it_is
 
 SIZES = {
     "vocab_size": 96,
@@ -41,7 +43,9 @@ CONFIGS = {
         max_position_embeddings=64,
         word_embed_proj_dim=32,
     ),
-    "gemma3": Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=16),
+    "gemma3": Gemma3TextConfig(
+        **SIZES, head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
+    ),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=2, num_experts_per_tok=2),
 }
 QUICK = {"llama", "gpt2"}
@@ -85,10 +89,13 @@ def written(planned: ModelPlan, out: Path) -> dict[str, TensorHeader]:
     journal.open()
     ids = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(0))
     ids = ids if planned.recipe.needs_calibration else None
-    walk = Walk(planned, ids, journal)
-    walk.run()
-    walk.write_rest()
-    walk.close()
+    if planned.recipe.stages:
+        walk = Walk(planned, ids, journal)
+        walk.run()
+        walk.write_rest()
+        walk.close()
+    else:
+        write_as_it_is(planned, journal.section(0, last=True), silent)
     files = (journal.directory / entry["file"] for entry in journal.finished)
     return {name: header for file in files for name, header in read_shard_header(file).items()}
 

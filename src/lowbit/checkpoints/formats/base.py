@@ -98,7 +98,7 @@ def beside_codes(description: ModelDescription, *, order: bool = False) -> Itera
         yield "the embedding is packed, for which it has no place; --embedding-bits 16 leaves it as it is"
     if description.attention:
         yield "attention multiplies quantized queries, keys and values, for which it has no place"
-    if description.kv is not None:
+    if description.cache:
         yield "the cache is quantized, for which it has no place"
     if description.residual is not None:
         yield "the residual stream is rotated when the model runs, for which it has no place"

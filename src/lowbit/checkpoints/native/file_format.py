@@ -33,7 +33,7 @@ class Native:
 
     def why_not(self, description: ModelDescription, new_biases: Collection[str] = ()) -> str | None:
         """None: it holds everything that a description can say, where there is anything to hold."""
-        return None if description.layers or description.kv is not None else "nothing is quantized"
+        return None if description.layers or description.cache else "nothing is quantized"
 
     def write(self, model: PackedModel, directory: Path) -> None:
         """Writes shards as they fill up, then the model's other files, the index, and config.json last."""

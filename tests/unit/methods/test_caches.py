@@ -1,0 +1,68 @@
+"""Methods for caches: with every method for weights, in recipes, files and mixes."""
+
+from __future__ import annotations
+
+import pytest
+
+import lowbit
+from lowbit.recipes import KV_FAMILY, METHODS, as_recipe, recipe
+
+from helpers import random_ids, tiny_llama
+
+CACHES = [name for name, method in METHODS.items() if method.family == KV_FAMILY]
+OTHERS = [name for name in METHODS if name not in CACHES]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_method_for_caches_goes_with_every_other_method_on_either_side(cache):
+    wanted = recipe(cache)
+    assert wanted.stages == () and wanted.scheme.cache and not wanted.needs_calibration
+    for name in OTHERS:
+        alone = recipe(name)
+        for mixed in (recipe(f"{name}+{cache}"), recipe(f"{cache}+{name}")):
+            assert mixed.stages == alone.stages and mixed.scheme.rules == alone.scheme.rules
+            assert mixed.scheme.cache == wanted.scheme.cache
+
+
+def test_an_option_of_a_mix_can_be_said_of_its_cache_alone():
+    mixed = recipe("gptq+kivi", bits=4, group_size=64, kv_bits=2, kv_group_size=32, recent=64)
+    assert mixed.scheme.cache == recipe("kivi", bits=2, group_size=32, recent=64).scheme.cache
+    assert mixed.scheme.rules == recipe("gptq", bits=4, group_size=64).scheme.rules
+    both = recipe("gptq+kivi", bits=4)
+    assert (
+        both.scheme.cache == recipe("kivi", bits=4).scheme.cache
+        and both.scheme.rules == recipe("gptq", bits=4).scheme.rules
+    )
+    assert recipe("kivi", kv_bits=3) == recipe("kivi", bits=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("gptq+kivi", {"kv_recnt": 3}, "none of the methods in 'gptq.kivi' has an option 'kv_recnt'.*kv_recent"),
+        ("gptq+awq", {"kv_bits": 3}, "has an option 'kv_bits'"),
+        ("gptq", {"kv_bits": 3}, "has no option 'kv_bits'"),
+        ("kivi", {"bits": 2, "kv_bits": 3}, "has the option 'bits' once; found it and kv_bits"),
+    ],
+)
+def test_an_option_that_no_cache_has_is_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(name, **options)
+
+
+def test_the_recipe_that_comes_along_packs_weights_and_cache(tmp_path):
+    found = as_recipe("w4-gptq-kivi4")
+    assert found.scheme.cache == recipe("kivi", bits=4).scheme.cache
+    assert found.scheme.rules == recipe("gptq", bits=4, group_size=64).scheme.rules
+    report = lowbit.quantize(tiny_llama(tmp_path / "model"), found, random_ids(2, 96), out=tmp_path / "out", max_kl=50)
+    assert report.cache_bits == found.scheme.kv.bits(16) and report.bits_per_weight > 4 and report.kl > 0
+    assert "through the cache" in report.measured_on
+
+
+def test_a_file_gives_a_mix_or_a_method_another_cache(tmp_path):
+    file = tmp_path / "mine.yaml"
+    side = "{grid: {type: Int, bits: 4}, granularity: {type: PerToken}}"
+    file.write_text(f"method: rtn\nkv: {{key: {side}, value: {side}, recent: 16}}\n")
+    report = lowbit.quantize(tiny_llama(tmp_path / "model"), file, random_ids(2, 64), out=tmp_path / "out", max_kl=50)
+    made = lowbit.load(tmp_path / "out")
+    assert lowbit.decoding.model.kv_formats(made).kv.recent == 16 and report.cache_bits == 4 + 2 * 16 / 16
