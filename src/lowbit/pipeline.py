@@ -30,6 +30,7 @@ from lowbit.evaluation import output_error
 from lowbit.modules import restore
 from lowbit.numerics import to_dict
 from lowbit.numerics.divergence import kl_and_agreement
+from lowbit.plan.kept import KeepDtype
 from lowbit.plan.model_plan import ModelPlan, lay_over
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Recipe, as_recipe
@@ -93,6 +94,7 @@ class Job:
             "model": self.source.fingerprint,
             "recipe": to_dict(self.recipe),
             "products": product_type(torch.device("cpu"), self.recipe.compute),
+            "keep_dtype": self.plan.kept.choice,
             "calibration": None if self.calibration is None else self.calibration.sha256,
         }
 
@@ -107,6 +109,7 @@ def prepare(
     samples: int = 32,
     seq_len: int = 512,
     bos: Bos = "auto",
+    keep_dtype: KeepDtype = "auto",
     max_bits: float = inf,
     trust_remote_code: bool = False,
 ) -> Job:
@@ -119,7 +122,7 @@ def prepare(
     settle(out)
     check_target(out)
     recipe.check_runs()
-    plan = lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe)
+    plan = lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe, keep_dtype)
     if not any(block.formats for block in plan.blocks):
         raise ValueError(
             f"recipe {recipe.name!r} quantizes no linear of this model: every rule skips; leave an override out"
@@ -178,6 +181,7 @@ def quantize(
     seq_len: int = 512,
     bos: Bos = "auto",
     ram_limit: int = 2**32,
+    keep_dtype: KeepDtype = "auto",
     max_kl: float = MAX_KL,
     max_bits: float = inf,
     allow_broken: bool = False,
@@ -195,6 +199,8 @@ def quantize(
         samples, seq_len: how many windows of how many tokens of the text.
         bos: whether every window begins with the model's first token: ``auto`` (as its tokenizer has it), ``yes``, ``no``.
         ram_limit: bytes of activations in memory; more go to memory-mapped files beside the target.
+        keep_dtype: the dtype of tensors that are not quantized: ``auto`` (each keeps its own), or ``float32``, ``bfloat16``,
+            ``float16``: those with more bytes an element are cast to it. Nothing is widened.
         max_kl: mean KL divergence in nats beyond which the result counts as broken.
         max_bits: stored bits for each quantized weight beyond which a recipe is refused, before the work if they are known
             then; otherwise the result counts as broken.
@@ -213,6 +219,7 @@ def quantize(
         samples=samples,
         seq_len=seq_len,
         bos=bos,
+        keep_dtype=keep_dtype,
         max_bits=max_bits,
         trust_remote_code=trust_remote_code,
     )
@@ -354,7 +361,7 @@ def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tenso
     """Config, index, card and tokenizer into the partial directory; reload and compare there; then the rename."""
     journal, directory = walk.journal, walk.journal.directory
     shards = journal.section(len(job.recipe.stages) - 1).files
-    native.write_checkpoint(directory, job.source.config, walk.description, shards, job.source.dtype)
+    native.write_checkpoint(directory, job.source.config, walk.description, shards, job.plan.kept.dtype)
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(directory)
     copy_companions(job.source.path, directory, code=job.source.trust_remote_code)
@@ -363,7 +370,7 @@ def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tenso
     bits = native.model_bits_per_weight(directory, unfinished=True)
     report = replace(report, out=job.out, bytes=weights, model_bits_per_weight=bits)
     if weights > job.source_bytes:
-        larger = larger_than_source(weights, job.source_bytes, walk.packed_outside, job.source.dtype)
+        larger = larger_than_source(weights, job.source_bytes, walk.packed_outside, job.plan.kept.dtype)
         report = replace(report, warnings=(*report.warnings, larger))
     write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name, job.source.path)
     _check_reloaded(directory, reference, job.source.trust_remote_code)

@@ -22,6 +22,7 @@ model, tokenizer = lowbit.load("."), lowbit.load_tokenizer(".")  # this director
 prompt = tokenizer("Once upon a time", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(prompt, max_new_tokens=32)[0]))
 ```"""
+_NARROWED = "Tensors that are not quantized are stored in at most the width of "
 _KEPT = ("license", "license_name", "license_link", "language")
 
 
@@ -105,6 +106,7 @@ def _card(report: Mapping[str, Any], header: Mapping[str, Any], model: str, sour
         f"fingerprint {header['model']}. Its products were in {header['products']} (`compute: float32` in a recipe makes them "
         f"exact). lowbit {header['lowbit']}, torch {header['torch']}.",
         "",
+        *([] if header["keep_dtype"] == "auto" else [f"{_NARROWED}{header['keep_dtype']}.", ""]),
         "## Layers with the largest relative output error",
         "",
         "| layer | bits per weight | relative squared output error |",

@@ -13,6 +13,7 @@ from lowbit.cli.choose import (
     EmbeddingBits,
     GroupSize,
     HeadBits,
+    KeepDtype,
     MethodOption,
     Overrides,
     RamLimit,
@@ -46,6 +47,7 @@ def command(
     samples: Annotated[int, typer.Option(min=0, help="Windows of calibration text; 0: a run without text.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     ram_limit: RamLimit = "4GiB",
+    keep_dtype: KeepDtype = "auto",
     trust_remote_code: common.Trust = False,
     as_json: common.Json = False,
 ) -> None:
@@ -63,6 +65,7 @@ def command(
         samples=samples,
         seq_len=seq_len,
         ram_limit=byte_count(ram_limit),
+        keep_dtype=keep_dtype,
         trust_remote_code=trust_remote_code,
     )
     if as_json:

@@ -17,6 +17,7 @@ from lowbit.cli.choose import (
     EmbeddingBits,
     GroupSize,
     HeadBits,
+    KeepDtype,
     MethodOption,
     Overrides,
     RamLimit,
@@ -68,6 +69,7 @@ def command(
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     bos: common.BeginWith = "auto",
     ram_limit: RamLimit = "4GiB",
+    keep_dtype: KeepDtype = "auto",
     max_kl: Annotated[
         float | None,
         typer.Option(help="Mean KL divergence in nats from which the result counts as broken (default 2)."),
@@ -106,6 +108,7 @@ def command(
         samples=samples,
         seq_len=seq_len,
         bos=bos,
+        keep_dtype=keep_dtype,
         max_bits=math.inf if max_bits is None else max_bits,
         trust_remote_code=trust_remote_code,
     )

@@ -65,7 +65,9 @@ class Training:
 
     def _load(self, shards: list[str]) -> nn.Module:
         source = self.walk.source
-        native.write_checkpoint(self.section.directory, source.config, self.walk.description, shards, source.dtype)
+        native.write_checkpoint(
+            self.section.directory, source.config, self.walk.description, shards, self.walk.plan.kept.dtype
+        )
         trust = source.trust_remote_code
         return native.load(self.section.directory, dtype=torch.float32, unfinished=True, trust_remote_code=trust)
 
