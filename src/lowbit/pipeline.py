@@ -25,7 +25,7 @@ from lowbit.checkpoints.locate import gguf_file
 from lowbit.checkpoints.model_card import write_card
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.checkpoints.target import check_target
-from lowbit.data import Bos, Calibration, calibration_of, drawn_tokens
+from lowbit.data import Bos, Calibration, calibration_of, drawn_tokens, ids_sha256
 from lowbit.evaluation import output_error
 from lowbit.modules import restore
 from lowbit.numerics import to_dict
@@ -80,13 +80,18 @@ class Job:
         """All windows of a run, and how many of them, at the end, no step sees. A run without text has drawn tokens."""
         if self.calibration is None:
             return drawn_tokens(self.source), 0
-        if self.calibration.held_out is None or not self.recipe.reads_inputs:
+        if self._held_out is None:
             return self.calibration.ids, 0
-        return torch.cat([self.calibration.ids, self.calibration.held_out]), len(self.calibration.held_out)
+        return torch.cat([self.calibration.ids, self._held_out]), len(self._held_out)
+
+    @property
+    def _held_out(self) -> Tensor | None:
+        """Windows that only the result is measured on. Where no step reads text, those of the calibration serve."""
+        return None if self.calibration is None or not self.recipe.reads_inputs else self.calibration.held_out
 
     @property
     def header(self) -> dict[str, Any]:
-        """What determines the bytes of the result; a partial run is continued only where all of it is the same."""
+        """What determines the bytes of the result, its report included; a partial run is continued only where all of it is the same."""
         return {
             "lowbit": __version__,
             "torch": torch.__version__,
@@ -96,6 +101,7 @@ class Job:
             "products": product_type(torch.device("cpu"), self.recipe.compute),
             "keep_dtype": self.plan.kept.choice,
             "calibration": None if self.calibration is None else self.calibration.sha256,
+            "held_out": None if self._held_out is None else ids_sha256(self._held_out),
         }
 
 
