@@ -32,6 +32,8 @@ from fuzz import QUIET, SIZES
 
 SECONDS = 60
 """Of a run that hangs."""
+SHARD = 60_000
+"""Bytes of a shard at most, so that tiny checkpoints have several."""
 ENDS = {signal.SIGKILL: {-9}, signal.SIGTERM: {143, -15}, signal.SIGINT: {130}}
 """What a run's process ends with after a signal. SIGTERM is the system's before a command has begun and when it is done."""
 FILE_ACTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "os.listdir"}
@@ -278,8 +280,10 @@ def failures(count: int, seed: int, commands: int, report: Callable[[str], None]
 
     import lowbit.cli
     import lowbit.pipeline  # noqa: F401
+    from lowbit.stages import merge
 
     torch.set_num_threads(1)
+    merge.SHARD_BYTES = SHARD
     lines, counts = [], Counter[str]()
     with tempfile.TemporaryDirectory() as scratch:
         made = make_commands(Path(scratch), commands)

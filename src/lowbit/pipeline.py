@@ -47,6 +47,7 @@ from lowbit.report import (
 )
 from lowbit.stages.blockwise import Broken, Walk
 from lowbit.stages.journal import Journal, settle
+from lowbit.stages.merge import merge
 from lowbit.stages.run import Run
 from lowbit.stages.stream import CannotStream, check_blocks_run_alone
 from lowbit.steps.precision import product_type
@@ -366,13 +367,12 @@ def _outside_note(walk: Walk) -> list[str]:
 def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tensor, Tensor] | None) -> QuantizeReport:
     """Config, index, card and tokenizer into the partial directory; reload and compare there; then the rename."""
     journal, directory = walk.journal, walk.journal.directory
-    shards = journal.section(len(job.recipe.stages) - 1).files
+    shards = merge(journal.section(len(job.recipe.stages) - 1), walk.description.guarded)
     native.write_checkpoint(directory, job.source.config, walk.description, shards, job.plan.kept.dtype)
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(directory)
     copy_companions(job.source.path, directory, code=job.source.trust_remote_code)
-    files = (directory / name for name in (*shards, native.GUARD))
-    weights = sum(file.stat().st_size for file in files if file.exists())
+    weights = sum((directory / name).stat().st_size for name in shards)
     bits = native.model_bits_per_weight(directory, unfinished=True)
     report = replace(report, out=job.out, bytes=weights, model_bits_per_weight=bits)
     if weights > job.source_bytes:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -96,7 +95,7 @@ class Walk:
         self.source, self.recipe, self.architecture = self.plan.source, self.plan.recipe, self.plan.architecture
         attends = None if self.recipe.scheme.attention is None else IMPLEMENTATION
         self.model: PreTrainedModel = self.source.skeleton(unfuse=True, attn_implementation=attends)
-        self.section = self.journal.section(0, last=len(self.recipe.stages) == 1)  # Blockwise comes first
+        self.section = self.journal.section(0)  # Blockwise comes first
         self.blocks = block_modules(self.model, self.architecture)
         self.total = len(self.blocks)
         self.rotation = self.plan.rotation
@@ -420,7 +419,7 @@ class Walk:
             return record
         block = self._original(i, call)
         unmake_drafts(block)
-        tensors = load_file(self.section.directory / entry["file"])
+        tensors = self.section.tensors(i, f"{record.name}.")
         for path, spec in record.attention.items():
             quantize_attention(block.get_submodule(path.removeprefix(f"{record.name}.")), spec)
         install_packed(block, record.name, record.modules, tensors)
@@ -456,7 +455,7 @@ class Walk:
         return {f"{name}.{key}": stored(key, value.detach()) for key, value in block.state_dict().items()}
 
     def _shard(self, i: int) -> str:
-        return self.section.shard_name(i, self.total + 1)
+        return self.section.unit_name(i, self.total + 1)
 
     # After the last block
 

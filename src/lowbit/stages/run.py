@@ -1,7 +1,7 @@
 """A run: the stages of a recipe in order, each from the shards that the one before it left.
 
 All stages share one partial directory and one journal, in which each has a section of its own. What a stage finished is not
-done again; the shards of the last one have the names of a checkpoint's.
+done again; the units of the last one become the checkpoint.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _blockwise(run: Run, number: int, stage: Blockwise) -> None:
 
 
 def _train(run: Run, number: int, stage: Train) -> None:
-    section = run.journal.section(number, last=number == len(run.recipe.stages) - 1)
+    section = run.journal.section(number)
     run.model = None  # the one before is on disk
     run.model, notes = Training(stage, run.walk, run.journal.section(number - 1), section, run.progress).run()
     run.notes.extend(notes)

@@ -49,7 +49,7 @@ class Training:
         """Trains, unless the journal has all shards; the model as its shards make it (float32, packed), and notes."""
         source, section = self.source.files, self.section
         for i, entry in enumerate(section.finished):
-            expected = i < len(source) and entry["file"] == section.shard_name(i, len(source))
+            expected = i < len(source) and entry["file"] == section.unit_name(i, len(source))
             if not expected or not isinstance(entry["record"].get("notes"), list):
                 section.forget(i)  # the journal was damaged
                 break
@@ -60,7 +60,7 @@ class Training:
             for i in range(len(section.finished), len(source)):
                 headers = read_shard_header(section.directory / source[i])
                 tensors = {name: state[name].to(header.dtype) for name, header in headers.items()}
-                section.write(section.shard_name(i, len(source)), tensors, {"notes": notes})
+                section.write(section.unit_name(i, len(source)), tensors, {"notes": notes})
         return self._load(section.files), section.finished[0]["record"]["notes"]
 
     def _load(self, shards: list[str]) -> nn.Module:
