@@ -62,24 +62,18 @@ class Command:
 
 def make_commands(place: Path, count: int) -> list[Command]:
     """A tiny model with a tokenizer and a text in ``place``, and ``count`` commands that quantize it."""
-    import torch
     import yaml
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     import lowbit
     from lowbit.numerics import to_dict
     from lowbit.recipes import Train
     from lowbit.training import OriginalKL, StoredFloats
 
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "embed" not in name:
-                parameter.mul_(3)
-    source, text, tuned = place / "source", place / "text.txt", place / "tuned.yaml"
-    model.save_pretrained(source)
+    from helpers import tiny_llama
+
+    source, text, tuned = tiny_llama(place / "source", **SIZES), place / "text.txt", place / "tuned.yaml"
     letters = {letter: i for i, letter in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     inner = Tokenizer(models.BPE(vocab=letters, merges=[]))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
