@@ -50,7 +50,7 @@ from lowbit.stages.journal import Journal, settle
 from lowbit.stages.merge import merge
 from lowbit.stages.run import Run
 from lowbit.stages.stream import CannotStream, check_blocks_run_alone
-from lowbit.steps.precision import product_type
+from lowbit.steps.precision import continue_with, product_type
 from lowbit.surroundings import own_settings
 from lowbit.version import __version__
 
@@ -243,6 +243,9 @@ def run(
             f"{'; '.join(job.plan.problems)}. {job.source.name} would stay as large as it is; repeat with --allow-broken to "
             "quantize the few linears all the same"
         )
+    begun = Journal(job.out, job.header).begun
+    if begun and not restart and {**begun, "products": None} == {**job.header, "products": None}:
+        continue_with(begun.get("products", ""))
     journal = Journal(job.out, job.header)
     journal.open(restart=restart)
     try:

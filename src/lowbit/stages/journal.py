@@ -59,6 +59,16 @@ class Journal:
         """Where the journal is while the directory becomes the target."""
         return _beside(self.out, "journal")
 
+    @property
+    def begun(self) -> dict[str, Any] | None:
+        """The header of the unfinished run in the partial directory; None: there is none, or it is damaged."""
+        for path in (self.path, self._aside):
+            if self.directory.exists() and path.exists():
+                entries = _whole_lines(path.read_bytes())
+                header = entries[0].get("header") if entries else None
+                return header if isinstance(header, dict) else None
+        return None
+
     def open(self, *, restart: bool = False) -> int:
         """Makes or continues the partial directory, and locks it until :meth:`close`; returns how many units are finished.
 

@@ -152,6 +152,28 @@ def test_a_run_that_would_be_measured_on_other_windows_is_not_continued(tmp_path
     assert run(ids[4:6]).measured_on.startswith("2 windows of 16 tokens")
 
 
+def test_a_continued_run_computes_as_it_began_whatever_the_clock_says_then(tmp_path, monkeypatch):
+    from lowbit.kernels import instructions
+
+    model, ids = tiny_llama(tmp_path / "model"), random_ids(4, 16)
+
+    def run(name, gain, **options):
+        monkeypatch.setattr(instructions, "_assumed", {})
+        monkeypatch.setattr(instructions, "speedup", lambda dtype: gain)
+        lowbit.quantize(model, "gptq", ids, out=tmp_path / name, max_kl=50, **options)
+
+    def stop(done, total, what):
+        if done >= 1:
+            raise KeyboardInterrupt
+
+    run("whole", 1.6)
+    with pytest.raises(KeyboardInterrupt):
+        run("again", 1.6, progress=stop)
+    run("again", 1.4)
+    assert _hashes(tmp_path / "again") == _hashes(tmp_path / "whole")
+    assert '"products": "bfloat16"' in (tmp_path / "again" / "lowbit-report.json").read_text()
+
+
 def _three_units(directory: Path) -> Journal:
     journal = Journal(directory / "out", {"recipe": "a"})
     journal.open()
