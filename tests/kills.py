@@ -274,10 +274,13 @@ def failures(count: int, seed: int, commands: int, report: Callable[[str], None]
 
     import lowbit.cli
     import lowbit.pipeline  # noqa: F401
+    from lowbit.kernels.instructions import speedup
     from lowbit.stages import merge
 
     torch.set_num_threads(1)
     merge.SHARD_BYTES = SHARD
+    for dtype in (torch.bfloat16, torch.int8):  # measured once for all runs: what is written depends on it
+        speedup(dtype)
     lines, counts = [], Counter[str]()
     with tempfile.TemporaryDirectory() as scratch:
         made = make_commands(Path(scratch), commands)
