@@ -85,7 +85,7 @@ def plan(
     """
     checked = plan_model(model, recipe, keep_dtype=keep_dtype, trust_remote_code=trust_remote_code)
     layers = planned_layers(checked)
-    quantized = [layer for layer in layers if not layer.reason]
+    quantized = [layer for layer in layers if not layer.reason and layer.role not in ("embedding", "head")]
     weights = sum(prod(layer.shape) for layer in quantized)
     parts = peak_parts(checked, samples, seq_len, ram_limit)
     bytes_out, parameters = _bytes_out(checked), sum(prod(x.shape) for x in checked.source.headers.values())
