@@ -49,17 +49,8 @@ BASES: dict[str, tuple[dict[str, Any], bool]] = {
     "llm-int8": ({}, False),
     "outlier-suppression-plus": ({}, True),
 }
-SIZES = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
+SIZES = {"vocab_size": 300, "intermediate_size": 128, "bos_token_id": 0, "eos_token_id": 1}
+"""Of the tiny model, where they are not those of tests/helpers.py."""
 
 Case = tuple[str, int]
 
@@ -70,17 +61,12 @@ Case = tuple[str, int]
 def make_bases(place: Path, count: int) -> None:
     """A tiny model in ``place / "source"``, and checkpoints of it by ``count`` methods."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     import lowbit
 
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "embed" not in name:
-                parameter.mul_(3)
-    model.save_pretrained(place / "source")
+    from helpers import tiny_llama
+
+    tiny_llama(place / "source", **SIZES)
     ids = torch.randint(2, 300, (4, 32), generator=torch.Generator().manual_seed(1))
     for name, (options, calibrated) in list(BASES.items())[:count]:
         recipe = lowbit.recipe(name, **options)

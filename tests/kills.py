@@ -32,6 +32,8 @@ from fuzz import QUIET, SIZES
 
 SECONDS = 60
 """Of a run that hangs."""
+SHARD = 60_000
+"""Bytes of a shard at most, so that tiny checkpoints have several."""
 ENDS = {signal.SIGKILL: {-9}, signal.SIGTERM: {143, -15}, signal.SIGINT: {130}}
 """What a run's process ends with after a signal. SIGTERM is the system's before a command has begun and when it is done."""
 FILE_ACTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "os.listdir"}
@@ -60,24 +62,18 @@ class Command:
 
 def make_commands(place: Path, count: int) -> list[Command]:
     """A tiny model with a tokenizer and a text in ``place``, and ``count`` commands that quantize it."""
-    import torch
     import yaml
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     import lowbit
     from lowbit.numerics import to_dict
     from lowbit.recipes import Train
     from lowbit.training import OriginalKL, StoredFloats
 
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "embed" not in name:
-                parameter.mul_(3)
-    source, text, tuned = place / "source", place / "text.txt", place / "tuned.yaml"
-    model.save_pretrained(source)
+    from helpers import tiny_llama
+
+    source, text, tuned = tiny_llama(place / "source", **SIZES), place / "text.txt", place / "tuned.yaml"
     letters = {letter: i for i, letter in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     inner = Tokenizer(models.BPE(vocab=letters, merges=[]))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -278,8 +274,13 @@ def failures(count: int, seed: int, commands: int, report: Callable[[str], None]
 
     import lowbit.cli
     import lowbit.pipeline  # noqa: F401
+    from lowbit.kernels.instructions import speedup
+    from lowbit.stages import merge
 
     torch.set_num_threads(1)
+    merge.SHARD_BYTES = SHARD
+    for dtype in (torch.bfloat16, torch.int8):  # measured once for all runs: what is written depends on it
+        speedup(dtype)
     lines, counts = [], Counter[str]()
     with tempfile.TemporaryDirectory() as scratch:
         made = make_commands(Path(scratch), commands)

@@ -25,13 +25,14 @@ from lowbit.checkpoints.locate import gguf_file
 from lowbit.checkpoints.model_card import write_card
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.checkpoints.target import check_target
-from lowbit.data import Bos, Calibration, calibration_of, drawn_tokens
+from lowbit.data import Bos, Calibration, calibration_of, drawn_tokens, ids_sha256
 from lowbit.evaluation import output_error
 from lowbit.evaluation.forward import logits_of, through
 from lowbit.modules import restore
 from lowbit.numerics import to_dict
 from lowbit.numerics.divergence import kl_and_agreement
 from lowbit.plan.cache import cache_bits
+from lowbit.plan.kept import KeepDtype
 from lowbit.plan.model_plan import ModelPlan, lay_over
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Recipe, as_recipe
@@ -48,9 +49,10 @@ from lowbit.report import (
 )
 from lowbit.stages.blockwise import Broken, Walk
 from lowbit.stages.journal import Journal, settle
+from lowbit.stages.merge import merge
 from lowbit.stages.run import Run
 from lowbit.stages.stream import CannotStream, check_blocks_run_alone
-from lowbit.steps.precision import product_type
+from lowbit.steps.precision import continue_with, product_type
 from lowbit.surroundings import own_settings
 from lowbit.version import __version__
 
@@ -81,13 +83,18 @@ class Job:
         """All windows of a run, and how many of them, at the end, no step sees. A run without text has drawn tokens."""
         if self.calibration is None:
             return drawn_tokens(self.source), 0
-        if self.calibration.held_out is None or not self.recipe.reads_inputs:
+        if self._held_out is None:
             return self.calibration.ids, 0
-        return torch.cat([self.calibration.ids, self.calibration.held_out]), len(self.calibration.held_out)
+        return torch.cat([self.calibration.ids, self._held_out]), len(self._held_out)
+
+    @property
+    def _held_out(self) -> Tensor | None:
+        """Windows that only the result is measured on. Where no step reads text, those of the calibration serve."""
+        return None if self.calibration is None or not self.recipe.reads_inputs else self.calibration.held_out
 
     @property
     def header(self) -> dict[str, Any]:
-        """What determines the bytes of the result; a partial run is continued only where all of it is the same."""
+        """What determines the bytes of the result, its report included; a partial run is continued only where all of it is the same."""
         return {
             "lowbit": __version__,
             "torch": torch.__version__,
@@ -95,7 +102,9 @@ class Job:
             "model": self.source.fingerprint,
             "recipe": to_dict(self.recipe),
             "products": product_type(torch.device("cpu"), self.recipe.compute),
+            "keep_dtype": self.plan.kept.choice,
             "calibration": None if self.calibration is None else self.calibration.sha256,
+            "held_out": None if self._held_out is None else ids_sha256(self._held_out),
         }
 
 
@@ -109,6 +118,7 @@ def prepare(
     samples: int = 32,
     seq_len: int = 512,
     bos: Bos = "auto",
+    keep_dtype: KeepDtype = "auto",
     max_bits: float = inf,
     trust_remote_code: bool = False,
 ) -> Job:
@@ -120,7 +130,7 @@ def prepare(
     recipe, out = as_recipe(recipe), Path(out).expanduser().resolve()
     settle(out)
     check_target(out)
-    plan = lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe)
+    plan = lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe, keep_dtype)
     if recipe.stages and not any(block.formats for block in plan.blocks):
         raise ValueError(
             f"recipe {recipe.name!r} quantizes no linear of this model: every rule skips; leave an override out"
@@ -180,6 +190,7 @@ def quantize(
     seq_len: int = 512,
     bos: Bos = "auto",
     ram_limit: int = 2**32,
+    keep_dtype: KeepDtype = "auto",
     max_kl: float = MAX_KL,
     max_bits: float = inf,
     allow_broken: bool = False,
@@ -197,6 +208,8 @@ def quantize(
         samples, seq_len: how many windows of how many tokens of the text.
         bos: whether every window begins with the model's first token: ``auto`` (as its tokenizer has it), ``yes``, ``no``.
         ram_limit: bytes of activations in memory; more go to memory-mapped files beside the target.
+        keep_dtype: the dtype of tensors that are not quantized: ``auto`` (each keeps its own), or ``float32``, ``bfloat16``,
+            ``float16``: those with more bytes an element are cast to it. Nothing is widened.
         max_kl: mean KL divergence in nats beyond which the result counts as broken.
         max_bits: stored bits for each quantized weight beyond which a recipe is refused, before the work if they are known
             then; otherwise the result counts as broken.
@@ -215,6 +228,7 @@ def quantize(
         samples=samples,
         seq_len=seq_len,
         bos=bos,
+        keep_dtype=keep_dtype,
         max_bits=max_bits,
         trust_remote_code=trust_remote_code,
     )
@@ -231,6 +245,9 @@ def run(
             f"{'; '.join(job.plan.problems)}. {job.source.name} would stay as large as it is; repeat with --allow-broken to "
             "quantize the few linears all the same"
         )
+    begun = Journal(job.out, job.header).begun
+    if begun and not restart and {**begun, "products": None} == {**job.header, "products": None}:
+        continue_with(begun.get("products", ""))
     journal = Journal(job.out, job.header)
     journal.open(restart=restart)
     try:
@@ -370,17 +387,17 @@ def _outside_note(walk: Walk) -> list[str]:
 
 def _finish(job: Job, running: Run, report: QuantizeReport, reference: tuple[Tensor, Tensor] | None) -> QuantizeReport:
     """Config, index, card and tokenizer into the partial directory; reload and compare there; then the rename."""
-    walk, journal, directory, shards = running.walk, running.journal, running.journal.directory, running.files
-    native.write_checkpoint(directory, job.source.config, running.description, shards, job.source.dtype)
+    journal, directory = running.journal, running.journal.directory
+    shards = merge(running.last, running.description.guarded)
+    native.write_checkpoint(directory, job.source.config, running.description, shards, job.plan.kept.dtype)
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(directory)
     copy_companions(job.source.path, directory, code=job.source.trust_remote_code)
-    files = (directory / name for name in (*shards, native.GUARD))
-    weights = sum(file.stat().st_size for file in files if file.exists())
+    weights = sum((directory / name).stat().st_size for name in shards)
     bits = native.model_bits_per_weight(directory, unfinished=True)
     report = replace(report, out=job.out, bytes=weights, model_bits_per_weight=bits)
     if weights > job.source_bytes and job.recipe.stages:
-        larger = larger_than_source(weights, job.source_bytes, walk.packed_outside, job.source.dtype)
+        larger = larger_than_source(weights, job.source_bytes, running.walk.packed_outside, job.plan.kept.dtype)
         report = replace(report, warnings=(*report.warnings, larger))
     write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name, job.source.path)
     _check_reloaded(directory, reference, job.source.trust_remote_code)

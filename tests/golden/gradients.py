@@ -21,10 +21,11 @@ def gather(where: str = "") -> dict[str, Tensor]:
     """
     wanted = [layer for layer in layers.LAYERS if where in layer]
     name = f"official-fisher-smollm2-135m{where.replace('.', '-')}-32x512"
-    return layers.cached(name, lambda: _run_model(wanted))
+    return layers.cached(name, lambda: of_layers(wanted))
 
 
-def _run_model(wanted: list[str]) -> dict[str, Tensor]:
+def of_layers(wanted: list[str]) -> dict[str, Tensor]:
+    """:func:`gather` for ``wanted``, without a cache."""
     model, tokenizer = layers.model_and_tokenizer()
     model.requires_grad_(False)
     weights = {layer: model.get_parameter(f"{layer}.weight").requires_grad_() for layer in wanted}

@@ -116,8 +116,8 @@ class ModelDescription:
         transformers without lowbit passes over the ``quantization_config`` that it does not know and gives parameters that it
         does not find random values, with a warning. A parameter of another shape makes it raise.
         """
-        names = [*self.embeddings, *(name for name in self.layers if not _OF_EXPERT.search(f".{name}"))]
-        return f"{names[0]}.weight" if names else None
+        names = self.embeddings or [name for name in self.layers if not _OF_EXPERT.search(f".{name}")]
+        return f"{min(names)}.weight" if names else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data that :meth:`from_json` reads, in sorted order.

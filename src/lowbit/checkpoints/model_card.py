@@ -32,6 +32,7 @@ _WORST = (
     "| layer | bits per weight | relative squared output error |",
     "|---|---|---|",
 )
+_NARROWED = "Tensors that are not quantized are stored in at most the width of "
 _KEPT = ("license", "license_name", "license_link", "language")
 
 
@@ -122,6 +123,7 @@ def _card(report: Mapping[str, Any], header: Mapping[str, Any], model: str, sour
         f"fingerprint {header['model']}. Its products were in {header['products']} (`compute: float32` in a recipe makes them "
         f"exact). lowbit {header['lowbit']}, torch {header['torch']}.",
         "",
+        *([] if header["keep_dtype"] == "auto" else [f"{_NARROWED}{header['keep_dtype']}.", ""]),
         *(_WORST if worst else ()),
         *(f"| {x['name']} | {x['bits_per_weight']:.3f} | {x['error']:.4g} |" for x in worst),
         *(["", "## Warnings", "", *(f"* {text}" for text in report["warnings"])] if report["warnings"] else []),

@@ -28,6 +28,7 @@ INDEX = "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit, so that a corrupt length cannot ask for the whole memory
 _WHOLE = 64 * 2**20  # bytes; files up to this size are hashed whole, larger ones by samples
 _SAMPLE = 4096  # bytes
+_PIECE = 16 * 2**20  # bytes that are copied at once
 
 _DTYPES = {
     "F64": torch.float64,
@@ -214,6 +215,53 @@ def read_tensor(header: TensorHeader, rows: tuple[int, int] | None = None) -> Te
                 raise ModelError(f"{header.file}: ended at byte {start + done}; it was cut while in use.")
             done += count
     return flat.view(shape)
+
+
+def shard_names(count: int) -> list[str]:
+    """The names of a checkpoint's shards; a single one needs no index."""
+    return [WEIGHTS] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+
+
+def join_tensors(file: Path, tensors: Mapping[str, TensorHeader], empty: str | None = None) -> None:
+    """Writes stored tensors, byte for byte, into one new shard, in pieces: no tensor is held.
+
+    Wide types come first, as safetensors has them, so that all values are aligned.
+
+    Args:
+        tensors: where each of them lies now.
+        empty: the name of one more tensor, of no values.
+    """
+    codes = {dtype: code for code, dtype in _DTYPES.items()}
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, each in ordered:
+        header[name] = {
+            "dtype": codes[each.dtype],
+            "shape": each.shape,
+            "data_offsets": (end, end := end + each.nbytes),
+        }
+    if empty is not None:
+        header[empty] = {"dtype": "U8", "shape": (0,), "data_offsets": (end, end)}
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(file, "wb") as target:
+        target.write(len(raw).to_bytes(8, "little") + raw)
+        for _, each in ordered:
+            _copy(each, target)
+
+
+def _copy(header: TensorHeader, target: Any) -> None:
+    """Appends the bytes of a stored tensor to an open file."""
+    left = header.nbytes
+    with open(header.file, "rb", buffering=0) as stream:
+        stream.seek(header.start)
+        while left:
+            piece = stream.read(min(left, _PIECE))
+            if not piece:
+                raise ModelError(f"{header.file}: ended {left} bytes early; it was cut while in use.")
+            target.write(piece)
+            left -= len(piece)
 
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> None:

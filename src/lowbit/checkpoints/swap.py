@@ -21,6 +21,7 @@ from lowbit.modules import (
     turn_residual,
 )
 
+
 def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLinear | QuantEmbedding]:
     """Puts empty packed layers in the places that ``description`` names, in place; the new modules by name.
 

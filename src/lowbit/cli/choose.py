@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -110,6 +110,10 @@ Overrides = Annotated[
     ),
 ]
 
+KeepDtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Store tensors that are not quantized in at most this type; auto: each in its own."),
+]
 RamLimit = Annotated[
     str, typer.Option(metavar="SIZE", help="Activations beyond this go to memory-mapped files, such as 500MB.")
 ]

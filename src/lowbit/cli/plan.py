@@ -14,6 +14,7 @@ from lowbit.cli.choose import (
     EmbeddingBits,
     GroupSize,
     HeadBits,
+    KeepDtype,
     KVBits,
     KVSettings,
     MethodOption,
@@ -58,6 +59,7 @@ def command(
         ),
     ] = None,
     ram_limit: RamLimit = "4GiB",
+    keep_dtype: KeepDtype = "auto",
     trust_remote_code: common.Trust = False,
     as_json: common.Json = False,
 ) -> None:
@@ -77,6 +79,7 @@ def command(
         seq_len=seq_len,
         context=context,
         ram_limit=byte_count(ram_limit),
+        keep_dtype=keep_dtype,
         trust_remote_code=trust_remote_code,
     )
     if as_json:

@@ -18,6 +18,7 @@ from lowbit.cli.choose import (
     EmbeddingBits,
     GroupSize,
     HeadBits,
+    KeepDtype,
     KVBits,
     KVSettings,
     MethodOption,
@@ -74,6 +75,7 @@ def command(
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     bos: common.BeginWith = "auto",
     ram_limit: RamLimit = "4GiB",
+    keep_dtype: KeepDtype = "auto",
     max_kl: Annotated[
         float | None,
         typer.Option(help="Mean KL divergence in nats from which the result counts as broken (default 2)."),
@@ -112,6 +114,7 @@ def command(
         samples=samples,
         seq_len=seq_len,
         bos=bos,
+        keep_dtype=keep_dtype,
         max_bits=math.inf if max_bits is None else max_bits,
         trust_remote_code=trust_remote_code,
     )

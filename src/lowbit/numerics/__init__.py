@@ -54,6 +54,7 @@ from lowbit.numerics.grids import (
     powers_of_two,
     straight_through,
 )
+from lowbit.numerics.narrowing import narrowed, narrower
 from lowbit.numerics.serialize import check_types, from_dict, nearest, serializable, to_dict, untagged
 from lowbit.numerics.side_terms import KeptColumns, LowRank, SideTerm, Sparse
 from lowbit.numerics.spec import QTensor, Spec, fit_params, fit_raw, quantize, stored_bits
@@ -142,6 +143,8 @@ __all__ = [
     "fit_raw",
     "from_dict",
     "mean_abs",
+    "narrowed",
+    "narrower",
     "nearest",
     "powers_of_two",
     "quantize",

@@ -93,7 +93,7 @@ def _tied(plan: ModelPlan, name: str, other: str) -> PlannedLayer:
 
 
 def _as_is(plan: ModelPlan, tensor: str) -> float:
-    return 8.0 * plan.source.dtype_of(tensor).itemsize
+    return 8.0 * plan.kept.dtype_of(tensor).itemsize
 
 
 def _of_block(plan: ModelPlan, block: BlockPlan) -> Iterator[PlannedLayer]:

@@ -33,6 +33,7 @@ from lowbit.architectures import (
 from lowbit.caches import PackedCache
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.modules import LinearDescription, LinearFormat, OperandRanges, ResidualRotation, weight_shape
+from lowbit.plan.kept import KeepDtype, Kept
 from lowbit.plan.outside import OutsidePlan, plan_outside
 from lowbit.recipes import Recipe, as_recipe
 from lowbit.steps import BlockDescription, LayerDescription
@@ -95,6 +96,7 @@ class ModelPlan:
         model: its skeleton on the meta device, experts unfused.
         blocks: in order.
         rotation: of the residual stream; None: not rotated.
+        kept: dtypes of what is not quantized.
     """
 
     source: ModelSource
@@ -103,6 +105,7 @@ class ModelPlan:
     model: PreTrainedModel
     blocks: tuple[BlockPlan, ...]
     rotation: Seeded | None
+    kept: Kept
 
     @cached_property
     def linears(self) -> dict[str, str]:
@@ -138,7 +141,7 @@ class ModelPlan:
     @property
     def bias_dtype(self) -> torch.dtype:
         """The dtype in which packed linears store biases."""
-        return _bias_dtype(self.source.dtype)
+        return _bias_dtype(self.kept.dtype)
 
     def description(self, layer: LayerDescription) -> LinearDescription:
         """The description of a packed linear, without what its solver may add."""
@@ -156,7 +159,11 @@ class ModelPlan:
 
 
 def plan_model(
-    model: str | PathLike[str], recipe: Recipe | str | Path | Mapping[str, Any], *, trust_remote_code: bool = False
+    model: str | PathLike[str],
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    *,
+    keep_dtype: KeepDtype = "auto",
+    trust_remote_code: bool = False,
 ) -> ModelPlan:
     """Opens ``model`` without its weights and lays ``recipe`` over it.
 
@@ -164,21 +171,28 @@ def plan_model(
         ValueError: as :func:`open_model` and :func:`lay_over`, and if this version cannot carry out the recipe.
     """
     recipe = as_recipe(recipe)
-    return lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe)
+    return lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe, keep_dtype)
 
 
-def lay_over(source: ModelSource, recipe: Recipe) -> ModelPlan:
-    """The plan of ``recipe`` on an opened model.
+def lay_over(source: ModelSource, recipe: Recipe, keep_dtype: KeepDtype = "auto") -> ModelPlan:
+    """The plan of ``recipe`` on an opened model; ``keep_dtype`` as of :class:`Kept`.
 
     Raises:
         ValueError: a rule that matches no layer; a format that a layer cannot have, with the layer's name; quantized
             attention in a model whose attention code does not support it; formats of a cache that the model does not have.
     """
-    return replan(source, for_config(source.config), source.skeleton(unfuse=True), recipe)
+    return replan(source, for_config(source.config), source.skeleton(unfuse=True), recipe, keep_dtype)
 
 
-def replan(source: ModelSource, architecture: Architecture, model: PreTrainedModel, recipe: Recipe) -> ModelPlan:
+def replan(
+    source: ModelSource,
+    architecture: Architecture,
+    model: PreTrainedModel,
+    recipe: Recipe,
+    keep_dtype: KeepDtype = "auto",
+) -> ModelPlan:
     """:func:`lay_over` for a model whose table and skeleton (experts unfused) exist already."""
+    kept = Kept(source, keep_dtype)
     resolved = model_blocks(model, architecture, source.config)
     recipe.scheme.check_matches(
         {f"{block.name}.{path}": role for block in resolved for path, role in block.resolved.linears.items()}
@@ -187,8 +201,8 @@ def replan(source: ModelSource, architecture: Architecture, model: PreTrainedMod
     streams = (block.resolved.residual for block in resolved)
     rotation = residual_rotation(recipe.steps, streams, text_config.hidden_size, recipe.seed)
     heads = _heads(text_config)
-    blocks = tuple(_block_plan(source, block, recipe, heads, rotation is not None) for block in resolved)
-    plan = ModelPlan(source, recipe, architecture, model, blocks, rotation)
+    blocks = tuple(_block_plan(kept, block, recipe, heads, rotation is not None) for block in resolved)
+    plan = ModelPlan(source, recipe, architecture, model, blocks, rotation, kept)
     for block, path, layer in plan.layers:
         with _naming(block, path):
             plan.description(layer)
@@ -201,7 +215,7 @@ def replan(source: ModelSource, architecture: Architecture, model: PreTrainedMod
 
 
 def _block_plan(
-    source: ModelSource, block: ModelBlock, recipe: Recipe, heads: tuple[int, int, int, int], rotated: bool
+    kept: Kept, block: ModelBlock, recipe: Recipe, heads: tuple[int, int, int, int], rotated: bool
 ) -> BlockPlan:
     linears = {path: block.module.get_submodule(path) for path in block.resolved.linears}
     shapes = {path: weight_shape(linear) for path, linear in linears.items()}
@@ -211,7 +225,7 @@ def _block_plan(
             form,
             shapes[path],
             biased := linears[path]._parameters.get("bias") is not None,
-            bias_dtype=_bias_dtype(source.dtype_of(f"{block.name}.{path}.bias")) if biased else None,
+            bias_dtype=_bias_dtype(kept.dtype_of(f"{block.name}.{path}.bias")) if biased else None,
         )
         for path, form in formats.items()
     }
@@ -294,7 +308,7 @@ def layer_bytes(plan: ModelPlan, layer: LayerDescription) -> int:
 def rest_of_block(plan: ModelPlan, block: BlockPlan) -> int:
     """Bytes that a block stores apart from its packed linears.
 
-    These are other tensors in their own dtypes, and attention ranges.
+    These are other tensors in the dtypes that they are kept in, and attention ranges.
     """
     state = {
         f"{block.name}.{key}": t
@@ -304,7 +318,7 @@ def rest_of_block(plan: ModelPlan, block: BlockPlan) -> int:
     added = sum(block.shapes[path][0] for path in block.description.biases if path not in block.layers)
     ranges = (OperandRanges(spec, "meta") for spec in block.description.attention.values() if spec.heads is not None)
     stored = sum(buffer.nbytes for module in ranges for buffer in module.buffers())
-    return _stored_bytes(plan, state) + plan.source.dtype.itemsize * added + stored
+    return _stored_bytes(plan, state) + plan.kept.dtype.itemsize * added + stored
 
 
 def outside_names(plan: ModelPlan) -> list[str]:
@@ -325,8 +339,8 @@ def outside_bytes(plan: ModelPlan, itemsize: int | None = None) -> int:
 
 
 def _stored_bytes(plan: ModelPlan, tensors: Mapping[str, Any]) -> int:
-    """Bytes of tensors of the model, by name, in the dtypes that they are stored in."""
-    return sum(_bytes((t,), plan.source.dtype_of(name).itemsize) for name, t in tensors.items())
+    """Bytes of tensors of the model, by name, in the dtypes that the result stores them in."""
+    return sum(_bytes((t,), plan.kept.dtype_of(name).itemsize) for name, t in tensors.items())
 
 
 def _bytes(tensors: Iterable[Any], itemsize: int) -> int:

@@ -16,7 +16,8 @@ P is the process itself (Python, torch, transformers: measured). A is the activa
 float32 arrays ``[N, T, d]``, each of the windows that something reads (:mod:`lowbit.plan.streams`), as far as they fit in the
 user's limit; the rest is in files. B is the largest block in
 float32, L its largest tensor as stored, O everything outside the blocks in float32 and E the same without the head, Q
-the packed layers, V the logits of one window in float32. A stage that trains the packed model adds one moment:
+the packed layers, V the logits of one window in float32. Where unquantized tensors are kept in a narrower dtype (``keep_dtype``),
+O is there once more at the start and in the comparison. A stage that trains the packed model adds one moment:
 
     train      P + A + 2 O + Q + C + b (8 V + n W) + 4 D
 
@@ -102,15 +103,18 @@ def peak_parts(plan: ModelPlan, samples: int, seq_len: int, ram_limit: int) -> d
         return {"block": held | block}
     outside = outside_bytes(plan, FLOAT)
     logits = seq_len * plan.source.config.get_text_config().vocab_size * FLOAT
+    again = outside if plan.kept.narrows else 0  # as stored, in float32 too
     packed = sum(plan.description(layer).nbytes for *_, layer in plan.layers)
     tables = sum(layer.nbytes for layer in plan.outside.stored.values())
     fisher = _fisher_parts(plan, worst, samples, seq_len, ram_limit) if plan.recipe.needs_fisher else {}
     train = _train_parts(plan, worst, seq_len, held, packed)
     read_back = {"read back for its cache": packed + outside} if plan.recipe.scheme.cache else {}
     return (fisher | train) | {
-        "start": held | {"embeddings": _base_bytes(plan), "block": _block_bytes(plan.blocks[0])},
+        "start": held | {"embeddings": _base_bytes(plan), "block": _block_bytes(plan.blocks[0]), "rounded": again},
         "block": held | block,
-        "compare": held | {"outside the blocks": outside, "packed outside": tables, "logits": 8 * logits} | read_back,
+        "compare": held
+        | {"outside the blocks": outside, "rounded": again, "packed outside": tables, "logits": 8 * logits}
+        | read_back,
         "reload": held | {"outside the blocks": outside, "packed layers": packed, "logits": 6 * logits},
     }
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -45,6 +44,7 @@ from lowbit.modules import (
     turned,
     unmake_drafts,
 )
+from lowbit.numerics import narrowed
 from lowbit.numerics.divergence import kl_and_agreement
 from lowbit.parallel import each
 from lowbit.plan.model_plan import ModelPlan
@@ -53,7 +53,7 @@ from lowbit.plan.streams import stream_windows, watched_windows
 from lowbit.progress import Progress, silent
 from lowbit.stages.fisher import FisherPass
 from lowbit.stages.journal import Journal
-from lowbit.stages.outside import pack_outside, replaced
+from lowbit.stages.outside import narrowed_outside, pack_outside, replaced
 from lowbit.stages.record import BlockRecord, install_packed
 from lowbit.stages.store import ActivationStore
 from lowbit.stages.stream import Call, CannotStream, Stream, outside
@@ -95,7 +95,7 @@ class Walk:
         self.source, self.recipe, self.architecture = self.plan.source, self.plan.recipe, self.plan.architecture
         attends = None if self.recipe.scheme.attention is None else IMPLEMENTATION
         self.model: PreTrainedModel = self.source.skeleton(unfuse=True, attn_implementation=attends)
-        self.section = self.journal.section(0, last=len(self.recipe.stages) <= 1)  # Blockwise comes first
+        self.section = self.journal.section(0)  # Blockwise comes first
         self.blocks = block_modules(self.model, self.architecture)
         self.total = len(self.blocks)
         self.rotation = self.plan.rotation
@@ -168,8 +168,12 @@ class Walk:
 
         entered = self.ids[: max(numbers.stop for numbers in self._numbers.values())]
         calls = self.stream.enter_windows(self.source, entered, take, self.store.keep)
-        if self.has_packed_stream:
-            self._enter_packed()
+        if self.plan.kept.narrows:
+            self._enter_again("quant", OutsidePlan())
+        if self.has_packed_stream:  # steps do not see it: blocks do not depend on how the embedding is packed
+            first = self.hidden("quant", self.watched.start)
+            self.store.allocate("packed", (len(self.watched), *first.shape[1:]), torch.float32)
+            self._enter_again("packed", OutsidePlan(self.plan.outside.embeddings))
         return calls
 
     def hidden(self, name: str, w: int) -> Tensor:
@@ -177,22 +181,25 @@ class Walk:
         i = self._numbers[name].index(w)
         return self.store[name][i : i + 1]
 
-    def _enter_packed(self) -> None:
-        """Fills the stream ``packed``: the first windows as the finished model reads them, by its packed embedding.
-
-        Steps do not see it: blocks do not depend on how the embedding is stored.
-        """
+    def _enter_again(self, stream: str, packed: OutsidePlan) -> None:
+        """Fills a stream as a finished model begins that has ``packed`` embeddings and keeps other tensors as planned."""
         assert self.stream is not None and self.ids is not None
         names = outside(self.model, self.architecture, only_base=True)
         self.source.load(self.model, names)
-        table = OutsidePlan(self.plan.outside.embeddings)
-        with replaced(self.model, pack_outside(self.model, table)):
-            for w in self.watched:
+        with replaced(self.model, pack_outside(self.model, packed), self._narrowed(packed)):
+            for w in self._numbers[stream]:
                 hidden, _ = self.stream.enter(self.ids[w : w + 1])
-                if w == self.watched.start:
-                    self.store.allocate("packed", (len(self.watched), *hidden.shape[1:]), torch.float32)
-                self.hidden("packed", w).copy_(hidden)
+                self.hidden(stream, w).copy_(hidden)
         self.source.release_tensors(self.model, names)
+
+    def _narrowed(self, packed: OutsidePlan) -> dict[str, Tensor]:
+        """Tensors outside the blocks that are loaded, not in ``packed``, and stored in a narrower dtype: as stored."""
+        return narrowed_outside(self.model, self._kept_outside(packed), self.plan.kept)
+
+    def _kept_outside(self, packed: OutsidePlan) -> list[str]:
+        """Tensors outside the blocks that are not in ``packed``."""
+        modules = {*packed.stored, *packed.tied_heads}
+        return [key for key in outside(self.model, self.architecture) if key.rpartition(".")[0] not in modules]
 
     def _keep_watched(self) -> None:
         """Keeps of the original stream what the result is measured on, where only Fisher information needed the rest."""
@@ -334,10 +341,21 @@ class Walk:
         if self.recipe.scheme.attention is not None:  # from here on, for the steps and for what comes behind them
             for path in attention_modules(self.plan.blocks[i].resolved):
                 quantize_attention(self.blocks[i].get_submodule(path), self.recipe.scheme.attention)
+        self._narrow(i)
         return self.blocks[i]
 
+    @torch.no_grad()
+    def _narrow(self, i: int) -> None:
+        """Rounds what stays unquantized as it will be stored, so that steps and streams see it."""
+        plan, kept = self.plan.blocks[i], self.plan.kept
+        packed = {f"{path}.weight" for path in plan.formats}
+        state = self.blocks[i].state_dict() if kept.narrows else {}
+        for key, value in state.items():
+            if key not in packed and value.is_floating_point():
+                value.copy_(narrowed(f"{plan.name}.{key}", value, kept.dtype_of(f"{plan.name}.{key}")))
+
     def _fold(self, i: int, rotation: Seeded) -> None:
-        """Rotates the residual stream of block i. What stays unquantized is rounded as it will be stored."""
+        """Rotates the residual stream of block i. What stays unquantized is rounded to the dtype that it had."""
         plan = self.plan.blocks[i]
         packed = {f"{path}.weight" for path in plan.formats}
         parameters = dict(self.blocks[i].named_parameters())
@@ -382,8 +400,8 @@ class Walk:
             io,
             fisher,
             seed=derived_seed(self.recipe.seed, i),
-            store_dtype=self.source.dtype,
-            dtypes={key: self.source.dtype_of(f"{plan.name}.{key}") for key in plan.module.state_dict()},
+            store_dtype=self.plan.kept.dtype,
+            dtypes={key: self.plan.kept.dtype_of(f"{plan.name}.{key}") for key in plan.module.state_dict()},
             tick=self._tick,
             rotated=self.rotation is not None,
             reads_inputs=self.recipe.reads_inputs,
@@ -401,7 +419,7 @@ class Walk:
             return record
         block = self._original(i, call)
         unmake_drafts(block)
-        tensors = load_file(self.section.directory / entry["file"])
+        tensors = self.section.tensors(i, f"{record.name}.")
         for path, spec in record.attention.items():
             quantize_attention(block.get_submodule(path.removeprefix(f"{record.name}.")), spec)
         install_packed(block, record.name, record.modules, tensors)
@@ -426,17 +444,18 @@ class Walk:
         return error
 
     def _tensors(self, block: nn.Module, name: str) -> dict[str, Tensor]:
-        """What the block stores: packed buffers as they are, everything else in the dtype that it was stored in."""
+        """What the block stores: packed buffers as they are, everything else in the dtype that it is kept in."""
         packed = {path for path, module in block.named_modules() if isinstance(module, QuantLinear | OperandRanges)}
 
         def stored(key: str, value: Tensor) -> Tensor:
-            inside = key.rpartition(".")[0] in packed
-            return value if inside or not value.is_floating_point() else value.to(self.source.dtype_of(f"{name}.{key}"))
+            if key.rpartition(".")[0] in packed or not value.is_floating_point():
+                return value
+            return narrowed(f"{name}.{key}", value, self.plan.kept.dtype_of(f"{name}.{key}"))
 
         return {f"{name}.{key}": stored(key, value.detach()) for key, value in block.state_dict().items()}
 
     def _shard(self, i: int) -> str:
-        return self.section.shard_name(i, self.total + 1)
+        return self.section.unit_name(i, self.total + 1)
 
     # After the last block
 
@@ -461,13 +480,15 @@ class Walk:
         assert self.stream is not None and self.ids is not None
         cost = 0.0
         with self.stream.loaded_outside(self.source):
-            modules = pack_outside(self.model, self.plan.outside)
+            modules, rest = pack_outside(self.model, self.plan.outside), self._narrowed(self.plan.outside)
+            unpacked = self._narrowed(OutsidePlan())
             for w in self.watched:
                 ids = self.ids[w : w + 1, ::_COST_STRIDE]
                 plain = self.hidden("quant", w)[:, ::_COST_STRIDE]
                 packed = self.hidden("packed", w)[:, ::_COST_STRIDE] if self.has_packed_stream else plain
-                before = self.logits_of(ids, plain)
-                with replaced(self.model, modules):
+                with replaced(self.model, {}, unpacked):
+                    before = self.logits_of(ids, plain)
+                with replaced(self.model, modules, rest):
                     kl_T, _ = kl_and_agreement(before, self.logits_of(ids, packed))
                     cost += kl_T.mean().item()
         return cost / len(self.watched)
@@ -478,29 +499,28 @@ class Walk:
             return
         packed = self.packed_outside
         tied = set(self.model.all_tied_weights_keys)
-        names = [key for key in outside(self.model, self.architecture) if key not in tied]
-        plain = [key for key in names if key.rpartition(".")[0] not in packed.stored]
+        plain = [key for key in self._kept_outside(packed) if key not in tied]
         self.source.load(self.model, plain, dtype=None)
         state = self.model.state_dict()
-        tensors = {key: state[key] for key in plain}
+        tensors = {key: narrowed(key, state[key], self.plan.kept.dtype_of(key)) for key in plain}
         for name in packed.stored:
             self.source.load_into(self.model, name)
         for name, module in pack_outside(self.model, packed).items():
             tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
         record = {"packs_outside": self.packs_outside, "outside_cost": self.outside_cost} if self.plan.outside else {}
         self.section.write(self._shard(self.total), tensors, record)
-        self.source.release_tensors(self.model, names)
+        self.source.release_tensors(self.model, outside(self.model, self.architecture))
 
     def logits(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """``(ids [T], original logits [T, V], quantized logits [T, V])`` of the windows :attr:`watched`."""
         assert self.stream is not None and self.ids is not None
         stream = "packed" if self.packs_outside and self.has_packed_stream else "quant"
         with self.stream.loaded_outside(self.source):
-            modules = pack_outside(self.model, self.plan.outside) if self.packs_outside else {}
+            modules, rest = pack_outside(self.model, self.packed_outside), self._narrowed(self.packed_outside)
             for w in self.watched:
                 ids = self.ids[w : w + 1]
                 original = self.logits_of(ids, self.hidden("fp", w))
-                with replaced(self.model, modules):
+                with replaced(self.model, modules, rest):
                     quantized = self.logits_of(ids, self.hidden(stream, w))
                 yield ids[0], original, quantized
 

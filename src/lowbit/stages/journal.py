@@ -7,7 +7,8 @@ being made from what; a run that would make something else refuses to continue i
 second run out; the system releases it when a process ends, however that ends.
 
 A recipe's stages share the directory. Each has a :class:`Section` of the journal: its finished units, and names for their
-files.
+files. At the end units move into the checkpoint's shards (:mod:`lowbit.stages.merge`); an entry says in which files its
+tensors are.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from lowbit.checkpoints.shards import write_shard
+from lowbit.checkpoints.shards import read_shard_header, read_tensor, write_shard
 from lowbit.checkpoints.target import OutputError, check_target
 
 JOURNAL, HOLDER = "journal.jsonl", "lock-holder"
@@ -57,6 +58,16 @@ class Journal:
     def _aside(self) -> Path:
         """Where the journal is while the directory becomes the target."""
         return _beside(self.out, "journal")
+
+    @property
+    def begun(self) -> dict[str, Any] | None:
+        """The header of the unfinished run in the partial directory; None: there is none, or it is damaged."""
+        for path in (self.path, self._aside):
+            if self.directory.exists() and path.exists():
+                entries = _whole_lines(path.read_bytes())
+                header = entries[0].get("header") if entries else None
+                return header if isinstance(header, dict) else None
+        return None
 
     def open(self, *, restart: bool = False) -> int:
         """Makes or continues the partial directory, and locks it until :meth:`close`; returns how many units are finished.
@@ -92,7 +103,7 @@ class Journal:
                 self._read()
             else:
                 self._write(())
-            self._sweep((JOURNAL, *(entry["file"] for entry in self.finished)))
+            self._sweep((JOURNAL, *(file for entry in self.finished for file in entry["files"])))
         except PermissionError as error:
             raise OutputError(f"{self.directory} cannot be written: {error.strerror}; choose another -o DIR") from error
         except OSError as error:
@@ -140,13 +151,20 @@ class Journal:
                 f"{self.directory} holds an unfinished run of something else ({', '.join(changed)} differ); "
                 "repeat that command to finish it, pass --restart to discard it, or choose another -o DIR"
             )
-        seen: set[str] = set()
+        seen, hashes = set[str](), dict[str, str | None]()
         for entry in entries[1:]:
-            if not _is_unit(entry) or entry["file"] in seen or not _is_whole(self.directory / entry["file"], entry):
+            if not _is_unit(entry) or entry["file"] in seen or not self._is_whole(entry["files"], hashes):
                 break  # damaged since: this unit and those after it are made again
             seen.add(entry["file"])
             self.finished.append(entry)
         self._write(self.finished)
+
+    def _is_whole(self, files: Mapping[str, str], hashes: dict[str, str | None]) -> bool:
+        """Whether all files have the hashes that an entry says; ``hashes`` keeps those of files that were read."""
+        for name in files.keys() - hashes.keys():
+            path = self.directory / name
+            hashes[name] = file_sha256(path) if path.is_file() else None
+        return all(hashes[name] == sha256 for name, sha256 in files.items())
 
     def _write(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Replaces the journal's lines."""
@@ -161,9 +179,18 @@ class Journal:
         self.finished = ahead + [entry for entry in self.finished if entry["stage"] == stage][:count]
         self._write(self.finished)
 
-    def section(self, stage: int, *, last: bool = False) -> Section:
-        """The part of stage number ``stage``. ``last``: no stage follows, so its shards are the checkpoint's."""
-        return Section(self, stage, last)
+    def move(self, units: Iterable[str], files: Mapping[str, str]) -> None:
+        """Notes that the tensors of ``units`` are in ``files`` (name -> hash) now, and removes the files they were in."""
+        units = set(units)
+        old = {file for entry in self.finished if entry["file"] in units for file in entry["files"]}
+        self.finished = [entry | {"files": dict(files)} if entry["file"] in units else entry for entry in self.finished]
+        self._write(self.finished)
+        for file in old - files.keys():  # what a kill leaves here, the next run removes
+            (self.directory / file).unlink()
+
+    def section(self, stage: int) -> Section:
+        """The part of stage number ``stage``."""
+        return Section(self, stage)
 
     def write(self, file: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any], stage: int = 0) -> None:
         """Stores one finished unit of a stage; when this returns it will survive a kill.
@@ -172,7 +199,8 @@ class Journal:
             OutputError: the disk is full or not writable.
         """
         self.save(file, tensors)
-        entry = {"stage": stage, "file": file, "sha256": file_sha256(self.directory / file), "record": record}
+        files = {file: file_sha256(self.directory / file)}
+        entry = {"stage": stage, "file": file, "files": files, "record": record}
         try:
             self._append(entry)
         except OSError as error:
@@ -181,10 +209,14 @@ class Journal:
 
     def save(self, file: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes a file that is there whole or not at all, without a line in the journal. Raises as :meth:`write`."""
+        self.place(file, lambda path: write_shard(path, tensors))
+
+    def place(self, file: str, write: Callable[[Path], None]) -> None:
+        """:meth:`save` with what ``write`` writes to the path that it is given."""
         target = self.directory / file
         unfinished = target.with_suffix(".writing")
         try:
-            write_shard(unfinished, tensors)
+            write(unfinished)
             _flush(unfinished)
             os.replace(unfinished, target)  # noqa: PTH105  (atomic on every system)
         except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error type
@@ -204,7 +236,7 @@ class Journal:
 
     def finish(self) -> None:
         """Makes the partial directory the target, with nothing in it but the checkpoint. The last act of a run."""
-        for pattern in ("stage-*.safetensors", UNLISTED):
+        for pattern in ("stage-*.safetensors", UNLISTED):  # of earlier stages
             for shard in self.directory.glob(pattern):
                 shard.unlink()
         self.path.replace(self._aside)  # in the directory until now: a kill before this line loses nothing
@@ -250,15 +282,10 @@ def _whole_lines(content: bytes) -> list[dict[str, Any]]:
 
 
 def _is_unit(entry: Mapping[str, Any]) -> bool:
-    kinds = {"stage": int, "file": str, "sha256": str, "record": dict}
-    return (
-        all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
-        and Path(entry["file"]).name == entry["file"]
-    )
-
-
-def _is_whole(file: Path, entry: Mapping[str, Any]) -> bool:
-    return file.is_file() and file_sha256(file) == entry["sha256"]
+    kinds = {"stage": int, "file": str, "files": dict, "record": dict}
+    if not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
+        return False
+    return bool(entry["files"]) and all(Path(name).name == name for name in (entry["file"], *entry["files"]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,12 +294,10 @@ class Section:
 
     Attributes:
         stage: its number in the recipe, from 0.
-        last: no stage follows: its shards are the checkpoint's, and have a checkpoint's names.
     """
 
     journal: Journal
     stage: int
-    last: bool
 
     @property
     def directory(self) -> Path:
@@ -285,12 +310,18 @@ class Section:
 
     @property
     def files(self) -> list[str]:
-        """Their files."""
-        return [entry["file"] for entry in self.finished]
+        """Their files, each once, in order."""
+        return list(dict.fromkeys(file for entry in self.finished for file in entry["files"]))
 
-    def shard_name(self, i: int, total: int) -> str:
-        """File i of ``total``."""
-        return f"{'model' if self.last else f'stage-{self.stage + 1}'}-{i + 1:05d}-of-{total:05d}.safetensors"
+    def unit_name(self, i: int, total: int) -> str:
+        """The name of unit i of ``total``, which its file has until it is merged."""
+        return f"stage-{self.stage + 1}-{i + 1:05d}-of-{total:05d}.safetensors"
+
+    def tensors(self, i: int, prefix: str) -> dict[str, Tensor]:
+        """Reads the tensors of unit i, all of whose names begin with ``prefix``."""
+        headers = [read_shard_header(self.directory / file) for file in self.finished[i]["files"]]
+        found = {name: each for file in headers for name, each in file.items() if name.startswith(prefix)}
+        return {name: read_tensor(each) for name, each in found.items()}
 
     def write(self, file: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """As :meth:`Journal.write`."""

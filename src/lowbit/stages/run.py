@@ -1,7 +1,7 @@
 """A run: the stages of a recipe in order, each from the shards that the one before it left.
 
 All stages share one partial directory and one journal, in which each has a section of its own. What a stage finished is not
-done again; the shards of the last one have the names of a checkpoint's.
+done again; the units of the last one become the checkpoint.
 """
 
 from __future__ import annotations
@@ -67,24 +67,19 @@ class Run:
     def stages(self) -> None:
         """Runs them. Raises what they raise. A recipe without stages leaves the model as it is, but for its cache."""
         if not self.recipe.stages:
-            write_as_it_is(self.plan, self._last, self.progress)
+            write_as_it_is(self.plan, self.last, self.progress)
         for number, stage in enumerate(self.recipe.stages):
             _RUNNERS[type(stage)](self, number, stage)
 
     @property
-    def _last(self) -> Section:
-        """The section whose shards are the result's."""
-        return self.journal.section(max(0, len(self.recipe.stages) - 1), last=True)
-
-    @property
-    def files(self) -> list[str]:
-        """Names of the result's shards."""
-        return self._last.files
+    def last(self) -> Section:
+        """The section whose units are the result's."""
+        return self.journal.section(max(0, len(self.recipe.stages) - 1))
 
     @cached_property
     def description(self) -> ModelDescription:
         """What the result stores; its cache is fitted to the keys of the model that the stages left."""
-        cache = fitted_cache(self.plan.source, self._last, self.recipe.scheme.cache)
+        cache = fitted_cache(self.plan.source, self.last, self.recipe.scheme.cache)
         apart = self.walk.unfused_experts and bool(self.recipe.stages)
         return replace(self.walk.description, kv=cache.kv, kv_overrides=cache.overrides, unfused_experts=apart)
 
@@ -95,7 +90,7 @@ class Run:
         if model is not None:
             set_kv_formats(model, self.description.cache)
         elif self.description.cache:
-            model = read_back(self.plan.source, self._last, self.description, self.files)
+            model = read_back(self.plan, self.last, self.description, self.last.files)
         return model
 
     def close(self) -> None:
@@ -109,7 +104,7 @@ def _blockwise(run: Run, number: int, stage: Blockwise) -> None:
 
 
 def _train(run: Run, number: int, stage: Train) -> None:
-    section = run.journal.section(number, last=number == len(run.recipe.stages) - 1)
+    section = run.journal.section(number)
     run.model = None  # the one before is on disk
     run.model, notes = Training(stage, run.walk, run.journal.section(number - 1), section, run.progress).run()
     run.notes.extend(notes)

@@ -50,19 +50,19 @@ class Training:
         """Trains, unless the journal has all shards; the model as its shards make it (float32, packed), and notes."""
         source, section = self.source.files, self.section
         for i, entry in enumerate(section.finished):
-            expected = i < len(source) and entry["file"] == section.shard_name(i, len(source))
+            expected = i < len(source) and entry["file"] == section.unit_name(i, len(source))
             if not expected or not isinstance(entry["record"].get("notes"), list):
                 section.forget(i)  # the journal was damaged
                 break
         if len(section.finished) < len(source):
-            model = read_back(self.walk.source, section, self.walk.description, source)
+            model = read_back(self.walk.plan, section, self.walk.description, source)
             notes = self._train(model)
             state = model.state_dict()
             for i in range(len(section.finished), len(source)):
                 headers = read_shard_header(section.directory / source[i])
                 tensors = {name: state[name].to(header.dtype) for name, header in headers.items()}
-                section.write(section.shard_name(i, len(source)), tensors, {"notes": notes})
-        trained = read_back(self.walk.source, section, self.walk.description, section.files)
+                section.write(section.unit_name(i, len(source)), tensors, {"notes": notes})
+        trained = read_back(self.walk.plan, section, self.walk.description, section.files)
         return trained, section.finished[0]["record"]["notes"]
 
     def _train(self, model: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ from lowbit.checkpoints.shards import read_shard_header, read_tensor
 from lowbit.checkpoints.source import ModelSource
 from lowbit.decoding.packed_cache import key_biases, rules_for_biases
 from lowbit.modules import KVFormats
+from lowbit.numerics import narrowed
 from lowbit.plan.model_plan import ModelPlan
 from lowbit.progress import Progress
 from lowbit.stages.journal import Section
@@ -24,7 +25,7 @@ def write_as_it_is(plan: ModelPlan, section: Section, progress: Progress) -> Non
     model = source.skeleton()
     tied, total = set(model.all_tied_weights_keys), len(blocks) + 1
     for i, entry in enumerate(section.finished):
-        if entry["file"] != section.shard_name(i, total):
+        if entry["file"] != section.unit_name(i, total):
             section.forget(i)  # the journal was damaged
             break
     for i in range(len(section.finished), total):
@@ -35,17 +36,16 @@ def write_as_it_is(plan: ModelPlan, section: Section, progress: Progress) -> Non
         names = [name for name in names if name not in tied]
         source.load(model, names, dtype=None)
         state = model.state_dict()
-        section.write(section.shard_name(i, total), {name: state[name] for name in names}, {})
+        kept = {name: narrowed(name, state[name], plan.kept.dtype_of(name)) for name in names}
+        section.write(section.unit_name(i, total), kept, {})
         source.release_tensors(model, names)
         progress(i + 1, total, "writing")
 
 
-def read_back(
-    source: ModelSource, section: Section, description: ModelDescription, shards: list[str]
-) -> PreTrainedModel:
+def read_back(plan: ModelPlan, section: Section, description: ModelDescription, shards: list[str]) -> PreTrainedModel:
     """The model that ``shards`` in the run's directory make, packed, everything else in float32."""
-    native.write_checkpoint(section.directory, source.config, description, shards, source.dtype)
-    trust = source.trust_remote_code
+    native.write_checkpoint(section.directory, plan.source.config, description, shards, plan.kept.dtype)
+    trust = plan.source.trust_remote_code
     return native.load(section.directory, dtype=torch.float32, unfinished=True, trust_remote_code=trust)
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from lowbit.kernels.instructions import faster_than_float32
+from lowbit.kernels.instructions import assume, faster_than_float32
 
 Compute = Literal["auto", "float32", "bfloat16"]
 """The type of products; ``auto``: bfloat16 where the device is clearly faster with it."""
@@ -22,6 +22,12 @@ def has_bfloat16(device: torch.device) -> bool:
 def product_type(device: torch.device, compute: Compute) -> str:
     """``float32`` or ``bfloat16``: what ``compute`` means on ``device``."""
     return ("bfloat16" if has_bfloat16(device) else "float32") if compute == "auto" else compute
+
+
+def continue_with(product: str) -> None:
+    """Lets ``auto`` mean ``product`` on the CPU for the rest of this process. A clock decides it otherwise, and near the limit
+    it may decide in two ways."""
+    assume(torch.bfloat16, product == "bfloat16")
 
 
 def products(device: torch.device, compute: Compute) -> torch.autocast:

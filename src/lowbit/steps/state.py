@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowbit.architectures import Kind, Port, ResolvedBlock, ResolvedEdge, add_bias, fold, needs_bias
 from lowbit.modules import DraftLinear, LinearFormat, QuantLinear, make_drafts
 from lowbit.modules.draft_linear import for_gradients, no_fisher
-from lowbit.numerics import Fisher, Statistic
+from lowbit.numerics import Fisher, Statistic, narrowed
 from lowbit.steps.collection import Collection
 from lowbit.transforms import ChannelTransform, Permute, Scale
 
@@ -288,7 +288,11 @@ class BlockState:
         packed = {f"{path}.weight" for path in self.drafts}
         for name, value in values.items():
             parameter = self.block.get_parameter(name)
-            parameter.copy_(value if name in packed else value.to(self.store_dtype(name)).to(value.dtype))
+            parameter.copy_(
+                value
+                if name in packed
+                else narrowed(self.full_name(name), value, self.store_dtype(name)).to(value.dtype)
+            )
 
     def _check_not_rotated(self, edge: ResolvedEdge) -> None:
         """Refuses an edge where a linear already runs transforms of its own: a fold would lie on their wrong side."""

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from models import SIZES, llama, qwen2_with_large_key_biases, tokens
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig
 
 import lowbit
@@ -12,6 +11,8 @@ from lowbit.caches import PackedCache, PackedLayer
 from lowbit.decoding.model import cache_argument
 from lowbit.modules import KVRule, KVSpec
 from lowbit.numerics import Block, Int, PerGroup, PerToken, Spec
+
+from models import SIZES, llama, qwen2_with_large_key_biases, tokens
 
 METHODS = ["kivi:4", "kivi:2", "kivi:3", "kv-rotated:4", "kv-turbo:4", "kv-int:8", "kv-int:5", "kv-fp8"]
 

@@ -121,7 +121,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path, dtype):
 
     with pytest.raises(KeyboardInterrupt):
         lowbit.quantize(tmp_path / "model", recipe, ids, out=tmp_path / "again", max_kl=50, progress=interrupt)
-    assert (tmp_path / "again.partial" / "model-00001-of-00004.safetensors").exists()
+    assert (tmp_path / "again.partial" / "stage-1-00001-of-00004.safetensors").exists()
     lowbit.quantize(tmp_path / "model", recipe, ids, out=tmp_path / "again", max_kl=50)
     assert _hashes(tmp_path / "again") == _hashes(tmp_path / "whole")
 

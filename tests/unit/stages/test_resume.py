@@ -16,6 +16,7 @@ import torch
 
 import lowbit
 from lowbit.checkpoints.target import check_target
+from lowbit.data import Calibration
 from lowbit.stages import journal as journals
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Journal, OutputError
@@ -130,6 +131,47 @@ def test_a_partial_run_of_something_else_is_not_continued(tmp_path):
         lowbit.quantize(model, "rtn", random_ids(2, 16), out=tmp_path / "out", max_kl=50)
     lowbit.quantize(model, "rtn", random_ids(2, 16), out=tmp_path / "out", max_kl=50, restart=True)
     assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_run_that_would_be_measured_on_other_windows_is_not_continued(tmp_path):
+    model, ids = tiny_llama(tmp_path / "model"), random_ids(7, 16)
+
+    def run(held_out, **options):
+        text = Calibration(ids[:4], "a text", "0", held_out=held_out)
+        return lowbit.quantize(model, "gptq", text, out=tmp_path / "out", max_kl=50, **options)
+
+    def stop(done, total, what):
+        if done >= 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(ids[4:6], progress=stop)
+    for other in (ids[5:7], ids[4:5], None):
+        with pytest.raises(OutputError, match=r"something else \(held_out differ\)"):
+            run(other)
+    assert run(ids[4:6]).measured_on.startswith("2 windows of 16 tokens")
+
+
+def test_a_continued_run_computes_as_it_began_whatever_the_clock_says_then(tmp_path, monkeypatch):
+    from lowbit.kernels import instructions
+
+    model, ids = tiny_llama(tmp_path / "model"), random_ids(4, 16)
+
+    def run(name, gain, **options):
+        monkeypatch.setattr(instructions, "_assumed", {})
+        monkeypatch.setattr(instructions, "speedup", lambda dtype: gain)
+        lowbit.quantize(model, "gptq", ids, out=tmp_path / name, max_kl=50, **options)
+
+    def stop(done, total, what):
+        if done >= 1:
+            raise KeyboardInterrupt
+
+    run("whole", 1.6)
+    with pytest.raises(KeyboardInterrupt):
+        run("again", 1.6, progress=stop)
+    run("again", 1.4)
+    assert _hashes(tmp_path / "again") == _hashes(tmp_path / "whole")
+    assert '"products": "bfloat16"' in (tmp_path / "again" / "lowbit-report.json").read_text()
 
 
 def _three_units(directory: Path) -> Journal:

@@ -79,7 +79,7 @@ def test_a_run_stopped_while_its_tuned_shards_are_written_ends_in_the_same_bytes
     write = Journal.write
 
     def stopping(self, file, *rest):
-        if file == "model-00002-of-00003.safetensors":
+        if file == "stage-2-00002-of-00003.safetensors":
             raise KeyboardInterrupt
         write(self, file, *rest)
 
@@ -99,13 +99,14 @@ def test_each_stage_has_its_own_part_of_the_journal(model, tmp_path, monkeypatch
     journals: list[Journal] = []
     recipe = tuned(_recipe(epochs=1), epochs=1, lr=1e-3)
     lowbit.quantize(model, recipe, random_ids(2, 16), out=tmp_path / "out", **QUIET)
-    sections = [journals[0].section(stage, last=stage == 2) for stage in range(3)]
+    sections = [journals[0].section(stage) for stage in range(3)]
     assert [len(section.finished) for section in sections] == [3, 3, 3]
-    for section in sections:
-        assert section.files == [section.shard_name(i, 3) for i in range(3)]
+    for section in sections[:2]:
+        assert section.files == [section.unit_name(i, 3) for i in range(3)]
+    assert sections[2].files == ["model.safetensors"]
     monkeypatch.undo()
     lowbit.quantize(model, recipe, random_ids(2, 16), out=tmp_path / "out", **QUIET)
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == 3
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_a_second_training_starts_from_what_the_first_left(model, tmp_path):

@@ -15,10 +15,9 @@ from lowbit.checkpoints.native.reading import (
     model_bits_per_weight,
     read_checkpoint,
 )
-from lowbit.checkpoints.native.writing import GUARD, ShardWriter, write_checkpoint, write_checkpoint_index
+from lowbit.checkpoints.native.writing import ShardWriter, write_checkpoint, write_checkpoint_index
 
 __all__ = [
-    "GUARD",
     "Checkpoint",
     "Native",
     "ShardWriter",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowbit.checkpoints.description import ModelDescription
@@ -40,6 +41,8 @@ class Native:
         writer = ShardWriter(directory, self.shard_bytes)
         for part in model.parts():
             writer.add(part.named_tensors())
+        if model.description.guarded is not None:
+            writer.add({model.description.guarded: torch.empty(0, dtype=torch.uint8)})
         shards = writer.close()
         for file in model.files:
             if file.is_dir():

@@ -14,10 +14,15 @@ from torch import Tensor
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.native.checking import check_layers
 from lowbit.checkpoints.native.reading import CONFIG
-from lowbit.checkpoints.shards import INDEX, ModelError, TensorHeader, read_shard_header, write_shard
-
-GUARD = "needs-lowbit.safetensors"
-"""The shard of :attr:`ModelDescription.guarded`."""
+from lowbit.checkpoints.shards import (
+    INDEX,
+    WEIGHTS,
+    ModelError,
+    TensorHeader,
+    read_shard_header,
+    shard_names,
+    write_shard,
+)
 
 
 class ShardWriter:
@@ -42,7 +47,7 @@ class ShardWriter:
     def close(self) -> list[str]:
         """Writes what is left; the names of all shards."""
         self._write()
-        names = [f"model-{i + 1:05}-of-{self._written:05}.safetensors" for i in range(self._written)]
+        names = shard_names(self._written)
         for i, name in enumerate(names):
             self._unnamed(i).replace(self.directory / name)
         return names
@@ -60,6 +65,8 @@ def write_checkpoint_index(
     directory: str | os.PathLike[str], shard_files: Iterable[str], config: Mapping[str, Any]
 ) -> None:
     """Makes a checkpoint of shards that are already in ``directory``: writes the index, then config.json.
+
+    A single shard with the name that loaders look for needs no index.
 
     Args:
         directory: where the shards are.
@@ -79,15 +86,15 @@ def write_checkpoint_index(
         for name in of_shard.keys() & headers.keys():
             raise ModelError(f"{directory}: tensor {name} is in two shards, {headers[name].file.name} and {shard}")
         headers |= of_shard
-    description = check_layers(directory, config["quantization_config"], headers)
-    if description.guarded is not None:
-        write_shard(directory / GUARD, {description.guarded: torch.empty(0, dtype=torch.uint8)})
-        headers |= read_shard_header(directory / GUARD)
+    check_layers(directory, config["quantization_config"], headers)
     index = {
         "metadata": {"total_size": sum(header.nbytes for header in headers.values())},
         "weight_map": {name: header.file.name for name, header in headers.items()},
     }
-    _write_json(directory / INDEX, index)
+    if {header.file.name for header in headers.values()} == {WEIGHTS}:
+        (directory / INDEX).unlink(missing_ok=True)
+    else:
+        _write_json(directory / INDEX, index)
     _write_json(directory / CONFIG, config)
 
 
