@@ -78,6 +78,7 @@ class LowbitQuantizer(HfQuantizer):
         from lowbit.architectures import IMPLEMENTATION
         from lowbit.checkpoints.native.checking import check_and_prepare
         from lowbit.checkpoints.swap import tie_heads
+        from lowbit.decoding.packed_cache import read_packed
         from lowbit.modules import QuantEmbedding, QuantLinear
 
         if self.quantization_config.description().attention:
@@ -90,6 +91,8 @@ class LowbitQuantizer(HfQuantizer):
         tie_heads(model, self.quantization_config.description())
         check_and_prepare(self._directory, model)
         decoding.install(model)
+        if self.quantization_config.description().cache:
+            read_packed(model)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:

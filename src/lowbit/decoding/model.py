@@ -25,7 +25,7 @@ from lowbit import kernels
 from lowbit.caches import PackedCache
 from lowbit.decoding.cache import adopt
 from lowbit.decoding.description import Described, Refused, describe, position_of
-from lowbit.decoding.packed_cache import packed_cache
+from lowbit.decoding.packed_cache import packed_cache, read_packed
 from lowbit.modules import KVFormats, kv_formats, set_kv_formats
 
 _CACHES = ("cache", "past_key_values")
@@ -59,6 +59,7 @@ def use_cache(model: PreTrainedModel, formats: KVFormats) -> None:
     """
     if formats:
         packed_cache(model, formats.kv, formats.overrides)
+        read_packed(model)
     set_kv_formats(model, formats)
     install(model)
 

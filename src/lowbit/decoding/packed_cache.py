@@ -37,6 +37,13 @@ def packed_cache(
     return cache
 
 
+def read_packed(model: Any) -> None:
+    """Lets attention read packed tokens where they are, in a model that attends by torch's function through transformers'
+    interface; in all others they are decoded for each call."""
+    if model._supports_attention_backend and model.config.get_text_config(decoder=True)._attn_implementation == "sdpa":
+        model.set_attn_implementation(IMPLEMENTATION)
+
+
 def key_biases(config: Any) -> dict[int, str]:
     """The name of the bias of each layer's key projection, in a model that has such projections; some may have no bias."""
     table = for_config(config)

@@ -58,9 +58,9 @@ def test_a_window_is_read_in_chunks_through_the_cache_the_first_one_too(model, m
         for start in range(0, 200, chunk):
             parts.append(model(ids[None, start : start + chunk], **{cache_argument(model): cache}).logits[0])
         wanted = torch.cat(parts)
-        assert torch.equal(logits_of(packed, ids), wanted)
+        assert torch.allclose(logits_of(packed, ids), wanted, atol=1e-4)  # attention sums in another order
         assert not torch.allclose(wanted, logits_of(packed, ids, cached=False), rtol=1e-3)
-        assert torch.equal(logits_of(packed, ids, last=50), wanted[-50:])
+        assert torch.allclose(logits_of(packed, ids, last=50), wanted[-50:], atol=1e-4)
         assert torch.allclose(logits_of(packed, ids, cached=False, last=50), logits_of(model, ids)[-50:])
     found = evaluate_model(packed, ids, None, "gptq", 200)
     assert found.protocol == f"gptq, through the cache, {text}"
