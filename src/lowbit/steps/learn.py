@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from lowbit.architectures import Kind
+from lowbit.modules import SharedInput
 from lowbit.numerics import Statistic, serializable
 from lowbit.steps.effects import BlockDescription, EdgeUse, Freedom, MixOrder
 from lowbit.steps.objectives import BlockMSE, Objective
@@ -36,8 +37,8 @@ class Learn(Step):
     Args:
         epochs: passes over the calibration windows.
         batch: windows that pass through the block at once.
-        amp: run the block's products in bfloat16 on processors that have instructions for it. Quantization stays in
-            float32.
+        amp: run the block's products in bfloat16 on processors that have instructions for it; None: as the recipe's
+            ``compute`` says. Quantization and parameters stay in float32.
         steps: number of gradient steps, rounded up to whole passes; replaces ``epochs``.
         descent: ``"adamw"`` at constant rates, or ``"sign"``, which steps along the gradient's sign at rates that fall
             linearly to zero (SignRound, arXiv:2309.05516).
@@ -51,7 +52,7 @@ class Learn(Step):
     objective: Objective = BlockMSE()
     epochs: int = 20
     batch: int = 1
-    amp: bool = False
+    amp: bool | None = None
     steps: int | None = None
     descent: Literal["adamw", "sign"] = "adamw"
     decay: bool = False
@@ -192,7 +193,8 @@ class Learn(Step):
         def run(values: Weights) -> Callable[..., Any]:
             return lambda *args, **kwargs: functional_call(state.block, values, args, kwargs)
 
-        with _simulated(state, weights, maps), faster_products(x.device, self.amp):
+        products = state.io.products() if self.amp is None else faster_products(x.device, self.amp)
+        with _simulated(state, weights, maps), products:
             output = state.io.run(run(weights), x, pick.start)
         loss = self.objective(output, state.io.y[pick])
         if self.objective.augment:
@@ -205,10 +207,11 @@ class Learn(Step):
 @contextmanager
 def _simulated(state: BlockState, weights: Weights, maps: list[Parametrization]) -> Iterator[None]:
     """While open, drafts run as they will be packed, with ``weights`` and what ``maps`` choose, open to gradients."""
+    inputs = SharedInput()
     with ExitStack() as stack:
         for path, draft in state.drafts.items():
             w_OI = weights[f"{path}.weight"]
-            chosen = {"weight": w_OI, "bias": weights.get(f"{path}.bias")}
+            chosen = {"weight": w_OI, "bias": weights.get(f"{path}.bias"), "inputs": inputs}
             for each in maps:
                 chosen |= each.chosen(path, w_OI)
             stack.enter_context(draft.simulated(**chosen))
