@@ -52,6 +52,9 @@ from lowbit.steps.precision import product_type
 from lowbit.surroundings import own_settings
 from lowbit.version import __version__
 
+_ORDINALS = {2: "second", 3: "third", 4: "fourth"}
+_Reference = tuple[Tensor, slice, Tensor]
+"""Of the last watched window: ids ``[T]``, the positions measured, and the logits there ``[M, V]``."""
 RELOAD_TOLERANCE = 1e-4  # relative squared difference of logits; equal up to the order of float32 sums
 
 
@@ -271,8 +274,8 @@ def _run(
 @torch.no_grad()
 def _measure(
     walk: Walk, model: Any, progress: Progress | None
-) -> tuple[float | None, float | None, tuple[Tensor, Tensor] | None]:
-    """KL and agreement over the watched windows, and the last window's ids and logits to compare a reload with.
+) -> tuple[float | None, float | None, _Reference | None]:
+    """KL and agreement on the watched windows, at the measured positions, and what to compare a reload with.
 
     The quantized model is the one that the walk left behind, or ``model`` where a later stage changed it.
     """
@@ -281,11 +284,11 @@ def _measure(
     kls, agreements, reference = [], [], None
     for ids_T, original, quantized in walk.logits():
         if model is not None:
-            quantized = model(input_ids=ids_T[None], use_cache=False).logits[0]
+            quantized = model(input_ids=ids_T[None], use_cache=False).logits[0, walk.measured]
         kl_T, agree_T = kl_and_agreement(original, quantized)
         kls.append(kl_T)
         agreements.append(agree_T.double())
-        reference = ids_T, quantized
+        reference = ids_T, walk.measured, quantized
         if progress is not None:
             progress(len(kls), len(walk.watched), "comparing with the original")
     return torch.cat(kls).mean().item(), torch.cat(agreements).mean().item(), reference
@@ -335,6 +338,8 @@ def _measured_on(job: Job, walk: Walk) -> str:
     if walk.ids is None:
         return "nothing"
     windows = f"{len(walk.watched)} windows of {walk.ids.shape[1]} tokens"
+    if walk.measured.step > 1:
+        windows = f"every {_ORDINALS[walk.measured.step]} token of {windows}"
     if job.calibration is None:
         return f"{windows} drawn from the vocabulary"
     return f"{windows} of {job.calibration.name}, {'held out from' if walk.held_out else 'also used for'} calibration"
@@ -350,7 +355,7 @@ def _outside_note(walk: Walk) -> list[str]:
     ]
 
 
-def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tensor, Tensor] | None) -> QuantizeReport:
+def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: _Reference | None) -> QuantizeReport:
     """Config, index, card and tokenizer into the partial directory; reload and compare there; then the rename."""
     journal, directory = walk.journal, walk.journal.directory
     shards = journal.section(len(job.recipe.stages) - 1).files
@@ -373,14 +378,14 @@ def _finish(job: Job, walk: Walk, report: QuantizeReport, reference: tuple[Tenso
 
 
 @torch.no_grad()
-def _check_reloaded(directory: Path, reference: tuple[Tensor, Tensor] | None, trust_remote_code: bool) -> None:
-    """Loads what was saved; ``reference``: ids ``[T]`` and logits ``[T, V]`` to compare with, None where none were measured."""
+def _check_reloaded(directory: Path, reference: _Reference | None, trust_remote_code: bool) -> None:
+    """Loads what was saved; ``reference``: what to compare with, None where none were measured."""
     reloaded = native.load(directory, dtype=torch.float32, unfinished=True, trust_remote_code=trust_remote_code)
     if reference is None:
         return
-    ids_T, logits = reference
+    ids_T, measured, logits = reference
     restore(reloaded)  # by the kernels that measured: others round elsewhere, and activations of 4 bits make much of it
-    error = output_error(logits, reloaded(input_ids=ids_T[None], use_cache=False).logits[0])
+    error = output_error(logits, reloaded(input_ids=ids_T[None], use_cache=False).logits[0, measured])
     if not error < RELOAD_TOLERANCE:
         raise BrokenModel(
             f"the reloaded checkpoint does not compute what was measured (relative error {error:.3g}); this is a defect of "
