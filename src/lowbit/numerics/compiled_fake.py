@@ -94,7 +94,7 @@ class _Extremes(torch.autograd.Function):
         assert library is not None
         x, lo, hi = ctx.saved_tensors
         of_lo, of_hi = (g.contiguous() for g in grads)
-        of_x = torch.zeros_like(x)
+        of_x = torch.empty_like(x)
         library.extremes_backward(
             ctx.isa, x.data_ptr(), *x.shape, lo.data_ptr(), hi.data_ptr(), of_lo.data_ptr(), of_hi.data_ptr(),
             of_x.data_ptr(), torch.get_num_threads(),

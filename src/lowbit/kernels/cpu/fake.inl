@@ -88,7 +88,7 @@ static void extremes(const float* x, int64_t n, float* lo, float* hi) {
   if (any > 0.0f) *lo = *hi = __builtin_nanf("");
 }
 
-// Adds the gradients of a granule's extremes to those of its values, in equal parts where several are extreme.
+// What the values gain from the gradients of their granule's extremes, in equal parts where several are extreme.
 static void extremes_backward(const float* x, int64_t n, float lo, float hi, float of_lo, float of_hi, float* of_x) {
   int32_t lows[LANES] = {}, highs[LANES] = {};
   int64_t k = 0;
@@ -102,5 +102,5 @@ static void extremes_backward(const float* x, int64_t n, float lo, float hi, flo
   for (; k < n; ++k) low += x[k] == lo, high += x[k] == hi;
   for (int64_t i = 0; i < LANES; ++i) low += lows[i], high += highs[i];
   const float each_low = of_lo / static_cast<float>(low), each_high = of_hi / static_cast<float>(high);
-  for (k = 0; k < n; ++k) of_x[k] += (x[k] == lo ? each_low : 0.0f) + (x[k] == hi ? each_high : 0.0f);
+  for (k = 0; k < n; ++k) of_x[k] = (x[k] == lo ? each_low : 0.0f) + (x[k] == hi ? each_high : 0.0f);
 }

@@ -123,7 +123,7 @@ void extremes(const std::string& isa, uintptr_t x, int64_t granules, int64_t siz
   by_granule(granules, size, threads, [&](int64_t i) { k->extremes(at<float>(x) + i * size, size, at<float>(lo) + i, at<float>(hi) + i); });
 }
 
-// Adds to of_x [granules, size] what the gradients of the extremes give.
+// of_x [granules, size]: what the values gain from the gradients of the extremes.
 void extremes_backward(const std::string& isa, uintptr_t x, int64_t granules, int64_t size, uintptr_t lo, uintptr_t hi,
                        uintptr_t of_lo, uintptr_t of_hi, uintptr_t of_x, int threads) {
   const SolveKernels* k = called(isa)->solve;
