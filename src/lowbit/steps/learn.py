@@ -34,8 +34,8 @@ class Learn(Step):
     The block sees the inputs that the recipe feeds; with quantized inputs it can correct errors of earlier blocks. The
     target is the original block's output for its original inputs. Weights and activations are quantized as they will be
     stored. The parameters at the end of the epoch with the lowest mean loss are kept, or the start if no epoch is
-    better. Learning stops at a loss that is not finite, and where the lowest loss has fallen by less than one part in
-    10,000 for a quarter of all epochs.
+    better. Learning stops at a loss that is not finite, and where the lowest loss, once it has fallen, falls no further by
+    one part in 10,000 for a quarter of all epochs (at least three).
 
     Args:
         epochs: passes over the calibration windows.
@@ -152,7 +152,7 @@ class Learn(Step):
         best, kept = float("inf"), _snapshot(maps)
         first, before = best, kept
         epochs = self._epochs(len(state.io))
-        patience, lately, at = max(2, -(-epochs // 4)), float("inf"), 0
+        patience, lately, at = max(3, -(-epochs // 4)), float("inf"), 0
         for epoch in range(epochs + 1):
             total = 0.0
             visits = torch.randperm(len(starts), generator=order).tolist() if epoch else range(len(starts))
@@ -180,7 +180,7 @@ class Learn(Step):
                 best, kept = total, _snapshot(maps)
             if best < lately * (1 - _STANDSTILL):
                 lately, at = best, epoch
-            elif epoch - at >= patience and epoch < epochs:
+            elif 0 < at <= epoch - patience and epoch < epochs:  # many a loss rises first
                 state.note("learning stopped before the last epoch: the loss stood still for a quarter of them")
                 break
         _restore(maps, kept)

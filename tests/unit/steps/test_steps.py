@@ -255,6 +255,7 @@ def test_learning_stops_where_the_loss_stands_still_for_a_quarter_of_the_epochs(
     going, still = state(), state()
     assert _epochs_until(going, monkeypatch, falling, 12) == 12 and not going.notes
     assert _epochs_until(still, monkeypatch, [1.0, 0.9, *[0.9 - 1e-6 * i for i in range(11)]], 12) == 4
+    assert _epochs_until(state(), monkeypatch, [1.0, *[1.1] * 11, 0.9], 12) == 12  # it may rise first
     assert "stood still" in still.notes[0]
 
 
