@@ -272,9 +272,7 @@ def _run(
 
 
 @torch.no_grad()
-def _measure(
-    walk: Walk, model: Any, progress: Progress | None
-) -> tuple[float | None, float | None, _Reference | None]:
+def _measure(walk: Walk, model: Any, progress: Progress | None) -> tuple[float | None, float | None, _Reference | None]:
     """KL and agreement on the watched windows, at the measured positions, and what to compare a reload with.
 
     The quantized model is the one that the walk left behind, or ``model`` where a later stage changed it.

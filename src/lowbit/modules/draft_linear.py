@@ -203,7 +203,9 @@ class DraftLinear(nn.Module):
         if form.act is None:  # one product for all
             for term in side_terms:
                 restored = restored + term.dense((restored.shape[0], restored.shape[1]))
-        return _Simulation(restored, bias, side_terms, transform, chosen.get("act_params"), foreseen, chosen.get("inputs"))
+        return _Simulation(
+            restored, bias, side_terms, transform, chosen.get("act_params"), foreseen, chosen.get("inputs")
+        )
 
     @property
     def errs_by_weight(self) -> bool:

@@ -9,8 +9,7 @@ from fnmatch import fnmatch
 import pytest
 import torch
 
-from lowbit.modules import draft_linear
-from lowbit.modules import LinearFormat, QuantLinear
+from lowbit.modules import LinearFormat, QuantLinear, draft_linear
 from lowbit.numerics import AbsMax, AbsSum, Clipped, Gram, Int, MinMax, PerChannel, PerGroup, Samples, Spec, fit_params
 from lowbit.recipes import recipe as recipe_of
 from lowbit.scheme import activation
