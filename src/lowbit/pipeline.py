@@ -56,6 +56,9 @@ from lowbit.steps.precision import continue_with, product_type
 from lowbit.surroundings import own_settings
 from lowbit.version import __version__
 
+_ORDINALS = {2: "second", 3: "third", 4: "fourth"}
+_Reference = tuple[Tensor, slice, Tensor]
+"""Of the last watched window: ids ``[T]``, the positions measured, and the logits there ``[M, V]``."""
 RELOAD_TOLERANCE = 1e-4  # relative squared difference of logits; equal up to the order of float32 sums
 
 
@@ -284,10 +287,8 @@ def _run(
 
 
 @torch.no_grad()
-def _measure(
-    running: Run, progress: Progress | None
-) -> tuple[float | None, float | None, tuple[Tensor, Tensor] | None]:
-    """KL and agreement over the watched windows, and the last window's ids and logits to compare a reload with.
+def _measure(running: Run, progress: Progress | None) -> tuple[float | None, float | None, _Reference | None]:
+    """KL and agreement on the watched windows, at the measured positions, and what to compare a reload with.
 
     A model whose cache is quantized is measured through it.
     """
@@ -298,14 +299,14 @@ def _measure(
         kl_T, agree_T = kl_and_agreement(original, quantized)
         kls.append(kl_T)
         agreements.append(agree_T.double())
-        reference = ids_T, quantized
+        reference = ids_T, running.walk.measured, quantized
         if progress is not None:
             progress(len(kls), len(running.walk.watched), "comparing with the original")
     return torch.cat(kls).mean().item(), torch.cat(agreements).mean().item(), reference
 
 
 def _logits(running: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """``(ids [T], original logits [T, V], quantized logits [T, V])`` of the watched windows.
+    """``(ids [T], original logits [M, V], quantized logits [M, V])`` of the watched windows, at the measured positions.
 
     The quantized model is the one that the walk left behind, or the whole one where a later stage changed it or its cache is
     quantized. Without stages the original is the same model without a cache.
@@ -316,10 +317,11 @@ def _logits(running: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     if not running.recipe.stages:
         assert walk.ids is not None and model is not None
         for w in walk.watched:
-            yield walk.ids[w], logits_of(model, walk.ids[w], cached=False), logits_of(model, walk.ids[w])
+            original, quantized = (logits_of(model, walk.ids[w], cached=cached) for cached in (False, True))
+            yield walk.ids[w], original[walk.measured], quantized[walk.measured]
         return
     for ids_T, original, quantized in walk.logits():
-        yield ids_T, original, quantized if model is None else logits_of(model, ids_T)
+        yield ids_T, original, quantized if model is None else logits_of(model, ids_T)[walk.measured]
 
 
 def _report(job: Job, running: Run, kl: float | None, agreement: float | None, max_kl: float) -> QuantizeReport:
@@ -370,6 +372,8 @@ def _measured_on(job: Job, running: Run) -> str:
         return "nothing"
     read = f", {through(cache)}" if cache else ""
     windows = f"{len(walk.watched)} windows of {walk.ids.shape[1]} tokens{read}"
+    if walk.measured.step > 1:
+        windows = f"every {_ORDINALS[walk.measured.step]} token of {windows}"
     if job.calibration is None:
         return f"{windows} drawn from the vocabulary"
     return f"{windows} of {job.calibration.name}, {'held out from' if walk.held_out else 'also used for'} calibration"
@@ -385,7 +389,7 @@ def _outside_note(walk: Walk) -> list[str]:
     ]
 
 
-def _finish(job: Job, running: Run, report: QuantizeReport, reference: tuple[Tensor, Tensor] | None) -> QuantizeReport:
+def _finish(job: Job, running: Run, report: QuantizeReport, reference: _Reference | None) -> QuantizeReport:
     """Config, index, card and tokenizer into the partial directory; reload and compare there; then the rename."""
     journal, directory = running.journal, running.journal.directory
     shards = merge(running.last, running.description.guarded)
@@ -407,14 +411,14 @@ def _finish(job: Job, running: Run, report: QuantizeReport, reference: tuple[Ten
 
 
 @torch.no_grad()
-def _check_reloaded(directory: Path, reference: tuple[Tensor, Tensor] | None, trust_remote_code: bool) -> None:
-    """Loads what was saved; ``reference``: ids ``[T]`` and logits ``[T, V]`` to compare with, None where none were measured."""
+def _check_reloaded(directory: Path, reference: _Reference | None, trust_remote_code: bool) -> None:
+    """Loads what was saved; ``reference``: what to compare with, None where none were measured."""
     reloaded = native.load(directory, dtype=torch.float32, unfinished=True, trust_remote_code=trust_remote_code)
     if reference is None:
         return
-    ids_T, logits = reference
+    ids_T, measured, logits = reference
     restore(reloaded)  # by the kernels that measured: others round elsewhere, and activations of 4 bits make much of it
-    error = output_error(logits, logits_of(reloaded, ids_T))
+    error = output_error(logits, logits_of(reloaded, ids_T)[measured])
     if not error < RELOAD_TOLERANCE:
         raise BrokenModel(
             f"the reloaded checkpoint does not compute what was measured (relative error {error:.3g}); this is a defect of "

@@ -36,6 +36,7 @@ from lowbit.numerics import (
     Table,
     Tokens,
     TruncationSearch,
+    extremes,
 )
 from lowbit.solve import Gptq, LeaveOneOut, RangeOutliers, Solution, WeakColumns
 from lowbit.solve.columns import lazy_blocks
@@ -351,3 +352,49 @@ def test_few_tokens_and_a_dead_channel_change_nothing_of_this(isa, monkeypatch):
         assert ours.notes == theirs.notes and loss(w_OI, ours, h_II) == pytest.approx(
             loss(w_OI, theirs, h_II), rel=1e-3
         )
+
+
+# Simulated quantization
+
+
+def simulated(x_GK: Tensor, grid: Int, weight_GK: Tensor) -> tuple[Tensor, ...]:
+    """Values on the grid of three quarters of each granule's range, and the gradients of ``x`` and of that share."""
+    x, share = x_GK.clone().requires_grad_(), torch.full((len(x_GK), 1), 0.75, requires_grad=True)
+    lo, hi = extremes(x)
+    y = grid.fake(x, grid.from_range(lo * share, hi * share))
+    of_x, of_share = torch.autograd.grad((y * weight_GK).sum(), (x, share))
+    return lo.detach(), hi.detach(), y.detach(), of_x, of_share
+
+
+@pytest.mark.parametrize("grid", INTS, ids=str)
+@pytest.mark.parametrize("shape", [(5, 1), (7, 15), (33, 64), (3, 1100)], ids=str)
+def test_simulated_values_equal_those_of_torch_and_gradients_too_but_for_their_sums(isa, grid, shape, monkeypatch):
+    x = random(*shape) * torch.logspace(-6, 3, shape[0])[:, None]
+    x[0] = 0  # every value is extreme
+    x[1, ::2] = x[1].amax()  # several are
+    weight = random(*shape, seed=1)
+    ours, theirs = simulated(x, grid, weight), by_torch(monkeypatch, simulated, x, grid, weight)
+    for mine, right in zip(ours[:3], theirs[:3], strict=True):
+        assert torch.equal(mine, right)
+    for mine, right in zip(ours[3:], theirs[3:], strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5 * float(right.abs().amax()))
+
+
+def test_simulated_quantization_keeps_nan_in_its_granule(isa):
+    x = random(3, 20)
+    x[1, 18] = torch.nan
+    lo, hi = extremes(x)
+    assert lo.isnan().flatten().tolist() == hi.isnan().flatten().tolist() == [False, True, False]
+    y = Int(4).fake(x, Int(4).from_range(*extremes(x.nan_to_num())))
+    assert torch.equal(y.isnan(), x.isnan())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 4000), (700, 130)], ids=str)
+def test_the_number_of_threads_changes_no_simulated_value(isa, shape, threads, monkeypatch):
+    x, weight = random(*shape), random(*shape, seed=1)
+    alone = simulated(x, Int(4), weight)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads + 1)
+        for mine, right in zip(simulated(x, Int(4), weight), alone, strict=True):
+            assert torch.equal(mine, right)

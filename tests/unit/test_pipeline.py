@@ -326,6 +326,17 @@ def test_results_are_measured_on_windows_of_the_text_that_no_step_saw(tmp_path):
     assert [file.read_bytes() for file in a] == [file.read_bytes() for file in b]
 
 
+def test_long_text_is_measured_at_evenly_spaced_positions_and_the_report_says_which(tmp_path):
+    model, ids = tiny_llama(tmp_path / "model"), random_ids(4, 1024)
+    report = lowbit.quantize(model, lowbit.recipe("rtn", bits=3), ids, out=tmp_path / "out", max_kl=50)
+    assert report.measured_on.startswith("every second token of 4 windows of 1024 tokens")
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    packed = lowbit.load(tmp_path / "out", torch.float32)
+    with torch.no_grad():
+        p, q = (each(input_ids=ids).logits.log_softmax(-1)[:, 1::2] for each in (original, packed))
+    assert report.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+
+
 def test_transformers_without_lowbit_refuses_a_checkpoint(tmp_path):
     """It passes over a quantization_config that it does not know, and would give every packed layer random weights."""
     lowbit.quantize(tiny_llama(tmp_path / "model"), "rtn", None, out=tmp_path / "out")

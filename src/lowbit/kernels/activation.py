@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.numerics import Affine, MinMax, PerCluster, PerInput, Spec, straight_through
+from lowbit.numerics import Affine, PerCluster, PerInput, Spec, extremes, straight_through
 from lowbit.numerics.grids.base import OF_NOTHING
 
 
@@ -55,8 +55,9 @@ def without_outliers(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tenso
 def dynamic_params(x: Tensor, spec: Spec) -> Affine:
     """Parameters ``[G, 1]`` that cover each granule of ``x`` ``[..., I]``; granules with NaN or infinity get a NaN scale."""
     x_GK = spec.granularity.split(x)
-    params = MinMax()(x_GK, spec.grid)  # pyright: ignore[reportArgumentType]
-    finite = torch.isfinite(x_GK).all(1, keepdim=True)
+    lo_G1, hi_G1 = extremes(x_GK)
+    params = spec.grid.from_range(lo_G1, hi_G1)  # pyright: ignore[reportAttributeAccessIssue]
+    finite = torch.isfinite(lo_G1) & torch.isfinite(hi_G1)  # extremes show NaN
     if spec.stats is not None and len(x_GK):  # the range of the second level must not see NaN and Inf
         seen = params._make(None if p is None else p.detach().where(finite, OF_NOTHING) for p in params)
         stored = spec.as_stored(seen, spec.granularity.param_shape(tuple(x.shape))[1])
@@ -96,7 +97,7 @@ def fake_quantize_activation(x: Tensor, spec: Spec, params: Affine | None = None
     Channels that reach ``threshold`` are unchanged, as kernels multiply them in floating point. Gradients pass the rounding
     straight through to ``x``, to static parameters and to dynamic ranges.
     """
-    wide = _wide(x)
+    wide, given = _wide(x), params
     ranged, kept, taken = without_outliers(wide, threshold)
     if params is not None and isinstance(spec.granularity, PerCluster | PerInput):
         values = spec.grid.fake(kept, _of_channels(spec.granularity, params, wide.dtype))  # pyright: ignore[reportAttributeAccessIssue]
@@ -106,7 +107,7 @@ def fake_quantize_activation(x: Tensor, spec: Spec, params: Affine | None = None
         values = spec.granularity.join(values_GK, tuple(x.shape))
     if len(taken):
         values = values.index_copy(-1, taken, wide.index_select(-1, taken))
-    return values.masked_fill(wide.isnan(), torch.nan)
+    return values if given is None else values.masked_fill(wide.isnan(), torch.nan)  # dynamic scales are NaN already
 
 
 def _as(params: Affine, dtype: torch.dtype) -> Affine:

@@ -16,7 +16,7 @@ def autoround(
     steps: int = 200,
     batch: int = 8,
     lr: float | None = None,
-    amp: bool = True,
+    amp: bool | None = None,
 ) -> Recipe:
     """Rounding offsets and ranges learned by signed gradient descent on the error of the block's output.
 
@@ -25,7 +25,7 @@ def autoround(
     * steps: gradient steps for each block, rounded up to whole passes over the calibration windows.
     * batch: windows in each step.
     * lr: learning rate of offsets and ranges, falling linearly to zero; None: 1 / steps, as published.
-    * amp: products in bfloat16 while learning.
+    * amp: products in bfloat16 while learning; None: as the recipe's compute says.
 
     The parameters after the best pass are kept; the authors' code keeps those of the best single step.
     """

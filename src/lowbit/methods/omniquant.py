@@ -22,7 +22,7 @@ def omniquant(
     transform_lr: float = 5e-3,
     augment: bool = False,
     batch: int = 1,
-    amp: bool = False,
+    amp: bool | None = None,
 ) -> Recipe:
     """Learned weight clipping and, with quantized activations, a learned equivalent transformation.
 
@@ -34,7 +34,7 @@ def omniquant(
     * clip_lr, transform_lr: learning rates.
     * augment: add the authors' second loss term.
     * batch: windows in each gradient step.
-    * amp: products in bfloat16 while learning.
+    * amp: products in bfloat16 while learning; None: as the recipe's compute says.
     """
     moves = transform if transform is not None else activation_bits is not None and activation_bits < 16
     transforms = (Shifts(("norm_*", "v_o"), Midpoint(), transform_lr), Scales(EDGES, Smooth(alpha), transform_lr))

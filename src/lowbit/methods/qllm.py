@@ -26,7 +26,7 @@ def qllm(
     epochs: int = 10,
     lr: float = 5e-4,
     batch: int = 1,
-    amp: bool = False,
+    amp: bool | None = None,
 ) -> Recipe:
     """Outlier channels split before their linears, similar channels merged, and a learned low-rank correction.
 
@@ -40,7 +40,8 @@ def qllm(
     * rank: of the correction; 0: none.
     * fold: add it to the weights before rounding, as published; otherwise it is stored separately in float16.
     * norms: also learn the gains of norms, and biases.
-    * epochs, lr, batch, amp: of the learning, with rates that fall to zero.
+    * epochs, lr, batch: of the learning, with rates that fall to zero.
+    * amp: products in bfloat16 while learning; None: as the recipe's compute says.
 
     Differs from the authors' code: one block is learned at a time (theirs: four together, and the final norm at the end);
     similar channels are those of the paper's distance, not the code's; a folded correction is learned through the rounding.

@@ -10,7 +10,7 @@ from lowbit.modules.activation import (
 from lowbit.modules.attention import AttentionSpec, attend
 from lowbit.modules.attention_ranges import OperandRanges
 from lowbit.modules.description import LinearDescription
-from lowbit.modules.draft_linear import DraftLinear, make_drafts, unmake_drafts, weight_shape
+from lowbit.modules.draft_linear import DraftLinear, SharedInput, make_drafts, unmake_drafts, weight_shape
 from lowbit.modules.kv_spec import KVFormats, KVRule, KVSpec, kv_formats, set_kv_formats
 from lowbit.modules.linear_format import LinearFormat
 from lowbit.modules.quant_embedding import QuantEmbedding, scale_of
@@ -33,6 +33,7 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "ResidualRotation",
+    "SharedInput",
     "TensorInfo",
     "attend",
     "check_finite",

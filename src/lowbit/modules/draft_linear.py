@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowbit.modules.activation import fake_activation, static_params
+from lowbit.modules.activation import ActSpec, fake_activation, static_params
 from lowbit.modules.linear_format import LinearFormat
 from lowbit.modules.quant_linear import QuantLinear
 from lowbit.numerics import Affine, Clipped, Fixed, PerInput, QTensor, SideTerm, fake_quantize
@@ -45,6 +45,27 @@ class _Simulation:
     transform: ChannelTransform | None
     act_params: Affine | None
     foreseen: Affine | None
+    inputs: SharedInput | None
+
+
+class SharedInput:
+    """The input that several simulated linears read, quantized once for all of them: of the last forward alone."""
+
+    def __init__(self):
+        self._last: tuple[Tensor, ActSpec, Affine | None, Tensor] | None = None
+
+    def fake(self, h: Tensor, act: ActSpec, params: Affine | None) -> Tensor:
+        """``h`` quantized, in the type of the product that follows."""
+        if self._last is not None:
+            seen, as_act, by, result = self._last
+            if seen is h and by is params and as_act == act:
+                return result
+        result = fake_activation(h, act, params)
+        device = h.device.type
+        if torch.is_autocast_enabled(device):  # once, not once for each reader
+            result = result.to(torch.get_autocast_dtype(device))
+        self._last = h, act, params, result
+        return result
 
 
 class DraftLinear(nn.Module):
@@ -137,7 +158,8 @@ class DraftLinear(nn.Module):
         if act is None:
             return F.linear(h, simulation.weight)
         params = simulation.act_params or self.act_params or simulation.foreseen
-        y = F.linear(fake_activation(h, act, params), simulation.weight)
+        fake = fake_activation if simulation.inputs is None else simulation.inputs.fake
+        y = F.linear(fake(h, act, params), simulation.weight)
         for term in simulation.side_terms:
             y = y + term.apply(h, y.shape[-1])
         return y
@@ -155,7 +177,7 @@ class DraftLinear(nn.Module):
             bounds_2I: lowest and highest value of each channel of the input. A static input whose parameters are not set yet is
                 quantized by those that this range will give; without it, by the range of each call.
             chosen: values that count instead of the attributes of that name, and that gradients may pass: weight, bias,
-                range_shares, rounding_offset, act_params, side_terms.
+                range_shares, rounding_offset, act_params, side_terms. ``inputs``: shared with the linears that read the same input.
         """
         before, self._simulation = self._simulation, self._simulate(transform, bounds_2I, chosen)
         try:
@@ -181,7 +203,9 @@ class DraftLinear(nn.Module):
         if form.act is None:  # one product for all
             for term in side_terms:
                 restored = restored + term.dense((restored.shape[0], restored.shape[1]))
-        return _Simulation(restored, bias, side_terms, transform, chosen.get("act_params"), foreseen)
+        return _Simulation(
+            restored, bias, side_terms, transform, chosen.get("act_params"), foreseen, chosen.get("inputs")
+        )
 
     @property
     def errs_by_weight(self) -> bool:

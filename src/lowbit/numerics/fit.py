@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbit.compiled import solver_set
+from lowbit.numerics import compiled_fake
 from lowbit.numerics.grids.base import OF_NOTHING, Affine, Grid, Lut, Params, RangeGrid
 from lowbit.numerics.grids.codebook import Codebook
 from lowbit.numerics.grids.int import Int
@@ -48,9 +49,12 @@ class _RangeFit:
 
 
 def extremes(x_GK: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum of each granule, ``[G, 1]`` each."""
-    lo, hi = torch.aminmax(x_GK, dim=1, keepdim=True)
-    return lo, hi
+    """Minimum and maximum of each granule, ``[G, 1]`` each; NaN where a value is."""
+    found = compiled_fake.extremes(x_GK)
+    if found is None:
+        lo, hi = torch.aminmax(x_GK, dim=1, keepdim=True)
+        return lo, hi
+    return found
 
 
 @serializable

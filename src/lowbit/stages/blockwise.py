@@ -64,6 +64,9 @@ from lowbit.transforms import Seeded
 
 _COST_STRIDE = 4
 """What a packed embedding costs is measured at every position of this number: a mean, whose limit is twice what is usual."""
+_MEASURED = 2000
+"""Tokens that the result is measured on at least, where there are as many; every other, third or fourth position of the
+watched windows is enough for that."""
 
 
 class Broken(ValueError):
@@ -106,6 +109,7 @@ class Walk:
         self.fisher: FisherPass | None = None
         self._numbers: dict[str, range] = {}  # the windows of each array of activations
         self.packs_outside = False
+        self._outside: dict[str, nn.Module] = {}
         self.outside_cost: float | None = None
         self._at, self._ticks, self._expected = 0, 0, 0  # the block at hand: number, done, about how many there will be
 
@@ -118,6 +122,17 @@ class Walk:
     def watched(self) -> range:
         """Windows that the result is measured on: those held out, or the first of the others."""
         return watched_windows(self.calibrated, self.held_out)
+
+    @property
+    def measured(self) -> slice:
+        """Positions of each watched window at which logits are compared: evenly spaced, from the middle of the first gap.
+
+        Logits cost more than a block. Half of 4,096 positions widen the 95 % interval of the mean divergence of
+        SmolLM2-135M in 4 bits from 7.2 to 8.6 % of it.
+        """
+        tokens = 0 if self.ids is None else len(self.watched) * self.ids.shape[1]
+        stride = min(4, max(1, tokens // _MEASURED))
+        return slice(stride // 2, None, stride)
 
     @property
     def packed_outside(self) -> OutsidePlan:
@@ -480,7 +495,7 @@ class Walk:
         assert self.stream is not None and self.ids is not None
         cost = 0.0
         with self.stream.loaded_outside(self.source):
-            modules, rest = pack_outside(self.model, self.plan.outside), self._narrowed(self.plan.outside)
+            modules, rest = self._pack_outside(), self._narrowed(self.plan.outside)
             unpacked = self._narrowed(OutsidePlan())
             for w in self.watched:
                 ids = self.ids[w : w + 1, ::_COST_STRIDE]
@@ -493,6 +508,12 @@ class Walk:
                     cost += kl_T.mean().item()
         return cost / len(self.watched)
 
+    def _pack_outside(self) -> dict[str, nn.Module]:
+        """What the plan packs outside of the blocks, packed once; its weights must be loaded the first time."""
+        if not self._outside:
+            self._outside = pack_outside(self.model, self.plan.outside)
+        return self._outside
+
     def write_rest(self) -> None:
         """Stores everything outside the blocks, packed as :meth:`settle_outside` decided or as it was."""
         if len(self.section.finished) > self.total:
@@ -503,25 +524,28 @@ class Walk:
         self.source.load(self.model, plain, dtype=None)
         state = self.model.state_dict()
         tensors = {key: narrowed(key, state[key], self.plan.kept.dtype_of(key)) for key in plain}
-        for name in packed.stored:
-            self.source.load_into(self.model, name)
-        for name, module in pack_outside(self.model, packed).items():
+        if packed and not self._outside:
+            for name in packed.stored:
+                self.source.load_into(self.model, name)
+        for name, module in (self._pack_outside() if packed else {}).items():
             tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
         record = {"packs_outside": self.packs_outside, "outside_cost": self.outside_cost} if self.plan.outside else {}
         self.section.write(self._shard(self.total), tensors, record)
         self.source.release_tensors(self.model, outside(self.model, self.architecture))
 
     def logits(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """``(ids [T], original logits [T, V], quantized logits [T, V])`` of the windows :attr:`watched`."""
+        """``(ids [T], original logits [M, V], quantized logits [M, V])`` of the windows :attr:`watched`, at the positions
+        :attr:`measured`."""
         assert self.stream is not None and self.ids is not None
         stream = "packed" if self.packs_outside and self.has_packed_stream else "quant"
         with self.stream.loaded_outside(self.source):
-            modules, rest = pack_outside(self.model, self.packed_outside), self._narrowed(self.packed_outside)
+            modules = self._pack_outside() if self.packs_outside else {}
+            rest = self._narrowed(self.packed_outside)
             for w in self.watched:
-                ids = self.ids[w : w + 1]
-                original = self.logits_of(ids, self.hidden("fp", w))
+                ids, at = self.ids[w : w + 1], self.measured
+                original = self.logits_of(ids[:, at], self.hidden("fp", w)[:, at])
                 with replaced(self.model, modules, rest):
-                    quantized = self.logits_of(ids, self.hidden(stream, w))
+                    quantized = self.logits_of(ids[:, at], self.hidden(stream, w)[:, at])
                 yield ids[0], original, quantized
 
     def logits_of(self, ids_1T: Tensor, hidden_1Td: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from lowbit.architectures import Kind
+from lowbit.modules import SharedInput
 from lowbit.numerics import Statistic, serializable
 from lowbit.steps.effects import BlockDescription, EdgeUse, Freedom, MixOrder
 from lowbit.steps.objectives import BlockMSE, Objective
@@ -20,6 +21,8 @@ from lowbit.steps.precision import faster_products
 from lowbit.steps.state import BlockState
 from lowbit.steps.step import FLOAT, RunSizes, Step
 
+_STANDSTILL = 1e-4
+"""A relative fall of the lowest loss by less than this counts as none."""
 _COPIES = 8  # of weights and activations, held at once
 
 
@@ -31,13 +34,14 @@ class Learn(Step):
     The block sees the inputs that the recipe feeds; with quantized inputs it can correct errors of earlier blocks. The
     target is the original block's output for its original inputs. Weights and activations are quantized as they will be
     stored. The parameters at the end of the epoch with the lowest mean loss are kept, or the start if no epoch is
-    better. Learning stops at a loss that is not finite.
+    better. Learning stops at a loss that is not finite, and where the lowest loss, once it has fallen, falls no further by
+    one part in 10,000 for a quarter of all epochs (at least three).
 
     Args:
         epochs: passes over the calibration windows.
         batch: windows that pass through the block at once.
-        amp: run the block's products in bfloat16 on processors that have instructions for it. Quantization stays in
-            float32.
+        amp: run the block's products in bfloat16 on processors that have instructions for it; None: as the recipe's
+            ``compute`` says. Quantization and parameters stay in float32.
         steps: number of gradient steps, rounded up to whole passes; replaces ``epochs``.
         descent: ``"adamw"`` at constant rates, or ``"sign"``, which steps along the gradient's sign at rates that fall
             linearly to zero (SignRound, arXiv:2309.05516).
@@ -51,7 +55,7 @@ class Learn(Step):
     objective: Objective = BlockMSE()
     epochs: int = 20
     batch: int = 1
-    amp: bool = False
+    amp: bool | None = None
     steps: int | None = None
     descent: Literal["adamw", "sign"] = "adamw"
     decay: bool = False
@@ -148,6 +152,7 @@ class Learn(Step):
         best, kept = float("inf"), _snapshot(maps)
         first, before = best, kept
         epochs = self._epochs(len(state.io))
+        patience, lately, at = max(3, -(-epochs // 4)), float("inf"), 0
         for epoch in range(epochs + 1):
             total = 0.0
             visits = torch.randperm(len(starts), generator=order).tolist() if epoch else range(len(starts))
@@ -173,6 +178,11 @@ class Learn(Step):
             first = total if epoch == 0 else first
             if total < best:
                 best, kept = total, _snapshot(maps)
+            if best < lately * (1 - _STANDSTILL):
+                lately, at = best, epoch
+            elif 0 < at <= epoch - patience and epoch < epochs:  # many a loss rises first
+                state.note("learning stopped before the last epoch: the loss stood still for a quarter of them")
+                break
         _restore(maps, kept)
         if self.verify and best < first:
             with torch.no_grad():
@@ -192,7 +202,8 @@ class Learn(Step):
         def run(values: Weights) -> Callable[..., Any]:
             return lambda *args, **kwargs: functional_call(state.block, values, args, kwargs)
 
-        with _simulated(state, weights, maps), faster_products(x.device, self.amp):
+        products = state.io.products() if self.amp is None else faster_products(x.device, self.amp)
+        with _simulated(state, weights, maps), products:
             output = state.io.run(run(weights), x, pick.start)
         loss = self.objective(output, state.io.y[pick])
         if self.objective.augment:
@@ -205,10 +216,11 @@ class Learn(Step):
 @contextmanager
 def _simulated(state: BlockState, weights: Weights, maps: list[Parametrization]) -> Iterator[None]:
     """While open, drafts run as they will be packed, with ``weights`` and what ``maps`` choose, open to gradients."""
+    inputs = SharedInput()
     with ExitStack() as stack:
         for path, draft in state.drafts.items():
             w_OI = weights[f"{path}.weight"]
-            chosen = {"weight": w_OI, "bias": weights.get(f"{path}.bias")}
+            chosen = {"weight": w_OI, "bias": weights.get(f"{path}.bias"), "inputs": inputs}
             for each in maps:
                 chosen |= each.chosen(path, w_OI)
             stack.enter_context(draft.simulated(**chosen))

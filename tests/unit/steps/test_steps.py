@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 import pytest
 import torch
 
-from lowbit.modules import LinearFormat, QuantLinear
+from lowbit.modules import LinearFormat, QuantLinear, draft_linear
 from lowbit.numerics import AbsMax, AbsSum, Clipped, Gram, Int, MinMax, PerChannel, PerGroup, Samples, Spec, fit_params
 from lowbit.recipes import recipe as recipe_of
 from lowbit.scheme import activation
@@ -232,6 +232,39 @@ def test_learned_scales_keep_the_function_and_lower_the_error_of_four_bit_activa
     Solve().run(learned)
     Solve().run(plain)
     assert _mse(learned) < 0.8 * _mse(plain)
+
+
+def _epochs_until(state, monkeypatch, losses: list[float], epochs: int) -> int:
+    """Epochs of gradient steps where the losses of the start and of each epoch are ``losses``; ``state`` has one batch."""
+    given, seen = iter(losses), []
+
+    def loss(self, *args):
+        seen.append(next(given))
+        leaf = args[2][0].lower[0]
+        return leaf.sum() * 0 + seen[-1]
+
+    monkeypatch.setattr(Learn, "_loss", loss)
+    assert state.io is not None
+    Learn((ClipShares(),), BlockMSE(), epochs=epochs, batch=len(state.io)).run(state)
+    return len(seen) - 1
+
+
+def test_learning_stops_where_the_loss_stands_still_for_a_quarter_of_the_epochs(state, monkeypatch):
+    falling = [1 - 0.01 * i for i in range(13)]
+    going, still = state(), state()
+    assert _epochs_until(going, monkeypatch, falling, 12) == 12 and not going.notes
+    assert _epochs_until(still, monkeypatch, [1.0, 0.9, *[0.9 - 1e-6 * i for i in range(11)]], 12) == 4
+    assert _epochs_until(state(), monkeypatch, [1.0, *[1.1] * 11, 0.9], 12) == 12  # it may rise first
+    assert "stood still" in still.notes[0]
+
+
+def test_readers_of_one_input_quantize_it_once_while_learning(state, monkeypatch):
+    s, calls = state(W4, activation(4, symmetric=False)), []
+    plain = draft_linear.fake_activation
+    monkeypatch.setattr(draft_linear, "fake_activation", lambda h, *rest: calls.append(h) or plain(h, *rest))
+    assert s.io is not None
+    Learn((ClipShares(),), BlockMSE(), epochs=0, batch=len(s.io)).run(s)
+    assert len(calls) == 4 < len(s.drafts)  # the inputs of attention, its output, the MLP and its last linear
 
 
 def test_gradients_reach_scales_and_both_ends_of_the_clipping(state):

@@ -21,6 +21,8 @@ using Loop = void (*)(int64_t pieces, int threads, const std::function<void(int6
 
 namespace {
 
+constexpr int64_t SMALL_PIECE = 1 << 15;  // values
+
 const Kernels* (*called)(const std::string&);
 Loop run_parallel;
 
@@ -79,6 +81,59 @@ bool columns(const std::string& isa, const Grid& grid, int64_t rows, int64_t cou
   return changed.load();
 }
 
+// Pieces of work for `threads`: few threads' worth of granules, and no piece so small that handing it out costs more.
+void by_granule(int64_t granules, int64_t size, int threads, const std::function<void(int64_t)>& one) {
+  const int64_t wanted = threads <= 1 ? 1 : 4 * threads;
+  const int64_t pieces = std::clamp<int64_t>(granules * size / SMALL_PIECE, 1, std::min(wanted, std::max<int64_t>(granules, 1)));
+  run_parallel(pieces, threads, [&](int64_t p) {
+    for (int64_t i = granules * p / pieces; i < granules * (p + 1) / pieces; ++i) one(i);
+  });
+}
+
+// See Fake.
+void fake(const std::string& isa, const Grid& grid, uintptr_t x, int64_t granules, int64_t size, uintptr_t scale, uintptr_t zero,
+          uintptr_t y, int threads) {
+  if (grid.count != 0) throw std::invalid_argument("levels that are listed are not simulated here");
+  const SolveKernels* k = called(isa)->solve;
+  nb::gil_scoped_release release;
+  const Fake f{grid, at<float>(x), granules, size, at<float>(scale), at<float>(zero), at<float>(y), nullptr, nullptr, nullptr, nullptr};
+  if (granules >= threads) {
+    by_granule(granules, size, threads, [&](int64_t i) { k->fake_forward(f, i, 0, size); });
+  } else {
+    by_granule(threads, granules * size / threads, threads, [&](int64_t p) {
+      for (int64_t i = 0; i < granules; ++i) k->fake_forward(f, i, size * p / threads, size * (p + 1) / threads);
+    });
+  }
+}
+
+void fake_backward(const std::string& isa, const Grid& grid, uintptr_t x, int64_t granules, int64_t size, uintptr_t scale,
+                   uintptr_t zero, uintptr_t g, uintptr_t of_x, uintptr_t of_scale, uintptr_t of_zero, int threads) {
+  if (grid.count != 0) throw std::invalid_argument("levels that are listed are not simulated here");
+  const SolveKernels* k = called(isa)->solve;
+  nb::gil_scoped_release release;
+  const Fake f{grid,    at<float>(x), granules,        size,                at<float>(scale), at<float>(zero),
+               nullptr, at<float>(g), at<float>(of_x), at<float>(of_scale), at<float>(of_zero)};
+  by_granule(granules, size, threads, [&](int64_t i) { k->fake_backward(f, i); });
+}
+
+// lo, hi [granules]: lowest and highest value of each granule of x [granules, size]; size is not 0.
+void extremes(const std::string& isa, uintptr_t x, int64_t granules, int64_t size, uintptr_t lo, uintptr_t hi, int threads) {
+  const SolveKernels* k = called(isa)->solve;
+  nb::gil_scoped_release release;
+  by_granule(granules, size, threads, [&](int64_t i) { k->extremes(at<float>(x) + i * size, size, at<float>(lo) + i, at<float>(hi) + i); });
+}
+
+// of_x [granules, size]: what the values gain from the gradients of the extremes.
+void extremes_backward(const std::string& isa, uintptr_t x, int64_t granules, int64_t size, uintptr_t lo, uintptr_t hi,
+                       uintptr_t of_lo, uintptr_t of_hi, uintptr_t of_x, int threads) {
+  const SolveKernels* k = called(isa)->solve;
+  nb::gil_scoped_release release;
+  by_granule(granules, size, threads, [&](int64_t i) {
+    k->extremes_backward(at<float>(x) + i * size, size, at<float>(lo)[i], at<float>(hi)[i], at<float>(of_lo)[i],
+                         at<float>(of_hi)[i], at<float>(of_x) + i * size);
+  });
+}
+
 }  // namespace
 
 void bind_solve(nb::module_& m, const Kernels* (*kernels_called)(const std::string&), Loop loop) {
@@ -87,6 +142,10 @@ void bind_solve(nb::module_& m, const Kernels* (*kernels_called)(const std::stri
   nb::class_<Grid>(m, "Grid").def("__init__", &make_grid);
   m.def("search", &search);
   m.def("columns", &columns);
+  m.def("fake", &fake);
+  m.def("fake_backward", &fake_backward);
+  m.def("extremes", &extremes);
+  m.def("extremes_backward", &extremes_backward);
 }
 
 }  // namespace lowbit

@@ -61,12 +61,32 @@ struct Columns {
   float* error;             // rounded - target
 };
 
+// Granules as an evenly spaced grid restores them, and the gradients of that: straight through the rounding.
+struct Fake {
+  Grid grid;
+  const float* x;           // [granules, size]
+  int64_t granules, size;
+  const float* scale;       // [granules]
+  const float* zero;        // the same, or null
+  float* y;                 // [granules, size], written forward
+  const float* g;           // the gradient of y, read backward
+  float* of_x;              // the gradients of x, scale and zero, written backward; null: not wanted
+  float* of_scale;
+  float* of_zero;
+};
+
+constexpr int64_t SUMMED = 512;  // gradients of a granule between two looks at the sums
+
 constexpr int64_t STRIP = 64;  // rows that go through all columns together
 
 struct SolveKernels {
   void (*search)(const Search&, int64_t granule, int64_t part);
   // Rows [STRIP * strip, STRIP * (strip + 1)); true if a code changed in descent. room: columns_room() floats.
   bool (*columns)(const Columns&, int64_t strip, float* room);
+  void (*fake_forward)(const Fake&, int64_t granule, int64_t from, int64_t to);
+  void (*fake_backward)(const Fake&, int64_t granule);
+  void (*extremes)(const float* x, int64_t n, float* lo, float* hi);
+  void (*extremes_backward)(const float* x, int64_t n, float lo, float hi, float of_lo, float of_hi, float* of_x);
 };
 
 inline int64_t columns_room(const Columns& c) { return (c.columns + c.grid.count) * STRIP; }

@@ -309,4 +309,6 @@ static bool columns(const Columns& c, int64_t strip, float* room) {
   return changed;
 }
 
-static constexpr SolveKernels solve_kernels{search, columns};
+#include "fake.inl"
+
+static constexpr SolveKernels solve_kernels{search, columns, fake_forward, fake_backward, extremes, extremes_backward};

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lowbit.numerics.compiled_fake import evenly_spaced
 from lowbit.numerics.grids.base import OF_NOTHING, Affine, Field
 from lowbit.numerics.serialize import serializable
 
@@ -114,4 +115,8 @@ class Int:
         return (codes_GK.to(params.scale.dtype) - self.zero_point(params)) * params.scale
 
     def fake(self, x_GK: Tensor, params: Affine) -> Tensor:
+        whole = params.zero is not None and self.zero == "int"
+        compiled = evenly_spaced(x_GK, params.scale, params.zero, self.max_code, self.middle, whole)
+        if compiled is not None:
+            return compiled
         return (self._level(x_GK / params.scale, params, round_ste) - self.zero_point(params)) * params.scale
