@@ -142,11 +142,13 @@ def _filler(tokenizer: Any, count: int, draw: random.Random) -> Tensor:
     """``count`` tokens of sentences about nothing."""
     ids = torch.empty(0, dtype=torch.int64)
     while len(ids) < count:
-        said = "".join(
-            f" {draw.choice(_WHO)} {draw.choice(_DID)} {draw.choice(_WHAT)} {draw.choice(_WHEN)}." for _ in range(50)
-        )
-        ids = torch.cat([ids, _ids(tokenizer, said)])
+        ids = torch.cat([ids, _ids(tokenizer, _sentences(draw, 50))])
     return ids[:count]
+
+
+def _sentences(draw: random.Random, count: int) -> str:
+    parts = (_WHO, _DID, _WHAT, _WHEN)
+    return "".join(" " + " ".join(draw.choice(part) for part in parts) + "." for _ in range(count))
 
 
 def _retrieve(model: PreTrainedModel, ids: Tensor, answers: list[range]) -> list[tuple[tuple[bool, float, int], ...]]:
@@ -177,9 +179,9 @@ def _score(name: str, tokens: int, found: list[tuple[tuple[bool, float, int], ..
 
 
 def _copying(draw: random.Random) -> tuple[str, str]:
-    lists = [" ".join(draw.choices(_WORDS, k=24)) for _ in range(5)]
-    shown = "".join(f"List: {each}\nCopy: {each}\n\n" for each in lists[:-1])
-    return f"{shown}List: {lists[-1]}\nCopy:", f" {lists[-1]}\n"
+    words = draw.sample(_WORDS, 12)
+    listed, begun = ", ".join(words), ", ".join(words[:4])
+    return f"The list: {listed}.\n{_sentences(draw, 20)}\nThe list: {begun},", f"{listed.removeprefix(begun)[1:]}."
 
 
 def _counting(draw: random.Random) -> tuple[str, str]:

@@ -159,7 +159,8 @@ def test_answers_of_the_generation_tasks_are_right():
     numbers = [int(each) for each in (prompt + answer).strip(",").split(", ")]
     assert len(numbers) == 88 and len({b - a for a, b in itertools.pairwise(numbers)}) == 1
     prompt, answer = tasks._copying(draw)
-    assert prompt.endswith(f"List:{answer}Copy:")
+    listed = prompt.partition("\n")[0]
+    assert (prompt.rpartition("\n")[2] + answer) == listed and answer.count(", ") == 7
 
 
 def test_a_prompt_that_the_model_or_the_facts_do_not_fit_is_refused(model):
