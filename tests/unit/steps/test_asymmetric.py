@@ -129,6 +129,7 @@ def test_a_whole_model_comes_out_closer_to_the_original(tmp_path):
     errors = []
     for share in (0.0, 0.5):
         made = recipe("gptq", bits=3, group_size=32, asymmetric=share)
+        made = made.with_blockwise(compute="float32")  # else windows that are measured on are more exact
         report = lowbit.quantize(model, made, random_ids(24, 32), out=tmp_path / f"share {share}", max_kl=50)
         errors.append([block.error for block in report.blocks])
     assert errors[0][0] == errors[1][0]  # the first block's inputs are the original ones
