@@ -65,6 +65,27 @@ def test_the_step_computes_the_ordinary_forward(isa, config, name):
             assert (a - b).abs().mean() < 1e-2 * b.abs().mean()
 
 
+@pytest.mark.parametrize("name", ["kivi", "kivi, sinks", "tokens", "rotated, centred", "keys alone"])
+def test_long_texts_are_attended_to_in_parts(isa, name):
+    model, spec, prompt = (
+        packed(),
+        FORMATS[name],
+        torch.randint(0, 131, (1, 900), generator=torch.Generator().manual_seed(5)),
+    )
+    argument, found = cache_argument(model), []
+    with torch.inference_mode():
+        for step in (True, False):
+            cache = PackedCache(model.config, spec)
+            model(prompt, **{argument: cache})
+            if not step:
+                decoding.uninstall(model)
+            found.append(
+                torch.cat([model(token, **{argument: cache}).logits[:, -1] for token in TEXT[:, :20].split(1, 1)])
+            )
+    assert (found[0] - found[1]).abs().mean() < 1e-3
+    torch.testing.assert_close(found[0], found[1], atol=2e-2, rtol=0)
+
+
 def test_layers_of_several_formats_step_together():
     model = packed()
     cache = PackedCache(model.config, KIVI, (KVRule((0,)),))

@@ -24,6 +24,7 @@ const Kernels* (*called)(const std::string&);
 Loop run_parallel;
 
 constexpr int64_t QUERIES = 16;  // that share unpacked tiles
+constexpr int64_t CUT = 128;     // tokens are cut into parts at multiples of it
 
 template <class T>
 T* at(uintptr_t address) {
@@ -53,8 +54,41 @@ void transposed_times(const float* x, const float* matrix, int64_t n, float* y) 
 
 }  // namespace
 
+namespace {
+
+// The tokens of `part`: the first has those that are kept, the last those that wait.
+CacheSide part_of(CacheSide side, Part part) {
+  if (part.of == 1) return side;
+  PackedTokens& t = side.packed;
+  const int64_t blocks = CUT / (t.rows > 1 ? t.rows : 1), cuts = t.length / CUT;
+  const int64_t first = cuts * part.number / part.of * CUT, last = part.number + 1 == part.of ? t.length : cuts * (part.number + 1) / part.of * CUT;
+  if (part.number) side.kept.length = 0;
+  if (part.number + 1 < part.of) side.waiting.length = 0;
+  const int64_t tile = t.rows > 1 ? first / t.rows * t.block_tiles() : first / LANES;
+  const int64_t params = t.rows > 1 ? first / t.rows * t.groups : tile * t.groups * LANES;
+  t.codes += tile * t.tile_words();
+  t.scale = static_cast<char*>(t.scale) + params * number_bytes(t.number);
+  if (t.zero) t.zero = static_cast<char*>(t.zero) + params * number_bytes(t.number);
+  if (t.rows > 1) {
+    t.counts += first / t.rows;
+    t.blocks = part.number + 1 == part.of ? t.blocks - first / t.rows : (last - first) / CUT * blocks;
+  }
+  t.length = last - first;
+  return side;
+}
+
+}  // namespace
+
+int64_t parts_of(const LayerSide& keys, const LayerSide& values) {
+  const PackedTokens &k = keys.packed, &v = values.packed;
+  if (keys.kept_length != values.kept_length || CUT % k.rows || k.length / CUT != v.length / CUT) return 1;
+  if (k.rows > 1 && static_cast<int64_t>(keys.counts.size()) * k.rows != k.length) return 1;  // something was cropped
+  return k.length >= 4 * CUT ? 2 : 1;
+}
+
 void attend_head(const CacheKernels& k, const LayerSide& keys, const LayerSide& values, int64_t head, int64_t more, const float* q,
-                 int64_t rows, const int32_t* begin, const int32_t* end, float* out, CacheRoom& room) {
+                 int64_t rows, const int32_t* begin, const int32_t* end, float* out, CacheRoom& room, Part part, float* most,
+                 float* total) {
   const int64_t dk = keys.dim(), dv = values.dim();
   const float *rotation = keys.rotation_of(head), *scale = keys.scale_of(head), *shift = keys.shift_of(head);
   const float* packed_q = q;
@@ -76,11 +110,15 @@ void attend_head(const CacheKernels& k, const LayerSide& keys, const LayerSide& 
       constant[r] = sum;
     }
   }
-  CacheAttention a{q, packed_q, constant, begin, end, rows, keys.of(head, more), values.of(head, more), nullptr, out,
-                   filled(room.packed_out, rows * dv), filled(room.weight, rows)};
+  if (!most) {
+    most = filled(room.softmax, 2 * rows);
+    total = most + rows;
+  }
+  CacheAttention a{q, packed_q, constant, begin, end, rows, part_of(keys.of(head, more), part), part_of(values.of(head, more), part),
+                   nullptr, out, filled(room.packed_out, rows * dv), filled(room.weight, rows), most, total};
   a.room = filled(room.room, cache_room(a));
   k.attend(a);
-  if (!values.packed.length) return;
+  if (!a.values.packed.length) return;
   rotation = values.rotation_of(head), scale = values.scale_of(head), shift = values.shift_of(head);
   float* back = filled(room.x, dv);
   for (int64_t r = 0; r < rows; ++r) {

@@ -55,6 +55,7 @@ struct CacheAttention {
   float* out;                // [rows, dim of values]: the mixture of floats
   float* packed_out;         // the same of packed values, in their coordinates
   float* weight;             // [rows]: what packed values weigh in all
+  float *most, *total;       // [rows]: the highest score, and the sum of exponentials below it
 };
 
 // Keys, or values, of all sequences and heads of a layer, as Python describes them.
@@ -118,12 +119,21 @@ struct LayerSide {
 
 // Floats that a thread needs to attend with so many rows.
 struct CacheRoom {
-  std::vector<float> room, queries, constant, out, packed_out, weight, x;
+  std::vector<float> room, queries, constant, packed_out, weight, softmax, x;
 };
 
+// One of several runs of tokens, whose results are put together by `most` and `total`.
+struct Part {
+  int64_t number = 0, of = 1;
+};
+// The runs into which tokens can be cut: their keys and values are packed from the same token on, in whole blocks.
+int64_t parts_of(const LayerSide& keys, const LayerSide& values);
+
 // Attention of `rows` queries [rows, dim of keys] of one head; out [rows, dim of values]. `more`: see LayerSide::of.
+// most, total [rows]: of the part; null: not wanted.
 void attend_head(const CacheKernels& k, const LayerSide& keys, const LayerSide& values, int64_t head, int64_t more, const float* q,
-                 int64_t rows, const int32_t* begin, const int32_t* end, float* out, CacheRoom& room);
+                 int64_t rows, const int32_t* begin, const int32_t* end, float* out, CacheRoom& room, Part part = {},
+                 float* most = nullptr, float* total = nullptr);
 // Packs the first `count` waiting tokens of one head, `more` as above. False: a scale is not finite in its storage.
 bool pack_head(const CacheKernels& k, const LayerSide& side, int64_t head, int64_t count,
                void (*read)(const void*, int32_t, int64_t, int64_t, float*), CacheRoom& room);

@@ -74,10 +74,21 @@ constexpr int CACHE_ROWS = V::products >= 4 ? 4 : V::products >= 2 ? 2 : 1;
 // sums[r] = sum over channels of q[r][d] * tile[d]
 template <int ROWS>
 static inline void tile_scores(const float* q, int64_t pitch, const float* tile, int64_t dim, typename V::F* sum) {
-  for (int r = 0; r < ROWS; ++r) sum[r] = V::set(0.0f);
-  for (int64_t d = 0; d < dim; ++d) {
-    const auto x = V::floats(tile + d * LANES);
-    for (int r = 0; r < ROWS; ++r) sum[r] = V::fma(V::set(q[r * pitch + d]), x, sum[r]);
+  constexpr int chains = V::products >= 3 * ROWS ? 3 : 1;  // sums that do not wait for each other
+  typename V::F some[chains][ROWS];
+  for (auto& chain : some)
+    for (auto& s : chain) s = V::set(0.0f);
+  int64_t d = 0;
+  for (; d + chains <= dim; d += chains)
+    for (int c = 0; c < chains; ++c) {
+      const auto x = V::floats(tile + (d + c) * LANES);
+      for (int r = 0; r < ROWS; ++r) some[c][r] = V::fma(V::set(q[r * pitch + d + c]), x, some[c][r]);
+    }
+  for (; d < dim; ++d)
+    for (int r = 0; r < ROWS; ++r) some[0][r] = V::fma(V::set(q[r * pitch + d]), V::floats(tile + d * LANES), some[0][r]);
+  for (int r = 0; r < ROWS; ++r) {
+    sum[r] = some[0][r];
+    for (int c = 1; c < chains; ++c) sum[r] = V::addf(sum[r], some[c][r]);
   }
 }
 
@@ -151,21 +162,44 @@ static void scores_of_floats(const CacheAttention& a, const FloatTokens& t, floa
   }
 }
 
-// Probabilities in place; keys that a query does not see get 0.
-static void soften(float* s, int64_t begin, int64_t end, int64_t length) {
-  for (int64_t i = 0; i < begin; ++i) s[i] = 0.0f;
-  for (int64_t i = end; i < length; ++i) s[i] = 0.0f;
+static inline float sum_of(const float* s, int64_t n) {
+  auto even = V::set(0.0f), odd = V::set(0.0f);
+  int64_t i = 0;
+  for (; i + 2 * LANES <= n; i += 2 * LANES) {
+    even = V::addf(even, V::floats(s + i));
+    odd = V::addf(odd, V::floats(s + i + LANES));
+  }
+  float sum = V::total(V::addf(even, odd));
+  for (; i < n; ++i) sum += s[i];
+  return sum;
+}
+
+static inline float most_of(const float* s, int64_t n) {
+  auto most = V::set(-__builtin_inff());
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) most = V::max(most, V::floats(s + i));
+  float lanes[LANES], found = -__builtin_inff();
+  V::store(lanes, most);
+  for (float x : lanes) found = x > found ? x : found;
+  for (; i < n; ++i) found = s[i] > found ? s[i] : found;
+  return found;
+}
+
+// Probabilities in place; keys that a query does not see get 0. The logarithm of what they were divided by is `most` + log(`total`).
+static void soften(float* s, int64_t begin, int64_t end, int64_t length, float* most_seen, float* total) {
+  begin = begin < 0 ? 0 : begin;
+  end = least(end, length);
+  for (int64_t i = 0; i < least(begin, length); ++i) s[i] = 0.0f;
+  for (int64_t i = end < begin ? begin : end; i < length; ++i) s[i] = 0.0f;
+  *most_seen = -__builtin_inff();
+  *total = 0.0f;
   if (begin >= end) return;
-  float most = s[begin];
-  for (int64_t i = begin + 1; i < end; ++i) most = s[i] > most || s[i] != s[i] ? s[i] : most;
+  const float most = most_of(s + begin, end - begin);  // of numbers; what is not a number remains none, and so does the sum
   for (int64_t i = begin; i < end; ++i) s[i] = exponential(s[i] - most);
-  auto sums = V::set(0.0f);
-  int64_t i = begin;
-  for (; i + LANES <= end; i += LANES) sums = V::addf(sums, V::floats(s + i));
-  float sum = V::total(sums);
-  for (; i < end; ++i) sum += s[i];
-  const float by = 1.0f / sum;
-  for (i = begin; i < end; ++i) s[i] *= by;
+  *most_seen = most;
+  *total = sum_of(s + begin, end - begin);
+  const float by = 1.0f / *total;
+  for (int64_t i = begin; i < end; ++i) s[i] *= by;
 }
 
 // sums[r][d] += p[tile][r] * tiles[tile][d], lane by lane, for channels that share a scale.
@@ -209,9 +243,13 @@ static void mix_packed(const CacheAttention& a, const float* probabilities, int6
         const auto scale = lanes_of(t.scale, t.number, params);
         const auto zero = t.zero ? lanes_of(t.zero, t.number, params) : V::set(t.middle);
         for (int64_t r = 0; r < a.rows; ++r) {
+          const float* p = probabilities + r * pitch + at;
           float some[LANES];
-          for (int64_t l = 0; l < LANES; ++l) some[l] = l < held ? probabilities[r * pitch + at + l] : 0.0f;
-          const auto weight = V::mul(V::floats(some), scale);
+          if (held < LANES) {
+            for (int64_t l = 0; l < LANES; ++l) some[l] = l < held ? p[l] : 0.0f;
+            p = some;
+          }
+          const auto weight = V::mul(V::floats(p), scale);
           V::store(scaled + (n * a.rows + r) * LANES, weight);
           float* shift = zeros + (r * t.groups + g) * LANES;
           if (shifts) V::store(shift, V::fma(weight, zero, V::floats(shift)));
@@ -261,10 +299,8 @@ static void attend_cache(const CacheAttention& a) {
   scores_of_floats(a, k.waiting, scores, pitch, k.kept.length + k.packed.length, row);
   const int64_t packed = v.kept.length, waiting = packed + v.packed.length;
   for (int64_t r = 0; r < a.rows; ++r) {
-    soften(scores + r * pitch, a.begin[r], a.end[r], length);
-    float sum = 0;
-    for (int64_t i = packed; i < waiting; ++i) sum += scores[r * pitch + i];
-    a.weight[r] = sum;
+    soften(scores + r * pitch, a.begin[r], a.end[r], length, a.most + r, a.total + r);
+    a.weight[r] = sum_of(scores + r * pitch + packed, waiting - packed);
   }
   for (int64_t i = 0; i < a.rows * v.packed.dim; ++i) a.out[i] = a.packed_out[i] = 0.0f;
   mix_floats(a, v.kept, scores, pitch, 0, row);

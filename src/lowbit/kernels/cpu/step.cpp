@@ -171,6 +171,7 @@ struct Own {
   Aligned<float> heads;            // queries of a group, a key, a value
   Aligned<float> scores, row;
   Aligned<float> weight;           // rows of a block, decoded
+  Aligned<float> attended;         // from a packed cache
   CacheRoom cache;
   Prepared inputs[3];
 };
@@ -266,6 +267,7 @@ class Step {
     head_ = head;
     qkv_.reserve((heads_ + 2 * groups_) * dim_ + 3 * LANES);
     attended_.reserve(heads_ * dim_);
+    part_.reserve(PARTS * heads_ * (dim_ + 2));
     out_.reserve(hidden_ + LANES);
     mlp_.reserve(2 * (inner_ + LANES));
     logits_.reserve(matrices_.at(head).rows + LANES);
@@ -332,6 +334,7 @@ class Step {
     own.normed.reserve(std::max(hidden_, dim_));
     own.heads.reserve((group + 2) * dim_);
     own.row.reserve(dim_ + LANES);
+    own.attended.reserve(heads_ * dim_);
     own.scores.reserve(group * token.capacity);  // of plain caches
     own.weight.reserve(LANES * widest_());
     for (auto& input : own.inputs) {
@@ -449,8 +452,7 @@ class Step {
     turn(to, token);
   }
 
-  void attention(const Block& b, int64_t layer, const Token& token, Own& own, int64_t g) {
-    if (!token.key_sides.empty()) return packed_attention(b, *token.key_sides[layer], *token.value_sides[layer], token, own, g);
+  void attention(const Block& b, int64_t layer, const Token& token, Own& own, int64_t g) const {
     const int64_t group = heads_ / groups_, at_token = (g * token.capacity + token.length) * dim_;
     const float *q = qkv_.get() + g * group * dim_, *k = keys_of_token() + g * dim_, *v = values_of_token() + g * dim_;
     float *queries = own.heads.get(), *key = queries + group * dim_;
@@ -466,22 +468,48 @@ class Step {
                dim_, token.length + 1, own.scores.get(), own.row.get(), attended_.get() + g * group * dim_});
   }
 
-  // The token waits with the newest ones; those that leave them are packed once it has attended.
-  void packed_attention(const Block& b, LayerSide& keys, LayerSide& values, const Token& token, Own& own, int64_t g) {
+  // The token waits with the newest ones; those that leave them are packed once it has attended. Every head's tokens are cut
+  // into `parts`, which put_together() joins.
+  void packed_attention(const Block& b, LayerSide& keys, LayerSide& values, const Token& token, Own& own, int64_t g, Part part) {
     const int64_t group = heads_ / groups_;
     const float *q = qkv_.get() + g * group * dim_, *k = keys_of_token() + g * dim_, *v = values_of_token() + g * dim_;
     float *queries = own.heads.get(), *key = queries + group * dim_;
-    head(k, b.k_norm, token, key);
-    for (const auto& [side, state] : {std::pair{&keys, static_cast<const float*>(key)}, std::pair{&values, v}})
-      s_.write(state, dim_, at<void>(side->waiting), side->type, (g * side->waiting_room + side->start + side->waiting_length) * dim_);
+    const bool last = part.number + 1 == part.of;
+    if (last) {
+      head(k, b.k_norm, token, key);
+      for (const auto& [side, state] : {std::pair{&keys, static_cast<const float*>(key)}, std::pair{&values, v}})
+        s_.write(state, dim_, at<void>(side->waiting), side->type,
+                 (g * side->waiting_room + side->start + side->waiting_length) * dim_);
+    }
     for (int64_t i = 0; i < group; ++i) {
       head(q + i * dim_, b.q_norm, token, queries + i * dim_);
       for (int64_t d = 0; d < dim_; ++d) queries[i * dim_ + d] *= scaling_;
     }
     const std::vector<int32_t> begin(group, 0), end(group, static_cast<int32_t>(token.length + 1));
-    attend_head(*k_.cache, keys, values, g, 1, queries, group, begin.data(), end.data(), attended_.get() + g * group * dim_, own.cache);
+    float* to = part_.get() + (g * PARTS + part.number) * group * (dim_ + 2);
+    attend_head(*k_.cache, keys, values, g, 1, queries, group, begin.data(), end.data(), to + 2 * group, own.cache, part, to, to + group);
+    if (!last) return;
     for (const LayerSide* side : {&keys, &values})
       if (!pack_head(*k_.cache, *side, g, side->leaving, s_.read, own.cache)) unstorable_.store(true, std::memory_order_relaxed);
+  }
+
+  // What the parts of all heads give together, to `out` [heads, dim].
+  void put_together(int64_t parts, float* out) const {
+    const int64_t group = heads_ / groups_;
+    for (int64_t g = 0; g < groups_; ++g)
+      for (int64_t r = 0; r < group; ++r) {
+        const auto part = [&](int64_t p) { return part_.get() + (g * PARTS + p) * group * (dim_ + 2); };
+        float most = part(0)[r], sum = 0;
+        for (int64_t p = 1; p < parts; ++p) most = std::max(most, part(p)[r]);
+        float* to = out + (g * group + r) * dim_;
+        std::fill_n(to, dim_, 0.0f);
+        for (int64_t p = 0; p < parts; ++p) sum += part(p)[group + r] * std::exp(part(p)[r] - most);
+        for (int64_t p = 0; p < parts; ++p) {
+          const float by = part(p)[group + r] * std::exp(part(p)[r] - most) / sum;
+          const float* from = part(p) + 2 * group + r * dim_;
+          for (int64_t d = 0; d < dim_; ++d) to[d] += by * from[d];
+        }
+      }
   }
 
   float* keys_of_token() const { return qkv_.get() + heads_ * dim_ + LANES; }
@@ -513,11 +541,16 @@ class Step {
       float* const to[] = {qkv_.get(), keys_of_token(), values_of_token()};
       products(qkv, 3, false, normed, to, own, threads, phase++, nothing);
       barrier_.wait(threads);
-      for (int64_t g; (g = next_[phase].fetch_add(1, std::memory_order_relaxed)) < groups_;)
-        attention(b, layer, token, own, g);
+      const bool packed = !token.key_sides.empty();
+      const int64_t parts = packed ? parts_of(*token.key_sides[layer], *token.value_sides[layer]) : 1;
+      for (int64_t p; (p = next_[phase].fetch_add(1, std::memory_order_relaxed)) < groups_ * parts;) {
+        if (packed) packed_attention(b, *token.key_sides[layer], *token.value_sides[layer], token, own, p / parts, {p % parts, parts});
+        else attention(b, layer, token, own, p);
+      }
       ++phase;
       barrier_.wait(threads);
-      product(b.o, attended_.get(), out);
+      if (packed) put_together(parts, own.attended.get());
+      product(b.o, packed ? own.attended.get() : attended_.get(), out);
       normalize(b.mlp_norm, x, normed);
       const int gated[] = {b.gate, b.up};
       float* const both[] = {gate, up};
@@ -546,7 +579,8 @@ class Step {
   Turn turn_;
   Barrier barrier_;
   std::vector<std::atomic<int64_t>> next_;  // the next piece of each phase
-  Aligned<float> qkv_, attended_, out_, mlp_, logits_;
+  static constexpr int64_t PARTS = 2;  // at most, see parts_of
+  Aligned<float> qkv_, attended_, part_, out_, mlp_, logits_;
   std::vector<std::unique_ptr<Own>> own_;
 };
 
