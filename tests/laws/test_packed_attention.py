@@ -79,7 +79,7 @@ def test_every_grid_is_read_as_it_decodes(isa, grid):
 
 
 @pytest.mark.parametrize("grain", GRAINS, ids=str)
-@pytest.mark.parametrize(("dim", "heads"), [(64, 2), (80, 6), (128, 8), (24, 4), (7, 2)])
+@pytest.mark.parametrize(("dim", "heads"), [(64, 2), (80, 6), (128, 8), (24, 4), (7, 2), (16, 40)])
 def test_every_shape_of_heads_is_read(isa, grain, dim, heads):
     values = grain if not isinstance(grain, Block) else PerToken()
     layer = layer_of(Spec(Int(3, zero="real"), grain), Spec(Int(5, zero="real"), values), dim=dim)

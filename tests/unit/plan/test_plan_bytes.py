@@ -95,7 +95,7 @@ def written(planned: ModelPlan, out: Path) -> dict[str, TensorHeader]:
         walk.write_rest()
         walk.close()
     else:
-        write_as_it_is(planned, journal.section(0, last=True), silent)
+        write_as_it_is(planned, journal.section(0), silent)
     files = (journal.directory / entry["file"] for entry in journal.finished)
     return {name: header for file in files for name, header in read_shard_header(file).items()}
 

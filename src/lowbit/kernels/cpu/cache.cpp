@@ -23,7 +23,6 @@ namespace {
 const Kernels* (*called)(const std::string&);
 Loop run_parallel;
 
-constexpr int64_t QUERIES = 16;  // that share unpacked tiles
 constexpr int64_t CUT = 128;     // tokens are cut into parts at multiples of it
 
 template <class T>
@@ -156,11 +155,11 @@ void attend(const std::string& isa, const LayerSide& keys, const LayerSide& valu
     throw std::invalid_argument("keys, values and queries do not fit each other");
   const CacheKernels* k = called(isa)->cache;
   nb::gil_scoped_release release;
-  const int64_t chunks = (rows + QUERIES - 1) / QUERIES, all = keys.batch * keys.heads;
+  const int64_t chunks = (rows + CACHE_QUERIES - 1) / CACHE_QUERIES, all = keys.batch * keys.heads;
   run_parallel(all * chunks, threads, [&](int64_t piece) {
     static thread_local CacheRoom room;
-    const int64_t head = piece / chunks, first = piece % chunks * QUERIES, n = std::min(QUERIES, rows - first);
-    int32_t from[QUERIES], to[QUERIES];
+    const int64_t head = piece / chunks, first = piece % chunks * CACHE_QUERIES, n = std::min(CACHE_QUERIES, rows - first);
+    int32_t from[CACHE_QUERIES], to[CACHE_QUERIES];
     for (int64_t i = 0; i < n; ++i) {
       const int64_t query = head / keys.heads * queries + (first + i) % queries;
       from[i] = at<int32_t>(begin)[query];

@@ -43,6 +43,8 @@ struct CacheSide {
   int64_t length() const { return kept.length + packed.length + waiting.length; }
 };
 
+constexpr int64_t CACHE_QUERIES = 16;  // of one head that go through its tokens together, at most
+
 // Queries that share a key-value head.
 struct CacheAttention {
   const float* q;            // [rows, dim of keys], scaled, for floats
@@ -129,7 +131,7 @@ struct Part {
 // The runs into which tokens can be cut: their keys and values are packed from the same token on, in whole blocks.
 int64_t parts_of(const LayerSide& keys, const LayerSide& values);
 
-// Attention of `rows` queries [rows, dim of keys] of one head; out [rows, dim of values]. `more`: see LayerSide::of.
+// Attention of `rows` queries, CACHE_QUERIES at most, [rows, dim of keys] of one head; out [rows, dim of values]. `more`: see LayerSide::of.
 // most, total [rows]: of the part; null: not wanted.
 void attend_head(const CacheKernels& k, const LayerSide& keys, const LayerSide& values, int64_t head, int64_t more, const float* q,
                  int64_t rows, const int32_t* begin, const int32_t* end, float* out, CacheRoom& room, Part part = {},
@@ -146,7 +148,8 @@ inline int64_t cache_room(const CacheAttention& a) {
   const int64_t keys = a.keys.length() + 2 * LANES;
   return a.rows * (keys + k.dim + groups + 1)                  // scores, scaled queries and their sums
          + CACHE_TILES * (dim + a.rows) * LANES                // unpacked tiles, scaled probabilities
-         + a.rows * (v.dim + v.groups) * LANES + dim + LANES;  // mixtures by lane; a row of floats
+         + a.rows * (v.dim + 32 + v.groups) * LANES + dim + 2 * LANES  // mixtures by lane; a row of floats
+         + a.rows * (k.words * 32 / (k.bits ? k.bits : 8)) + LANES;    // queries as integers, three bytes a channel
 }
 
 struct CacheKernels {

@@ -92,8 +92,143 @@ static inline void tile_scores(const float* q, int64_t pitch, const float* tile,
   }
 }
 
+// ---- codes as integers ------------------------------------------------------------------------------------------------
+
+// Whether no code crosses a word and no word has channels of two groups.
+static inline bool whole_words(const PackedTokens& t) {
+  return 32 % t.bits == 0 && (t.groups == 1 || t.width * t.bits % 32 == 0);
+}
+
+// Calls f with the bits of a code, which divide 32, as a constant.
+template <class F>
+static inline void by_bits(int32_t bits, F&& f) {
+  if (bits == 1) f.template operator()<1>();
+  else if (bits == 2) f.template operator()<2>();
+  else if (bits == 4) f.template operator()<4>();
+  else f.template operator()<8>();
+}
+
+// A query as integers of 22 bits, which is float32 for all purposes, in three planes of bytes. Bytes lie in the order in which
+// words meet them: four codes, 8 / bits channels apart, at a time.
+struct IntegerQuery {
+  int8_t* plane[3];  // [words * 32 / bits] each, the highest first
+  float unit;
+};
+
+static inline int64_t plane_of(const PackedTokens& t) { return t.words * 32 / t.bits; }
+
+static inline IntegerQuery query_at(const PackedTokens& t, int8_t* planes, int64_t row) {
+  const int64_t n = plane_of(t);
+  int8_t* first = planes + 3 * row * n;
+  return {{first, first + n, first + 2 * n}, 0.0f};
+}
+
+template <int FIELDS>
+static inline void reorder(const int8_t* from, int8_t* to) {
+  for (int f = 0; f < FIELDS; ++f)
+    for (int j = 0; j < 4; ++j) to[f * 4 + j] = from[j * FIELDS + f];
+}
+
+template <int BITS>
+static void to_integers(const PackedTokens& t, const float* q, float* room, IntegerQuery& out) {
+  constexpr int64_t fields = 8 / BITS, channels = 32 / BITS;
+  float most = 0;
+  for (int64_t d = 0; d < t.dim; ++d) most = __builtin_fabsf(q[d]) > most ? __builtin_fabsf(q[d]) : most;
+  out.unit = most / 2080768.0f;  // 127 * 2**14
+  const float by = most > 0.0f ? 2080768.0f / most : 0.0f;
+  int8_t* const plain = reinterpret_cast<int8_t*>(room);  // three planes, channels in order
+  const int64_t n = plane_of(t), whole = (n + LANES - 1) / LANES * LANES;
+  for (int64_t d = 0; d < n; d += LANES) {
+    float some[LANES] = {};
+    for (int64_t i = 0; i < LANES; ++i) some[i] = d + i < t.dim ? q[d + i] * by : 0.0f;
+    auto x = V::round(V::floats(some));
+    const auto high = V::round(V::mul(x, V::set(0x1p-14f)));
+    x = V::subf(x, V::mul(high, V::set(0x1p14f)));
+    const auto middle = V::round(V::mul(x, V::set(0x1p-7f)));
+    V::store_bytes(plain + d, V::to_int(high));
+    V::store_bytes(plain + whole + d, V::to_int(middle));
+    V::store_bytes(plain + 2 * whole + d, V::to_int(V::subf(x, V::mul(middle, V::set(0x1p7f)))));
+  }
+  for (int p = 0; p < 3; ++p) {
+    const int8_t* from = plain + p * whole;
+    if constexpr (BITS == 8) {
+      __builtin_memcpy(out.plane[p], from, n);
+    } else if constexpr (BITS == 2 || BITS == 4) {
+      int64_t w = 0;
+      for (; w + 16 <= n; w += 16) {
+        using Bytes = int8_t __attribute__((vector_size(16)));
+        Bytes x;
+        __builtin_memcpy(&x, from + w, 16);
+        if constexpr (BITS == 4) x = __builtin_shufflevector(x, x, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+        else x = __builtin_shufflevector(x, x, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        __builtin_memcpy(out.plane[p] + w, &x, 16);
+      }
+      for (; w < n; w += channels) reorder<fields>(from + w, out.plane[p] + w);
+    } else {
+      for (int64_t w = 0; w < n; w += channels) reorder<fields>(from + w, out.plane[p] + w);
+    }
+  }
+}
+
+// sum[r] = sum over the channels of `count` words, from `first`, of query r's integers times a tile's codes
+template <int BITS, int ROWS>
+static inline void integer_scores(const uint32_t* words, int64_t first, int64_t count, const IntegerQuery* q, typename V::F* sum) {
+  constexpr int fields = 8 / BITS, mask = (1 << BITS) - 1;
+  typename V::I part[3][ROWS];
+  for (auto& each : part)
+    for (auto& i : each) i = V::izero();
+  for (int64_t w = first; w < first + count; ++w) {
+    const auto word = V::load(words + w * LANES);
+    unroll<0, fields>([&]<int F>() {
+      const auto codes = V::template field<F * BITS, mask>(word);
+      const int64_t at = (w * fields + F) * 4;
+      for (int p = 0; p < 3; ++p)
+        for (int r = 0; r < ROWS; ++r) part[p][r] = V::template dot<BITS>(part[p][r], codes, q[r].plane[p] + at);
+    });
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    auto all = V::fma(V::to_float(part[1][r]), V::set(0x1p7f), V::to_float(part[2][r]));
+    all = V::fma(V::to_float(part[0][r]), V::set(0x1p14f), all);
+    sum[r] = V::mul(all, V::set(q[r].unit));
+  }
+}
+
+// sums[r][channel] += p[tile][r] * the values of the channels of one word of each tile, lane by lane.
+template <int BITS, int ROWS>
+static inline void mix_word(const PackedTokens& t, const uint32_t* word, const float* p, int64_t p_pitch, int64_t count,
+                            float* sums, int64_t pitch) {
+  constexpr int channels = 32 / BITS, room = V::pairs ? 24 : V::products, fit = room / ROWS > 0 ? room / ROWS : 1;
+  constexpr int some = fit >= channels ? channels : fit >= 8 && channels % 8 == 0 ? 8 : fit >= 4 && channels % 4 == 0 ? 4 : fit >= 2 ? 2 : 1;
+  constexpr int mask = (1 << BITS) - 1;
+  float small[LANES];
+  for (int i = 0; i < LANES; ++i) small[i] = t.table ? t.table[i & mask] : static_cast<float>(i & mask);
+  const auto table = V::floats(small);
+  unroll<0, channels / some>([&]<int PART>() {
+    typename V::F sum[ROWS][some];
+    for (int r = 0; r < ROWS; ++r)
+      for (int c = 0; c < some; ++c) sum[r][c] = V::floats(sums + r * pitch + (PART * some + c) * LANES);
+    for (int64_t n = 0; n < count; ++n) {
+      const auto codes = V::as_int(V::load(word + n * t.tile_words()));
+      typename V::F weight[ROWS];
+      for (int r = 0; r < ROWS; ++r) weight[r] = V::floats(p + n * p_pitch + r * LANES);
+      unroll<0, some>([&]<int C>() {
+        const auto code = V::template right<(PART * some + C) * BITS>(codes);
+        typename V::F x;
+        if constexpr (BITS <= 4) x = V::lookup(table, code);
+        else x = V::to_float(V::low(code, mask));
+        for (int r = 0; r < ROWS; ++r) sum[r][C] = V::fma(weight[r], x, sum[r][C]);
+      });
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int c = 0; c < some; ++c) V::store(sums + r * pitch + (PART * some + c) * LANES, sum[r][c]);
+  });
+}
+
+// ---- scores -----------------------------------------------------------------------------------------------------------
+
 // scores [rows, pitch] from `at` on; writes up to LANES beyond the last.
-static void scores_of_tokens(const CacheAttention& a, float* scores, int64_t pitch, int64_t at, float* sums, float* tile) {
+static void scores_of_tokens(const CacheAttention& a, float* scores, int64_t pitch, int64_t at, float* sums, float* tile,
+                             int8_t* planes) {
   const PackedTokens& t = a.keys.packed;
   const bool shifts = t.zero != nullptr || t.middle != 0.0f;
   for (int64_t r = 0; r < a.rows && shifts; ++r)
@@ -102,15 +237,28 @@ static void scores_of_tokens(const CacheAttention& a, float* scores, int64_t pit
       for (int64_t d = g * t.width; d < least(t.dim, (g + 1) * t.width); ++d) sum += a.packed_q[r * t.dim + d];
       sums[r * t.groups + g] = sum;
     }
+  const bool integers = whole_words(t) && !t.table;
+  IntegerQuery query[CACHE_QUERIES];
+  for (int64_t r = 0; r < a.rows && integers; ++r) {
+    query[r] = query_at(t, planes, r);
+    by_bits(t.bits, [&]<int BITS>() { to_integers<BITS>(t, a.packed_q + r * t.dim, tile, query[r]); });
+  }
   for (int64_t first = 0; first < t.length; first += LANES) {
     const int64_t number = first / LANES;
-    unpack(t, number, tile);
+    if (!integers) unpack(t, number, tile);
     by_rows<CACHE_ROWS>(a.rows, [&]<int ROWS>(int64_t r) {
       typename V::F total[ROWS], sum[ROWS];
       for (int i = 0; i < ROWS; ++i) total[i] = V::set(a.constant ? a.constant[r + i] : 0.0f);
       for (int64_t g = 0; g < t.groups; ++g) {
         const int64_t d = g * t.width, params = (number * t.groups + g) * LANES;
-        tile_scores<ROWS>(a.packed_q + r * t.dim + d, t.dim, tile + d * LANES, least(t.width, t.dim - d), sum);
+        if (integers) {
+          const int64_t word = d * t.bits / 32, count = t.groups == 1 ? t.words : least(t.width * t.bits / 32, t.words - word);
+          by_bits(t.bits, [&]<int BITS>() {
+            integer_scores<BITS, ROWS>(t.codes + number * t.tile_words(), word, count, query + r, sum);
+          });
+        } else {
+          tile_scores<ROWS>(a.packed_q + r * t.dim + d, t.dim, tile + d * LANES, least(t.width, t.dim - d), sum);
+        }
         const auto scale = lanes_of(t.scale, t.number, params);
         const auto zero = t.zero ? lanes_of(t.zero, t.number, params) : V::set(t.middle);
         for (int i = 0; i < ROWS; ++i) {
@@ -124,12 +272,25 @@ static void scores_of_tokens(const CacheAttention& a, float* scores, int64_t pit
 }
 
 static void scores_of_blocks(const CacheAttention& a, float* scores, int64_t pitch, int64_t at, float* scaled, float* constant,
-                             float* tile) {
+                             float* tile, int8_t* planes) {
   const PackedTokens& t = a.keys.packed;
+  const bool integers = 32 % t.bits == 0 && !t.table;  // scales are in the queries: groups do not matter
+  IntegerQuery query[CACHE_QUERIES];
   float scale[LANES], zero[LANES];
   for (int64_t b = 0; b < t.blocks; ++b) {
     for (int64_t r = 0; r < a.rows; ++r) constant[r] = a.constant ? a.constant[r] : 0.0f;
-    for (int64_t d = 0; d < t.dim;) {  // scales of up to LANES channels at a time
+    int64_t d = 0;
+    if (t.width == 1)
+      for (; d + LANES <= t.dim; d += LANES) {
+        const auto by = lanes_of(t.scale, t.number, b * t.groups + d);
+        const auto from = t.zero ? lanes_of(t.zero, t.number, b * t.groups + d) : V::set(t.middle);
+        for (int64_t r = 0; r < a.rows; ++r) {
+          const auto x = V::mul(V::floats(a.packed_q + r * t.dim + d), by);
+          V::store(scaled + r * t.dim + d, x);
+          constant[r] -= V::total(V::mul(x, from));
+        }
+      }
+    while (d < t.dim) {  // scales of up to LANES channels at a time
       const int64_t n = t.width == 1 ? least(LANES, t.dim - d) : least(t.width, t.dim - d), param = b * t.groups + d / t.width;
       read_floats(t.scale, t.number, param, t.width == 1 ? n : 1, scale);
       if (t.zero) read_floats(t.zero, t.number, param, t.width == 1 ? n : 1, zero);
@@ -142,11 +303,22 @@ static void scores_of_blocks(const CacheAttention& a, float* scores, int64_t pit
         }
       d += n;
     }
+    for (int64_t r = 0; r < a.rows && integers; ++r) {
+      query[r] = query_at(t, planes, r);
+      by_bits(t.bits, [&]<int BITS>() { to_integers<BITS>(t, scaled + r * t.dim, tile, query[r]); });
+    }
     for (int64_t in = 0; in < t.counts[b]; in += LANES) {
-      unpack(t, b * t.block_tiles() + in / LANES, tile);
+      const int64_t number = b * t.block_tiles() + in / LANES;
+      if (!integers) unpack(t, number, tile);
       by_rows<CACHE_ROWS>(a.rows, [&]<int ROWS>(int64_t r) {
         typename V::F sum[ROWS];
-        tile_scores<ROWS>(scaled + r * t.dim, t.dim, tile, t.dim, sum);
+        if (integers) {
+          by_bits(t.bits, [&]<int BITS>() {
+            integer_scores<BITS, ROWS>(t.codes + number * t.tile_words(), 0, t.words, query + r, sum);
+          });
+        } else {
+          tile_scores<ROWS>(scaled + r * t.dim, t.dim, tile, t.dim, sum);
+        }
         for (int i = 0; i < ROWS; ++i) V::store(scores + (r + i) * pitch + at + in, V::addf(sum[i], V::set(constant[r + i])));
       });
     }
@@ -231,12 +403,14 @@ static void mix_packed(const CacheAttention& a, const float* probabilities, int6
                        float* zeros) {
   const PackedTokens& t = a.values.packed;
   const bool shifts = t.zero != nullptr || t.middle != 0.0f;
-  for (int64_t i = 0; i < a.rows * t.dim * LANES; ++i) sums[i] = 0.0f;
+  const bool words = whole_words(t) && (t.bits <= 4 || !t.table);
+  const int64_t dim = t.dim + 32;  // a word may end beyond the last channel
+  for (int64_t i = 0; i < a.rows * dim * LANES; ++i) sums[i] = 0.0f;
   for (int64_t i = 0; i < a.rows * t.groups * LANES; ++i) zeros[i] = 0.0f;
   const int64_t tile_pitch = t.dim * LANES;
   for (int64_t first = 0; first < t.length; first += CACHE_TILES * LANES) {
     const int64_t count = least(CACHE_TILES, (t.length - first + LANES - 1) / LANES), number = first / LANES;
-    for (int64_t n = 0; n < count; ++n) unpack(t, number + n, tiles + n * tile_pitch);
+    for (int64_t n = 0; n < count && !words; ++n) unpack(t, number + n, tiles + n * tile_pitch);
     for (int64_t g = 0; g < t.groups; ++g) {
       for (int64_t n = 0; n < count; ++n) {
         const int64_t params = ((number + n) * t.groups + g) * LANES, at = first + n * LANES, held = least(LANES, t.length - at);
@@ -257,15 +431,24 @@ static void mix_packed(const CacheAttention& a, const float* probabilities, int6
       }
       const int64_t d = g * t.width;
       by_rows<CACHE_ROWS>(a.rows, [&]<int ROWS>(int64_t r) {
+        if (words) {
+          by_bits(t.bits, [&]<int BITS>() {
+            constexpr int64_t channels = 32 / BITS;
+            for (int64_t c = d; c < least(t.dim, d + t.width); c += channels)
+              mix_word<BITS, ROWS>(t, t.codes + number * t.tile_words() + c / channels * LANES, scaled + r * LANES, a.rows * LANES, count,
+                                   sums + (r * dim + c) * LANES, dim * LANES);
+          });
+          return;
+        }
         mix_tiles<ROWS>(tiles + d * LANES, tile_pitch, scaled + r * LANES, a.rows * LANES, count, least(t.width, t.dim - d),
-                        sums + (r * t.dim + d) * LANES, t.dim * LANES);
+                        sums + (r * dim + d) * LANES, dim * LANES);
       });
     }
   }
   for (int64_t r = 0; r < a.rows; ++r)
     for (int64_t d = 0; d < t.dim; ++d) {
       const float shift = shifts ? V::total(V::floats(zeros + (r * t.groups + d / t.width) * LANES)) : 0.0f;
-      a.packed_out[r * t.dim + d] = V::total(V::floats(sums + (r * t.dim + d) * LANES)) - shift;
+      a.packed_out[r * t.dim + d] = V::total(V::floats(sums + (r * dim + d) * LANES)) - shift;
     }
 }
 
@@ -290,12 +473,13 @@ static void attend_cache(const CacheAttention& a) {
   float* tiles = sums + a.rows * (most + 1);
   float* scaled = tiles + CACHE_TILES * ((k.packed.dim > v.packed.dim ? k.packed.dim : v.packed.dim) + 32) * LANES;
   float* mixtures = scaled + CACHE_TILES * a.rows * LANES;
-  float* zeros = mixtures + a.rows * v.packed.dim * LANES;
+  float* zeros = mixtures + a.rows * (v.packed.dim + 32) * LANES;
   float* row = zeros + a.rows * v.packed.groups * LANES;
+  auto* planes = reinterpret_cast<int8_t*>(row + (k.packed.dim > v.packed.dim ? k.packed.dim : v.packed.dim) + 2 * LANES);
   // In this order, because packed scores are written in whole tiles.
   scores_of_floats(a, k.kept, scores, pitch, 0, row);
-  if (k.packed.length && k.packed.rows > 1) scores_of_blocks(a, scores, pitch, k.kept.length, queries, sums, tiles);
-  else if (k.packed.length) scores_of_tokens(a, scores, pitch, k.kept.length, sums, tiles);
+  if (k.packed.length && k.packed.rows > 1) scores_of_blocks(a, scores, pitch, k.kept.length, queries, sums, tiles, planes);
+  else if (k.packed.length) scores_of_tokens(a, scores, pitch, k.kept.length, sums, tiles, planes);
   scores_of_floats(a, k.waiting, scores, pitch, k.kept.length + k.packed.length, row);
   const int64_t packed = v.kept.length, waiting = packed + v.packed.length;
   for (int64_t r = 0; r < a.rows; ++r) {

@@ -485,9 +485,12 @@ class Step {
       head(q + i * dim_, b.q_norm, token, queries + i * dim_);
       for (int64_t d = 0; d < dim_; ++d) queries[i * dim_ + d] *= scaling_;
     }
-    const std::vector<int32_t> begin(group, 0), end(group, static_cast<int32_t>(token.length + 1));
+    int32_t begin[CACHE_QUERIES] = {}, end[CACHE_QUERIES];
+    std::fill_n(end, CACHE_QUERIES, static_cast<int32_t>(token.length + 1));
     float* to = part_.get() + (g * PARTS + part.number) * group * (dim_ + 2);
-    attend_head(*k_.cache, keys, values, g, 1, queries, group, begin.data(), end.data(), to + 2 * group, own.cache, part, to, to + group);
+    for (int64_t i = 0; i < group; i += CACHE_QUERIES)
+      attend_head(*k_.cache, keys, values, g, 1, queries + i * dim_, std::min(CACHE_QUERIES, group - i), begin, end,
+                  to + 2 * group + i * dim_, own.cache, part, to + i, to + group + i);
     if (!last) return;
     for (const LayerSide* side : {&keys, &values})
       if (!pack_head(*k_.cache, *side, g, side->leaving, s_.read, own.cache)) unstorable_.store(true, std::memory_order_relaxed);
