@@ -65,7 +65,8 @@ def _row(name: str) -> tuple[float, float]:
     ids = torch.tensor(_tokens("generated")[:24])
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "quantized"
-        report = lowbit.quantize(MODEL, lowbit.recipe(method, **options), ids, out=out, max_kl=20)
+        recipe = lowbit.recipe(method, **options).with_blockwise(compute="float32")  # the same on all processors
+        report = lowbit.quantize(MODEL, recipe, ids, out=out, max_kl=20)
         return _perplexity(lowbit.load(out, torch.float32)), report.bits_per_weight
 
 

@@ -103,6 +103,20 @@ def _seen(mask: Tensor | None, query_BHTD: Tensor, length: int) -> tuple[Tensor,
     return begin_BT.int().contiguous(), end_BT.int().contiguous()
 
 
+def _run(layer: PackedLayer, which: int, start: int, end: int) -> Tensor:
+    """Keys (0) or values (1) from ``start`` to ``end``, float32, decoded by compiled code where there is some."""
+    side = layer.sides[which]
+    isa = kernels.forced() or next(iter(kernels.native.instruction_sets()), "")
+    if not isa or isa not in kernels.native.instruction_sets() or why_not(side, False) is not None:
+        return side.read(torch.float32, start, end)
+    native = layer.descriptions()[which]
+
+    def decoded(first: int, last: int) -> Tensor:
+        return kernels.cache.decode(isa, native, first, last, side.shape)
+
+    return side.read(torch.float32, start, end, decoded)
+
+
 def _in_runs(query_BHTD: Tensor, layer: PackedLayer, mask: Tensor | None, scale: float) -> Tensor:
     batch, heads, count, dim = query_BHTD.shape
     length, groups = layer.get_seq_length(), layer.key_side.heads
@@ -113,7 +127,8 @@ def _in_runs(query_BHTD: Tensor, layer: PackedLayer, mask: Tensor | None, scale:
     total, mixed = torch.zeros_like(most), torch.zeros(*query.shape[:3], layer.value_side.dim, device=query.device)
     for start in range(0, length, RUN):
         end = min(length, start + RUN)
-        score = query @ layer.key_side.read(torch.float32, start, end).mT
+        keys, values = (_run(layer, i, start, end) for i in (0, 1))
+        score = query @ keys.mT
         if mask is not None:
             part = mask[..., start:end].expand(batch, heads, count, end - start).reshape(score.shape)
             score = score.masked_fill(~part, -torch.inf) if mask.dtype == torch.bool else score + part
@@ -121,7 +136,7 @@ def _in_runs(query_BHTD: Tensor, layer: PackedLayer, mask: Tensor | None, scale:
         safe = torch.where(higher == -torch.inf, 0.0, higher)
         weight, kept = torch.exp(score - safe), torch.exp(most - safe)
         total = total * kept + weight.sum(-1, keepdim=True)
-        mixed = mixed * kept + weight @ layer.value_side.read(torch.float32, start, end)
+        mixed = mixed * kept + weight @ values
         most = higher
     out = mixed / total.clamp_min(torch.finfo(torch.float32).tiny)
     return out.view(batch, heads, count, -1).transpose(1, 2).to(query_BHTD.dtype)

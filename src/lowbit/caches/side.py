@@ -5,6 +5,8 @@ Shapes: B sequence, H key-value head, T token, D channel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -158,8 +160,14 @@ class Side:
             self.coordinates = Coordinates(rotation, self.coordinates.scale, self.coordinates.shift)
         self._centred = self._rotated = False
 
-    def read(self, dtype: torch.dtype, start: int = 0, end: int | None = None) -> Tensor:
-        """The tokens from ``start`` to ``end``, ``[B, H, T, D]``."""
+    def read(
+        self,
+        dtype: torch.dtype,
+        start: int = 0,
+        end: int | None = None,
+        tiles: Callable[[int, int], Tensor] | None = None,
+    ) -> Tensor:
+        """The tokens from ``start`` to ``end``, ``[B, H, T, D]``; ``tiles``: see :meth:`PackedTokens.decode`."""
         assert self.waiting is not None
         end = self.length if end is None else end
         parts, before = [], 0
@@ -170,17 +178,19 @@ class Side:
         ):
             first, last = max(start - before, 0), min(end - before, count)
             if first < last:
-                parts.append((self.decoded(first, last) if part is None else part[:, :, first:last]).to(dtype))
+                parts.append((self.decoded(first, last, tiles) if part is None else part[:, :, first:last]).to(dtype))
             before += count
         if not parts:
             return self.waiting.tokens[:, :, :0].to(dtype)
         return parts[0].clone() if len(parts) == 1 else torch.cat(parts, 2)
 
-    def decoded(self, start: int = 0, end: int | None = None) -> Tensor:
+    def decoded(
+        self, start: int = 0, end: int | None = None, tiles: Callable[[int, int], Tensor] | None = None
+    ) -> Tensor:
         """Packed tokens, float32."""
         assert self.packed is not None
         end = self.packed.length if end is None else end
-        x = self.coordinates.inverse(self.packed.decode(start, end))
+        x = self.coordinates.inverse(self.packed.decode(start, end, tiles))
         return x if self._frequencies is None else turned(x, self._frequencies, self.kept_length + start, 1)
 
     def crop(self, count: int) -> None:

@@ -9,6 +9,7 @@ block's channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 
 import torch
@@ -145,10 +146,21 @@ class PackedTokens:
         other.zero = None if self.zero is None else self.zero.clone()
         return other
 
-    def decode(self, start: int = 0, end: int | None = None) -> Tensor:
-        """The tokens from ``start`` to ``end``, float32 ``[B, H, N, D]``."""
+    def decode(
+        self, start: int = 0, end: int | None = None, tiles: Callable[[int, int], Tensor] | None = None
+    ) -> Tensor:
+        """The tokens from ``start`` to ``end``, float32 ``[B, H, N, D]``.
+
+        Args:
+            tiles: compiled code that decodes the tiles between two numbers, ``[B, H, slots, D]``; None: torch does.
+        """
         slots = self._slots(start, self.length if end is None else end)
         first, last = int(slots[0]) // TILE, int(slots[-1]) // TILE + 1
+        if tiles is not None:
+            x = tiles(first, last)
+            begin = int(slots[0]) - first * TILE
+            whole = int(slots[-1]) - int(slots[0]) + 1 == len(slots)
+            return x[:, :, begin : begin + len(slots)] if whole else x[:, :, slots - first * TILE]
         words = self.codes[:, :, first:last].transpose(-1, -2).flatten(2, 3)
         codes = from_words(words, self.spec.grid.bits, self.dim)
         params = Affine(*(None if p is None else self._spread(p, first, last) for p in (self.scale, self.zero)))  # pyright: ignore[reportArgumentType]

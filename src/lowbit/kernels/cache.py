@@ -47,6 +47,19 @@ def attend(isa: str, keys: Any, values: Any, query_BHRD: Tensor, begin_BT: Tenso
     return out
 
 
+def decode(isa: str, side: Any, first: int, last: int, shape: tuple[int, int, int]) -> Tensor:
+    """The slots of the tiles from ``first`` to ``last``, float32 ``[B, H, slots, D]``.
+
+    Args:
+        shape: B, H and D.
+    """
+    assert native._cpu is not None
+    batch, heads, dim = shape
+    out = torch.empty(batch, heads, 16 * (last - first), dim)
+    native._cpu.decode_cache(isa, side, first, last, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
 def pack(isa: str, side: Any, count: int) -> bool:
     """Packs the first ``count`` waiting tokens of a description; False: a scale is not finite in its storage."""
     assert native._cpu is not None

@@ -170,6 +170,18 @@ void attend(const std::string& isa, const LayerSide& keys, const LayerSide& valu
   });
 }
 
+// Tiles from `first` to `last` of every head: out [batch, heads, slots, dim].
+void decode(const std::string& isa, const LayerSide& side, int64_t first, int64_t last, uintptr_t out, int threads) {
+  const CacheKernels* k = called(isa)->cache;
+  if (first < 0 || last > side.tiles || side.packed.bits < 1) throw std::invalid_argument("there are no such tiles");
+  nb::gil_scoped_release release;
+  const int64_t heads = side.batch * side.heads, dim = side.dim(), count = last - first;
+  run_parallel(heads * count, threads, [&](int64_t i) {
+    static thread_local std::vector<float> room;
+    k->decode(side.of(i / count).packed, first + i % count, at<float>(out) + i * LANES * dim, filled(room, (dim + 32) * LANES));
+  });
+}
+
 // Packs the first `count` waiting tokens of every head.
 bool pack(const std::string& isa, const LayerSide& side, int64_t count, int threads) {
   const Kernels* kernels = called(isa);
@@ -248,6 +260,7 @@ void bind_cache(nb::module_& m, const Kernels* (*kernels_called)(const std::stri
            })
       .def_rw("leaving", &LayerSide::leaving);
   m.def("attend_cache", &attend);
+  m.def("decode_cache", &decode);
   m.def("pack_cache", &pack);
 }
 

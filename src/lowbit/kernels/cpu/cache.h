@@ -154,6 +154,8 @@ inline int64_t cache_room(const CacheAttention& a) {
 
 struct CacheKernels {
   void (*attend)(const CacheAttention&);
+  // All LANES slots of a tile as floats [LANES, dim]. room: (dim + 32) * LANES floats.
+  void (*decode)(const PackedTokens& t, int64_t tile, float* out, float* room);
   // Quantizes tokens to integers by their extremes, behind those of `t`, whose length and counts the caller raises after it.
   // False: a scale or zero point is not finite in its storage.
   bool (*pack)(const PackedTokens& t, const float* x, int64_t count, bool symmetric, bool whole, float* room);

@@ -492,6 +492,26 @@ static void attend_cache(const CacheAttention& a) {
   mix_floats(a, v.waiting, scores, pitch, waiting, row);
 }
 
+static void decode_slots(const PackedTokens& t, int64_t tile, float* out, float* room) {
+  unpack(t, tile, room);
+  for (int64_t g = 0; g < t.groups; ++g) {
+    const bool blocks = t.rows > 1;
+    const int64_t params = blocks ? tile / t.block_tiles() * t.groups + g : (tile * t.groups + g) * LANES;
+    float one_scale = 0, one_zero = t.middle;
+    if (blocks) {
+      read_floats(t.scale, t.number, params, 1, &one_scale);
+      if (t.zero) read_floats(t.zero, t.number, params, 1, &one_zero);
+    }
+    const auto scale = blocks ? V::set(one_scale) : lanes_of(t.scale, t.number, params);
+    const auto zero = blocks || !t.zero ? V::set(one_zero) : lanes_of(t.zero, t.number, params);
+    for (int64_t d = g * t.width; d < least(t.dim, (g + 1) * t.width); ++d) {
+      float value[LANES];
+      V::store(value, V::mul(V::subf(V::floats(room + d * LANES), zero), scale));
+      for (int64_t l = 0; l < LANES; ++l) out[l * t.dim + d] = value[l];
+    }
+  }
+}
+
 // ---- packing ----------------------------------------------------------------------------------------------------------
 
 static inline void write_number(void* numbers, int32_t number, int64_t at, float x, float* stored) {
@@ -577,4 +597,4 @@ static bool pack_tokens(const PackedTokens& t, const float* x, int64_t count, bo
   return finite;
 }
 
-static constexpr CacheKernels cache_kernels{attend_cache, pack_tokens};
+static constexpr CacheKernels cache_kernels{attend_cache, decode_slots, pack_tokens};

@@ -1,0 +1,170 @@
+"""Perplexity, KL and memory of a model through packed caches, and the time of a token behind long texts.
+
+    python benchmarks/kv_cache.py [--model smollm2-135m] [--text FILE] [--windows 4] [--seq-len 1024]
+        [--formats kivi:4 kivi:2 ...] [--contexts 1024 8000]
+
+Quality: every window goes through the cache in runs of tokens, as `lowbit evaluate --kv` does; KL is from the same model without
+a packed cache. Speed: one sequence, the compiled step, weights packed to 4 bits; the formats take turns in one process, and the
+first row is the cache that the model has otherwise, in bfloat16. Results go to benchmarks/results/kv-cache.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import DynamicCache
+
+import lowbit
+from lowbit.decoding.model import cache_argument
+from lowbit.evaluation.machine import machine
+
+RESULTS = Path(__file__).parent / "results"
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    "kv-int 8": ("kv-int", {"bits": 8}),
+    "kv-fp8": ("kv-fp8", {}),
+    "kivi 8": ("kivi", {"bits": 8}),
+    "kv-int 4": ("kv-int", {"bits": 4, "symmetric": False}),
+    "kv-rotated 4": ("kv-rotated", {"bits": 4}),
+    "kv-turbo 4": ("kv-turbo", {"bits": 4, "recent": 64}),
+    "kivi 4": ("kivi", {"bits": 4}),
+    "kv-rotated 3": ("kv-rotated", {"bits": 3}),
+    "kivi 3": ("kivi", {"bits": 3}),
+    "kv-int 2": ("kv-int", {"bits": 2, "symmetric": False}),
+    "kv-rotated 2": ("kv-rotated", {"bits": 2}),
+    "kivi 2": ("kivi", {"bits": 2}),
+    "kivi 2, sinks": ("kivi", {"bits": 2, "sink": 4}),
+    "kivi K2 V4": ("kivi", {"key_bits": 2, "value_bits": 4}),
+    "kivi K4 V2": ("kivi", {"key_bits": 4, "value_bits": 2}),
+}
+FASTEST = ("kv-int 8", "kivi 4", "kv-rotated 4", "kivi 2")
+FEW = 20  # tokens that are timed
+PROMPT = 512  # tokens of the text that go in at once
+
+
+def quality(args: argparse.Namespace, name: str, original: Any, tokenizer: Any) -> dict[str, Any]:
+    method, options = FORMATS[name]
+    scheme = lowbit.recipe(method, **options).scheme
+    model = lowbit.load(args.model, torch.float32)
+    lowbit.decoding.use_cache(model, scheme.cache)
+    start = time.perf_counter()
+    found = lowbit.evaluate(
+        model, args.text, seq_len=args.seq_len, windows=args.windows, against=original, tokenizer=tokenizer
+    )
+    return {
+        "name": name,
+        "bits": found.cache_bits,
+        "perplexity": found.perplexity,
+        "reference": found.reference_perplexity,
+        "log_ratio": found.log_perplexity_difference,
+        "kl": found.kl,
+        "top1": found.top1_agreement,
+        "protocol": found.protocol,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def filled(model: Any, cache: Any, ids: torch.Tensor) -> Any:
+    with torch.inference_mode():
+        for piece in ids.split(PROMPT, 1):
+            model(piece, **{cache_argument(model): cache})
+    return cache
+
+
+def bytes_of(cache: Any) -> int:
+    own = getattr(cache, "nbytes", None)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) if own is None else own
+
+
+def speed(args: argparse.Namespace, context: int, tokenizer: Any) -> list[dict[str, Any]]:
+    text = Path(args.text).read_text(encoding="utf-8") if Path(args.text).exists() else ""
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[:, : context + 1]
+    with tempfile.TemporaryDirectory() as scratch:
+        lowbit.quantize(args.model, lowbit.recipe("rtn", bits=4, group_size=64), None, out=f"{scratch}/w4")
+        model = lowbit.load(f"{scratch}/w4", torch.bfloat16)
+    model.set_attn_implementation("lowbit")
+    caches = {"bfloat16": filled(model, DynamicCache(config=model.config), ids[:, :-1])}
+    for name in FASTEST:
+        method, options = FORMATS[name]
+        caches[name] = filled(model, lowbit.kv_cache(model, method, **options), ids[:, :-1])
+    times: dict[str, list[float]] = {name: [] for name in caches}
+    with torch.inference_mode():
+        for _ in range(FEW):
+            for name, cache in caches.items():
+                start = time.perf_counter()
+                model(ids[:, -1:], **{cache_argument(model): cache})
+                times[name].append(time.perf_counter() - start)
+    plain = median(times["bfloat16"][2:])
+    return [
+        {
+            "name": name,
+            "context": context,
+            "milliseconds": 1e3 * median(times[name][2:]),
+            "ratio": plain / median(times[name][2:]),
+            "megabytes": bytes_of(cache) / 1e6,
+        }
+        for name, cache in caches.items()
+    ]
+
+
+def written(args: argparse.Namespace, rows: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
+    lines = [
+        f"# Packed caches of {args.model}",
+        "",
+        f"Written by `python benchmarks/kv_cache.py`: {args.windows} windows of {args.seq_len} tokens of {Path(args.text).name}. Bits "
+        "count scales and zero points, not the windows of recent tokens.",
+        "",
+        "| cache | bits | perplexity | ln ratio | KL, nats | same top token |",
+        "|---|---:|---:|---:|---:|---:|",
+        f"| as the model computes it | 16 | {rows[0]['reference']:.3f} | 0 | 0 | 1 |" if rows else "",
+        *(
+            f"| {r['name']} | {r['bits']:.2f} | {r['perplexity']:.3f} | {r['log_ratio']:+.4f} | {r['kl']:.5f} | {r['top1']:.3f} |"
+            for r in rows
+        ),
+        "",
+        "| cache | context | ms a token | x bfloat16 | MB |",
+        "|---|---:|---:|---:|---:|",
+        *(
+            f"| {r['name']} | {r['context']:,} | {r['milliseconds']:.2f} | {r['ratio']:.2f} | {r['megabytes']:.1f} |"
+            for r in timed
+        ),
+        "",
+        f"{machine()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--text", default="wikitext2", help="a text, as for lowbit evaluate; a file for --contexts")
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--contexts", nargs="*", type=int, default=[1024, 8000])
+    parser.add_argument("--name", default="kv-cache", help="of the results")
+    args = parser.parse_args()
+    console, tokenizer = Console(), lowbit.load_tokenizer(args.model)
+    original = lowbit.load(args.model, torch.float32)
+    timed = [row for context in args.contexts for row in speed(args, context, tokenizer)]
+    rows: list[dict[str, Any]] = []
+    for name in args.formats:
+        rows.append(quality(args, name, original, tokenizer))
+        console.print(
+            f"{name}: perplexity {rows[-1]['perplexity']:.3f}, KL {rows[-1]['kl']:.5f}, {rows[-1]['seconds']:.0f} s"
+        )
+        RESULTS.joinpath(f"{args.name}.json").write_text(json.dumps({"quality": rows, "speed": timed}, indent=1) + "\n")
+        RESULTS.joinpath(f"{args.name}.md").write_text(written(args, rows, timed))
+    console.print(written(args, rows, timed))
+
+
+if __name__ == "__main__":
+    main()
