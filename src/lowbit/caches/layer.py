@@ -17,6 +17,7 @@ from lowbit.caches.coordinates import Coordinates
 from lowbit.caches.side import Side
 from lowbit.caches.states import PackedStates
 from lowbit.modules import KVSpec
+from lowbit.numerics import straight_through
 
 
 class PackedLayer(CacheLayerMixin):
@@ -100,9 +101,9 @@ class PackedLayer(CacheLayerMixin):
                 for i, states in enumerate((key_states, value_states))
             )
             return keys, values
-        both = self.keys_values()
+        keys, values = self.keys_values()
         self.settle()
-        return both
+        return _with_gradients(keys, key_states), _with_gradients(values, value_states)
 
     def _read_late(self, which: int, length: int) -> Tensor:
         states = self.sides[which].read(self.dtype, 0, length)
@@ -217,3 +218,11 @@ class PackedLayer(CacheLayerMixin):
         raise ValueError("a packed cache is not offloaded; leave offloading out")
 
     prefetch = offload
+
+
+def _with_gradients(all_BHTD: Tensor, new_BHTD: Tensor) -> Tensor:
+    """All tokens, the last of which are ``new_BHTD`` as they are or rounded, with gradients to those; earlier ones are constants."""
+    if not (torch.is_grad_enabled() and new_BHTD.requires_grad):
+        return all_BHTD
+    past, new = all_BHTD.split((all_BHTD.shape[2] - new_BHTD.shape[2], new_BHTD.shape[2]), 2)
+    return torch.cat([past, straight_through(new, new_BHTD)], 2)

@@ -224,6 +224,28 @@ def test_a_copy_goes_its_own_way():
     assert torch.equal(other.keys_values()[0][:, :, :128], layer.keys_values()[0][:, :, :128])
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_cache_is_saved_and_loaded(name, model, tmp_path):
+    ids, cache = tokens(1, 200), lowbit.kv_cache(model, name)
+    cached(model, cache, ids[:, :150])
+    torch.save(cache, tmp_path / "cache.pt")
+    loaded = torch.load(tmp_path / "cache.pt", weights_only=False)
+    assert loaded.nbytes == cache.nbytes
+    assert torch.equal(cached(model, loaded, ids[:, 150:]), cached(model, cache, ids[:, 150:]))
+
+
+def test_gradients_reach_the_tokens_of_a_call_and_no_earlier_ones():
+    key, value = (states.requires_grad_() for states in states(count=100))
+    layer = PackedLayer(kivi(recent=32))
+    layer.update(key[:, :, :80].detach(), value[:, :, :80].detach())
+    k, v = layer.update(key[:, :, 80:], value[:, :, 80:])
+    assert torch.equal(k[:, :, 80:], key[:, :, 80:])
+    (k.sum() + 2 * v.sum()).backward()
+    assert torch.equal(key.grad[:, :, 80:], torch.ones_like(key[:, :, 80:]))
+    assert torch.equal(value.grad[:, :, 80:], 2 * torch.ones_like(value[:, :, 80:]))
+    assert not key.grad[:, :, :80].any()
+
+
 def test_a_reset_cache_is_empty(model):
     cache = lowbit.kv_cache(model, "kivi")
     cached(model, cache, tokens(1, 100))
