@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -58,16 +60,23 @@ def _perplexity(model) -> float:
     return math.exp(nll / count)
 
 
+SEEDS = {"omniquant W3 g32": 3}
+"""Rows that are means over so many seeds: with one, windows in another order or a sum rounded elsewhere moved this one between
+4.99 and 5.23."""
+
+
 @cache
 def _row(name: str) -> tuple[float, float]:
     """(perplexity, bits per weight)."""
     method, options = ROWS[name]
-    ids = torch.tensor(_tokens("generated")[:24])
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "quantized"
-        recipe = lowbit.recipe(method, **options).with_blockwise(compute="float32")  # the same on all processors
-        report = lowbit.quantize(MODEL, recipe, ids, out=out, max_kl=20)
-        return _perplexity(lowbit.load(out, torch.float32)), report.bits_per_weight
+    ids, found = torch.tensor(_tokens("generated")[:24]), []
+    for seed in range(SEEDS.get(name, 1)):
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "quantized"
+            recipe = lowbit.recipe(method, **options).with_blockwise(compute="float32")  # the same on all processors
+            report = lowbit.quantize(MODEL, replace(recipe, seed=seed), ids, out=out, max_kl=20)
+            found.append(_perplexity(lowbit.load(out, torch.float32)))
+    return mean(found), report.bits_per_weight
 
 
 def test_the_original_reads_the_real_texts_as_its_source_says():
