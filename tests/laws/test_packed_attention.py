@@ -62,6 +62,17 @@ def isa(request, monkeypatch):
     return request.param
 
 
+def test_decoded_tokens_at_once_give_what_runs_give():
+    layer = layer_of(
+        Spec(Int(4, zero="real"), Block(32, 1)), Spec(Int(4, zero="real"), PerGroup(32)), count=700, recent=32
+    )
+    mask = torch.ones(2, 1, 30, 700, dtype=torch.bool).tril(670)
+    mask[0, :, :, :50] = False
+    for seen in (None, mask, torch.where(mask, 0.0, -1e30)):
+        query = query_of(count=30)
+        close(attend_packed(query, layer, seen), attend_packed(query, layer, seen, compiled=False))
+
+
 def test_runs_of_decoded_tokens_give_attention_over_all():
     for grain in GRAINS[:4]:
         layer = layer_of(Spec(Int(4, zero="real"), grain), Spec(Int(4, zero="real"), PerGroup(32)), count=2500)

@@ -1,7 +1,8 @@
 """Attention over a packed layer, without its tokens in full precision.
 
-A few queries go through the compiled code, which unpacks a tile of tokens at a time. More go through runs of decoded tokens,
-each multiplied and forgotten, with the sums of a softmax carried along; this is also the reference for the compiled code.
+A few queries go through the compiled code, which unpacks a tile of tokens at a time. More meet the layer's decoded tokens at
+once, by torch's attention, if these take little memory (they are forgotten with the layer); otherwise in runs, each multiplied and
+forgotten, with the sums of a softmax carried along. Runs are also the reference for the compiled code.
 
 Shapes: B sequence, H query head, G key-value head, R query heads that share one of them, T query token, S key token, D channel.
 """
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from lowbit import kernels
 from lowbit.caches import on_gpu
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 RUN = 1024
 """Tokens that are decoded together."""
+AT_ONCE = 2**26
+"""Bytes of a layer's decoded tokens, in float32, up to which they are decoded at once."""
 
 
 def attend_packed(
@@ -41,12 +45,15 @@ def attend_packed(
         compiled: use compiled code where it can do it.
     """
     scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
-    if compiled and query_BHTD.shape[2] <= kernels.cache.MOST_QUERIES:
-        seen = _seen(mask, query_BHTD, layer.get_seq_length())
+    batch, _, count, _ = query_BHTD.shape
+    if compiled:
+        seen = _seen(mask, query_BHTD, layer.get_seq_length()) if count <= kernels.cache.MOST_QUERIES else None
         if seen is not None and on_gpu.why_not(layer) is None:
             return _on_gpu(query_BHTD, layer, *seen, scale)
         if seen is not None and compiled_reason(layer) is None:
             return _compiled(query_BHTD, layer, *seen, scale)
+        if sum(batch * side.heads * side.dim for side in layer.sides) * layer.get_seq_length() * 4 <= AT_ONCE:
+            return _at_once(query_BHTD, layer, mask, scale)
     return _in_runs(query_BHTD, layer, mask, scale)
 
 
@@ -115,6 +122,17 @@ def _run(layer: PackedLayer, which: int, start: int, end: int) -> Tensor:
         return kernels.cache.decode(isa, native, first, last, side.shape)
 
     return side.read(torch.float32, start, end, decoded)
+
+
+def _at_once(query_BHTD: Tensor, layer: PackedLayer, mask: Tensor | None, scale: float) -> Tensor:
+    length, count = layer.get_seq_length(), query_BHTD.shape[2]
+    keys, values = (_run(layer, i, 0, length).to(query_BHTD.dtype) for i in (0, 1))
+    if mask is None and count > 1:
+        mask = torch.ones(count, length, dtype=torch.bool, device=keys.device).tril(length - count)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(keys.dtype)
+    out = scaled_dot_product_attention(query_BHTD, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2).contiguous()
 
 
 def _in_runs(query_BHTD: Tensor, layer: PackedLayer, mask: Tensor | None, scale: float) -> Tensor:
