@@ -26,7 +26,8 @@ OLDEST := build/transformers-5.20
 oldest: install
 	test -d $(OLDEST) || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) transformers==5.20.0
 	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/laws/test_decoding.py \
-		tests/laws/test_attention.py tests/unit/architectures tests/unit/checkpoints tests/unit/modules tests/unit/test_pipeline.py
+		tests/laws/test_attention.py tests/laws/test_packed_steps.py tests/unit/architectures tests/unit/caches \
+		tests/unit/checkpoints tests/unit/modules tests/unit/test_pipeline.py
 
 # Every combination of factors and every record of the authors' code, where the tests above take enough for every pair.
 exhaustive: install
