@@ -30,6 +30,8 @@ if __name__ == "__main__":
                 "tests/laws/test_side.py",
                 "tests/laws/test_compiled_solvers.py",
                 "tests/laws/test_decoding.py",
+                "tests/laws/test_packed_attention.py",
+                "tests/laws/test_packed_steps.py",
             ]
         )
     )
