@@ -1,5 +1,6 @@
 """Attention over packed tokens: the compiled code and the runs of decoded tokens are one function."""
 
+import copy
 import itertools
 from functools import partial
 
@@ -182,7 +183,7 @@ def test_compiled_code_packs_as_torch_does(isa, grid, grain):
     tokens[1, 0] = 2.5
     side.append(tokens)
     side.packed.reserve(4 * rows)
-    wanted = side.packed.copy()
+    wanted = copy.deepcopy(side.packed)
     count = 2 * rows
     wanted.append(side.coordinates.forward(side.waiting.tokens[:, :, :count]))
     assert kernels.cache.pack(isa, Description().current(side), count)

@@ -51,14 +51,12 @@ class Side:
     @property
     def heads(self) -> int:
         """Key-value heads."""
-        assert self.waiting is not None
-        return self.waiting.buffer.shape[1]
+        return self.shape[1]
 
     @property
     def dim(self) -> int:
         """Channels of a head."""
-        assert self.waiting is not None
-        return self.waiting.buffer.shape[3]
+        return self.shape[2]
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -10,7 +10,6 @@ block's channels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
 
 import torch
 from torch import Tensor
@@ -137,14 +136,6 @@ class PackedTokens:
         """Counts tokens that compiled code has packed."""
         self.counts += [self.rows] * (count // self.rows) if self.in_blocks else []
         self.length += count
-
-    def copy(self) -> PackedTokens:
-        """One that goes its own way."""
-        other = copy(self)
-        other.counts = list(self.counts)
-        other.codes, other.scale = self.codes.clone(), self.scale.clone()
-        other.zero = None if self.zero is None else self.zero.clone()
-        return other
 
     def decode(
         self, start: int = 0, end: int | None = None, tiles: Callable[[int, int], Tensor] | None = None

@@ -21,7 +21,7 @@ def kivi(
 ) -> Recipe:
     """Keys have a range for each channel and group_size tokens, values for each token and group_size channels; no data.
 
-    * bits: of keys and values; 16 leaves them as they are.
+    * bits: of keys and values, 1 to 8; 16 leaves them as they are.
     * group_size: tokens of a key's range, channels of a value's.
     * recent: tokens that stay as they are. Keys leave this window together, when it is full; values one by one.
     * key_bits, value_bits: where they differ from bits.
@@ -46,4 +46,4 @@ def kivi(
 
 
 def _grid(bits: int) -> Int | None:
-    return None if bits >= 16 else Int(bits, zero="real")
+    return None if bits == 16 else Int(bits, zero="real")

@@ -38,7 +38,7 @@ def kv_rotated(
 
     def spec(own: int | None) -> Spec | None:
         width = bits if own is None else own
-        return None if width >= 16 else Spec(Int(width, symmetric, zero="real"), grain)
+        return None if width == 16 else Spec(Int(width, symmetric, zero="real"), grain)
 
     return Recipe(
         "kv-rotated",

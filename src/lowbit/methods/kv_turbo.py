@@ -18,7 +18,7 @@ def kv_turbo(
     """A rotated key has as scale its root mean square, stored in 16 bits, and codes of a normal distribution's levels; no data.
 
     * bits: of keys, 1 to 8.
-    * value_bits: of values, as integers with a range for each token; None: bits.
+    * value_bits: of values, as integers with a range for each token; 16 leaves them as they are; None: bits.
     * recent, sink: the newest and the first tokens, which stay as they are.
     * exempt: layers at each end of the model that stay as they are.
 
@@ -32,7 +32,7 @@ def kv_turbo(
         Scheme(
             kv=KVSpec(
                 Spec(Normal(bits), PerToken()),
-                None if values >= 16 else Spec(Int(values, zero="real"), PerToken()),
+                None if values == 16 else Spec(Int(values, zero="real"), PerToken()),
                 recent=recent,
                 sink=sink,
                 key_rotation="hadamard",

@@ -355,6 +355,8 @@ def test_models_without_full_attention_are_refused():
     [
         ("kiwi", {}, r"no method 'kiwi' \(did you mean 'kivi'"),
         ("gptq", {}, "'gptq' is no method for caches; known: kivi"),
+        ("kivi:99", {}, "an integer grid has 1 to 8 bits, found 99"),
+        ("kv-turbo", {"value_bits": 12}, "an integer grid has 1 to 8 bits, found 12"),
         ("kivi:x", {}, "a method and its bits once, such as kivi:2"),
         ("kivi:2", {"bits": 4}, "a method and its bits once"),
         ("kivi", {"recent": 40}, "a multiple of 32, found 40"),
