@@ -218,7 +218,7 @@ def read_tensor(header: TensorHeader, rows: tuple[int, int] | None = None) -> Te
 
 
 def shard_names(count: int) -> list[str]:
-    """The names of a checkpoint's shards; a single one needs no index."""
+    """The names of a checkpoint's shards; a single one has the name that loaders look for first."""
     return [WEIGHTS] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
 
 

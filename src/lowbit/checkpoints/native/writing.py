@@ -16,7 +16,6 @@ from lowbit.checkpoints.native.checking import check_layers
 from lowbit.checkpoints.native.reading import CONFIG
 from lowbit.checkpoints.shards import (
     INDEX,
-    WEIGHTS,
     ModelError,
     TensorHeader,
     read_shard_header,
@@ -66,7 +65,7 @@ def write_checkpoint_index(
 ) -> None:
     """Makes a checkpoint of shards that are already in ``directory``: writes the index, then config.json.
 
-    A single shard with the name that loaders look for needs no index.
+    A single shard needs no index, but whoever asks which file holds a tensor then asks as everywhere else.
 
     Args:
         directory: where the shards are.
@@ -91,10 +90,7 @@ def write_checkpoint_index(
         "metadata": {"total_size": sum(header.nbytes for header in headers.values())},
         "weight_map": {name: header.file.name for name, header in headers.items()},
     }
-    if {header.file.name for header in headers.values()} == {WEIGHTS}:
-        (directory / INDEX).unlink(missing_ok=True)
-    else:
-        _write_json(directory / INDEX, index)
+    _write_json(directory / INDEX, index)
     _write_json(directory / CONFIG, config)
 
 
