@@ -133,15 +133,27 @@ template <int BITS>
 static void to_integers(const PackedTokens& t, const float* q, float* room, IntegerQuery& out) {
   constexpr int64_t fields = 8 / BITS, channels = 32 / BITS;
   float most = 0;
-  for (int64_t d = 0; d < t.dim; ++d) most = __builtin_fabsf(q[d]) > most ? __builtin_fabsf(q[d]) : most;
+  int64_t seen = 0;
+  if (t.dim >= LANES) {
+    auto lanes = V::set(0.0f);
+    for (; seen + LANES <= t.dim; seen += LANES) {
+      const auto x = V::floats(q + seen);
+      lanes = V::max(lanes, V::max(x, V::subf(V::set(0.0f), x)));
+    }
+    float some[LANES];
+    V::store(some, lanes);
+    for (float x : some) most = x > most ? x : most;
+  }
+  for (; seen < t.dim; ++seen) most = __builtin_fabsf(q[seen]) > most ? __builtin_fabsf(q[seen]) : most;
   out.unit = most / 2080768.0f;  // 127 * 2**14
   const float by = most > 0.0f ? 2080768.0f / most : 0.0f;
   int8_t* const plain = reinterpret_cast<int8_t*>(room);  // three planes, channels in order
   const int64_t n = plane_of(t), whole = (n + LANES - 1) / LANES * LANES;
   for (int64_t d = 0; d < n; d += LANES) {
     float some[LANES] = {};
-    for (int64_t i = 0; i < LANES; ++i) some[i] = d + i < t.dim ? q[d + i] * by : 0.0f;
-    auto x = V::round(V::floats(some));
+    const bool all = d + LANES <= t.dim;
+    for (int64_t i = 0; i < LANES && !all; ++i) some[i] = d + i < t.dim ? q[d + i] : 0.0f;
+    auto x = V::round(V::mul(V::floats(all ? q + d : some), V::set(by)));
     const auto high = V::round(V::mul(x, V::set(0x1p-14f)));
     x = V::subf(x, V::mul(high, V::set(0x1p14f)));
     const auto middle = V::round(V::mul(x, V::set(0x1p-7f)));
