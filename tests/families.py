@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -243,10 +244,16 @@ def error_of(method: str, original: Any, model: Path, out: Path, text: bool = Tr
 
 
 def outcome(family: str, methods: tuple[str, ...] = METHODS) -> str:
-    """One line: ``works`` with the largest error, ``weights only`` with the reason and the error, or ``refused``."""
+    """One line: ``works`` with the largest error, ``weights only`` with the reason and the error, ``refused``, or what
+    transformers' own model fails with."""
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         original = save_model(family, root / "model")
+        try:
+            with torch.no_grad():
+                original(input_ids=ids(1, 24, 1))
+        except AttributeError as error:
+            return f"transformers {transformers.__version__} cannot run it on text itself: {error}"
         try:
             errors = [error_of(method, original, root / "model", root / method) for method in methods]
             return f"works (error {max(errors):.1e})"

@@ -52,7 +52,7 @@ class Window:
         """Takes off the first tokens, and gives memory back where much is free."""
         self.start += count
         self.length -= count
-        if self.buffer.shape[2] > 4 * (self.length + _LEAST):
+        if self.buffer.shape[2] > 2 * (self.length + _LEAST):
             self._move(self.length + _LEAST)
 
     def crop(self, count: int) -> None:
