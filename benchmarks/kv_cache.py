@@ -1,11 +1,16 @@
 """Perplexity, KL and memory of a model through packed caches, and the time of a token behind long texts.
 
     python benchmarks/kv_cache.py [--model smollm2-135m] [--text FILE] [--windows 4] [--seq-len 1024]
-        [--formats kivi:4 kivi:2 ...] [--contexts 1024 8000]
+        [--formats kivi:4 kivi:2 ...] [--contexts 1024 2048 4096 8000]
 
 Quality: every window goes through the cache 32 tokens at a time, as `lowbit evaluate --kv --chunk 32` does; KL is from the same model without
 a packed cache. Speed: one sequence, the compiled step, weights packed to 4 bits; the formats take turns in one process, and the
 first row is the cache that the model has otherwise, in bfloat16. Results go to benchmarks/results/kv-cache.{json,md}.
+
+    python benchmarks/kv_cache.py --plot kv-cache kv-quality-1k ...
+
+draws what these results say into benchmarks/results/kv-cache.svg: loss and KL against bits, memory and tokens a second against
+the length of the text.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from transformers import DynamicCache
 
@@ -148,6 +154,38 @@ def keep(args: argparse.Namespace, rows: list[dict[str, Any]], timed: list[dict[
     RESULTS.joinpath(f"{args.name}.md").write_text(written(args, rows, timed))
 
 
+def plot(names: list[str], path: Path) -> None:
+    """Four plots of the results of ``names``; of a row that several have, the last counts."""
+    found = [json.loads(RESULTS.joinpath(f"{name}.json").read_text()) for name in names]
+    quality = {row["name"]: row for each in found for row in each["quality"]}
+    timed = {(row["name"], row["context"]): row for each in found for row in each["speed"]}
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    loss, divergence, memory, speed = figure.subplots(2, 2).flat
+    for method in sorted({name.split()[0] for name in quality}):
+        rows = sorted((r for r in quality.values() if r["name"].split()[0] == method), key=lambda r: r["bits"])
+        bits = [r["bits"] for r in rows]
+        loss.plot(bits, [max(r["log_ratio"], 1e-5) for r in rows], "o-", label=method)
+        divergence.plot(bits, [r["kl"] for r in rows], "o-", label=method)
+    for name in dict.fromkeys(name for name, _ in timed):
+        contexts = sorted(context for other, context in timed if other == name)
+        memory.plot(contexts, [timed[name, c]["megabytes"] for c in contexts], "o-", label=name)
+        speed.plot(contexts, [1e3 / timed[name, c]["milliseconds"] for c in contexts], "o-", label=name)
+    for axes, x, y in (
+        (loss, "bits a number", "increase of ln perplexity"),
+        (divergence, "bits a number", "KL, nats a token"),
+        (memory, "tokens of text", "MB of the cache"),
+        (speed, "tokens of text", "tokens a second"),
+    ):
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.grid(alpha=0.3)
+        if axes in (loss, divergence):
+            axes.set_yscale("log")
+        if axes.lines:
+            axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -155,9 +193,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--contexts", nargs="*", type=int, default=[1024, 8000])
+    parser.add_argument("--contexts", nargs="*", type=int, default=[1024, 2048, 4096, 8000])
     parser.add_argument("--name", default="kv-cache", help="of the results")
+    parser.add_argument("--plot", nargs="+", metavar="NAME", help="draw these results; nothing is measured")
     args = parser.parse_args()
+    if args.plot:
+        plot(args.plot, RESULTS / "kv-cache.svg")
+        return
     console, tokenizer = Console(), lowbit.load_tokenizer(args.model)
     original = lowbit.load(args.model, torch.float32)
     timed = [row for context in args.contexts for row in speed(args, context, tokenizer)]
@@ -167,8 +209,8 @@ def main() -> None:
         console.print(
             f"{name}: perplexity {rows[-1]['perplexity']:.3f}, KL {rows[-1]['kl']:.5f}, {rows[-1]['seconds']:.0f} s"
         )
-        RESULTS.joinpath(f"{args.name}.json").write_text(json.dumps({"quality": rows, "speed": timed}, indent=1) + "\n")
-        RESULTS.joinpath(f"{args.name}.md").write_text(written(args, rows, timed))
+        keep(args, rows, timed)
+    keep(args, rows, timed)
     console.print(written(args, rows, timed))
 
 

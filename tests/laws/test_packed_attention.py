@@ -11,6 +11,7 @@ from lowbit import kernels
 from lowbit.caches import PackedLayer, attend_packed
 from lowbit.caches.attention import compiled_reason
 from lowbit.caches.compiled import Description, packs
+from lowbit.caches.rotary import turned
 from lowbit.compiled import ENVIRONMENT
 from lowbit.modules import KVSpec
 from lowbit.numerics import NF4, Block, Float, Int, Normal, PerGroup, PerToken, Spec
@@ -32,7 +33,8 @@ LANES = [isa for isa in SETS if isa not in kernels.native.MATRIX_TILES]
 def layer_of(key, value, count=150, batch=2, heads=2, dim=64, dtype=torch.float32, seed=0, **options):
     rows = key.granularity.rows if key and isinstance(key.granularity, Block) else 1
     recent = options.pop("recent", 48 if 48 % rows == 0 else 2 * rows)
-    layer = PackedLayer(KVSpec(key, value, recent=recent, **options))
+    frequencies = torch.logspace(0, -4, dim // 2) if options.get("before_rope") else None
+    layer = PackedLayer(KVSpec(key, value, recent=recent, **options), frequencies=frequencies)
     made = torch.Generator().manual_seed(seed)
     layer.update(*(torch.randn(batch, heads, count, dim, generator=made).to(dtype) for _ in range(2)))
     return layer
@@ -137,6 +139,24 @@ def test_coordinates_and_windows_are_read(isa, options):
         close(attend_packed(query, layer), exact(query, layer))
 
 
+BEFORE_ROPE = [{}, {"key_rotation": "hadamard"}, {"centred": True, "sink": 3}]
+
+
+@pytest.mark.parametrize("grain", GRAINS, ids=str)
+@pytest.mark.parametrize("options", BEFORE_ROPE, ids=str)
+def test_keys_packed_before_the_rotary_embedding_are_read(isa, grain, options):
+    rows = grain.rows if isinstance(grain, Block) else 1
+    recent = 48 if 48 % rows == 0 else 2 * rows
+    layer = layer_of(Spec(Int(3, zero="real"), grain), None, count=700, recent=recent, before_rope=True, **options)
+    assert compiled_reason(layer) is None
+    for count in (1, 5):
+        query = query_of(count=count)
+        close(attend_packed(query, layer), exact(query, layer))
+    layer.crop(-101)
+    query = query_of()
+    close(attend_packed(query, layer), exact(query, layer))
+
+
 @pytest.mark.parametrize("removed", [1, 20, 60, 101])
 def test_what_is_left_of_a_cropped_block_is_read(isa, removed):
     layer = layer_of(Spec(Int(2, zero="real"), Block(32, 1)), Spec(Int(2, zero="real"), PerGroup(32)), recent=32)
@@ -174,7 +194,7 @@ def test_a_key_of_nan_is_not_hidden(isa):
 def test_compiled_code_packs_as_torch_does(isa, grid, grain):
     """Bit for bit."""
     rows = grain.rows if isinstance(grain, Block) else 1
-    options = {"key_rotation": "hadamard"} if rows == 1 else {}
+    options = {"key_rotation": "hadamard"} if rows == 1 else {"before_rope": True}
     layer = layer_of(Spec(grid, grain), None, recent=2 * rows, count=5 * rows + 40, **options)
     side = layer.key_side
     assert packs(side)
@@ -185,11 +205,14 @@ def test_compiled_code_packs_as_torch_does(isa, grid, grain):
     side.packed.reserve(4 * rows)
     wanted = copy.deepcopy(side.packed)
     count = 2 * rows
-    wanted.append(side.coordinates.forward(side.waiting.tokens[:, :, :count]))
+    tokens = side.waiting.tokens[:, :, :count]
+    if side.frequencies is not None:
+        tokens = turned(tokens, side.frequencies, side.packed_length, -1)
+    wanted.append(side.coordinates.forward(tokens))
     assert kernels.cache.pack(isa, Description().current(side), count)
     side.packed.count(count)
     ours, theirs = side.packed.decode(), wanted.decode()
-    if options:
+    if "key_rotation" in options:
         torch.testing.assert_close(ours, theirs, atol=0.5, rtol=0)
         assert (ours == theirs).float().mean() > 0.98  # the rotation's sums are in another order
     else:

@@ -28,6 +28,10 @@ FORMATS = {
         Spec(Int(4, zero="real"), PerToken()), Spec(Int(3, zero="real"), PerGroup(12)), recent=40,
         key_rotation="hadamard", value_rotation="hadamard", centred=True,
     ),
+    "before the embedding": KVSpec(KIVI.key, KIVI.value, recent=32, before_rope=True),
+    "rotated, before it": KVSpec(
+        Spec(Int(4, zero="real"), PerToken()), None, recent=40, key_rotation="hadamard", centred=True, before_rope=True
+    ),
     "keys alone": KVSpec(KIVI.key, None, recent=32),
     "floats": KVSpec(None, None),
 }  # fmt: skip
@@ -65,7 +69,7 @@ def test_the_step_computes_the_ordinary_forward(isa, config, name):
             assert (a - b).abs().mean() < 1e-2 * b.abs().mean()
 
 
-@pytest.mark.parametrize("name", ["kivi", "kivi, sinks", "tokens", "rotated, centred", "keys alone"])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "floats"])
 def test_long_texts_are_attended_to_in_parts(isa, name):
     model, spec, prompt = (
         packed(),

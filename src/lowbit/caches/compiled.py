@@ -9,15 +9,18 @@ from torch import Tensor
 
 from lowbit import kernels
 from lowbit.caches.coordinates import Coordinates
+from lowbit.caches.rotary import table
 from lowbit.caches.side import Side
 from lowbit.kernels.native import DTYPES
 from lowbit.numerics import Affine, Int
 
 
+_BEYOND = 16
+"""Positions of the rotary embedding that the compiled code may read beyond the last token: of one tile."""
+
+
 def why_not(side: Side, values: bool) -> str | None:
     """The reason why the compiled attention does not read ``side``; None if it does."""
-    if side.turns:
-        return "keys are packed before the rotary embedding"
     if side.waiting is not None and (
         side.waiting.buffer.device.type != "cpu" or side.waiting.buffer.dtype not in DTYPES
     ):
@@ -46,6 +49,7 @@ class Description:
         self._native: Any = None
         self._coordinates: Coordinates | None = None
         self._kept: list[Tensor] = []
+        self._turning: tuple[Tensor, Tensor] | None = None
         self._formatted = False
         self._state: tuple[int, ...] = ()
 
@@ -78,6 +82,8 @@ class Description:
             )  # fmt: skip
             if self._coordinates is not side.coordinates:
                 self._place(side.coordinates)
+            if side.frequencies is not None:
+                self._turn(side.frequencies, side.length)
         self._state = state
         return native
 
@@ -122,6 +128,14 @@ class Description:
             isinstance(grid, Int) and grid.symmetric, whole,
         )  # fmt: skip
         self._formatted = True
+
+    def _turn(self, frequencies: Tensor, length: int) -> None:
+        needed = length + 1 + _BEYOND
+        if self._turning is None or self._turning[0].shape[1] < needed:
+            positions = 1 << max(10, (needed - 1).bit_length())
+            self._turning = table(tuple(frequencies.tolist()), positions)
+            cos, sin = self._turning
+            self._native.turning(cos.data_ptr(), sin.data_ptr(), len(cos), positions)
 
     def _place(self, coordinates: Coordinates) -> None:
         def plain(t: Tensor | None) -> Tensor | None:

@@ -25,7 +25,7 @@ def why_not(layer: PackedLayer) -> str | None:
     if reason is not None:
         return reason
     for side in layer.sides:
-        if side.turns:
+        if side.frequencies is not None:
             return "keys are packed before the rotary embedding"
         if side.spec is not None and side.spec.grid.kind is not Affine:
             return f"codes of {side.spec.grid} have no scale"

@@ -7,6 +7,7 @@ off by the same amount for all tokens of a sequence (padding) does as well.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,6 +38,14 @@ def frequencies(config: Any, dim: int) -> Tensor:
         return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[0].float()
     turned = int(dim * (rope.get("partial_rotary_factor") or 1.0))
     return rope["rope_theta"] ** -(torch.arange(0, turned, 2).float() / turned)
+
+
+@lru_cache(maxsize=4)
+def table(frequencies: tuple[float, ...], positions: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every angle, ``[half, positions]`` each, float32: what :func:`turned` computes."""
+    with torch.inference_mode(False):
+        angle_FT = (torch.arange(positions, dtype=torch.float32)[:, None] * torch.tensor(frequencies)).T
+        return angle_FT.cos().contiguous(), angle_FT.sin().contiguous()
 
 
 def turned(x_BHTD: Tensor, frequencies_F: Tensor, start: int, by: int) -> Tensor:

@@ -72,9 +72,9 @@ class Side:
         return isinstance(grain, Block) and grain.rows > 1
 
     @property
-    def turns(self) -> bool:
-        """Whether tokens are packed before the rotary embedding."""
-        return self._frequencies is not None
+    def frequencies(self) -> Tensor | None:
+        """Of the rotary embedding before which tokens are packed; None: they are packed as they came."""
+        return self._frequencies
 
     @property
     def length(self) -> int:

@@ -55,12 +55,15 @@ void transposed_times(const float* x, const float* matrix, int64_t n, float* y) 
 
 namespace {
 
+// The first packed token of `part`.
+int64_t first_of(const PackedTokens& t, Part part) { return t.length / CUT * part.number / part.of * CUT; }
+
 // The tokens of `part`: the first has those that are kept, the last those that wait.
 CacheSide part_of(CacheSide side, Part part) {
   if (part.of == 1) return side;
   PackedTokens& t = side.packed;
   const int64_t blocks = CUT / (t.rows > 1 ? t.rows : 1), cuts = t.length / CUT;
-  const int64_t first = cuts * part.number / part.of * CUT, last = part.number + 1 == part.of ? t.length : cuts * (part.number + 1) / part.of * CUT;
+  const int64_t first = first_of(t, part), last = part.number + 1 == part.of ? t.length : cuts * (part.number + 1) / part.of * CUT;
   if (part.number) side.kept.length = 0;
   if (part.number + 1 < part.of) side.waiting.length = 0;
   const int64_t tile = t.rows > 1 ? first / t.rows * t.block_tiles() : first / LANES;
@@ -92,7 +95,8 @@ void attend_head(const CacheKernels& k, const LayerSide& keys, const LayerSide& 
   const float *rotation = keys.rotation_of(head), *scale = keys.scale_of(head), *shift = keys.shift_of(head);
   const float* packed_q = q;
   float* constant = nullptr;
-  if (keys.packed.length && (rotation || scale)) {
+  const bool turned = keys.turning.cos != nullptr;  // then the tokens come back from their coordinates
+  if (keys.packed.length && (rotation || scale) && !turned) {
     float *to = filled(room.queries, (rows + 1) * dk), *scaled = to + rows * dk;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t d = 0; d < dk; ++d) scaled[d] = q[r * dk + d] * (scale ? scale[d] : 1.0f);
@@ -101,7 +105,7 @@ void attend_head(const CacheKernels& k, const LayerSide& keys, const LayerSide& 
     }
     packed_q = to;
   }
-  if (keys.packed.length && shift) {
+  if (keys.packed.length && shift && !turned) {
     constant = filled(room.constant, rows);
     for (int64_t r = 0; r < rows; ++r) {
       float sum = 0;
@@ -113,8 +117,10 @@ void attend_head(const CacheKernels& k, const LayerSide& keys, const LayerSide& 
     most = filled(room.softmax, 2 * rows);
     total = most + rows;
   }
-  CacheAttention a{q, packed_q, constant, begin, end, rows, part_of(keys.of(head, more), part), part_of(values.of(head, more), part),
+  Turning turning = turned ? keys.turning_of(head) : Turning{};
+  CacheAttention a{q, packed_q, turning, constant, begin, end, rows, part_of(keys.of(head, more), part), part_of(values.of(head, more), part),
                    nullptr, out, filled(room.packed_out, rows * dv), filled(room.weight, rows), most, total};
+  a.turning.position += first_of(keys.packed, part);
   a.room = filled(room.room, cache_room(a));
   k.attend(a);
   if (!a.values.packed.length) return;
@@ -136,8 +142,16 @@ bool pack_head(const CacheKernels& k, const LayerSide& side, int64_t head, int64
   const CacheSide of = side.of(head);
   float *x = filled(room.x, (count + 1) * dim), *moved = x + count * dim;
   read(of.waiting.data, side.type, 0, count * dim, x);
+  const Turning& turning = side.turning;
   for (int64_t i = 0; i < count; ++i) {
     float* row = x + i * dim;
+    const int64_t position = side.kept_length + side.packed.length + i;
+    for (int64_t d = 0; d < turning.turned; ++d) {  // back to position 0
+      const float cos = turning.cos[d * turning.room + position], sin = turning.sin[d * turning.room + position];
+      const float first = row[d], second = row[d + turning.turned];
+      row[d] = first * cos + second * sin;
+      row[d + turning.turned] = second * cos - first * sin;
+    }
     for (int64_t d = 0; d < dim && shift; ++d) row[d] -= shift[d];
     for (int64_t d = 0; d < dim && scale; ++d) row[d] /= scale[d];
     if (rotation) times(row, rotation, dim, moved), std::copy_n(moved, dim, row);
@@ -153,6 +167,7 @@ void attend(const std::string& isa, const LayerSide& keys, const LayerSide& valu
             uintptr_t begin, uintptr_t end, uintptr_t out, int threads) {
   if (keys.batch != values.batch || keys.heads != values.heads || queries < 1 || rows % queries)
     throw std::invalid_argument("keys, values and queries do not fit each other");
+  if (!keys.turns_all(0)) throw std::invalid_argument("the rotary embedding is not known at all positions");
   const CacheKernels* k = called(isa)->cache;
   nb::gil_scoped_release release;
   const int64_t chunks = (rows + CACHE_QUERIES - 1) / CACHE_QUERIES, all = keys.batch * keys.heads;
@@ -187,6 +202,7 @@ bool pack(const std::string& isa, const LayerSide& side, int64_t count, int thre
   const Kernels* kernels = called(isa);
   const Kernels* k = kernels->otherwise ? kernels->otherwise : kernels;
   if (count < 0 || count > side.waiting_length || count % side.packed.rows) throw std::invalid_argument("no such tokens wait");
+  if (!side.turns_all(0)) throw std::invalid_argument("the rotary embedding is not known at all positions");
   nb::gil_scoped_release release;
   std::vector<uint8_t> finite(side.batch * side.heads);
   run_parallel(side.batch * side.heads, threads, [&](int64_t head) {
@@ -257,6 +273,14 @@ void bind_cache(nb::module_& m, const Kernels* (*kernels_called)(const std::stri
              s.scale = at<float>(scale);
              s.shift = at<float>(shift);
              s.shift_step = shift_step;
+           })
+      .def("turning",
+           [](LayerSide& s, uintptr_t cos, uintptr_t sin, int64_t turned, int64_t room) {
+             if (turned < 1 || 2 * turned > s.dim()) throw std::invalid_argument("no such rotary embedding");
+             s.turning.cos = at<float>(cos);
+             s.turning.sin = at<float>(sin);
+             s.turning.turned = turned;
+             s.turning.room = room;
            })
       .def_rw("leaving", &LayerSide::leaving);
   m.def("attend_cache", &attend);

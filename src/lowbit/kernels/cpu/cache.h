@@ -28,6 +28,15 @@ struct PackedTokens {
   int64_t block_tiles() const { return (rows + LANES - 1) / LANES; }
 };
 
+// Packed keys as they were before the rotary embedding, which is applied again on reading: then a query meets them in the model's own
+// coordinates. cos, sin: [turned, room], of every position; channel i turns with channel i + turned.
+struct Turning {
+  const float *cos = nullptr, *sin = nullptr;  // null: keys are packed after the embedding
+  int64_t turned = 0, room = 0;
+  int64_t position = 0;      // of the first packed token
+  const float *rotation = nullptr, *scale = nullptr, *shift = nullptr;  // the coordinates of this head's packed keys
+};
+
 struct FloatTokens {
   const void* data;          // [length, dim]
   int64_t length;
@@ -48,7 +57,8 @@ constexpr int64_t CACHE_QUERIES = 16;  // of one head that go through its tokens
 // Queries that share a key-value head.
 struct CacheAttention {
   const float* q;            // [rows, dim of keys], scaled, for floats
-  const float* packed_q;     // the same in the coordinates of packed keys
+  const float* packed_q;     // the same in the coordinates of packed keys, where they are not turned
+  Turning turning;
   const float* constant;     // [rows], added to the scores of packed keys; or null
   const int32_t *begin, *end;  // [rows]: the keys that a query sees
   int64_t rows;
@@ -75,6 +85,7 @@ struct LayerSide {
   // Coordinates of packed tokens: ((x - shift) / scale) rotation; null: none. The next head's are so many numbers on.
   const float *rotation = nullptr, *scale = nullptr, *shift = nullptr;
   int64_t rotation_step = 0, shift_step = 0;  // shift_step: from one sequence to the next
+  Turning turning{};                     // without coordinates and position
 
   int64_t dim() const { return packed.dim; }
   uintptr_t head_of(uintptr_t floats, int64_t room, int64_t head, int64_t token) const {
@@ -116,6 +127,14 @@ struct LayerSide {
     return shift ? shift + head / heads * shift_step + head % heads * dim() : nullptr;
   }
   const float* scale_of(int64_t head) const { return scale ? scale + head % heads * dim() : nullptr; }
+  Turning turning_of(int64_t head) const {
+    Turning t = turning;
+    t.position = kept_length;
+    t.rotation = rotation_of(head), t.scale = scale_of(head), t.shift = shift_of(head);
+    return t;
+  }
+  // Whether the embedding is known at all positions and so many more, and a tile's beyond.
+  bool turns_all(int64_t more) const { return !turning.cos || length() + more + LANES <= turning.room; }
   const float* rotation_of(int64_t head) const { return rotation ? rotation + head % heads * rotation_step : nullptr; }
 };
 

@@ -338,6 +338,80 @@ static void scores_of_blocks(const CacheAttention& a, float* scores, int64_t pit
   }
 }
 
+// to[d] = sum over e of rotation[d][e] * from[e], of tiles
+static void rotate_tile(const float* rotation, const float* from, int64_t dim, float* to) {
+  constexpr int together = 8;
+  int64_t d = 0;
+  const auto some = [&]<int SOME>() {
+    typename V::F sum[SOME];
+    for (auto& s : sum) s = V::set(0.0f);
+    for (int64_t e = 0; e < dim; ++e) {
+      const auto x = V::floats(from + e * LANES);
+      for (int i = 0; i < SOME; ++i) sum[i] = V::fma(V::set(rotation[(d + i) * dim + e]), x, sum[i]);
+    }
+    for (int i = 0; i < SOME; ++i) V::store(to + (d + i) * LANES, sum[i]);
+    d += SOME;
+  };
+  while (d + together <= dim) some.template operator()<together>();
+  while (d < dim) some.template operator()<1>();
+}
+
+// The keys of a tile, whose first token has the number `token` among the packed ones, as the model computes them. `rotated`: room.
+static void turned_tile(const PackedTokens& t, const Turning& turning, int64_t number, int64_t block, int64_t token, float* tile,
+                        float* rotated) {
+  unpack(t, number, tile);
+  for (int64_t g = 0; g < t.groups; ++g) {
+    typename V::F scale, zero;
+    if (t.rows > 1) {
+      float one[2] = {0.0f, t.middle};
+      read_floats(t.scale, t.number, block * t.groups + g, 1, one);
+      if (t.zero) read_floats(t.zero, t.number, block * t.groups + g, 1, one + 1);
+      scale = V::set(one[0]), zero = V::set(one[1]);
+    } else {
+      const int64_t params = (number * t.groups + g) * LANES;
+      scale = lanes_of(t.scale, t.number, params);
+      zero = t.zero ? lanes_of(t.zero, t.number, params) : V::set(t.middle);
+    }
+    for (int64_t d = g * t.width; d < least(t.dim, (g + 1) * t.width); ++d)
+      V::store(tile + d * LANES, V::mul(V::subf(V::floats(tile + d * LANES), zero), scale));
+  }
+  if (turning.rotation) {
+    rotate_tile(turning.rotation, tile, t.dim, rotated);
+    __builtin_memcpy(tile, rotated, t.dim * LANES * sizeof(float));
+  }
+  for (int64_t d = 0; d < t.dim && (turning.scale || turning.shift); ++d) {
+    const auto by = V::set(turning.scale ? turning.scale[d] : 1.0f), more = V::set(turning.shift ? turning.shift[d] : 0.0f);
+    V::store(tile + d * LANES, V::fma(V::floats(tile + d * LANES), by, more));
+  }
+  const int64_t at = turning.position + token;
+  for (int64_t d = 0; d < turning.turned; ++d) {
+    const auto cos = V::floats(turning.cos + d * turning.room + at), sin = V::floats(turning.sin + d * turning.room + at);
+    float *first = tile + d * LANES, *second = tile + (d + turning.turned) * LANES;
+    const auto x = V::floats(first), y = V::floats(second);
+    V::store(first, V::subf(V::mul(x, cos), V::mul(y, sin)));
+    V::store(second, V::fma(x, sin, V::mul(y, cos)));
+  }
+}
+
+static void scores_of_turned(const CacheAttention& a, float* scores, int64_t pitch, int64_t at, float* tile, float* rotated) {
+  const PackedTokens& t = a.keys.packed;
+  const bool blocks = t.rows > 1;
+  int64_t token = 0;
+  for (int64_t b = 0; b < (blocks ? t.blocks : 1); ++b) {
+    const int64_t count = blocks ? t.counts[b] : t.length;
+    for (int64_t in = 0; in < count; in += LANES) {
+      const int64_t number = (blocks ? b * t.block_tiles() : 0) + in / LANES;
+      turned_tile(t, a.turning, number, b, token + in, tile, rotated);
+      by_rows<CACHE_ROWS>(a.rows, [&]<int ROWS>(int64_t r) {
+        typename V::F sum[ROWS];
+        tile_scores<ROWS>(a.q + r * t.dim, t.dim, tile, t.dim, sum);
+        for (int i = 0; i < ROWS; ++i) V::store(scores + (r + i) * pitch + at + token + in, sum[i]);
+      });
+    }
+    token += count;
+  }
+}
+
 static void scores_of_floats(const CacheAttention& a, const FloatTokens& t, float* scores, int64_t pitch, int64_t at, float* row) {
   const int64_t dim = a.keys.packed.dim;
   for (int64_t i = 0; i < t.length; ++i) {
@@ -490,7 +564,8 @@ static void attend_cache(const CacheAttention& a) {
   auto* planes = reinterpret_cast<int8_t*>(row + (k.packed.dim > v.packed.dim ? k.packed.dim : v.packed.dim) + 2 * LANES);
   // In this order, because packed scores are written in whole tiles.
   scores_of_floats(a, k.kept, scores, pitch, 0, row);
-  if (k.packed.length && k.packed.rows > 1) scores_of_blocks(a, scores, pitch, k.kept.length, queries, sums, tiles, planes);
+  if (k.packed.length && a.turning.cos) scores_of_turned(a, scores, pitch, k.kept.length, tiles, tiles + (k.packed.dim + 32) * LANES);
+  else if (k.packed.length && k.packed.rows > 1) scores_of_blocks(a, scores, pitch, k.kept.length, queries, sums, tiles, planes);
   else if (k.packed.length) scores_of_tokens(a, scores, pitch, k.kept.length, sums, tiles, planes);
   scores_of_floats(a, k.waiting, scores, pitch, k.kept.length + k.packed.length, row);
   const int64_t packed = v.kept.length, waiting = packed + v.packed.length;

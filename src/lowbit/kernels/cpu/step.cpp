@@ -304,7 +304,7 @@ class Step {
   void expect_side(const LayerSide& side, int64_t length) const {
     if (side.batch != 1 || side.heads != groups_ || side.dim() != dim_ || side.length() != length ||
         side.start + side.waiting_length >= side.waiting_room || side.leaving > side.waiting_length + 1 ||
-        !side.has_room())
+        !side.has_room() || !side.turns_all(1))
       throw std::invalid_argument("the cache has no room for the token, or is another model's");
   }
 
