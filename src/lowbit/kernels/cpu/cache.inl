@@ -360,13 +360,17 @@ static void rotate_tile(const float* rotation, const float* from, int64_t dim, f
 static void turned_tile(const PackedTokens& t, const Turning& turning, int64_t number, int64_t block, int64_t token, float* tile,
                         float* rotated) {
   unpack(t, number, tile);
+  float scales[LANES], zeros[LANES];  // of as many groups of a block
+  for (float& zero : zeros) zero = t.middle;
   for (int64_t g = 0; g < t.groups; ++g) {
     typename V::F scale, zero;
     if (t.rows > 1) {
-      float one[2] = {0.0f, t.middle};
-      read_floats(t.scale, t.number, block * t.groups + g, 1, one);
-      if (t.zero) read_floats(t.zero, t.number, block * t.groups + g, 1, one + 1);
-      scale = V::set(one[0]), zero = V::set(one[1]);
+      const int64_t i = g % LANES, n = least(LANES, t.groups - g);
+      if (i == 0) {
+        read_floats(t.scale, t.number, block * t.groups + g, n, scales);
+        if (t.zero) read_floats(t.zero, t.number, block * t.groups + g, n, zeros);
+      }
+      scale = V::set(scales[i]), zero = V::set(zeros[i]);
     } else {
       const int64_t params = (number * t.groups + g) * LANES;
       scale = lanes_of(t.scale, t.number, params);
