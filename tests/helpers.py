@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lowbit.architectures import ResolvedBlock, for_config, resolve, unfuse_experts
 from lowbit.checkpoints.source import open_model
@@ -42,6 +43,23 @@ def tiny_llama(path: Path, *, blocks: int = 2, seed: int = 0, dtype: torch.dtype
                 parameter.mul_(3)  # enough for blocks to matter to the logits
     model.to(dtype).save_pretrained(path)
     return path
+
+
+CONTROLS = ["<unk>", "<eos>", "<unused3>", "<0x0A>", "[reserved_7]", "\x07"]
+"""Tokens of :func:`tiny_writer` that begin no text; ids from 0."""
+
+
+def tiny_writer(path: Path, *, bos: bool = False, **changes) -> Path:
+    """:func:`tiny_llama` with a tokenizer of words, special ones and others that begin no text; ids from 120 have no token."""
+    words = [f"w{i}" for i in range(len(CONTROLS), 120)]
+    inner = Tokenizer(models.WordLevel({token: i for i, token in enumerate([*CONTROLS, *words])}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "<unk>", "eos_token": "<eos>"}
+    if bos:
+        special["bos_token"] = "w119"
+        inner.post_processor = processors.TemplateProcessing(single="w119 $A", special_tokens=[("w119", 119)])
+    PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(path)
+    return tiny_llama(path, bos_token_id=119 if bos else None, eos_token_id=1, **changes)
 
 
 def random_ids(windows: int, tokens: int, seed: int = 1) -> Tensor:

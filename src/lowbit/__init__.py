@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors; a test com
     from lowbit.api import ExportReport, evaluate, export, kv_cache, load, load_tokenizer
     from lowbit.catalog import list_methods
     from lowbit.comparison import compare
+    from lowbit.data_generation import GeneratedData, generate_data
     from lowbit.linear_api import quantize_linear
     from lowbit.pipeline import quantize
     from lowbit.recipes import Recipe, recipe
@@ -26,6 +27,7 @@ __all__ = [
     "Allocation",
     "BrokenModel",
     "ExportReport",
+    "GeneratedData",
     "QuantizeReport",
     "Recipe",
     "__version__",
@@ -33,6 +35,7 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "generate_data",
     "kv_cache",
     "list_methods",
     "load",
@@ -46,12 +49,14 @@ _HOMES = {
     "Allocation": "lowbit.allocation",
     "BrokenModel": "lowbit.report",
     "ExportReport": "lowbit.api",
+    "GeneratedData": "lowbit.data_generation",
     "QuantizeReport": "lowbit.report",
     "Recipe": "lowbit.recipes",
     "allocate": "lowbit.allocation",
     "compare": "lowbit.comparison",
     "evaluate": "lowbit.api",
     "export": "lowbit.api",
+    "generate_data": "lowbit.data_generation",
     "kv_cache": "lowbit.api",
     "list_methods": "lowbit.catalog",
     "load": "lowbit.api",

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from lowbit.architectures import learned_positions
-from lowbit.decoding import cache_argument
+from lowbit.generation import DataError, Sampling, is_generated, read_generated, write_tokens
+from lowbit.generation.tokens import special_ids, tokenizer_sha256, vocabulary
 from lowbit.rows import RowError, has_rows, texts_of
 from lowbit.surroundings import usable
 
@@ -36,7 +37,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?(:[\w.\-]*){0
 _HUB_TIMEOUT = 3  # seconds; how long a hub may take to answer before it counts as absent
 _FORMS = (
     "Expected python-docs, a text file, a file of rows (.jsonl, .json, .csv or .parquet with a column text or messages), "
-    "a hub dataset (wikitext2, or name:config:split:column), or self."
+    "a hub dataset (wikitext2, or name:config:split:column), a directory of lowbit generate-data, or self."
 )
 MAX_PADDING = 0.5
 """Share of a window that may be padding."""
@@ -103,6 +104,10 @@ def load_text(spec: str | Sequence[str], split: Split = "calibration", tokenizer
         return _file_text(Path(file).expanduser(), column, tokenizer)
     close = get_close_matches(spec, [PYTHON_DOCS, SELF, *_HUB_ALIASES], n=1)
     hint = f" Did you mean {close[0]}?" if close and close[0] != spec else ""
+    if is_generated(path):
+        raise TextError(
+            f"{spec}: generated token ids, for calibration; for their text name a column, such as FILE.parquet:text."
+        )
     if path.is_dir():
         raise TextError(f"{spec}: a directory. {_FORMS}")
     if not _HUB_NAME.fullmatch(spec) or path.suffix in (".txt", ".raw", ".md", ".json", ".jsonl", ".csv", ".parquet"):
@@ -275,10 +280,11 @@ def calibration_set(
     model: Any = None,
     seed: int = 0,
 ) -> Calibration:
-    """The first ``samples`` windows of ``seq_len`` tokens of a text, or of the model's own writing when ``spec`` is ``self``.
+    """The first ``samples`` windows of ``seq_len`` tokens of a text, of generated texts, or of what the model writes now.
 
     Args:
-        spec: as in :func:`load_text`, or ``self``.
+        spec: as in :func:`load_text`; a directory of ``lowbit generate-data`` or a shard of it, whose very token ids are
+            used; or ``self``: texts that ``model`` writes.
         bos: as in :func:`bos_token`.
         vocab_size: where given, it is checked: a tokenizer of another model gives ids that the embedding does not have.
         model, seed: for ``self`` only.
@@ -288,25 +294,54 @@ def calibration_set(
     """
     if seq_len < 2:
         raise TextError(f"windows of {seq_len} tokens were asked; a model predicts nothing from fewer than 2.")
+    first, warnings = None if tokenizer is None else bos_token(tokenizer, bos), ()
     if isinstance(spec, str) and spec == SELF:
         if model is None:
             raise TextError("self: the calibration text is written by the model, so a loaded model is needed.")
-        name, ids = f"self (seed {seed})", sample_sequences(model, samples, seq_len, seed=seed)
-        held_out = None
+        name, tokens = f"self (seed {seed})", _own_tokens(model, tokenizer, samples, seq_len, first, seed)
+    elif isinstance(spec, str) and is_generated(spec):
+        name, tokens, warnings = _generated_tokens(spec, tokenizer)
     else:
-        text, first = load_text(spec, "calibration", tokenizer), bos_token(tokenizer, bos)
-        name = text.name if first is None else f"{text.name}, windows with BOS"
-        tokens = tokenize(text.text, tokenizer)
-        ids = windows(tokens, seq_len, samples, name=text.name, bos=first)
-        own = seq_len - (first is not None)
-        more = min(held_out_windows(samples), len(tokens) // own - samples)
-        held_out = windows(tokens[samples * own :], seq_len, more, bos=first) if more > 0 else None
+        text = load_text(spec, "calibration", tokenizer)
+        name, tokens = text.name, tokenize(text.text, tokenizer)
+    if first is not None and len(tokens) and tokens[0] == first:
+        tokens = tokens[1:]  # every window begins with it
+    ids = windows(tokens, seq_len, samples, name=name, bos=first)
+    own = seq_len - (first is not None)
+    more = min(held_out_windows(samples), len(tokens) // own - samples)
+    held_out = windows(tokens[samples * own :], seq_len, more, bos=first) if more > 0 else None
+    name = name if first is None else f"{name}, windows with BOS"
     if vocab_size is not None and int(ids.max()) >= vocab_size:
         raise TextError(
             f"{name}: the tokenizer gives id {int(ids.max())}, the model's vocabulary has {vocab_size}. "
             "The tokenizer is not this model's; use the one saved with it."
         )
-    return Calibration(ids, name, ids_sha256(ids), held_out)
+    return Calibration(ids, name, ids_sha256(ids), held_out, warnings)
+
+
+def _own_tokens(model: Any, tokenizer: Any, samples: int, seq_len: int, bos: int | None, seed: int) -> Tensor:
+    """Tokens that the model writes itself, one text behind another, for ``samples`` windows and those to measure on."""
+    count = max(samples, 1) + held_out_windows(samples)
+    # One token more than the windows have: the first BOS of all is not among them.
+    texts = write_tokens(model, tokenizer, Sampling(seed=seed), count * seq_len + 1, seq_len, bos=bos)
+    return torch.tensor([id for batch in texts for text in batch for id in text.ids])
+
+
+def _generated_tokens(spec: str, tokenizer: Any) -> tuple[str, Tensor, tuple[str, ...]]:
+    """The name and the tokens of generated texts, and what makes them bad data."""
+    try:
+        made = read_generated(spec)
+    except DataError as error:
+        raise TextError(f"{error}.") from error
+    wanted = tokenizer_sha256(tokenizer)
+    if made.provenance.get("tokenizer") != wanted:
+        raise TextError(
+            f"{spec}: its token ids are of another tokenizer than this model's. Generate text with this model, or read the "
+            "text of a shard: FILE.parquet:text."
+        )
+    problems = made.quality(len(vocabulary(tokenizer))).problems
+    warnings = tuple(f"{made.name} is bad data: {problem}" for problem in problems)
+    return f"{made.name} ({len(made.lengths)} generated texts)", torch.from_numpy(made.ids.astype("int64")), warnings
 
 
 def held_out_windows(samples: int) -> int:
@@ -336,9 +371,9 @@ def calibration_of(
     else:
         _check_positions(source, seq_len)
         own = source.load_full() if isinstance(text, str) and text == SELF else None
-        tokenizer = None if own is not None else source.tokenizer()
+        tokenizer = source.tokenizer() if own is None else source.tokenizer_if_any()
         made = calibration_set(text, tokenizer, samples, seq_len, bos=bos, vocab_size=config.vocab_size, model=own)
-    return replace(made, ids=usable(made.ids), warnings=_check_ids(source, made.ids))
+    return replace(made, ids=usable(made.ids), warnings=(*made.warnings, *_check_ids(source, made.ids)))
 
 
 def _given_ids(ids: Tensor) -> Calibration:
@@ -385,8 +420,7 @@ def drawn_tokens(source: Any, samples: int = 2, seq_len: int = 64) -> Tensor:
     config = source.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or seq_len
     ids = torch.randint(config.vocab_size, (samples, min(seq_len, context)), generator=torch.Generator().manual_seed(0))
-    named = {**source.config.to_dict(), **config.to_dict()}
-    special = {v for k, v in named.items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)}
+    special = special_ids(source.config)
     usual = next(i for i in range(config.vocab_size) if i not in special)
     return torch.where(torch.isin(ids, torch.tensor(sorted(special), dtype=ids.dtype)), usual, ids)
 
@@ -396,35 +430,3 @@ def ids_sha256(ids: Tensor) -> str:
     digest = hashlib.sha256(repr(tuple(ids.shape)).encode())
     digest.update(ids.to(torch.int64).contiguous().numpy().astype("<i8").tobytes())
     return digest.hexdigest()
-
-
-@torch.no_grad()
-def sample_sequences(model: Any, samples: int, seq_len: int, *, seed: int = 0, batch: int = 8) -> Tensor:
-    """Token sequences that the model writes itself, int64 [samples, seq_len].
-
-    The first token is drawn from the whole vocabulary; the next ones are the most likely, up to a prefix of 3, 4 or 5
-    tokens in turn; the rest is sampled at temperature 1. This mixture is the one of arXiv:2305.17888 (top tokens alone
-    repeat, sampling alone starts as noise). Differences: an end-of-text token does not end a sequence, another text
-    follows it; and there is no top-k. The same model, seed and batch give the same ids; no global generator is touched.
-    """
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or seq_len
-    if samples < 1 or not 1 <= seq_len <= limit:
-        raise TextError(f"self: {samples} samples of {seq_len} tokens were asked; the model's context is {limit}.")
-    generator = torch.Generator().manual_seed(seed)
-    remembered = cache_argument(model)
-    done = []
-    for first in range(0, samples, batch):
-        rows = min(batch, samples - first)
-        prefix = 3 + torch.arange(first, first + rows) % 3
-        token = torch.randint(config.vocab_size, (rows, 1), generator=generator)
-        ids, cache = [token], None
-        for position in range(1, seq_len):
-            out = model(input_ids=token.to(model.device), use_cache=True, **{remembered: cache})
-            cache = getattr(out, remembered)
-            probabilities = out.logits[:, -1].float().softmax(-1).cpu()
-            sampled = torch.multinomial(probabilities, 1, generator=generator)
-            token = torch.where((position < prefix)[:, None], probabilities.argmax(-1, keepdim=True), sampled)
-            ids.append(token)
-        done.append(torch.cat(ids, dim=1))
-    return torch.cat(done)

@@ -155,7 +155,7 @@ def prepare(
             check_blocks_run_alone(plan.architecture)
         job.calibration = calibration_of(plan.source, calibration, samples, seq_len, bos)
         job.warnings.extend(job.calibration.warnings)
-    job.tokenizer = _tokenizer_if_any(plan.source)
+    job.tokenizer = plan.source.tokenizer_if_any()
     return job
 
 
@@ -173,14 +173,6 @@ def _asked_bits(plan: ModelPlan) -> float:
         for path, form in block.formats.items()
     ]
     return sum(weights * bits for weights, bits in every) / max(1, sum(weights for weights, _ in every))
-
-
-def _tokenizer_if_any(source: ModelSource) -> Any:
-    """The tokenizer to save with the checkpoint; a model may have none when it is calibrated on ids."""
-    try:
-        return source.tokenizer()
-    except ValueError:
-        return None
 
 
 def quantize(

@@ -40,6 +40,16 @@ def texts_of(path: Path, content: bytes, column: str | None, tokenizer: Any) -> 
     Raises:
         RowError: damaged, no such column, a value that is neither text nor messages, or no chat template.
     """
+    values = values_of(path, content, column)
+    return [value if isinstance(value, str) else _chat(path, number, value, tokenizer) for number, value in values]
+
+
+def values_of(path: Path, content: bytes, column: str | None) -> list[tuple[int, str | list[Any]]]:
+    """The rows of a file that hold something: the number of each, from 1, and its text or its messages.
+
+    Raises:
+        RowError: damaged, no such column, or a value that is neither text nor messages.
+    """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         rows = _parquet(path, content)
@@ -49,7 +59,7 @@ def texts_of(path: Path, content: bytes, column: str | None, tokenizer: Any) -> 
         except UnicodeDecodeError as error:
             raise RowError(f"{path}: not UTF-8 text (byte {error.start})") from None
         rows = _csv(path, text) if suffix == ".csv" else _json(path, text)
-    return _column(path, rows, column, tokenizer)
+    return _column(path, rows, column)
 
 
 def _is_object(line: bytes) -> bool:
@@ -106,8 +116,8 @@ def _parquet(path: Path, content: bytes) -> list[Any]:
         raise RowError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from None
 
 
-def _column(path: Path, rows: Iterable[Any], column: str | None, tokenizer: Any) -> list[str]:
-    texts = []
+def _column(path: Path, rows: Iterable[Any], column: str | None) -> list[tuple[int, str | list[Any]]]:
+    values = []
     for number, row in enumerate(rows, 1):
         value = row
         if isinstance(row, Mapping):
@@ -119,19 +129,21 @@ def _column(path: Path, rows: Iterable[Any], column: str | None, tokenizer: Any)
                     f"Name one: {path}:COLUMN"
                 )
             value = row[name]
-        if isinstance(value, list):
-            value = _chat(path, number, value, tokenizer)
         if value is None or value == "":
             continue
-        if not isinstance(value, str):
+        if not isinstance(value, str | list):
             raise RowError(f"{path}: row {number} holds {type(value).__name__}, expected text or a list of messages")
-        texts.append(value)
-    return texts
+        if isinstance(value, list) and not all(map(_is_message, value)):
+            raise RowError(f"{path}: row {number}: messages need a role and a content each")
+        values.append((number, value))
+    return values
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value
 
 
 def _chat(path: Path, number: int, messages: list[Any], tokenizer: Any) -> str:
-    if not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) and "content" in m for m in messages):
-        raise RowError(f"{path}: row {number}: messages need a role and a content each")
     if getattr(tokenizer, "chat_template", None) is None:
         raise RowError(f"{path}: it holds chat messages, and the model's tokenizer has no chat template for them")
     try:

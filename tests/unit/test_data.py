@@ -22,10 +22,10 @@ from lowbit.data import (
     calibration_set,
     disjoint_parts,
     load_text,
-    sample_sequences,
     tokenize,
     windows,
 )
+from lowbit.generation import Sampling, write_tokens
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 
@@ -322,47 +322,32 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer, tmp_path):
 
 def test_a_models_own_text_repeats_with_the_seed_and_leaves_the_global_generator_alone(model):
     before = torch.get_rng_state()
-    ids = sample_sequences(model, 10, 12, seed=1)
-    assert ids.shape == (10, 12)
-    assert ids.dtype == torch.int64
-    assert set(ids.flatten().tolist()) <= set(range(97))
-    assert torch.equal(ids, sample_sequences(model, 10, 12, seed=1))
-    assert not torch.equal(ids, sample_sequences(model, 10, 12, seed=2))
+    made = calibration_set("self", None, 6, 12, vocab_size=97, model=model, seed=1)
+    assert made.ids.shape == (6, 12) and made.ids.dtype == torch.int64 and made.name == "self (seed 1)"
+    assert torch.equal(made.ids, calibration_set("self", None, 6, 12, model=model, seed=1).ids)
+    assert not torch.equal(made.ids, calibration_set("self", None, 6, 12, model=model, seed=2).ids)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_models_own_text_starts_greedily_for_three_four_or_five_tokens_in_turn(model):
-    ids = sample_sequences(model, 6, 12, seed=0)
-    likeliest = model(ids).logits.argmax(-1)
-    for row, prefix in enumerate((3, 4, 5, 3, 4, 5)):
-        assert torch.equal(ids[row, 1:prefix], likeliest[row, : prefix - 1])
-    assert not torch.equal(ids[:, 5:], likeliest[:, 4:-1])
+def test_a_models_own_text_is_what_the_generator_writes_and_more_of_it_to_measure_on(model):
+    made = calibration_set("self", None, 6, 12, model=model)
+    texts = [text.ids for batch in write_tokens(model, None, Sampling(), 7 * 12, 12) for text in batch]
+    assert torch.cat([made.ids, made.held_out]).flatten().tolist() == [id for text in texts for id in text][: 7 * 12]
 
 
-def test_a_models_own_text_follows_the_models_probabilities():
-    def successor(input_ids, past_key_values, use_cache):
-        """A model that is sure of one next token: the one after the last."""
-        logits = torch.full((*input_ids.shape, 50), -1e4)
-        logits.scatter_(-1, ((input_ids + 1) % 50)[..., None], 0.0)
-        return SimpleNamespace(logits=logits, past_key_values=None)
-
-    successor.config = LlamaConfig(vocab_size=50)
-    successor.forward = successor
-    successor.device = "cpu"
-    ids = sample_sequences(successor, 9, 40, seed=3)
-    assert torch.equal(ids, (ids[:, :1] + torch.arange(40)) % 50)
-    assert len(ids[:, 0].unique()) > 1
+def test_windows_of_a_models_own_text_begin_with_bos_where_it_was_trained_so(model, tokenizer):
+    wide = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "vocab_size": 257})).eval()
+    made = calibration_set("self", tokenizer, 3, 12, model=wide)
+    assert made.ids.shape == (3, 12) and made.ids[:, 0].tolist() == [256] * 3 and made.ids[0, 1] != 256
+    assert made.name == "self (seed 0), windows with BOS"
 
 
 def test_a_models_own_text_does_not_pass_its_context(model):
-    with pytest.raises(TextError, match="2 samples of 33 tokens were asked; the model's context is 32"):
-        sample_sequences(model, 2, 33)
+    with pytest.raises(ValueError, match="texts of 33 tokens were asked; the model's context is 32"):
+        calibration_set("self", None, 2, 33, model=model)
 
 
-def test_self_is_a_calibration_text_that_needs_the_model(tokenizer, model):
-    made = calibration_set("self", tokenizer, 2, 8, vocab_size=97, model=model, seed=5)
-    assert torch.equal(made.ids, sample_sequences(model, 2, 8, seed=5))
-    assert made.name == "self (seed 5)"
+def test_self_is_a_calibration_text_that_needs_the_model(tokenizer):
     for ask in (lambda: calibration_set("self", tokenizer, 2, 8), lambda: load_text("self")):
         with pytest.raises(TextError, match="a loaded model"):
             ask()

@@ -300,6 +300,12 @@ def fingerprint(config: Path, headers: dict[str, TensorHeader]) -> str:
     return digest.hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def refuse_adapter(directory: Path) -> None:
     """Raises ModelError where an adapter lies next to a model's weights: one reader would apply it, another would not."""
     if (directory / "adapter_config.json").is_file():

@@ -256,6 +256,13 @@ class ModelSource:
         """The model's tokenizer. Raises ModelError where there is none."""
         return load_tokenizer(self)
 
+    def tokenizer_if_any(self) -> Any:
+        """The model's tokenizer, or None: a model may have none when it reads and writes ids."""
+        try:
+            return self.tokenizer()
+        except ModelError:
+            return None
+
     def load_full(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The whole model in memory, in evaluation mode: by transformers' own loader, and weights with scales as this source
         reads them."""

@@ -23,6 +23,7 @@ from lowbit.cli import (
     explain,
     export,
     generate,
+    generate_data,
     inspect,
     methods,
     plan,
@@ -107,6 +108,7 @@ for module in (
     allocate,
     export,
     generate,
+    generate_data,
     chat,
     plan,
     explain,
@@ -117,6 +119,6 @@ for module in (
     cache,
 ):
     command = common.guarded(module.command, getattr(module, "INTERRUPTED", "interrupted"))
-    app.command(module.__name__.rpartition(".")[2], cls=_Command, epilog=module.EXAMPLE)(command)
+    app.command(module.__name__.rpartition(".")[2].replace("_", "-"), cls=_Command, epilog=module.EXAMPLE)(command)
 
 __all__ = ["app"]

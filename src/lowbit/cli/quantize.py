@@ -67,7 +67,7 @@ def command(
         typer.Option(
             metavar="TEXT",
             help=common.TEXT_HELP.format(
-                more=", self (the model's own samples), or none where the method needs no text"
+                more=", a directory of generate-data, self (the model's own text), or none where the method needs no text"
             ),
         ),
     ] = None,

@@ -45,7 +45,7 @@ def generate_text(
         raise ValueError(f"temperature is {temperature}: 0 is greedy, above 0 samples")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}: expected more than 0 and at most 1, which keeps all tokens")
-    ids_1T = _prompt_ids(tokenizer, prompt).to(model.device)
+    ids_1T = prompt_ids(tokenizer, prompt).to(model.device)
     length = ids_1T.shape[1]
     what = f"a prompt of {length} tokens and its answer" if isinstance(prompt, str) else "the conversation"
     check_positions(model, length + 1, what)
@@ -92,8 +92,12 @@ def check_chat(tokenizer: Any) -> None:
         )
 
 
-def _prompt_ids(tokenizer: Any, prompt: str | Messages) -> torch.Tensor:
-    """The prompt as ids [1, T], with the special tokens that the tokenizer or its template adds."""
+def prompt_ids(tokenizer: Any, prompt: str | Messages) -> torch.Tensor:
+    """The prompt as ids int64 [1, T], with the special tokens that the tokenizer or its template adds.
+
+    Raises:
+        ValueError: no token, or messages without a chat template that takes them.
+    """
     if isinstance(prompt, str):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     else:

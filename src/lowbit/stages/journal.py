@@ -13,7 +13,6 @@ tensors are.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -28,7 +27,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from lowbit.checkpoints.shards import read_shard_header, read_tensor, write_shard
+from lowbit.checkpoints.shards import file_sha256, read_shard_header, read_tensor, write_shard
 from lowbit.checkpoints.target import OutputError, check_target
 
 JOURNAL, HOLDER = "journal.jsonl", "lock-holder"
@@ -193,12 +192,16 @@ class Journal:
         return Section(self, stage)
 
     def write(self, file: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any], stage: int = 0) -> None:
-        """Stores one finished unit of a stage; when this returns it will survive a kill.
+        """:meth:`add` with a file of tensors."""
+        self.add(file, lambda path: write_shard(path, tensors), record, stage)
+
+    def add(self, file: str, write: Callable[[Path], None], record: Mapping[str, Any], stage: int = 0) -> None:
+        """Stores one finished unit of a stage, in a file that ``write`` writes; when this returns it will survive a kill.
 
         Raises:
             OutputError: the disk is full or not writable.
         """
-        self.save(file, tensors)
+        self.place(file, write)
         files = {file: file_sha256(self.directory / file)}
         entry = {"stage": stage, "file": file, "files": files, "record": record}
         try:
@@ -332,12 +335,6 @@ class Section:
         self.journal.forget(self.stage, count)
 
 
-def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def journal_line(entry: Mapping[str, Any]) -> str:
     return json.dumps(entry, sort_keys=True) + "\n"
 
@@ -350,6 +347,6 @@ def _flush(path: Path) -> None:
 def _disk_error(directory: Path, error: Exception) -> OutputError:
     free = shutil.disk_usage(directory if directory.exists() else directory.parent).free
     return OutputError(
-        f"{directory} could not be written ({error}); {free / 2**20:.0f} MiB are free there. Finished blocks are kept: "
+        f"{directory} could not be written ({error}); {free / 2**20:.0f} MiB are free there. What is finished is kept: "
         "make room and repeat the same command to continue"
     )

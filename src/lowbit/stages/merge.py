@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lowbit.checkpoints.shards import TensorHeader, join_tensors, read_shard_header, shard_names
-from lowbit.stages.journal import Section, file_sha256
+from lowbit.checkpoints.shards import TensorHeader, file_sha256, join_tensors, read_shard_header, shard_names
+from lowbit.stages.journal import Section
 
 SHARD_BYTES = 5 * 10**9
 """Of the tensors of a shard at most, as in transformers; a single tensor may be larger."""

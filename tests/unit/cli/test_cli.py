@@ -29,6 +29,7 @@ COMMANDS = (
     "quantize",
     "evaluate",
     "generate",
+    "generate-data",
     "chat",
     "plan",
     "explain",
@@ -326,6 +327,21 @@ def test_plan_counts_the_cache_of_a_sequence(place):
 # Chat
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}w0{% endif %}"
+
+
+def test_generate_data_writes_texts_reports_on_them_and_names_the_next_command(place, tmp_path):
+    out = tmp_path / "written"
+    result = run("generate-data", place / "model", "--tokens", 90, "--seq-len", 20, "-o", out)
+    assert result.exit_code == 0, result.stderr
+    assert "strategy: hybrid, temperature 1, top_k 0, top_p 1, seed 0" in result.stderr
+    assert "bad data: the mean probability of the tokens is below 0.05" in result.stderr
+    assert "4-grams repeated in their text" in result.stdout
+    assert f"--calibration {out} -o DIR" in result.stdout.splitlines()[-1]
+    made = quantize(place, tmp_path / "packed", "--calibration", out, method=("--method", "gptq", "--bits", "8"))
+    assert made.exit_code == 0 and "generated texts" in made.stderr and "bad data" in made.stderr
+    as_json = run("generate-data", place / "model", "--samples", 2, "--seq-len", 20, "-o", tmp_path / "j", "--json")
+    assert json.loads(as_json.stdout)["tokens"] >= 40
+    assert_refused(run("generate-data", place / "model", "-o", out), "exists and is not empty")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ HEAVY = {
     *("accelerate", "safetensors", "gguf", "huggingface_hub", "tokenizers", "triton"),
 }
 COMMANDS = ("quantize", "evaluate", "compare", "allocate", "generate", "plan", "explain", "methods", "recipes")
-COMMANDS += ("inspect", "bench", "chat", "cache")
+COMMANDS += ("inspect", "bench", "chat", "cache", "generate-data")
 
 LOADED = """
 import atexit, json, os, sys
