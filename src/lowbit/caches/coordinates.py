@@ -84,8 +84,8 @@ def calibrated_coordinates(spec: KVSpec, found: CacheCalibration) -> tuple[Coord
 
     def side(name: str) -> Coordinates:
         rotation, scale, shift = (buffer(f"{name}_{part}") for part in ("rotation", "scale", "shift"))
-        columns = (None if part is None else part[:, None] for part in (scale, shift))
-        return Coordinates(rotation, *columns, buffer(f"{name}_range"))
+        scale, shift = (None if part is None else part[:, None] for part in (scale, shift))
+        return Coordinates(rotation, scale, shift, buffer(f"{name}_range"))
 
     return side("key"), side("value")
 

@@ -178,9 +178,10 @@ class PackedTokens:
             return x[:, :, begin : begin + len(slots)] if whole else x[:, :, slots - first * TILE]
         words = self.codes[:, :, first:last].transpose(-1, -2).flatten(2, 3)
         codes = from_words(words, self.spec.grid.bits, self.dim)
-        params = self.fixed or Affine(
-            *(None if p is None else self._spread(p, first, last) for p in (self.scale, self.zero))
-        )  # pyright: ignore[reportArgumentType]
+        params = self.fixed
+        if params is None:
+            zero = None if self.zero is None else self._spread(self.zero, first, last)
+            params = Affine(self._spread(self.scale, first, last), zero)
         return self.spec.grid.decode(codes, params)[:, :, (slots - first * TILE).to(codes.device)]
 
     def _spread(self, params: Tensor, first: int, last: int) -> Tensor:
