@@ -32,8 +32,11 @@ def attention_modules(resolved: ResolvedBlock) -> tuple[str, ...]:
     return tuple(path.rpartition(".")[0] for path, role in resolved.linears.items() if role == "o")
 
 
-def check_attention(model: PreTrainedModel) -> None:
+def check_attention(model: PreTrainedModel, otherwise: str = "quantized; leave attention_bits out") -> None:
     """Checks that ``model`` attends through transformers' interface.
+
+    Args:
+        otherwise: what its operands cannot be if it does not, and what to do.
 
     Raises:
         ValueError: it has its own attention code, which cannot be replaced.
@@ -41,7 +44,7 @@ def check_attention(model: PreTrainedModel) -> None:
     if not model._supports_attention_backend:
         raise ValueError(
             f"{type(model).__name__} does not attend through transformers' attention interface, so its queries, keys and values "
-            "cannot be quantized; leave attention_bits out"
+            f"cannot be {otherwise}"
         )
 
 
@@ -69,12 +72,13 @@ def operand_ranges(module: nn.Module) -> OperandRanges | None:
 
 
 @contextmanager
-def observed(module: nn.Module, observer: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+def observed(module: nn.Module, observer: Callable[[Tensor, Tensor, Tensor, float | None], None]) -> Iterator[None]:
     """While open, calls ``observer`` with the operands of every attention call of ``module``, as they are multiplied.
 
     Args:
         module: an attention module.
-        observer: takes queries ``[B, H, T, D]``, keys ``[B, G, S, D]`` and values ``[B, G, S, D]``.
+        observer: takes queries ``[B, H, T, D]``, keys ``[B, G, S, D]``, values ``[B, G, S, D]``, and the factor of scores
+            (None: 1 / sqrt(D)).
     """
     setattr(module, _OBSERVER, observer)
     try:
@@ -98,7 +102,7 @@ def _attention(
         key.layer.settle()
         return mixed, None
     if (observer := getattr(module, _OBSERVER, None)) is not None:
-        observer(query, key, value)
+        observer(query, key, value, scaling)
     if spec is None and kwargs.get("softcap") is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:

@@ -6,6 +6,7 @@ Shapes: B sequence, H key-value head, T token, D channel.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Side:
         rotated: rotate heads by :func:`~lowbit.caches.coordinates.hadamard`.
         centred: take each sequence's channel means, over the first tokens, off before.
         frequencies: of the rotary embedding, before which tokens are packed; None: they are packed as they came.
+        shared_heads: ranges are those of all heads together.
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class Side:
         rotated: bool = False,
         centred: bool = False,
         frequencies: Tensor | None = None,
+        shared_heads: bool = False,
     ):
+        self.shared_heads = shared_heads
         self.spec, self.recent, self.sink = spec, recent, sink
         self.coordinates = coordinates
         self._rotated, self._centred, self._frequencies = rotated, centred, frequencies
@@ -126,7 +130,7 @@ class Side:
             return
         tokens = self.waiting.tokens
         if self.packed is None:
-            self.packed = PackedTokens(self.spec, tokens)
+            self.packed = PackedTokens(self.spec, tokens, self.coordinates.range, shared_heads=self.shared_heads)
             self._place(self._unturned(tokens))
         self.packed.append(self.coordinates.forward(self._unturned(tokens[:, :, :leaving])))
         self.waiting.drop(leaving)
@@ -155,7 +159,7 @@ class Side:
             self.coordinates = self.coordinates.shifted(waiting_BHTD.float().mean(2, keepdim=True))
         if self._rotated:
             rotation = hadamard(waiting_BHTD.shape[-1]).to(waiting_BHTD.device)
-            self.coordinates = Coordinates(rotation, self.coordinates.scale, self.coordinates.shift)
+            self.coordinates = replace(self.coordinates, rotation=rotation)
         self._centred = self._rotated = False
 
     def read(
@@ -204,10 +208,10 @@ class Side:
     def to(self, device: torch.device) -> None:
         """Moves all tokens to ``device``."""
         self.kept = None if self.kept is None else self.kept.to(device)
-        for part, names in ((self.waiting, ("buffer",)), (self.packed, ("codes", "scale", "zero"))):
-            for name in names if part is not None else ():
-                tensor = getattr(part, name)
-                setattr(part, name, None if tensor is None else tensor.to(device))
+        if self.waiting is not None:
+            self.waiting.buffer = self.waiting.buffer.to(device)
+        if self.packed is not None:
+            self.packed.to(device)
         self.coordinates = self.coordinates.to(device)
 
     def select(self, index: Tensor) -> None:
