@@ -94,6 +94,11 @@ class Recipe:
         return any(stage.reads_original for stage in self.stages)
 
     @property
+    def looks_ahead(self) -> int:
+        """The number of original blocks behind the one at hand that steps run."""
+        return 0 if self._blockwise is None else self._blockwise.looks_ahead
+
+    @property
     def learns(self) -> bool:
         """Whether a stage computes gradients."""
         return any(stage.learns for stage in self.stages)

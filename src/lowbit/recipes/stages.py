@@ -78,6 +78,8 @@ class Blockwise:
         if solves != [len(self.steps) - 1]:
             names = [type(step).__name__ for step in self.steps]
             raise ValueError(f"Blockwise has one Solve, as its last step; found {names}")
+        if len(ahead := sorted({step.looks_ahead for step in self.steps} - {0})) > 1:
+            raise ValueError(f"steps that look ahead do so by one number of blocks, found {ahead}")
 
     @property
     def reads_inputs(self) -> bool:
@@ -85,7 +87,12 @@ class Blockwise:
 
     @property
     def reads_original(self) -> bool:
-        return self.feed == "fp" or any(step.reads_original for step in self.steps)
+        return self.feed == "fp" or any(step.reads_original or step.looks_ahead for step in self.steps)
+
+    @property
+    def looks_ahead(self) -> int:
+        """The number of original blocks behind the one at hand that its steps run."""
+        return max(step.looks_ahead for step in self.steps)
 
     @property
     def learns(self) -> bool:

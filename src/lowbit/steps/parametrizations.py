@@ -8,6 +8,7 @@ Drafts do the rounding. A recipe names makers (frozen values: :class:`Scales`, :
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,10 @@ class Parametrization(nn.Module):
     def chosen(self, path: str, w_OI: Tensor) -> dict[str, Any]:
         """Attributes that this map sets on the draft at ``path``, by name. ``w_OI`` is its weight after ``forward``."""
         return {}
+
+    def simulated(self, state: BlockState) -> AbstractContextManager[None]:
+        """While open, the block computes with what this map chooses beside weights and attributes of drafts."""
+        return nullcontext()
 
     def constrain(self) -> None:
         """Clamps parameters to their legal region after a gradient step."""

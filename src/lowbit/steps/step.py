@@ -118,6 +118,11 @@ class Step(Effects):
         return any(need.paired for need in self.needs)
 
     @property
+    def looks_ahead(self) -> int:
+        """The number of original blocks behind the one at hand that it runs: ``ahead`` of :class:`~lowbit.steps.state.BlockIO`."""
+        return 0
+
+    @property
     def rotates_residual(self) -> bool:
         """Whether :meth:`residual_rotation` returns one.
 
