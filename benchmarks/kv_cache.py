@@ -1,7 +1,7 @@
 """Perplexity, KL and memory of a model through packed caches, and the time of a token behind long texts.
 
     python benchmarks/kv_cache.py [--model smollm2-135m] [--text FILE] [--windows 4] [--seq-len 1024]
-        [--formats kivi:4 kivi:2 ...] [--contexts 1024 8000]
+        [--formats "kivi 4" "kivi 2" ...] [--contexts 1024 8000] [--calibration TEXT | --calibrated DIR] [--add]
 
 Quality: every window goes through the cache 32 tokens at a time, as `lowbit evaluate --kv --chunk 32` does; KL is from the same model without
 a packed cache. Speed: one sequence, the compiled step, weights packed to 4 bits; the formats take turns in one process, and the
@@ -27,6 +27,8 @@ from lowbit.decoding.model import cache_argument
 from lowbit.evaluation.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
+WINDOWS = {"sink": 64, "recent": 256}
+"""Of kv-oscar."""
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "kv-int 8": ("kv-int", {"bits": 8}),
     "kv-fp8": ("kv-fp8", {}),
@@ -43,7 +45,17 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "kivi 2, sinks": ("kivi", {"bits": 2, "sink": 4}),
     "kivi K2 V4": ("kivi", {"key_bits": 2, "value_bits": 4}),
     "kivi K4 V2": ("kivi", {"key_bits": 4, "value_bits": 2}),
-}
+    "kv-oscar 4": ("kv-oscar", {"bits": 4}),
+    "kv-oscar 3": ("kv-oscar", {"bits": 3}),
+    "kv-oscar 2": ("kv-oscar", {"bits": 2}),
+    "kivi 2, 64 + 256 whole": ("kivi", {"bits": 2, **WINDOWS}),
+    "kivi 3, 64 + 256 whole": ("kivi", {"bits": 3, **WINDOWS}),
+    "kv-rotated 2, both, 64 + 256 whole": ("kv-rotated", {"bits": 2, "rotate": "both", **WINDOWS}),
+    "kv-rotated 3, both, 64 + 256 whole": ("kv-rotated", {"bits": 3, "rotate": "both", **WINDOWS}),
+    "kv-rotated 2, both, not centred, 64 + 256 whole": (
+        "kv-rotated", {"bits": 2, "rotate": "both", "centred": False, **WINDOWS}
+    ),
+}  # fmt: skip
 FASTEST = ("kv-int 8", "kivi 4", "kv-rotated 4", "kivi 2")
 FEW = 20  # tokens that are timed
 CHUNK = 32  # tokens that every cache reads at a time where quality is measured
@@ -52,9 +64,12 @@ PROMPT = 512  # tokens of the text that go in at once
 
 def quality(args: argparse.Namespace, name: str, original: Any, tokenizer: Any) -> dict[str, Any]:
     method, options = FORMATS[name]
-    scheme = lowbit.recipe(method, **options).scheme
-    model = lowbit.load(args.model, torch.float32)
-    lowbit.decoding.use_cache(model, scheme.cache)
+    recipe = lowbit.recipe(method, **options)
+    if recipe.cache_stages and args.calibrated is None:
+        args.calibrated = f"{tempfile.mkdtemp()}/calibrated"
+        lowbit.quantize(args.model, recipe, args.calibration, out=args.calibrated, samples=16)
+    model = lowbit.load(args.calibrated if recipe.cache_stages else args.model, torch.float32)
+    lowbit.decoding.use_cache(model, recipe.scheme.cache)
     start = time.perf_counter()
     found = lowbit.evaluate(
         model, args.text, seq_len=args.seq_len, windows=args.windows, against=original, tokenizer=tokenizer, chunk=CHUNK
@@ -144,6 +159,8 @@ def written(args: argparse.Namespace, rows: list[dict[str, Any]], timed: list[di
 
 
 def keep(args: argparse.Namespace, rows: list[dict[str, Any]], timed: list[dict[str, Any]]) -> None:
+    """Writes the results, rows in the order of :data:`FORMATS`."""
+    rows = sorted(rows, key=lambda row: list(FORMATS).index(row["name"]))
     RESULTS.joinpath(f"{args.name}.json").write_text(json.dumps({"quality": rows, "speed": timed}, indent=1) + "\n")
     RESULTS.joinpath(f"{args.name}.md").write_text(written(args, rows, timed))
 
@@ -156,19 +173,23 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--contexts", nargs="*", type=int, default=[1024, 8000])
+    parser.add_argument("--calibration", default="python-docs", help="text for the formats that need one")
+    parser.add_argument("--calibrated", help="a checkpoint that carries their calibration already")
     parser.add_argument("--name", default="kv-cache", help="of the results")
+    parser.add_argument("--add", action="store_true", help="keep earlier rows of this name that are not measured again")
     args = parser.parse_args()
     console, tokenizer = Console(), lowbit.load_tokenizer(args.model)
     original = lowbit.load(args.model, torch.float32)
     timed = [row for context in args.contexts for row in speed(args, context, tokenizer)]
-    rows: list[dict[str, Any]] = []
+    earlier = RESULTS / f"{args.name}.json"
+    rows: list[dict[str, Any]] = json.loads(earlier.read_text())["quality"] if args.add and earlier.exists() else []
+    rows = [row for row in rows if row["name"] not in args.formats]
     for name in args.formats:
         rows.append(quality(args, name, original, tokenizer))
         console.print(
             f"{name}: perplexity {rows[-1]['perplexity']:.3f}, KL {rows[-1]['kl']:.5f}, {rows[-1]['seconds']:.0f} s"
         )
-        RESULTS.joinpath(f"{args.name}.json").write_text(json.dumps({"quality": rows, "speed": timed}, indent=1) + "\n")
-        RESULTS.joinpath(f"{args.name}.md").write_text(written(args, rows, timed))
+        keep(args, rows, timed)
     console.print(written(args, rows, timed))
 
 

@@ -43,7 +43,7 @@ def page(method: Method) -> str:
             "",
             "## Use",
             "",
-            *(_CACHE_USE if caches else _USE).format(name=method.name).splitlines(),
+            *_use(recipe, caches).format(name=method.name).splitlines(),
             "",
         ]
     )
@@ -62,6 +62,24 @@ _CACHE_USE = """    lowbit generate MODEL --prompt TEXT --kv {name}
 
 The last command leaves the weights as they are. How caches are held, stored and measured:
 [composing](../composing.md#caches-of-keys-and-values)."""
+
+
+_CALIBRATED_USE = """    lowbit quantize MODEL --method gptq --bits 4 --kv {name} --calibration TEXT -o DIRECTORY
+    lowbit quantize MODEL --method {name} --calibration TEXT -o DIRECTORY
+    lowbit generate DIRECTORY --prompt TEXT
+
+    model = lowbit.load("directory")
+    model.generate(ids, cache=lowbit.kv_cache(model, "{name}"))
+
+The second command leaves the weights as they are. What calibration finds is stored with the model, so `--kv {name}` goes with
+such a checkpoint, and with no other model. How caches are held, stored and measured:
+[composing](../composing.md#caches-of-keys-and-values)."""
+
+
+def _use(recipe: Recipe, caches: bool) -> str:
+    if not caches:
+        return _USE
+    return _CALIBRATED_USE if recipe.cache_stages else _CACHE_USE
 
 
 def _weight_rows(recipe: Recipe) -> list[str]:

@@ -19,7 +19,7 @@ from lowbit.checkpoints.locate import locate
 from lowbit.checkpoints.source import load_tokenizer
 from lowbit.data import load_text
 from lowbit.decoding import use_cache
-from lowbit.decoding.packed_cache import packed_cache
+from lowbit.decoding.packed_cache import packed_cache, uncalibrated
 from lowbit.evaluation import Evaluation, check_generation, check_retrieval, directory_bytes, evaluate_model
 from lowbit.modules import KVFormats, KVSpec, kv_formats
 from lowbit.plan.cache import cache_bits
@@ -48,9 +48,15 @@ def load(
         ValueError: nothing there that can be loaded, with what to do.
     """
     _, path = locate(model, trust_remote_code=trust_remote_code)
+    formats = None if kv is None else _formats(kv)
+    if formats is not None and formats.calibrated:  # before weights are read
+        described = native.read_checkpoint(path).description
+        carried = () if described is None else (spec.buffers for spec in described.kv_calibration.values())
+        if missing := formats.calibrated.difference(*carried):
+            raise uncalibrated(missing)
     loaded = native.load(path, dtype=dtype, trust_remote_code=trust_remote_code)
-    if kv is not None:
-        use_cache(loaded, _formats(kv))
+    if formats is not None:
+        use_cache(loaded, formats)
     return loaded
 
 

@@ -93,7 +93,7 @@ class Job:
     @property
     def _held_out(self) -> Tensor | None:
         """Windows that only the result is measured on. Where no step reads text, those of the calibration serve."""
-        return None if self.calibration is None or not self.recipe.reads_inputs else self.calibration.held_out
+        return None if self.calibration is None or not self.recipe.reads_text else self.calibration.held_out
 
     @property
     def header(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def prepare(
     settle(out)
     check_target(out)
     plan = lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe, keep_dtype)
-    if recipe.stages and not any(block.formats for block in plan.blocks):
+    if recipe.changes_weights and not any(block.formats for block in plan.blocks):
         raise ValueError(
             f"recipe {recipe.name!r} quantizes no linear of this model: every rule skips; leave an override out"
         )
@@ -151,7 +151,7 @@ def prepare(
             f"recipe {recipe.name!r} needs calibration text: pass a file, python-docs, a hub dataset or self"
         )
     if calibration is not None:
-        if recipe.stages:
+        if recipe.changes_weights:
             check_blocks_run_alone(plan.architecture)
         job.calibration = calibration_of(plan.source, calibration, samples, seq_len, bos)
         job.warnings.extend(job.calibration.warnings)
@@ -309,12 +309,12 @@ def _logits(running: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """``(ids [T], original logits [M, V], quantized logits [M, V])`` of the watched windows, at the measured positions.
 
     The quantized model is the one that the walk left behind, or the whole one where a later stage changed it or its cache is
-    quantized. Without stages the original is the same model without a cache.
+    quantized. Where no weight changed the original is the same model without a cache.
     """
     walk, model = running.walk, running.finished_model()
     if model is not None:
         restore(model)  # as the reload that it is compared with
-    if not running.recipe.stages:
+    if not running.recipe.changes_weights:
         assert walk.ids is not None and model is not None
         for w in walk.watched:
             original, quantized = (logits_of(model, walk.ids[w], cached=cached) for cached in (False, True))
@@ -392,7 +392,7 @@ def _outside_note(walk: Walk) -> list[str]:
 def _finish(job: Job, running: Run, report: QuantizeReport, reference: _Reference | None) -> QuantizeReport:
     """Config, index, card and tokenizer into the partial directory; reload and compare there; then the rename."""
     journal, directory = running.journal, running.journal.directory
-    shards = merge(running.last, running.description.guarded)
+    shards = merge(running.result, running.description.guarded)
     native.write_checkpoint(directory, job.source.config, running.description, shards, job.plan.kept.dtype)
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(directory)
@@ -400,7 +400,7 @@ def _finish(job: Job, running: Run, report: QuantizeReport, reference: _Referenc
     weights = sum((directory / name).stat().st_size for name in shards)
     bits = native.model_bits_per_weight(directory, unfinished=True)
     report = replace(report, out=job.out, bytes=weights, model_bits_per_weight=bits)
-    if weights > job.source_bytes and job.recipe.stages:
+    if weights > job.source_bytes and job.recipe.changes_weights:
         larger = larger_than_source(weights, job.source_bytes, running.walk.packed_outside, job.plan.kept.dtype)
         report = replace(report, warnings=(*report.warnings, larger))
     write_card(directory, report.to_dict() | {"out": None}, job.header, job.source.name, job.source.path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowbit import kernels
-from lowbit.caches import PackedLayer, attend_packed
+from lowbit.caches import Coordinates, PackedLayer, attend_packed
 from lowbit.caches.attention import compiled_reason
 from lowbit.caches.compiled import Description, packs
 from lowbit.compiled import ENVIRONMENT
@@ -194,6 +194,58 @@ def test_compiled_code_packs_as_torch_does(isa, grid, grain):
         assert (ours == theirs).float().mean() > 0.98  # the rotation's sums are in another order
     else:
         assert torch.equal(ours, theirs)
+
+
+CALIBRATED = {"key_rotation": "learned", "value_rotation": "learned", **dict.fromkeys(("key_scaled", "key_shifted", "value_scaled", "value_shifted"), True)}  # fmt: skip
+
+
+def drawn_coordinates(heads, dim, seed):
+    """Of each head: a rotation, scales over a factor of ten, shifts of a few units."""
+    made = torch.Generator().manual_seed(seed)
+    rotation = torch.linalg.qr(torch.randn(heads, dim, dim, generator=made))[0]
+    scale = torch.randn(heads, 1, dim, generator=made).mul(0.6).exp()
+    return Coordinates(rotation, scale, 2 * torch.randn(heads, 1, dim, generator=made))
+
+
+@pytest.mark.parametrize("grain", GRAINS[:4], ids=str)
+@pytest.mark.parametrize(("heads", "dim"), [(2, 64), (3, 24)])
+@pytest.mark.parametrize("centred", [False, True])
+def test_calibrated_coordinates_of_every_head_are_read(isa, grain, heads, dim, centred):
+    """In compiled code, in runs of decoded tokens and all at once: scores and mixtures in coordinates are those without."""
+    values = grain if not isinstance(grain, Block) else PerGroup(32)
+    spec = KVSpec(
+        Spec(Int(4, zero="real"), grain), Spec(Int(4, zero="real"), values), recent=64, centred=centred, **CALIBRATED
+    )
+    layer = PackedLayer(spec, drawn_coordinates(heads, dim, 1), drawn_coordinates(heads, dim, 2))
+    made = torch.Generator().manual_seed(0)
+    layer.update(*(torch.randn(2, heads, 200, dim, generator=made) for _ in range(2)))
+    assert compiled_reason(layer) is None and layer.key_side.packed_length and layer.value_side.packed_length
+    for count in (1, 5, 20):
+        query = query_of(heads=3 * heads, count=count, dim=dim)
+        wanted = exact(query, layer)
+        close(attend_packed(query, layer), wanted, 1e-4)
+        close(attend_packed(query, layer, compiled=False), wanted, 1e-4)
+
+
+@pytest.mark.parametrize("part", ["rotation", "scale", "shift"])
+def test_compiled_code_packs_in_calibrated_coordinates_as_torch_does(isa, part):
+    """Bit for bit where no sum's order matters."""
+    place = Coordinates(**{part: getattr(drawn_coordinates(2, 64, 3), part)})
+    layer = PackedLayer(KVSpec(Spec(Int(4, zero="real"), PerGroup(32)), None, recent=8), place)
+    layer.update(*(torch.randn(2, 2, 60, 64, generator=torch.Generator().manual_seed(0)) for _ in range(2)))
+    side = layer.key_side
+    side.append(torch.randn(2, 2, 4, 64, generator=torch.Generator().manual_seed(3)))
+    side.packed.reserve(4)
+    wanted = copy.deepcopy(side.packed)
+    wanted.append(side.coordinates.forward(side.waiting.tokens[:, :, :4]))
+    assert kernels.cache.pack(isa, Description().current(side), 4)
+    side.packed.count(4)
+    ours, theirs = side.packed.decode(), wanted.decode()
+    if part == "rotation":
+        assert (ours == theirs).float().mean() > 0.98
+        close(ours, theirs, 0.5)
+    else:
+        close(ours, theirs, 1e-6)
 
 
 def test_scales_beyond_their_storage_are_told(isa):

@@ -9,11 +9,11 @@ from transformers import DynamicCache
 
 import lowbit
 from lowbit import decoding
-from lowbit.caches import PackedCache
+from lowbit.caches import PackedCache, calibrated_coordinates
 from lowbit.compiled import ENVIRONMENT
 from lowbit.decoding.model import cache_argument
 from lowbit.kernels import native
-from lowbit.modules import KVRule, KVSpec
+from lowbit.modules import CacheCalibration, CalibrationSpec, KVRule, KVSpec
 from lowbit.numerics import Block, Int, PerGroup, PerToken, Spec
 
 LANES = [isa for isa in native.instruction_sets() if isa not in native.MATRIX_TILES]
@@ -28,9 +28,31 @@ FORMATS = {
         Spec(Int(4, zero="real"), PerToken()), Spec(Int(3, zero="real"), PerGroup(12)), recent=40,
         key_rotation="hadamard", value_rotation="hadamard", centred=True,
     ),
+    "calibrated": KVSpec(
+        Spec(Int(4, zero="real"), PerGroup(128)), Spec(Int(4, zero="real"), PerToken()), recent=40, sink=3,
+        key_rotation="learned", value_rotation="learned", key_scaled=True, key_shifted=True, value_shifted=True,
+    ),
     "keys alone": KVSpec(KIVI.key, None, recent=32),
     "floats": KVSpec(None, None),
 }  # fmt: skip
+
+
+def cache_of(model, spec, overrides=()):
+    """A cache in ``spec``, in coordinates drawn for every layer where it has calibrated ones."""
+    if not spec.calibrated:
+        return PackedCache(model.config, spec, overrides)
+    config, made = model.config, torch.Generator().manual_seed(7)
+    heads, dim = config.num_key_value_heads, config.head_dim
+    calibration = CalibrationSpec.of(spec.calibrated, (heads, dim, dim))
+    places = {}
+    for layer in range(config.num_hidden_layers):
+        found = CacheCalibration(calibration)
+        for name, buffer in found.named_buffers():
+            drawn = torch.randn(buffer.shape, generator=made)
+            turned = torch.linalg.qr(drawn)[0] if name.endswith("rotation") else drawn
+            found.fill({name: drawn.mul(0.3).exp() if name.endswith("scale") else turned})
+        places[layer] = calibrated_coordinates(spec, found)
+    return PackedCache(config, spec, overrides, places)
 
 
 def through(model, cache, text):
@@ -51,11 +73,11 @@ def isa(request, monkeypatch):
 @pytest.mark.parametrize("config", ["llama", "qwen3, head norms"])
 def test_the_step_computes_the_ordinary_forward(isa, config, name):
     model, spec = packed(CONFIGS[config]), FORMATS[name]
-    stepped = PackedCache(model.config, spec)
+    stepped = cache_of(model, spec)
     found = through(model, stepped, TEXT)
     assert model._lowbit_step.steps >= TEXT.shape[1] - 1, model._lowbit_step.reason
     decoding.uninstall(model)
-    plain = PackedCache(model.config, spec)
+    plain = cache_of(model, spec)
     wanted = through(model, plain, TEXT)
     torch.testing.assert_close(found, wanted, atol=2e-2 if spec.key else 2e-3, rtol=0)  # a code may fall to either side
     assert (found - wanted).abs().mean() < 1e-3
@@ -65,7 +87,7 @@ def test_the_step_computes_the_ordinary_forward(isa, config, name):
             assert (a - b).abs().mean() < 1e-2 * b.abs().mean()
 
 
-@pytest.mark.parametrize("name", ["kivi", "kivi, sinks", "tokens", "rotated, centred", "keys alone"])
+@pytest.mark.parametrize("name", ["kivi", "kivi, sinks", "tokens", "rotated, centred", "calibrated", "keys alone"])
 def test_long_texts_are_attended_to_in_parts(isa, name):
     model, spec, prompt = (
         packed(),
@@ -75,7 +97,7 @@ def test_long_texts_are_attended_to_in_parts(isa, name):
     argument, found = cache_argument(model), []
     with torch.inference_mode():
         for step in (True, False):
-            cache = PackedCache(model.config, spec)
+            cache = cache_of(model, spec)
             model(prompt, **{argument: cache})
             if not step:
                 decoding.uninstall(model)

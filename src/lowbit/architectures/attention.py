@@ -33,8 +33,11 @@ def attention_modules(resolved: ResolvedBlock) -> tuple[str, ...]:
     return tuple(path.rpartition(".")[0] for path, role in resolved.linears.items() if role == "o")
 
 
-def check_attention(model: PreTrainedModel) -> None:
+def check_attention(model: PreTrainedModel, otherwise: str = "quantized; leave attention_bits out") -> None:
     """Checks that ``model`` attends through transformers' interface.
+
+    Args:
+        otherwise: what its operands cannot be if it does not, and what to do.
 
     Raises:
         ValueError: it has its own attention code, which cannot be replaced.
@@ -42,7 +45,7 @@ def check_attention(model: PreTrainedModel) -> None:
     if not model._supports_attention_backend:
         raise ValueError(
             f"{type(model).__name__} does not attend through transformers' attention interface, so its queries, keys and values "
-            "cannot be quantized; leave attention_bits out"
+            f"cannot be {otherwise}"
         )
 
 

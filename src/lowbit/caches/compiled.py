@@ -11,7 +11,7 @@ from lowbit import kernels
 from lowbit.caches.coordinates import Coordinates
 from lowbit.caches.side import Side
 from lowbit.kernels.native import DTYPES
-from lowbit.numerics import Affine, Int
+from lowbit.numerics import Affine, Int, PerTensor
 
 
 def why_not(side: Side, values: bool) -> str | None:
@@ -24,6 +24,8 @@ def why_not(side: Side, values: bool) -> str | None:
         return f"the cache is {side.waiting.buffer.dtype} on {side.waiting.buffer.device}"
     if side.spec is None:
         return None
+    if reason := shared_range(side):
+        return reason
     if side.spec.grid.kind is not Affine:
         return f"codes of {side.spec.grid} have no scale"
     if side.spec.torch_scale_dtype not in DTYPES:
@@ -33,9 +35,20 @@ def why_not(side: Side, values: bool) -> str | None:
     return None
 
 
+def shared_range(side: Side) -> str | None:
+    """What kernels do not know of the ranges of ``side``; None: each token or block of each head has its own."""
+    if side.spec is None:
+        return None
+    if isinstance(side.spec.granularity, PerTensor):
+        return "one range serves all tokens"
+    return "heads share ranges" if side.shared_heads else None
+
+
 def packs(side: Side) -> bool:
     """Whether the compiled code packs tokens of ``side`` as :class:`~lowbit.caches.tokens.PackedTokens` does."""
     grid = None if side.spec is None else side.spec.grid
+    if shared_range(side):
+        return False
     return grid is None or (isinstance(grid, Int) and not grid.full and grid.reach == 1)
 
 

@@ -1,4 +1,4 @@
-"""Coordinates in which the channels of a head are quantized: shifted, scaled, rotated.
+"""Coordinates in which the channels of a head are quantized: shifted, scaled, rotated, in a range that may be known before.
 
 A key ``k`` is stored as ``((k - shift) / scale) @ rotation``. Scores need no key restored:
 ``q . k = ((q * scale) @ rotation) . stored + q . shift``, and the mixture of values goes back once for each query.
@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lowbit.modules import CacheCalibration, KVSpec
 from lowbit.transforms import Rotate
 
 
@@ -25,11 +26,13 @@ class Coordinates:
         rotation: orthogonal, ``[D, D]`` or ``[H, D, D]``.
         scale: positive, ``[H, 1, D]``.
         shift: ``[H, 1, D]``, or ``[B, H, 1, D]`` where it is each sequence's own.
+        range: the lowest and the highest number of each head, ``[H, 2]``, where one range serves all tokens.
     """
 
     rotation: Tensor | None = None
     scale: Tensor | None = None
     shift: Tensor | None = None
+    range: Tensor | None = None
 
     def forward(self, x_BHTD: Tensor) -> Tensor:
         """Tokens in these coordinates, float32."""
@@ -46,7 +49,8 @@ class Coordinates:
 
     def to(self, device: torch.device) -> Coordinates:
         """On ``device``."""
-        return Coordinates(*(None if t is None else t.to(device) for t in (self.rotation, self.scale, self.shift)))
+        parts = self.rotation, self.scale, self.shift, self.range
+        return Coordinates(*(None if t is None else t.to(device) for t in parts))
 
     def select(self, index: Tensor) -> Coordinates:
         """For the sequences ``index``."""
@@ -58,6 +62,28 @@ class Coordinates:
     def nbytes(self) -> int:
         """Bytes of what belongs to the sequences themselves."""
         return 0 if self.shift is None or self.shift.dim() == 3 else self.shift.nbytes
+
+
+def calibrated_coordinates(spec: KVSpec, found: CacheCalibration) -> tuple[Coordinates, Coordinates]:
+    """Those of keys and of values that ``spec`` asks for, around the buffers of a calibration.
+
+    Raises:
+        ValueError: the calibration has not all of them.
+    """
+    if missing := sorted(spec.calibrated.difference(found.spec.buffers)):
+        raise ValueError(
+            f"the cache needs {', '.join(missing)}, and the calibration at hand has {', '.join(found.spec.buffers)}"
+        )
+
+    def buffer(name: str) -> Tensor | None:
+        return found.get_buffer(name) if name in spec.calibrated else None
+
+    def side(name: str) -> Coordinates:
+        rotation, scale, shift = (buffer(f"{name}_{part}") for part in ("rotation", "scale", "shift"))
+        scale, shift = (None if part is None else part[:, None] for part in (scale, shift))
+        return Coordinates(rotation, scale, shift, buffer(f"{name}_range"))
+
+    return side("key"), side("value")
 
 
 @lru_cache

@@ -25,7 +25,7 @@ class PackedLayer(CacheLayerMixin):
 
     Args:
         spec: the formats.
-        key, value: coordinates in which they are quantized.
+        key, value: coordinates in which they are quantized; those that ``spec`` says calibration has found must be there.
         frequencies: of the rotary embedding, where ``spec`` packs keys before it.
     """
 
@@ -58,11 +58,19 @@ class PackedLayer(CacheLayerMixin):
             spec.recent,
             spec.sink,
             key,
-            rotated=spec.key_rotation is not None,
+            rotated=spec.key_rotation == "hadamard",
             centred=spec.centred,
             frequencies=self._frequencies if spec.before_rope else None,
+            shared_heads=spec.shared_heads,
         )
-        self.value_side = Side(spec.value, spec.recent, spec.sink, value, rotated=spec.value_rotation is not None)
+        self.value_side = Side(
+            spec.value,
+            spec.recent,
+            spec.sink,
+            value,
+            rotated=spec.value_rotation == "hadamard",
+            shared_heads=spec.shared_heads,
+        )
         self._descriptions = Description(), Description()
         self._unread: set[int] = set()
         self.is_initialized = False
@@ -82,11 +90,34 @@ class PackedLayer(CacheLayerMixin):
         return self.key_side, self.value_side
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Takes over the dtype and device of the states ``[B, H, T, D]``."""
+        """Takes over the dtype and device of the states ``[B, H, T, D]``.
+
+        Raises:
+            ValueError: coordinates that the format needs are missing, or are those of other heads.
+        """
+        self._check_coordinates(key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         for side, states in zip(self.sides, (key_states, value_states), strict=True):
             side.begin(states)
         self.is_initialized = True
+
+    def _check_coordinates(self, *states: Tensor) -> None:
+        for name, place, like in zip(("key", "value"), self._coordinates, states, strict=True):
+            heads, dim = like.shape[1], like.shape[3]
+            each = ((heads, 1, dim),)
+            shapes = {"rotation": ((dim, dim), (heads, dim, dim)), "scale": each, "shift": each, "range": ((heads, 2),)}
+            for part, allowed in shapes.items():
+                found = getattr(place, part)
+                if found is None and f"{name}_{part}" in self.spec.calibrated:
+                    raise ValueError(
+                        f"the format of the cache has a {part} of {name}s that calibration finds, and there is none: make the "
+                        "cache from a model whose checkpoint carries it"
+                    )
+                if found is not None and found.dim() < 4 and tuple(found.shape) not in allowed:
+                    raise ValueError(
+                        f"the {part} of {name}s is {list(found.shape)}, and the cache gets {heads} heads of {dim} channels: it "
+                        "was calibrated on another model"
+                    )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends states ``[B, H, T, D]`` and returns all tokens, those that are packed decoded.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lowbit.caches.compiled import shared_range
 from lowbit.caches.side import Side
 from lowbit.caches.words import TILE
 from lowbit.kernels import triton
@@ -27,6 +28,8 @@ def why_not(layer: PackedLayer) -> str | None:
     for side in layer.sides:
         if side.turns:
             return "keys are packed before the rotary embedding"
+        if reason := shared_range(side):
+            return reason
         if side.spec is not None and side.spec.grid.kind is not Affine:
             return f"codes of {side.spec.grid} have no scale"
     return None

@@ -29,6 +29,7 @@ class Side:
         rotated: rotate heads by :func:`~lowbit.caches.coordinates.hadamard`.
         centred: take each sequence's channel means, over the first tokens, off before.
         frequencies: of the rotary embedding, before which tokens are packed; None: they are packed as they came.
+        shared_heads: ranges are those of all heads together.
     """
 
     def __init__(
@@ -41,7 +42,9 @@ class Side:
         rotated: bool = False,
         centred: bool = False,
         frequencies: Tensor | None = None,
+        shared_heads: bool = False,
     ):
+        self.shared_heads = shared_heads
         self.spec, self.recent, self.sink = spec, recent, sink
         self.coordinates = coordinates
         self._rotated, self._centred, self._frequencies = rotated, centred, frequencies
@@ -127,7 +130,7 @@ class Side:
             return
         tokens = self.waiting.tokens
         if self.packed is None:
-            self.packed = PackedTokens(self.spec, tokens)
+            self.packed = PackedTokens(self.spec, tokens, self.coordinates.range, shared_heads=self.shared_heads)
             self._place(self._unturned(tokens))
         self.packed.append(self.coordinates.forward(self._unturned(tokens[:, :, :leaving])))
         self.waiting.drop(leaving)
@@ -214,10 +217,10 @@ class Side:
     def to(self, device: torch.device) -> None:
         """Moves all tokens to ``device``."""
         self.kept = None if self.kept is None else self.kept.to(device)
-        for part, names in ((self.waiting, ("buffer",)), (self.packed, ("codes", "scale", "zero"))):
-            for name in names if part is not None else ():
-                tensor = getattr(part, name)
-                setattr(part, name, None if tensor is None else tensor.to(device))
+        if self.waiting is not None:
+            self.waiting.buffer = self.waiting.buffer.to(device)
+        if self.packed is not None:
+            self.packed.to(device)
         self.coordinates = self.coordinates.to(device)
 
     def select(self, index: Tensor) -> None:

@@ -22,8 +22,7 @@ from torch.nn.functional import dropout as drop
 
 from lowbit.caches.layer import PackedLayer
 from lowbit.caches.side import Side
-from lowbit.caches.tokens import TokenFit
-from lowbit.numerics import fake_quantize
+from lowbit.caches.tokens import fake_tokens
 
 
 def attend_simulated(
@@ -112,6 +111,6 @@ def as_packed(side: Side, x_BHTD: Tensor, count: int) -> Tensor:
     behind = side.turned(x_BHTD[:, :, start : start + max(count, waiting)], start, -1).float()
     coordinates = side.placed(behind[:, :, :waiting])
     tokens_BHND = coordinates.forward(behind[:, :, :count])
-    rounded_ND = fake_quantize(tokens_BHND.flatten(0, 2), side.spec, TokenFit())
-    read = side.turned(coordinates.inverse(rounded_ND.view_as(tokens_BHND)), start, 1)
+    rounded_BHND = fake_tokens(tokens_BHND, side.spec, coordinates.range, shared_heads=side.shared_heads)
+    read = side.turned(coordinates.inverse(rounded_BHND), start, 1)
     return torch.cat([x_BHTD[:, :, :start], read.to(x_BHTD.dtype), x_BHTD[:, :, start + count :]], 2)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit.caches.words import TILE, from_words, to_words, words_of
-from lowbit.numerics import Affine, Block, MinMax, Normal, PerGroup, RangeGrid, Spec
+from lowbit.numerics import Affine, Block, MinMax, Normal, PerGroup, PerTensor, RangeGrid, Spec, fake_quantize
 
 _STEP = 8
 """Tiles by which buffers grow at least; a large one grows by a sixty-fourth."""
@@ -27,11 +27,15 @@ class PackedTokens:
     Args:
         spec: a grid that a range places, per token, per group of a token's channels, or per block of tokens.
         like: ``[B, H, N, D]``, of whose sequences, heads, channels and device the tokens will be.
+        range: of all tokens of each head, ``[H, 2]``, where the granularity is the whole tensor.
+        shared_heads: the ranges of a token are those of all its heads together.
 
     Attributes:
         codes: int32 ``[B, H, tiles, W, 16]``; see :mod:`lowbit.caches.words`.
-        scale, zero: parameters in the spec's ``scale_dtype``: ``[B, H, tiles, G, 16]`` of tokens, or ``[B, H, M, C]`` of
-            blocks. ``zero`` is None where the grid has no zero point.
+        scale, zero: parameters in the spec's ``scale_dtype``: ``[B, H, tiles, G, 16]`` of tokens (H is 1 where heads share
+            them), or ``[B, H, M, C]`` of blocks. ``zero`` is None where the grid has no zero point; both are empty where one
+            range serves all tokens.
+        fixed: the parameters of all tokens of each head, float32 ``[H, 1, 1]``, where one range serves them.
         rows: tokens that share a range.
         groups: ranges of such tokens; each is of :attr:`width` channels.
         counts: tokens of each block; empty for formats without blocks.
@@ -39,7 +43,7 @@ class PackedTokens:
         changes: how often tokens were dropped.
     """
 
-    def __init__(self, spec: Spec, like: Tensor):
+    def __init__(self, spec: Spec, like: Tensor, range: Tensor | None = None, *, shared_heads: bool = False):
         self.spec = spec
         self.dim = like.shape[-1]
         grain = spec.granularity
@@ -54,9 +58,13 @@ class PackedTokens:
         words = words_of(self.dim, spec.grid.bits)
         self.codes = torch.empty(batch, heads, 0, words, TILE, dtype=torch.int32, device=like.device)
         inner = (self.groups,) if self.in_blocks else (self.groups, TILE)
-        params = torch.empty(batch, heads, 0, *inner, dtype=spec.torch_scale_dtype, device=like.device)
+        sharing = 1 if shared_heads else heads
+        params = torch.empty(batch, sharing, 0, *inner, dtype=spec.torch_scale_dtype, device=like.device)
         self.scale = params
         self.zero = params.clone() if len(spec.grid.fields) > 1 else None
+        self.fixed: Affine | None = None
+        if isinstance(grain, PerTensor):
+            self.fixed = Affine(*(None if p is None else p[..., None] for p in _of_range(spec, range, like.device)))  # pyright: ignore[reportArgumentType]
 
     @property
     def in_blocks(self) -> bool:
@@ -84,23 +92,33 @@ class PackedTokens:
         Raises:
             ValueError: numbers without a scale that the format can store, such as NaN.
         """
+        if self.fixed is not None:
+            self._append_fixed(x_BHND.float(), self.fixed)
+            return
         grain, grid = self.spec.granularity, self.spec.grid
         assert isinstance(grid, RangeGrid)
-        batch, heads, count, dim = x_BHND.shape
+        batch, heads, count, _ = x_BHND.shape
         assert count % self.rows == 0
         if not count:
             return
-        x_ND = x_BHND.float().reshape(-1, dim)
+        x_ND = _rows(x_BHND.float(), self.scale.shape[1] < heads)
         x_GK = grain.split(x_ND)
         params: Affine = self.spec.as_stored(TokenFit()(x_GK, grid), self.groups)  # pyright: ignore[reportAssignmentType]
-        codes = grain.join(grid.encode(x_GK, params), tuple(x_ND.shape)).view(batch, heads, count, dim)
+        codes = _heads(grain.join(grid.encode(x_GK, params), tuple(x_ND.shape)), x_BHND.shape)
         self._write(to_words(codes, grid.bits), count)
         for name, values in params._asdict().items():
             if values is not None:
-                self._write_params(name, values.view(batch, heads, count // self.rows, self.groups))
+                self._write_params(name, values.view(batch, -1, count // self.rows, self.groups))
         if self.in_blocks:
             self.counts += [self.rows] * (count // self.rows)
         self.length += count
+
+    def _append_fixed(self, x_BHND: Tensor, params: Affine) -> None:
+        if not torch.isfinite(x_BHND).all():
+            raise ValueError("keys or values are NaN or Inf, for which the cache's range has no codes")
+        if count := x_BHND.shape[2]:
+            self._write(to_words(self.spec.grid.encode(x_BHND, params), self.spec.grid.bits), count)
+            self.length += count
 
     def _write(self, words_BHNW: Tensor, count: int) -> None:
         slots = torch.arange(count, device=words_BHNW.device)
@@ -128,6 +146,8 @@ class PackedTokens:
         blocks = len(self.counts) + count // self.rows if self.in_blocks else 0
         tiles = blocks * self.block_tiles if self.in_blocks else -(-(self.length + count) // TILE)
         self.codes = _with_room(self.codes, tiles)
+        if self.fixed is not None:
+            return
         params = blocks if self.in_blocks else tiles
         self.scale = _with_room(self.scale, params)
         self.zero = None if self.zero is None else _with_room(self.zero, params)
@@ -154,11 +174,14 @@ class PackedTokens:
             return x[:, :, begin : begin + len(slots)] if whole else x[:, :, slots - first * TILE]
         words = self.codes[:, :, first:last].transpose(-1, -2).flatten(2, 3)
         codes = from_words(words, self.spec.grid.bits, self.dim)
-        params = Affine(*(None if p is None else self._spread(p, first, last) for p in (self.scale, self.zero)))  # pyright: ignore[reportArgumentType]
+        params = self.fixed
+        if params is None:
+            zero = None if self.zero is None else self._spread(self.zero, first, last)
+            params = Affine(self._spread(self.scale, first, last), zero)
         return self.spec.grid.decode(codes, params)[:, :, (slots - first * TILE).to(codes.device)]
 
     def _spread(self, params: Tensor, first: int, last: int) -> Tensor:
-        """Parameters of every element of the tiles from ``first`` to ``last``, float32 ``[B, H, slots, D]``."""
+        """Parameters of every element of the tiles from ``first`` to ``last``, float32 ``[B, H or 1, slots, D]``."""
         if self.in_blocks:
             blocks = torch.arange(first, last, device=params.device) // self.block_tiles
             params = params[:, :, blocks].repeat_interleave(TILE, 2)
@@ -191,11 +214,48 @@ class PackedTokens:
             if not self.counts[-1]:
                 self.counts.pop()
 
+    def to(self, device: torch.device) -> None:
+        """Moves all buffers to ``device``."""
+        self.codes, self.scale = self.codes.to(device), self.scale.to(device)
+        self.zero = None if self.zero is None else self.zero.to(device)
+        self.fixed = None if self.fixed is None else Affine(*(None if p is None else p.to(device) for p in self.fixed))  # pyright: ignore[reportArgumentType]
+
     def select(self, index: Tensor) -> None:
         """Keeps the sequences ``index``, in this order; one may come several times."""
         index = index.to(self.codes.device)
         self.codes, self.scale = self.codes.index_select(0, index), self.scale.index_select(0, index)
         self.zero = None if self.zero is None else self.zero.index_select(0, index)
+
+
+def fake_tokens(x_BHND: Tensor, spec: Spec, range_H2: Tensor | None, *, shared_heads: bool) -> Tensor:
+    """Tokens, a whole number of blocks, as :class:`PackedTokens` restores them, float32. Gradients pass the rounding straight
+    through, and reach ranges; what has no scale that the format can store becomes NaN."""
+    x = x_BHND.float()
+    if not isinstance(spec.granularity, PerTensor):
+        return _heads(fake_quantize(_rows(x, shared_heads), spec, TokenFit()), x.shape)
+    x_HK = x.transpose(0, 1)
+    rounded_HK = spec.grid.fake(x_HK.flatten(1), _of_range(spec, range_H2, x.device))  # pyright: ignore[reportAttributeAccessIssue]
+    return rounded_HK.view(x_HK.shape).transpose(0, 1)
+
+
+def _rows(x_BHND: Tensor, shared_heads: bool) -> Tensor:
+    """Rows whose ranges are their own: a token of a head, ``[B * H * N, D]``, or of all heads, ``[B * N, H * D]``."""
+    return x_BHND.transpose(1, 2).flatten(2).flatten(0, 1) if shared_heads else x_BHND.flatten(0, 2)
+
+
+def _heads(rows: Tensor, shape: torch.Size) -> Tensor:
+    """Tokens ``[B, H, N, D]`` of ``shape`` from :func:`_rows`."""
+    batch, heads, count, dim = shape
+    if rows.shape[1] == dim:
+        return rows.view(shape)
+    return rows.view(batch, count, heads, dim).transpose(1, 2)
+
+
+def _of_range(spec: Spec, range_H2: Tensor | None, device: torch.device) -> Affine:
+    """Parameters of each head, ``[H, 1]``, where one range serves all its tokens."""
+    assert range_H2 is not None and isinstance(spec.grid, RangeGrid)
+    lo_H1, hi_H1 = range_H2.to(device, torch.float32)[..., None].unbind(1)
+    return spec.grid.from_range(lo_H1, hi_H1)
 
 
 class TokenFit(MinMax):

@@ -7,6 +7,8 @@
      "residual": {"type": "RandomHadamard", "seed": 1, "size": 576, "blocks": "model.layers"},  (only where it is rotated)
      "kv": formats of the cache,                               (only where it is quantized)
      "kv_overrides": [{"layers": [0, -1], "kv": formats or null}, ...],      (only where some layers' caches have others)
+     "kv_calibration": [[{"heads": [3, 64, 64], "buffers": ["key_rotation", ...]}, [module that attends, ...]], ...],
+                                                               (only where calibration found something for the cache)
      "embeddings": {module name: index into schemes, ...},     (only where they are packed)
      "tied_heads": {module name: name of its embedding, ...}}  (only where a packed embedding is the output head too)
 
@@ -15,8 +17,9 @@ schemes. Everything is written in sorted order: the same model gives the same by
 
 Version 2 is version 1 with layers that transform their output or have side terms. Version 3 is of models whose attention
 quantizes its operands, or whose residual stream is rotated between their first block and their last. Version 4 is of models
-with a quantized cache, version 5 of models with packed embeddings, version 6 of models whose layers' caches differ. Readers
-of an older version would pass these over, so the oldest that says everything is written.
+with a quantized cache, version 5 of models with packed embeddings, version 6 of models whose layers' caches differ, version 7
+of models that carry what calibration found for their caches. Readers of an older version would pass these over, so the oldest
+that says everything is written.
 """
 
 from __future__ import annotations
@@ -25,13 +28,14 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from lowbit.architectures import attention_spec
 from lowbit.modules import (
     AttentionSpec,
+    CalibrationSpec,
     KVFormats,
     KVRule,
     KVSpec,
@@ -39,6 +43,7 @@ from lowbit.modules import (
     QuantEmbedding,
     QuantLinear,
     ResidualRotation,
+    calibrations,
     kv_formats,
     residual_of,
 )
@@ -46,7 +51,7 @@ from lowbit.modules.quant_embedding import check_table
 from lowbit.numerics import check_types, from_dict, to_dict
 
 METHOD = "lowbit"
-VERSIONS = (1, 2, 3, 4, 5, 6)
+VERSIONS = (1, 2, 3, 4, 5, 6, 7)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class ModelDescription:
         attention: the formats of attention's operands, by name of the module that attends.
         kv: the formats of the cache; None: it is not quantized.
         kv_overrides: other formats of the cache of some layers.
+        kv_calibration: what calibration found for the cache, by name of the module that attends.
         residual: the rotation of the residual stream; None: it is not rotated.
         unfused_experts: the names are those of a model whose experts were taken apart.
         embeddings: the packed embeddings by module name, each as a linear from channels to the vocabulary.
@@ -72,6 +78,7 @@ class ModelDescription:
     embeddings: Mapping[str, LinearDescription] = field(default_factory=dict)
     tied_heads: Mapping[str, str] = field(default_factory=dict)
     kv_overrides: tuple[KVRule, ...] = ()
+    kv_calibration: Mapping[str, CalibrationSpec] = field(default_factory=dict)
 
     @property
     def cache(self) -> KVFormats:
@@ -90,6 +97,7 @@ class ModelDescription:
             attention={name: spec for name, spec in specs.items() if spec is not None},
             kv=kv_formats(model).kv,
             kv_overrides=kv_formats(model).overrides,
+            kv_calibration={name: calibration.spec for name, _, calibration in calibrations(model)},
             residual=residual_of(model),
             unfused_experts=has_unfused_experts(model),
             embeddings={name: table.description for name, table in tables.items()},
@@ -99,6 +107,8 @@ class ModelDescription:
     @property
     def version(self) -> int:
         """The oldest version of the native format that says everything."""
+        if self.kv_calibration:
+            return 7
         if self.kv_overrides:
             return 6
         if self.embeddings:
@@ -146,16 +156,15 @@ class ModelDescription:
         if self.unfused_experts:
             data["unfused_experts"] = True
         if self.attention:
-            by_spec: dict[AttentionSpec, list[str]] = {}
-            for name in sorted(self.attention, key=_natural):
-                by_spec.setdefault(self.attention[name], []).append(name)
-            data["attention"] = [[to_dict(spec), names] for spec, names in by_spec.items()]
+            data["attention"] = _by_value(self.attention)
         if self.residual is not None:
             data["residual"] = self.residual.to_json()
         if self.kv is not None:
             data["kv"] = to_dict(self.kv)
         if self.kv_overrides:
             data["kv_overrides"] = [to_dict(rule) for rule in self.kv_overrides]
+        if self.kv_calibration:
+            data["kv_calibration"] = _by_value(self.kv_calibration)
         if embeddings:
             data["embeddings"] = embeddings
         if self.tied_heads:
@@ -215,9 +224,10 @@ class ModelDescription:
             )
         return cls(
             layers={name: described[number] for name, number in layers.items()},
-            attention=_attention(data.get("attention", ())),
+            attention=_of_modules(data, "attention", AttentionSpec),
             kv=cache.kv,
             kv_overrides=cache.overrides,
+            kv_calibration=_of_modules(data, "kv_calibration", CalibrationSpec),
             residual=None if residual is None else ResidualRotation.from_json(residual),
             unfused_experts=unfused,
             embeddings={name: described[number] for name, number in embeddings.items()},
@@ -253,21 +263,32 @@ def _cache(data: Mapping[str, Any]) -> KVFormats:
     return KVFormats(kv, rules)
 
 
-def _attention(data: Any) -> dict[str, AttentionSpec]:
-    specs: dict[str, AttentionSpec] = {}
-    if not isinstance(data, list | tuple):
-        raise ValueError(f"quantization_config is damaged: attention is a list, found {data!r:.100}")
-    for entry in data:
+def _by_value(modules: Mapping[str, Any]) -> list[Any]:
+    """``[[value, [names]], ...]``: each value once, with the modules that have it."""
+    names: dict[Any, list[str]] = {}
+    for name in sorted(modules, key=_natural):
+        names.setdefault(modules[name], []).append(name)
+    return [[to_dict(value), listed] for value, listed in names.items()]
+
+
+T = TypeVar("T")
+
+
+def _of_modules(data: Mapping[str, Any], key: str, kind: type[T]) -> dict[str, T]:
+    """What :func:`_by_value` wrote under ``key``, by module; nothing where it is not there."""
+    values: dict[str, T] = {}
+    listed = data.get(key, ())
+    if not isinstance(listed, list | tuple):
+        raise ValueError(f"quantization_config is damaged: {key} is a list, found {listed!r:.100}")
+    for entry in listed:
         pair = isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], list | tuple)
         if not pair or not all(isinstance(name, str) for name in entry[1]):
-            raise ValueError(
-                f"quantization_config is damaged: expected [formats, [names]] of attention, found {entry!r:.100}"
-            )
-        spec = from_dict(entry[0], AttentionSpec)
-        if not isinstance(spec, AttentionSpec):
-            raise ValueError(f"quantization_config is damaged: {entry[0]!r:.100} is no format of attention's operands")
-        specs |= dict.fromkeys(entry[1], spec)
-    return specs
+            raise ValueError(f"quantization_config is damaged: {key} lists [value, [names]], found {entry!r:.100}")
+        value = from_dict(entry[0], kind)
+        if not isinstance(value, kind):
+            raise ValueError(f"quantization_config is damaged: {entry[0]!r:.100} under {key} is no {kind.__name__}")
+        values |= dict.fromkeys(entry[1], value)
+    return values
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

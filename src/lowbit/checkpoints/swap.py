@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from lowbit.architectures import quantize_attention
-from lowbit.caches import PackedCache
 from lowbit.checkpoints.description import ModelDescription
+from lowbit.decoding.packed_cache import check_calibrated
 from lowbit.modules import (
     AttentionSpec,
+    CalibrationSpec,
     LinearDescription,
     QuantEmbedding,
     QuantLinear,
+    calibrate_cache,
     scale_of,
     set_kv_formats,
     turn_residual,
@@ -30,7 +32,7 @@ def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLine
 
     Raises:
         ValueError: a name that the model does not have, a place that holds another kind of module or another width, or formats
-            of a cache that the model does not have.
+            of a cache that the model does not have, or that need more calibration than is described.
     """
     if description.unfused_experts:
         from lowbit.architectures.experts import unfuse_experts  # the common model has no experts, and need not load it
@@ -56,8 +58,12 @@ def swap(model: nn.Module, description: ModelDescription) -> dict[str, QuantLine
         quantize_attention(module, spec)
     if description.residual is not None:
         turn_residual(model, replace(description.residual, blocks=_find(model, description.residual.blocks)[0]))
+    for written, calibration in description.kv_calibration.items():
+        name, module = _find(model, written)
+        _check_cache_heads(model, name, module, calibration)
+        calibrate_cache(module, calibration)
     if description.cache:
-        PackedCache(model.config, description.kv, description.kv_overrides)  # refuses what the model cannot have
+        check_calibrated(model, description.kv, description.kv_overrides)
         set_kv_formats(model, description.cache)
     return swapped
 
@@ -128,11 +134,28 @@ def _check_heads(model: nn.Module, name: str, module: nn.Module, spec: Attention
         raise ValueError(
             f"the checkpoint quantizes the operands of {name}, which is a {type(module).__name__} and no attention"
         )
-    config: Any = getattr(module, "config", None) or getattr(model, "config", None)
-    query = getattr(config, "num_attention_heads", None)
-    heads = query, getattr(config, "num_key_value_heads", None) or query, getattr(module, "head_dim", None)
+    heads = _heads(model, module)
     if spec.heads is not None and any(b is not None and a != b for a, b in zip(spec.heads, heads, strict=False)):
         raise ValueError(f"{name} has the heads {list(spec.heads)} in the checkpoint, {[*heads]} here")
+
+
+def _check_cache_heads(model: nn.Module, name: str, module: nn.Module, spec: CalibrationSpec) -> None:
+    if not isinstance(getattr(module, "layer_idx", None), int):
+        raise ValueError(
+            f"the checkpoint carries the calibration of the cache of {name}, which is a {type(module).__name__} without a number"
+        )
+    _, count, dim = _heads(model, module)
+    if (count is not None and spec.heads[0] != count) or (dim is not None and spec.heads[1] != dim):
+        raise ValueError(
+            f"{name} has {spec.heads[0]} key-value heads of {spec.heads[1]} channels in the checkpoint, {count} of {dim} here"
+        )
+
+
+def _heads(model: nn.Module, module: nn.Module) -> tuple[int | None, int | None, int | None]:
+    """Query heads, key-value heads and channels of a head of an attention module, as far as it and the config say."""
+    config: Any = getattr(module, "config", None) or getattr(model, "config", None)
+    query = getattr(config, "num_attention_heads", None)
+    return query, getattr(config, "num_key_value_heads", None) or query, getattr(module, "head_dim", None)
 
 
 def _check_place(model: nn.Module, name: str, old: nn.Module, description: LinearDescription) -> torch.device:

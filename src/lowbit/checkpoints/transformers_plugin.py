@@ -32,6 +32,7 @@ class LowbitConfig(QuantizationConfigMixin):
 
     def __init__(self, **description: Any):
         # Imported before transformers makes meta the default device, on which modules cannot make their tables.
+        from lowbit.checkpoints import swap as _swap  # noqa: F401
         from lowbit.checkpoints.native import checking as _checking  # noqa: F401
 
         self.__dict__.update(description)
@@ -55,7 +56,7 @@ class LowbitQuantizer(HfQuantizer):
         from lowbit.checkpoints.native.checking import check_layers, check_places
         from lowbit.checkpoints.shards import ModelError, read_shard_header
         from lowbit.checkpoints.swap import swap
-        from lowbit.modules import OperandRanges
+        from lowbit.modules import CacheCalibration, OperandRanges
 
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         self._directory = files[0].parent if files else Path(str(model.name_or_path))
@@ -69,8 +70,9 @@ class LowbitQuantizer(HfQuantizer):
         if description.guarded is not None:
             ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
             model._keys_to_ignore_on_load_unexpected = {*ignored, re.escape(description.guarded)}
-        ranges = (name for name, module in model.named_modules() if isinstance(module, OperandRanges))
-        self._packed = tuple(f"{name}." for name in (*swapped, *ranges))
+        found = (OperandRanges, CacheCalibration)  # what calibration found; kept in its own dtypes
+        kept = (name for name, module in model.named_modules() if isinstance(module, found))
+        self._packed = tuple(f"{name}." for name in (*swapped, *kept))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

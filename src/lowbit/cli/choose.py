@@ -12,6 +12,7 @@ from lowbit.cli.complete import caches, methods, recipes
 
 if TYPE_CHECKING:
     from lowbit.modules import KVFormats
+    from lowbit.recipes import Recipe
 
 METHOD_PANEL = "What to do"
 _PER_CHANNEL = ("channel", "none", "0", "-1")
@@ -163,20 +164,26 @@ def choose_cache(name: str | None, bits: int | None, settings: Sequence[str] | N
         ValueError: what the method refuses.
         typer.BadParameter: options without a method.
     """
+    chosen = cache_recipe(name, bits, settings)
+    if name is None:
+        return None
+    from lowbit.modules import KVFormats
+
+    return KVFormats() if chosen is None else chosen.scheme.cache
+
+
+def cache_recipe(name: str | None, bits: int | None, settings: Sequence[str] | None) -> Recipe | None:
+    """The recipe of the cache that ``--kv`` and its options ask for; None for ``none``. Raises as :func:`choose_cache`."""
     options = cache_options(bits, settings)
     if name is None or name == "none":
         if options:
             raise typer.BadParameter(
                 f"{', '.join(options)} of which method? Give --kv NAME", param_hint="--kv-bits / --kv-set"
             )
-        if name is None:
-            return None
-        from lowbit.modules import KVFormats
+        return None
+    from lowbit.recipes import kv_recipe
 
-        return KVFormats()
-    from lowbit.recipes import kv_scheme
-
-    return kv_scheme(name, **options).cache
+    return kv_recipe(name, **options)
 
 
 def scheme_bits(scheme: str) -> tuple[int, int]:
@@ -210,12 +217,12 @@ def choose_recipe(
 
     name, bits, settings = cache
     if name is not None:
-        formats = choose_cache(name, bits, settings)
-        if method is None and file is None and formats:
+        held = cache_recipe(name, bits, settings)
+        if method is None and file is None and held is not None:
             if options or overrides:
                 raise typer.BadParameter("--kv alone leaves weights as they are; add --method NAME", param_hint="--kv")
-            return recipe(name.partition(":")[0]).with_cache(formats)
-        return choose_recipe(method, file, options, overrides).with_cache(formats)
+            return held
+        return choose_recipe(method, file, options, overrides).with_cache(held)
     options = {**options, **{f"kv_{key}": value for key, value in cache_options(bits, settings).items()}}
     changes = [override(text) for text in overrides or ()]
     if file is not None and options:

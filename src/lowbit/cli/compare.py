@@ -18,14 +18,14 @@ from lowbit.cli.choose import (
     SchemeName,
     Settings,
     byte_count,
-    choose_cache,
+    cache_recipe,
     method_options,
     override,
 )
 
 if TYPE_CHECKING:
     from lowbit.comparison import Row
-    from lowbit.modules import KVFormats
+    from lowbit.recipes import Recipe
 
 EXAMPLE = (
     "Example: lowbit compare smollm2-135m --method rtn --method gptq --bits 4,3 --group-size 64 "
@@ -177,11 +177,11 @@ def _rows(
     bits: str | None,
     options: dict[str, Any],
     overrides: list[str] | None,
-    caches: dict[str, tuple[str, KVFormats]],
+    caches: dict[str, Recipe | None],
 ) -> list[Row]:
     """Rows of the grid file, of recipe files and of methods, in this order; ``overrides`` change all of them.
 
-    ``caches``: each row comes once with each of them; by label, the method and its formats. Alone they are rows themselves.
+    ``caches``: each row comes once with each of them; by label, its recipe. Alone they are rows themselves.
     """
     if caches and not (grid or recipes or methods or overrides or bits or options):
         return _rows_of_caches(caches)
@@ -198,29 +198,27 @@ def _rows(
     if not caches:
         return rows
     return as_rows(
-        Row(f"{row.label}, {label}" if formats else row.label, row.recipe.with_cache(formats))
+        Row(f"{row.label}, {label}" if cache else row.label, row.recipe.with_cache(cache))
         for row in rows
-        for label, (_, formats) in caches.items()
+        for label, cache in caches.items()
     )
 
 
-def _rows_of_caches(caches: dict[str, tuple[str, KVFormats]]) -> list[Row]:
+def _rows_of_caches(caches: dict[str, Recipe | None]) -> list[Row]:
     from lowbit.comparison import Row, as_rows
-    from lowbit.recipes import recipe
 
-    quantized = {label: each for label, each in caches.items() if each[1]}
-    return as_rows([Row(label, recipe(name).with_cache(formats)) for label, (name, formats) in quantized.items()])
+    return as_rows([Row(label, cache) for label, cache in caches.items() if cache is not None])
 
 
-def _caches(names: list[str] | None, bits: str | None, settings: list[str] | None) -> dict[str, tuple[str, KVFormats]]:
-    """Every ``--kv`` at each of ``--kv-bits``."""
+def _caches(names: list[str] | None, bits: str | None, settings: list[str] | None) -> dict[str, Recipe | None]:
+    """Every ``--kv`` at each of ``--kv-bits``; None: as the model computes it."""
     widths = [None] if bits is None else [_width(part, "--kv-bits") for part in bits.split(",")]
     found = {}
     for name in names or [None]:
         for width in widths if name != "none" else [None]:
-            formats = choose_cache(name, width, None if name == "none" else settings)
-            if name is not None and formats is not None:
-                found[name if width is None else f"{name}:{width}"] = name.partition(":")[0], formats
+            cache = cache_recipe(name, width, None if name == "none" else settings)
+            if name is not None:
+                found[name if width is None else f"{name}:{width}"] = cache
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lowbit.architectures import IMPLEMENTATION, for_config, simulated_layers
-from lowbit.caches import PackedCache, format_of
+from lowbit.caches import Coordinates, PackedCache, PackedLayer, calibrated_coordinates, format_of
 from lowbit.caches.rotary import frequencies
-from lowbit.modules import KVFormats, KVRule, KVSpec
+from lowbit.modules import KVFormats, KVRule, KVSpec, calibrations
 from lowbit.modules.kv_spec import LEAST_TOKENS
-from lowbit.numerics import Block
+from lowbit.numerics import Block, PerTensor
 
 LARGE = 16.0
 """A key bias of this magnitude dwarfs what varies from token to token, which is of the order of one."""
@@ -27,13 +27,18 @@ def packed_cache(
     """An empty cache for ``model``, or for its configuration, in these formats.
 
     Raises:
-        ValueError: see :class:`~lowbit.caches.PackedCache`.
+        ValueError: formats that need a calibration which the model does not carry; see :class:`~lowbit.caches.PackedCache`.
     """
     if isinstance(model, PreTrainedConfig):
-        return PackedCache(model, spec, overrides)
+        cache = PackedCache(model, spec, overrides)
+        _coordinates(cache, None)
+        return cache
     config: Any = model.config
     biases = {layer: _tensor(model, name) for layer, name in key_biases(config).items()}
-    cache = PackedCache(config, spec, (*overrides, *rules_for_biases(config, biases, spec, overrides)))
+    rules = (*overrides, *rules_for_biases(config, biases, spec, overrides))
+    cache = PackedCache(config, spec, rules)
+    if found := _coordinates(cache, model):
+        cache = PackedCache(config, spec, rules, found)
     cache.stay_packed(config.get_text_config(decoder=True)._attn_implementation == IMPLEMENTATION)
     return cache
 
@@ -51,6 +56,46 @@ def simulated_cache(model: nn.Module, formats: KVFormats) -> Iterator[None]:
         return
     with simulated_layers(model, packed_cache(model, formats.kv, formats.overrides).packed_layers):
         yield
+
+
+def check_calibrated(model: nn.Module, spec: KVSpec | None, overrides: Sequence[KVRule] = ()) -> None:
+    """Checks that ``model`` carries all that these formats of its cache need of calibration. Reads no values.
+
+    Raises:
+        ValueError: it does not; see :class:`~lowbit.caches.PackedCache` too.
+    """
+    config: Any = model.config
+    _coordinates(PackedCache(config, spec, overrides), model)
+
+
+def _coordinates(cache: PackedCache, model: nn.Module | None) -> dict[int, tuple[Coordinates, Coordinates]]:
+    """By layer, what calibration has found for the layers of ``cache`` whose formats need it."""
+    forms = {i: layer.spec for i, layer in enumerate(cache.layers) if isinstance(layer, PackedLayer)}
+    needy = {i: form for i, form in forms.items() if form.calibrated}
+    if not needy:
+        return {}
+    found = (
+        {}
+        if model is None
+        else {getattr(each, "layer_idx", None): calibration for _, each, calibration in calibrations(model)}
+    )
+    if missing := [
+        i for i, form in needy.items() if i not in found or form.calibrated.difference(found[i].spec.buffers)
+    ]:
+        raise uncalibrated(
+            needy[missing[0]].calibrated, f" for layers {missing[:5]}{' ...' if len(missing) > 5 else ''}"
+        )
+    return {i: calibrated_coordinates(form, found[i]) for i, form in needy.items()}
+
+
+def uncalibrated(parts: Iterable[str], where: str = "") -> ValueError:
+    """The error for a model that does not carry ``parts`` of the calibration that its cache needs."""
+    named = ", ".join(sorted(parts)).replace("_", " ")
+    return ValueError(
+        f"the cache needs what only calibration finds ({named}), and the model does not carry it{where}: quantize the model with "
+        "this cache and calibration text (lowbit quantize MODEL --kv NAME --calibration TEXT -o DIR) and use the checkpoint, or "
+        "choose a method for caches that needs no data"
+    )
 
 
 def read_packed(model: Any) -> None:
@@ -97,8 +142,9 @@ def rules_for_biases(
         if form is None or form.key is None or bias is None or bias.abs().max() < LARGE:
             continue
         in_blocks = isinstance(form.key.granularity, Block) or isinstance(form.value and form.value.granularity, Block)
-        recent = form.recent if in_blocks else max(form.recent, LEAST_TOKENS)
-        fitted = replace(form, before_rope=turns, centred=recent >= LEAST_TOKENS, recent=recent)
+        static = isinstance(form.key.granularity, PerTensor)  # a range that was found holds for keys with their means
+        recent = form.recent if in_blocks or static else max(form.recent, LEAST_TOKENS)
+        fitted = replace(form, before_rope=turns, centred=not static and recent >= LEAST_TOKENS, recent=recent)
         if fitted != form:  # a checkpoint's own formats are fitted already
             rules.append(KVRule((i,), fitted))
     return tuple(rules)

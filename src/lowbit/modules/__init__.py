@@ -9,6 +9,13 @@ from lowbit.modules.activation import (
 )
 from lowbit.modules.attention import AttentionSpec, attend
 from lowbit.modules.attention_ranges import OperandRanges
+from lowbit.modules.cache_calibration import (
+    CacheCalibration,
+    CalibrationSpec,
+    cache_calibration,
+    calibrate_cache,
+    calibrations,
+)
 from lowbit.modules.description import LinearDescription
 from lowbit.modules.draft_linear import DraftLinear, SharedInput, make_drafts, unmake_drafts, weight_shape
 from lowbit.modules.kv_spec import KVFormats, KVRule, KVSpec, kv_formats, set_kv_formats
@@ -22,6 +29,8 @@ from lowbit.modules.validation import check_finite, check_tensors
 __all__ = [
     "ActSpec",
     "AttentionSpec",
+    "CacheCalibration",
+    "CalibrationSpec",
     "DraftLinear",
     "KVFormats",
     "KVRule",
@@ -36,6 +45,9 @@ __all__ = [
     "SharedInput",
     "TensorInfo",
     "attend",
+    "cache_calibration",
+    "calibrate_cache",
+    "calibrations",
     "check_finite",
     "check_tensors",
     "fake_activation",

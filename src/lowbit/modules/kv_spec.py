@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lowbit.numerics import Block, PerGroup, PerToken, RangeGrid, Spec, serializable, untagged
+from lowbit.numerics import Block, Float, Int, PerGroup, PerTensor, PerToken, RangeGrid, Spec, serializable, untagged
 
 LEAST_TOKENS = 32
 """Tokens over which a channel's mean is taken, at least."""
@@ -19,7 +19,8 @@ class KVSpec:
     Keys and values are ``[S, D]``, S tokens of D channels. A cache grows, and what it holds is never quantized again. So a
     range belongs to a token (``PerToken``), to a group of a token's channels (``PerGroup``) or to a block of consecutive
     tokens (``Block``, rows are tokens), and is that of the numbers themselves. Levels of a normal distribution (``Normal``)
-    are placed by the root mean square instead.
+    are placed by the root mean square instead. Or one range serves all tokens of a head (``PerTensor``), and calibration has
+    found it; what is beyond it is clipped.
 
     KIVI (arXiv:2402.02750) at 2 bits: ``KVSpec(Spec(Int(2, zero="real"), Block(32, 1)), Spec(Int(2, zero="real"),
     PerGroup(32)), recent=128)``, which gives keys a range for each channel and 32 tokens, and values one for each token and
@@ -32,15 +33,23 @@ class KVSpec:
         sink: how many of a sequence's first tokens stay floating.
         past_only: a call attends to its own tokens as they are, and only later calls read them quantized; False: a call
             reads its own tokens quantized too, where they are outside both windows.
-        key_rotation, value_rotation: ``"hadamard"``: channels of a head are rotated before they are quantized.
+        key_rotation, value_rotation: channels of a head are rotated before they are quantized: ``"hadamard"``, all heads by the
+            same matrix; ``"learned"``, each by its own, which calibration has found.
         centred: the mean of each key channel, over the tokens that a sequence has when its first ones are packed, is taken
             off before, and added again.
         before_rope: keys are quantized as they were before the rotary embedding, which is applied again on reading. For
             models whose keys have large biases.
+        key_shifted, value_shifted: each channel of each head has a number taken off before, which calibration has found.
+        key_scaled, value_scaled: each channel of each head is divided by a number then, which calibration has found.
+        shared_heads: a range is that of all key-value heads together: of a whole token (``PerToken``), or of all tokens
+            (``PerTensor``).
+
+    What calibration has found is kept with the attention modules of a checkpoint (:class:`~lowbit.modules.CacheCalibration`).
 
     Raises:
         ValueError: formats of another kind, a granularity that would need tokens still to come, scales that are quantized
-            again, negative windows, a window that is not a whole number of blocks, or too short for means.
+            again, negative windows, a window that is not a whole number of blocks, or too short for means, a range of all tokens
+            beside coordinates, or ranges of all heads that have other parts than tokens.
     """
 
     key: Spec | None
@@ -48,18 +57,23 @@ class KVSpec:
     recent: int = 0
     sink: int = 0
     past_only: bool = True
-    key_rotation: Literal["hadamard"] | None = None
-    value_rotation: Literal["hadamard"] | None = None
+    key_rotation: Literal["hadamard", "learned"] | None = None
+    value_rotation: Literal["hadamard", "learned"] | None = None
     centred: bool = False
     before_rope: bool = False
+    key_scaled: bool = False
+    key_shifted: bool = False
+    value_scaled: bool = False
+    value_shifted: bool = False
+    shared_heads: bool = False
 
     def __post_init__(self):
         for name, count in (("recent", self.recent), ("sink", self.sink)):
             if not isinstance(count, int) or isinstance(count, bool) or count < 0:
                 raise ValueError(f"KVSpec.{name} is a number of tokens, 0 or more, found {count!r}")
         for name, rotation in (("key_rotation", self.key_rotation), ("value_rotation", self.value_rotation)):
-            if rotation not in ("hadamard", None):
-                raise ValueError(f"KVSpec.{name} is 'hadamard' or None, found {rotation!r}")
+            if rotation not in ("hadamard", "learned", None):
+                raise ValueError(f"KVSpec.{name} is 'hadamard', 'learned' or None, found {rotation!r}")
         for name, spec in (("key", self.key), ("value", self.value)):
             if spec is not None:
                 self._check(name, spec)
@@ -74,11 +88,15 @@ class KVSpec:
                 f"KVSpec.{name} needs a Spec with a grid that a range places, such as Int(4); found {spec!r}"
             )
         grain = spec.granularity
-        if not isinstance(grain, PerToken | PerGroup | Block):
+        if not isinstance(grain, PerToken | PerGroup | Block | PerTensor):
             raise ValueError(
                 f"KVSpec.{name} has the granularity {grain}, whose ranges would change with every token that is added; "
-                "expected PerToken(), PerGroup(channels) or Block(tokens, channels)"
+                "expected PerToken(), PerGroup(channels), Block(tokens, channels), or PerTensor() for a range from calibration"
             )
+        if isinstance(grain, PerTensor):
+            self._check_static(name, spec)
+        elif self.shared_heads and not isinstance(grain, PerToken):
+            raise ValueError(f"KVSpec.shared_heads goes with PerToken() or PerTensor(), found {grain} of {name}s")
         if spec.stats is not None:
             raise ValueError(
                 f"KVSpec.{name} quantizes its scales by {spec.stats}; in a cache they are stored as they are"
@@ -89,18 +107,48 @@ class KVSpec:
                 f"they are whole: recent is a multiple of {grain.rows}, found {self.recent}"
             )
 
-    def bits(self, dim: int) -> float:
-        """Stored bits for each number of a long sequence of heads of ``dim`` channels, scales and zero points counted."""
-        return sum(_bits(spec, dim) for spec in (self.key, self.value)) / 2
+    def _check_static(self, name: str, spec: Spec) -> None:
+        if not isinstance(spec.grid, Int | Float):
+            raise ValueError(
+                f"KVSpec.{name} has one range for all tokens, which places integers or floats, found {spec.grid}"
+            )
+        placed = getattr(self, f"{name}_rotation"), getattr(self, f"{name}_scaled"), getattr(self, f"{name}_shifted")
+        if any(placed) or (name == "key" and self.centred):
+            raise ValueError(
+                f"KVSpec.{name} has one range for all tokens, which is that of {name}s as they come: leave rotations, scales, "
+                "shifts and centred out"
+            )
+
+    @property
+    def calibrated(self) -> frozenset[str]:
+        """The buffers of :class:`~lowbit.modules.CacheCalibration` that it needs; none where it needs no calibration."""
+        asked = {
+            "key_range": self.key is not None and isinstance(self.key.granularity, PerTensor),
+            "value_range": self.value is not None and isinstance(self.value.granularity, PerTensor),
+            "key_rotation": self.key is not None and self.key_rotation == "learned",
+            "key_scale": self.key is not None and self.key_scaled,
+            "key_shift": self.key is not None and self.key_shifted,
+            "value_rotation": self.value is not None and self.value_rotation == "learned",
+            "value_scale": self.value is not None and self.value_scaled,
+            "value_shift": self.value is not None and self.value_shifted,
+        }
+        return frozenset(name for name, wanted in asked.items() if wanted)
+
+    def bits(self, dim: int, heads: int = 1) -> float:
+        """Stored bits for each number of a long sequence of ``heads`` heads of ``dim`` channels, scales and zero points counted."""
+        sharing = heads if self.shared_heads else 1
+        return sum(_bits(spec, dim, sharing) for spec in (self.key, self.value)) / 2
 
 
-def _bits(spec: Spec | None, dim: int) -> float:
+def _bits(spec: Spec | None, dim: int, sharing: int) -> float:
     if spec is None:
         return 16.0
+    if isinstance(spec.granularity, PerTensor):
+        return -(-dim * spec.grid.bits // 32) * 32 / dim
     grain, words = spec.granularity, -(-dim * spec.grid.bits // 32) * 32
     rows = grain.rows if isinstance(grain, Block) else 1
     params = grain.param_shape((rows, dim))[1] * len(spec.grid.fields) * spec.torch_scale_dtype.itemsize * 8
-    return (words * rows + params) / (rows * dim)
+    return (words * rows + params / sharing) / (rows * dim)
 
 
 @untagged
@@ -136,6 +184,12 @@ class KVFormats:
     def __bool__(self) -> bool:
         """Whether any layer is quantized."""
         return self.kv is not None or any(rule.kv is not None for rule in self.overrides)
+
+    @property
+    def calibrated(self) -> frozenset[str]:
+        """What some layer needs of calibration, see :attr:`KVSpec.calibrated`."""
+        specs = (self.kv, *(rule.kv for rule in self.overrides))
+        return frozenset[str]().union(*(spec.calibrated for spec in specs if spec is not None))
 
 
 _ATTRIBUTE = "_lowbit_kv"

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lowbit.caches import PackedCache, PackedLayer
 from lowbit.checkpoints.source import ModelSource
-from lowbit.modules import KVFormats, KVSpec
+from lowbit.modules import CalibrationSpec, KVFormats, KVSpec
 from lowbit.numerics import Spec
 from lowbit.plan.layers import weight_text
 
@@ -67,7 +67,7 @@ def cache_bytes(config: Any, formats: KVFormats, tokens: int, dtype: torch.dtype
         if isinstance(layer, PackedLayer):
             spec = layer.spec
             whole = min(tokens, spec.recent + spec.sink)
-            total += numbers * ((tokens - whole) * spec.bits(dim) / 8 + whole * dtype.itemsize)
+            total += numbers * ((tokens - whole) * spec.bits(dim, count) / 8 + whole * dtype.itemsize)
         elif isinstance(layer, DynamicSlidingWindowLayer):
             total += numbers * min(tokens, layer.sliding_window) * dtype.itemsize
         elif isinstance(layer, DynamicLayer):
@@ -82,7 +82,11 @@ def cache_bits(config: Any, formats: KVFormats) -> float | None:
     if not formats or heads is None:
         return None
     layers = PackedCache(text, formats.kv, formats.overrides).layers
-    bits = [layer.spec.bits(heads[1]) if isinstance(layer, PackedLayer) else 16.0 for layer in layers if _grows(layer)]
+    bits = [
+        layer.spec.bits(heads[1], heads[0]) if isinstance(layer, PackedLayer) else 16.0
+        for layer in layers
+        if _grows(layer)
+    ]
     return sum(bits) / len(bits)
 
 
@@ -114,7 +118,32 @@ def _text(spec: KVSpec) -> str:
     parts += [f"the first {spec.sink} as they are"] if spec.sink else []
     parts += ["key means taken off"] if spec.centred else []
     parts += ["keys before the rotary embedding"] if spec.before_rope else []
+    parts += ["ranges shared by all heads"] if spec.shared_heads else []
+    changed = {"keys": (spec.key_scaled, spec.key_shifted), "values": (spec.value_scaled, spec.value_shifted)}
+    for name, (scaled, shifted) in changed.items():
+        words = [word for word, there in (("shifts", shifted), ("scales", scaled)) if there]
+        parts += [f"{name} with calibrated {' and '.join(words)}"] if words else []
     return ", ".join(parts)
+
+
+def calibration_bytes(config: Any, formats: KVFormats) -> int:
+    """Bytes of what a checkpoint carries for its cache, as far as the config says the sizes of heads."""
+    specs = zip(_calibrated(config, formats), calibrated_heads(config, formats))
+    return sum(CalibrationSpec.of(spec.calibrated, heads).nbytes for spec, heads in specs)
+
+
+def calibrated_heads(config: Any, formats: KVFormats) -> list[tuple[int, int, int]]:
+    """Key-value heads and channels of keys and of values of each layer whose cache is calibrated."""
+    heads = _heads(config.get_text_config(decoder=True))
+    return [] if heads is None else [(heads[0], heads[1], heads[1])] * len(_calibrated(config, formats))
+
+
+def _calibrated(config: Any, formats: KVFormats) -> list[KVSpec]:
+    """Formats of the layers that need calibration."""
+    if not formats.calibrated:
+        return []
+    layers = PackedCache(config, formats.kv, formats.overrides).layers
+    return [layer.spec for layer in layers if isinstance(layer, PackedLayer) and layer.spec.calibrated]
 
 
 def _sides(spec: KVSpec) -> tuple[tuple[str, Spec | None, str | None], ...]:

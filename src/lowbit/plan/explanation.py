@@ -55,6 +55,7 @@ def explain(
         *_feed(plan),
         *_attention(plan),
         *cache_texts(plan.recipe.scheme.cache),
+        *_calibrated(plan),
         *plan.architecture.warnings,
         *_left_out(plan),
     )
@@ -62,9 +63,18 @@ def explain(
 
 
 def _feed(plan: ModelPlan) -> Iterator[str]:
-    if plan.recipe.needs_calibration:
+    if plan.recipe.reads_inputs or plan.recipe.needs_fisher:
         whose = "the original model gives" if plan.recipe.feed == "fp" else "the quantized blocks before it give"
         yield f"every block sees the hidden states that {whose} for the calibration text (feed: {plan.recipe.feed})"
+
+
+def _calibrated(plan: ModelPlan) -> Iterator[str]:
+    for stage in plan.recipe.cache_stages:
+        parts = ", ".join(sorted(stage.cache_parts & plan.recipe.scheme.cache.calibrated)).replace("_", " ")
+        yield (
+            f"then the finished model reads the calibration text, and {type(stage.fit).__name__} of what its attention multiplies "
+            f"gives its cache: {parts}"
+        )
 
 
 def _attention(plan: ModelPlan) -> Iterator[str]:

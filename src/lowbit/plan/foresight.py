@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.numerics import PerCluster, to_dict
-from lowbit.plan.cache import PlannedCache, planned_cache
+from lowbit.plan.cache import PlannedCache, calibration_bytes, planned_cache
 from lowbit.plan.compatibility import compatibility, kernel_reasons
 from lowbit.plan.kept import KeepDtype
 from lowbit.plan.layers import PlannedLayer, planned_layers, ragged_groups
@@ -116,6 +116,7 @@ def plan(
 
 def _bytes_out(plan: ModelPlan) -> int:
     rest = sum(rest_of_block(plan, block) for block in plan.blocks)
+    rest += calibration_bytes(plan.source.config, plan.recipe.scheme.cache)
     packed = sum(layer_bytes(plan, layer) for *_, layer in plan.layers)
     return outside_bytes(plan) + rest + packed
 
@@ -147,6 +148,6 @@ def _warnings(plan: ModelPlan, layers: tuple[PlannedLayer, ...], samples: int, s
     warnings += [step.upper_bound for step in plan.recipe.steps if step.upper_bound]
     if plan.recipe.needs_calibration and samples < 1:
         warnings.append(f"recipe {plan.recipe.name!r} needs calibration text, but samples is {samples}")
-    if plan.recipe.stages and not any(not layer.reason for layer in layers):
+    if plan.recipe.changes_weights and not any(not layer.reason for layer in layers):
         warnings.append("nothing is quantized: every linear is skipped")
     return warnings

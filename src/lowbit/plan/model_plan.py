@@ -30,7 +30,7 @@ from lowbit.architectures import (
     for_config,
     model_blocks,
 )
-from lowbit.caches import PackedCache
+from lowbit.caches import PackedCache, PackedLayer
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.modules import LinearDescription, LinearFormat, OperandRanges, ResidualRotation, weight_shape
 from lowbit.plan.kept import KeepDtype, Kept
@@ -210,8 +210,26 @@ def replan(
     if recipe.scheme.attention is not None:
         check_attention(model)
     if recipe.scheme.cache:
-        PackedCache(source.config, recipe.scheme.kv, recipe.scheme.kv_overrides)  # refuses what the model cannot have
+        cache = PackedCache(
+            source.config, recipe.scheme.kv, recipe.scheme.kv_overrides
+        )  # refuses what the model cannot have
+        _check_calibrated(plan, cache)
     return plan
+
+
+def _check_calibrated(plan: ModelPlan, cache: PackedCache) -> None:
+    """Checks that attention can be listened to where the format of the cache needs it. Raises ValueError."""
+    needy = {i for i, layer in enumerate(cache.layers) if isinstance(layer, PackedLayer) and layer.spec.calibrated}
+    if not needy:
+        return
+    what = "observed; choose a method for caches that needs no data"
+    check_attention(plan.model, what)
+    paths = (block.module.get_submodule(path) for block in plan.blocks for path in attention_modules(block.resolved))
+    if missing := sorted(needy - {getattr(module, "layer_idx", None) for module in paths}):
+        raise ValueError(
+            f"{type(plan.model).__name__}: no module is known to attend in layers {missing[:5]}, so its queries, keys and values "
+            f"cannot be {what}"
+        )
 
 
 def _block_plan(

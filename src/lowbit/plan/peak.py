@@ -17,9 +17,13 @@ float32 arrays ``[N, T, d]``, each of the windows that something reads (:mod:`lo
 user's limit; the rest is in files. B is the largest block in
 float32, L its largest tensor as stored, O everything outside the blocks in float32 and E the same without the head, Q
 the packed layers, V the logits of one window in float32. Where unquantized tensors are kept in a narrower dtype (``keep_dtype``),
-O is there once more at the start and in the comparison. A stage that trains the packed model adds one moment:
+O is there once more at the start and in the comparison. A stage that trains the packed model adds one moment,
 
     train      P + A + 2 O + Q + C + b (8 V + n W) + 4 D
+
+and one that calibrates the cache another
+
+    calibrate  P + Q + O + w + S                 the packed model, a window in one block, and the sums of every layer
 
 with C a byte for each weight (its code), b windows in a step through n blocks, and D the largest layer in float32.
 
@@ -50,6 +54,7 @@ from collections.abc import Iterable
 from math import prod
 
 from lowbit.data import held_out_windows
+from lowbit.plan.cache import calibrated_heads
 from lowbit.plan.model_plan import BlockPlan, ModelPlan, outside_bytes
 from lowbit.plan.streams import stream_windows
 from lowbit.recipes import Train
@@ -77,7 +82,7 @@ def activation_bytes(plan: ModelPlan, tokens: Iterable[int], ram_limit: int) -> 
 def stream_tokens(plan: ModelPlan, samples: int, seq_len: int, *, fisher: bool = False) -> list[int]:
     """Tokens of each array of hidden states, in the order in which they are made; ``fisher``: while Fisher information is
     made, with an array for every block."""
-    held_out = held_out_windows(samples) if samples and plan.recipe.reads_inputs else 0
+    held_out = held_out_windows(samples) if samples and plan.recipe.reads_text else 0
     windows = stream_windows(plan.recipe, samples, held_out, original=fisher)
     named = ("fp", "quant", "next", "ahead", *(["packed"] if plan.outside.embeddings else []))
     return [len(windows[name]) * seq_len for name in named] + [samples * seq_len] * len(plan.blocks) * fisher
@@ -92,7 +97,7 @@ def peak_disk_bytes(plan: ModelPlan, samples: int, seq_len: int, ram_limit: int)
 
 def peak_parts(plan: ModelPlan, samples: int, seq_len: int, ram_limit: int) -> dict[str, dict[str, int]]:
     """Bytes of each moment's terms (see the module docstring). The peak is the largest sum."""
-    if not plan.recipe.stages:
+    if not plan.recipe.changes_weights:
         return _whole_parts(plan, samples, seq_len)
     streams = stream_tokens(plan, samples, seq_len)
     held = {"process": PROCESS, "activations": activation_bytes(plan, streams, ram_limit)[0]}
@@ -110,7 +115,8 @@ def peak_parts(plan: ModelPlan, samples: int, seq_len: int, ram_limit: int) -> d
     fisher = _fisher_parts(plan, worst, samples, seq_len, ram_limit) if plan.recipe.needs_fisher else {}
     train = _train_parts(plan, worst, seq_len, held, packed)
     read_back = {"read back for its cache": packed + outside} if plan.recipe.scheme.cache else {}
-    return (fisher | train) | {
+    fit = _fit_parts(plan, seq_len, packed + outside) if plan.recipe.cache_stages else {}
+    return (fisher | train | fit) | {
         "start": held | {"embeddings": _base_bytes(plan), "block": _block_bytes(plan.blocks[0]), "rounded": again},
         "block": held | block,
         "compare": held
@@ -128,7 +134,19 @@ def _whole_parts(plan: ModelPlan, samples: int, seq_len: int) -> dict[str, dict[
         return {"write": write}
     model = outside_bytes(plan, FLOAT) + sum(_block_bytes(block) for block in plan.blocks)
     logits = seq_len * plan.source.config.get_text_config().vocab_size * FLOAT
-    return {"write": write, "compare": {"process": PROCESS, "model": model, "logits": 8 * logits}}
+    fit = _fit_parts(plan, seq_len, model) if plan.recipe.cache_stages else {}
+    return {"write": write, "compare": {"process": PROCESS, "model": model, "logits": 8 * logits}} | fit
+
+
+def _fit_parts(plan: ModelPlan, seq_len: int, model: int) -> dict[str, dict[str, int]]:
+    """Of calibrating the cache: the model, a window in one block, and the sums of every layer."""
+    stages, worst = plan.recipe.cache_stages, max(plan.blocks, key=_block_bytes)
+    window = 2 * run_sizes(plan, worst, 1, seq_len).window_bytes
+    sums = max(
+        sum(stage.fit.nbytes(*size) for size in calibrated_heads(plan.source.config, plan.recipe.scheme.cache))
+        for stage in stages
+    )
+    return {"calibrate cache": {"process": PROCESS, "model": model, "a window": int(window), "sums": sums}}
 
 
 def _train_parts(

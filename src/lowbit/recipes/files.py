@@ -33,7 +33,7 @@ class MethodFile:
 
     Attributes:
         feed, compute, seed: replace the method's own.
-        kv: formats of the KV cache.
+        kv: formats of the KV cache, in place of the method's.
         then: stages after the method's own.
         overrides: see :class:`~lowbit.scheme.Override`.
     """
@@ -52,10 +52,11 @@ class MethodFile:
         built = recipe(self.method, **self.options)
         given = {"feed": self.feed, "compute": self.compute}
         built = built.with_blockwise(**{name: value for name, value in given.items() if value is not None})
+        fits = built.cache_stages if self.kv is None else ()
         return replace(
             built,
             scheme=built.scheme if self.kv is None else replace(built.scheme, kv=self.kv),
-            stages=(*built.stages, *self.then),
+            stages=(*(stage for stage in built.stages if not stage.of_cache), *self.then, *fits),
             seed=built.seed if self.seed is None else self.seed,
         ).with_overrides(self.overrides)
 

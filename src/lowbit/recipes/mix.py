@@ -18,7 +18,7 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
 
     Steps that fix static activation ranges follow all steps that transform channels. Rotations at run time follow all
     folded transforms. The Blockwise stages become one; all other stages follow in order. Formats of activations, of
-    attention and of the KV cache come from the first recipe that has them. If those activations take out no channels at
+    attention and of the KV cache, with the stages that calibrate it, come from the first recipe that has them. If those activations take out no channels at
     run time and another recipe's do, the mix takes out channels too.
 
     Raises:
@@ -27,11 +27,12 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
     recipes = tuple(recipes)
     solving = [recipe for recipe in recipes if recipe.steps]
     attention = next((each.scheme.attention for each in recipes if each.scheme.attention), None)
-    caching = next((each.scheme for each in recipes if each.scheme.cache), Scheme())
-    kv, kv_overrides = caching.kv, caching.kv_overrides
-    later = tuple(stage for each in recipes for stage in each.stages if not isinstance(stage, Blockwise))
+    caching = next((each for each in recipes if each.scheme.cache), None)
+    kv, kv_overrides = (None, ()) if caching is None else (caching.scheme.kv, caching.scheme.kv_overrides)
+    later = [stage for each in recipes for stage in each.stages if not (isinstance(stage, Blockwise) or stage.of_cache)]
+    later += () if caching is None else caching.cache_stages
     if not solving:
-        return Recipe(name, Scheme(attention=attention, kv=kv, kv_overrides=kv_overrides), later)
+        return Recipe(name, Scheme(attention=attention, kv=kv, kv_overrides=kv_overrides), tuple(later))
     *firsts, last = solving
     for each in firsts:
         if len(each.steps) == 1 and len(each.stages) == 1 and not each.scheme.quantizes_activations:

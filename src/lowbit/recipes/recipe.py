@@ -29,8 +29,8 @@ class Recipe:
     Attributes:
         name: its name in reports.
         scheme: what is stored.
-        stages: in order; each starts from the model that the one before left. Empty if the scheme is only a KV cache
-            format.
+        stages: in order; each starts from the model that the one before left. Without one that changes weights the scheme is
+            only a format of the KV cache.
         seed: of everything random; each block derives its own.
 
     Raises:
@@ -50,9 +50,20 @@ class Recipe:
         try:
             for i, stage in enumerate(self.stages):
                 stage.check(self.scheme, self.stages[:i])
-            if not self.stages and (self.scheme.rules or self.scheme.attention or not self.scheme.cache):
+            after_cache = [stage for i, stage in enumerate(self.stages) if any(s.of_cache for s in self.stages[:i])]
+            if moved := next((stage for stage in after_cache if not stage.of_cache), None):
+                raise ValueError(
+                    f"{type(moved).__name__} would change the model whose cache was calibrated before: put it first"
+                )
+            if not self.changes_weights and (self.scheme.rules or self.scheme.attention or not self.scheme.cache):
                 raise ValueError(
                     "a recipe has a stage, such as Blockwise((Solve(...),)), or only a KV cache format; found neither"
+                )
+            found = frozenset[str]().union(*(stage.cache_parts for stage in self.stages))
+            if missing := sorted(self.scheme.cache.calibrated - found):
+                raise ValueError(
+                    f"the format of the cache has what only calibration finds ({', '.join(missing)}), and no stage of the recipe "
+                    "finds it: add a stage that does, or name a method for caches"
                 )
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
@@ -84,6 +95,16 @@ class Recipe:
         return next((stage for stage in self.stages if isinstance(stage, Blockwise)), None)
 
     @property
+    def changes_weights(self) -> bool:
+        """Whether a stage packs or trains weights; if none does, they stay as they are."""
+        return any(not stage.of_cache for stage in self.stages)
+
+    @property
+    def cache_stages(self) -> tuple[Any, ...]:
+        """The stages that calibrate the cache."""
+        return tuple(stage for stage in self.stages if stage.of_cache)
+
+    @property
     def reads_inputs(self) -> bool:
         """Whether a stage depends on the linears' inputs on the calibration text."""
         return any(stage.reads_inputs for stage in self.stages)
@@ -104,9 +125,14 @@ class Recipe:
         return any(stage.learns for stage in self.stages)
 
     @property
+    def reads_text(self) -> bool:
+        """Whether something depends on what the model computes from the calibration text: linears' inputs, or the cache."""
+        return self.reads_inputs or bool(self.cache_stages)
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether a run needs calibration text."""
-        return self.reads_inputs or self.needs_fisher
+        return self.reads_text or self.needs_fisher
 
     @property
     def needs_fisher(self) -> bool:
@@ -118,13 +144,16 @@ class Recipe:
         stages = (replace(stage, **changes) if isinstance(stage, Blockwise) else stage for stage in self.stages)
         return replace(self, stages=tuple(stages))
 
-    def with_cache(self, formats: KVFormats) -> Recipe:
-        """This recipe with other formats of the KV cache; without formats, the cache stays as the model computes it.
+    def with_cache(self, other: Recipe | None) -> Recipe:
+        """This recipe with the formats of the KV cache of another one, and the stages that calibrate them; without another, the
+        cache stays as the model computes it.
 
         Raises:
             ValueError: nothing would be left to do.
         """
-        return replace(self, scheme=replace(self.scheme, kv=formats.kv, kv_overrides=formats.overrides))
+        formats, fits = (KVFormats(), ()) if other is None else (other.scheme.cache, other.cache_stages)
+        scheme = replace(self.scheme, kv=formats.kv, kv_overrides=formats.overrides)
+        return replace(self, scheme=scheme, stages=(*(s for s in self.stages if not s.of_cache), *fits))
 
     def with_overrides(self, overrides: Iterable[Mapping[str, Any]]) -> Recipe:
         """This recipe with added rules, one for each override. See :class:`Override` for their keys.

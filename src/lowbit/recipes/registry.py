@@ -50,6 +50,7 @@ class Method:
         """The entry of ``lowbit methods``, read from the index that ``make docs`` writes (:mod:`lowbit.catalog`)."""
         recipe = self.recipe()
         needs = {type(need).__name__ for step in recipe.steps for need in step.needs}
+        needs |= {type(stage.fit).__name__ for stage in recipe.cache_stages}
         return {
             "name": self.name,
             "family": self.family,
@@ -167,26 +168,39 @@ def _options_of(part: Method, options: Mapping[str, Any], of_cache: Mapping[str,
 
 
 def kv_scheme(method: str | KVSpec, **options: Any) -> Scheme:
-    """The scheme of a cache alone.
+    """The scheme of :func:`kv_recipe`, or of a format, which may need a calibration that only a model's checkpoint carries.
 
     Args:
         method: a method, a method and its bits (``kivi:2``), or a format.
         options: of the method.
 
     Raises:
-        ValueError: an unknown method or option, or a method that does not say how a cache is held.
+        ValueError: options of a format; see :func:`kv_recipe`.
     """
     if isinstance(method, KVSpec):
         if options:
             raise ValueError(f"a KVSpec says everything; leave out {', '.join(options)}, or name a method")
         return Scheme(kv=method)
+    return kv_recipe(method, **options).scheme
+
+
+def kv_recipe(method: str, **options: Any) -> Recipe:
+    """The recipe of a cache alone.
+
+    Args:
+        method: a method, or a method and its bits (``kivi:2``).
+        options: of the method.
+
+    Raises:
+        ValueError: an unknown method or option, or a method that does not say how a cache is held.
+    """
     name, colon, bits = method.partition(":")
     if colon:
         if not bits.isdigit() or "bits" in options:
             raise ValueError(f"expected a method and its bits once, such as kivi:2; found {method!r} {options or ''}")
         options["bits"] = int(bits)
-    scheme = recipe(name, **options).scheme
-    if scheme.rules or not (scheme.kv or scheme.kv_overrides):
+    made = recipe(name, **options)
+    if made.scheme.rules or not made.scheme.cache:
         known = ", ".join(each.name for each in METHODS.values() if each.family == KV_FAMILY)
         raise ValueError(f"{name!r} is no method for caches; known: {known}")
-    return scheme
+    return made

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
+from lowbit.caches import CacheFit
 from lowbit.numerics import Fisher, check_types, serializable
 from lowbit.scheme import Scheme
 from lowbit.steps import Freedom, Step
@@ -40,6 +41,17 @@ class Stage(Protocol):
     @property
     def needs_fisher(self) -> bool:
         """Whether it needs Fisher information, which takes a backward pass over the whole original model first."""
+        ...
+
+    @property
+    def cache_parts(self) -> frozenset[str]:
+        """What it finds for the cache: buffers of :class:`~lowbit.modules.CacheCalibration`."""
+        ...
+
+    @property
+    def of_cache(self) -> bool:
+        """Whether it is about the cache alone: it runs the finished model on the calibration text, leaves its weights as they
+        are, and adds what it finds to the checkpoint."""
         ...
 
     def check(self, scheme: Scheme, before: Sequence[Stage]) -> None:
@@ -102,6 +114,14 @@ class Blockwise:
     def needs_fisher(self) -> bool:
         return any(Fisher() in step.needs for step in self.steps)
 
+    @property
+    def cache_parts(self) -> frozenset[str]:
+        return frozenset[str]().union(*(step.cache_parts for step in self.steps))
+
+    @property
+    def of_cache(self) -> bool:
+        return False
+
     def check(self, scheme: Scheme, before: Sequence[Stage]) -> None:
         if before:
             names = ", ".join(type(stage).__name__ for stage in before)
@@ -162,7 +182,64 @@ class Train:
     def needs_fisher(self) -> bool:
         return False
 
+    @property
+    def cache_parts(self) -> frozenset[str]:
+        return frozenset()
+
+    @property
+    def of_cache(self) -> bool:
+        return False
+
     def check(self, scheme: Scheme, before: Sequence[Stage]) -> None:
         if self.what.needs_packed and not before:
             name = type(self.what).__name__
             raise ValueError(f"Train({name}()) trains what a packed model stores; put it after Blockwise, which packs")
+
+
+@serializable
+@dataclass(frozen=True)
+class FitCache:
+    """Finds what the format of the cache leaves to calibration, in the queries, keys and values that the finished model
+    computes from the calibration windows. Comes last.
+
+    Args:
+        fit: what is added up of each layer, and what follows from it.
+    """
+
+    fit: CacheFit
+
+    @property
+    def reads_inputs(self) -> bool:
+        return False
+
+    @property
+    def reads_original(self) -> bool:
+        return False
+
+    @property
+    def learns(self) -> bool:
+        return False
+
+    @property
+    def needs_fisher(self) -> bool:
+        return False
+
+    @property
+    def cache_parts(self) -> frozenset[str]:
+        return self.fit.parts
+
+    @property
+    def of_cache(self) -> bool:
+        return True
+
+    def check(self, scheme: Scheme, before: Sequence[Stage]) -> None:
+        if not scheme.cache.calibrated & self.fit.parts:
+            raise ValueError(
+                f"FitCache({type(self.fit).__name__}()) finds {', '.join(sorted(self.fit.parts))}, and the format of the cache has "
+                "none of them: leave the stage out"
+            )
+        for stage in before:
+            if twice := stage.cache_parts & self.fit.parts & scheme.cache.calibrated:
+                raise ValueError(
+                    f"{type(stage).__name__} and FitCache both find {', '.join(sorted(twice))} of the cache; leave one out"
+                )

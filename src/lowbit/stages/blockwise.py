@@ -40,8 +40,9 @@ from lowbit.caches import PackedCache, PackedLayer
 from lowbit.checkpoints.description import ModelDescription, has_unfused_experts
 from lowbit.decoding.packed_cache import key_biases, rules_for_biases
 from lowbit.modules import (
-    OperandRanges,
     QuantLinear,
+    cache_calibration,
+    calibrate_cache,
     kept_weights,
     make_drafts,
     turned,
@@ -57,7 +58,7 @@ from lowbit.progress import Progress, silent
 from lowbit.stages.fisher import FisherPass
 from lowbit.stages.journal import Journal
 from lowbit.stages.outside import narrowed_outside, pack_outside, replaced
-from lowbit.stages.record import BlockRecord, install_packed
+from lowbit.stages.record import BlockRecord, as_stored, install_packed
 from lowbit.stages.store import ActivationStore
 from lowbit.stages.stream import Call, CannotStream, Stream, outside
 from lowbit.steps import Ahead, BlockIO, BlockState
@@ -151,6 +152,7 @@ class Walk:
         return ModelDescription(
             layers={**layers, **packed.layers},
             attention={name: spec for record in self.records for name, spec in record.attention.items()},
+            kv_calibration={name: spec for record in self.records for name, spec in record.cache.items()},
             residual=self.plan.residual,
             unfused_experts=self.unfused_experts,
             embeddings=packed.embeddings,
@@ -430,7 +432,9 @@ class Walk:
         error = None if call is None else self._behind(block, call)
         specs = {f"{name}.{path}": attention_spec(m) for path, m in block.named_modules()}
         attends = {path: spec for path, spec in specs.items() if spec is not None}
-        record = BlockRecord(name, error, state.records, state.notes, packed, attends)
+        caches = {f"{name}.{path}": cache_calibration(m) for path, m in block.named_modules()}
+        found = {path: calibration.spec for path, calibration in caches.items() if calibration is not None}
+        record = BlockRecord(name, error, state.records, state.notes, packed, attends, found)
         self.section.write(self._shard(i), self._tensors(block, name), record.to_dict())
         return record
 
@@ -499,6 +503,8 @@ class Walk:
         tensors = self.section.tensors(i, f"{record.name}.")
         for path, spec in record.attention.items():
             quantize_attention(block.get_submodule(path.removeprefix(f"{record.name}.")), spec)
+        for path, calibration in record.cache.items():
+            calibrate_cache(block.get_submodule(path.removeprefix(f"{record.name}.")), calibration)
         install_packed(block, record.name, record.modules, tensors)
         self._behind(block, call)
         return record
@@ -522,7 +528,7 @@ class Walk:
 
     def _tensors(self, block: nn.Module, name: str) -> dict[str, Tensor]:
         """What the block stores: packed buffers as they are, everything else in the dtype that it is kept in."""
-        packed = {path for path, module in block.named_modules() if isinstance(module, QuantLinear | OperandRanges)}
+        packed = as_stored(block)
 
         def stored(key: str, value: Tensor) -> Tensor:
             if key.rpartition(".")[0] in packed or not value.is_floating_point():

@@ -188,9 +188,9 @@ class Journal:
         for file in old - files.keys():  # what a kill leaves here, the next run removes
             (self.directory / file).unlink()
 
-    def section(self, stage: int) -> Section:
-        """The part of stage number ``stage``."""
-        return Section(self, stage)
+    def section(self, stage: int, last: int | None = None) -> Section:
+        """The part of stage number ``stage``, or of all stages from it to ``last``."""
+        return Section(self, stage, last)
 
     def write(self, file: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any], stage: int = 0) -> None:
         """Stores one finished unit of a stage; when this returns it will survive a kill.
@@ -290,14 +290,16 @@ def _is_unit(entry: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """What one stage has finished.
+    """What one stage has finished, or several together.
 
     Attributes:
-        stage: its number in the recipe, from 0.
+        stage: its number in the recipe, from 0; -1 is the model as it is, before the first stage.
+        last: of the last of several, which add units to those of the first; None: there is one.
     """
 
     journal: Journal
     stage: int
+    last: int | None = None
 
     @property
     def directory(self) -> Path:
@@ -305,8 +307,9 @@ class Section:
 
     @property
     def finished(self) -> list[dict[str, Any]]:
-        """The journal's entries of this stage, in order."""
-        return [entry for entry in self.journal.finished if entry["stage"] == self.stage]
+        """The journal's entries, in order."""
+        last = self.stage if self.last is None else self.last
+        return [entry for entry in self.journal.finished if self.stage <= entry["stage"] <= last]
 
     @property
     def files(self) -> list[str]:

@@ -8,7 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowbit.modules import AttentionSpec, LinearDescription, OperandRanges, QuantLinear
+from lowbit.modules import (
+    AttentionSpec,
+    CacheCalibration,
+    CalibrationSpec,
+    LinearDescription,
+    OperandRanges,
+    QuantLinear,
+)
 from lowbit.numerics import from_dict, to_dict
 from lowbit.steps import LayerRecord
 
@@ -23,6 +30,7 @@ class BlockRecord:
     notes: list[str] = field(default_factory=list)
     modules: dict[str, LinearDescription] = field(default_factory=dict)  # of the packed linears by full name
     attention: dict[str, AttentionSpec] = field(default_factory=dict)  # formats of attention's operands, likewise
+    cache: dict[str, CalibrationSpec] = field(default_factory=dict)  # what was found for the cache, likewise
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the journal."""
@@ -33,6 +41,7 @@ class BlockRecord:
             "notes": self.notes,
             "modules": {name: description.to_json() for name, description in self.modules.items()},
             "attention": {name: to_dict(spec) for name, spec in self.attention.items()},
+            "cache": {name: to_dict(spec) for name, spec in self.cache.items()},
         }
 
     @classmethod
@@ -40,7 +49,14 @@ class BlockRecord:
         layers = [LayerRecord(**{**layer, "notes": tuple(layer["notes"])}) for layer in data["layers"]]
         modules = {name: LinearDescription.from_json(each) for name, each in data["modules"].items()}
         attention = {name: from_dict(spec) for name, spec in data["attention"].items()}
-        return cls(**{**data, "layers": layers, "modules": modules, "attention": attention})
+        cache = {name: from_dict(spec) for name, spec in data["cache"].items()}
+        return cls(**{**data, "layers": layers, "modules": modules, "attention": attention, "cache": cache})
+
+
+def as_stored(block: nn.Module) -> set[str]:
+    """Paths of the block's modules whose tensors are stored in their own dtypes."""
+    kinds = (QuantLinear, OperandRanges, CacheCalibration)
+    return {path for path, module in block.named_modules() if isinstance(module, kinds)}
 
 
 def install_packed(
@@ -50,7 +66,7 @@ def install_packed(
     for full, description in modules.items():
         block.set_submodule(full.removeprefix(f"{name}."), QuantLinear.empty(description))
     local = {key.removeprefix(f"{name}."): value for key, value in tensors.items()}
-    packed = {path for path, module in block.named_modules() if isinstance(module, QuantLinear | OperandRanges)}
+    packed = as_stored(block)
     for key, value in local.items():
         path, _, leaf = key.rpartition(".")
         module = block.get_submodule(path)

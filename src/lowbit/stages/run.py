@@ -15,14 +15,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowbit.checkpoints.description import ModelDescription
-from lowbit.modules import set_kv_formats
+from lowbit.modules import CalibrationSpec, KVFormats, set_kv_formats
 from lowbit.plan.model_plan import ModelPlan
 from lowbit.progress import Progress, silent
-from lowbit.recipes import Blockwise, Train
+from lowbit.recipes import Blockwise, FitCache, Train
 from lowbit.stages.blockwise import Walk
+from lowbit.stages.fit_cache import CacheFitting, combined
 from lowbit.stages.journal import Journal, Section
 from lowbit.stages.train import Training
 from lowbit.stages.whole import fitted_cache, read_back, write_as_it_is
+
+_AS_IT_IS = -1
+"""The number of the section that holds the model as it is, where no stage writes it."""
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Run:
         walk: of the Blockwise stage; it keeps both streams behind the last block. Without that stage, it does not begin.
         model: what the last Train stage left (float32, packed), or None: the model is the one that the walk left.
         notes: what stages found that the report should say.
+        found: what stages found for the cache, by name of the module that attends.
     """
 
     plan: ModelPlan
@@ -51,6 +56,7 @@ class Run:
     held_out: int = 0
     model: PreTrainedModel | None = None
     notes: list[str] = field(default_factory=list)
+    found: dict[str, CalibrationSpec] = field(default_factory=dict)
 
     def __post_init__(self):
         self.recipe = self.plan.recipe
@@ -65,23 +71,40 @@ class Run:
         )
 
     def stages(self) -> None:
-        """Runs them. Raises what they raise. A recipe without stages leaves the model as it is, but for its cache."""
-        if not self.recipe.stages:
-            write_as_it_is(self.plan, self.last, self.progress)
+        """Runs them. Raises what they raise. A recipe that changes no weights leaves the model as it is, but for its cache."""
+        if not self.recipe.changes_weights:
+            write_as_it_is(self.plan, self.journal.section(_AS_IT_IS), self.progress)
         for number, stage in enumerate(self.recipe.stages):
             _RUNNERS[type(stage)](self, number, stage)
 
     @property
-    def last(self) -> Section:
-        """The section whose units are the result's."""
-        return self.journal.section(max(0, len(self.recipe.stages) - 1))
+    def result(self) -> Section:
+        """The units that are the result's: those of the last stage that wrote the whole model, and those added since."""
+        return self.journal.section(self._whole, len(self.recipe.stages) - 1)
+
+    @property
+    def _whole(self) -> int:
+        """The number of the last stage that wrote the whole model."""
+        whole = [i for i, stage in enumerate(self.recipe.stages) if not stage.of_cache]
+        return whole[-1] if whole else _AS_IT_IS
+
+    @cached_property
+    def cache(self) -> KVFormats:
+        """The recipe's formats of the cache, fitted to the keys of the model that the stages left."""
+        return fitted_cache(self.plan.source, self.journal.section(self._whole), self.recipe.scheme.cache)
+
+    @property
+    def packed(self) -> ModelDescription:
+        """What the stages that change weights have stored, without the formats of the cache."""
+        apart = self.walk.unfused_experts and self.recipe.changes_weights
+        return replace(self.walk.description, unfused_experts=apart)
 
     @cached_property
     def description(self) -> ModelDescription:
-        """What the result stores; its cache is fitted to the keys of the model that the stages left."""
-        cache = fitted_cache(self.plan.source, self.last, self.recipe.scheme.cache)
-        apart = self.walk.unfused_experts and bool(self.recipe.stages)
-        return replace(self.walk.description, kv=cache.kv, kv_overrides=cache.overrides, unfused_experts=apart)
+        """What the result stores."""
+        packed, cache = self.packed, self.cache
+        found = combined(packed.kv_calibration, self.found)
+        return replace(packed, kv=cache.kv, kv_overrides=cache.overrides, kv_calibration=found)
 
     def finished_model(self) -> PreTrainedModel | None:
         """The result in memory (float32, packed) after stages that change a whole model or where its cache is quantized;
@@ -90,7 +113,7 @@ class Run:
         if model is not None:
             set_kv_formats(model, self.description.cache)
         elif self.description.cache:
-            model = read_back(self.plan, self.last, self.description, self.last.files)
+            model = read_back(self.plan, self.result, self.description, self.result.files)
         return model
 
     def close(self) -> None:
@@ -110,4 +133,17 @@ def _train(run: Run, number: int, stage: Train) -> None:
     run.notes.extend(notes)
 
 
-_RUNNERS: Mapping[type, Callable[[Run, int, Any], None]] = {Blockwise: _blockwise, Train: _train}
+def _fit_cache(run: Run, number: int, stage: FitCache) -> None:
+    run.model = None  # it is read back, and then again with what was found
+    source = run.journal.section(run._whole, number - 1)
+    added = CacheFitting(
+        stage, run.walk, source, run.journal.section(number), run.packed, run.cache, run.progress
+    ).run()
+    run.found = combined(run.found, added)
+
+
+_RUNNERS: Mapping[type, Callable[[Run, int, Any], None]] = {
+    Blockwise: _blockwise,
+    Train: _train,
+    FitCache: _fit_cache,
+}

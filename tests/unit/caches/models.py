@@ -3,6 +3,8 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from lowbit.modules import CalibrationSpec, calibrate_cache
+
 SIZES = {
     "vocab_size": 256,
     "hidden_size": 128,
@@ -38,3 +40,22 @@ def qwen2_with_large_key_biases(size=300.0):
 
 def tokens(*shape, seed=0):
     return torch.randint(3, 256, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def calibrated(model, buffers, seed=0):
+    """``model`` whose attention modules carry random coordinates of their caches."""
+    made = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if hasattr(module, "layer_idx") and hasattr(module, "k_proj"):
+            heads = module.config.num_key_value_heads
+            spec = CalibrationSpec.of(buffers, (heads, module.head_dim, module.head_dim))
+            found = {}
+            for name in spec.buffers:
+                shape = spec.shape(name)
+                drawn = torch.randn(shape, generator=made)
+                if name.endswith("rotation"):
+                    found[name] = torch.linalg.qr(drawn)[0]
+                else:
+                    found[name] = drawn.exp() if name.endswith("scale") else drawn
+            calibrate_cache(module, spec).fill(found)
+    return model

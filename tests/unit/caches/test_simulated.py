@@ -11,7 +11,7 @@ from lowbit.caches import Coordinates, PackedCache, PackedLayer, attend_simulate
 from lowbit.decoding import cache_argument
 from lowbit.decoding.packed_cache import packed_cache, simulated_cache
 from lowbit.modules import AttentionSpec, KVFormats, KVRule, KVSpec
-from lowbit.numerics import Block, Int, PerGroup, PerToken, Spec
+from lowbit.numerics import Block, Float, Int, PerGroup, PerTensor, PerToken, Spec
 
 from models import llama, qwen2_with_large_key_biases, tokens
 
@@ -27,6 +27,7 @@ FORMATS = {
     "a window and sinks": KVSpec(GROUPS, TOKEN, recent=7, sink=4),
     "keys alone, rotated and centred": KVSpec(TOKEN, None, recent=32, key_rotation="hadamard", centred=True),
     "values alone, rotated": KVSpec(None, TOKEN, value_rotation="hadamard"),
+    "ranges of all heads together": KVSpec(TOKEN, Spec(Int(4, symmetric=True), PerToken()), sink=2, shared_heads=True),
     "before the rotary embedding": KVSpec(TOKEN, TOKEN, before_rope=True, past_only=False),
 }
 METHODS = {name: lowbit.recipe(name).scheme.kv for name in ("kv-fp8", "kv-int", "kv-rotated")}
@@ -134,6 +135,18 @@ def test_calibrated_coordinates_are_those_of_the_cache(model, spec):
     layers = PackedCache(model.config, spec, coordinates=coordinates).packed_layers
     with torch.no_grad(), simulated_layers(model, layers):
         close(model(ids).logits, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("grid", [Int(4), Int(4, symmetric=True), Float(2, 1)])
+def test_a_range_of_all_tokens_is_that_of_the_cache(model, grid):
+    ids, form = tokens(1, LENGTH), Spec(grid, PerTensor())
+    ranges = torch.tensor([[-1.5, 2.0], [-1.0, 0.7]])
+    coordinates = {i: (Coordinates(range=ranges), Coordinates(range=ranges.flip(0) / 2)) for i in range(2)}
+    cache = PackedCache(model.config, KVSpec(form, form), coordinates=coordinates)
+    wanted = token_by_token(model, ids, cache)
+    layers = PackedCache(model.config, KVSpec(form, form), coordinates=coordinates).packed_layers
+    with torch.no_grad(), simulated_layers(model, layers):
+        close(model(ids).logits, wanted)
 
 
 # ---- blocks, weights from elsewhere, half precision, passes that run twice ------------------------------------------------
@@ -248,7 +261,8 @@ def test_gradients_at_eight_bits_are_nearly_those_of_the_full_cache(spec):
         name: None if form is None else Spec(Int(8, zero="real"), form.granularity)
         for name, form in (("key", spec.key), ("value", spec.value))
     }
-    fine = KVSpec(**eight, recent=spec.recent, sink=spec.sink, past_only=spec.past_only, before_rope=spec.before_rope)
+    kept = ("recent", "sink", "past_only", "before_rope", "shared_heads")
+    fine = KVSpec(**eight, **{name: getattr(spec, name) for name in kept})
     layer = PackedLayer(fine, frequencies=10000.0 ** -(torch.arange(32) / 32))
     grads = [
         torch.autograd.grad(attend_simulated(query, key, value, each).sin().sum(), (query, key, value))

@@ -16,11 +16,12 @@ OTHERS = [name for name in METHODS if name not in CACHES]
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_method_for_caches_goes_with_every_other_method_on_either_side(cache):
     wanted = recipe(cache)
-    assert wanted.stages == () and wanted.scheme.cache and not wanted.needs_calibration
+    assert wanted.stages == wanted.cache_stages and wanted.scheme.cache
+    assert wanted.needs_calibration == bool(wanted.stages) == bool(wanted.scheme.cache.calibrated)
     for name in OTHERS:
         alone = recipe(name)
         for mixed in (recipe(f"{name}+{cache}"), recipe(f"{cache}+{name}")):
-            assert mixed.stages == alone.stages and mixed.scheme.rules == alone.scheme.rules
+            assert mixed.stages == (*alone.stages, *wanted.stages) and mixed.scheme.rules == alone.scheme.rules
             assert mixed.scheme.cache == wanted.scheme.cache
 
 

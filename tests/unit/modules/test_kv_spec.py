@@ -15,6 +15,7 @@ from lowbit.numerics import (
     Block,
     Codebook,
     Int,
+    Normal,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -31,6 +32,7 @@ from helpers import random_ids
 
 KIVI = KVSpec(Spec(Int(2), Block(32, 1)), Spec(Int(2), PerGroup(32)), recent=128)
 GROUPS, TOKENS = Spec(Int(4), PerGroup(32)), Spec(Int(4), PerToken())
+STATIC = Spec(Int(8, symmetric=True), PerTensor())
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,17 @@ def test_a_format_survives_its_plain_form(spec):
         ({"key": Int(4)}, r"KVSpec\.key needs a Spec .* found Int"),
         ({"value": Spec(Codebook(4), PerToken())}, r"KVSpec\.value needs a Spec with a grid that a range places"),
         ({"key": Spec(Int(4), PerChannel())}, r"KVSpec\.key .* PerChannel.* change with every token"),
-        ({"value": Spec(Int(4), PerTensor())}, r"KVSpec\.value .* PerTensor.* change with every token"),
+        (
+            {"value": Spec(Normal(4), PerTensor())},
+            r"one range for all tokens, which places integers or floats, found Normal",
+        ),
+        ({"key": STATIC, "key_rotation": "hadamard"}, r"KVSpec\.key .* range for all tokens.*leave rotations"),
+        ({"key": STATIC, "centred": True, "recent": 32}, r"KVSpec\.key .* range for all tokens.*centred out"),
+        ({"value": STATIC, "value_shifted": True}, r"KVSpec\.value .* range for all tokens.*shifts"),
+        (
+            {"value": GROUPS, "shared_heads": True},
+            r"shared_heads goes with PerToken\(\) or PerTensor\(\), found PerGroup",
+        ),
         ({"value": replace(TOKENS, stats=TOKENS)}, r"KVSpec\.value quantizes its scales"),
         ({"recent": 0, "key": Spec(Int(4), Block(32, 1))}, r"blocks of 32 tokens.* a multiple of 32, found 0"),
         ({"recent": 48, "value": Spec(Int(4), Block(32, 4))}, r"KVSpec\.value .* a multiple of 32, found 48"),

@@ -16,11 +16,10 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, Lla
 from lowbit.checkpoints.shards import TensorHeader, read_shard_header
 from lowbit.plan import explain, plan
 from lowbit.plan.model_plan import ModelPlan, plan_model
-from lowbit.progress import silent
 from lowbit.recipes import METHODS, Recipe, recipe
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Journal
-from lowbit.stages.whole import write_as_it_is
+from lowbit.stages.run import Run
 
 SIZES = {
     "vocab_size": 96,
@@ -89,13 +88,15 @@ def written(planned: ModelPlan, out: Path) -> dict[str, TensorHeader]:
     journal.open()
     ids = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(0))
     ids = ids if planned.recipe.needs_calibration else None
-    if planned.recipe.stages:
+    if planned.recipe.changes_weights:
         walk = Walk(planned, ids, journal)
         walk.run()
         walk.write_rest()
         walk.close()
     else:
-        write_as_it_is(planned, journal.section(0), silent)
+        running = Run(planned, ids, journal)
+        running.stages()
+        running.close()
     files = (journal.directory / entry["file"] for entry in journal.finished)
     return {name: header for file in files for name, header in read_shard_header(file).items()}
 

@@ -16,7 +16,15 @@ from torch import nn
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.packed_model import PackedLayer, PlainTensor
 from lowbit.checkpoints.shards import ModelError, TensorHeader
-from lowbit.modules import OperandRanges, QuantEmbedding, QuantLinear, check_finite, check_tensors, prepare
+from lowbit.modules import (
+    CacheCalibration,
+    OperandRanges,
+    QuantEmbedding,
+    QuantLinear,
+    check_finite,
+    check_tensors,
+    prepare,
+)
 
 _EPSILONS = frozenset({"eps", "variance_epsilon"})
 _FREQUENCIES = frozenset({"inv_freq", "original_inv_freq"})
@@ -91,9 +99,7 @@ def check_and_prepare(directory: Path, model: nn.Module) -> None:
     try:
         prepare(model)
         for path, module in model.named_modules():
-            if isinstance(module, OperandRanges):
-                module.check(path)
-            if isinstance(module, QuantEmbedding):
+            if isinstance(module, OperandRanges | CacheCalibration | QuantEmbedding):
                 module.check(path)
             if isinstance(module, QuantLinear):
                 continue

@@ -13,6 +13,7 @@ import torch
 from lowbit.checkpoints.description import METHOD, ModelDescription
 from lowbit.checkpoints.native.checking import check_layers
 from lowbit.checkpoints.shards import ModelError, TensorHeader, read_headers, read_json, refuse_more_layers
+from lowbit.modules.cache_calibration import CALIBRATION
 
 CONFIG = "config.json"
 JOURNAL = "journal.jsonl"  # of a run that writes here; gone when it has finished
@@ -111,7 +112,14 @@ def _model_bits_per_weight(checkpoint: Checkpoint) -> float:
     described = checkpoint.description
     layers = {} if described is None else {**described.layers, **described.embeddings}
     packed = {f"{name}.{buffer}" for name, layer in layers.items() for buffer in layer.layout() if buffer != "bias"}
+    packed |= _calibrated(described)
     others = (header for name, header in checkpoint.headers.items() if name not in packed)
     parameters = sum(layer.features[0] * layer.features[1] for layer in layers.values())
     parameters += sum(torch.Size(header.shape).numel() for header in others)
     return 8 * sum(header.nbytes for header in checkpoint.headers.values()) / parameters
+
+
+def _calibrated(described: ModelDescription | None) -> set[str]:
+    """Tensors that calibration found for caches: stored, and no parameters of the model."""
+    found = {} if described is None else described.kv_calibration
+    return {f"{path}.{CALIBRATION}.{buffer}" for path, spec in found.items() for buffer in spec.buffers}
