@@ -130,6 +130,12 @@ class Blockwise:
         if not weights:
             raise ValueError("no rule of the scheme has a weight format, so nothing would be quantized")
         activations = [rule.activation for rule in scheme.rules if rule.activation is not None]
+        if self.cache_parts and scheme.attention is not None:
+            learning = ", ".join(type(step).__name__ for step in self.steps if step.cache_parts)
+            raise ValueError(
+                f"{learning} reads a quantized cache, and the scheme quantizes attention's operands too, which is not simulated "
+                "together: leave one of the two out"
+            )
         check_combination(weights, activations, self.steps)
         check_attention_ranges(scheme.attention, self.steps)
 

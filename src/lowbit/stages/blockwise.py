@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,8 +36,9 @@ from lowbit.architectures import (
     block_modules,
     quantize_attention,
     rotate_residual,
+    simulated_layers,
 )
-from lowbit.caches import PackedCache, PackedLayer
+from lowbit.caches import PackedCache, PackedLayer, calibrated_coordinates
 from lowbit.checkpoints.description import ModelDescription, has_unfused_experts
 from lowbit.decoding.packed_cache import key_biases, rules_for_biases
 from lowbit.modules import (
@@ -509,9 +511,26 @@ class Walk:
         self._behind(block, call)
         return record
 
+    @contextmanager
+    def _reading_cache(self, block: nn.Module) -> Iterator[None]:
+        """While open, the block at hand attends as if each token were decoded from the cache that its steps have read."""
+        caches = self._caches(self._at, block) if self.recipe.simulates_cache else {}
+        if not caches:
+            yield
+            return
+        layers: dict[int, PackedLayer] = {}
+        for path, layer in caches.items():
+            module: Any = block.get_submodule(path)
+            found = cache_calibration(module)
+            coordinates = (None, None) if found is None else calibrated_coordinates(layer.spec, found)
+            layers[module.layer_idx] = layer.with_coordinates(*coordinates)
+        with simulated_layers(block, layers):
+            yield
+
     def _behind(self, block: nn.Module, call: Call) -> float:
-        """Moves all streams behind the block; returns the relative squared difference of the two on the watched windows."""
-        with kept_weights(block, self.store["quant"].shape[1]):
+        """Moves all streams behind the block; returns the relative squared difference of the two on the watched windows. Where
+        blocks learn with a quantized cache, the quantized streams pass through it, so that the next block learns with its errors."""
+        with kept_weights(block, self.store["quant"].shape[1]), self._reading_cache(block):
             self._advance(call, block, "quant", "quant")
             if self.has_packed_stream:
                 self._advance(call, block, "packed", "packed")

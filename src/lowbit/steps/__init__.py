@@ -1,6 +1,7 @@
 """Steps: each makes one kind of decision about a block. The stage Blockwise runs a tuple of them, block after block."""
 
 from lowbit.steps.attention import SetAttentionRange
+from lowbit.steps.cache_coordinates import CacheCoordinates
 from lowbit.steps.choose_grid import ChooseGrid, FitActivation
 from lowbit.steps.cluster import Cluster
 from lowbit.steps.correction import LowRankCorrection, NormsAndBiases
@@ -28,6 +29,7 @@ __all__ = [
     "BlockIO",
     "BlockMSE",
     "BlockState",
+    "CacheCoordinates",
     "ChooseGrid",
     "ClipShares",
     "Cluster",

@@ -111,6 +111,10 @@ class Learn(Step):
         return frozenset().union(*(maker.disturbs for maker in self.makers))
 
     @property
+    def cache_parts(self) -> frozenset[str]:
+        return frozenset().union(*(maker.cache_parts for maker in self.makers))
+
+    @property
     def mix_order(self) -> MixOrder:
         return min(maker.mix_order for maker in self.makers)
 
@@ -120,10 +124,11 @@ class Learn(Step):
         return block
 
     def memory(self, sizes: RunSizes) -> float:
-        """Bytes of several copies of the weights and of one batch's activations, for the backward pass, and of the blocks that
-        it looks ahead to."""
+        """Bytes of several copies of the weights and of one batch's activations, for the backward pass, of what makers add, and
+        of the blocks that it looks ahead to."""
         block = sum(prod(shape) for shape in sizes.shapes.values()) * FLOAT
         further = self.looks_ahead * (block + _COPIES_AHEAD * self.batch * sizes.window_bytes)
+        further += sum(maker.memory(sizes, self.batch) for maker in self.makers)
         return _COPIES * (sizes.quantized_weights * FLOAT + self.batch * sizes.window_bytes) + further
 
     def ticks(self, windows: int, linears: int) -> int:

@@ -21,6 +21,7 @@ from lowbit.numerics import Clipped, Fixed, Statistic, serializable, straight_th
 from lowbit.steps.effects import EdgeUse, Effects, Freedom
 from lowbit.steps.rules import Midpoint, Smooth, TransformRule
 from lowbit.steps.state import BlockState, Stats
+from lowbit.steps.step import RunSizes
 from lowbit.transforms import Scale, Shift
 
 Weights = dict[str, Tensor]
@@ -64,6 +65,10 @@ class Maker(Effects):
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
         """The parametrization of one block. ``stats`` holds the statistics in ``needs``, by shared input."""
         raise NotImplementedError
+
+    def memory(self, sizes: RunSizes, batch: int) -> float:
+        """Bytes that a pass of ``batch`` windows with it takes beside copies of the weights and activations of linears."""
+        return 0
 
 
 class _EdgeTransforms(Parametrization):

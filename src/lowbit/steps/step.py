@@ -108,11 +108,6 @@ class Step(Effects):
         return False
 
     @property
-    def cache_parts(self) -> frozenset[str]:
-        """What it finds for the cache of the block's attention: buffers of :class:`~lowbit.modules.CacheCalibration`."""
-        return frozenset()
-
-    @property
     def reads_inputs(self) -> bool:
         """Whether its result depends on the linears' inputs on the calibration text."""
         return any(need.of_input for need in self.needs)
