@@ -5,6 +5,7 @@ from lowbit.caches.cache import PackedCache, format_of
 from lowbit.caches.coordinates import Coordinates, calibrated_coordinates
 from lowbit.caches.fits import CacheFit, Extremes, Operands, SecondMoments
 from lowbit.caches.layer import PackedLayer
+from lowbit.caches.simulated import attend_simulated
 from lowbit.caches.states import PackedStates
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "PackedStates",
     "SecondMoments",
     "attend_packed",
+    "attend_simulated",
     "calibrated_coordinates",
     "format_of",
 ]

@@ -47,10 +47,6 @@ class Coordinates:
         x = x if self.scale is None else x * self.scale
         return x if self.shift is None else x + self.shift
 
-    def shifted(self, shift: Tensor) -> Coordinates:
-        """These, after taking ``shift`` off."""
-        return replace(self, shift=shift if self.shift is None else self.shift + shift)
-
     def to(self, device: torch.device) -> Coordinates:
         """On ``device``."""
         parts = self.rotation, self.scale, self.shift, self.range

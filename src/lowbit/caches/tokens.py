@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit.caches.words import TILE, from_words, to_words, words_of
-from lowbit.numerics import Affine, Block, MinMax, Normal, PerGroup, PerTensor, RangeGrid, Spec
+from lowbit.numerics import Affine, Block, MinMax, Normal, PerGroup, PerTensor, RangeGrid, Spec, fake_quantize
 
 _STEP = 8
 """Tiles by which buffers grow at least; a large one grows by a sixty-fourth."""
@@ -64,9 +64,7 @@ class PackedTokens:
         self.zero = params.clone() if len(spec.grid.fields) > 1 else None
         self.fixed: Affine | None = None
         if isinstance(grain, PerTensor):
-            assert range is not None and isinstance(spec.grid, RangeGrid)
-            lo_H11, hi_H11 = range.to(like.device, torch.float32)[..., None, None].unbind(1)
-            self.fixed = spec.grid.from_range(lo_H11, hi_H11)
+            self.fixed = Affine(*(None if p is None else p[..., None] for p in _of_range(spec, range, like.device)))  # pyright: ignore[reportArgumentType]
 
     @property
     def in_blocks(self) -> bool:
@@ -99,16 +97,14 @@ class PackedTokens:
             return
         grain, grid = self.spec.granularity, self.spec.grid
         assert isinstance(grid, RangeGrid)
-        batch, heads, count, dim = x_BHND.shape
+        batch, heads, count, _ = x_BHND.shape
         assert count % self.rows == 0
         if not count:
             return
-        shared = self.scale.shape[1] < heads
-        x_ND = x_BHND.float().transpose(1, 2).reshape(-1, heads * dim) if shared else x_BHND.float().reshape(-1, dim)
+        x_ND = _rows(x_BHND.float(), self.scale.shape[1] < heads)
         x_GK = grain.split(x_ND)
-        params: Affine = self.spec.as_stored(_placed(x_GK, grid), self.groups)  # pyright: ignore[reportAssignmentType]
-        codes = grain.join(grid.encode(x_GK, params), tuple(x_ND.shape))
-        codes = codes.view(batch, count, heads, dim).transpose(1, 2) if shared else codes.view(batch, heads, count, dim)
+        params: Affine = self.spec.as_stored(TokenFit()(x_GK, grid), self.groups)  # pyright: ignore[reportAssignmentType]
+        codes = _heads(grain.join(grid.encode(x_GK, params), tuple(x_ND.shape)), x_BHND.shape)
         self._write(to_words(codes, grid.bits), count)
         for name, values in params._asdict().items():
             if values is not None:
@@ -231,12 +227,45 @@ class PackedTokens:
         self.zero = None if self.zero is None else self.zero.index_select(0, index)
 
 
-def _placed(x_GK: Tensor, grid: RangeGrid) -> Affine:
-    """Parameters of each granule: by its extremes; normal levels, which are of unit variance, by its root mean square."""
-    if not isinstance(grid, Normal):
-        return MinMax()(x_GK, grid)
-    rms_G1 = x_GK.square().mean(1, keepdim=True).sqrt()
-    return Affine(torch.where(rms_G1 > 0, rms_G1, 1.0))
+def fake_tokens(x_BHND: Tensor, spec: Spec, range_H2: Tensor | None, *, shared_heads: bool) -> Tensor:
+    """Tokens, a whole number of blocks, as :class:`PackedTokens` restores them, float32. Gradients pass the rounding straight
+    through, and reach ranges; what has no scale that the format can store becomes NaN."""
+    x = x_BHND.float()
+    if not isinstance(spec.granularity, PerTensor):
+        return _heads(fake_quantize(_rows(x, shared_heads), spec, TokenFit()), x.shape)
+    x_HK = x.transpose(0, 1)
+    rounded_HK = spec.grid.fake(x_HK.flatten(1), _of_range(spec, range_H2, x.device))  # pyright: ignore[reportAttributeAccessIssue]
+    return rounded_HK.view(x_HK.shape).transpose(0, 1)
+
+
+def _rows(x_BHND: Tensor, shared_heads: bool) -> Tensor:
+    """Rows whose ranges are their own: a token of a head, ``[B * H * N, D]``, or of all heads, ``[B * N, H * D]``."""
+    return x_BHND.transpose(1, 2).flatten(2).flatten(0, 1) if shared_heads else x_BHND.flatten(0, 2)
+
+
+def _heads(rows: Tensor, shape: torch.Size) -> Tensor:
+    """Tokens ``[B, H, N, D]`` of ``shape`` from :func:`_rows`."""
+    batch, heads, count, dim = shape
+    if rows.shape[1] == dim:
+        return rows.view(shape)
+    return rows.view(batch, count, heads, dim).transpose(1, 2)
+
+
+def _of_range(spec: Spec, range_H2: Tensor | None, device: torch.device) -> Affine:
+    """Parameters of each head, ``[H, 1]``, where one range serves all its tokens."""
+    assert range_H2 is not None and isinstance(spec.grid, RangeGrid)
+    lo_H1, hi_H1 = range_H2.to(device, torch.float32)[..., None].unbind(1)
+    return spec.grid.from_range(lo_H1, hi_H1)
+
+
+class TokenFit(MinMax):
+    """Places the grid of packed tokens by their extremes; normal levels, which are of unit variance, by their root mean square."""
+
+    def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
+        if not isinstance(grid, Normal):
+            return super().__call__(x_GK, grid)
+        mean_G1 = x_GK.square().mean(1, keepdim=True)
+        return Affine(torch.where(mean_G1 > 0, mean_G1, 1.0).sqrt())
 
 
 def _with_room(buffer: Tensor, count: int) -> Tensor:

@@ -31,6 +31,7 @@ from lowbit.methods import (
     smoothquant,
     spqr,
     squeezellm,
+    wkvquant,
     zeroquant,
 )
 
@@ -65,5 +66,6 @@ __all__ = [
     "smoothquant",
     "spqr",
     "squeezellm",
+    "wkvquant",
     "zeroquant",
 ]

@@ -12,7 +12,7 @@ Fisher information adds two moments, with an array of activations for every bloc
     loss       P + A + O + 6 V                   the gradient after the last block
     gradients  P + A + 2 B + G + 3 W             a block, its squares, its largest gradient (G), one window (W)
 
-P is the process itself (Python, torch, transformers: measured). A is the activations of the calibration set: three or four
+P is the process itself (Python, torch, transformers: measured). A is the activations of the calibration set: three to five
 float32 arrays ``[N, T, d]``, each of the windows that something reads (:mod:`lowbit.plan.streams`), as far as they fit in the
 user's limit; the rest is in files. B is the largest block in
 float32, L its largest tensor as stored, O everything outside the blocks in float32 and E the same without the head, Q
@@ -34,7 +34,8 @@ A step holds, all at once:
   batch makes once more before it is added (a Gram matrix takes a batch in place);
 * a search: inputs and outputs of the modules that judge it, over its calibration windows, and three copies of the
   weights of one edge's consumers; a search for channels to split and merge: four matrices of an input's width;
-* learning: eight copies of the weights and of one batch's activations, for the backward pass.
+* learning: eight copies of the weights and of one batch's activations, for the backward pass; for each original block that it
+  looks ahead to, the block and three copies of a batch's activations.
 
 Solving is another account, because it ends what it holds as it goes (``Solve.peak``). Either windows pass, with all
 statistics; or one linear is solved, with the statistics of inputs that are still to be solved and a block in which the
@@ -83,7 +84,7 @@ def stream_tokens(plan: ModelPlan, samples: int, seq_len: int, *, fisher: bool =
     made, with an array for every block."""
     held_out = held_out_windows(samples) if samples and plan.recipe.reads_text else 0
     windows = stream_windows(plan.recipe, samples, held_out, original=fisher)
-    named = ("fp", "quant", "next", *(["packed"] if plan.outside.embeddings else []))
+    named = ("fp", "quant", "next", "ahead", *(["packed"] if plan.outside.embeddings else []))
     return [len(windows[name]) * seq_len for name in named] + [samples * seq_len] * len(plan.blocks) * fisher
 
 

@@ -20,7 +20,8 @@ def watched_windows(calibrated: int, held_out: int) -> range:
 
 def stream_windows(recipe: Recipe, calibrated: int, held_out: int, *, original: bool = False) -> dict[str, range]:
     """The windows of each array of hidden states: ``fp`` and ``next``, of the original model before and behind a block;
-    ``quant``, of the blocks quantized so far; ``packed``, the same behind a packed embedding.
+    ``quant``, of the blocks quantized so far; ``packed``, the same behind a packed embedding; ``ahead``, of the original model
+    behind the blocks to which steps look ahead.
 
     Args:
         recipe: what is to be done.
@@ -30,4 +31,5 @@ def stream_windows(recipe: Recipe, calibrated: int, held_out: int, *, original: 
     every, watched = range(calibrated + held_out), watched_windows(calibrated, held_out)
     of_original = every if original or recipe.reads_original else watched
     of_quantized = every if recipe.reads_inputs and recipe.feed == "quant" else watched
-    return {"fp": of_original, "quant": of_quantized, "next": of_original, "packed": watched}
+    of_next = range(calibrated if recipe.looks_ahead else 0)
+    return {"fp": of_original, "quant": of_quantized, "next": of_original, "packed": watched, "ahead": of_next}

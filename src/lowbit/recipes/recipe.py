@@ -115,6 +115,16 @@ class Recipe:
         return any(stage.reads_original for stage in self.stages)
 
     @property
+    def simulates_cache(self) -> bool:
+        """Whether blocks learn with the cache that the scheme says."""
+        return self._blockwise is not None and bool(self.scheme.cache and self._blockwise.cache_parts)
+
+    @property
+    def looks_ahead(self) -> int:
+        """The number of original blocks behind the one at hand that steps run."""
+        return 0 if self._blockwise is None else self._blockwise.looks_ahead
+
+    @property
     def learns(self) -> bool:
         """Whether a stage computes gradients."""
         return any(stage.learns for stage in self.stages)

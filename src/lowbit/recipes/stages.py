@@ -90,6 +90,8 @@ class Blockwise:
         if solves != [len(self.steps) - 1]:
             names = [type(step).__name__ for step in self.steps]
             raise ValueError(f"Blockwise has one Solve, as its last step; found {names}")
+        if len(ahead := sorted({step.looks_ahead for step in self.steps} - {0})) > 1:
+            raise ValueError(f"steps that look ahead do so by one number of blocks, found {ahead}")
 
     @property
     def reads_inputs(self) -> bool:
@@ -97,7 +99,12 @@ class Blockwise:
 
     @property
     def reads_original(self) -> bool:
-        return self.feed == "fp" or any(step.reads_original for step in self.steps)
+        return self.feed == "fp" or any(step.reads_original or step.looks_ahead for step in self.steps)
+
+    @property
+    def looks_ahead(self) -> int:
+        """The number of original blocks behind the one at hand that its steps run."""
+        return max(step.looks_ahead for step in self.steps)
 
     @property
     def learns(self) -> bool:
@@ -123,6 +130,12 @@ class Blockwise:
         if not weights:
             raise ValueError("no rule of the scheme has a weight format, so nothing would be quantized")
         activations = [rule.activation for rule in scheme.rules if rule.activation is not None]
+        if self.cache_parts and scheme.attention is not None:
+            learning = ", ".join(type(step).__name__ for step in self.steps if step.cache_parts)
+            raise ValueError(
+                f"{learning} reads a quantized cache, and the scheme quantizes attention's operands too, which is not simulated "
+                "together: leave one of the two out"
+            )
         check_combination(weights, activations, self.steps)
         check_attention_ranges(scheme.attention, self.steps)
 

@@ -1,7 +1,8 @@
 """The stage Blockwise: a walk over every block once, in order, original weights in and packed weights out.
 
 At no time does it hold more than one block of original weights, three arrays of activations (two streams, and one more
-for what a block makes of the original stream), and what a step declared that it needs.
+for what a block makes of the original stream), and what a step declared that it needs. A step may look ahead: then the next
+original blocks are loaded before their turn, and one more array holds the original stream behind them.
 A recipe that needs Fisher information begins with a pass of its own (:mod:`lowbit.stages.fisher`). Two streams run side by side:
 ``fp``, the original model's hidden states, and ``quant``, those of the blocks quantized so far. A recipe's ``feed`` says
 which of them its steps see; the difference of the two is the damage done so far, measured at every block.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,8 +36,11 @@ from lowbit.architectures import (
     block_modules,
     quantize_attention,
     rotate_residual,
+    simulated_layers,
 )
+from lowbit.caches import PackedCache, PackedLayer, calibrated_coordinates
 from lowbit.checkpoints.description import ModelDescription, has_unfused_experts
+from lowbit.decoding.packed_cache import key_biases, rules_for_biases
 from lowbit.modules import (
     QuantLinear,
     cache_calibration,
@@ -58,7 +63,7 @@ from lowbit.stages.outside import narrowed_outside, pack_outside, replaced
 from lowbit.stages.record import BlockRecord, as_stored, install_packed
 from lowbit.stages.store import ActivationStore
 from lowbit.stages.stream import Call, CannotStream, Stream, outside
-from lowbit.steps import BlockIO, BlockState
+from lowbit.steps import Ahead, BlockIO, BlockState
 from lowbit.steps.precision import products
 from lowbit.surroundings import return_free_memory
 from lowbit.transforms import Seeded
@@ -109,6 +114,7 @@ class Walk:
         self.stream: Stream | None = None
         self.fisher: FisherPass | None = None
         self._numbers: dict[str, range] = {}  # the windows of each array of activations
+        self._loaded: set[int] = set()  # blocks that have their original weights
         self.packs_outside = False
         self._outside: dict[str, nn.Module] = {}
         self.outside_cost: float | None = None
@@ -177,7 +183,7 @@ class Walk:
 
         def take(w: int, hidden: Tensor) -> None:
             if w == 0:
-                for name in ("fp", "quant", "next"):
+                for name in ("fp", "quant", "next", *(["ahead"] if self._numbers["ahead"] else [])):
                     self.store.allocate(name, (len(self._numbers[name]), *hidden.shape[1:]), torch.float32)
             for name in ("fp", "quant"):
                 if w in self._numbers[name]:
@@ -261,7 +267,7 @@ class Walk:
         for i in range(self.total):
             self._at, self._ticks, self._expected = i, 0, self._ticks_of(i)
             call = None if calls is None else calls[i]
-            record = self._resume(i, call) if i < len(self.section.finished) else self._quantize(i, call)
+            record = self._resume(i, call) if i < len(self.section.finished) else self._quantize(i, calls)
             self.records.append(record)
             self.blocks[i] = nn.Identity()
             return_free_memory()
@@ -306,7 +312,7 @@ class Walk:
         for i, call in enumerate(calls):
             self._at, self._ticks, self._expected = i, 0, 3 * len(self.store["fp"])
             block = self._original(i, call).requires_grad_(False)
-            yield self._state(i, block, call), self.fisher.load(i)
+            yield self._state(i, block, calls), self.fisher.load(i)
             for stream in ("fp", "quant"):  # whichever the recipe's steps are fed with
                 self.store[stream].copy_(self.store["next"])
             self.blocks[i] = nn.Identity()
@@ -339,7 +345,8 @@ class Walk:
             len(self._seen("quant" if self.recipe.feed == "quant" else "fp")),
             len(self.plan.blocks[i].formats),
         )
-        return ticks + sum(step.ticks(windows, linears) for step in self.recipe.steps)
+        further = len(self._behind_it(i)) * len(self._numbers["ahead"])
+        return ticks + further + sum(step.ticks(windows, linears) for step in self.recipe.steps)
 
     def _tick(self, what: str) -> None:
         self._ticks += 1
@@ -349,10 +356,7 @@ class Walk:
     def _original(self, i: int, call: Call | None) -> nn.Module:
         """Block i with its original weights, its linears drafts, in the basis of the stream; the original stream behind it is in
         ``next``."""
-        self.source.load_into(self.model, self.plan.blocks[i].name)
-        make_drafts(self.blocks[i], self.plan.blocks[i].resolved.linears)
-        if self.rotation is not None:
-            self._fold(i, self.rotation)
+        self._load(i)
         if call is not None:
             self._advance(call, self.blocks[i], "fp", "next")
         if self.recipe.scheme.attention is not None:  # from here on, for the steps and for what comes behind them
@@ -360,6 +364,39 @@ class Walk:
                 quantize_attention(self.blocks[i].get_submodule(path), self.recipe.scheme.attention)
         self._narrow(i)
         return self.blocks[i]
+
+    def _load(self, i: int) -> nn.Module:
+        """Block i with its original weights, its linears drafts, in the basis of the stream; at once if it is loaded already."""
+        if i not in self._loaded:
+            self.source.load_into(self.model, self.plan.blocks[i].name)
+            make_drafts(self.blocks[i], self.plan.blocks[i].resolved.linears)
+            if self.rotation is not None:
+                self._fold(i, self.rotation)
+            self._loaded.add(i)
+        return self.blocks[i]
+
+    def _behind_it(self, i: int) -> range:
+        """Numbers of the blocks to which steps look ahead from block i."""
+        return range(i + 1, min(i + 1 + self.recipe.looks_ahead, self.total))
+
+    def _ahead(self, i: int, calls: list[Call]) -> Ahead | None:
+        """The original blocks to which steps look ahead from block i, loaded, and the original stream behind them. They stay
+        loaded until their turn comes."""
+        numbers = self._behind_it(i)
+        if not numbers:
+            return None
+        blocks = [self._load(j).requires_grad_(False) for j in numbers]
+        for w in self._numbers["ahead"]:
+            self.hidden("ahead", w).copy_(self.hidden("next", w))
+        for j, block in zip(numbers, blocks, strict=True):
+            self._advance(calls[j], block, "ahead", "ahead")
+
+        def run(hidden: Tensor, first: int) -> Tensor:
+            for j, block in zip(numbers, blocks, strict=True):
+                hidden = calls[j](block, hidden, first)
+            return hidden
+
+        return Ahead(run, self._seen("ahead"))
 
     @torch.no_grad()
     def _narrow(self, i: int) -> None:
@@ -381,9 +418,10 @@ class Walk:
                 stored = self.source.dtype_of(f"{plan.name}.{key}")
                 parameters[key].copy_(value if key in packed else value.to(stored))
 
-    def _quantize(self, i: int, call: Call | None) -> BlockRecord:
+    def _quantize(self, i: int, calls: list[Call] | None) -> BlockRecord:
+        call = None if calls is None else calls[i]
         block = self._original(i, call).requires_grad_(False)
-        state = self._state(i, block, call, None if self.fisher is None else self.fisher.load(i))
+        state = self._state(i, block, calls, None if self.fisher is None else self.fisher.load(i))
         name = state.name
         for other in state.resolved.other_matrices:
             state.note(f"{other} is a matrix that no role covers: it keeps its precision")
@@ -403,14 +441,22 @@ class Walk:
         return record
 
     def _state(
-        self, i: int, block: nn.Module, call: Call | None, fisher: dict[str, Tensor] | None = None
+        self, i: int, block: nn.Module, calls: list[Call] | None, fisher: dict[str, Tensor] | None = None
     ) -> BlockState:
         plan, io = self.plan.blocks[i], None
-        if call is not None:
+        if calls is not None:
             x, fp, y = (self._seen(name) for name in (self.recipe.feed, "fp", "next"))
             paired = len(fp) == len(x)
             fast = partial(products, x.device, self.recipe.compute)
-            io = BlockIO(x, y if paired else None, call, fp if paired else None, by_window=True, products=fast)
+            io = BlockIO(
+                x,
+                y if paired else None,
+                calls[i],
+                fp if paired else None,
+                by_window=True,
+                products=fast,
+                ahead=self._ahead(i, calls),
+            )
         return BlockState.of(
             plan.name,
             block,
@@ -424,7 +470,25 @@ class Walk:
             tick=self._tick,
             rotated=self.rotation is not None,
             reads_inputs=self.recipe.reads_inputs,
+            caches=self._caches(i, block),
         )
+
+    def _caches(self, i: int, block: nn.Module) -> dict[str, PackedLayer]:
+        """Empty layers of the cache of block i, by path of its attention module, in formats that fit its keys."""
+        formats, config = self.recipe.scheme.cache, self.source.config
+        if not formats:
+            return {}
+        name = self.plan.blocks[i].name
+        named = {j: key for j, key in key_biases(config).items() if key.startswith(f"{name}.")}
+        parameters = dict(block.named_parameters())
+        biases = {j: parameters.get(key.removeprefix(f"{name}.")) for j, key in named.items()}
+        rules = rules_for_biases(config, biases, formats.kv, formats.overrides)
+        layers = PackedCache(config, formats.kv, (*formats.overrides, *rules)).packed_layers
+        numbers = {
+            path: getattr(block.get_submodule(path), "layer_idx", None)
+            for path in attention_modules(self.plan.blocks[i].resolved)
+        }
+        return {path: layers[j] for path, j in numbers.items() if j in layers and layers[j].packs}
 
     def _seen(self, name: str) -> Tensor:
         """The windows of a stream that steps may see, ``[N, T, d]``."""
@@ -447,9 +511,26 @@ class Walk:
         self._behind(block, call)
         return record
 
+    @contextmanager
+    def _reading_cache(self, block: nn.Module) -> Iterator[None]:
+        """While open, the block at hand attends as if each token were decoded from the cache that its steps have read."""
+        caches = self._caches(self._at, block) if self.recipe.simulates_cache else {}
+        if not caches:
+            yield
+            return
+        layers: dict[int, PackedLayer] = {}
+        for path, layer in caches.items():
+            module: Any = block.get_submodule(path)
+            found = cache_calibration(module)
+            coordinates = (None, None) if found is None else calibrated_coordinates(layer.spec, found)
+            layers[module.layer_idx] = layer.with_coordinates(*coordinates)
+        with simulated_layers(block, layers):
+            yield
+
     def _behind(self, block: nn.Module, call: Call) -> float:
-        """Moves all streams behind the block; returns the relative squared difference of the two on the watched windows."""
-        with kept_weights(block, self.store["quant"].shape[1]):
+        """Moves all streams behind the block; returns the relative squared difference of the two on the watched windows. Where
+        blocks learn with a quantized cache, the quantized streams pass through it, so that the next block learns with its errors."""
+        with kept_weights(block, self.store["quant"].shape[1]), self._reading_cache(block):
             self._advance(call, block, "quant", "quant")
             if self.has_packed_stream:
                 self._advance(call, block, "packed", "packed")

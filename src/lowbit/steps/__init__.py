@@ -1,13 +1,14 @@
 """Steps: each makes one kind of decision about a block. The stage Blockwise runs a tuple of them, block after block."""
 
 from lowbit.steps.attention import SetAttentionRange
+from lowbit.steps.cache_coordinates import CacheCoordinates
 from lowbit.steps.choose_grid import ChooseGrid, FitActivation
 from lowbit.steps.cluster import Cluster
 from lowbit.steps.correction import LowRankCorrection, NormsAndBiases
 from lowbit.steps.effects import BlockDescription, EdgeUse, Effects, Freedom, LayerDescription, MixOrder
 from lowbit.steps.incoherence import Incoherence
 from lowbit.steps.learn import Learn
-from lowbit.steps.objectives import BlockMSE
+from lowbit.steps.objectives import BlockMSE, CrossBlockMAE
 from lowbit.steps.parametrizations import AllWeights, ClipShares, Rounding, Scales, Shifts
 from lowbit.steps.ranges import LearnedStepSizes, SearchActivationRange
 from lowbit.steps.reassembly import SearchReassembly
@@ -17,19 +18,22 @@ from lowbit.steps.search import MeanAbsPower, Search, SearchClip, SmoothPowers, 
 from lowbit.steps.search_float import SearchFloat
 from lowbit.steps.set import Set, SetActivationRange
 from lowbit.steps.solve import Solve
-from lowbit.steps.state import BlockIO, BlockState, LayerRecord
+from lowbit.steps.state import Ahead, BlockIO, BlockState, LayerRecord
 from lowbit.steps.step import Step
 
 __all__ = [
+    "Ahead",
     "AllWeights",
     "Balance",
     "BlockDescription",
     "BlockIO",
     "BlockMSE",
     "BlockState",
+    "CacheCoordinates",
     "ChooseGrid",
     "ClipShares",
     "Cluster",
+    "CrossBlockMAE",
     "EdgeUse",
     "Effects",
     "FitActivation",

@@ -215,6 +215,11 @@ class Effects:
         return TRANSFORMING if self.kinds else frozenset()
 
     @property
+    def cache_parts(self) -> frozenset[str]:
+        """What it finds for the cache of the block's attention: buffers of :class:`~lowbit.modules.CacheCalibration`."""
+        return frozenset()
+
+    @property
     def mix_order(self) -> MixOrder:
         """Where a mix puts it."""
         return MixOrder.AS_GIVEN

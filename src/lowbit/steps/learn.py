@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from lowbit.architectures import Kind
 from lowbit.modules import SharedInput
 from lowbit.numerics import Statistic, serializable
 from lowbit.steps.effects import BlockDescription, EdgeUse, Freedom, MixOrder
-from lowbit.steps.objectives import BlockMSE, Objective
+from lowbit.steps.objectives import BlockMSE, Objective, block_loss
 from lowbit.steps.parametrizations import Maker, Parametrization, Weights
 from lowbit.steps.precision import faster_products
 from lowbit.steps.state import BlockState
@@ -24,6 +25,7 @@ from lowbit.steps.step import FLOAT, RunSizes, Step
 _STANDSTILL = 1e-4
 """A relative fall of the lowest loss by less than this counts as none."""
 _COPIES = 8  # of weights and activations, held at once
+_COPIES_AHEAD = 3  # of the activations of an original block behind, which gradients only pass
 
 
 @serializable
@@ -89,6 +91,10 @@ class Learn(Step):
         return True
 
     @property
+    def looks_ahead(self) -> int:
+        return self.objective.ahead
+
+    @property
     def transforms(self) -> tuple[EdgeUse, ...]:
         return tuple(use for maker in self.makers for use in maker.transforms)
 
@@ -105,6 +111,10 @@ class Learn(Step):
         return frozenset().union(*(maker.disturbs for maker in self.makers))
 
     @property
+    def cache_parts(self) -> frozenset[str]:
+        return frozenset().union(*(maker.cache_parts for maker in self.makers))
+
+    @property
     def mix_order(self) -> MixOrder:
         return min(maker.mix_order for maker in self.makers)
 
@@ -114,8 +124,12 @@ class Learn(Step):
         return block
 
     def memory(self, sizes: RunSizes) -> float:
-        """Bytes of several copies of the weights and of one batch's activations, for the backward pass."""
-        return _COPIES * (sizes.quantized_weights * FLOAT + self.batch * sizes.window_bytes)
+        """Bytes of several copies of the weights and of one batch's activations, for the backward pass, of what makers add, and
+        of the blocks that it looks ahead to."""
+        block = sum(prod(shape) for shape in sizes.shapes.values()) * FLOAT
+        further = self.looks_ahead * (block + _COPIES_AHEAD * self.batch * sizes.window_bytes)
+        further += sum(maker.memory(sizes, self.batch) for maker in self.makers)
+        return _COPIES * (sizes.quantized_weights * FLOAT + self.batch * sizes.window_bytes) + further
 
     def ticks(self, windows: int, linears: int) -> int:
         return windows * bool(self.needs) + (self._epochs(windows) + 1) * -(-windows // self.batch)
@@ -205,7 +219,7 @@ class Learn(Step):
         products = state.io.products() if self.amp is None else faster_products(x.device, self.amp)
         with _simulated(state, weights, maps), products:
             output = state.io.run(run(weights), x, pick.start)
-        loss = self.objective(output, state.io.y[pick])
+            loss = block_loss(self.objective, state.io, output, pick.start)
         if self.objective.augment:
             with torch.no_grad():
                 target = state.io.run(run(base), x, pick.start)
@@ -224,6 +238,8 @@ def _simulated(state: BlockState, weights: Weights, maps: list[Parametrization])
             for each in maps:
                 chosen |= each.chosen(path, w_OI)
             stack.enter_context(draft.simulated(**chosen))
+        for each in maps:
+            stack.enter_context(each.simulated(state))
         yield
 
 

@@ -8,6 +8,7 @@ Drafts do the rounding. A recipe names makers (frozen values: :class:`Scales`, :
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from lowbit.numerics import Clipped, Fixed, Statistic, serializable, straight_th
 from lowbit.steps.effects import EdgeUse, Effects, Freedom
 from lowbit.steps.rules import Midpoint, Smooth, TransformRule
 from lowbit.steps.state import BlockState, Stats
+from lowbit.steps.step import RunSizes
 from lowbit.transforms import Scale, Shift
 
 Weights = dict[str, Tensor]
@@ -40,6 +42,10 @@ class Parametrization(nn.Module):
         """Attributes that this map sets on the draft at ``path``, by name. ``w_OI`` is its weight after ``forward``."""
         return {}
 
+    def simulated(self, state: BlockState) -> AbstractContextManager[None]:
+        """While open, the block computes with what this map chooses beside weights and attributes of drafts."""
+        return nullcontext()
+
     def constrain(self) -> None:
         """Clamps parameters to their legal region after a gradient step."""
 
@@ -59,6 +65,10 @@ class Maker(Effects):
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
         """The parametrization of one block. ``stats`` holds the statistics in ``needs``, by shared input."""
         raise NotImplementedError
+
+    def memory(self, sizes: RunSizes, batch: int) -> float:
+        """Bytes that a pass of ``batch`` windows with it takes beside copies of the weights and activations of linears."""
+        return 0
 
 
 class _EdgeTransforms(Parametrization):

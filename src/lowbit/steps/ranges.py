@@ -17,7 +17,7 @@ from lowbit.modules import ActSpec, static_params
 from lowbit.numerics import Affine, PerTensor, Spec, Statistic, TokenRange, clipped_tokens, serializable
 from lowbit.numerics.grids.int import round_ste
 from lowbit.steps.effects import Freedom, MixOrder
-from lowbit.steps.objectives import BlockMSE, Objective
+from lowbit.steps.objectives import BlockMSE, Objective, block_loss
 from lowbit.steps.parametrizations import SMALLEST_SCALE, Maker, Parametrization
 from lowbit.steps.state import BlockState, Stats
 from lowbit.steps.step import Step
@@ -65,6 +65,10 @@ class SearchActivationRange(Step):
     @property
     def reads_original(self) -> bool:
         return True
+
+    @property
+    def looks_ahead(self) -> int:
+        return self.objective.ahead
 
     @property
     def fixes(self) -> frozenset[Freedom]:
@@ -136,7 +140,7 @@ class SearchActivationRange(Step):
         assert state.io is not None and state.io.y is not None
         count = len(state.io) if self.windows is None else min(self.windows, len(state.io))
         return sum(
-            self.objective(state.io.run(state.block, state.io.window(i), i), state.io.y[i : i + 1]).item()
+            block_loss(self.objective, state.io, state.io.run(state.block, state.io.window(i), i), i).item()
             for i in range(count)
         )
 

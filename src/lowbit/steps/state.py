@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.architectures import Kind, Port, ResolvedBlock, ResolvedEdge, add_bias, fold, needs_bias
+from lowbit.caches import PackedLayer
 from lowbit.modules import DraftLinear, LinearFormat, QuantLinear, make_drafts
 from lowbit.modules.draft_linear import for_gradients, no_fisher
 from lowbit.numerics import Fisher, Statistic, narrowed
@@ -25,6 +26,19 @@ from lowbit.steps.collection import Collection
 from lowbit.transforms import ChannelTransform, Permute, Scale
 
 Stats = Mapping[Statistic, Tensor]
+
+
+@dataclass
+class Ahead:
+    """The next original blocks, as many as a step looks ahead to and there are.
+
+    Attributes:
+        run: takes hidden states ``[B, T, d]`` of windows ``first`` and following through them; gradients pass.
+        y: ``[N, T, d]``, the original stream behind the last of them.
+    """
+
+    run: Callable[[Tensor, int], Tensor]
+    y: Tensor
 
 
 @dataclass
@@ -38,6 +52,7 @@ class BlockIO:
         x_fp: ``[N, T, d]``, the inputs from the original blocks; None if they are ``x``.
         by_window: ``call`` also takes the number of the first window, because arguments of the block differ by window.
         products: makes a context for passes that only gather statistics; products in it may be less exact and faster.
+        ahead: the next original blocks; None where no step looks ahead (``Step.looks_ahead``), and at the last block.
     """
 
     x: Tensor
@@ -46,6 +61,7 @@ class BlockIO:
     x_fp: Tensor | None = None
     by_window: bool = False
     products: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ahead: Ahead | None = None
 
     def window(self, i: int, original: bool = False) -> Tensor:
         """Window ``i``, ``[1, T, d]`` float32; with ``original`` from the original blocks."""
@@ -96,6 +112,8 @@ class BlockContext:
         tick: called with the current activity as work goes on.
         rotated: whether the block reads and writes a rotated residual stream, as in ``io``.
         reads_inputs: whether the recipe learns anything from ``io``. Otherwise it is there for the report.
+        caches: empty layers of the cache, in the recipe's formats, by path of the attention module that has them; none where
+            its keys and values stay as they are.
     """
 
     name: str
@@ -107,6 +125,7 @@ class BlockContext:
     tick: Callable[[str], None] = lambda what: None
     rotated: bool = False
     reads_inputs: bool = True
+    caches: Mapping[str, PackedLayer] = field(default_factory=dict)
 
 
 @dataclass

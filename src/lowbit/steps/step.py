@@ -108,11 +108,6 @@ class Step(Effects):
         return False
 
     @property
-    def cache_parts(self) -> frozenset[str]:
-        """What it finds for the cache of the block's attention: buffers of :class:`~lowbit.modules.CacheCalibration`."""
-        return frozenset()
-
-    @property
     def reads_inputs(self) -> bool:
         """Whether its result depends on the linears' inputs on the calibration text."""
         return any(need.of_input for need in self.needs)
@@ -121,6 +116,11 @@ class Step(Effects):
     def reads_original(self) -> bool:
         """Whether it reads the original model's hidden states: ``y`` or ``x_fp`` of :class:`~lowbit.steps.state.BlockIO`."""
         return any(need.paired for need in self.needs)
+
+    @property
+    def looks_ahead(self) -> int:
+        """The number of original blocks behind the one at hand that it runs: ``ahead`` of :class:`~lowbit.steps.state.BlockIO`."""
+        return 0
 
     @property
     def rotates_residual(self) -> bool:
