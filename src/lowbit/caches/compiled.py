@@ -14,7 +14,6 @@ from lowbit.caches.side import Side
 from lowbit.kernels.native import DTYPES
 from lowbit.numerics import Affine, Int, PerTensor
 
-
 _BEYOND = 16
 """Positions of the rotary embedding that the compiled code may read beyond the last token: of one tile."""
 
