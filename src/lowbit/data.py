@@ -65,6 +65,7 @@ class Calibration:
         name: of the text.
         sha256: of the shape and the ids.
         held_out: int64 [H, T], the windows of the text after these, which results are measured on; None: there are none.
+        further: int64 [M, S], the windows of the text after those, for training; None: there are none, or none were asked.
         warnings: what the user should know.
     """
 
@@ -72,6 +73,7 @@ class Calibration:
     name: str
     sha256: str
     held_out: Tensor | None = None
+    further: Tensor | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -279,6 +281,7 @@ def calibration_set(
     vocab_size: int | None = None,
     model: Any = None,
     seed: int = 0,
+    further: tuple[int, int] = (0, 0),
 ) -> Calibration:
     """The first ``samples`` windows of ``seq_len`` tokens of a text, of generated texts, or of what the model writes now.
 
@@ -288,6 +291,8 @@ def calibration_set(
         bos: as in :func:`bos_token`.
         vocab_size: where given, it is checked: a tokenizer of another model gives ids that the embedding does not have.
         model, seed: for ``self`` only.
+        further: number of windows for training, and tokens of each. Fewer are given where the text is too short, with a
+            warning; they share no token with the other windows.
 
     Raises:
         TextError: a text that cannot be used.
@@ -298,7 +303,11 @@ def calibration_set(
     if isinstance(spec, str) and spec == SELF:
         if model is None:
             raise TextError("self: the calibration text is written by the model, so a loaded model is needed.")
-        name, tokens = f"self (seed {seed})", _own_tokens(model, tokenizer, samples, seq_len, first, seed)
+        needed = max(samples, 1) * seq_len + held_out_windows(samples) * seq_len + further[0] * further[1]
+        name, tokens = (
+            f"self (seed {seed})",
+            _own_tokens(model, tokenizer, needed, max(seq_len, further[1]), first, seed),
+        )
     elif isinstance(spec, str) and is_generated(spec):
         name, tokens, warnings = _generated_tokens(spec, tokenizer)
     else:
@@ -308,22 +317,28 @@ def calibration_set(
         tokens = tokens[1:]  # every window begins with it
     ids = windows(tokens, seq_len, samples, name=name, bos=first)
     own = seq_len - (first is not None)
-    more = min(held_out_windows(samples), len(tokens) // own - samples)
-    held_out = windows(tokens[samples * own :], seq_len, more, bos=first) if more > 0 else None
+    more = max(0, min(held_out_windows(samples), len(tokens) // own - samples))
+    held_out = windows(tokens[samples * own :], seq_len, more, bos=first) if more else None
+    beyond = _further(tokens[(samples + more) * own :], *further, bos=first)
     name = name if first is None else f"{name}, windows with BOS"
-    if vocab_size is not None and int(ids.max()) >= vocab_size:
+    largest = max(int(each.max()) for each in (ids, beyond) if each is not None)
+    if vocab_size is not None and largest >= vocab_size:
         raise TextError(
-            f"{name}: the tokenizer gives id {int(ids.max())}, the model's vocabulary has {vocab_size}. "
+            f"{name}: the tokenizer gives id {largest}, the model's vocabulary has {vocab_size}. "
             "The tokenizer is not this model's; use the one saved with it."
         )
-    return Calibration(ids, name, ids_sha256(ids), held_out, warnings)
+    found = 0 if beyond is None else len(beyond)
+    less = (
+        f"training asks for {further[0]} windows of {further[1]} tokens; behind the calibration text there are {found}"
+    )
+    warnings = (*warnings, less) if found < further[0] else warnings
+    return Calibration(ids, name, ids_sha256(ids), held_out, beyond, warnings)
 
 
-def _own_tokens(model: Any, tokenizer: Any, samples: int, seq_len: int, bos: int | None, seed: int) -> Tensor:
-    """Tokens that the model writes itself, one text behind another, for ``samples`` windows and those to measure on."""
-    count = max(samples, 1) + held_out_windows(samples)
+def _own_tokens(model: Any, tokenizer: Any, count: int, seq_len: int, bos: int | None, seed: int) -> Tensor:
+    """``count`` tokens that the model writes itself, one text of ``seq_len`` tokens at most behind another."""
     # One token more than the windows have: the first BOS of all is not among them.
-    texts = write_tokens(model, tokenizer, Sampling(seed=seed), count * seq_len + 1, seq_len, bos=bos)
+    texts = write_tokens(model, tokenizer, Sampling(seed=seed), count + 1, seq_len, bos=bos)
     return torch.tensor([id for batch in texts for text in batch for id in text.ids])
 
 
@@ -344,13 +359,25 @@ def _generated_tokens(spec: str, tokenizer: Any) -> tuple[str, Tensor, tuple[str
     return f"{made.name} ({len(made.lengths)} generated texts)", torch.from_numpy(made.ids.astype("int64")), warnings
 
 
+def _further(tokens: Tensor, count: int, seq_len: int, bos: int | None) -> Tensor | None:
+    """The first ``count`` windows of ``seq_len`` tokens, or as many as there are; None: there are none."""
+    found = min(count, len(tokens) // (seq_len - (bos is not None))) if count else 0
+    return windows(tokens, seq_len, found, bos=bos) if found else None
+
+
 def held_out_windows(samples: int) -> int:
     """The number of windows to measure on beside ``samples`` windows of calibration: a quarter of them, 1 to 8."""
     return min(8, max(1, samples // 4))
 
 
 def calibration_of(
-    source: Any, text: str | Sequence[str] | Tensor | Calibration, samples: int, seq_len: int, bos: Bos = "auto"
+    source: Any,
+    text: str | Sequence[str] | Tensor | Calibration,
+    samples: int,
+    seq_len: int,
+    bos: Bos = "auto",
+    *,
+    further: tuple[int, int] = (0, 0),
 ) -> Calibration:
     """What a run over ``source`` (a ModelSource) calibrates on.
 
@@ -358,6 +385,7 @@ def calibration_of(
         text: as in :func:`calibration_set`, or ids ``[N, T]``, which are taken as they are. For ``self`` the whole model is
             loaded, to write the text.
         bos: as in :func:`bos_token`.
+        further: as in :func:`calibration_set`; texts given as windows have none.
 
     Raises:
         TextError: a text that cannot be used; ids that the model does not have; windows of one token, of padding, or
@@ -372,8 +400,13 @@ def calibration_of(
         _check_positions(source, seq_len)
         own = source.load_full() if isinstance(text, str) and text == SELF else None
         tokenizer = source.tokenizer() if own is None else source.tokenizer_if_any()
-        made = calibration_set(text, tokenizer, samples, seq_len, bos=bos, vocab_size=config.vocab_size, model=own)
-    return replace(made, ids=usable(made.ids), warnings=(*made.warnings, *_check_ids(source, made.ids)))
+        if further[0]:
+            _check_positions(source, further[1])
+        made = calibration_set(
+            text, tokenizer, samples, seq_len, bos=bos, vocab_size=config.vocab_size, model=own, further=further
+        )
+    warnings = (*_check_ids(source, made.ids), *made.warnings)
+    return replace(made, ids=usable(made.ids), warnings=tuple(dict.fromkeys(warnings)))
 
 
 def _given_ids(ids: Tensor) -> Calibration:

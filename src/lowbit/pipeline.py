@@ -98,6 +98,7 @@ class Job:
     @property
     def header(self) -> dict[str, Any]:
         """What determines the bytes of the result, its report included; a partial run is continued only where all of it is the same."""
+        further = None if self.calibration is None else self.calibration.further
         return {
             "lowbit": __version__,
             "torch": torch.__version__,
@@ -108,7 +109,7 @@ class Job:
             "keep_dtype": self.plan.kept.choice,
             "calibration": None if self.calibration is None else self.calibration.sha256,
             "held_out": None if self._held_out is None else ids_sha256(self._held_out),
-        }
+        } | ({} if further is None else {"training": ids_sha256(further)})
 
 
 @own_settings()
@@ -153,7 +154,9 @@ def prepare(
     if calibration is not None:
         if recipe.changes_weights:
             check_blocks_run_alone(plan.architecture)
-        job.calibration = calibration_of(plan.source, calibration, samples, seq_len, bos)
+        job.calibration = calibration_of(
+            plan.source, calibration, samples, seq_len, bos, further=recipe.training_windows(seq_len)
+        )
         job.warnings.extend(job.calibration.warnings)
         _check_windows(recipe, job.calibration.ids.shape[1])
     job.tokenizer = plan.source.tokenizer_if_any()
@@ -267,7 +270,8 @@ def _run(
     job: Job, journal: Journal, ram_limit: int, max_kl: float, allow_broken: bool, progress: Progress | None
 ) -> QuantizeReport:
     ids, held_out = job.windows()
-    running = Run(job.plan, ids, journal, ram_limit, progress or silent, job.calibration is None, held_out)
+    further = None if job.calibration is None else job.calibration.further
+    running = Run(job.plan, ids, journal, ram_limit, progress or silent, job.calibration is None, held_out, further)
     walk = running.walk
     try:
         try:

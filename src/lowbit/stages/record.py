@@ -31,6 +31,7 @@ class BlockRecord:
     modules: dict[str, LinearDescription] = field(default_factory=dict)  # of the packed linears by full name
     attention: dict[str, AttentionSpec] = field(default_factory=dict)  # formats of attention's operands, likewise
     cache: dict[str, CalibrationSpec] = field(default_factory=dict)  # what was found for the cache, likewise
+    latents: str = ""  # sha256 of the file with the weights that codes were rounded from; empty: there is none
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the journal."""
@@ -42,6 +43,7 @@ class BlockRecord:
             "modules": {name: description.to_json() for name, description in self.modules.items()},
             "attention": {name: to_dict(spec) for name, spec in self.attention.items()},
             "cache": {name: to_dict(spec) for name, spec in self.cache.items()},
+            **({"latents": self.latents} if self.latents else {}),
         }
 
     @classmethod

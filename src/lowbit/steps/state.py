@@ -114,6 +114,7 @@ class BlockContext:
         reads_inputs: whether the recipe learns anything from ``io``. Otherwise it is there for the report.
         caches: empty layers of the cache, in the recipe's formats, by path of the attention module that has them; none where
             its keys and values stay as they are.
+        keeps_latents: whether a later stage needs the weights that are rounded here.
     """
 
     name: str
@@ -126,6 +127,7 @@ class BlockContext:
     rotated: bool = False
     reads_inputs: bool = True
     caches: Mapping[str, PackedLayer] = field(default_factory=dict)
+    keeps_latents: bool = False
 
 
 @dataclass
@@ -136,6 +138,7 @@ class BlockState:
         block: its linears are drafts, or packed.
         originals: drafts that packed linears replaced, kept where paired statistics are still to be gathered.
         records: the report's entries of packed linears.
+        latents: what the codes of packed linears were rounded from, by path, where a later stage needs it.
         notes: warnings for the report.
     """
 
@@ -143,6 +146,7 @@ class BlockState:
     block: nn.Module
     originals: dict[str, DraftLinear] = field(default_factory=dict)
     records: list[LayerRecord] = field(default_factory=list)
+    latents: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @classmethod
