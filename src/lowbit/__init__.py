@@ -9,7 +9,7 @@ from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
 from typing import TYPE_CHECKING, Any
 
-from lowbit import transformers_hook as _transformers_hook
+from lowbit import import_hooks as _import_hooks
 from lowbit.version import __version__
 
 if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors; a test compares the two
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors; a test com
     from lowbit.comparison import compare
     from lowbit.data_generation import GeneratedData, generate_data
     from lowbit.linear_api import quantize_linear
+    from lowbit.merging import MergeReport, merge_adapter
     from lowbit.pipeline import quantize
     from lowbit.recipes import Recipe, recipe
     from lowbit.report import BrokenModel, QuantizeReport
@@ -28,6 +29,7 @@ __all__ = [
     "BrokenModel",
     "ExportReport",
     "GeneratedData",
+    "MergeReport",
     "QuantizeReport",
     "Recipe",
     "__version__",
@@ -40,6 +42,7 @@ __all__ = [
     "list_methods",
     "load",
     "load_tokenizer",
+    "merge_adapter",
     "quantize",
     "quantize_linear",
     "recipe",
@@ -50,6 +53,7 @@ _HOMES = {
     "BrokenModel": "lowbit.report",
     "ExportReport": "lowbit.api",
     "GeneratedData": "lowbit.data_generation",
+    "MergeReport": "lowbit.merging",
     "QuantizeReport": "lowbit.report",
     "Recipe": "lowbit.recipes",
     "allocate": "lowbit.allocation",
@@ -61,6 +65,7 @@ _HOMES = {
     "list_methods": "lowbit.catalog",
     "load": "lowbit.api",
     "load_tokenizer": "lowbit.api",
+    "merge_adapter": "lowbit.merging",
     "quantize": "lowbit.pipeline",
     "quantize_linear": "lowbit.linear_api",
     "recipe": "lowbit.recipes",
@@ -81,4 +86,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-_transformers_hook.install()
+_import_hooks.install()

@@ -311,7 +311,8 @@ def refuse_adapter(directory: Path) -> None:
     if (directory / "adapter_config.json").is_file():
         raise ModelError(
             f"{directory}: adapter_config.json lies next to the weights, so it is not clear which model is meant. Merge the "
-            "adapter first (merge_and_unload of peft, then save_pretrained into a new directory), or move its files away."
+            "adapter first (lowbit merge-adapter where the weights are packed, else merge_and_unload of peft), or move its files to a "
+            "directory of their own and load it beside the model: PeftModel.from_pretrained(lowbit.load(DIR), ADAPTER)."
         )
 
 

@@ -4,7 +4,7 @@ transformers builds the model without weights, lets a quantizer change it, and t
 empty packed layers in place; their buffers already have the checkpoint's dtypes, and transformers casts a tensor to the
 dtype of its place, so that whatever dtype is asked for the packed tensors arrive bit for bit and only the rest is cast.
 
-:mod:`lowbit.transformers_hook` imports this module while transformers itself is being imported. At its top this module
+:mod:`lowbit.import_hooks` imports this module while transformers itself is being imported. At its top this module
 may therefore import only what ``transformers.quantizers.auto`` has imported before; the rest is imported in functions.
 """
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,11 +93,32 @@ def reference(x: Tensor, layer: PackedLinear, weight: Tensor | None = None) -> T
 
     ``weight``: the layer's :func:`reference_weight`, where the caller kept it.
     """
-    weight = (reference_weight(layer) if weight is None else weight).to(x.dtype)
     if layer.act is None:
-        return F.linear(x, weight)
+        return _product(x, layer, weight)
     fake = fake_quantize_activation(x, layer.act, layer.act_params, layer.threshold).to(x.dtype)
-    return add_side(F.linear(fake, weight), x, layer)
+    return add_side(_product(fake, layer, weight), x, layer)
+
+
+def _product(x: Tensor, layer: PackedLinear, weight: Tensor | None) -> Tensor:
+    if weight is None and torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+        y = _DecodedTwice.apply(x, layer)
+        assert isinstance(y, Tensor)
+        return y
+    return F.linear(x, (reference_weight(layer) if weight is None else weight).to(x.dtype))
+
+
+class _DecodedTwice(torch.autograd.Function):
+    """The product with a frozen weight that is decoded again in the backward pass, instead of being kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, reference_weight(layer).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (g,) = grads
+        return g @ reference_weight(ctx.layer).to(g.dtype), None
 
 
 def with_side_terms(weight_OI: Tensor, side_terms: tuple[SideTerm, ...]) -> Tensor:

@@ -335,9 +335,10 @@ class QuantLinear(nn.Module):
         if self.tiles is not None and not self.is_tied:
             destination[f"{prefix}codes"] = self._tensors()["codes"]
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.restore()
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if any(name.startswith(prefix) for name in state_dict):  # an adapter's state has nothing for this layer
+            self.restore()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         if self.tiles is not None and fn(self.tiles[:0]).device != self.tiles.device:

@@ -30,6 +30,7 @@ COMMANDS = (
     "evaluate",
     "generate",
     "generate-data",
+    "merge-adapter",
     "chat",
     "plan",
     "explain",
@@ -359,6 +360,25 @@ def test_generate_data_writes_texts_reports_on_them_and_names_the_next_command(p
     as_json = run("generate-data", place / "model", "--samples", 2, "--seq-len", 20, "-o", tmp_path / "j", "--json")
     assert json.loads(as_json.stdout)["tokens"] >= 40
     assert_refused(run("generate-data", place / "model", "-o", out), "exists and is not empty")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, for what peft calls
+def test_merge_adapter_writes_a_checkpoint_and_says_what_was_lost(quantized, place, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(lowbit.load(quantized.out), peft.LoraConfig(target_modules=["up_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    arguments = ["--text", place / "text.txt", "--samples", 3, "--seq-len", 16]
+    result = run("merge-adapter", quantized.out, tmp_path / "adapter", *arguments, "-o", tmp_path / "merged")
+    assert result.exit_code == 0, result.stderr
+    assert "2 packed layers merged" in result.stdout and "top-1 agreement" in result.stdout
+    assert run("generate", tmp_path / "merged", "--prompt", "w1 w2").exit_code == 0
+    assert_refused(
+        run("merge-adapter", place / "model", tmp_path / "adapter", "-o", tmp_path / "m"), "not packed by lowbit"
+    )
 
 
 @pytest.fixture(scope="module")

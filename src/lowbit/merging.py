@@ -1,0 +1,140 @@
+"""``lowbit.merge_adapter``: an adapter of peft put into the packed weights of its model, and what that loses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit.checkpoints import native
+from lowbit.checkpoints.companions import copy_companions
+from lowbit.checkpoints.locate import locate
+from lowbit.checkpoints.source import open_model
+from lowbit.checkpoints.target import OutputError, check_target
+from lowbit.data import load_text, tokenize, windows
+from lowbit.evaluation.forward import evaluating, logits_of
+from lowbit.modules import QuantLinear
+from lowbit.numerics.divergence import kl_and_agreement
+from lowbit.progress import Progress, silent
+from lowbit.surroundings import own_settings
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was written.
+
+    Attributes:
+        out: the directory.
+        layers: packed layers that the adapter changes.
+        kl: mean KL divergence of the merged model from the model with the adapter beside it, nats a token.
+        agreement: share of tokens that both think likeliest.
+        adapter_kl: divergence of the model without the adapter from that with it: what the adapter does at all.
+        measured_on: the text.
+    """
+
+    out: Path
+    layers: int
+    kl: float
+    agreement: float
+    adapter_kl: float
+    measured_on: str
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know."""
+        if self.kl < self.adapter_kl / 2:
+            return ()
+        return (
+            f"merging loses {self.kl:.2g} nats a token of the {self.adapter_kl:.2g} that the adapter changes: the bits of the packed "
+            "layers do not hold it; keep the adapter beside the model, or merge it into the original and quantize that",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self) | {"out": str(self.out), "warnings": self.warnings}
+
+
+@own_settings()
+def merge_adapter(
+    model: str | PathLike[str],
+    adapter: str | PathLike[str],
+    out: str | PathLike[str],
+    text: str = "python-docs",
+    *,
+    samples: int = 8,
+    seq_len: int = 256,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> MergeReport:
+    """Adds a LoRA adapter to the packed weights of ``model``, in the formats that they have, and measures what is lost.
+
+    A weight of few bits cannot hold a small change of each element, so merging rounds part of the adapter away. Layers
+    that are not packed take it as it is.
+
+    Args:
+        model: a packed checkpoint.
+        adapter: a directory as peft's ``save_pretrained`` writes it, trained beside this model.
+        out: a new directory.
+        text: to measure on, as for :func:`lowbit.evaluate`.
+        samples, seq_len: how many windows of how many tokens of it.
+
+    Raises:
+        ValueError: bad input, found before any work; a layer that no adapter can be merged into; peft is not installed.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ValueError("merging adapters needs the package peft. Run: pip install peft") from None
+    out = check_target(Path(out).expanduser())
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():
+        raise OutputError(f"{partial} exists: another run did not finish there. Remove it, or choose another -o DIR")
+    adapter = Path(adapter).expanduser()
+    if not (adapter / "adapter_config.json").is_file():
+        raise ValueError(f"{adapter}: no adapter_config.json; expected a directory as peft's save_pretrained writes it")
+    _, path = locate(model, trust_remote_code=trust_remote_code)
+    if not native.is_native(native.read_checkpoint(path).config):
+        raise ValueError(f"{path} is not packed by lowbit; merge with merge_and_unload of peft")
+    source = open_model(path, trust_remote_code=trust_remote_code, allow_quantized=True)
+    content = load_text(text, "evaluation", tokenizer := source.tokenizer())
+    ids = windows(tokenize(content.text, tokenizer), seq_len, samples, name=content.name)
+
+    def adapted() -> Any:
+        loaded = native.load(path, trust_remote_code=trust_remote_code)
+        return PeftModel.from_pretrained(loaded, str(adapter))
+
+    progress(0, samples, "merging")
+    beside, merged = adapted(), adapted()
+    before = {name: layer for name, layer in merged.get_base_model().named_modules() if isinstance(layer, QuantLinear)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "merging rounds an adapter")  # measured below
+        merged = merged.merge_and_unload()
+    layers = sum(layer not in before.values() for layer in merged.modules() if isinstance(layer, QuantLinear))
+    whole, changes = [], []
+    with evaluating(beside, merged):
+        for i, ids_T in enumerate(ids):
+            wanted = logits_of(beside.get_base_model(), ids_T)
+            whole.append(kl_and_agreement(wanted, logits_of(merged, ids_T)))
+            with beside.disable_adapter():
+                changes.append(kl_and_agreement(wanted, logits_of(beside.get_base_model(), ids_T))[0])
+            progress(i + 1, samples, "measuring what merging loses")
+    try:
+        native.save(merged, partial)
+        tokenizer.save_pretrained(partial)
+        copy_companions(path, partial, code=trust_remote_code)
+        if out.exists():
+            out.rmdir()  # empty: checked above
+        os.replace(partial, out)  # noqa: PTH105  (atomic on every system)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    kl = torch.cat([kl_T for kl_T, _ in whole]).mean().item()
+    agreement = torch.cat([agree_T.double() for _, agree_T in whole]).mean().item()
+    measured = f"{samples} windows of {seq_len} tokens of {content.name}"
+    return MergeReport(out, layers, kl, agreement, torch.cat(changes).mean().item(), measured)
