@@ -438,7 +438,10 @@ class Walk:
         attends = {path: spec for path, spec in specs.items() if spec is not None}
         caches = {f"{name}.{path}": cache_calibration(m) for path, m in block.named_modules()}
         found = {path: calibration.spec for path, calibration in caches.items() if calibration is not None}
-        record = BlockRecord(name, error, state.records, state.notes, packed, attends, found)
+        if self.recipe.needs_latents:  # before the unit that names its hash
+            self.journal.save(self._latents_file(i), {f"{name}.{path}": w_OI for path, w_OI in state.latents.items()})
+        latents = self._latents_hash(i)
+        record = BlockRecord(name, error, state.records, state.notes, packed, attends, found, latents)
         self.section.write(self._shard(i), self._tensors(block, name), record.to_dict())
         return record
 
