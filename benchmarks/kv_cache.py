@@ -54,6 +54,9 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "kv-oscar 4": ("kv-oscar", {"bits": 4}),
     "kv-oscar 3": ("kv-oscar", {"bits": 3}),
     "kv-oscar 2": ("kv-oscar", {"bits": 2}),
+    "kv-oscar 2, centred": ("kv-oscar", {"bits": 2, "centred": True}),
+    "kv-oscar 3, centred": ("kv-oscar", {"bits": 3, "centred": True}),
+    "kv-oscar 4, centred": ("kv-oscar", {"bits": 4, "centred": True}),
     "kivi 2, 64 + 256 whole": ("kivi", {"bits": 2, **WINDOWS}),
     "kivi 3, 64 + 256 whole": ("kivi", {"bits": 3, **WINDOWS}),
     "kv-rotated 2, both, 64 + 256 whole": ("kv-rotated", {"bits": 2, "rotate": "both", **WINDOWS}),
@@ -158,7 +161,7 @@ def written(args: argparse.Namespace, rows: list[dict[str, Any]], timed: list[di
             for r in timed
         ),
         "",
-        f"{machine()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        f"Last run: {machine()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "",
     ]
     return "\n".join(lines)

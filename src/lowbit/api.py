@@ -75,12 +75,13 @@ def kv_cache(model: Any, method: str | KVSpec = "kivi", **options: Any) -> Packe
 
     Args:
         model: a transformers model or its configuration.
-        method: a method for caches (``lowbit methods``), such as ``kivi`` or ``kivi:2`` (2 bits), or a format.
+        method: a method for caches (``lowbit methods``), such as ``kivi`` or ``kivi:2`` (2 bits), or a format. What needs a
+            calibration (``kv-oscar``) goes with a model whose checkpoint carries it.
         options: of the method, such as ``bits``, ``group_size`` and ``recent``.
 
     Raises:
-        ValueError: no such method or option, one that does not say how a cache is held, or a model without layers of full
-            attention.
+        ValueError: no such method or option, one that does not say how a cache is held, a model without layers of full
+            attention, or one that does not carry the calibration that the cache needs.
     """
     scheme = kv_scheme(method, **options)
     return packed_cache(model, scheme.kv, scheme.kv_overrides)

@@ -16,12 +16,15 @@ def kv_oscar(
     key_bits: int | None = None,
     value_bits: int | None = None,
     sink: int = 64,
+    centred: bool = False,
 ) -> Recipe:
     """Each head of keys and of values has a rotation from the second moments of the calibration text, and each token a range.
 
     * bits, key_bits, value_bits: 1 to 8; 16 leaves them as they are.
     * group_size: channels of a range, at most those of a head.
     * recent, sink: the newest and the first tokens, which stay as they are.
+    * centred: take the mean of each key channel off before, which is this project's own, not the paper's; needs recent of at
+      least 32. It more than halves what SmolLM2-135M loses at 2 bits.
 
     Keys are rotated after the rotary embedding, by eigenvectors of the second moment of the queries that read them, times a Hadamard
     matrix; values likewise, by the second moment of what attention mixes from them. The queries of all heads that share a key
@@ -35,6 +38,8 @@ def kv_oscar(
         return None if width == 16 else Spec(Int(width, zero="real"), PerGroup(group_size))
 
     keys, values = spec(key_bits), spec(value_bits)
-    form = KVSpec(keys, values, recent=recent, sink=sink, key_rotation="learned", value_rotation="learned")
+    form = KVSpec(
+        keys, values, recent=recent, sink=sink, key_rotation="learned", value_rotation="learned", centred=centred
+    )
     stages = (FitCache(SecondMoments()),) if form.calibrated else ()
     return Recipe("kv-oscar", Scheme(kv=form), stages)

@@ -140,6 +140,8 @@ def test_what_plan_foresees_is_what_is_written(model, alone):
     weights = sum(file.stat().st_size for file in alone[0].glob("*.safetensors"))
     assert 0 <= weights - foreseen.bytes_out < 10000  # headers
     assert foreseen.peak_ram_parts["calibrate cache"]["sums"] == 3 * 8 * 2 * 2 * 16**2
+    mixed = plan(model, recipe("rtn+kv-oscar", **OPTIONS), samples=4, seq_len=48)
+    assert mixed.peak_ram_parts["calibrate cache"]["sums"] == 3 * 8 * 2 * 2 * 16**2
     text = " ".join(explain(recipe("gptq+kv-oscar", **OPTIONS), model).notes)
     assert "SecondMoments" in text and "key rotation, value rotation" in text
 
