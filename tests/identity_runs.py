@@ -189,6 +189,7 @@ _SHORT: dict[str, dict[str, Any]] = {
     "kivi": {"bits": 4, "recent": 32},
     "kv-fp8": {},
     "kv-int": {},
+    "kv-oscar": {"recent": 16, "sink": 4},
     "kv-rotated": {},
     "kv-turbo": {"exempt": 0},
     "llm-fp4": {"rounds": 1, "grid": 3, "tokens": 48},

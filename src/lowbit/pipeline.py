@@ -155,8 +155,20 @@ def prepare(
             check_blocks_run_alone(plan.architecture)
         job.calibration = calibration_of(plan.source, calibration, samples, seq_len, bos)
         job.warnings.extend(job.calibration.warnings)
+        _check_windows(recipe, job.calibration.ids.shape[1])
     job.tokenizer = _tokenizer_if_any(plan.source)
     return job
+
+
+def _check_windows(recipe: Recipe, tokens: int) -> None:
+    """Checks that calibration windows have tokens that the cache packs, where only those count. Raises ValueError."""
+    formats = recipe.scheme.cache
+    sinks = [spec.sink for spec in (formats.kv, *(rule.kv for rule in formats.overrides)) if spec is not None]
+    if any(stage.fit.skips_sinks for stage in recipe.cache_stages) and tokens <= max(sinks):
+        raise ValueError(
+            f"calibration windows of {tokens} tokens have none behind the first {max(sinks)}, which the cache keeps as they are; "
+            "raise seq_len"
+        )
 
 
 def _planned_bits(plan: ModelPlan) -> float:

@@ -73,12 +73,13 @@ def operand_ranges(module: nn.Module) -> OperandRanges | None:
 
 
 @contextmanager
-def observed(module: nn.Module, observer: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+def observed(module: nn.Module, observer: Callable[[Tensor, Tensor, Tensor, float | None], None]) -> Iterator[None]:
     """While open, calls ``observer`` with the operands of every attention call of ``module``, as they are multiplied.
 
     Args:
         module: an attention module.
-        observer: takes queries ``[B, H, T, D]``, keys ``[B, G, S, D]`` and values ``[B, G, S, D]``.
+        observer: takes queries ``[B, H, T, D]``, keys ``[B, G, S, D]``, values ``[B, G, S, D]``, and the factor of scores
+            (None: 1 / sqrt(D)).
     """
     setattr(module, _OBSERVER, observer)
     try:
@@ -208,7 +209,7 @@ def _attention(
         key.layer.settle()
         return mixed, None
     if (observer := getattr(module, _OBSERVER, None)) is not None:
-        observer(query, key, value)
+        observer(query, key, value, scaling)
     if spec is None and kwargs.get("softcap") is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:

@@ -52,6 +52,11 @@ class CacheFit(Protocol):
         """What it finds: buffers of :class:`~lowbit.modules.CacheCalibration`."""
         ...
 
+    @property
+    def skips_sinks(self) -> bool:
+        """Whether the tokens that the cache keeps as they are do not count."""
+        ...
+
     def observe(self, sums: Sums, seen: Operands) -> None:
         """Adds windows to ``sums``."""
         ...
@@ -85,6 +90,10 @@ class SecondMoments:
     def parts(self) -> frozenset[str]:
         return frozenset({"key_rotation", "value_rotation"})
 
+    @property
+    def skips_sinks(self) -> bool:
+        return False
+
     def observe(self, sums: Sums, seen: Operands) -> None:
         groups = seen.key.shape[1]
         mixed_BHTE = scaled_dot_product_attention(
@@ -112,13 +121,13 @@ class Extremes:
     def parts(self) -> frozenset[str]:
         return frozenset({"key_range", "value_range"})
 
+    @property
+    def skips_sinks(self) -> bool:
+        return True
+
     def observe(self, sums: Sums, seen: Operands) -> None:
         for name, x_BGTD in (("key_range", seen.as_packed(seen.key)), ("value_range", seen.value)):
             x_GK = x_BGTD[:, :, seen.sink :].double().transpose(0, 1).flatten(1)
-            if not x_GK.numel():
-                raise ValueError(
-                    f"calibration windows of {x_BGTD.shape[2]} tokens have none behind the first {seen.sink}, which the cache keeps"
-                )
             range_G2 = torch.stack(x_GK.aminmax(dim=1), 1)
             if name in sums:
                 both = torch.stack([sums[name], range_G2])

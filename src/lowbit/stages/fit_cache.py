@@ -110,10 +110,9 @@ class ListenedLayer:
     heads: tuple[int, int, int] | None = None
     sums: Sums = field(default_factory=dict)
 
-    def observe(self, stage: FitCache, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def observe(self, stage: FitCache, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> None:
         """Adds one attention call to the sums."""
         self.heads = key.shape[1], key.shape[3], value.shape[3]
-        scaling = getattr(self.module, "scaling", None)
         operands = Operands(query.float(), key.float(), value.float(), scaling, self.frequencies, self.form.sink)
         stage.fit.observe(self.sums, operands)
 

@@ -90,7 +90,9 @@ class SetAttentionRange(Step):
             raise ValueError("SetAttentionRange: the recipe quantizes no operands of attention; leave it out")
         return spec
 
-    def _observe(self, observed_ranges: dict, path: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def _observe(
+        self, observed_ranges: dict, path: str, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+    ) -> None:
         heads = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
         before = observed_ranges[path][0] if path in observed_ranges else {}
         now = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from transformers import DynamicCache
@@ -129,8 +127,13 @@ def test_extremes_are_those_of_all_windows_without_sinks():
     assert torch.equal(fit.found(sums)["key_range"], wanted)
     both = fit.found(sums, shared_heads=True)["key_range"]
     assert torch.equal(both, torch.stack([wanted[:, 0].min(), wanted[:, 1].max()]).expand(2, 2))
-    with pytest.raises(ValueError, match="none behind the first 20"):
-        fit.observe({}, replace(seen[0], sink=20))
+
+
+def test_windows_without_a_token_that_is_packed_are_refused_before_the_work(tmp_path):
+    made = lowbit.recipe("kv-int", ranges="static", sink=16)
+    with pytest.raises(ValueError, match="windows of 16 tokens have none behind the first 16"):
+        lowbit.quantize(tiny_llama(tmp_path / "model"), made, random_ids(2, 16), out=tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize("heads", ["own", "shared"])

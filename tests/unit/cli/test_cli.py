@@ -311,6 +311,23 @@ def test_a_method_that_says_nothing_of_caches_is_no_cache(place, tmp_path):
     assert_refused(run("generate", place / "model", "--prompt", "w1", "--kv", "kivy"), "kivi")
 
 
+def test_a_cache_that_needs_calibration_is_calibrated_by_quantize_and_refused_elsewhere(place, tmp_path):
+    oscar = ("--kv", "kv-oscar:2", "--kv-set", "recent=8", "--kv-set", "sink=2")
+    refused = run("generate", place / "model", "--prompt", "w1", *oscar)
+    assert_refused(refused, "only calibration finds", "lowbit quantize MODEL --kv NAME --calibration TEXT")
+    out = ("-o", tmp_path / "none")
+    assert_refused(run("quantize", place / "model", *oscar, "--calibration", "none", *out), "needs calibration text")
+    text = ("--calibration", place / "text.txt", "--samples", 2, "--seq-len", 24, "--allow-broken")
+    for name, method in (("alone", ()), ("beside", RTN)):
+        made = run("quantize", place / "model", *method, *oscar, *text, "-o", tmp_path / name)
+        assert made.exit_code == 0, made.stderr
+        assert "rotated (learned)" in made.stderr
+        for bits in (2, 3):
+            asked = ("--kv", f"kv-oscar:{bits}", *oscar[2:])
+            shown = run("generate", tmp_path / name, "--prompt", "w1 w2", "--max-new-tokens", 20, *asked)
+            assert shown.exit_code == 0 and f"cache: keys int{bits}" in shown.stderr
+
+
 def test_plan_counts_the_cache_of_a_sequence(place):
     asked = ("plan", place / "model", *RTN, "--context", 64)
     plain, packed = (json.loads(run(*asked, *more, "--json").stdout)["cache"] for more in ((), KIVI))

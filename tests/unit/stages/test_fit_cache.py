@@ -120,8 +120,8 @@ def test_a_cache_alone_is_calibrated_on_the_model_as_it_is(model, alone):
     original.set_attn_implementation("lowbit")
     sums = {}
 
-    def observe(query, key, value):
-        SecondMoments().observe(sums, Operands(query, key, value))
+    def observe(query, key, value, scaling):
+        SecondMoments().observe(sums, Operands(query, key, value, scaling))
 
     with torch.no_grad(), observed(original.model.layers[1].self_attn, observe):
         for ids_T in random_ids(4, 48):
