@@ -152,7 +152,7 @@ class CacheCoordinates(Maker):
         assert state.io is not None
         seen: dict[str, list[Tensor]] = {}
 
-        def observe(path: str, _: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, scaling: float | None) -> None:
+        def observe(path: str, _: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, factor: float | None) -> None:
             layer = caches[path]
             first = max(self.skip_first, layer.spec.sink)
             if key_BGTD.shape[2] <= first:

@@ -82,7 +82,7 @@ def test_decoding_reads_the_cache_that_was_simulated(learned):
 def test_learning_starts_from_the_channels_middle_and_the_root_of_their_reach(model):
     state = state_of(model)
     keys = []
-    with observed(state.block.self_attn, lambda _, key, value: keys.append(key)):
+    with observed(state.block.self_attn, lambda _, key, *others: keys.append(key)):
         for i in range(len(state.io)):
             state.io.run(state.block, state.io.window(i), i)
     key_GND = torch.cat(keys).transpose(0, 1).flatten(1, 2)
