@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lowbit.adapters.merge import TIED
 from lowbit.checkpoints import native
 from lowbit.checkpoints.companions import copy_companions
 from lowbit.checkpoints.locate import locate
@@ -111,6 +112,7 @@ def merge_adapter(
 
     progress(0, samples, "merging")
     beside, merged = adapted(), adapted()
+    _check_tied(merged.get_base_model())
     before = {name: layer for name, layer in merged.get_base_model().named_modules() if isinstance(layer, QuantLinear)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "merging rounds an adapter")  # measured below
@@ -138,3 +140,10 @@ def merge_adapter(
     agreement = torch.cat([agree_T.double() for _, agree_T in whole]).mean().item()
     measured = f"{samples} windows of {seq_len} tokens of {content.name}"
     return MergeReport(out, layers, kl, agreement, torch.cat(changes).mean().item(), measured)
+
+
+def _check_tied(model: Any) -> None:
+    """Refuses adapters of weights that two modules share: one of them is not what was adapted."""
+    tied = {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
+    if tied & {name for name, module in model.named_modules() if hasattr(module, "lora_A")}:
+        raise ValueError(f"{TIED}; keep it beside the model")

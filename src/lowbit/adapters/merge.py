@@ -11,6 +11,8 @@ from lowbit.modules import QuantLinear
 from lowbit.numerics import QTensor, quantize, usual_fit
 from lowbit.transforms import Seeded
 
+TIED = "an adapter cannot be merged into a head that is the embedding too, which it would change"
+
 
 def merged_layer(layer: QuantLinear, delta_OI: Tensor) -> QuantLinear:
     """``layer`` with ``delta_OI`` ``[out_features, in_features]`` added to the weight that it stands for, in the same format.
@@ -19,8 +21,10 @@ def merged_layer(layer: QuantLinear, delta_OI: Tensor) -> QuantLinear:
     lose less, so nothing changes where there is nothing to add.
 
     Raises:
-        ValueError: a layer whose transforms let no addition through, or whose format cannot be written anew.
+        ValueError: a layer whose transforms let no addition through, or whose weight another module stores.
     """
+    if layer.is_tied:
+        raise ValueError(f"{TIED}; keep it beside the model")
     q = layer.qtensor()
     with torch.no_grad():
         wanted = q.dequantize() + _inner(layer, delta_OI.float().to(q.codes.device))

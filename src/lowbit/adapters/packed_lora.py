@@ -66,6 +66,8 @@ class PackedLora(Linear):
         )
         base: Any = self.get_base_layer()
         merged = merged_layer(base, torch.stack([self.get_delta_weight(name).float() for name in names]).sum(0))
+        if base.tiles is not None:
+            merged.prepare()
         if not self._before_merge:
             self._before_merge.append(base)
         self._put(merged)

@@ -95,7 +95,8 @@ THRESHOLDS = (
         lambda q: f"{q.confidence:.3f}",
     ),
 )
-"""What makes texts bad data. English of SmolLM2's own tokens stays below or above all of them with room."""
+"""What makes texts bad data. Text of people is far from all of them: WikiText-2 and Python's documentation, in SmolLM2's tokens and
+texts of 256 to 1024 tokens, repeat 3 to 9 % of their 4-grams, 83 to 85 % of all 4-grams differ, and nothing is in a loop."""
 
 
 def judge(

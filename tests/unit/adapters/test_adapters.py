@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lowbit.adapters import merged_layer
 from lowbit.kernels.activation import fake_quantize_activation
 from lowbit.modules import QuantLinear, restore
 
-from helpers import assert_same, random_ids, tiny_llama
+from helpers import assert_same, random_ids, tiny_llama, tiny_writer
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 RECIPES = {
-    "nf4, double quantization": lambda: lowbit.recipe("nf4"),
+    "nf4, double quantization": lambda: lowbit.recipe("nf4", double_quant=True),
     "integers, groups": lambda: lowbit.recipe("gptq", bits=4, group_size=32),
     "rotations at run time": lambda: lowbit.recipe("quip", bits=4),
     "kept columns": lambda: lowbit.recipe("owq", bits=4),
@@ -193,8 +194,6 @@ def test_an_adapter_is_saved_in_pefts_own_files_and_loaded_beside_packed_weights
 
 
 def test_an_adapter_among_a_models_own_files_is_refused_with_what_to_do(quantized, adapter, tmp_path):
-    import shutil
-
     both = tmp_path / "both"
     shutil.copytree(quantized, both)
     shutil.copyfile(adapter[0] / "adapter_config.json", both / "adapter_config.json")
@@ -236,8 +235,6 @@ def test_merging_and_unmerging_gives_the_former_bits(quantized, adapter):
 
 
 def test_a_merged_model_is_a_packed_checkpoint_and_the_loss_is_measured(tmp_path):
-    from helpers import tiny_writer
-
     place = tiny_writer(tmp_path / "model")
     (tmp_path / "text.txt").write_text(" ".join(f"w{i % 97 + 8}" for i in range(0, 6000, 7)))
     lowbit.quantize(place, lowbit.recipe("rtn", bits=8, group_size=32), None, out=tmp_path / "q")
@@ -259,6 +256,26 @@ def test_a_merged_model_is_a_packed_checkpoint_and_the_loss_is_measured(tmp_path
         lowbit.merge_adapter(tmp_path / "q", tmp_path / "adapter", tmp_path / "merged", **asked)
     with pytest.raises(ValueError, match=r"no adapter_config\.json"):
         lowbit.merge_adapter(tmp_path / "q", tmp_path / "q", tmp_path / "m2", **asked)
+
+
+@pytest.mark.parametrize("change", [{"skip": True}, {"bits": 8}])
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings=True`", "ignore:Model with `tie_word_embeddings=True`"
+)
+def test_an_adapter_of_a_head_that_is_the_embedding_too_is_not_merged(tmp_path, change):
+    place = tiny_writer(tmp_path / "model", tie_word_embeddings=True)
+    recipe = lowbit.recipe("rtn", bits=8, group_size=32).with_overrides([{"match": "embedding", **change}])
+    lowbit.quantize(place, recipe, None, out=tmp_path / "q")
+    base = lowbit.load(tmp_path / "q")
+    assert isinstance(base.lm_head, QuantLinear) == ("bits" in change)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["lm_head"]))
+    fill(model)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i % 97 + 8}" for i in range(3000)))
+    asked = {"text": str(tmp_path / "text.txt"), "samples": 2, "seq_len": 20}
+    with pytest.raises(ValueError, match="a head that is the embedding too"):
+        lowbit.merge_adapter(tmp_path / "q", tmp_path / "adapter", tmp_path / "merged", **asked)
+    assert not (tmp_path / "merged").exists()
 
 
 # What is refused
