@@ -26,6 +26,7 @@ from lowbit.checkpoints.model_card import write_card
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.checkpoints.target import check_target
 from lowbit.data import Bos, Calibration, calibration_of, drawn_tokens, ids_sha256
+from lowbit.decoding.packed_cache import simulated_cache
 from lowbit.evaluation import output_error
 from lowbit.evaluation.forward import logits_of, through
 from lowbit.modules import restore
@@ -35,7 +36,7 @@ from lowbit.plan.cache import cache_bits
 from lowbit.plan.kept import KeepDtype
 from lowbit.plan.model_plan import ModelPlan, lay_over
 from lowbit.progress import Progress, silent
-from lowbit.recipes import Recipe, as_recipe
+from lowbit.recipes import Recipe, Train, as_recipe
 from lowbit.report import (
     MAX_KL,
     BrokenModel,
@@ -151,6 +152,9 @@ def prepare(
         raise ValueError(
             f"recipe {recipe.name!r} needs calibration text: pass a file, python-docs, a hub dataset or self"
         )
+    if any(isinstance(stage, Train) and stage.cache for stage in recipe.stages):
+        with simulated_cache(plan.source.skeleton(), recipe.scheme.cache):  # refused here where it cannot be simulated
+            pass
     if calibration is not None:
         if recipe.changes_weights:
             check_blocks_run_alone(plan.architecture)

@@ -1,5 +1,6 @@
 """LLM-QAT: trains all weights through the rounding of weights and activations, towards the original's own distribution."""
 
+from lowbit.methods.kv_int import kv_int
 from lowbit.numerics import HALVES, Int, Magnitude, MinMax, PerChannel, PerGroup, Spec
 from lowbit.recipes import Blockwise, Recipe, Train, method
 from lowbit.scheme import activation, linears
@@ -28,21 +29,18 @@ def llm_qat(
     """Symmetric weights and per-token activations, all weights trained by the KL divergence from the original.
 
     * bits: 3 and over: the extremes of each row are met; 2: four levels at 1/2 and 3/2 of the row's mean magnitude; 1: its sign.
-    * group_size: None, as published: one scale for each output channel.
-    * kv_bits: of keys and values; 16, as they are: training does not see a quantized cache yet.
+    * activation_bits, kv_bits: a range for each token; in the cache for each head, keys before their rotary embedding. 16: none.
     * tokens, seq_len: of training text (the authors: 100,000 texts of 2,048 tokens that the original wrote; --calibration self).
     * lr, batch, accumulate: of AdamW; the rate falls to zero along a cosine. batch windows at once, accumulate times.
     * mask: no gradient reaches values of 2 and over, as in the authors' code. Gains of norms are trained too, embeddings are not.
     * amp, recompute: multiply in bfloat16 while training; run blocks again in the backward pass instead of keeping activations.
     * measures: how often the divergence is measured on held-out text; the best state is kept. The authors keep the last.
     """
-    if kv_bits < 16:
-        raise ValueError(f"training does not see a quantized cache yet: leave kv_bits at 16, found {kv_bits}")
     few = {1: (Int(1, symmetric=True), Magnitude("mean", 1.0)), 2: (HALVES, Magnitude("mean", 1.5))}
     grid, fit = few.get(bits) or (Int(bits, symmetric=True), MinMax())
-    spec = Spec(grid, PerChannel() if group_size is None else PerGroup(group_size))
+    spec, limit = Spec(grid, PerGroup(group_size) if group_size else PerChannel()), 2.0 if mask else None
     train = Train(
-        LatentWeights(fit, through_ranges=False, gains=True, limit=2.0 if mask else None),
+        LatentWeights(fit, through_ranges=False, gains=True, limit=limit),
         OriginalKL(),
         lr=lr,
         batch=batch,
@@ -54,7 +52,9 @@ def llm_qat(
         accumulate=accumulate,
         recompute=recompute,
         measures=measures,
+        cache=True,
     )
-    return Recipe(
+    recipe = Recipe(
         "llm-qat", linears(spec, activation(activation_bits)), (Blockwise((Solve(Nearest(fit)),), "fp"), train)
     )
+    return recipe if kv_bits >= 16 else recipe.with_cache(kv_int(kv_bits, rope="before").scheme.cache)

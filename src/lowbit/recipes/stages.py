@@ -174,6 +174,7 @@ class Train:
         measures: how often the KL divergence from the original is measured, evenly, on windows that are not trained on, besides
             once at the start. The best state is kept. 0, or no such windows: the last state is kept.
         patience: measurements without a new best after which training stops; 0: it does not stop early.
+        cache: train and measure with the scheme's quantized cache, as if each token were decoded by itself.
     """
 
     what: Trainable
@@ -191,6 +192,7 @@ class Train:
     recompute: bool = False
     measures: int = 0
     patience: int = 0
+    cache: bool = False
 
     def __post_init__(self):
         check_types(self)  # first, because what a stage declares depends on its parts
@@ -256,6 +258,10 @@ class Train:
             raise ValueError(
                 f"Train({name}()) starts from the weights that Blockwise rounded, and a stage between has changed what is stored; "
                 "put it right after Blockwise"
+            )
+        if self.cache and scheme.attention is not None and scheme.cache:
+            raise ValueError(
+                "training cannot simulate a quantized cache and quantized operands of attention together; leave one out"
             )
         self.what.check([rule.weight for rule in scheme.rules if rule.weight is not None])
 

@@ -11,7 +11,7 @@ trained on. For further text the original is loaded once, whole: its hidden stat
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,14 @@ from transformers import PreTrainedModel
 
 from lowbit.architectures import block_modules
 from lowbit.checkpoints.shards import read_shard_header
+from lowbit.decoding.packed_cache import simulated_cache
+from lowbit.modules import KVFormats
 from lowbit.progress import Progress
 from lowbit.recipes import Train
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.descent import Descent, StateFile
 from lowbit.stages.journal import Section
-from lowbit.stages.whole import read_back
+from lowbit.stages.whole import fitted_cache, read_back
 from lowbit.steps.precision import has_bfloat16
 from lowbit.training import Answer, Curve, Start, Text
 
@@ -94,7 +96,13 @@ class Training:
                 partial(Curve, self._path("jsonl"), self._path("tensorboard")),
                 self.progress,
             )
-            return notes + descent.run()
+            with self._cache(model):
+                return notes + descent.run()
+
+    def _cache(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """While open, ``model`` computes through the recipe's quantized cache, where the stage asks for it."""
+        formats = self.walk.recipe.scheme.cache if self.stage.cache else KVFormats()
+        return simulated_cache(model, fitted_cache(self.walk.source, self.source, formats))
 
     def _path(self, kind: str) -> Path:
         return self.section.directory / f"training-{self.section.stage + 1}.{kind}"

@@ -65,9 +65,21 @@ def test_zero_tokens_are_what_the_method_starts_from(name, place, tmp_path):
     assert report.coverage == 1.0
 
 
-def test_llm_qat_has_no_cache_below_16_bits_yet():
-    with pytest.raises(ValueError, match="leave kv_bits at 16, found 4"):
-        lowbit.recipe("llm-qat", kv_bits=4)
+def test_llm_qat_trains_with_the_cache_that_its_checkpoint_has(place, tmp_path):
+    options = {"tokens": 768, "batch": 2, "accumulate": 2, "measures": 4, "lr": 1e-3, "kv_bits": 2}
+    report = lowbit.quantize(place, lowbit.recipe("llm-qat", **options), text(), out=tmp_path / "with", **QUIET)
+    course = [json.loads(line) for line in (tmp_path / "with" / "training-2.jsonl").read_text().splitlines()]
+    start, least = course[0]["held_out_kl"], min(row["held_out_kl"] or torch.inf for row in course)
+    plain = lowbit.quantize(
+        place, lowbit.recipe("llm-qat", **options | {"kv_bits": 16}), text(), out=tmp_path / "plain", **QUIET
+    )
+    other = [json.loads(line) for line in (tmp_path / "plain" / "training-2.jsonl").read_text().splitlines()]
+    assert start > 1.2 * other[0]["held_out_kl"] and least < 0.97 * start
+    assert report.cache_bits is not None and plain.cache_bits is None
+    recipe = lowbit.recipe("llm-qat", kv_bits=4)
+    assert recipe.scheme.kv is not None and recipe.scheme.kv.before_rope and recipe.stages[-1].cache
+    with pytest.raises(ValueError, match="leave one out"):
+        lowbit.recipes.mix("both", [recipe, lowbit.recipe("smoothquant", attention_bits=8)])
 
 
 def test_quantizers_of_llm_qat_are_those_of_its_code():
