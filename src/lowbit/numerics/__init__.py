@@ -17,6 +17,7 @@ from lowbit.numerics.fit import (
     RangeSearch,
     RmsRange,
     TruncationSearch,
+    Unfitted,
     extremes,
 )
 from lowbit.numerics.granularity import (
@@ -44,11 +45,14 @@ from lowbit.numerics.grids import (
     Float,
     Grid,
     Int,
+    LearnableGrid,
     Lut,
+    NoParams,
     Normal,
     OutlierVictim,
     Params,
     RangeGrid,
+    Sign,
     Table,
     arity,
     powers_of_two,
@@ -74,6 +78,7 @@ from lowbit.numerics.statistics import (
     clipped_tokens,
     mean_abs,
 )
+from lowbit.numerics.svid import sign_value_factors
 
 __all__ = [
     "DYNAMIC_MAP",
@@ -105,10 +110,12 @@ __all__ = [
     "KMeans",
     "KeptColumns",
     "LaterRange",
+    "LearnableGrid",
     "LowRank",
     "Lut",
     "MinMax",
     "MovingRange",
+    "NoParams",
     "Normal",
     "OutlierVictim",
     "Params",
@@ -127,6 +134,7 @@ __all__ = [
     "RowBands",
     "Samples",
     "SideTerm",
+    "Sign",
     "Sparse",
     "Spec",
     "Statistic",
@@ -134,6 +142,7 @@ __all__ = [
     "TokenRange",
     "Tokens",
     "TruncationSearch",
+    "Unfitted",
     "arity",
     "check_types",
     "clipped_tokens",
@@ -149,6 +158,7 @@ __all__ = [
     "powers_of_two",
     "quantize",
     "serializable",
+    "sign_value_factors",
     "stored_bits",
     "straight_through",
     "to_dict",

@@ -179,6 +179,10 @@ class Search(Step):
             raise ValueError(f"a search judges by 'judge' or 'linears', found {self.by!r}")
 
     @property
+    def simulates(self) -> bool:
+        return True
+
+    @property
     def needs(self) -> frozenset[Statistic]:
         return self.candidates.needs
 
@@ -281,6 +285,10 @@ class SearchClip(Step):
     steps: int = 20
     max_shrink: float = 0.5
     skip: tuple[str, ...] = ("q", "k", "qkv")
+
+    @property
+    def simulates(self) -> bool:
+        return True
 
     @property
     def needs(self) -> frozenset[Statistic]:

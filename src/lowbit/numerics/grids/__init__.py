@@ -1,11 +1,24 @@
 """Grids: the numbers of a format. :mod:`base` is their contract; each family has a file."""
 
-from lowbit.numerics.grids.base import Affine, Bases, Field, Grid, Lut, Params, RangeGrid, arity, straight_through
+from lowbit.numerics.grids.base import (
+    Affine,
+    Bases,
+    Field,
+    Grid,
+    LearnableGrid,
+    Lut,
+    NoParams,
+    Params,
+    RangeGrid,
+    arity,
+    straight_through,
+)
 from lowbit.numerics.grids.binary import BinaryCoded
 from lowbit.numerics.grids.codebook import Codebook
 from lowbit.numerics.grids.int import Int
 from lowbit.numerics.grids.levels import DYNAMIC_MAP, FLINT4, FP4, NF4, Float, Normal, Table, powers_of_two
 from lowbit.numerics.grids.outlier_victim import OutlierVictim
+from lowbit.numerics.grids.sign import Sign
 
 __all__ = [
     "DYNAMIC_MAP",
@@ -20,11 +33,14 @@ __all__ = [
     "Float",
     "Grid",
     "Int",
+    "LearnableGrid",
     "Lut",
+    "NoParams",
     "Normal",
     "OutlierVictim",
     "Params",
     "RangeGrid",
+    "Sign",
     "Table",
     "arity",
     "powers_of_two",

@@ -40,7 +40,11 @@ class Bases(NamedTuple):
     offset: Tensor | None = None
 
 
-Params = Affine | Lut | Bases
+class NoParams(NamedTuple):
+    """The values follow from the codes alone."""
+
+
+Params = Affine | Lut | Bases | NoParams
 """Parameters of a grid; every tensor in it has the leading axis G."""
 
 
@@ -71,7 +75,7 @@ class Grid(Protocol):
         ...
 
     kind: ClassVar[Any]
-    """The type of its parameters: Affine, Lut or Bases."""
+    """The type of its parameters: Affine, Lut, Bases or NoParams."""
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -114,13 +118,18 @@ def arity(grid: Grid) -> int:
 
 
 @runtime_checkable
-class RangeGrid(Grid, Protocol):
-    """A grid that a range ``[lo, hi]`` places."""
+class LearnableGrid(Grid, Protocol):
+    """A grid that says which gradient its rounding has."""
+
+    def fake(self, x_GK: Tensor, params: Any) -> Tensor:
+        """``decode(encode(x))`` with a gradient: to x through the rounding, exact in the parameters."""
+        ...
+
+
+@runtime_checkable
+class RangeGrid(LearnableGrid, Protocol):
+    """A grid that a range ``[lo, hi]`` places. The gradient of its rounding is that of the identity."""
 
     def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Affine:
         """Parameters with which the grid covers ``[lo, hi]`` and represents zero. Differentiable in both ends."""
-        ...
-
-    def fake(self, x_GK: Tensor, params: Affine) -> Tensor:
-        """``decode(encode(x))`` with a gradient: straight through the rounding to x, exact in the parameters."""
         ...
