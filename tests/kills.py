@@ -115,8 +115,8 @@ def _undisturbed(command: Command, place: Path) -> Command:
 
 
 def files_of(directory: Path) -> dict[str, str]:
-    """Every file below ``directory`` with its hash."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    """Every file below ``directory`` with its hash, but those that say when a training did what."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and "training-" not in str(path))
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 

@@ -64,6 +64,7 @@ class Calibration:
         name: of the text.
         sha256: of the shape and the ids.
         held_out: int64 [H, T], the windows of the text after these, which results are measured on; None: there are none.
+        further: int64 [M, S], the windows of the text after those, for training; None: there are none, or none were asked.
         warnings: what the user should know.
     """
 
@@ -71,6 +72,7 @@ class Calibration:
     name: str
     sha256: str
     held_out: Tensor | None = None
+    further: Tensor | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -274,6 +276,7 @@ def calibration_set(
     vocab_size: int | None = None,
     model: Any = None,
     seed: int = 0,
+    further: tuple[int, int] = (0, 0),
 ) -> Calibration:
     """The first ``samples`` windows of ``seq_len`` tokens of a text, or of the model's own writing when ``spec`` is ``self``.
 
@@ -282,6 +285,8 @@ def calibration_set(
         bos: as in :func:`bos_token`.
         vocab_size: where given, it is checked: a tokenizer of another model gives ids that the embedding does not have.
         model, seed: for ``self`` only.
+        further: number of windows for training, and tokens of each. Fewer are given where the text is too short, with a
+            warning; they share no token with the other windows.
 
     Raises:
         TextError: a text that cannot be used.
@@ -293,6 +298,7 @@ def calibration_set(
             raise TextError("self: the calibration text is written by the model, so a loaded model is needed.")
         name, ids = f"self (seed {seed})", sample_sequences(model, samples, seq_len, seed=seed)
         held_out = None
+        beyond = sample_sequences(model, *further, seed=seed + 1) if further[0] else None
     else:
         text, first = load_text(spec, "calibration", tokenizer), bos_token(tokenizer, bos)
         name = text.name if first is None else f"{text.name}, windows with BOS"
@@ -301,12 +307,24 @@ def calibration_set(
         own = seq_len - (first is not None)
         more = min(held_out_windows(samples), len(tokens) // own - samples)
         held_out = windows(tokens[samples * own :], seq_len, more, bos=first) if more > 0 else None
-    if vocab_size is not None and int(ids.max()) >= vocab_size:
+        beyond = _further(tokens[(samples + max(0, more)) * own :], *further, bos=first)
+    largest = max(int(each.max()) for each in (ids, beyond) if each is not None)
+    if vocab_size is not None and largest >= vocab_size:
         raise TextError(
-            f"{name}: the tokenizer gives id {int(ids.max())}, the model's vocabulary has {vocab_size}. "
+            f"{name}: the tokenizer gives id {largest}, the model's vocabulary has {vocab_size}. "
             "The tokenizer is not this model's; use the one saved with it."
         )
-    return Calibration(ids, name, ids_sha256(ids), held_out)
+    found = 0 if beyond is None else len(beyond)
+    less = (
+        f"training asks for {further[0]} windows of {further[1]} tokens; behind the calibration text there are {found}"
+    )
+    return Calibration(ids, name, ids_sha256(ids), held_out, beyond, (less,) if found < further[0] else ())
+
+
+def _further(tokens: Tensor, count: int, seq_len: int, bos: int | None) -> Tensor | None:
+    """The first ``count`` windows of ``seq_len`` tokens, or as many as there are; None: there are none."""
+    found = min(count, len(tokens) // (seq_len - (bos is not None))) if count else 0
+    return windows(tokens, seq_len, found, bos=bos) if found else None
 
 
 def held_out_windows(samples: int) -> int:
@@ -315,7 +333,13 @@ def held_out_windows(samples: int) -> int:
 
 
 def calibration_of(
-    source: Any, text: str | Sequence[str] | Tensor | Calibration, samples: int, seq_len: int, bos: Bos = "auto"
+    source: Any,
+    text: str | Sequence[str] | Tensor | Calibration,
+    samples: int,
+    seq_len: int,
+    bos: Bos = "auto",
+    *,
+    further: tuple[int, int] = (0, 0),
 ) -> Calibration:
     """What a run over ``source`` (a ModelSource) calibrates on.
 
@@ -323,6 +347,7 @@ def calibration_of(
         text: as in :func:`calibration_set`, or ids ``[N, T]``, which are taken as they are. For ``self`` the whole model is
             loaded, to write the text.
         bos: as in :func:`bos_token`.
+        further: as in :func:`calibration_set`; texts given as windows have none.
 
     Raises:
         TextError: a text that cannot be used; ids that the model does not have; windows of one token, of padding, or
@@ -337,8 +362,13 @@ def calibration_of(
         _check_positions(source, seq_len)
         own = source.load_full() if isinstance(text, str) and text == SELF else None
         tokenizer = None if own is not None else source.tokenizer()
-        made = calibration_set(text, tokenizer, samples, seq_len, bos=bos, vocab_size=config.vocab_size, model=own)
-    return replace(made, ids=usable(made.ids), warnings=_check_ids(source, made.ids))
+        if further[0]:
+            _check_positions(source, further[1])
+        made = calibration_set(
+            text, tokenizer, samples, seq_len, bos=bos, vocab_size=config.vocab_size, model=own, further=further
+        )
+    warnings = (*_check_ids(source, made.ids), *made.warnings)
+    return replace(made, ids=usable(made.ids), warnings=tuple(dict.fromkeys(warnings)))
 
 
 def _given_ids(ids: Tensor) -> Calibration:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowbit.architectures import Kind, Port, ResolvedBlock, ResolvedEdge, ResolvedInput
 from lowbit.modules import QuantLinear
-from lowbit.recipes import Recipe, as_recipe
+from lowbit.recipes import Blockwise, Recipe, as_recipe
 from lowbit.steps import BlockIO, BlockState
 from lowbit.surroundings import own_settings, usable
 
@@ -53,6 +53,10 @@ def quantize_linear(
         ValueError: inputs of another width, NaN or Inf, a recipe that does not quantize a lone linear.
     """
     recipe = as_recipe(recipe)
+    if any(not isinstance(stage, Blockwise) for stage in recipe.stages):
+        raise ValueError(
+            f"recipe {recipe.name!r} trains a whole model, and a lone linear is in none; quantize the model"
+        )
     _check_fisher(linear, recipe, fisher)
     if inputs is not None and (inputs.shape[-1] != linear.in_features or inputs.dim() not in (2, 3)):
         raise ValueError(

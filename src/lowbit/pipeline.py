@@ -26,6 +26,7 @@ from lowbit.checkpoints.model_card import write_card
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.checkpoints.target import check_target
 from lowbit.data import Bos, Calibration, calibration_of, drawn_tokens, ids_sha256
+from lowbit.decoding.packed_cache import simulated_cache
 from lowbit.evaluation import output_error
 from lowbit.evaluation.forward import logits_of, through
 from lowbit.modules import restore
@@ -35,7 +36,7 @@ from lowbit.plan.cache import cache_bits
 from lowbit.plan.kept import KeepDtype
 from lowbit.plan.model_plan import ModelPlan, lay_over
 from lowbit.progress import Progress, silent
-from lowbit.recipes import Recipe, as_recipe
+from lowbit.recipes import Recipe, Train, as_recipe
 from lowbit.report import (
     MAX_KL,
     BrokenModel,
@@ -98,6 +99,7 @@ class Job:
     @property
     def header(self) -> dict[str, Any]:
         """What determines the bytes of the result, its report included; a partial run is continued only where all of it is the same."""
+        further = None if self.calibration is None else self.calibration.further
         return {
             "lowbit": __version__,
             "torch": torch.__version__,
@@ -108,7 +110,7 @@ class Job:
             "keep_dtype": self.plan.kept.choice,
             "calibration": None if self.calibration is None else self.calibration.sha256,
             "held_out": None if self._held_out is None else ids_sha256(self._held_out),
-        }
+        } | ({} if further is None else {"training": ids_sha256(further)})
 
 
 @own_settings()
@@ -150,10 +152,15 @@ def prepare(
         raise ValueError(
             f"recipe {recipe.name!r} needs calibration text: pass a file, python-docs, a hub dataset or self"
         )
+    if any(isinstance(stage, Train) and stage.cache for stage in recipe.stages):
+        with simulated_cache(plan.source.skeleton(), recipe.scheme.cache):  # refused here where it cannot be simulated
+            pass
     if calibration is not None:
         if recipe.stages:
             check_blocks_run_alone(plan.architecture)
-        job.calibration = calibration_of(plan.source, calibration, samples, seq_len, bos)
+        job.calibration = calibration_of(
+            plan.source, calibration, samples, seq_len, bos, further=recipe.training_windows(seq_len)
+        )
         job.warnings.extend(job.calibration.warnings)
     job.tokenizer = _tokenizer_if_any(plan.source)
     return job
@@ -263,7 +270,8 @@ def _run(
     job: Job, journal: Journal, ram_limit: int, max_kl: float, allow_broken: bool, progress: Progress | None
 ) -> QuantizeReport:
     ids, held_out = job.windows()
-    running = Run(job.plan, ids, journal, ram_limit, progress or silent, job.calibration is None, held_out)
+    further = None if job.calibration is None else job.calibration.further
+    running = Run(job.plan, ids, journal, ram_limit, progress or silent, job.calibration is None, held_out, further)
     walk = running.walk
     try:
         try:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lowbit.numerics import (
     FP4,
+    HALVES,
+    NF3,
     NF4,
     AbsMax,
     AbsSum,
@@ -21,6 +23,7 @@ from lowbit.numerics import (
     Float,
     Gram,
     Int,
+    Magnitude,
     MinMax,
     Normal,
     Percentile,
@@ -36,6 +39,7 @@ from lowbit.numerics import (
     Spec,
     Table,
     TokenRange,
+    TwoSided,
     extremes,
     fake_quantize,
     fit_params,
@@ -50,7 +54,8 @@ E2M1, E4M3, E5M2 = Float(2, 1), Float(4, 3, "fn"), Float(5, 2, "ieee")
 INTS = [
     Int(b, symmetric, zero) for b in range(1, 9) for symmetric, zero in ((False, "int"), (False, "real"), (True, "int"))
 ]
-TABLES = [NF4, FP4, Table((-1.0, 1.0)), Table((-1.0, 0.0, 0.1, 1.0)), Table((0.0, 1.0, 2.0, 4.0))]
+SKEWED = TwoSided((-1.0, -0.4, 0.0, 1.0))
+TABLES = [NF3, SKEWED, HALVES, NF4, FP4, Table((-1.0, 1.0)), Table((-1.0, 0.0, 0.1, 1.0)), Table((0.0, 1.0, 2.0, 4.0))]
 NORMALS = [Normal(bits) for bits in (1, 2, 3, 4, 8)]
 FULL = [Int(b, symmetric=True, full=True) for b in (2, 4, 8)]
 GRIDS = [*INTS, *FULL, E2M1, Float(3, 2), E4M3, E5M2, Float(1, 2), *NORMALS, *TABLES]
@@ -213,6 +218,61 @@ def test_eight_bit_floats_are_torchs_bit_for_bit(grid, dtype):
     assert torch.equal(ours[finite], theirs[finite])
 
 
+def test_nf3_has_the_published_levels_and_thresholds():
+    """BitDistiller: the recipe of NF4 with three negative and four positive levels."""
+    offset = (1 - 1 / 16 + 1 - 1 / 14) / 2
+
+    def quantiles(count: int) -> Tensor:
+        share = torch.linspace(offset, 0.5, count + 1, dtype=torch.float64)[:-1]
+        return math.sqrt(2) * torch.erfinv(2 * share - 1)
+
+    positive, negative = quantiles(4), quantiles(3)
+    levels = torch.cat([-negative, torch.zeros(1, dtype=torch.float64), positive.flip(0)]) / positive[0]
+    torch.testing.assert_close(torch.tensor(NF3.values, dtype=torch.float64), levels, rtol=0, atol=1e-7)
+    middles = [(a + b) / 2 for a, b in pairwise(NF3.values)]
+    wanted = [-0.767511, -0.390977, -0.123466, 0.091669, 0.282666, 0.502490, 0.811493]
+    assert middles == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("grid", [NF3, SKEWED], ids=str)
+def test_a_two_sided_table_meets_both_ends_of_a_skewed_range_and_keeps_zero(grid):
+    x = torch.cat([torch.rand(G, K, dtype=torch.float64) ** 3, -0.01 * torch.rand(G, 4, dtype=torch.float64)], 1)
+    x[:, 7] = 0.0
+    params = _placed(grid, x)
+    back = grid.decode(grid.encode(x, params), params)
+    lo, hi = extremes(x)
+    torch.testing.assert_close(back.amin(1, keepdim=True), lo)
+    torch.testing.assert_close(back.amax(1, keepdim=True), hi)
+    assert torch.equal(back[:, 7], x[:, 7])
+    one = Table(grid.values)
+    other = one.decode(one.encode(x, _placed(one, x)), _placed(one, x))
+    assert (back - x).square().sum() < (other - x).square().sum()
+
+
+def test_a_granule_on_one_side_of_zero_has_finite_scales():
+    for x in (torch.rand(3, 9) + 0.1, -torch.rand(3, 9) - 0.1, torch.zeros(3, 9)):
+        q = quantize(x, Spec(NF3, PerGroup(9)), MinMax())
+        assert torch.isfinite(q.dequantize()).all() and all((p > 0).all() for p in q.params)
+
+
+@pytest.mark.parametrize("of", ["mean", "largest"])
+def test_a_magnitude_ignores_what_fills_up_a_short_granule(of):
+    x, spec = _normal(4, 23, dtype=torch.float32), Spec(HALVES, PerGroup(16), scale_dtype="float32")
+    fit = Magnitude(of, 1.5)
+    scales = fit_params(x, spec, fit).scale.view(4, 2)  # pyright: ignore[reportAttributeAccessIssue]
+    tail = x[:, 16:].abs()
+    wanted = tail.mean(1) if of == "mean" else tail.amax(1)
+    torch.testing.assert_close(scales[:, 1], wanted)
+    assert torch.equal(fake_quantize(x, spec, fit), quantize(x, spec, fit).dequantize())
+
+
+def test_constant_ranges_pass_gradients_to_the_values_alone():
+    x = _normal(3, 8).requires_grad_()
+    y = fake_quantize(x, Spec(Int(4), PerChannel(), scale_dtype="float32"), through_fit=False)
+    y.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.ones_like(x))
+
+
 def test_e2m1_has_the_published_magnitudes():
     assert E2M1.table()[:8] == (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -248,7 +308,16 @@ def test_impossible_grids_are_refused(make):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Float(5, 3), lambda: Float(2, 1, "nan"), lambda: Table((1.0,)), lambda: Table((0.0, 0.0))]
+    "make",
+    [
+        lambda: Float(5, 3),
+        lambda: Float(2, 1, "nan"),
+        lambda: Table((1.0,)),
+        lambda: Table((0.0, 0.0)),
+        lambda: TwoSided((0.0, 1.0, 2.0)),
+        lambda: TwoSided((-1.0, 0.5, 1.0)),
+        lambda: TwoSided((-1.0, 0.0, 0.0, 1.0)),
+    ],
 )
 def test_impossible_levels_are_refused(make):
     with pytest.raises(ValueError, match="found"):
@@ -368,7 +437,9 @@ def test_what_fills_up_a_short_granule_does_not_sway_a_search(granularity):
         torch.testing.assert_close(params.scale[[g]], alone.scale.float().double(), rtol=1e-7, atol=0)
 
 
-@pytest.mark.parametrize("make", [lambda: Percentile(0.5), lambda: Percentile(99.9), lambda: ClipSearch(steps=0)])
+@pytest.mark.parametrize(
+    "make", [lambda: Percentile(0.5), lambda: Percentile(99.9), lambda: ClipSearch(steps=0), lambda: Magnitude("all")]
+)
 def test_impossible_fits_are_refused(make):
     with pytest.raises(ValueError, match="found"):
         make()
@@ -531,6 +602,7 @@ def test_requests_for_the_same_statistic_are_equal():
         Spec(NF4, PerGroup(64), DOUBLE, "bfloat16"),
         ClipSearch(10),
         Percentile(0.9),
+        Magnitude("largest", 0.75),
         MinMax(),
         *STATISTICS,
         None,

@@ -23,6 +23,7 @@ from lowbit.architectures.attention import (
     observed,
     operand_ranges,
     quantize_attention,
+    simulated_layers,
 )
 from lowbit.architectures.decoder import auto_class, blocks_path, decoder_of, is_language_model
 from lowbit.architectures.discover import discover
@@ -66,6 +67,7 @@ __all__ = [
     "quantize_attention",
     "resolve",
     "rotate_residual",
+    "simulated_layers",
     "unfuse_experts",
 ]
 

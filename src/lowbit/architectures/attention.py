@@ -7,7 +7,7 @@ model in which only some blocks are quantized so far.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lowbit.architectures.resolved import ResolvedBlock
-from lowbit.caches import PackedStates, attend_packed
+from lowbit.caches import PackedLayer, PackedStates, attend_packed, attend_simulated
 from lowbit.modules import AttentionSpec, OperandRanges, attend
 
 IMPLEMENTATION = "lowbit"
@@ -25,6 +25,7 @@ SPEC = "lowbit_attention"
 RANGES = "lowbit_operands"
 """The submodule of an attention module that holds its static ranges, once they are known."""
 _OBSERVER = "lowbit_observer"
+_SIMULATED = "lowbit_simulated_cache"
 
 
 def attention_modules(resolved: ResolvedBlock) -> tuple[str, ...]:
@@ -78,9 +79,109 @@ def observed(module: nn.Module, observer: Callable[[Tensor, Tensor, Tensor], Non
     """
     setattr(module, _OBSERVER, observer)
     try:
-        yield
+        with _attending(module):
+            yield
     finally:
         delattr(module, _OBSERVER)
+
+
+@contextmanager
+def _attending(module: Any) -> Iterator[None]:
+    """While open, ``module`` attends by the function of this file, if it does so through transformers' interface."""
+    before, module.config._attn_implementation = module.config._attn_implementation, IMPLEMENTATION
+    try:
+        yield
+    finally:
+        module.config._attn_implementation = before
+
+
+@contextmanager
+def simulated_layers(module: nn.Module, layers: Mapping[int, PackedLayer]) -> Iterator[None]:
+    """While open, attention computes for a whole window, with gradients, what token-by-token decoding through a packed cache
+    gives; see :mod:`lowbit.caches.simulated`.
+
+    Backward passes that run parts of ``module`` again (gradient checkpointing) must run while this is open.
+
+    Args:
+        module: a model, or some blocks of one.
+        layers: formats and coordinates of the cache's layers, by number. Attention modules with another number, such as those of
+            sliding windows, attend as they do.
+
+    Raises:
+        ValueError: a layer that no attention module of a model has; a block without attention modules; attention that does not
+            go through transformers' interface (when it runs); quantized operands of attention.
+    """
+    numbered = ((getattr(each, "layer_idx", None), each) for each in module.modules() if _attends(each))
+    attending = {number: each for number, each in numbered if isinstance(number, int)}
+    missing = sorted(set(layers) - set(attending)) if isinstance(module, PreTrainedModel) else []
+    if missing or not attending:
+        raise ValueError(
+            f"{type(module).__name__} has no attention modules that are known to be those of its cache's layers "
+            f"{missing or sorted(layers)}, so a quantized cache cannot be simulated; leave it out"
+        )
+    with ExitStack() as stack:
+        for number, attention in attending.items():
+            if number in layers and layers[number].packs:
+                stack.enter_context(_simulating(attention, layers[number]))
+        yield
+
+
+def _attends(module: Any) -> bool:
+    """Whether it is an attention module of transformers."""
+    return hasattr(module, "is_causal") and hasattr(getattr(module, "config", None), "_attn_implementation")
+
+
+@contextmanager
+def _simulating(module: Any, layer: PackedLayer) -> Iterator[None]:
+    if attention_spec(module) is not None:
+        raise ValueError(
+            "a quantized cache and quantized operands of attention cannot be simulated together; leave one out"
+        )
+    entry = _Simulated(layer)
+    setattr(module, _SIMULATED, entry)
+    hook = module.register_forward_hook(entry.check)
+    try:
+        with _attending(module):
+            yield
+    finally:
+        hook.remove()
+        delattr(module, _SIMULATED)
+
+
+class _Simulated:
+    """A simulated layer, and whether attention has come to it."""
+
+    def __init__(self, layer: PackedLayer):
+        self.layer, self.attended = layer, False
+
+    def check(self, module: nn.Module, *_: Any) -> None:
+        """After a forward pass of ``module``: attention of its own code would have read the cache as it is."""
+        if not self.attended:
+            raise ValueError(
+                f"{type(module).__name__} does not attend through transformers' attention interface, so a quantized cache cannot "
+                "be simulated; leave it out"
+            )
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Mapping[str, Any]
+    ) -> Tensor:
+        """Attention over the simulated layer."""
+        self.attended = True
+        unknown = [name for name in ("s_aux", "position_bias") if options.get(name) is not None]
+        if unknown or options["causal"] is False:
+            raise ValueError(
+                f"a quantized cache cannot be simulated with {', '.join(unknown) or 'attention in both directions'}"
+            )
+        return attend_simulated(
+            query,
+            key,
+            value,
+            self.layer,
+            mask,
+            options.get("scaling"),
+            softcap=options.get("softcap"),
+            dropout=options.get("dropout") or 0.0,
+        )
 
 
 def _attention(
@@ -92,6 +193,12 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    simulated: _Simulated | None = getattr(module, _SIMULATED, None)
+    if simulated is not None:
+        options = {**kwargs, "scaling": scaling, "causal": causal}
+        return simulated.attend(query, key, value, attention_mask, options), None
     spec = attention_spec(module)
     if spec is None and isinstance(key, PackedStates) and isinstance(value, PackedStates) and _plain(query, kwargs):
         mixed = attend_packed(query, key.layer, attention_mask, scaling)
@@ -103,8 +210,6 @@ def _attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise ValueError(f"attention sinks and position biases ({type(module).__name__}) cannot be quantized")
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
     softcap = kwargs.get("softcap")
     mixed = attend(
         query,

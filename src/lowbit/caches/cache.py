@@ -61,6 +61,11 @@ class PackedCache(DynamicCache):
                 total += sum(t.nbytes for t in vars(layer).values() if isinstance(t, Tensor))
         return total
 
+    @property
+    def packed_layers(self) -> dict[int, PackedLayer]:
+        """The layers of full attention, by number."""
+        return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, PackedLayer)}
+
     def stay_packed(self, whether: bool) -> None:
         """Says whether attention reads packed tokens where they are, as lowbit's own attention function does."""
         for layer in self.layers:

@@ -44,10 +44,6 @@ class Coordinates:
         x = x if self.scale is None else x * self.scale
         return x if self.shift is None else x + self.shift
 
-    def shifted(self, shift: Tensor) -> Coordinates:
-        """These, after taking ``shift`` off."""
-        return replace(self, shift=shift if self.shift is None else self.shift + shift)
-
     def to(self, device: torch.device) -> Coordinates:
         """On ``device``."""
         return Coordinates(*(None if t is None else t.to(device) for t in (self.rotation, self.scale, self.shift)))

@@ -68,6 +68,15 @@ class PackedLayer(CacheLayerMixin):
         self.is_initialized = False
 
     @property
+    def packs(self) -> bool:
+        """Whether its formats pack anything."""
+        return self.spec.key is not None or self.spec.value is not None
+
+    def with_coordinates(self, key: Coordinates | None, value: Coordinates | None) -> PackedLayer:
+        """An empty layer in the same formats, in other coordinates."""
+        return PackedLayer(self.spec, key, value, self._frequencies)
+
+    @property
     def sides(self) -> tuple[Side, Side]:
         """Keys and values."""
         return self.key_side, self.value_side

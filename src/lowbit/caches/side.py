@@ -6,6 +6,7 @@ Shapes: B sequence, H key-value head, T token, D channel.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -145,18 +146,27 @@ class Side:
 
     def _unturned(self, x_BHTD: Tensor) -> Tensor:
         """Waiting tokens from the first on, without the rotary embedding where they are packed so."""
-        if self._frequencies is None:
-            return x_BHTD
-        return turned(x_BHTD, self._frequencies, self.kept_length + self.packed_length, -1)
+        return self.turned(x_BHTD, self.kept_length + self.packed_length, -1)
+
+    def turned(self, x_BHTD: Tensor, start: int, by: int) -> Tensor:
+        """Tokens number ``start`` and following, turned by their number times ``by`` where they are packed before the rotary
+        embedding."""
+        return x_BHTD if self._frequencies is None else turned(x_BHTD, self._frequencies, start, by)
 
     def _place(self, waiting_BHTD: Tensor) -> None:
         """Fixes the coordinates, once there are tokens."""
+        self.coordinates = self.placed(waiting_BHTD)
+        self._centred = self._rotated = False
+
+    def placed(self, waiting_BHTD: Tensor) -> Coordinates:
+        """The coordinates of a sequence for which the tokens ``waiting_BHTD`` wait when its first ones are packed."""
+        coordinates = self.coordinates
         if self._centred:
-            self.coordinates = self.coordinates.shifted(waiting_BHTD.float().mean(2, keepdim=True))
+            coordinates = replace(coordinates, shift=waiting_BHTD.float().mean(2, keepdim=True))
         if self._rotated:
             rotation = hadamard(waiting_BHTD.shape[-1]).to(waiting_BHTD.device)
-            self.coordinates = Coordinates(rotation, self.coordinates.scale, self.coordinates.shift)
-        self._centred = self._rotated = False
+            coordinates = replace(coordinates, rotation=rotation)
+        return coordinates
 
     def read(
         self,
@@ -189,7 +199,7 @@ class Side:
         assert self.packed is not None
         end = self.packed.length if end is None else end
         x = self.coordinates.inverse(self.packed.decode(start, end, tiles))
-        return x if self._frequencies is None else turned(x, self._frequencies, self.kept_length + start, 1)
+        return self.turned(x, self.kept_length + start, 1)
 
     def crop(self, count: int) -> None:
         """Drops the last ``count`` tokens."""

@@ -92,7 +92,7 @@ class PackedTokens:
             return
         x_ND = x_BHND.float().reshape(-1, dim)
         x_GK = grain.split(x_ND)
-        params: Affine = self.spec.as_stored(_placed(x_GK, grid), self.groups)  # pyright: ignore[reportAssignmentType]
+        params: Affine = self.spec.as_stored(TokenFit()(x_GK, grid), self.groups)  # pyright: ignore[reportAssignmentType]
         codes = grain.join(grid.encode(x_GK, params), tuple(x_ND.shape)).view(batch, heads, count, dim)
         self._write(to_words(codes, grid.bits), count)
         for name, values in params._asdict().items():
@@ -198,12 +198,14 @@ class PackedTokens:
         self.zero = None if self.zero is None else self.zero.index_select(0, index)
 
 
-def _placed(x_GK: Tensor, grid: RangeGrid) -> Affine:
-    """Parameters of each granule: by its extremes; normal levels, which are of unit variance, by its root mean square."""
-    if not isinstance(grid, Normal):
-        return MinMax()(x_GK, grid)
-    rms_G1 = x_GK.square().mean(1, keepdim=True).sqrt()
-    return Affine(torch.where(rms_G1 > 0, rms_G1, 1.0))
+class TokenFit(MinMax):
+    """Places the grid of packed tokens by their extremes; normal levels, which are of unit variance, by their root mean square."""
+
+    def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Affine:
+        if not isinstance(grid, Normal):
+            return super().__call__(x_GK, grid)
+        mean_G1 = x_GK.square().mean(1, keepdim=True)
+        return Affine(torch.where(mean_G1 > 0, mean_G1, 1.0).sqrt())
 
 
 def _with_room(buffer: Tensor, count: int) -> Tensor:

@@ -139,6 +139,10 @@ def _announce(job: Job, restart: bool) -> bool:
     common.say(
         "calibration: " + ("none" if text is None else f"{text.name}, {' x '.join(map(str, text.ids.shape))} tokens")
     )
+    if text is not None and text.further is not None:
+        common.say(
+            f"training:    {' x '.join(map(str, text.further.shape))} tokens of it, not of the calibration windows"
+        )
     common.say(f"target:      {job.out}")
     journal = Journal(job.out, job.header).path
     unfinished = journal.exists()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from lowbit.architectures import IMPLEMENTATION, for_config
+from lowbit.architectures import IMPLEMENTATION, for_config, simulated_layers
 from lowbit.caches import PackedCache, format_of
 from lowbit.caches.rotary import frequencies
-from lowbit.modules import KVRule, KVSpec
+from lowbit.modules import KVFormats, KVRule, KVSpec
 from lowbit.modules.kv_spec import LEAST_TOKENS
 from lowbit.numerics import Block
 
@@ -35,6 +36,21 @@ def packed_cache(
     cache = PackedCache(config, spec, (*overrides, *rules_for_biases(config, biases, spec, overrides)))
     cache.stay_packed(config.get_text_config(decoder=True)._attn_implementation == IMPLEMENTATION)
     return cache
+
+
+@contextmanager
+def simulated_cache(model: nn.Module, formats: KVFormats) -> Iterator[None]:
+    """While open, ``model`` computes for whole windows, with gradients, what it gives token by token through a cache in
+    ``formats``; see :func:`~lowbit.architectures.simulated_layers`.
+
+    Raises:
+        ValueError: formats that the model cannot have; a model whose attention cannot be simulated.
+    """
+    if not formats:
+        yield
+        return
+    with simulated_layers(model, packed_cache(model, formats.kv, formats.overrides).packed_layers):
+        yield
 
 
 def read_packed(model: Any) -> None:

@@ -35,7 +35,7 @@ from lowbit.modules.description import LinearDescription
 from lowbit.modules.linear_format import LinearFormat
 from lowbit.modules.serialize_transforms import PLACES, Place
 from lowbit.modules.validation import check_tensors
-from lowbit.numerics import Affine, QTensor, SideTerm, Spec, Table
+from lowbit.numerics import Affine, QTensor, SideTerm, Spec, Table, TwoSided
 from lowbit.transforms import ChannelTransform, Made, Seeded, through
 
 
@@ -451,7 +451,9 @@ class _Restoring(Mapping[str, Tensor]):
 
 
 def _short(spec: Spec) -> str:
-    grid = f"Table({len(spec.grid.values)} values)" if isinstance(spec.grid, Table) else str(spec.grid)
+    grid = str(spec.grid)
+    if isinstance(spec.grid, Table | TwoSided):
+        grid = f"{type(spec.grid).__name__}({len(spec.grid.values)} values)"
     return f"{grid} {spec.granularity}"
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowbit.layouts import unpack, unpack_params
 from lowbit.modules.activation import unpack_static
-from lowbit.numerics import Int, KeptColumns, LowRank, Sparse, Spec, Table
+from lowbit.numerics import Int, KeptColumns, LowRank, Sparse, Spec, Table, TwoSided
 from lowbit.transforms import Kronecker, Normalize, Permute, RandomHadamard, Reassembly, Rotate, Scale, Shift, Split
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _check_quantized(tensors: Mapping[str, Tensor], spec: Spec, shape: tuple[int
     """A weight, or statistics that are quantized again."""
     rows, columns = spec.granularity.param_shape(shape)
     grid = spec.grid
-    if isinstance(grid, Table) and len(grid.values) < 2**grid.bits:
+    if isinstance(grid, Table | TwoSided) and len(grid.values) < 2**grid.bits:
         highest = int(unpack(tensors[f"{prefix}codes"], grid.bits, shape[-1]).max())
         if highest >= len(grid.values):
             raise ValueError(f"{prefix}codes holds code {highest} of a table of {len(grid.values)} values")

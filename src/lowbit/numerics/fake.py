@@ -6,6 +6,7 @@ float32. The work of a solver (error feedback, kept weights, importance) is not 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lowbit.numerics.binary_coding import Alternating
@@ -19,7 +20,7 @@ def usual_fit(grid: Grid) -> Fit:
     return next(fit for fit in (MinMax(), KMeans(), Alternating(), Unfitted()) if fit.why_not(grid) is None)
 
 
-def fake_quantize(x: Tensor, spec: Spec, fit: Fit | None = None) -> Tensor:
+def fake_quantize(x: Tensor, spec: Spec, fit: Fit | None = None, *, through_fit: bool = True) -> Tensor:
     """``x`` as ``spec`` restores it, in the dtype of ``x``.
 
     Gradients pass the rounding to ``x`` as the grid says, or straight through where it does not say. On grids that ranges
@@ -30,12 +31,14 @@ def fake_quantize(x: Tensor, spec: Spec, fit: Fit | None = None) -> Tensor:
         x: ``[..., I]``.
         spec: the format.
         fit: places the grid; None: :func:`usual_fit`.
+        through_fit: gradients of the parameters reach the values that ``fit`` made them of; False: these are constants.
     """
     fit = fit or usual_fit(spec.grid)
     if not isinstance(spec.grid, LearnableGrid):
         return straight_through(quantize(x.detach(), spec, fit).dequantize().to(x.dtype), x)
     shape, x_GK = tuple(x.shape), spec.granularity.split(x)
-    placed = fit(x_GK, spec.grid)  # pyright: ignore[reportArgumentType]
+    filled = None if x_GK.numel() == x.numel() else spec.granularity.split(torch.ones_like(x), fill_zero=True)
+    placed = fit(x_GK if through_fit else x_GK.detach(), spec.grid, filled)  # pyright: ignore[reportArgumentType]
     raw = placed._make(None if p is None else p.detach() for p in placed)
     stored = spec.as_stored(raw, spec.granularity.param_shape(shape)[1], check=False)
     pairs = zip(stored, placed, strict=True)

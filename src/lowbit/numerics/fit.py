@@ -68,6 +68,31 @@ class MinMax(_RangeFit):
 
 @serializable
 @dataclass(frozen=True)
+class Magnitude(_RangeFit):
+    """A range of ``factor`` times the mean or the largest magnitude, on both sides of zero.
+
+    With two and one bits the extremes leave most values at the inner levels. LLM-QAT's code (arXiv:2305.17888) takes
+    1.5 times the mean magnitude for four half-integer levels, and the mean for two.
+    """
+
+    of: Literal["mean", "largest"] = "mean"
+    factor: float = 1.0
+
+    def __post_init__(self):
+        if self.of not in ("mean", "largest") or self.factor <= 0:
+            raise ValueError(f"a magnitude is the 'mean' or the 'largest', times a positive factor; found {self}")
+
+    def __call__(self, x_GK: Tensor, grid: RangeGrid, importance_GK: Tensor | None = None) -> Params:
+        if self.of == "largest":
+            size = x_GK.abs().amax(1, keepdim=True)
+        else:
+            counted = torch.ones_like(x_GK) if importance_GK is None else (importance_GK > 0).to(x_GK)
+            size = (x_GK.abs() * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
+        return grid.from_range(-self.factor * size, self.factor * size)
+
+
+@serializable
+@dataclass(frozen=True)
 class Percentile(_RangeFit):
     """Clips the share ``1 - p`` of the values at each end, ``0.5 < p <= 1``; quantiles are interpolated linearly."""
 

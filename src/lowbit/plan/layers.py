@@ -26,6 +26,7 @@ from lowbit.numerics import (
     Sign,
     Spec,
     Table,
+    TwoSided,
 )
 from lowbit.plan.model_plan import BlockPlan, ModelPlan, outside_names
 from lowbit.scheme import Scheme
@@ -159,6 +160,8 @@ def grid_text(grid: Grid) -> str:
         return f"normal{grid.bits}"
     if isinstance(grid, OutlierVictim):
         return f"{grid.normal}{grid.bits} in outlier-victim pairs"
+    if isinstance(grid, TwoSided):
+        return f"table of {len(grid.values)} values, two scales"
     return f"table of {len(grid.values)} values" if isinstance(grid, Table) else str(grid)
 
 

@@ -19,9 +19,10 @@ float32, L its largest tensor as stored, O everything outside the blocks in floa
 the packed layers, V the logits of one window in float32. Where unquantized tensors are kept in a narrower dtype (``keep_dtype``),
 O is there once more at the start and in the comparison. A stage that trains the packed model adds one moment:
 
-    train      P + A + 2 O + Q + C + b (8 V + n W) + 4 D
+    train      P + A + 2 O + Q + C + b (8 V + n W) + 4 D + F + M
 
-with C a byte for each weight (its code), b windows in a step through n blocks, and D the largest layer in float32.
+with C a byte for each weight (its code), b windows at once through n blocks, D the largest layer in float32, F the numbers that the
+choice of parameters holds for each weight, and M the whole original where text beyond the calibration windows is trained on.
 
 A step holds, all at once:
 
@@ -84,9 +85,11 @@ def stream_tokens(plan: ModelPlan, samples: int, seq_len: int, *, fisher: bool =
 
 def peak_disk_bytes(plan: ModelPlan, samples: int, seq_len: int, ram_limit: int) -> int:
     """Bytes of temporary files: activations beyond the limit, and Fisher information if the recipe needs it."""
-    fisher = plan.recipe.needs_fisher
-    squares = sum(prod(block.shapes[path]) for block, path, _ in plan.layers) * FLOAT
-    return activation_bytes(plan, stream_tokens(plan, samples, seq_len, fisher=fisher), ram_limit)[1] + fisher * squares
+    fisher, latents = plan.recipe.needs_fisher, plan.recipe.needs_latents
+    weights = sum(prod(block.shapes[path]) for block, path, _ in plan.layers) * FLOAT
+    trained = latents * 5 * weights  # where they start, and the state of a training: leaves, the best ones, two moments
+    streams = activation_bytes(plan, stream_tokens(plan, samples, seq_len, fisher=fisher), ram_limit)[1]
+    return streams + fisher * weights + trained
 
 
 def peak_parts(plan: ModelPlan, samples: int, seq_len: int, ram_limit: int) -> dict[str, dict[str, int]]:
@@ -133,12 +136,18 @@ def _whole_parts(plan: ModelPlan, samples: int, seq_len: int) -> dict[str, dict[
 def _train_parts(
     plan: ModelPlan, worst: BlockPlan, seq_len: int, held: dict[str, int], packed: int
 ) -> dict[str, dict[str, int]]:
-    batch = max((stage.batch for stage in plan.recipe.stages if isinstance(stage, Train)), default=0)
-    if not batch:
+    stages = [stage for stage in plan.recipe.stages if isinstance(stage, Train)]
+    if not stages:
         return {}
+    batch = max(stage.batch for stage in stages)
     logits = seq_len * plan.source.config.get_text_config().vocab_size * FLOAT
     weights = sum(prod(block.shapes[path]) for block, path, _ in plan.layers)
-    kept = len(plan.blocks) * run_sizes(plan, worst, 1, seq_len).window_bytes
+    sizes, blocks = run_sizes(plan, worst, 1, seq_len), len(plan.blocks)
+    kept = blocks * sizes.window_bytes
+    if all(stage.recompute for stage in stages):
+        kept = sizes.window_bytes + blocks * seq_len * sizes.hidden * FLOAT
+    floats = max(stage.what.floats_per_weight for stage in stages)
+    original = outside_bytes(plan, FLOAT) + sum(_block_bytes(block) for block in plan.blocks)
     return {
         "train": held
         | {
@@ -147,6 +156,8 @@ def _train_parts(
             "codes": weights,
             "logits": 8 * batch * logits,
             "activations of a batch": int(batch * kept),
+            "weights in training": floats * weights * FLOAT,
+            "original": original if any(stage.tokens for stage in stages) else 0,
             "decoded layer": 4 * FLOAT * max((prod(worst.shapes[path]) for path in worst.formats), default=0),
         }
     }

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from lowbit.modules import KVFormats
 from lowbit.numerics import check_types, from_dict, untagged
-from lowbit.recipes.stages import Blockwise, Stage
+from lowbit.recipes.stages import Blockwise, Stage, Train
 from lowbit.scheme import Outside, Override, Scheme
 from lowbit.steps.precision import Compute
 
@@ -50,6 +50,9 @@ class Recipe:
         try:
             for i, stage in enumerate(self.stages):
                 stage.check(self.scheme, self.stages[:i])
+            lengths = {stage.seq_len for stage in self.stages if isinstance(stage, Train) and stage.tokens}
+            if len(lengths) > 1:
+                raise ValueError("stages of training read one text, so they have one seq_len; found several")
             if not self.stages and (self.scheme.rules or self.scheme.attention or not self.scheme.cache):
                 raise ValueError(
                     "a recipe has a stage, such as Blockwise((Solve(...),)), or only a KV cache format; found neither"
@@ -107,6 +110,17 @@ class Recipe:
     def needs_fisher(self) -> bool:
         """Whether a stage needs Fisher information, which takes a backward pass over the whole model first."""
         return any(stage.needs_fisher for stage in self.stages)
+
+    @property
+    def needs_latents(self) -> bool:
+        """Whether a stage needs the weights that Blockwise rounded, besides their codes."""
+        return any(stage.needs_latents for stage in self.stages)
+
+    def training_windows(self, seq_len: int) -> tuple[int, int]:
+        """Windows of training text that the stages ask for, besides the calibration windows of ``seq_len`` tokens, and the
+        tokens of each; 0 windows: none."""
+        asked = [stage.windows(seq_len) for stage in self.stages if isinstance(stage, Train)]
+        return max((each for each in asked if each[0]), default=(0, seq_len))
 
     def with_blockwise(self, **changes: Any) -> Recipe:
         """This recipe with other ``steps`` or another ``feed`` or ``compute`` in its Blockwise stage."""

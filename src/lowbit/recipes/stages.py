@@ -15,7 +15,7 @@ from lowbit.scheme import Scheme
 from lowbit.steps import Freedom, Step
 from lowbit.steps.combination import check_attention_ranges, check_combination
 from lowbit.steps.precision import Compute
-from lowbit.training import AdamW, Objective, OneCycle, Trainable
+from lowbit.training import AdamW, Objective, OneCycle, Schedule, Trainable
 
 
 @runtime_checkable
@@ -40,6 +40,11 @@ class Stage(Protocol):
     @property
     def needs_fisher(self) -> bool:
         """Whether it needs Fisher information, which takes a backward pass over the whole original model first."""
+        ...
+
+    @property
+    def needs_latents(self) -> bool:
+        """Whether it needs the weights that the stage before rounded, besides their codes."""
         ...
 
     def check(self, scheme: Scheme, before: Sequence[Stage]) -> None:
@@ -95,6 +100,10 @@ class Blockwise:
     def needs_fisher(self) -> bool:
         return any(Fisher() in step.needs for step in self.steps)
 
+    @property
+    def needs_latents(self) -> bool:
+        return False
+
     def check(self, scheme: Scheme, before: Sequence[Stage]) -> None:
         if before:
             names = ", ".join(type(stage).__name__ for stage in before)
@@ -110,17 +119,29 @@ class Blockwise:
 @serializable
 @dataclass(frozen=True)
 class Train:
-    """Trains parameters of a whole model: ``what`` is moved to minimize ``objective`` on the calibration windows.
+    """Trains parameters of a whole model: ``what`` is moved to minimize ``objective``.
+
+    Without ``tokens`` it reads the calibration windows. With ``tokens`` it reads further windows of the same text, which no step
+    and no measurement reads; where the text is too short, it reads what there is several times.
 
     Args:
         what: which parameters, how the model computes with them, and how they are stored.
         objective: the loss.
-        epochs: passes over the calibration windows, in an order drawn from the recipe's seed.
+        epochs: passes over the calibration windows, in an order drawn from the recipe's seed; ``tokens`` replaces it.
         lr: largest learning rate of ``schedule``, in the units of ``what``.
-        batch: windows in each step.
+        batch: windows that pass through the model at once.
         amp: run products in bfloat16 on processors that have instructions for it.
         optimizer: makes the steps.
         schedule: changes ``lr`` from step to step.
+        tokens: the number of tokens to train on; 0: what is trained is stored as it starts. None: ``epochs`` counts.
+        seq_len: tokens of a window of training text; None: as the calibration windows. It goes with ``tokens``.
+        accumulate: batches in each step. This gives the step of a larger batch in the memory of a small one.
+        clip_norm: largest norm of the gradient of all leaves; a larger gradient is scaled down to it. None: no limit.
+        recompute: keep only the input of each block, and run blocks again in the backward pass.
+        measures: how often the KL divergence from the original is measured, evenly, on windows that are not trained on, besides
+            once at the start. The best state is kept. 0, or no such windows: the last state is kept.
+        patience: measurements without a new best after which training stops; 0: it does not stop early.
+        cache: train and measure with the scheme's quantized cache, as if each token were decoded by itself.
     """
 
     what: Trainable
@@ -130,14 +151,41 @@ class Train:
     batch: int = 2
     amp: bool = False
     optimizer: AdamW = AdamW()
-    schedule: OneCycle = OneCycle()
+    schedule: Schedule = OneCycle()
+    tokens: int | None = None
+    seq_len: int | None = None
+    accumulate: int = 1
+    clip_norm: float | None = None
+    recompute: bool = False
+    measures: int = 0
+    patience: int = 0
+    cache: bool = False
 
     def __post_init__(self):
-        if self.epochs < 1 or self.batch < 1 or self.lr <= 0:
+        check_types(self)  # first, because what a stage declares depends on its parts
+        if self.epochs < 1 or self.batch < 1 or self.accumulate < 1 or self.lr <= 0:
             raise ValueError(
-                f"training needs epochs and batch of at least 1 and a positive lr, found epochs={self.epochs}, "
-                f"batch={self.batch}, lr={self.lr}"
+                f"training needs epochs, batch and accumulate of at least 1 and a positive lr, found epochs={self.epochs}, "
+                f"batch={self.batch}, accumulate={self.accumulate}, lr={self.lr}"
             )
+        if (self.tokens is not None and self.tokens < 0) or (self.seq_len is not None and self.seq_len < 2):
+            raise ValueError(
+                f"training reads 0 tokens or more in windows of at least 2, found tokens={self.tokens}, seq_len={self.seq_len}"
+            )
+        if self.seq_len is not None and self.tokens is None:
+            raise ValueError("seq_len is of the windows that tokens asks for; give tokens, or leave seq_len out")
+        if self.measures < 0 or self.patience < 0 or (self.clip_norm is not None and self.clip_norm <= 0):
+            raise ValueError(
+                f"measures and patience are counts and clip_norm is positive or None, found measures={self.measures}, "
+                f"patience={self.patience}, clip_norm={self.clip_norm}"
+            )
+        if self.patience and not self.measures:
+            raise ValueError("patience counts measurements on held-out windows; set measures too")
+
+    def windows(self, seq_len: int) -> tuple[int, int]:
+        """Windows of training text that it asks for, and tokens of each, where calibration windows have ``seq_len``."""
+        length = self.seq_len or seq_len
+        return -(-(self.tokens or 0) // length), length
 
     @property
     def reads_inputs(self) -> bool:
@@ -145,7 +193,8 @@ class Train:
 
     @property
     def reads_original(self) -> bool:
-        return True
+        """Whether the original's hidden states on the calibration windows are read; further text is read by a whole original."""
+        return self.tokens is None
 
     @property
     def learns(self) -> bool:
@@ -155,7 +204,21 @@ class Train:
     def needs_fisher(self) -> bool:
         return False
 
+    @property
+    def needs_latents(self) -> bool:
+        return self.what.needs_latents
+
     def check(self, scheme: Scheme, before: Sequence[Stage]) -> None:
+        name = type(self.what).__name__
         if self.what.needs_packed and not before:
-            name = type(self.what).__name__
             raise ValueError(f"Train({name}()) trains what a packed model stores; put it after Blockwise, which packs")
+        if self.needs_latents and not isinstance(before[-1], Blockwise):
+            raise ValueError(
+                f"Train({name}()) starts from the weights that Blockwise rounded, and a stage between has changed what is stored; "
+                "put it right after Blockwise"
+            )
+        if self.cache and scheme.attention is not None and scheme.cache:
+            raise ValueError(
+                "training cannot simulate a quantized cache and quantized operands of attention together; leave one out"
+            )
+        self.what.check([rule.weight for rule in scheme.rules if rule.weight is not None])

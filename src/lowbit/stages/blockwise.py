@@ -36,6 +36,7 @@ from lowbit.architectures import (
     rotate_residual,
 )
 from lowbit.checkpoints.description import ModelDescription, has_unfused_experts
+from lowbit.checkpoints.shards import read_shard_header, read_tensor
 from lowbit.modules import (
     OperandRanges,
     QuantLinear,
@@ -52,7 +53,7 @@ from lowbit.plan.outside import OutsidePlan
 from lowbit.plan.streams import stream_windows, watched_windows
 from lowbit.progress import Progress, silent
 from lowbit.stages.fisher import FisherPass
-from lowbit.stages.journal import Journal
+from lowbit.stages.journal import Journal, file_sha256
 from lowbit.stages.outside import narrowed_outside, pack_outside, replaced
 from lowbit.stages.record import BlockRecord, install_packed
 from lowbit.stages.store import ActivationStore
@@ -290,7 +291,8 @@ class Walk:
         if i >= self.total:
             return i == self.total
         try:
-            return BlockRecord.from_dict(data).name == self.plan.blocks[i].name
+            record = BlockRecord.from_dict(data)
+            return record.name == self.plan.blocks[i].name and record.latents == self._latents_hash(i)
         except (AttributeError, KeyError, TypeError, ValueError):
             return False
 
@@ -394,7 +396,9 @@ class Walk:
         error = None if call is None else self._behind(block, call)
         specs = {f"{name}.{path}": attention_spec(m) for path, m in block.named_modules()}
         attends = {path: spec for path, spec in specs.items() if spec is not None}
-        record = BlockRecord(name, error, state.records, state.notes, packed, attends)
+        if self.recipe.needs_latents:  # before the unit that names its hash
+            self.journal.save(self._latents_file(i), {f"{name}.{path}": w_OI for path, w_OI in state.latents.items()})
+        record = BlockRecord(name, error, state.records, state.notes, packed, attends, self._latents_hash(i))
         self.section.write(self._shard(i), self._tensors(block, name), record.to_dict())
         return record
 
@@ -420,6 +424,7 @@ class Walk:
             tick=self._tick,
             rotated=self.rotation is not None,
             reads_inputs=self.recipe.reads_inputs,
+            keeps_latents=self.recipe.needs_latents,
         )
 
     def _seen(self, name: str) -> Tensor:
@@ -468,6 +473,19 @@ class Walk:
             return narrowed(f"{name}.{key}", value, self.plan.kept.dtype_of(f"{name}.{key}"))
 
         return {f"{name}.{key}": stored(key, value.detach()) for key, value in block.state_dict().items()}
+
+    def latents(self) -> dict[str, Tensor]:
+        """What the codes of all packed linears in the blocks were rounded from, ``[O, I]`` float32, by name."""
+        headers = [read_shard_header(self.journal.directory / self._latents_file(i)) for i in range(self.total)]
+        return {name: read_tensor(header) for block in headers for name, header in block.items()}
+
+    def _latents_file(self, i: int) -> str:
+        return f"latents-{i + 1:05d}.safetensors"
+
+    def _latents_hash(self, i: int) -> str:
+        """Of the file of block i; empty where the recipe needs none, or it is not there."""
+        path = self.journal.directory / self._latents_file(i)
+        return file_sha256(path) if self.recipe.needs_latents and path.is_file() else ""
 
     def _shard(self, i: int) -> str:
         return self.section.unit_name(i, self.total + 1)

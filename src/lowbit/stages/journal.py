@@ -32,8 +32,10 @@ from lowbit.checkpoints.shards import read_shard_header, read_tensor, write_shar
 from lowbit.checkpoints.target import OutputError, check_target
 
 JOURNAL, HOLDER = "journal.jsonl", "lock-holder"
-UNLISTED = "fisher-*.safetensors"
-"""Whole files that a continued run uses although the journal does not name them."""
+UNLISTED = ("fisher-*.safetensors", "latents-*.safetensors", "training-*.state")
+"""Whole files that a continued run uses although the journal does not name them; the finished checkpoint has none of them."""
+CURVES = "training-*.jsonl"
+"""Files that grow with a run and stay in its checkpoint."""
 
 
 class Journal:
@@ -136,7 +138,7 @@ class Journal:
         """Removes everything in the directory but the files ``kept`` and the name of the lock's holder."""
         keep = {HOLDER, *kept}
         for path in self.directory.iterdir():
-            if path.name in keep or (kept and path.match(UNLISTED)):
+            if path.name in keep or (kept and any(path.match(pattern) for pattern in (*UNLISTED, CURVES))):
                 continue
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -236,7 +238,7 @@ class Journal:
 
     def finish(self) -> None:
         """Makes the partial directory the target, with nothing in it but the checkpoint. The last act of a run."""
-        for pattern in ("stage-*.safetensors", UNLISTED):  # of earlier stages
+        for pattern in ("stage-*.safetensors", *UNLISTED):  # of earlier stages
             for shard in self.directory.glob(pattern):
                 shard.unlink()
         self.path.replace(self._aside)  # in the directory until now: a kill before this line loses nothing

@@ -23,6 +23,7 @@ class BlockRecord:
     notes: list[str] = field(default_factory=list)
     modules: dict[str, LinearDescription] = field(default_factory=dict)  # of the packed linears by full name
     attention: dict[str, AttentionSpec] = field(default_factory=dict)  # formats of attention's operands, likewise
+    latents: str = ""  # sha256 of the file with the weights that codes were rounded from; empty: there is none
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the journal."""
@@ -33,6 +34,7 @@ class BlockRecord:
             "notes": self.notes,
             "modules": {name: description.to_json() for name, description in self.modules.items()},
             "attention": {name: to_dict(spec) for name, spec in self.attention.items()},
+            **({"latents": self.latents} if self.latents else {}),
         }
 
     @classmethod

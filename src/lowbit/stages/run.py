@@ -35,6 +35,7 @@ class Run:
         journal: of the partial directory, open.
         ram_limit: bytes of activations kept in memory.
         drawn, held_out: as for :class:`Walk`.
+        further: windows of text for training ``[M, S]`` that are no calibration windows; None: there are none.
 
     Attributes:
         walk: of the Blockwise stage; it keeps both streams behind the last block. Without that stage, it does not begin.
@@ -49,6 +50,7 @@ class Run:
     progress: Progress = silent
     drawn: bool = False
     held_out: int = 0
+    further: Tensor | None = None
     model: PreTrainedModel | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -106,7 +108,8 @@ def _blockwise(run: Run, number: int, stage: Blockwise) -> None:
 def _train(run: Run, number: int, stage: Train) -> None:
     section = run.journal.section(number)
     run.model = None  # the one before is on disk
-    run.model, notes = Training(stage, run.walk, run.journal.section(number - 1), section, run.progress).run()
+    source = run.journal.section(number - 1)
+    run.model, notes = Training(stage, run.walk, source, section, run.progress, run.further).run()
     run.notes.extend(notes)
 
 

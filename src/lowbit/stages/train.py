@@ -1,32 +1,37 @@
 """The stage Train: a packed model is loaded once, whole, trained, and its shards are written again.
 
-The loss, the parameters and the optimizer are values of :mod:`lowbit.training`; here is the loop that joins them. Training is
-not resumed in its middle: a run that was killed there does it again, from the same bytes with the same seed, so that the
-result cannot differ. The alternative, to change shards in place, could not tell a finished one from a torn one.
+The loss, the parameters and the optimizer are values of :mod:`lowbit.training`; :mod:`lowbit.stages.descent` is the loop that
+joins them. Here is what it reads and writes: the packed model of the stage before, the text, the original model, the state
+of a training that was killed, and the trained shards.
 
-The loop does not go through accelerate. ``Accelerator.prepare`` has nothing to wrap: what is trained are leaves that the
-model computes with, not its own parameters. And accelerate keeps one device for the whole process: ``Accelerator(cpu=True)``
-fails where the caller has one on a GPU, and leaves later ones on the CPU.
+The original model's logits come from the hidden states that the walk has streamed, where the calibration windows are
+trained on. For further text the original is loaded once, whole: its hidden states would take more room than it does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowbit.architectures import block_modules
 from lowbit.checkpoints.shards import read_shard_header
+from lowbit.decoding.packed_cache import simulated_cache
+from lowbit.modules import KVFormats
 from lowbit.progress import Progress
 from lowbit.recipes import Train
 from lowbit.stages.blockwise import Walk
+from lowbit.stages.descent import Descent, StateFile
 from lowbit.stages.journal import Section
-from lowbit.stages.whole import read_back
-from lowbit.steps.precision import faster_products
-from lowbit.training import Batch
+from lowbit.stages.whole import fitted_cache, read_back
+from lowbit.steps.precision import has_bfloat16
+from lowbit.training import Answer, Curve, Start, Text
 
 
 @dataclass
@@ -38,6 +43,7 @@ class Training:
         walk: of the same run, finished: it knows the original model's logits and describes the packed one.
         source: the section of the stage before, whose shards are the model to train.
         section: where the trained shards go.
+        further: windows of training text ``[M, S]`` that are no calibration windows; None: there are none.
     """
 
     stage: Train
@@ -45,6 +51,7 @@ class Training:
     source: Section
     section: Section
     progress: Progress
+    further: Tensor | None = None
 
     def run(self) -> tuple[PreTrainedModel, list[str]]:
         """Trains, unless the journal has all shards; the model as its shards make it (float32, packed), and notes."""
@@ -62,70 +69,75 @@ class Training:
                 headers = read_shard_header(section.directory / source[i])
                 tensors = {name: state[name].to(header.dtype) for name, header in headers.items()}
                 section.write(section.unit_name(i, len(source)), tensors, {"notes": notes})
+        self._path("state").unlink(missing_ok=True)
         trained = read_back(self.walk.plan, section, self.walk.description, section.files)
         return trained, section.finished[0]["record"]["notes"]
 
-    def _train(self, model: nn.Module) -> list[str]:
+    def _train(self, model: PreTrainedModel) -> list[str]:
         """Changes ``model`` in place; returns notes for the report."""
-        walk = self.walk
+        walk, notes = self.walk, []
+        kept = {name: walk.plan.kept.dtype_of(name) for name, p in model.named_parameters() if p.dim() == 1}
+        with self._texts() as (text, held_out):
+            if self.stage.tokens and text.ids_NT.numel() < self.stage.tokens:
+                notes = [
+                    f"trained {self.stage.tokens / text.ids_NT.numel():.2g} times on the same {text.ids_NT.numel()} tokens"
+                ]
+            if self.stage.measures and held_out is None:
+                notes.append("no text is left to measure a training on: its last state is kept")
+            descent = Descent(
+                model,
+                self.stage,
+                text,
+                held_out,
+                Start(walk.latents() if self.stage.needs_latents else {}, kept),
+                block_modules(model, walk.architecture),
+                walk.recipe.seed,
+                StateFile(self._path("state"), partial(self.section.journal.place, self._path("state").name)),
+                partial(Curve, self._path("jsonl"), self._path("tensorboard")),
+                self.progress,
+            )
+            with self._cache(model):
+                return notes + descent.run()
+
+    def _cache(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """While open, ``model`` computes through the recipe's quantized cache, where the stage asks for it."""
+        formats = self.walk.recipe.scheme.cache if self.stage.cache else KVFormats()
+        return simulated_cache(model, fitted_cache(self.walk.source, self.source, formats))
+
+    def _path(self, kind: str) -> Path:
+        return self.section.directory / f"training-{self.section.stage + 1}.{kind}"
+
+    @contextmanager
+    def _texts(self) -> Iterator[tuple[Text, Text | None]]:
+        """The text to train on, and the one to measure on, or None."""
+        walk, stage = self.walk, self.stage
         assert walk.ids is not None and walk.stream is not None
-        ids = walk.ids[: walk.calibrated]
-        done, expected = 0, self.stage.epochs * len(ids)
+        ids, held_out = walk.ids[: walk.calibrated], walk.ids[walk.calibrated :]
+        if stage.tokens and self.further is not None:
+            ids = self.further[: stage.windows(self.further.shape[1])[0]]
+        reads = stage.tokens != 0 and (stage.objective.reads_original or (stage.measures > 0 and len(held_out) > 0))
+        if reads and (stage.tokens is not None or stage.objective.reads_hidden):
+            original = self._whole_original()
+            answers = [partial(_answer, original, each, stage.objective.reads_hidden) for each in (ids, held_out)]
+            yield Text(ids, answers[0]), Text(held_out, answers[1]) if len(held_out) else None
+            return
+        with walk.stream.loaded_outside(walk.source) if reads else nullcontext():
+            first = Text(ids, lambda i: self._streamed(i))
+            yield first, Text(held_out, lambda i: self._streamed(walk.calibrated + i)) if len(held_out) else None
 
-        def tick(text: str) -> None:
-            nonlocal done
-            done += 1
-            self.progress(min(done, expected), expected, text)
+    def _streamed(self, w: int) -> Answer:
+        """The original's logits for calibration window ``w``, from its hidden states behind the last block."""
+        assert self.walk.ids is not None
+        return Answer(self.walk.logits_of(self.walk.ids[w : w + 1], self.walk.hidden("fp", w)))
 
-        def original(i: int) -> Tensor:
-            return walk.logits_of(ids[i : i + 1], walk.hidden("fp", i))
+    def _whole_original(self) -> PreTrainedModel:
+        """The original in memory, in bfloat16 where the stage multiplies in it and the processor has instructions for it."""
+        fast = self.stage.amp and has_bfloat16(torch.device("cpu"))
+        return self.walk.source.load_full(torch.bfloat16 if fast else torch.float32).requires_grad_(False)
 
-        with walk.stream.loaded_outside(walk.source):
-            return train(model, self.stage, ids, original, walk.recipe.seed, tick)
 
-
-def train(
-    model: nn.Module,
-    stage: Train,
-    ids: Tensor,
-    original: Callable[[int], Tensor],
-    seed: int = 0,
-    tick: Callable[[str], None] = lambda text: None,
-) -> list[str]:
-    """Trains ``model`` in place as ``stage`` says.
-
-    Args:
-        model: a transformers causal language model in float32.
-        ids: ``[N, T]``, the calibration windows.
-        original: logits ``[T, V]`` of the original model for window i.
-        seed: of the order of windows.
-        tick: called for each window of each epoch with what to show.
-
-    Returns:
-        Notes for the report.
-
-    Raises:
-        ValueError: the loss became NaN or Inf.
-    """
-    parameters = stage.what.parameters(model.requires_grad_(False))
-    optimizer = stage.optimizer.make(parameters.leaves, stage.lr)
-    batches = -(-len(ids) // stage.batch)
-    schedule = stage.schedule.make(optimizer, stage.lr, stage.epochs * batches)
-    order = torch.Generator().manual_seed(seed)
-    with parameters:
-        for epoch in range(1, stage.epochs + 1):
-            for windows in torch.randperm(len(ids), generator=order).split(stage.batch):
-                optimizer.zero_grad()
-                ids_BT, values = ids[windows.tolist()], parameters.replaced()
-                with faster_products(ids_BT.device, stage.amp):
-                    output = functional_call(model, values, kwargs={"input_ids": ids_BT, "use_cache": False})
-                loss = stage.objective.loss(Batch(windows.tolist(), ids_BT, output.logits, original))
-                if not torch.isfinite(loss):
-                    raise ValueError("training met a loss that is NaN or Inf; use a smaller lr or leave the stage out")
-                loss.backward()
-                for _ in windows:
-                    tick(f"training, epoch {epoch} of {stage.epochs}, {stage.objective.name} {loss.item():.3f}")
-                optimizer.step()
-                schedule.step()
-    parameters.commit()
-    return parameters.notes
+@torch.no_grad()
+def _answer(original: PreTrainedModel, ids_NT: Tensor, hidden: bool, i: int) -> Answer:
+    asked = {"output_hidden_states": True} if hidden else {}
+    output = original(input_ids=ids_NT[i : i + 1], use_cache=False, **asked)
+    return Answer(output.logits[0], tuple(h[0] for h in output.hidden_states) if hidden else ())

@@ -8,7 +8,7 @@ from lowbit.steps.effects import BlockDescription, EdgeUse, Effects, Freedom, La
 from lowbit.steps.incoherence import Incoherence
 from lowbit.steps.learn import Learn
 from lowbit.steps.objectives import BlockMSE
-from lowbit.steps.parametrizations import AllWeights, ClipShares, Rounding, Scales, Shifts
+from lowbit.steps.parametrizations import AllWeights, ClipShares, Rounding, Scales, Shifts, StepSizes
 from lowbit.steps.ranges import LearnedStepSizes, SearchActivationRange
 from lowbit.steps.reassembly import SearchReassembly
 from lowbit.steps.rotation import RotateInputs, RotateResidual
@@ -63,5 +63,6 @@ __all__ = [
     "SmoothPowers",
     "Solve",
     "Step",
+    "StepSizes",
     "Thresholds",
 ]

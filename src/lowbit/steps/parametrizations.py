@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lowbit.architectures import Kind, ResolvedEdge, add_bias, fold, needs_bias
 from lowbit.modules import DraftLinear
-from lowbit.numerics import Clipped, Fixed, Statistic, serializable, straight_through
+from lowbit.numerics import Clipped, Fixed, MinMax, Params, Statistic, serializable, straight_through
 from lowbit.steps.effects import EdgeUse, Effects, Freedom
 from lowbit.steps.rules import Midpoint, Smooth, TransformRule
 from lowbit.steps.state import BlockState, Stats
@@ -259,6 +259,58 @@ class Rounding(Maker):
             if state.formats[path].weight.stats is not None:
                 raise ValueError(f"{state.full_name(path)}: learned rounding needs scales that are stored as they are")
         return _Rounding(state)
+
+
+class _StepSizes(Parametrization):
+    """All scales of every granule, in units of their start; zero points stay."""
+
+    def __init__(self, state: BlockState):
+        super().__init__()
+        self.starts: dict[str, Params] = {}
+        self.names: dict[str, list[str]] = {}
+        for path, draft in state.drafts.items():
+            assert draft.format is not None
+            spec, fit = draft.format.weight, draft.range_shares or MinMax()
+            self.starts[path] = fit(spec.granularity.split(draft.weight.detach()), spec.grid)  # pyright: ignore[reportArgumentType]
+            self.names[path] = [field.name for field in spec.grid.fields if field.floored]
+        sizes = [getattr(self.starts[path], name) for path, names in self.names.items() for name in names]
+        self.shares = nn.ParameterList(nn.Parameter(torch.ones_like(size)) for size in sizes)
+
+    def chosen(self, path: str, w_OI: Tensor) -> dict[str, Any]:
+        first = sum(len(names) for names in list(self.names.values())[: list(self.names).index(path)])
+        start = self.starts[path]
+        moved = {name: getattr(start, name) * self.shares[first + i] for i, name in enumerate(self.names[path])}
+        return {"range_shares": Fixed(start._replace(**moved))}
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        for share in self.shares:
+            share.clamp_(min=SMALLEST_SCALE)
+
+    @torch.no_grad()
+    def commit(self, state: BlockState) -> None:
+        for path in self.names:
+            draft = state.draft(path)
+            draft.range_shares = self.chosen(path, draft.weight)["range_shares"]
+
+
+@serializable
+@dataclass(frozen=True)
+class StepSizes(Maker):
+    """A learned step of every granule (LSQ, arXiv:1902.08153; EfficientQAT, arXiv:2407.11062), for grids that a range places.
+
+    It starts at the range that a step before chose, or at the extremes. ``lr`` is in units of the start. EfficientQAT's code learns
+    zero points too, at a rate at which none comes to another code in its number of steps; here they stay.
+    """
+
+    lr: float = 2.5e-3
+
+    @property
+    def fixes(self) -> frozenset[Freedom]:
+        return frozenset({Freedom.WEIGHT_RANGES})
+
+    def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
+        return _StepSizes(state)
 
 
 class Differences(Parametrization):

@@ -280,11 +280,18 @@ class SearchClip(Step):
     Thresholds are ``c = max|w| * (1 - i / steps)`` for ``i = 0 .. max_shrink * steps - 1`` (AWQ's clip search). A
     granule's loss is ``d^T H_g d`` with its rounding error d and its block H_g of the Gram matrix: the squared error of
     its partial product over all calibration tokens. The reference samples 512 tokens.
+
+    Args:
+        steps, max_shrink: of the thresholds.
+        skip: roles that keep their range.
+        apart: both ends shrink apart, by ``1 - i / steps`` and ``1 - j / steps`` of their own, and every pair is tried
+            (BitDistiller, arXiv:2402.10631).
     """
 
     steps: int = 20
     max_shrink: float = 0.5
     skip: tuple[str, ...] = ("q", "k", "qkv")
+    apart: bool = False
 
     @property
     def simulates(self) -> bool:
@@ -326,20 +333,26 @@ class SearchClip(Step):
         return Clipped(torch.stack(lows, 1).view(-1, 1), torch.stack(highs, 1).view(-1, 1))
 
     def _clip_granules(self, w_GK: Tensor, grid, gram_KK: Tensor) -> tuple[Tensor, Tensor]:
+        w_GK = w_GK.contiguous()
         lo, hi = extremes(w_GK)
-        absmax = torch.maximum(lo.abs(), hi.abs())
-        best = torch.full_like(absmax, float("inf"))
+        best = torch.full_like(lo, float("inf"))
         best_lo, best_hi = lo.clone(), hi.clone()
-        for i in range(max(1, int(self.max_shrink * self.steps))):
-            c = absmax * (1 - i / self.steps)
-            params = grid.from_range(torch.maximum(lo, -c), torch.minimum(hi, c))
-            d = grid.decode(grid.encode(w_GK, params), params) - w_GK
+        for low, high in self._ends(lo, hi):
+            d = grid.fake(w_GK, grid.from_range(low, high)) - w_GK
             loss = ((d @ gram_KK) * d).sum(1, keepdim=True)
             better = loss < best
             best = torch.where(better, loss, best)
-            best_lo = torch.where(better, torch.maximum(lo, -c), best_lo)
-            best_hi = torch.where(better, torch.minimum(hi, c), best_hi)
+            best_lo, best_hi = torch.where(better, low, best_lo), torch.where(better, high, best_hi)
         return _share(best_lo, lo), _share(best_hi, hi)
+
+    def _ends(self, lo_G1: Tensor, hi_G1: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The ranges to try; the first one clips nothing."""
+        shares = [1 - i / self.steps for i in range(max(1, int(self.max_shrink * self.steps)))]
+        if self.apart:
+            yield from ((lo_G1 * low, hi_G1 * high) for high in shares for low in shares)
+            return
+        absmax = torch.maximum(lo_G1.abs(), hi_G1.abs())
+        yield from ((torch.maximum(lo_G1, -absmax * share), torch.minimum(hi_G1, absmax * share)) for share in shares)
 
 
 def _share(chosen: Tensor, end: Tensor) -> Tensor:

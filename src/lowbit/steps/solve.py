@@ -25,6 +25,7 @@ from lowbit.numerics import (
 )
 from lowbit.solve import FEW_TOKENS, Nearest, Solver
 from lowbit.steps.effects import BlockDescription, Freedom, LayerDescription
+from lowbit.steps.latents import latent_weight
 from lowbit.steps.state import BlockState, LayerRecord, Stats
 from lowbit.steps.step import FLOAT, RunSizes, Step, names_of
 from lowbit.transforms import Normalize
@@ -162,6 +163,8 @@ class Solve(Step):
             raise ValueError(f"{name}: {problem}") from problem
         if self._keeps_originals:
             state.originals[path] = draft
+        if state.context.keeps_latents:
+            state.latents[path] = latent_weight(draft, solution)
         state.block.set_submodule(path, packed)
         return LayerRecord(
             name,

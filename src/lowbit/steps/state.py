@@ -96,6 +96,7 @@ class BlockContext:
         tick: called with the current activity as work goes on.
         rotated: whether the block reads and writes a rotated residual stream, as in ``io``.
         reads_inputs: whether the recipe learns anything from ``io``. Otherwise it is there for the report.
+        keeps_latents: whether a later stage needs the weights that are rounded here.
     """
 
     name: str
@@ -107,6 +108,7 @@ class BlockContext:
     tick: Callable[[str], None] = lambda what: None
     rotated: bool = False
     reads_inputs: bool = True
+    keeps_latents: bool = False
 
 
 @dataclass
@@ -117,6 +119,7 @@ class BlockState:
         block: its linears are drafts, or packed.
         originals: drafts that packed linears replaced, kept where paired statistics are still to be gathered.
         records: the report's entries of packed linears.
+        latents: what the codes of packed linears were rounded from, by path, where a later stage needs it.
         notes: warnings for the report.
     """
 
@@ -124,6 +127,7 @@ class BlockState:
     block: nn.Module
     originals: dict[str, DraftLinear] = field(default_factory=dict)
     records: list[LayerRecord] = field(default_factory=list)
+    latents: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @classmethod

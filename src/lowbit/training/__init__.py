@@ -1,21 +1,55 @@
 """The parts of training on a whole model: what is trained, the objective, and how steps are taken.
 
 They are for the stage ``Train`` what :mod:`lowbit.steps` is for ``Blockwise``: frozen values that do the work.
-:mod:`lowbit.stages.train` is the loop that joins them.
+:mod:`lowbit.stages.descent` is the loop that joins them.
 """
 
-from lowbit.training.objectives import Batch, Objective, OriginalKL
-from lowbit.training.optimizers import AdamW, OneCycle
+from lowbit.training.curve import Curve, Row
+from lowbit.training.latent_weights import LatentWeights
+from lowbit.training.objectives import (
+    Answer,
+    Batch,
+    ConfidenceKL,
+    HiddenStates,
+    NextToken,
+    Objective,
+    OriginalKL,
+    ReverseKL,
+    Text,
+)
+from lowbit.training.optimizers import AdamW, Cosine, OneCycle, Schedule
+from lowbit.training.processes import Processes
+from lowbit.training.recompute import recomputed, replaced
 from lowbit.training.stored_floats import StoredFloats
-from lowbit.training.trainable import Parameters, Trainable
+from lowbit.training.trainable import Group, Parameters, Start, Trainable
+from lowbit.training.trained_linear import DecodedProduct, TrainedLinear, TrainedModel
 
 __all__ = [
     "AdamW",
+    "Answer",
     "Batch",
+    "ConfidenceKL",
+    "Cosine",
+    "Curve",
+    "DecodedProduct",
+    "Group",
+    "HiddenStates",
+    "LatentWeights",
+    "NextToken",
     "Objective",
     "OneCycle",
     "OriginalKL",
     "Parameters",
+    "Processes",
+    "ReverseKL",
+    "Row",
+    "Schedule",
+    "Start",
     "StoredFloats",
+    "Text",
     "Trainable",
+    "TrainedLinear",
+    "TrainedModel",
+    "recomputed",
+    "replaced",
 ]

@@ -1,10 +1,16 @@
-"""Training objectives: losses on the logits of a batch of calibration windows."""
+"""Training objectives: losses on what a model gives for a batch of windows.
+
+All are means over tokens, in nats or in their own unit. The authors' codes differ in this: LLM-QAT and BitDistiller sum over the
+tokens of a window. Adam's steps do not depend on such a factor; a limit on the gradient's norm does.
+
+Shapes: B window of a batch, T token, V vocabulary, L layer, d hidden channel.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,50 +19,213 @@ from torch import Tensor
 from lowbit.numerics import serializable
 
 
+class Answer(NamedTuple):
+    """What the original model gives for a window: logits ``[T, V]``, and hidden states ``[T, d]`` as the objective asks."""
+
+    logits_TV: Tensor
+    hidden: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Windows of tokens, and what the original model makes of them.
+
+    Attributes:
+        ids_NT: their tokens.
+        original: gives the original model's answer for window i.
+    """
+
+    ids_NT: Tensor
+    original: Callable[[int], Answer]
+
+    def __len__(self) -> int:
+        return len(self.ids_NT)
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some calibration windows, and the logits of the model in training on them.
+    """Some windows of a text, and what the model in training gives for them.
 
     Attributes:
         windows: their numbers.
         ids_BT: their tokens.
         logits_BTV: logits of the model in training; part of the graph.
-        original: gives the original model's logits ``[T, V]`` for window i.
+        original: as of :class:`Text`.
+        hidden: hidden states ``[B, T, d]`` of the model in training: the embedding's output, then that of each block.
     """
 
     windows: Sequence[int]
     ids_BT: Tensor
     logits_BTV: Tensor
-    original: Callable[[int], Tensor]
+    original: Callable[[int], Answer]
+    hidden: tuple[Tensor, ...] = ()
 
 
-@runtime_checkable
-class Objective(Protocol):
-    """A loss, as a frozen value. Progress shows it as ``name``."""
+class Objective:
+    """A loss. Subclasses are frozen dataclasses."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """As progress shows it."""
+        raise NotImplementedError
+
+    @property
+    def reads_original(self) -> bool:
+        """Whether it compares with the original model."""
+        return True
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether it reads hidden states."""
+        return False
+
+    def settled(self, text: Text) -> tuple[Objective, str]:
+        """This objective with all that it must find out of the training text first, and a note for the report or ""."""
+        return self, ""
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss of ``batch``: a scalar, averaged over tokens and windows."""
-        ...
+        loss = torch.zeros((), device=batch.logits_BTV.device)
+        for b in range(len(batch.windows)):
+            loss = loss + self.of_window(batch, b) / len(batch.windows)
+        return loss
+
+    def of_window(self, batch: Batch, b: int) -> Tensor:
+        """The mean loss of the tokens of window ``b`` of the batch."""
+        raise NotImplementedError
+
+
+def divergences(logits_TV: Tensor, target_TV: Tensor, *, forward: bool = True, reverse: bool = False) -> list[Tensor]:
+    """Mean KL divergences over tokens in nats: ``forward``, KL(target || model); ``reverse``, KL(model || target)."""
+    with torch.no_grad():
+        target = target_TV.float().log_softmax(-1)
+    predicted = logits_TV.float().log_softmax(-1)
+    pairs = [(predicted, target)] * forward + [(target, predicted)] * reverse
+    return [F.kl_div(q, p, log_target=True, reduction="batchmean") for q, p in pairs]
 
 
 @serializable
 @dataclass(frozen=True)
-class OriginalKL:
-    """KL divergence from the original model's next-token distribution, in nats per token."""
+class OriginalKL(Objective):
+    """KL divergence of the model from the original model's next-token distribution (LLM-QAT, arXiv:2305.17888)."""
 
     @property
     def name(self) -> str:
         return "KL"
 
-    def loss(self, batch: Batch) -> Tensor:
-        loss = torch.zeros(())
-        for i, logits_TV in zip(batch.windows, batch.logits_BTV, strict=True):
-            with torch.no_grad():
-                target = batch.original(i).float().log_softmax(-1)
-            predicted = logits_TV.float().log_softmax(-1)
-            divergence = F.kl_div(predicted, target, log_target=True, reduction="batchmean")
-            loss = loss + divergence / len(batch.windows)
+    def of_window(self, batch: Batch, b: int) -> Tensor:
+        return divergences(batch.logits_BTV[b], batch.original(batch.windows[b]).logits_TV)[0]
+
+
+@serializable
+@dataclass(frozen=True)
+class ReverseKL(Objective):
+    """KL divergence of the original's next-token distribution from the model's: it does not ask the model for every mode."""
+
+    @property
+    def name(self) -> str:
+        return "reverse KL"
+
+    def of_window(self, batch: Batch, b: int) -> Tensor:
+        target = batch.original(batch.windows[b]).logits_TV
+        return divergences(batch.logits_BTV[b], target, forward=False, reverse=True)[0]
+
+
+@serializable
+@dataclass(frozen=True)
+class ConfidenceKL(Objective):
+    """``c KL(model || original) + (1 - c) KL(original || model)``, CAKLD of BitDistiller (arXiv:2402.10631).
+
+    The more confident the original is of the text, the more its modes count.
+
+    Args:
+        coefficient: c, from 0 (forward KL) to 1 (reverse KL); None: estimated once, before the first step.
+        estimate: ``"target"``: the original's mean probability of the text's next tokens, as in the paper; ``"largest"``: its
+            mean largest probability, as in the authors' code (which divides by 10 what it sums over 11 batches).
+        windows: on which c is estimated, at most.
+    """
+
+    coefficient: float | None = None
+    estimate: Literal["target", "largest"] = "target"
+    windows: int = 32
+
+    def __post_init__(self):
+        if self.coefficient is not None and not 0 <= self.coefficient <= 1:
+            raise ValueError(f"the coefficient is a share from 0 to 1, or None; found {self.coefficient}")
+        if self.estimate not in ("target", "largest") or self.windows < 1:
+            raise ValueError(f"estimate is 'target' or 'largest', over 1 window or more; found {self}")
+
+    @property
+    def name(self) -> str:
+        return "CAKLD"
+
+    @torch.no_grad()
+    def settled(self, text: Text) -> tuple[Objective, str]:
+        if self.coefficient is not None:
+            return self, ""
+        means = []
+        for w in range(min(self.windows, len(text))):
+            p_TV = text.original(w).logits_TV.float().softmax(-1)
+            if self.estimate == "largest":
+                p_T = p_TV.amax(-1)
+            else:
+                p_T = p_TV[:-1].gather(1, text.ids_NT[w, 1:, None].to(p_TV.device))[:, 0]
+            means.append(p_T.double().mean())
+        coefficient = min(1.0, torch.stack(means).mean().item())
+        return replace(self, coefficient=coefficient), f"the share of the reverse KL divergence is {coefficient:.3f}"
+
+    def of_window(self, batch: Batch, b: int) -> Tensor:
+        assert self.coefficient is not None
+        target = batch.original(batch.windows[b]).logits_TV
+        forward, reverse = divergences(batch.logits_BTV[b], target, reverse=True)
+        return self.coefficient * reverse + (1 - self.coefficient) * forward
+
+
+@serializable
+@dataclass(frozen=True)
+class NextToken(Objective):
+    """Cross-entropy of the text's next tokens, in nats. It needs no original model."""
+
+    @property
+    def name(self) -> str:
+        return "cross-entropy"
+
+    @property
+    def reads_original(self) -> bool:
+        return False
+
+    def of_window(self, batch: Batch, b: int) -> Tensor:
+        return F.cross_entropy(batch.logits_BTV[b, :-1].float(), batch.ids_BT[b, 1:].to(batch.logits_BTV.device))
+
+
+@serializable
+@dataclass(frozen=True)
+class HiddenStates(Objective):
+    """``kl`` times the KL divergence from the original, and ``hidden`` times the distance of hidden states.
+
+    The distance is ``sum over layers of mean over tokens of |h / |h| - h' / |h'||^2``, for the embedding's output and the outputs
+    of all blocks but the last, as in the code of OneBit (arXiv:2402.11295).
+    """
+
+    kl: float = 1.0
+    hidden: float = 1.0
+
+    def __post_init__(self):
+        if self.kl < 0 or self.hidden <= 0:
+            raise ValueError(f"kl is 0 or more and hidden positive, found {self}")
+
+    @property
+    def name(self) -> str:
+        return "KL and hidden states"
+
+    @property
+    def reads_hidden(self) -> bool:
+        return True
+
+    def of_window(self, batch: Batch, b: int) -> Tensor:
+        original = batch.original(batch.windows[b])
+        loss = self.kl * divergences(batch.logits_BTV[b], original.logits_TV)[0]
+        for mine, other in zip(batch.hidden[:-1], original.hidden[:-1], strict=True):
+            apart = F.normalize(mine[b].float(), dim=-1) - F.normalize(other.float(), dim=-1)
+            loss = loss + self.hidden * apart.square().sum(-1).mean()
         return loss

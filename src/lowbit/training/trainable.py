@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+
+from lowbit.numerics import Spec
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Leaves that share a learning rate.
+
+    Attributes:
+        leaves: the tensors that the optimizer moves.
+        rate: their multiple of the stage's learning rate.
+    """
+
+    leaves: list[nn.Parameter]
+    rate: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What training is given besides the packed model.
+
+    Attributes:
+        latents: of packed linears by name, the weight ``[O, I]`` float32 that was rounded to their codes; empty where the
+            choice of parameters does not ask for them.
+        dtypes: of parameters by name, the dtype in which the checkpoint stores them; those left out are stored as they are.
+    """
+
+    latents: Mapping[str, Tensor] = field(default_factory=dict)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
 class Parameters(Protocol):
     """The parameters of one model in training. While the context is open, the model computes with them.
 
     Attributes:
-        leaves: the tensors that the optimizer moves.
+        groups: the leaves, by learning rate.
         notes: notes for the report, such as what was left out and why.
     """
 
-    leaves: list[nn.Parameter]
+    groups: list[Group]
     notes: list[str]
 
     def __enter__(self) -> Parameters: ...
@@ -43,7 +75,21 @@ class Trainable(Protocol):
         """Whether the model must be packed already."""
         ...
 
-    def parameters(self, model: nn.Module) -> Parameters:
+    @property
+    def needs_latents(self) -> bool:
+        """Whether it starts from the weights that were rounded to codes, which the stage before then leaves in files."""
+        ...
+
+    @property
+    def floats_per_weight(self) -> int:
+        """Numbers of 4 bytes that training holds for each packed weight at most, for the estimate of memory."""
+        ...
+
+    def check(self, weights: Sequence[Spec]) -> None:
+        """Raises ValueError if it cannot train weights in one of these formats."""
+        ...
+
+    def parameters(self, model: nn.Module, start: Start) -> Parameters:
         """The chosen parameters of ``model``.
 
         ``model`` is a transformers causal language model in float32 without gradients of its own.

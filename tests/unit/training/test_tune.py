@@ -88,7 +88,7 @@ def test_a_run_stopped_while_its_tuned_shards_are_written_ends_in_the_same_bytes
         lowbit.quantize(model, recipe, ids, out=tmp_path / "stopped", **QUIET)
     monkeypatch.undo()
     lowbit.quantize(model, recipe, ids, out=tmp_path / "stopped", **QUIET)
-    for file in sorted((tmp_path / "whole").glob("*")):
+    for file in sorted(set((tmp_path / "whole").glob("*")) - set((tmp_path / "whole").glob("training-*"))):
         assert file.read_bytes() == (tmp_path / "stopped" / file.name).read_bytes(), file.name
 
 
@@ -167,7 +167,7 @@ def test_a_file_that_names_a_method_takes_further_stages():
 
 
 def test_the_product_that_decodes_anew_has_the_gradients_of_one_that_does_not():
-    from lowbit.training.stored_floats import DecodedProduct
+    from lowbit.training import DecodedProduct
 
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 8, (12, 20), generator=generator).double()

@@ -10,20 +10,24 @@ from lowbit.numerics.grids.base import (
     NoParams,
     Params,
     RangeGrid,
+    Sides,
     arity,
     straight_through,
 )
 from lowbit.numerics.grids.binary import BinaryCoded
 from lowbit.numerics.grids.codebook import Codebook
 from lowbit.numerics.grids.int import Int
-from lowbit.numerics.grids.levels import DYNAMIC_MAP, FLINT4, FP4, NF4, Float, Normal, Table, powers_of_two
+from lowbit.numerics.grids.levels import DYNAMIC_MAP, FLINT4, FP4, HALVES, NF4, Float, Normal, Table, powers_of_two
 from lowbit.numerics.grids.outlier_victim import OutlierVictim
 from lowbit.numerics.grids.sign import Sign
+from lowbit.numerics.grids.two_sided import NF3, TwoSided
 
 __all__ = [
     "DYNAMIC_MAP",
     "FLINT4",
     "FP4",
+    "HALVES",
+    "NF3",
     "NF4",
     "Affine",
     "Bases",
@@ -40,8 +44,10 @@ __all__ = [
     "OutlierVictim",
     "Params",
     "RangeGrid",
+    "Sides",
     "Sign",
     "Table",
+    "TwoSided",
     "arity",
     "powers_of_two",
     "straight_through",

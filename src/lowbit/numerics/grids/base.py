@@ -40,11 +40,18 @@ class Bases(NamedTuple):
     offset: Tensor | None = None
 
 
+class Sides(NamedTuple):
+    """``value = level * negative`` for negative levels, ``level * positive`` for the others. Both ``[G, 1]`` floating."""
+
+    negative: Tensor
+    positive: Tensor
+
+
 class NoParams(NamedTuple):
     """The values follow from the codes alone."""
 
 
-Params = Affine | Lut | Bases | NoParams
+Params = Affine | Lut | Bases | Sides | NoParams
 """Parameters of a grid; every tensor in it has the leading axis G."""
 
 
@@ -75,7 +82,7 @@ class Grid(Protocol):
         ...
 
     kind: ClassVar[Any]
-    """The type of its parameters: Affine, Lut, Bases or NoParams."""
+    """The type of its parameters: Affine, Lut, Bases, Sides or NoParams."""
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -130,6 +137,6 @@ class LearnableGrid(Grid, Protocol):
 class RangeGrid(LearnableGrid, Protocol):
     """A grid that a range ``[lo, hi]`` places. The gradient of its rounding is that of the identity."""
 
-    def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Affine:
+    def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Any:
         """Parameters with which the grid covers ``[lo, hi]`` and represents zero. Differentiable in both ends."""
         ...

@@ -318,6 +318,10 @@ NF4 = Table(
 )
 """NormalFloat 4 (QLoRA, arXiv:2305.14314): 7 negative levels, zero, 8 positive; the values bitsandbytes writes."""
 
+HALVES = Table((-1.5, -0.5, 0.5, 1.5))
+"""Four half-integers, for 2 bits: no level is zero, and both signs have two (LLM-QAT, arXiv:2305.17888; ParetoQ,
+arXiv:2502.02631)."""
+
 FLINT4 = Table((-16.0, -8.0, -6.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0))
 """The signed 4-bit float-int hybrid of ANT (arXiv:2208.14286): integers near zero, powers of two far from it."""
 

@@ -1,0 +1,66 @@
+"""The course of a training: a line of JSON for each step, and the same for TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+"""``step``, ``tokens`` (trained on so far), ``loss`` (of the step; None for step 0, the start), ``held_out_kl`` (nats a token, or None:
+not measured at this step), ``lr`` and ``seconds`` (since the training began, without the time that it was stopped)."""
+
+
+class Curve:
+    """Writes rows as they are made.
+
+    Args:
+        path: the file of JSON lines. Rows that it has up to step ``kept`` stay, later ones were lost with what they describe.
+        kept: None: the training begins anew.
+        logs: the directory for TensorBoard; it is written anew.
+    """
+
+    def __init__(self, path: Path, logs: Path | None = None, kept: int | None = None):
+        self.path, self._writer = path, None
+        self.rows: list[Row] = []
+        if kept is not None and path.exists():
+            rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}"))
+            self.rows = [row for row in rows if row["step"] <= kept]
+        path.write_text("".join(_line(row) for row in self.rows), encoding="utf-8")
+        if logs is not None:
+            shutil.rmtree(logs, ignore_errors=True)
+            self._writer = _tensorboard(logs)
+        for row in self.rows:
+            self._log(row)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(row))
+        self._log(row)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _log(self, row: Row) -> None:
+        if self._writer is None:
+            return
+        for name in ("loss", "held_out_kl", "lr"):
+            if row[name] is not None:
+                self._writer.add_scalar(name, row[name], row["step"], walltime=time.time())
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _tensorboard(logs: Path) -> Any:
+    """A writer into ``logs``; None where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(logs))

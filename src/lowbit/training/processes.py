@@ -1,0 +1,55 @@
+"""Several processes that train one model together: each computes the gradient of its share of a step's windows.
+
+The leaves are the same in all processes, because each starts from the same values and takes the same steps with the same
+summed gradient. So nothing has to be wrapped, and the loop is the same for one process. What is trained are leaves that the
+model computes with, not its own parameters; ``DistributedDataParallel`` would not see them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all that train.
+
+    Attributes:
+        rank: its number from 0.
+        count: of processes.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def here(cls) -> Processes:
+        """As a launcher (``accelerate launch``, ``torchrun``) started this process; alone where none did."""
+        if not dist.is_available():
+            return cls()
+        if not dist.is_initialized():
+            if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+                return cls()
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def first(self) -> bool:
+        """Whether it writes files and reports."""
+        return self.rank == 0
+
+    def share(self, windows: list[int]) -> list[int]:
+        """The windows of a step that this process takes."""
+        return windows[self.rank :: self.count]
+
+    def sum(self, tensors: Iterable[Tensor]) -> None:
+        """Adds up each tensor over all processes, in place in each."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
