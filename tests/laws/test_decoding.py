@@ -52,12 +52,14 @@ from lowbit.numerics import (
     PerTensor,
     PerToken,
     QTensor,
+    Sign,
     Sparse,
     Spec,
+    Unfitted,
     fit_params,
     quantize,
 )
-from lowbit.transforms import Scale
+from lowbit.transforms import Normalize, Permute, Scale
 
 from helpers import sqnr_db
 
@@ -102,7 +104,8 @@ def quantized(weight: Tensor, spec: Spec) -> QTensor:
     if isinstance(spec.grid, Codebook):  # to be fast, levels of a row are drawn, not found
         params = Lut(torch.randn(len(weight), 2**spec.grid.bits).sort(1).values * weight.shape[1] ** -0.5)
         return QTensor.fitted(spec.grid.encode(weight, params), params, spec)
-    return quantize(weight, spec, Alternating() if isinstance(spec.grid, BinaryCoded) else MinMax())
+    fits = {BinaryCoded: Alternating(), Sign: Unfitted()}
+    return quantize(weight, spec, fits.get(type(spec.grid), MinMax()))
 
 
 def packed(
@@ -182,6 +185,7 @@ SPECS = [
     Spec(Float(4, 3), PerChannel()),
     Spec(Codebook(3), PerChannel()),
     Spec(BinaryCoded(2), PerGroup(64)),
+    Spec(Sign(), PerTensor()),
 ]
 
 
@@ -582,7 +586,8 @@ def test_what_stands_beside_a_layer_keeps_its_model_from_steps():
     layer = model.model.layers[0].mlp.up_proj
     q, width = layer.qtensor(), layer.in_features
     for options, why in (
-        ({"pre": (Scale(torch.full((width,), 2.0)),)}, "transforms"),
+        ({"pre": (Permute(torch.arange(width).flip(0)),)}, "transforms of its own other than scales"),
+        ({"post": (Normalize(), Scale(torch.full((112,), 2.0)))}, "transforms of its own other than scales"),
         ({"side_terms": (LowRank.of(torch.ones(2, width), torch.ones(112, 2)),)}, "LowRank"),
     ):
         model.model.layers[0].mlp.up_proj = QuantLinear.from_qtensor(q, **options)
@@ -603,6 +608,115 @@ def test_kept_columns_and_sparse_weights_run_in_a_step(steps):
     prepare(model)
     theirs, ours = both_ways(model)
     assert steps() == len(TOKENS) and sqnr_db(theirs, ours) > 90
+
+
+def around(model: PreTrainedModel, which: Callable[[str], bool], *, scale: bool = True, normalize: bool = True) -> None:
+    """Gives each chosen layer scales of its own for its input and output, and a normalization."""
+    generator = torch.Generator().manual_seed(7)
+
+    def scales(width: int) -> tuple[Scale, ...]:
+        return (Scale(torch.rand(width, generator=generator).add(0.5).half()),) if scale else ()
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear) and which(name):
+            post = (*scales(layer.out_features), *((Normalize(),) if normalize else ()))
+            made = QuantLinear.from_qtensor(
+                layer.qtensor(),
+                layer.bias,
+                layer.act,
+                layer.act_params,
+                scales(layer.in_features),
+                post,
+                layer.side_terms,
+            )
+            model.set_submodule(name, made)
+    prepare(model)
+
+
+EVERYWHERE: dict[str, Callable[[str], bool]] = {
+    "all": lambda name: True,
+    "one of those that read an input": lambda name: name.endswith(("k_proj", "up_proj")),
+    "one block": lambda name: ".1." in name,
+    "what adds to the stream": lambda name: name.endswith(("o_proj", "down_proj")),
+}
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("name", ["llama", "llama with biases, tied, llama3 rope", "qwen3, head norms"])
+def test_signs_between_scales_and_normalized_run_in_a_step(name, isa, monkeypatch, steps):
+    monkeypatch.setenv("LOWBIT_KERNELS", isa)
+    model = packed(CONFIGS[name], Spec(Sign(), PerTensor()))
+    around(model, EVERYWHERE["all"])
+    theirs, ours = both_ways(model)
+    assert steps() == len(TOKENS) and sqnr_db(theirs, ours) > 90
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("where", EVERYWHERE)
+def test_whichever_layers_scale_or_normalize_run_in_a_step(where, normalize, scale, steps):
+    model = packed(CONFIGS["llama with biases, tied, llama3 rope"])
+    plain = both_ways(model)[1]
+    around(model, EVERYWHERE[where], scale=scale, normalize=normalize)
+    steps()
+    theirs, ours = both_ways(model)
+    assert steps() == len(TOKENS) and sqnr_db(theirs, ours) > 90
+    assert torch.equal(ours, plain) == (not scale and not normalize)
+
+
+@pytest.mark.parametrize("spec", [Spec(NF4, PerGroup(64)), Spec(Codebook(3), PerChannel()), W4], ids=str)
+@pytest.mark.parametrize("act", [None, ActSpec(Spec(Int(8, symmetric=True), PerToken()))], ids=str)
+def test_every_kind_of_input_is_scaled_before_it_is_prepared(spec, act, steps):
+    model = packed(spec=spec, act=act if isinstance(spec.grid, Int) else None)
+    around(model, EVERYWHERE["all"])
+    theirs, ours = both_ways(model)
+    assert steps() == len(TOKENS)
+    agreement = sorted(sqnr_db(a, b) for a, b in zip(theirs, ours, strict=True))
+    assert agreement[0] > 40 and agreement[1] > 90
+
+
+def test_side_terms_and_drowning_inputs_are_of_the_scaled_input(steps):
+    model = packed()
+    generator = torch.Generator().manual_seed(2)
+    for block in model.model.layers:
+        layer = block.mlp.down_proj
+        w = torch.randn(layer.shape, generator=generator)
+        some = Sparse.of(w, torch.rand(layer.shape, generator=generator) < 0.05)
+        s = torch.ones(layer.in_features)
+        s[5] = 1e-6  # this channel takes the digits of all others
+        block.mlp.down_proj = QuantLinear.from_qtensor(layer.qtensor(), pre=(Scale(s),), side_terms=(some,))
+    prepare(model)
+    theirs, ours = both_ways(model)
+    assert steps() == len(TOKENS) and sqnr_db(theirs, ours) > 90
+
+
+def test_a_scale_that_changes_in_place_changes_the_step(steps):
+    model = packed()
+    around(model, EVERYWHERE["all"])
+    before = both_ways(model)[1]
+    model.model.layers[0].mlp.up_proj.pre0_s.mul_(torch.linspace(0.5, 2, 72).half())
+    theirs, ours = both_ways(model)
+    assert sqnr_db(theirs, ours) > 90 and not torch.equal(before, ours)
+    model.model.layers[0].mlp.up_proj.post0_s.mul_(torch.linspace(0.5, 2, 112).half())
+    theirs, ours = both_ways(model)
+    assert steps() == 3 * len(TOKENS) and sqnr_db(theirs, ours) > 90
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_threads_do_not_change_a_bit_of_what_is_normalized(count):
+    model, threads = (
+        packed(CONFIGS["llama with biases, tied, llama3 rope"], Spec(Sign(), PerTensor())),
+        torch.get_num_threads(),
+    )
+    around(model, EVERYWHERE["one of those that read an input"])
+    try:
+        torch.set_num_threads(1)
+        alone = both_ways(model)[1]
+        torch.set_num_threads(count)
+        together = both_ways(model)[1]
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(alone, together)
 
 
 def test_every_table_has_a_step_or_a_reason():

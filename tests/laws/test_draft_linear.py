@@ -33,6 +33,7 @@ from lowbit.numerics import (
     PerInput,
     PerTensor,
     PerToken,
+    Sign,
     Sparse,
     Spec,
     fit_raw,
@@ -42,7 +43,7 @@ from lowbit.numerics import (
 from lowbit.numerics.fit import MinMax
 from lowbit.solve import Nearest
 from lowbit.steps import BlockState, Solve
-from lowbit.transforms import Kronecker, Permute, RandomHadamard, Reassembly, Rotate, Scale, Shift, Split
+from lowbit.transforms import Kronecker, Normalize, Permute, RandomHadamard, Reassembly, Rotate, Scale, Shift, Split
 
 from helpers import assert_same, sqnr_db
 from pairwise import cases
@@ -74,6 +75,7 @@ WEIGHTS = {
     "tables": Spec(Codebook(3), PerChannel()),
     "binary codes": Spec(BinaryCoded(3), PerGroup(16)),
     "pairs": Spec(OutlierVictim(4), PerChannel()),
+    "signs": Spec(Sign(), PerTensor()),
 }
 ACTS = {
     "none": None,
@@ -214,7 +216,26 @@ def test_so_it_does_with_everything_around_its_product(
     assert_same(found, packed(state)(x))
 
 
-@pytest.mark.parametrize("weight", [name for name, spec in WEIGHTS.items() if spec.grid != BinaryCoded(3)])
+@pytest.mark.parametrize("weight", ["signs", "asymmetric groups"])
+@pytest.mark.parametrize("act", ["none", "tokens"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_so_it_does_where_inputs_and_outputs_are_scaled_and_outputs_normalized(
+    weight: str, act: str, bias: bool
+) -> None:
+    state, x = state_of(linear_of(bias=bias), LinearFormat(WEIGHTS[weight], ACTS[act])), x_of()
+    draft = state.draft("linear")
+    draft.pre = (Scale((random(I).abs() + 0.5).half()),)
+    draft.post = (Scale((random(O, seed=1).abs() + 0.5).half()), Normalize())
+    found = simulated(draft, x)
+    whole = found if draft.bias is None else found - draft.bias
+    torch.testing.assert_close(whole.mean(-1), torch.zeros(3, 7), rtol=0, atol=1e-5)
+    torch.testing.assert_close(whole.var(-1, correction=0), torch.ones(3, 7), rtol=1e-2, atol=0)
+    assert_same(found, packed(state)(x))
+
+
+@pytest.mark.parametrize(
+    "weight", [name for name, spec in WEIGHTS.items() if spec.grid not in (BinaryCoded(3), Sign())]
+)
 def test_ranges_and_offsets_that_were_chosen_count(weight: str) -> None:
     spec, x = WEIGHTS[weight], x_of()
     state = decided(LinearFormat(spec))

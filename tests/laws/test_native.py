@@ -32,7 +32,9 @@ from lowbit.numerics import (
     PerToken,
     QTensor,
     RowBands,
+    Sign,
     Spec,
+    Unfitted,
     fit_params,
     quantize,
 )
@@ -61,6 +63,7 @@ OTHERS = [
     Spec(Normal(3), PerChannel()),
     *(Spec(Codebook(b), PerChannel()) for b in (1, 2, 3, 4, 5)),
     *(Spec(BinaryCoded(b), g) for b in (1, 2, 3, 4) for g in (PerGroup(64), PerChannel(), PerGroup(16), PerGroup(20))),
+    Spec(Sign(), PerTensor()),
 ]
 # What the recipe rounds the input to; the last three are for the kernels a float input.
 INPUTS = [
@@ -94,7 +97,7 @@ FORMATS_BY_SET = cases([*UNIFORM, *OTHERS], SETS, traits=by_set)
 @functools.cache
 def weight(spec: Spec, shape: tuple[int, int]) -> QTensor:
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.02
-    fit = {Codebook: KMeans(), BinaryCoded: Alternating()}.get(type(spec.grid), MinMax())
+    fit = {Codebook: KMeans(), BinaryCoded: Alternating(), Sign: Unfitted()}.get(type(spec.grid), MinMax())
     return quantize(w, spec, fit)
 
 

@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 from lowbit.transforms import (
     ChannelTransform,
     Kronecker,
+    Normalize,
     Permute,
     RandomHadamard,
     Reassembly,
@@ -94,6 +95,28 @@ def test_dual_keeps_inner_products(name: str) -> None:
 def test_transforms_without_a_dual_say_so(name: str) -> None:
     with pytest.raises(ValueError, match="no dual"):
         ALL[name].dual()
+
+
+def test_a_normalization_leaves_mean_zero_and_variance_one_whatever_the_size_of_its_input() -> None:
+    x = 3 * _normal(T, O) + 2
+    y = Normalize(1e-12).forward(x)
+    torch.testing.assert_close(y.mean(-1), torch.zeros(T, dtype=torch.float64), **TOLERANCE)
+    torch.testing.assert_close(y.var(-1, correction=0), torch.ones(T, dtype=torch.float64), rtol=1e-10, atol=0)
+    torch.testing.assert_close(Normalize(1e-12).forward(17 * x + 4), y, rtol=1e-9, atol=1e-9)
+    spread = x.var(-1, correction=0, keepdim=True)
+    torch.testing.assert_close(Normalize(0.5).forward(x), y * (spread / (spread + 0.5)).sqrt(), rtol=1e-9, atol=1e-9)
+
+
+def test_a_normalization_is_folded_nowhere() -> None:
+    t, w, b = Normalize(), _normal(O, I), _normal(O)
+    refused = [lambda: t.fold_in(w, b), lambda: t.fold_out(w, b), t.dual, lambda: t.tile(2)]
+    for fold in refused:
+        with pytest.raises(ValueError, match="normalization"):
+            fold()
+    assert not t.exact
+    for eps in (0.0, -1.0, float("nan"), float("inf"), 1):
+        with pytest.raises(ValueError, match="positive number"):
+            Normalize(eps)
 
 
 @pytest.mark.parametrize("name", ALL)

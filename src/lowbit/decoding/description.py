@@ -24,6 +24,7 @@ from lowbit.decoding.cache import PackedRoom, Room
 from lowbit.kernels.native import DTYPES
 from lowbit.kernels.step import DecoderBlock, Linear, RmsNorm, TokenStep, why_not
 from lowbit.modules import QuantEmbedding, QuantLinear
+from lowbit.transforms import Normalize, Scale
 
 _TOGETHER = 512
 """Positions whose angles are made at once."""
@@ -286,6 +287,14 @@ def _norm(watch: _Watch, norm: nn.Module, gain_offset: float) -> RmsNorm:
     return RmsNorm(gain, eps, gain_offset)
 
 
+def _multiplier(scales: tuple[Any, ...]) -> Tensor | None:
+    """What ``scales``, one after another, multiply each channel by, float32; None where there are none."""
+    if not scales:
+        return None
+    divisors = torch.stack([scale.s.double() for scale in scales])
+    return (1 / divisors.prod(0)).float()
+
+
 def _linear(watch: _Watch, layer: nn.Module, role: str) -> Linear:
     bias = watch.tensor(layer, "bias")
     if type(layer) is nn.Linear:
@@ -300,9 +309,21 @@ def _linear(watch: _Watch, layer: nn.Module, role: str) -> Linear:
         watch.memory(layer, name, read_once=name not in ("tiles", "bias"))
     if ready is None or tiles is None:
         raise _NotDescribed(f"{role} is not packed for the compiled kernels")
-    if any(ready.transforms.values()):
-        raise _NotDescribed(f"{role} has transforms of its own, which run in torch")
-    linear = Linear(product=ready.product, tiles=tiles, side_terms=ready.side_terms, bias=bias)
+    pre, post = ready.transforms["pre"], ready.transforms["post"]
+    normalizing = [t.eps for t in post[-1:] if isinstance(t, Normalize)]
+    scales = pre, post[: len(post) - len(normalizing)]
+    if not all(isinstance(t, Scale) for each in scales for t in each):
+        raise _NotDescribed(f"{role} has transforms of its own other than scales, which run in torch")
+    before, after = map(_multiplier, scales)
+    linear = Linear(
+        product=ready.product,
+        tiles=tiles,
+        side_terms=ready.side_terms,
+        bias=bias,
+        before=before,
+        after=after,
+        eps=normalizing[0] if normalizing else None,
+    )
     if reason := why_not(linear):
         raise _NotDescribed(f"{role}: {reason}")
     return linear

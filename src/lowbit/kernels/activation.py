@@ -61,7 +61,8 @@ def dynamic_params(x: Tensor, spec: Spec) -> Affine:
     if spec.stats is not None and len(x_GK):  # the range of the second level must not see NaN and Inf
         seen = params._make(None if p is None else p.detach().where(finite, OF_NOTHING) for p in params)
         stored = spec.as_stored(seen, spec.granularity.param_shape(tuple(x.shape))[1])
-        params = params._replace(scale=straight_through(stored[0], params.scale))
+        assert isinstance(stored, Affine)
+        params = params._replace(scale=straight_through(stored.scale, params.scale))
     return params._replace(scale=torch.where(finite, params.scale, torch.full_like(params.scale, torch.nan)))
 
 

@@ -11,6 +11,7 @@ Shapes: T token, O output channel, I input channel.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from lowbit.numerics import (
     Float,
     Int,
     Lut,
+    NoParams,
     Normal,
     OutlierVictim,
     PerChannel,
@@ -38,6 +40,7 @@ from lowbit.numerics import (
     PerTensor,
     PerToken,
     RowBands,
+    Sign,
     Spec,
     Table,
 )
@@ -52,7 +55,7 @@ DTYPES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 4}
 def kind_of(spec: Spec) -> int | None:
     """The kind of tiles for ``spec``: UNIFORM, TABLE, CODEBOOK or BINARY; None if there is none."""
     match spec.grid:
-        case Int():
+        case Int() | Sign():
             return UNIFORM
         case Float() | Normal() | Table():
             return TABLE
@@ -121,6 +124,8 @@ def pack(layer: PackedLinear) -> Tensor:
             constant = float(spec.grid.zero_point(params))
     elif isinstance(params, Bases):
         scale, zero = params
+    elif isinstance(params, NoParams):  # -1 and 1 are steps of 2 around one half
+        scale, constant = torch.full((math.prod(spec.granularity.param_shape(layer.shape)), 1), 2.0), 0.5
     else:
         assert isinstance(params, Lut)
         scale = params.values
@@ -196,7 +201,9 @@ def integer_input(layer: PackedLinear) -> bool:
         and not act.grid.real_zero
         and not act.grid.full
         and isinstance(act.granularity, PerToken | PerTensor)
-        and (isinstance(layer.spec.grid, Int) or (isinstance(layer.spec.grid, BinaryCoded) and act.grid.symmetric))
+        and (
+            isinstance(layer.spec.grid, Int | Sign) or (isinstance(layer.spec.grid, BinaryCoded) and act.grid.symmetric)
+        )
     )
 
 

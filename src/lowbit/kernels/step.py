@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.compiled import address
 from lowbit.kernels import native, side_terms
 from lowbit.kernels.native import CODEBOOK, DTYPES, TABLE
 from lowbit.kernels.product import Product
@@ -27,13 +28,20 @@ from lowbit.numerics import KeptColumns, SideTerm, Sparse
 @dataclass(frozen=True)
 class Linear:
     """A linear of the model: a packed ``product`` with ``tiles`` and ``side_terms``, or a dense ``weight`` ``[O, I]``; and a
-    ``bias`` ``[O]``."""
+    ``bias`` ``[O]``.
+
+    What is packed may be multiplied: its input by ``before`` ``[I]``, and its output by ``after`` ``[O]`` (contiguous float32).
+    With ``eps`` the output is then normalized over its channels, ``(y - mean) / sqrt(variance + eps)``. The bias comes last.
+    """
 
     product: Product | None = None
     tiles: Tensor | None = None
     side_terms: tuple[SideTerm, ...] = ()
     weight: Tensor | None = None
     bias: Tensor | None = None
+    before: Tensor | None = None
+    after: Tensor | None = None
+    eps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -187,4 +195,8 @@ class TokenStep:
         for term in linear.side_terms:
             assert isinstance(term, Sparse | KeptColumns)
             self._step.beside(matrix, *side_terms.row_arguments(term))
+        if linear.before is not None or linear.after is not None or linear.eps is not None:
+            self._step.around(
+                matrix, address(linear.before), address(linear.after), linear.eps is not None, linear.eps or 0.0
+            )
         return matrix

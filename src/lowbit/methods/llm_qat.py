@@ -29,7 +29,9 @@ def llm_qat(
     """Symmetric weights and per-token activations, all weights trained by the KL divergence from the original.
 
     * bits: 3 and over: the extremes of each row are met; 2: four levels at 1/2 and 3/2 of the row's mean magnitude; 1: its sign.
-    * activation_bits, kv_bits: a range for each token; in the cache for each head, keys before their rotary embedding. 16: none.
+    * activation_bits, kv_bits: a range for each token; in the cache all heads share it, keys before their rotary embedding.
+      16: none.
+    * group_size: None, as published: one scale for each output channel.
     * tokens, seq_len: of training text (the authors: 100,000 texts of 2,048 tokens that the original wrote; --calibration self).
     * lr, batch, accumulate: of AdamW; the rate falls to zero along a cosine. batch windows at once, accumulate times.
     * mask: no gradient reaches values of 2 and over, as in the authors' code. Gains of norms are trained too, embeddings are not.
@@ -57,4 +59,4 @@ def llm_qat(
     recipe = Recipe(
         "llm-qat", linears(spec, activation(activation_bits)), (Blockwise((Solve(Nearest(fit)),), "fp"), train)
     )
-    return recipe if kv_bits >= 16 else recipe.with_cache(kv_int(kv_bits, rope="before").scheme.cache)
+    return recipe if kv_bits >= 16 else recipe.with_cache(kv_int(kv_bits, rope="before", heads="shared").scheme.cache)

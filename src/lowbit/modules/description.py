@@ -20,6 +20,7 @@ from lowbit.modules import serialize_transforms, validation
 from lowbit.modules.activation import ActSpec, static_layout
 from lowbit.modules.serialize_transforms import PLACES, PartDescription, Place
 from lowbit.numerics import Spec, from_dict, nearest, to_dict
+from lowbit.transforms import Normalize
 
 _BIAS_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _REQUIRED = ("spec", "shape", "bias", "act", "pre")
@@ -87,6 +88,12 @@ class LinearDescription:
     def nbytes(self) -> int:
         """Bytes of everything stored, the bias included."""
         return sum(dtype.itemsize * prod(shape) for shape, dtype in self.layout().values())
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether the layer's output is an affine function of the input that its weight reads, so that one weight and one
+        bias stand for it; not where it normalizes its output."""
+        return all(part.type != Normalize.__name__ for part in self.post)
 
     @property
     def features(self) -> tuple[int, int]:

@@ -9,7 +9,7 @@ class for each method, multiplies the loaders and kernels by the methods.
 The packed buffers mean what they mean in their own dtype, so casts (``.half()``, ``.to(torch.bfloat16)``) move this
 module between devices but never convert it; it computes in the dtype of its input instead.
 
-``pre`` and ``post`` are channel transforms that no neighbour could absorb. ``side_terms`` are weights in floating point that
+``pre`` and ``post`` are channel transforms that no neighbour could absorb; ``post`` may also normalize. ``side_terms`` are weights in floating point that
 multiply the input before it is quantized: they are few and were kept because they matter.
 
 Shapes: O output channel, I input channel after ``pre``.
@@ -202,7 +202,7 @@ class QuantLinear(nn.Module):
         """
         if self.tiles is not None:
             return None
-        if any(buffer.is_meta for buffer in self._source()):
+        if any(buffer.is_meta for buffer in (self._buffers["codes"], *self._source()) if buffer is not None):
             return "the layer has no content yet"
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not count their changes
             for name, buffer in self._buffers.items():
@@ -271,7 +271,12 @@ class QuantLinear(nn.Module):
         return kernels.with_side_terms(kernels.decode_packed(self._tensors(), self.spec, self.shape), self.side_terms)
 
     def effective_weight(self) -> Tensor:
-        """``[out_features, in_features]`` float32: the layer's map, transforms folded in, activations not quantized."""
+        """``[out_features, in_features]`` float32: the layer's map, transforms folded in, activations not quantized.
+
+        Raises:
+            ValueError: the layer normalizes its output, which no weight does.
+        """
+        self._check_affine("weight")
         weight = self.dequantize()
         if self.description.post:
             weight = (self._through("post", weight.T) - self._through("post", torch.zeros_like(weight[:, 0]))).T
@@ -283,7 +288,12 @@ class QuantLinear(nn.Module):
             return torch.autograd.grad(y, x, weight.clone())[0]
 
     def effective_bias(self) -> Tensor | None:
-        """The bias, float32 ``[out_features]``, with the constant that shifts in the transforms add; None without either."""
+        """The bias, float32 ``[out_features]``, with the constant that shifts in the transforms add; None without either.
+
+        Raises:
+            ValueError: as :meth:`effective_weight`.
+        """
+        self._check_affine("bias")
         bias = self._buffers["bias"]
         bias = None if bias is None else bias.float()
         if not self.description.pre and not self.description.post:
@@ -298,11 +308,23 @@ class QuantLinear(nn.Module):
         """:meth:`effective_weight`, decoded at each access: for model code that looks at a linear's weight.
 
         It is not a parameter, and writing to it changes nothing. GPT-2 hands it to an initializer after loading, which
-        transformers' mark keeps from drawing random numbers.
+        transformers' mark keeps from drawing random numbers. Of a layer that normalizes its output all values are NaN, and so is
+        what is computed with them. (torch multiplies by a tensor on the meta device without a word, and gives what was in memory.)
         """
-        weight = self.effective_weight()
+        if self.description.is_affine:
+            weight = self.effective_weight()
+        else:
+            nan = torch.full((), torch.nan, device=self.packed().device)
+            weight = nan.expand(self.out_features, self.in_features)
         weight._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
         return weight
+
+    def _check_affine(self, what: str) -> None:
+        if not self.description.is_affine:
+            raise ValueError(
+                f"the layer normalizes its output over its channels, which no {what} does; dequantize() is the weight "
+                "before that, and calling the layer computes all of it"
+            )
 
     @property
     def stored_bits(self) -> int:

@@ -23,6 +23,7 @@ from lowbit.numerics import KeptColumns, LowRank, SideTerm, Sparse, nearest
 from lowbit.transforms import (
     ChannelTransform,
     Kronecker,
+    Normalize,
     Permute,
     RandomHadamard,
     Reassembly,
@@ -49,7 +50,7 @@ def keeping_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
 _KEEP_WIDTH = (Scale, Shift, Permute, Rotate, Kronecker, RandomHadamard)
 _TYPES: dict[Place, dict[str, type[Any]]] = {
     "pre": {cls.__name__: cls for cls in (*_KEEP_WIDTH, Split, Reassembly)},
-    "post": {cls.__name__: cls for cls in _KEEP_WIDTH},
+    "post": {cls.__name__: cls for cls in (*_KEEP_WIDTH, Normalize)},
     "side": {cls.__name__: cls for cls in (Sparse, KeptColumns, LowRank)},
 }
 _DTYPES = {

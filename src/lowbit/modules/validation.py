@@ -9,6 +9,7 @@ Shapes: O output channel, I input channel behind the transforms of the input, W 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from lowbit.layouts import unpack, unpack_params
 from lowbit.modules.activation import unpack_static
 from lowbit.numerics import Int, KeptColumns, LowRank, Sparse, Spec, Table, TwoSided
-from lowbit.transforms import Kronecker, Permute, RandomHadamard, Reassembly, Rotate, Scale, Shift, Split
+from lowbit.transforms import Kronecker, Normalize, Permute, RandomHadamard, Reassembly, Rotate, Scale, Shift, Split
 
 if TYPE_CHECKING:
     from lowbit.modules.description import LinearDescription
@@ -67,9 +68,11 @@ def _check_part(place: Place, i: int, part: PartDescription, width: int, columns
             expected = " or ".join(str(list(shape)) for shape in shapes)
             raise ValueError(f"{place}{i}_{name} of a {part.type} is {found}, expected {kind} {expected}")
     for name, value in part.fields:
-        right = {"size": int, "inverted": bool}.get(name)
+        right = {"size": int, "inverted": bool, "eps": float}.get(name)
         if right is not None and type(value) is not right:
             raise ValueError(f"{place}{i}_{name} of a {part.type} is {value!r:.100}, expected {right.__name__}")
+        if name == "eps" and not 0 < value < math.inf:  # pyright: ignore[reportOperatorIssue]
+            raise ValueError(f"{place}{i}_{name} of a {part.type} is {value!r:.100}, expected a positive number")
         if name == "size" and isinstance(value, int):
             _check_size(place, i, part, value, width)
     return infos["counts"].shape[0] if part.type == Split.__name__ else width
@@ -99,6 +102,8 @@ def _shapes(part: PartDescription, width: int, columns: int) -> dict[str, list[t
             return {"q": [(run, run), (runs, run, run)] if runs else [(width, width)]}
         case Kronecker.__name__ | RandomHadamard.__name__:
             return {"seed": [(1,)]}
+        case Normalize.__name__:
+            return {}
         case Split.__name__:
             return {"counts": [(size("counts", 0, width),)]}
         case Reassembly.__name__:

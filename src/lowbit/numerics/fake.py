@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics.binary_coding import Alternating
-from lowbit.numerics.fit import Fit, KMeans, MinMax
-from lowbit.numerics.grids.base import Grid, RangeGrid, straight_through
+from lowbit.numerics.fit import Fit, KMeans, MinMax, Unfitted
+from lowbit.numerics.grids.base import Grid, LearnableGrid, straight_through
 from lowbit.numerics.spec import Spec, quantize
 
 
 def usual_fit(grid: Grid) -> Fit:
     """The fit for ``grid`` when no recipe names one: the first plain fit that can place it."""
-    return next(fit for fit in (MinMax(), KMeans(), Alternating()) if fit.why_not(grid) is None)
+    return next(fit for fit in (MinMax(), KMeans(), Alternating(), Unfitted()) if fit.why_not(grid) is None)
 
 
 def fake_quantize(x: Tensor, spec: Spec, fit: Fit | None = None, *, through_fit: bool = True) -> Tensor:
     """``x`` as ``spec`` restores it, in the dtype of ``x``.
 
-    Gradients pass the rounding straight through to ``x``. On grids that ranges place they also reach the parameters of
-    ``fit``, straight through their rounding to storage. On such a grid the result is not finite if a parameter does not fit
-    its storage or ``x`` is not finite.
+    Gradients pass the rounding to ``x`` as the grid says, or straight through where it does not say. On grids that ranges
+    place they also reach the parameters of ``fit``, straight through their rounding to storage. On a grid that says which
+    gradient it has, the result is not finite if a parameter does not fit its storage or ``x`` is not finite.
 
     Args:
         x: ``[..., I]``.
@@ -34,7 +34,7 @@ def fake_quantize(x: Tensor, spec: Spec, fit: Fit | None = None, *, through_fit:
         through_fit: gradients of the parameters reach the values that ``fit`` made them of; False: these are constants.
     """
     fit = fit or usual_fit(spec.grid)
-    if not isinstance(spec.grid, RangeGrid):
+    if not isinstance(spec.grid, LearnableGrid):
         return straight_through(quantize(x.detach(), spec, fit).dequantize().to(x.dtype), x)
     shape, x_GK = tuple(x.shape), spec.granularity.split(x)
     filled = None if x_GK.numel() == x.numel() else spec.granularity.split(torch.ones_like(x), fill_zero=True)

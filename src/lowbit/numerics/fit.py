@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowbit.compiled import solver_set
 from lowbit.numerics import compiled_fake
-from lowbit.numerics.grids.base import OF_NOTHING, Affine, Grid, Lut, Params, RangeGrid
+from lowbit.numerics.grids.base import OF_NOTHING, Affine, Grid, Lut, NoParams, Params, RangeGrid
 from lowbit.numerics.grids.codebook import Codebook
 from lowbit.numerics.grids.int import Int
 from lowbit.numerics.kmeans import kmeans_rows
@@ -259,7 +259,8 @@ class Fixed:
         return None if isinstance(self.params, grid.kind) else f"the parameters chosen before are not those of {grid}"
 
     def __call__(self, x_GK: Tensor, grid: Grid, importance_GK: Tensor | None = None) -> Params:
-        assert len(self.params[0]) == len(x_GK), "parameters were chosen for other granules"  # pyright: ignore[reportArgumentType]
+        fits = all(p is None or len(p) == len(x_GK) for p in self.params)
+        assert fits, "parameters were chosen for other granules"
         return self.params._make(None if p is None else p.to(x_GK) for p in self.params)  # pyright: ignore[reportReturnType]
 
     def rows(self, index: slice | Tensor) -> Fixed:
@@ -445,3 +446,15 @@ class KMeans:
 
     def __call__(self, x_GK: Tensor, grid: Codebook, importance_GK: Tensor | None = None) -> Lut:
         return Lut(kmeans_rows(x_GK, importance_GK, 2**grid.bits).to(x_GK.dtype))
+
+
+@serializable
+@dataclass(frozen=True)
+class Unfitted:
+    """For grids without parameters, such as :class:`~lowbit.numerics.Sign`: there is nothing to place."""
+
+    def why_not(self, grid: Grid) -> str | None:
+        return None if grid.kind is NoParams else f"{grid} has parameters, which must be fitted"
+
+    def __call__(self, x_GK: Tensor, grid: Grid, importance_GK: Tensor | None = None) -> NoParams:
+        return NoParams()

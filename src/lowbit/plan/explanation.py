@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from lowbit.checkpoints.formats.base import parts_in_words
 from lowbit.numerics import Fisher
 from lowbit.plan.cache import cache_texts
 from lowbit.plan.layers import PlannedLayer, planned_layers, ragged_groups
@@ -53,6 +54,7 @@ def explain(
     steps = tuple(" ".join(_sentences(plan, step)) for step in plan.recipe.steps)
     notes = (
         *_feed(plan),
+        *_around(plan),
         *_attention(plan),
         *cache_texts(plan.recipe.scheme.cache),
         *_calibrated(plan),
@@ -75,6 +77,12 @@ def _calibrated(plan: ModelPlan) -> Iterator[str]:
             f"then the finished model reads the calibration text, and {type(stage.fit).__name__} of what its attention multiplies "
             f"gives its cache: {parts}"
         )
+
+
+def _around(plan: ModelPlan) -> Iterator[str]:
+    kept = parts_in_words(plan.description(layer) for *_, layer in plan.layers)
+    if kept:
+        yield f"beside their codes linears store, and apply when they run: {', '.join(kept)}"
 
 
 def _attention(plan: ModelPlan) -> Iterator[str]:

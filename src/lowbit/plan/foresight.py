@@ -143,6 +143,12 @@ def _warnings(plan: ModelPlan, layers: tuple[PlannedLayer, ...], samples: int, s
     orders = sum(layer.order_bytes for *_, layer in plan.layers)
     if orders:
         warnings.append(f"the solver stores a column order with each layer: up to {orders} bytes, counted in bytes_out")
+    untrained = not any(stage.learns for stage in plan.recipe.stages[1:])
+    if untrained and not all(plan.description(layer).is_affine for *_, layer in plan.layers):
+        warnings.append(
+            "linears normalize their outputs, which those of the original do not: the result computes something else and must be "
+            "trained"
+        )
     if any(layer.outliers for *_, layer in plan.layers):
         warnings.append("the solver keeps weights in half precision as it finds them; bytes_out does not count them")
     warnings += [step.upper_bound for step in plan.recipe.steps if step.upper_bound]

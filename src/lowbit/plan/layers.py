@@ -13,6 +13,7 @@ from lowbit.numerics import (
     Float,
     Grid,
     Int,
+    NoParams,
     Normal,
     OutlierVictim,
     PerChannel,
@@ -22,6 +23,7 @@ from lowbit.numerics import (
     PerTensor,
     PerToken,
     RowBands,
+    Sign,
     Spec,
     Table,
     TwoSided,
@@ -132,6 +134,8 @@ def _why_not(scheme: Scheme, name: str, role: str) -> str:
 
 def weight_text(spec: Spec) -> str:
     """A weight's format in words: ``int4 asymmetric, groups of 64``."""
+    if spec.grid.kind is NoParams:  # nothing is stored for a granule
+        return grid_text(spec.grid)
     text = f"{grid_text(spec.grid)}, {_granularity_text(spec.granularity)}"
     return text if spec.stats is None else f"{text}, scales as ({weight_text(spec.stats)})"
 
@@ -150,6 +154,8 @@ def grid_text(grid: Grid) -> str:
         return f"int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}{zero}"
     if isinstance(grid, Float):
         return f"float{grid.bits} ({grid.name}{', shared exponents' if grid.shared_exponent else ''})"
+    if isinstance(grid, Sign):
+        return "signs"
     if isinstance(grid, Normal):
         return f"normal{grid.bits}"
     if isinstance(grid, OutlierVictim):

@@ -4,6 +4,7 @@ from lowbit.solve.base import FEW_TOKENS, Solution, Solver
 from lowbit.solve.gptq import Gptq
 from lowbit.solve.nearest import Nearest
 from lowbit.solve.outliers import LeaveOneOut, OutlierRule, RangeOutliers, ReachingColumns, Sensitive, WeakColumns
+from lowbit.solve.sign_value import SignValue
 
 __all__ = [
     "FEW_TOKENS",
@@ -14,6 +15,7 @@ __all__ = [
     "RangeOutliers",
     "ReachingColumns",
     "Sensitive",
+    "SignValue",
     "Solution",
     "Solver",
     "WeakColumns",

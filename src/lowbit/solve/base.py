@@ -69,6 +69,17 @@ class Solver:
         """Whether the solver forms groups in its own order of columns, which the layer then stores."""
         return False
 
+    @property
+    def rescales(self) -> bool:
+        """Whether it gives a layer scales of its own that the format does not know. What an earlier step found out about the
+        scaled input or output does not hold then, and rounding to the format alone does not simulate the result."""
+        return False
+
+    def transforms(self, shape: tuple[int, int]) -> tuple[tuple[ChannelTransform, ...], tuple[ChannelTransform, ...]]:
+        """The ``pre`` and ``post`` of every solution for a weight of ``shape`` (O, I), with values that mean nothing. What only
+        some solutions have is not among them."""
+        return (), ()
+
     def memory(self, rows: int, columns: int) -> int:
         """Approximate bytes for solving a weight of ``rows`` x ``columns``, without the weight and the statistics."""
         return _WEIGHT_COPIES * 4 * rows * columns

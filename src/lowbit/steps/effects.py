@@ -220,6 +220,11 @@ class Effects:
         return frozenset()
 
     @property
+    def simulates(self) -> bool:
+        """Whether it tries formats out by running linears whose weights are rounded to them."""
+        return False
+
+    @property
     def mix_order(self) -> MixOrder:
         """Where a mix puts it."""
         return MixOrder.AS_GIVEN

@@ -75,6 +75,10 @@ class Learn(Step):
             )
 
     @property
+    def simulates(self) -> bool:
+        return True
+
+    @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset().union(*(maker.needs for maker in self.makers))
 

@@ -59,6 +59,10 @@ class SearchActivationRange(Step):
             raise ValueError(f"a search judges by one window or more, found windows={self.windows}")
 
     @property
+    def simulates(self) -> bool:
+        return True
+
+    @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset({TokenRange()})
 

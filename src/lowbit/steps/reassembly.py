@@ -159,6 +159,10 @@ class SearchReassembly(Step):
             raise ValueError(f"a search takes at least one step and one window, found {self}")
 
     @property
+    def simulates(self) -> bool:
+        return True
+
+    @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset({AbsMax()} if self.assembly == "none" else {AbsMax(), Gram()})
 

@@ -179,6 +179,10 @@ class Search(Step):
             raise ValueError(f"a search judges by 'judge' or 'linears', found {self.by!r}")
 
     @property
+    def simulates(self) -> bool:
+        return True
+
+    @property
     def needs(self) -> frozenset[Statistic]:
         return self.candidates.needs
 
@@ -288,6 +292,10 @@ class SearchClip(Step):
     max_shrink: float = 0.5
     skip: tuple[str, ...] = ("q", "k", "qkv")
     apart: bool = False
+
+    @property
+    def simulates(self) -> bool:
+        return True
 
     @property
     def needs(self) -> frozenset[Statistic]:

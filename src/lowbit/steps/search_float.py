@@ -66,6 +66,10 @@ class SearchFloat(Step):
             raise ValueError(f"a search needs rounds of 0 or more, grid and tokens of at least 1, found {self}")
 
     @property
+    def simulates(self) -> bool:
+        return True
+
+    @property
     def needs(self) -> frozenset[Statistic]:
         return frozenset({AbsMax(), self._samples} if self.rounds else {AbsMax()})
 

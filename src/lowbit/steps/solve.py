@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.architectures import ResolvedBlock
-from lowbit.modules import ActSpec, DraftLinear, QuantLinear
+from lowbit.modules import ActSpec, DraftLinear, QuantLinear, serialize_transforms
 from lowbit.numerics import (
     Fisher,
     PerChannel,
@@ -28,6 +28,7 @@ from lowbit.steps.effects import BlockDescription, Freedom, LayerDescription
 from lowbit.steps.latents import latent_weight
 from lowbit.steps.state import BlockState, LayerRecord, Stats
 from lowbit.steps.step import FLOAT, RunSizes, Step, names_of
+from lowbit.transforms import Normalize
 
 _CHECK = Samples(256, stride=2)  # tokens on which each layer's output error is measured for the report
 
@@ -60,9 +61,20 @@ class Solve(Step):
     def fixes(self) -> frozenset[Freedom]:
         return frozenset({Freedom.CODES})
 
+    @property
+    def disturbs(self) -> frozenset[Freedom]:
+        ranges = {Freedom.INPUT_RANGES, Freedom.ATTENTION_RANGES, Freedom.CORRECTIONS, Freedom.ROUNDING}
+        return frozenset(ranges if self.solver.rescales else ())
+
     def check(self, weights: Sequence[Spec], activations: Sequence[ActSpec], steps: Sequence[Step]) -> None:
         for spec in weights:
             self.solver.check(spec, any(step.places_weight(spec) for step in steps))
+        simulating = [step for step in steps if step.simulates]
+        if simulating and self.solver.rescales:
+            raise ValueError(
+                f"{names_of(simulating)} tries formats out by rounding weights to them, and {type(self.solver).__name__} finds "
+                "the scales that its format lacks only when it solves; leave one of the two out"
+            )
         grouped = any(not isinstance(spec.granularity, PerChannel | PerTensor) for spec in weights)
         ordering = [step for step in steps if Freedom.CHANNEL_ORDER in step.fixes]
         if ordering and grouped and self.solver.moves_groups:
@@ -76,7 +88,19 @@ class Solve(Step):
 
     def _solved(self, layer: LayerDescription) -> LayerDescription:
         several = layer.format.weight.granularity.param_shape(layer.shape)[1] > 1
-        return replace(layer, ordered=several and self.solver.moves_groups, outliers=self.solver.outliers is not None)
+        pre, of_output = self.solver.transforms(layer.shape)
+        post = serialize_transforms.describe("post", of_output)
+        if layer.post and any(part.type == Normalize.__name__ for part in post):
+            raise ValueError(
+                f"{type(self.solver).__name__} normalizes the outputs of linears, and a step before it transforms them first: "
+                "they would be normalized before that is undone; use normalize=false, or leave that step out"
+            )
+        return replace(
+            layer.running(*pre),
+            post=(*post, *layer.post),
+            ordered=several and self.solver.moves_groups,
+            outliers=self.solver.outliers is not None,
+        )
 
     def peak(self, sizes: RunSizes) -> float:
         stages = sizes.block.resolved.stages if self.true_sequential else (tuple(sizes.block.layers),)
@@ -182,7 +206,7 @@ def _zeroed(w_OI: Tensor, q: QTensor) -> float:
     """The share of granules that became all zero. It compares counts, so a stored column order hardly matters."""
     split = q.spec.granularity.split
     before, after = ((split(w) == 0).all(1).sum().item() for w in (w_OI, q.dequantize()))
-    return max(0.0, (after - before) / len(q.params[0]))
+    return max(0.0, (after - before) / len(split(w_OI)))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ They are for the stage ``Train`` what :mod:`lowbit.steps` is for ``Blockwise``: 
 """
 
 from lowbit.training.curve import Curve, Row
+from lowbit.training.latent_signs import LatentSigns
 from lowbit.training.latent_weights import LatentWeights
 from lowbit.training.objectives import (
     Answer,
@@ -34,6 +35,7 @@ __all__ = [
     "DecodedProduct",
     "Group",
     "HiddenStates",
+    "LatentSigns",
     "LatentWeights",
     "NextToken",
     "Objective",

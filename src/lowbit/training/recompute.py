@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,16 +30,19 @@ def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def replaced(model: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
-    """While open, ``model`` computes with ``values`` in place of its parameters of these names.
+    """While open, ``model`` computes with ``values`` in place of its parameters and buffers of these names.
 
     For the forward and the backward pass: a block that runs again must find the same values.
     """
-    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in values]
-    own = [module._parameters[leaf] for module, leaf in places]
+    named = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in values]
+    places: list[tuple[dict[str, Any], str]] = [
+        (module._parameters if leaf in module._parameters else module._buffers, leaf) for module, leaf in named
+    ]
+    own = [held[leaf] for held, leaf in places]
     try:
-        for (module, leaf), value in zip(places, values.values(), strict=True):
-            module._parameters[leaf] = value  # pyright: ignore[reportArgumentType]
+        for (held, leaf), value in zip(places, values.values(), strict=True):
+            held[leaf] = value
         yield
     finally:
-        for (module, leaf), parameter in zip(places, own, strict=True):
-            module._parameters[leaf] = parameter
+        for (held, leaf), tensor in zip(places, own, strict=True):
+            held[leaf] = tensor

@@ -58,7 +58,7 @@ class Parameters(Protocol):
     ) -> None: ...
 
     def replaced(self) -> dict[str, Tensor]:
-        """Values that the next forward must use in place of the model's own parameters, by name; part of the graph."""
+        """Values that the next forward must use in place of the model's own parameters and buffers, by name; part of the graph."""
         ...
 
     def commit(self) -> None:

@@ -32,6 +32,8 @@ class DecodedProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads
         h, *parts = ctx.saved_tensors
+        if not parts:  # codes alone
+            return g @ ctx.dense().to(g.dtype), None
         leaves = [part.detach().requires_grad_() for part in parts]
         with torch.enable_grad():
             w_OI = ctx.dense(*leaves)
@@ -95,7 +97,8 @@ class TrainedLinear:
 
 
 class TrainedModel:
-    """The trained parameters of one model: those of ``linears``, and ``gains`` by name. See ``Parameters``."""
+    """The trained parameters of one model: those of ``linears``, and ``gains``, vectors of the model by name. See
+    ``Parameters``."""
 
     def __init__(
         self,
@@ -124,4 +127,5 @@ class TrainedModel:
         for each in self.linears:
             each.commit()
         for name, gain in self.gains.items():
-            self.model.get_parameter(name).copy_(gain.value())
+            module, _, leaf = name.rpartition(".")
+            getattr(self.model.get_submodule(module), leaf).copy_(gain.value())

@@ -9,12 +9,14 @@ better. Every transform obeys two laws, tested in float64:
 
 `Scale`, `Shift` and `Rotate` are differentiable in their parameters, so one object serves a closed form, a search,
 training and the final commit. `Kronecker` and `RandomHadamard` are rotations stored as a seed, for layers that run them
-on their input and output.
+on their input and output. `Normalize` is what a packed layer may do to its output; it is not linear, so it obeys neither
+law and raises an error where it would be folded.
 """
 
 from __future__ import annotations
 
 from lowbit.transforms.base import ChannelTransform, through
+from lowbit.transforms.normalize import Normalize
 from lowbit.transforms.permute import Permute
 from lowbit.transforms.reassembly import Reassembly, Split
 from lowbit.transforms.rotate import Rotate
@@ -26,6 +28,7 @@ __all__ = [
     "ChannelTransform",
     "Kronecker",
     "Made",
+    "Normalize",
     "Permute",
     "RandomHadamard",
     "Reassembly",

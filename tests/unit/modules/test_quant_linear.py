@@ -23,15 +23,17 @@ from lowbit.numerics import (
     PerInput,
     PerTensor,
     PerToken,
+    Sign,
     Sparse,
     Spec,
+    Unfitted,
     fit_params,
     from_dict,
     powers_of_two,
     quantize,
     to_dict,
 )
-from lowbit.transforms import Kronecker, Permute, RandomHadamard, Reassembly, Rotate, Scale, Shift, Split
+from lowbit.transforms import Kronecker, Normalize, Permute, RandomHadamard, Reassembly, Rotate, Scale, Shift, Split
 
 from pairwise import cases
 
@@ -359,6 +361,42 @@ def test_what_no_layer_has_at_a_place_is_refused():
     with pytest.raises(ValueError, match="seed is stored as one of"):
         seed = {"shape": [1], "dtype": "float8"}
         LinearDescription.from_json(data | {"post": [{"type": "Kronecker", "seed": seed, "size": O, "inverted": True}]})
+
+
+@pytest.mark.parametrize("spec", [Spec(Sign(), PerTensor()), W4], ids=str)
+def test_a_layer_that_normalizes_its_output_computes_it_before_the_bias_and_is_no_weight(spec):
+    w, b, x = random(O, I, seed=3), random(O, seed=4), random(11, I, seed=8)
+    q = quantize(w, spec, Unfitted() if isinstance(spec.grid, Sign) else MinMax())
+    before, after = Scale(random(I).abs().half() + 0.5), Scale(random(O).abs().half() + 0.5)
+    layer = QuantLinear.from_qtensor(q, b, pre=(before,), post=(after, Normalize(1e-3)))
+    inner = F.linear(x / before.s.float(), q.dequantize()) / after.s.float()
+    assert sqnr_db(F.layer_norm(inner, (O,), eps=1e-3) + b, layer(x)) > 90
+    again = QuantLinear.empty(LinearDescription.from_json(json.loads(json.dumps(layer.description.to_json()))), "cpu")
+    again.load_state_dict(layer.state_dict(), strict=True)
+    assert (
+        torch.equal(again(x), layer(x)) and again.post[-1] == Normalize(1e-3) and "Scale then Normalize" in repr(layer)
+    )
+    layer.prepare()
+    assert sqnr_db(again(x), layer(x)) > 90
+    for effective in (layer.effective_weight, layer.effective_bias):
+        with pytest.raises(ValueError, match="normalizes its output"):
+            effective()
+    assert layer.weight.shape == (O, I) and torch.isnan(F.linear(x, layer.weight)).all()
+    with pytest.raises(ValueError, match="no Normalize as pre"):
+        QuantLinear.from_qtensor(q, pre=(Normalize(),))
+
+
+def test_a_layer_that_stores_nothing_but_codes_is_prepared_once_it_has_them():
+    layer = QuantLinear.from_qtensor(quantize(random(O, I), Spec(Sign(), PerTensor()), Unfitted()), post=(Normalize(),))
+    assert list(layer.state_dict()) == ["codes"] and layer.stored_bits == O * I
+    assert torch.isnan(layer.weight).all()
+    empty = QuantLinear.empty(layer.description)
+    assert "no content" in (empty.prepare() or "")
+    empty = empty.to_empty(device="cpu")
+    empty.load_state_dict(layer.state_dict(), strict=True)
+    wanted = layer(random(3, I))
+    assert empty.prepare() is None and sqnr_db(wanted, empty(random(3, I))) > 90
+    assert torch.equal(empty.state_dict()["codes"], layer.codes)
 
 
 def test_layers_that_were_given_one_transform_keep_one_each():

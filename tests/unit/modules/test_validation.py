@@ -29,7 +29,7 @@ from lowbit.numerics import (
     Table,
     quantize,
 )
-from lowbit.transforms import Permute, RandomHadamard, Reassembly, Rotate, Scale, Shift, Split
+from lowbit.transforms import Normalize, Permute, RandomHadamard, Reassembly, Rotate, Scale, Shift, Split
 
 O, I = 32, 64
 NAN, INF = float("nan"), float("inf")
@@ -80,6 +80,9 @@ MERGED = Reassembly(I, *(torch.tensor(each, dtype=torch.int16) for each in ([1, 
         ("pre", MERGED, "into", tensor(3, dtype="int16"), "pre0_into of a Reassembly"),
         ("post", Scale(torch.ones(O)), "s", tensor(I), "post0_s of a Scale"),
         ("post", RandomHadamard(1, O), "size", I, "a divisor of 32"),
+        ("post", Normalize(), "eps", 1, "post0_eps of a Normalize is 1, expected float"),
+        ("post", Normalize(), "eps", 0.0, "post0_eps of a Normalize is 0.0, expected a positive number"),
+        ("post", Normalize(), "eps", float("inf"), "expected a positive number"),
         ("side_terms", SPARSE, "row_start", tensor(O + 1, 1, dtype="int32"), "side0_row_start of a Sparse"),
         ("side_terms", SPARSE, "column", tensor(3, dtype="int16"), "side0_column of a Sparse"),
         ("side_terms", KEPT, "index", tensor(3, 1, dtype="int32"), "side0_index of a KeptColumns"),

@@ -8,7 +8,7 @@ is read.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -86,12 +86,7 @@ def beside_codes(description: ModelDescription, *, order: bool = False) -> Itera
     Args:
         order: a format for which one column order of each linear is no problem.
     """
-    kept: dict[str, None] = {}
-    for layer in set(description.layers.values()):
-        pre = layer.pre[:-1] if order and layer.pre and layer.pre[-1].type == "Permute" else layer.pre
-        kept |= dict.fromkeys(f"{_WORDS.get(part.type, part.type)} of inputs" for part in pre)
-        kept |= dict.fromkeys(f"{_WORDS.get(part.type, part.type)} of outputs" for part in layer.post)
-        kept |= dict.fromkeys(_WORDS.get(part.type, part.type) for part in layer.side_terms)
+    kept = parts_in_words(description.layers.values(), order=order)
     if kept:
         yield f"layers keep {' and '.join(sorted(kept))}, for which it has no place"
     if description.embeddings:
@@ -104,6 +99,18 @@ def beside_codes(description: ModelDescription, *, order: bool = False) -> Itera
         yield "the residual stream is rotated when the model runs, for which it has no place"
 
 
+def parts_in_words(layers: Iterable[LinearDescription], *, order: bool = False) -> list[str]:
+    """What ``layers`` do to their inputs and outputs and store beside their codes, each once; without a last column order of
+    the input where ``order``."""
+    kept: dict[str, None] = {}
+    for layer in dict.fromkeys(layers):
+        pre = layer.pre[:-1] if order and layer.pre and layer.pre[-1].type == "Permute" else layer.pre
+        kept |= dict.fromkeys(f"{_WORDS.get(part.type, part.type)} of inputs" for part in pre)
+        kept |= dict.fromkeys(f"{_WORDS.get(part.type, part.type)} of outputs" for part in layer.post)
+        kept |= dict.fromkeys(_WORDS.get(part.type, part.type) for part in layer.side_terms)
+    return list(kept)
+
+
 _WORDS = {
     "Scale": "scales",
     "Shift": "shifts",
@@ -111,6 +118,7 @@ _WORDS = {
     "Rotate": "rotations",
     "Kronecker": "rotations",
     "RandomHadamard": "rotations",
+    "Normalize": "normalizations",
     "Split": "copies",
     "Merge": "means",
     "Reassembly": "copies and means",

@@ -1,9 +1,10 @@
 // One token through a whole model in one call, by one team of threads: what a token costs beside its products is then a
 // few barriers, not the calls of a thousand operators.
 //
-// A block is five phases with a barrier after each: q, k and v; attention; o; gate and up; down. What is short and needed
-// by all (norms, the prepared input of a product) every thread computes for itself, which costs less than to wait for one
-// that does. Everything between weights is float32; keys and values are rounded to the type of their cache.
+// A block is five phases with a barrier after each: q, k and v; attention; o; gate and up; down. Where a matrix normalizes its
+// output, which must be whole by then, its product is two phases. What is short and needed by all (norms, the prepared input
+// of a product, the mean of an output) every thread computes for itself, which costs less than to wait for one that does.
+// Everything between weights is float32; keys and values are rounded to the type of their cache.
 #include "step.h"
 
 #include "cache.h"
@@ -132,6 +133,9 @@ struct Matrix {
   const void* bias = nullptr;
   int32_t bias_type = NONE;
   std::vector<Side> sides;         // added to the product
+  const float *before = nullptr, *after = nullptr;  // [cols] and [rows]: what multiplies input and output, or null
+  bool normalized = false;         // the output, before the bias: (y - mean) / sqrt(variance + eps)
+  float eps = 0;
 
   int64_t plane() const { return tiles.padded_cols() * (tiles.kind == CODEBOOK ? LANES : 1); }
   int64_t planes() const { return job.input == FLOATS ? 0 : job.input; }
@@ -139,6 +143,7 @@ struct Matrix {
   // Whether an input prepared for `other` is prepared for this one.
   bool reads_as(const Matrix& other) const {
     if (!packed || !other.packed) return packed == other.packed;
+    if (before != other.before) return false;
     const Job &a = job, &b = other.job;
     return tiles.cols == other.tiles.cols && tiles.group == other.tiles.group && tiles.padded == other.tiles.padded &&
            (tiles.kind == CODEBOOK) == (other.tiles.kind == CODEBOOK) && a.input == b.input && a.act_bits == b.act_bits &&
@@ -161,6 +166,7 @@ struct Block {
 
 // An input that a product has prepared.
 struct Prepared {
+  Aligned<float> scaled;           // the input times `before` of its matrix
   Aligned<float> floats;
   Aligned<int8_t> integers;
 };
@@ -239,6 +245,16 @@ class Step {
                        F32});
   }
 
+  // What a matrix does to its input and its output; addresses may be 0.
+  void around(int matrix, uintptr_t before, uintptr_t after, bool normalized, float eps) {
+    Matrix& m = matrices_.at(matrix);
+    if (!m.packed) throw std::invalid_argument("only a packed matrix scales its input or output");
+    m.before = at<float>(before);
+    m.after = at<float>(after);
+    m.normalized = normalized;
+    m.eps = eps;
+  }
+
   int norm(uintptr_t gain, int type, int64_t size, float offset, float eps) {
     norms_.push_back({at<void>(gain), type, size, offset, eps});
     return static_cast<int>(norms_.size()) - 1;
@@ -271,7 +287,14 @@ class Step {
     out_.reserve(hidden_ + LANES);
     mlp_.reserve(2 * (inner_ + LANES));
     logits_.reserve(matrices_.at(head).rows + LANES);
-    next_ = std::vector<std::atomic<int64_t>>(5 * blocks_.size() + 1);
+    bool normalized = false;
+    for (int i = 0; i < static_cast<int>(matrices_.size()); ++i) {
+      normalized = normalized || matrices_[i].normalized;
+      if (i != head || matrices_[i].normalized) raw_rows_ = std::max(raw_rows_, matrices_[i].rows);
+    }
+    raw_rows_ = (raw_rows_ / LANES + 2) * LANES;
+    if (normalized) raw_.reserve(3 * raw_rows_);
+    next_ = std::vector<std::atomic<int64_t>>(9 * blocks_.size() + 2);
   }
 
   void run(Token& token, int threads) {
@@ -338,6 +361,7 @@ class Step {
     own.scores.reserve(group * token.capacity);  // of plain caches
     own.weight.reserve(LANES * widest_());
     for (auto& input : own.inputs) {
+      input.scaled.reserve(scaled_());
       input.floats.reserve(floats_());
       input.integers.reserve(integers_());
     }
@@ -347,6 +371,12 @@ class Step {
     int64_t most = 1;
     for (const Matrix& m : matrices_)
       if (m.packed) most = std::max(most, m.cols);
+    return most;
+  }
+  int64_t scaled_() const {
+    int64_t most = 0;
+    for (const Matrix& m : matrices_)
+      if (m.before != nullptr) most = std::max(most, m.cols);
     return most;
   }
   int64_t floats_() const {
@@ -376,7 +406,8 @@ class Step {
     return job;
   }
 
-  // `weight`: room for decoded rows where the input drowns in fixed point, else null.
+  // All of an output but its bias where it is normalized afterwards. `weight`: room for decoded rows where the input drowns in
+  // fixed point, else null.
   void rows(const Matrix& m, const Job& job, const float* x, int64_t first, int64_t last, float* y, float* weight) const {
     if (m.packed && weight != nullptr) {
       for (int64_t row = first; row < last; row += LANES) {
@@ -397,42 +428,80 @@ class Step {
       side.y = y;
       k_.side(side, first, last);
     }
-    if (m.bias != nullptr) s_.add_typed(y + first, m.bias, m.bias_type, first, last - first);
+    if (m.after != nullptr)
+      for (int64_t i = first; i < last; ++i) y[i] *= m.after[i];
+    if (m.bias != nullptr && !m.normalized) s_.add_typed(y + first, m.bias, m.bias_type, first, last - first);
   }
 
-  // Products of one input with `count` matrices, all of them cut into pieces of whole blocks; `piece` is called with each
-  // piece of each matrix that this thread is to do. Where they are `paired`, with the same rows of all of them in turn.
+  // Cuts the outputs of `count` matrices into pieces of whole blocks, and calls `piece` with the number of a matrix and its rows
+  // for those that this thread is to do. Where they are `paired`, with the same rows of all of them in turn, and then `after`.
+  template <class Piece, class After>
+  void pieces(const int* which, int count, bool paired, int threads, int phase, const Piece& piece, const After& after) {
+    int64_t blocks[3], total = 0;
+    for (int i = 0; i < count; ++i) {
+      blocks[i] = (matrices_[which[i]].rows + LANES - 1) / LANES;
+      total = paired ? blocks[i] : total + blocks[i];
+    }
+    const int64_t number = std::min<int64_t>(total, threads == 1 ? 1 : 4 * threads);
+    for (int64_t p; (p = next_[phase].fetch_add(1, std::memory_order_relaxed)) < number;) {
+      int64_t first = total * p / number, last = total * (p + 1) / number;
+      for (int i = 0; i < count; ++i) {
+        const int64_t a = std::max<int64_t>(first, 0), b = std::min(last, blocks[i]);
+        if (a < b) piece(i, a * LANES, std::min(b * LANES, matrices_[which[i]].rows));
+        if (!paired) first -= blocks[i], last -= blocks[i];
+      }
+      if (paired) after(first * LANES, std::min(last * LANES, matrices_[which[0]].rows));
+    }
+  }
+
+  // Products of one input with `count` matrices, see pieces(). A phase, or two where an output is normalized.
   template <class After>
-  void products(const int* which, int count, bool paired, const float* x, float* const* y, Own& own, int threads, int phase,
+  void products(const int* which, int count, bool paired, const float* x, float* const* y, Own& own, int threads, int& phase,
                 const After& after) {
     Job jobs[3];
     int slots[3];
-    bool drowned[3] = {};
-    int64_t blocks[3], total = 0;
+    bool drowned[3] = {}, normalized = false;
+    const float* inputs[3];
+    float* raw[3];
     for (int i = 0; i < count; ++i) {
       const Matrix& m = matrices_[which[i]];
       slots[i] = i;
       for (int j = i - 1; j >= 0; --j)
         if (m.reads_as(matrices_[which[j]])) slots[i] = slots[j];
+      inputs[i] = slots[i] == i ? x : inputs[slots[i]];
+      if (m.before != nullptr && slots[i] == i) {
+        float* scaled = own.inputs[i].scaled.get();
+        for (int64_t c = 0; c < m.cols; ++c) scaled[c] = x[c] * m.before[c];
+        inputs[i] = scaled;
+      }
       if (m.packed) {
-        jobs[i] = job_of(m, x, own.inputs[slots[i]]);
+        jobs[i] = job_of(m, inputs[i], own.inputs[slots[i]]);
         if (slots[i] == i) k_.prepare(jobs[i], 0, 1);
-        drowned[i] = jobs[i].input == FIXED && (slots[i] == i ? drowns(m.tiles, x) : drowned[slots[i]]);
+        drowned[i] = jobs[i].input == FIXED && (slots[i] == i ? drowns(m.tiles, inputs[i]) : drowned[slots[i]]);
       }
-      blocks[i] = (m.rows + LANES - 1) / LANES;
-      total = paired ? blocks[i] : total + blocks[i];
+      normalized = normalized || m.normalized;
     }
-    const int64_t pieces = std::min<int64_t>(total, threads == 1 ? 1 : 4 * threads);
-    for (int64_t p; (p = next_[phase].fetch_add(1, std::memory_order_relaxed)) < pieces;) {
-      int64_t first = total * p / pieces, last = total * (p + 1) / pieces;
-      for (int i = 0; i < count; ++i) {
-        const Matrix& m = matrices_[which[i]];
-        const int64_t a = std::max<int64_t>(first, 0), b = std::min(last, blocks[i]);
-        if (a < b) rows(m, jobs[i], x, a * LANES, std::min(b * LANES, m.rows), y[i], drowned[i] ? own.weight.get() : nullptr);
-        if (!paired) first -= blocks[i], last -= blocks[i];
-      }
-      if (paired) after(first * LANES, std::min(last * LANES, matrices_[which[0]].rows));
+    const auto nothing = [](int64_t, int64_t) {};
+    for (int i = 0; i < count; ++i) raw[i] = normalized ? raw_.get() + i * raw_rows_ : y[i];
+    const auto multiply = [&](int i, int64_t first, int64_t last) {
+      rows(matrices_[which[i]], jobs[i], inputs[i], first, last, raw[i], drowned[i] ? own.weight.get() : nullptr);
+    };
+    if (!normalized) return pieces(which, count, paired, threads, phase++, multiply, after);
+    pieces(which, count, paired, threads, phase++, multiply, nothing);
+    barrier_.wait(threads);
+    float mean[3] = {}, by[3] = {1, 1, 1};
+    for (int i = 0; i < count; ++i) {
+      const Matrix& m = matrices_[which[i]];
+      if (!m.normalized) continue;
+      s_.spread(raw[i], m.rows, mean + i, by + i);
+      by[i] = 1.0f / std::sqrt(by[i] + m.eps);
     }
+    const auto normalize = [&](int i, int64_t first, int64_t last) {
+      const Matrix& m = matrices_[which[i]];
+      for (int64_t r = first; r < last; ++r) y[i][r] = (raw[i][r] - mean[i]) * by[i];
+      if (m.bias != nullptr && m.normalized) s_.add_typed(y[i] + first, m.bias, m.bias_type, first, last - first);
+    };
+    pieces(which, count, paired, threads, phase++, normalize, after);
   }
 
   // ---- attention ----
@@ -535,14 +604,14 @@ class Step {
     for (int64_t layer = 0; layer < blocks(); ++layer) {
       const Block& b = blocks_[layer];
       const auto product = [&](int which, const float* input, float* y) {
-        products(&which, 1, false, input, &y, own, threads, phase++, nothing);
+        products(&which, 1, false, input, &y, own, threads, phase, nothing);
         barrier_.wait(threads);
         s_.add(x, out, hidden_);
       };
       normalize(b.attention_norm, x, normed);
       const int qkv[] = {b.q, b.k, b.v};
       float* const to[] = {qkv_.get(), keys_of_token(), values_of_token()};
-      products(qkv, 3, false, normed, to, own, threads, phase++, nothing);
+      products(qkv, 3, false, normed, to, own, threads, phase, nothing);
       barrier_.wait(threads);
       const bool packed = !token.key_sides.empty();
       const int64_t parts = packed ? parts_of(*token.key_sides[layer], *token.value_sides[layer]) : 1;
@@ -557,7 +626,7 @@ class Step {
       normalize(b.mlp_norm, x, normed);
       const int gated[] = {b.gate, b.up};
       float* const both[] = {gate, up};
-      products(gated, 2, true, normed, both, own, threads, phase++,
+      products(gated, 2, true, normed, both, own, threads, phase,
                [&](int64_t first, int64_t last) { s_.gate(gate + first, up + first, last - first); });
       barrier_.wait(threads);
       product(b.down, gate, out);
@@ -584,6 +653,8 @@ class Step {
   std::vector<std::atomic<int64_t>> next_;  // the next piece of each phase
   static constexpr int64_t PARTS = 2;  // at most, see parts_of
   Aligned<float> qkv_, attended_, part_, out_, mlp_, logits_;
+  Aligned<float> raw_;  // [3, raw_rows_]: outputs of up to three matrices before they are normalized
+  int64_t raw_rows_ = 0;
   std::vector<std::unique_ptr<Own>> own_;
 };
 
@@ -646,6 +717,7 @@ void bind_step(nb::module_& m, const Kernels* (*kernels_called)(const std::strin
       .def("packed", &Step::packed)
       .def("dense", &Step::dense)
       .def("beside", &Step::beside)
+      .def("around", &Step::around)
       .def("norm", &Step::norm)
       .def("block", &Step::block)
       .def("finish", &Step::finish)

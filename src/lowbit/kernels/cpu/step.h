@@ -24,6 +24,7 @@ struct StepKernels {
   void (*add_typed)(float* x, const void* y, int32_t type, int64_t offset, int64_t n);                // x += y[offset..]
   // x / rms(x) * (gain + gain_offset)
   void (*norm)(const float* x, int64_t n, const void* gain, int32_t type, float gain_offset, float eps, float* out);
+  void (*spread)(const float* x, int64_t n, float* mean, float* variance);
   void (*gate)(float* gate, const float* up, int64_t n);                                              // gate = silu(gate) * up
   void (*dense)(const void* weight, int32_t type, int64_t cols, const float* x, int64_t first, int64_t last, float* y);
   void (*attend)(const Attention&);

@@ -33,6 +33,24 @@ static void norm(const float* x, int64_t n, const void* gain, int32_t type, floa
   for (int64_t i = 0; i < n; ++i) out[i] = x[i] * by * (out[i] + gain_offset);
 }
 
+static void spread(const float* x, int64_t n, float* mean, float* variance) {
+  const int64_t whole = n / LANES * LANES;
+  auto sum = V::set(0.0f);
+  for (int64_t i = 0; i < whole; i += LANES) sum = V::addf(sum, V::floats(x + i));
+  float total = V::total(sum);
+  for (int64_t i = whole; i < n; ++i) total += x[i];
+  *mean = total / static_cast<float>(n);
+  const auto middle = V::set(*mean);
+  sum = V::set(0.0f);
+  for (int64_t i = 0; i < whole; i += LANES) {
+    const auto off = V::subf(V::floats(x + i), middle);
+    sum = V::fma(off, off, sum);
+  }
+  total = V::total(sum);
+  for (int64_t i = whole; i < n; ++i) total += (x[i] - *mean) * (x[i] - *mean);
+  *variance = total / static_cast<float>(n);
+}
+
 // To about one unit in the last place, and without a branch, so that loops of it are vectorized. NaN stays NaN.
 static inline float exponential(float x) {
   x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
@@ -129,4 +147,4 @@ static void attend(const Attention& a) {
   }
 }
 
-static constexpr StepKernels step_kernels{add, add_typed, norm, gate, dense, attend, read_floats, write_floats};
+static constexpr StepKernels step_kernels{add, add_typed, norm, spread, gate, dense, attend, read_floats, write_floats};

@@ -5,7 +5,9 @@ from lowbit.numerics.grids.base import (
     Bases,
     Field,
     Grid,
+    LearnableGrid,
     Lut,
+    NoParams,
     Params,
     RangeGrid,
     Sides,
@@ -17,6 +19,7 @@ from lowbit.numerics.grids.codebook import Codebook
 from lowbit.numerics.grids.int import Int
 from lowbit.numerics.grids.levels import DYNAMIC_MAP, FLINT4, FP4, HALVES, NF4, Float, Normal, Table, powers_of_two
 from lowbit.numerics.grids.outlier_victim import OutlierVictim
+from lowbit.numerics.grids.sign import Sign
 from lowbit.numerics.grids.two_sided import NF3, TwoSided
 
 __all__ = [
@@ -34,12 +37,15 @@ __all__ = [
     "Float",
     "Grid",
     "Int",
+    "LearnableGrid",
     "Lut",
+    "NoParams",
     "Normal",
     "OutlierVictim",
     "Params",
     "RangeGrid",
     "Sides",
+    "Sign",
     "Table",
     "TwoSided",
     "arity",

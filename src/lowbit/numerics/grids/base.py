@@ -47,7 +47,11 @@ class Sides(NamedTuple):
     positive: Tensor
 
 
-Params = Affine | Lut | Bases | Sides
+class NoParams(NamedTuple):
+    """The values follow from the codes alone."""
+
+
+Params = Affine | Lut | Bases | Sides | NoParams
 """Parameters of a grid; every tensor in it has the leading axis G."""
 
 
@@ -78,7 +82,7 @@ class Grid(Protocol):
         ...
 
     kind: ClassVar[Any]
-    """The type of its parameters: Affine, Lut, Bases or Sides."""
+    """The type of its parameters: Affine, Lut, Bases, Sides or NoParams."""
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -121,13 +125,18 @@ def arity(grid: Grid) -> int:
 
 
 @runtime_checkable
-class RangeGrid(Grid, Protocol):
-    """A grid that a range ``[lo, hi]`` places."""
+class LearnableGrid(Grid, Protocol):
+    """A grid that says which gradient its rounding has."""
+
+    def fake(self, x_GK: Tensor, params: Any) -> Tensor:
+        """``decode(encode(x))`` with a gradient: to x through the rounding, exact in the parameters."""
+        ...
+
+
+@runtime_checkable
+class RangeGrid(LearnableGrid, Protocol):
+    """A grid that a range ``[lo, hi]`` places. The gradient of its rounding is that of the identity."""
 
     def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Any:
         """Parameters with which the grid covers ``[lo, hi]`` and represents zero. Differentiable in both ends."""
-        ...
-
-    def fake(self, x_GK: Tensor, params: Any) -> Tensor:
-        """``decode(encode(x))`` with a gradient: straight through the rounding to x, exact in the parameters."""
         ...
