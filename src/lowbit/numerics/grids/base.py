@@ -40,7 +40,14 @@ class Bases(NamedTuple):
     offset: Tensor | None = None
 
 
-Params = Affine | Lut | Bases
+class Offset(NamedTuple):
+    """``value = scale * code - minimum``. scale ``[G, 1]`` floating, minimum ``[G, 1]`` floating."""
+
+    scale: Tensor
+    minimum: Tensor
+
+
+Params = Affine | Lut | Bases | Offset
 """Parameters of a grid; every tensor in it has the leading axis G."""
 
 
@@ -71,7 +78,7 @@ class Grid(Protocol):
         ...
 
     kind: ClassVar[Any]
-    """The type of its parameters: Affine, Lut or Bases."""
+    """The type of its parameters: Affine, Lut, Bases or Offset."""
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -117,10 +124,10 @@ def arity(grid: Grid) -> int:
 class RangeGrid(Grid, Protocol):
     """A grid that a range ``[lo, hi]`` places."""
 
-    def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Affine:
+    def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Any:
         """Parameters with which the grid covers ``[lo, hi]`` and represents zero. Differentiable in both ends."""
         ...
 
-    def fake(self, x_GK: Tensor, params: Affine) -> Tensor:
+    def fake(self, x_GK: Tensor, params: Any) -> Tensor:
         """``decode(encode(x))`` with a gradient: straight through the rounding to x, exact in the parameters."""
         ...
