@@ -30,7 +30,8 @@ def compatibility(plan: ModelPlan) -> dict[str, str]:
         "transformers (import lowbit)": "yes: AutoModelForCausalLM.from_pretrained(DIR) after `import lowbit`",
     }
     for file_format in formats.FORMATS:
-        reason = file_format.why_not(description, new_biases)
+        reason = file_format.why_not(description, new_biases, plan.source.config)
+        reason = reason or file_format.why_not_files(plan.source.path, plan.source.config)
         yes = f"yes: lowbit export DIR --format {file_format.name}"
         answers[file_format.title] = yes if reason is None else f"no: {reason}"
     return answers

@@ -10,10 +10,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, Protocol
 
 from lowbit.checkpoints.description import ModelDescription
-from lowbit.checkpoints.packed_model import PackedModel
+from lowbit.checkpoints.packed_model import PackedModel, UsualAnswers
 from lowbit.modules import ActSpec, LinearDescription
 from lowbit.numerics import Int, PerChannel, PerGroup, Spec
 
@@ -32,19 +32,41 @@ class FileFormat(Protocol):
     @property
     def title(self) -> str: ...
 
-    def why_not(self, description: ModelDescription, new_biases: Collection[str] = ()) -> str | None:
+    @property
+    def holds_plain(self) -> bool:
+        """Whether it also holds models of which nothing is quantized."""
+        ...
+
+    def with_option(self, option: str) -> FileFormat:
+        """The format as ``NAME:option`` asks for it. Raises ValueError for one that it does not have."""
+        ...
+
+    def why_not(
+        self, description: ModelDescription, new_biases: Collection[str] = (), config: Any = None
+    ) -> str | None:
         """The reason why the format cannot hold a model, or None where it can.
 
         Args:
             description: what the model's packed layers store.
             new_biases: names of the linears that have a bias though the model's class gives them none.
+            config: the model's transformers config; None: of no model in particular.
+        """
+        ...
+
+    def why_not_files(self, directory: Path, config: Any) -> str | None:
+        """The reason why the format cannot hold what belongs to a model, such as its tokenizer, or None where it can.
+
+        Args:
+            directory: with the files.
+            config: the model's transformers config.
         """
         ...
 
     def write(self, model: PackedModel, directory: Path) -> None:
         """Writes ``model``, for which :meth:`why_not` is None, into the empty ``directory``.
 
-        It reads the parts of ``model`` once, in order, and holds one file at most.
+        It reads the parts of ``model`` in order, from the first to the last (a format that lists them at its beginning, twice),
+        and holds one file at most.
         """
         ...
 
@@ -53,16 +75,15 @@ class FileFormat(Protocol):
         ...
 
 
-class WithoutWriter(ABC):
+class WithoutWriter(UsualAnswers, ABC):
     """A format that this version of lowbit knows and cannot write: it refuses every model.
 
     The reason is the format's own where the model has no place in it, so that a user learns what a writer would change.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-
-    def why_not(self, description: ModelDescription, new_biases: Collection[str] = ()) -> str | None:
+    def why_not(
+        self, description: ModelDescription, new_biases: Collection[str] = (), config: Any = None
+    ) -> str | None:
         problems = list(dict.fromkeys(self.problems(description, new_biases)))
         return "; ".join(problems) or "this version does not write it; the numbers would fit it as they are"
 
@@ -80,11 +101,12 @@ class WithoutWriter(ABC):
 # What several formats have in common
 
 
-def beside_codes(description: ModelDescription, *, order: bool = False) -> Iterator[str]:
+def beside_codes(description: ModelDescription, *, order: bool = False, tables: bool = False) -> Iterator[str]:
     """What a model does or stores that formats of plain linears have no place for.
 
     Args:
         order: a format for which one column order of each linear is no problem.
+        tables: a format that holds packed embeddings.
     """
     kept: dict[str, None] = {}
     for layer in set(description.layers.values()):
@@ -94,7 +116,7 @@ def beside_codes(description: ModelDescription, *, order: bool = False) -> Itera
         kept |= dict.fromkeys(_WORDS.get(part.type, part.type) for part in layer.side_terms)
     if kept:
         yield f"layers keep {' and '.join(sorted(kept))}, for which it has no place"
-    if description.embeddings:
+    if description.embeddings and not tables:
         yield "the embedding is packed, for which it has no place; --embedding-bits 16 leaves it as it is"
     if description.attention:
         yield "attention multiplies quantized queries, keys and values, for which it has no place"

@@ -52,7 +52,10 @@ class SignedScale(_Evenly):
     """``scale * (code - 2**(bits-1))`` with a scale of either sign or zero."""
 
     kind: ClassVar[Any] = Affine
-    fields: ClassVar[tuple[Field, ...]] = (Field("scale"),)
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        return (Field("scale"),)
 
     @property
     def middle(self) -> int:
@@ -81,7 +84,10 @@ class Minimum(_Evenly):
     """``scale * code - minimum``; the range contains zero, so the minimum is not negative."""
 
     kind: ClassVar[Any] = Offset
-    fields: ClassVar[tuple[Field, ...]] = (Field("scale"), Field("minimum"))
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        return Field("scale"), Field("minimum")
 
     def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Offset:
         lo, hi = lo_G1.clamp(max=0), hi_G1.clamp(min=0)
@@ -106,7 +112,10 @@ class Unsigned(_Evenly):
     """``scale * code``: numbers from zero up; negative ones become zero."""
 
     kind: ClassVar[Any] = Affine
-    fields: ClassVar[tuple[Field, ...]] = (Field("scale"),)
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        return (Field("scale"),)
 
     def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Affine:
         return Affine(hi_G1.clamp(min=0) / self.max_code)
