@@ -56,6 +56,15 @@ def test_any_bytes_mean_the_numbers_that_gguf_reads_bit_for_bit(kind):
 
 
 @ALL
+@pytest.mark.parametrize("shape", [(1, 256), (5, 256), (1, 512)], ids=str)
+def test_rows_of_one_block_are_encoded_too(kind, shape):
+    q = quantize(torch.randn(*shape, generator=torch.Generator().manual_seed(3)), kind.spec, MinMax())
+    data = kind.encode(pack_qtensor(q), shape)
+    assert torch.equal(torch.from_numpy(gguf.dequantize(data.numpy(), type_of(kind))), q.dequantize())
+    assert all(torch.equal(kind.decode(data, shape)[name], tensor) for name, tensor in pack_qtensor(q).items())
+
+
+@ALL
 @pytest.mark.parametrize("fit", [MinMax(), ClipSearch()], ids=str)
 def test_a_weight_that_this_project_quantizes_is_read_by_gguf_as_it_is_meant(kind, fit):
     w = torch.randn(*SHAPE, generator=torch.Generator().manual_seed(3))

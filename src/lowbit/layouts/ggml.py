@@ -21,7 +21,7 @@ from lowbit.layouts.bitstream import pack, unpack
 from lowbit.layouts.canonical import packed_layout
 from lowbit.numerics import Block, Float, Minimum, PerGroup, SignedScale, Spec, Table, Unsigned
 
-IQ4_LEVELS = Table((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
+IQ4_LEVELS = Table(tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))))
 """The levels of IQ4_NL."""
 
 
@@ -112,7 +112,8 @@ class BlockType:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.uint8)
+    """``[N, 1]`` to uint8 ``[N, bytes]``."""
+    return x.reshape(-1).contiguous().view(torch.uint8).view(len(x), -1)
 
 
 def _half(data: Tensor) -> Tensor:

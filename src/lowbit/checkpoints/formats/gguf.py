@@ -12,6 +12,7 @@ import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,30 +99,29 @@ class Gguf(UsualAnswers):
         config = _config_of(model.config)
         entry = gguf_architecture(config)
         names = _Names(entry, config)
-        writer = GGUFWriter(directory / FILE, entry.name)
-        _write_keys(writer, entry, config, model)
-        kinds: Counter[str] = Counter()
-        for part in model.parts():
-            kind, shape = self._stored(part)
-            kinds[kind] += int(np.prod(shape))
-            _announce(writer, names(_weight_name(part)), kind, shape)
-            if isinstance(part, PackedLayer) and part.description.bias is not None:
-                _announce(writer, names(f"{part.name}.bias"), "F32", (shape[0],))
-        divisors = entry.frequencies(config)
-        if divisors is not None:
-            _announce(writer, "rope_freqs.weight", "F32", tuple(divisors.shape))
-        writer.add_file_type(_file_type(kinds))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for part in model.parts():
-            writer.write_tensor_data(self._content(part, names))
-            if isinstance(part, PackedLayer) and part.description.bias is not None:
-                bias = PlainTensor(f"{part.name}.bias", part.tensors["bias"])
-                writer.write_tensor_data(self._content(bias, names))
-        if divisors is not None:
-            writer.write_tensor_data(divisors.numpy())
-        writer.close()
+        with closing(GGUFWriter(directory / FILE, entry.name)) as writer:
+            _write_keys(writer, entry, config, model)
+            kinds: Counter[str] = Counter()
+            for part in model.parts():
+                kind, shape = self._stored(part)
+                kinds[kind] += int(np.prod(shape))
+                _announce(writer, names(_weight_name(part)), kind, shape)
+                if isinstance(part, PackedLayer) and part.description.bias is not None:
+                    _announce(writer, names(f"{part.name}.bias"), "F32", (shape[0],))
+            divisors = entry.frequencies(config)
+            if divisors is not None:
+                _announce(writer, "rope_freqs.weight", "F32", tuple(divisors.shape))
+            writer.add_file_type(_file_type(kinds))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for part in model.parts():
+                writer.write_tensor_data(self._content(part, names))
+                if isinstance(part, PackedLayer) and part.description.bias is not None:
+                    bias = PlainTensor(f"{part.name}.bias", part.tensors["bias"])
+                    writer.write_tensor_data(self._content(bias, names))
+            if divisors is not None:
+                writer.write_tensor_data(divisors.numpy())
 
     def _stored(self, part: PackedLayer | PlainTensor) -> tuple[str, tuple[int, ...]]:
         """The type of a part and its shape in numbers."""
@@ -196,9 +196,13 @@ class _Names:
         architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == entry.name)
         self._map = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
 
+    def find(self, name: str) -> str | None:
+        """The name of a tensor; None where the architecture does not have it."""
+        return self._map.get_name(name, try_suffixes=(".weight", ".bias"))
+
     def __call__(self, name: str) -> str:
-        """Raises ValueError for a tensor that the architecture does not have."""
-        found = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
+        """The name of a tensor. Raises ValueError where the architecture does not have it."""
+        found = self.find(name)
         if found is None:
             raise ValueError(f"llama.cpp's {self.entry.name} has no tensor for {name}")
         return found
@@ -299,7 +303,7 @@ class _Reading:
         names = _Names(entry, config)
         self.places: dict[str, str] = {}
         for name, tensor in self.skeleton.state_dict().items():
-            stored = names(name)
+            stored = names.find(name)
             if stored not in self.tensors:
                 if name in tied:
                     continue
