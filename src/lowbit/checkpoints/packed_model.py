@@ -91,5 +91,8 @@ class UsualAnswers:
     def with_option(self, option: str) -> Any:
         raise ValueError(f"format {self.name} has no options, found {self.name}:{option}")
 
+    def specs(self, tensors: Any, config: Any) -> Any:
+        return None
+
     def why_not_files(self, directory: Path, config: Any) -> str | None:
         return None

@@ -13,6 +13,7 @@ from lowbit.numerics import (
     Float,
     Grid,
     Int,
+    Minimum,
     Normal,
     OutlierVictim,
     PerChannel,
@@ -22,8 +23,10 @@ from lowbit.numerics import (
     PerTensor,
     PerToken,
     RowBands,
+    SignedScale,
     Spec,
     Table,
+    Unsigned,
 )
 from lowbit.plan.model_plan import BlockPlan, ModelPlan, outside_names
 from lowbit.scheme import Scheme
@@ -147,6 +150,9 @@ def grid_text(grid: Grid) -> str:
     if isinstance(grid, Int):
         zero = " with real zero points" if not grid.symmetric and grid.zero == "real" else ""
         return f"int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}{zero}"
+    if isinstance(grid, Minimum | SignedScale | Unsigned):
+        kind = {Minimum: "with a minimum", SignedScale: "with signed scales", Unsigned: "from zero"}[type(grid)]
+        return f"int{grid.bits} {kind}"
     if isinstance(grid, Float):
         return f"float{grid.bits} ({grid.name}{', shared exponents' if grid.shared_exponent else ''})"
     if isinstance(grid, Normal):

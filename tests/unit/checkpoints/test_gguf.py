@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -14,15 +15,16 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.checkpoints import native
 from lowbit.checkpoints.formats import find_format
+from lowbit.checkpoints.formats.base import TensorRole
 from lowbit.checkpoints.formats.gguf import FILE, Gguf
+from lowbit.checkpoints.formats.gguf_presets import types_of
 from lowbit.checkpoints.formats.gguf_types import decode, encode, type_of
 from lowbit.cli import app
 from lowbit.layouts import pack_qtensor, unpack_qtensor
 from lowbit.layouts.ggml import BLOCK_TYPES
-from lowbit.methods import rtn  # noqa: F401
 from lowbit.modules import QuantEmbedding, QuantLinear
 from lowbit.numerics import Int, MinMax, PerChannel, PerGroup, Spec, quantize
-from lowbit.plan import plan
+from lowbit.plan import explain, plan
 
 from helpers import random_ids, tiny_llama
 
@@ -256,3 +258,74 @@ def test_the_command_writes_one_file(tmp_path):
     result = CliRunner().invoke(app, ["export", str(source), "--format", "gguf", "-o", str(tmp_path / "out")])
     assert result.exit_code == 0 and "14 packed layers in format gguf" in result.stdout
     assert native.is_native(native.read_checkpoint(source).config)
+
+
+# Quantizing to it in one go
+
+
+def wide_llama(place: Path, **changes) -> Path:
+    return tiny_llama(place, hidden_size=256, intermediate_size=512, blocks=8, num_key_value_heads=4, **changes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+def test_a_model_is_quantized_by_a_method_in_the_types_of_a_preset_and_leaves_one_file(tmp_path, method):
+    tiny_llama(tmp_path / "model", hidden_size=256, intermediate_size=512)
+    report = lowbit.quantize(
+        tmp_path / "model", method, random_ids(8, 64), out=tmp_path / "out", format="gguf:q4_k_m", max_kl=20
+    )
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.gguf")] == [f"out/{FILE}"]
+    assert report.out == tmp_path / "out" and not (tmp_path / "out.native").exists()
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "out" / FILE).tensors}
+    assert {kinds[f"blk.0.{name}.weight"] for name in ("attn_q", "attn_k", "attn_output", "ffn_up")} == {"Q4_K"}
+    model = lowbit.load(tmp_path / "out")
+    grid = layers_of(model)["model.layers.0.self_attn.q_proj"].spec
+    assert grid == BLOCK_TYPES["Q4_K"].spec
+    original = lowbit.load(tmp_path / "model")
+    ids = random_ids(1, 64, seed=9)
+    assert torch.isfinite(model(ids).logits).all() and model(ids).logits.shape == original(ids).logits.shape
+
+
+def test_a_preset_that_a_recipe_has_no_place_in_is_refused_before_any_work(tmp_path):
+    tiny_llama(tmp_path / "model", intermediate_size=128)
+    for name, options, words in (
+        ("rtn", {"activation_bits": 8}, "does not describe activations"),
+        ("quip", {}, "a range by the root mean square needs integers with a real zero point"),
+        ("spqr", {}, "outliers in half precision"),
+    ):
+        recipe = lowbit.recipe(name, **options)
+        with pytest.raises(ValueError, match=words):
+            lowbit.quantize(tmp_path / "model", recipe, random_ids(4, 32), out=tmp_path / "out", format="gguf:q8_0")
+        assert not list(tmp_path.glob("out*"))
+
+
+def test_plan_and_explain_say_the_types_of_a_preset(tmp_path):
+    wide_llama(tmp_path / "model")
+    planned = plan(tmp_path / "model", "rtn", format="gguf:q4_k_m")
+    assert planned.compatibility[Gguf.title] == "yes: lowbit export DIR --format gguf"
+    formats = {layer.name: layer.weight for layer in planned.layers if layer.name.startswith("model.layers.0.")}
+    assert "scales as" in formats["model.layers.0.self_attn.q_proj"], formats
+    said = explain("rtn", tmp_path / "model", format="gguf:q4_k_m")
+    assert {layer.name: layer.weight for layer in said.layers}.items() >= formats.items()
+
+
+def test_presets_give_more_bits_where_llama_cpp_does():
+    roles = ["q", "k", "v", "o", "gate", "up", "down"]
+    tensors = [TensorRole(f"{block}.{role}", role, block, 512) for block in range(8) for role in roles]
+    tensors += [TensorRole("embedding", "embedding", 0, 512), TensorRole("head", "head", 0, 512)]
+
+    def names(preset, tensors=tensors, **options):
+        return {name: kind.name for name, kind in types_of(preset, tensors, **{"shared": 1, "tied": False} | options).items()}
+
+    found = names("q4_k_m")
+    assert [found[f"{block}.down"] for block in range(8)] == ["Q6_K", *["Q4_K"] * 2, "Q6_K", *["Q4_K"] * 2, "Q6_K", "Q6_K"]
+    assert {found[f"{block}.{role}"] for block in range(8) for role in ("q", "k", "o", "gate", "up")} == {"Q4_K"}
+    assert found["head"] == "Q6_K" and found["embedding"] == "Q5_0"
+    assert [names("q4_k_s")[f"{block}.v"] for block in range(8)] == [*["Q5_K"] * 4, *["Q4_K"] * 4]
+    assert [names("q3_k_m")[f"{block}.v"] for block in range(3)] == ["Q5_K", "Q5_K", "Q4_K"]
+    assert names("q2_k", shared=4)["3.v"] == "Q4_K" and names("q2_k")["3.down"] == "Q3_K"
+    assert set(names("q6_k").values()) == {"Q6_K", "Q8_0"} and set(names("q8_0").values()) == {"Q8_0"}
+    narrow = [replace(tensor, columns=576) for tensor in tensors]
+    assert names("q4_k_m", narrow)["0.q"] == "Q5_0" and names("q4_k_m", narrow)["0.down"] == "Q8_0"
+    assert names("q2_k", narrow)["0.q"] == "IQ4_NL" and names("q5_k_m", narrow, tied=True)["embedding"] == "Q8_0"
+    assert names("q4_k_m", [replace(tensor, columns=40) for tensor in tensors]) == {}

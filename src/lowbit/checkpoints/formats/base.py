@@ -8,7 +8,8 @@ is read.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,23 @@ from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.packed_model import PackedModel, UsualAnswers
 from lowbit.modules import ActSpec, LinearDescription
 from lowbit.numerics import Int, PerChannel, PerGroup, Spec
+
+
+@dataclass(frozen=True)
+class TensorRole:
+    """A matrix of a model, before anything is quantized.
+
+    Args:
+        name: of its module.
+        role: in its block, or ``embedding`` or ``head``.
+        block: number of its block; 0 outside of blocks.
+        columns: inputs.
+    """
+
+    name: str
+    role: str
+    block: int
+    columns: int
 
 
 class FileFormat(Protocol):
@@ -39,6 +57,15 @@ class FileFormat(Protocol):
 
     def with_option(self, option: str) -> FileFormat:
         """The format as ``NAME:option`` asks for it. Raises ValueError for one that it does not have."""
+        ...
+
+    def specs(self, tensors: Sequence[TensorRole], config: Any) -> Mapping[str, Spec] | None:
+        """The formats that an option of this format gives to matrices, by name; others stay as they are. None: a recipe's own.
+
+        Args:
+            tensors: linears of blocks, the embedding and the head, with the head's weight only where it has one.
+            config: the model's transformers config.
+        """
         ...
 
     def why_not(

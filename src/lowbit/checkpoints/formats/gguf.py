@@ -11,7 +11,7 @@ import json
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +26,15 @@ from torch import Tensor
 from lowbit.architectures import auto_class
 from lowbit.architectures.gguf import GgufArchitecture, gguf_architecture, gguf_names
 from lowbit.checkpoints.description import ModelDescription
-from lowbit.checkpoints.formats.base import beside_codes, biases
+from lowbit.checkpoints.formats.base import TensorRole, beside_codes, biases
+from lowbit.checkpoints.formats.gguf_presets import PRESETS, types_of
 from lowbit.checkpoints.formats.gguf_tokenizer import TOKENIZER, tokenizer_values
 from lowbit.checkpoints.formats.gguf_types import decode, encode, type_of
 from lowbit.checkpoints.packed_model import PackedLayer, PackedModel, PlainTensor, UsualAnswers
 from lowbit.checkpoints.shards import ModelError
 from lowbit.layouts.ggml import BLOCK_TYPES
 from lowbit.modules import LinearDescription
+from lowbit.numerics import Spec, nearest
 
 FILE = "model.gguf"
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -50,22 +52,38 @@ class Gguf(UsualAnswers):
 
     Args:
         floats: the type of matrices that are not packed: F32, F16 or BF16; None: that of their own dtype.
+        preset: llama.cpp's name of a mix of types, which a recipe then reaches; None: the formats are the recipe's.
     """
 
     floats: str | None = None
+    preset: str | None = None
     name = "gguf"
     title = "llama.cpp GGUF"
     holds_plain = True
 
     def with_option(self, option: str) -> Gguf:
-        """The format with matrices in floating point as ``option``: f32, f16 or bf16."""
+        """The format with matrices in floating point as f32, f16 or bf16, or with the types of a preset such as q4_k_m."""
+        if option.lower() in PRESETS:
+            return Gguf(preset=option.lower())
         if option.upper() not in _DTYPES:
-            raise ValueError(f"gguf:{option}: expected one of {', '.join(f'gguf:{each.lower()}' for each in _DTYPES)}")
+            known = [*(each.lower() for each in _DTYPES), *PRESETS]
+            raise ValueError(f"unknown option gguf:{option}{nearest(option, known)}; known are {', '.join(known)}")
         return Gguf(option.upper())
+
+    def specs(self, tensors: Sequence[TensorRole], config: Any) -> Mapping[str, Spec] | None:
+        if self.preset is None:
+            return None
+        tied = all(tensor.role != "head" for tensor in tensors)
+        shared = config.num_attention_heads // (
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        )
+        return {name: kind.spec for name, kind in types_of(self.preset, tensors, shared, tied).items()}
 
     def why_not(
         self, description: ModelDescription, new_biases: Collection[str] = (), config: Any = None
     ) -> str | None:
+        if not description.layers and self.preset is not None:
+            return f"nothing is quantized; lowbit quantize MODEL --format gguf:{self.preset} does both"
         problems = list(dict.fromkeys(self._problems(description, new_biases, config)))
         return "; ".join(problems) or None
 
