@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lowbit.caches import PackedCache
 from lowbit.checkpoints import native
 from lowbit.checkpoints.export import ExportReport, export
-from lowbit.checkpoints.locate import locate
+from lowbit.checkpoints.gguf_packed import locate_to_run
 from lowbit.checkpoints.source import load_tokenizer
 from lowbit.data import load_text
 from lowbit.decoding import use_cache
@@ -39,7 +39,8 @@ def load(
     """A transformers model ready to run: a lowbit checkpoint, packed, or any model that lowbit can quantize.
 
     Args:
-        model: a directory, a hub id, a ``.gguf`` file or ``smollm2-135m``.
+        model: a directory, a hub id, a ``.gguf`` file or ``smollm2-135m``. Weights of a file stay packed, those of
+            ``smollm2-135m``, which is an example of an original model, do not.
         dtype: of what is not packed; None: as stored.
         kv: how ``generate`` holds keys and values: a method for caches and its bits (``kivi:2``), formats, or ``none``: as the
             model computes them. None: as the checkpoint says.
@@ -47,7 +48,7 @@ def load(
     Raises:
         ValueError: nothing there that can be loaded, with what to do.
     """
-    _, path = locate(model, trust_remote_code=trust_remote_code)
+    path = locate_to_run(model, trust_remote_code=trust_remote_code)
     formats = None if kv is None else _formats(kv)
     if formats is not None and formats.calibrated:  # before weights are read
         described = native.read_checkpoint(path).description
@@ -154,7 +155,7 @@ def evaluate(
     )
     if where is None:
         return result
-    path = locate(where, trust_remote_code=trust_remote_code)[1]
+    path = locate_to_run(where, trust_remote_code=trust_remote_code)
     bits, size = native.model_bits_per_weight(path), directory_bytes(path).weights
     return dataclasses.replace(result, model_bits_per_weight=bits, bytes=size)
 

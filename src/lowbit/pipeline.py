@@ -21,9 +21,11 @@ from transformers import PreTrainedModel
 
 from lowbit.checkpoints import native
 from lowbit.checkpoints.companions import copy_companions
+from lowbit.checkpoints.export import export
+from lowbit.checkpoints.formats import find_format
 from lowbit.checkpoints.locate import gguf_file
 from lowbit.checkpoints.model_card import write_card
-from lowbit.checkpoints.source import ModelSource, open_model
+from lowbit.checkpoints.source import ModelSource
 from lowbit.checkpoints.target import check_target
 from lowbit.data import Bos, Calibration, calibration_of, drawn_tokens, ids_sha256
 from lowbit.decoding.packed_cache import simulated_cache
@@ -33,8 +35,9 @@ from lowbit.modules import restore
 from lowbit.numerics import to_dict
 from lowbit.numerics.divergence import kl_and_agreement
 from lowbit.plan.cache import cache_bits
+from lowbit.plan.for_format import plan_for, why_not
 from lowbit.plan.kept import KeepDtype
-from lowbit.plan.model_plan import ModelPlan, lay_over
+from lowbit.plan.model_plan import ModelPlan
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Recipe, Train, as_recipe
 from lowbit.report import (
@@ -60,6 +63,7 @@ from lowbit.version import __version__
 _ORDINALS = {2: "second", 3: "third", 4: "fourth"}
 _Reference = tuple[Tensor, slice, Tensor]
 """Of the last watched window: ids ``[T]``, the positions measured, and the logits there ``[M, V]``."""
+NATIVE = native.Native.name
 RELOAD_TOLERANCE = 1e-4  # relative squared difference of logits; equal up to the order of float32 sums
 
 
@@ -125,17 +129,26 @@ def prepare(
     bos: Bos = "auto",
     keep_dtype: KeepDtype = "auto",
     max_bits: float = inf,
+    format: str = "native",
     trust_remote_code: bool = False,
 ) -> Job:
     """Checks recipe, target, model and text, in the order of what is cheapest to find out. Arguments as of :func:`quantize`.
 
+    The run of another format than the native one leaves a native checkpoint beside its target, which :func:`exported` replaces.
+
     Raises:
         ValueError: the first thing that is wrong, with what to do.
     """
-    recipe, out = as_recipe(recipe), Path(out).expanduser().resolve()
+    recipe, out, file_format = as_recipe(recipe), Path(out).expanduser().resolve(), find_format(format)
+    if file_format.name != NATIVE:
+        check_target(out)
+        out = _beside(out)
     settle(out)
     check_target(out)
-    plan = lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe, keep_dtype)
+    plan = plan_for(model, recipe, format, keep_dtype=keep_dtype, trust_remote_code=trust_remote_code)
+    recipe = plan.recipe
+    if file_format.name != NATIVE and (reason := why_not(plan, file_format)):
+        raise ValueError(f"the result could not be written as {file_format.title}: {reason}")
     if recipe.changes_weights and not any(block.formats for block in plan.blocks):
         raise ValueError(
             f"recipe {recipe.name!r} quantizes no linear of this model: every rule skips; leave an override out"
@@ -209,6 +222,7 @@ def quantize(
     max_bits: float = inf,
     allow_broken: bool = False,
     restart: bool = False,
+    format: str = "native",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeReport:
@@ -229,6 +243,8 @@ def quantize(
             then; otherwise the result counts as broken.
         allow_broken: write it all the same, with the findings in its card.
         restart: discard an unfinished run of the same target instead of continuing it.
+        format: the file format of the result (:func:`lowbit.export`). One with an option such as ``gguf:q4_k_m`` also says the
+            number format of every matrix, in place of the recipe's.
 
     Raises:
         BrokenModel: the guard refused the result; no checkpoint was written.
@@ -244,9 +260,32 @@ def quantize(
         bos=bos,
         keep_dtype=keep_dtype,
         max_bits=max_bits,
+        format=format,
         trust_remote_code=trust_remote_code,
     )
-    return run(job, ram_limit, max_kl, allow_broken, restart, progress)
+    report = run(job, ram_limit, max_kl, allow_broken, restart, progress)
+    return exported(report, format, Path(out).expanduser().resolve(), trust_remote_code=trust_remote_code)
+
+
+def exported(report: QuantizeReport, format: str, out: Path, *, trust_remote_code: bool = False) -> QuantizeReport:
+    """The report of a finished run whose checkpoint, where ``format`` is another one, is then written in it to ``out``.
+
+    Raises:
+        ValueError: it cannot be written; the native checkpoint stays where the message says.
+    """
+    if find_format(format).name == NATIVE:
+        return report
+    assert report.out is not None
+    try:
+        written = export(report.out, format, out=out, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise ValueError(f"{error}. The quantized model is in {report.out}") from error
+    shutil.rmtree(report.out)
+    return replace(report, out=out, bytes=written.bytes)
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(f"{out.name}.native")
 
 
 @own_settings()

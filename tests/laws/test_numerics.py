@@ -24,6 +24,7 @@ from lowbit.numerics import (
     Gram,
     Int,
     Magnitude,
+    Minimum,
     MinMax,
     Normal,
     Percentile,
@@ -36,10 +37,12 @@ from lowbit.numerics import (
     Range,
     RowBands,
     Samples,
+    SignedScale,
     Spec,
     Table,
     TokenRange,
     TwoSided,
+    Unsigned,
     extremes,
     fake_quantize,
     fit_params,
@@ -58,7 +61,9 @@ SKEWED = TwoSided((-1.0, -0.4, 0.0, 1.0))
 TABLES = [NF3, SKEWED, HALVES, NF4, FP4, Table((-1.0, 1.0)), Table((-1.0, 0.0, 0.1, 1.0)), Table((0.0, 1.0, 2.0, 4.0))]
 NORMALS = [Normal(bits) for bits in (1, 2, 3, 4, 8)]
 FULL = [Int(b, symmetric=True, full=True) for b in (2, 4, 8)]
-GRIDS = [*INTS, *FULL, E2M1, Float(3, 2), E4M3, E5M2, Float(1, 2), *NORMALS, *TABLES]
+# One side of a SignedScale is clipped by up to a step, and Unsigned has no negative numbers.
+BLOCKS = [SignedScale(3), SignedScale(4), SignedScale(8), Minimum(2), Minimum(4), Minimum(5), Unsigned(6)]
+GRIDS = [*INTS, *FULL, *BLOCKS, E2M1, Float(3, 2), E4M3, E5M2, Float(1, 2), *NORMALS, *TABLES]
 GRANULARITIES = [
     PerTensor(),
     PerToken(),
@@ -137,7 +142,7 @@ def test_fake_quantization_is_exactly_decode_of_encode(grid):
         assert torch.equal(grid.fake(x, params), grid.decode(grid.encode(x, params), params))
 
 
-@pytest.mark.parametrize("grid", [g for g in GRIDS if g not in (Table((0.0, 1.0, 2.0, 4.0)), *FULL)], ids=str)
+@pytest.mark.parametrize("grid", [g for g in GRIDS if g not in (Table((0.0, 1.0, 2.0, 4.0)), *BLOCKS, *FULL)], ids=str)
 def test_a_fitted_grid_reaches_the_extremes(grid):
     x = _normal(G, K)
     params = _placed(grid, x)
@@ -165,7 +170,7 @@ def test_a_constant_granule_is_kept_or_at_least_finite(grid):
         has_value = value == 0 or grid.bits > 1 or not getattr(grid, "symmetric", True)
         if grid in FULL and value > 0:  # the one value that it clips
             torch.testing.assert_close(back, x * (1 - 2.0 ** (1 - grid.bits)), rtol=0, atol=1e-12)
-        elif has_value and grid not in TABLES and grid != Int(1, symmetric=True):
+        elif has_value and grid not in (*TABLES, Unsigned(6)) and grid != Int(1, symmetric=True):
             torch.testing.assert_close(back, x, rtol=0, atol=1e-12)
 
 
@@ -657,3 +662,22 @@ def test_normal_levels_have_the_published_signal_to_noise_ratio_on_a_normal_dist
     lost = (grid.decode(grid.encode(x[None], one), one)[0] - x).square() * density
     assert -10 * math.log10(torch.trapezoid(lost, x).item()) == pytest.approx(decibels, abs=0.005)
     assert grid.table() == tuple(-level for level in reversed(grid.table()))
+
+
+# Blocks
+
+
+def test_the_extreme_of_a_signed_scale_takes_the_lowest_code_whatever_its_sign():
+    x = torch.tensor([[-4.0, 1.0, 3.0], [4.0, -1.0, -3.0], [0.0, 0.0, 0.0]])
+    params = SignedScale(3).from_range(*extremes(x))
+    assert params.scale.flatten().tolist() == [1.0, -1.0, 0.0]
+    codes = SignedScale(3).encode(x, params)
+    assert codes.tolist() == [[0, 5, 7], [0, 5, 7], [4, 4, 4]]
+    assert torch.equal(SignedScale(3).decode(codes, params), x)
+
+
+def test_a_minimum_represents_zero_and_constant_granules():
+    x = torch.tensor([[-1.0, 0.0, 2.0], [1.0, 1.0, 1.0], [-2.0, -2.0, -2.0]])
+    params = Minimum(2).from_range(*extremes(x))
+    assert params.minimum.flatten().tolist() == [1.0, 0.0, 2.0]
+    assert torch.equal(Minimum(2).decode(Minimum(2).encode(x, params), params), x)

@@ -444,11 +444,14 @@ def test_error_feedback_sees_the_scales_as_stored():
     assert told < 0.7 * untold
 
 
-def test_scales_that_span_groups_solved_apart_are_refused():
+def test_groups_whose_scales_are_quantized_together_are_placed_together():
     spec = Spec(Int(4), PerGroup(8), Spec(Int(8), PerTensor()))
+    for order in ("none", "group"):
+        found = _solve(Gptq(order=order), _weight(), spec, _gram()).q
+        static = _solve(Gptq(order=order, static_groups=True), _weight(), spec, _gram()).q
+        assert torch.equal(found.codes, static.codes) and torch.equal(found.params.scale, static.params.scale)
     with pytest.raises(ValueError, match="spans several groups"):
-        _solve(Gptq(), _weight(), spec, _gram())
-    _solve(Gptq(static_groups=True), _weight(), spec, _gram())
+        _solve(Gptq(order="act"), _weight(), spec, _gram())
 
 
 @pytest.mark.parametrize("solver", COLUMN_SOLVERS, ids=_name)
@@ -479,7 +482,7 @@ def test_static_groups_store_scales_of_all_groups_together():
     assert _same(solution.q, _solve(Nearest(), _weight(), spec, _gram()).q)
     centred = replace(spec, stats=Spec(Int(8), PerGroup(4)), stats_centred=True)
     with pytest.raises(ValueError, match="centred"):
-        _solve(Gptq(), _weight(), centred, _gram())
+        _solve(Gptq(order="act"), _weight(), centred, _gram())
 
 
 def test_columns_can_be_ordered_by_what_rounding_them_loses():

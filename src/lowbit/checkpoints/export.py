@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.formats import find_format
 from lowbit.checkpoints.locate import locate
-from lowbit.checkpoints.native import Native
-from lowbit.checkpoints.source import open_model
+from lowbit.checkpoints.native import Native, is_native, plain_config, read_checkpoint
+from lowbit.checkpoints.packed_model import PackedModel, PlainTensor
+from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.checkpoints.target import OutputError, check_target
 
 
@@ -47,13 +49,14 @@ def export(
     out: str | os.PathLike[str],
     trust_remote_code: bool = False,
 ) -> ExportReport:
-    """Writes a lowbit checkpoint in a file format. The weights are the same bits; one layer is read at a time.
+    """Writes a lowbit checkpoint in a file format. The weights are the same numbers; one layer is read at a time.
 
-    Everything is written into ``<out>.partial``, which becomes ``out`` when it is whole.
+    Everything is written into ``<out>.partial``, which becomes ``out`` when it is whole. A model of which nothing is quantized is
+    written too, where the format holds such models.
 
     Args:
-        checkpoint: a directory that ``lowbit quantize`` wrote, or a hub id of one.
-        format: the name of a format; ``lowbit plan`` lists them.
+        checkpoint: a directory that ``lowbit quantize`` wrote, or a hub id of one; or an ordinary model.
+        format: the name of a format; ``lowbit plan`` lists them. ``gguf:f16`` is a format with an option.
         out: the directory to write, which must not exist or be empty.
         trust_remote_code: lets the model's own Python code run, where its class has to be known.
 
@@ -71,9 +74,15 @@ def export(
             f"{partial} exists: a run or an export did not finish there. Finish it or remove it, or choose another -o DIR"
         )
     _, path = locate(checkpoint, trust_remote_code=trust_remote_code)
-    model = Native().read(path)
-    skeleton = open_model(path, trust_remote_code=trust_remote_code, allow_quantized=True).skeleton(unfuse=True)
-    reason = file_format.why_not(model.description, new_biases(model.description, skeleton))
+    if file_format.holds_plain and not is_native(read_checkpoint(path).config):
+        model, skeleton = _plain(open_model(path, trust_remote_code=trust_remote_code))
+    else:
+        model = Native().read(path)
+        source = open_model(path, trust_remote_code=trust_remote_code, allow_quantized=True)
+        skeleton = source.skeleton(unfuse=True)
+    biases = new_biases(model.description, skeleton)
+    reason = file_format.why_not(model.description, biases, skeleton.config)
+    reason = reason or file_format.why_not_files(path, skeleton.config)
     if reason is not None:
         raise ValueError(f"{path} cannot be written as {file_format.title}: {reason}")
     partial.mkdir(parents=True)
@@ -89,6 +98,25 @@ def export(
         raise
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return ExportReport(out, file_format.name, len(model.description.layers), size)
+
+
+def _plain(source: ModelSource) -> tuple[PackedModel, PreTrainedModel]:
+    """A model of which nothing is quantized, as a stream, and its skeleton."""
+    skeleton = source.skeleton()
+    tied: Any = skeleton.all_tied_weights_keys
+    names = [name for name in skeleton.state_dict() if name not in tied]
+
+    def parts() -> Iterator[PlainTensor]:
+        for name in names:
+            source.load(skeleton, [name], dtype=None)
+            yield PlainTensor(name, skeleton.state_dict()[name])
+            source.release_tensors(skeleton, [name])
+
+    files = tuple(
+        file for file in sorted(source.path.iterdir()) if file.is_file() and file.suffix in (".json", ".jinja")
+    )
+    config = plain_config(source.config, source.dtype)
+    return PackedModel(ModelDescription({}), config, parts, files), skeleton
 
 
 def new_biases(description: ModelDescription, skeleton: nn.Module) -> Collection[str]:

@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,23 @@ def convert_gguf(file: Path) -> Path:
     Raises ModelError when the file is not GGUF, is damaged, is of an architecture that transformers cannot read, or
     when the cache cannot be written.
     """
+    return converted(file, "", _convert)
+
+
+def converted(file: Path, kind: str, convert: Callable[[Path, Path], None]) -> Path:
+    """The directory in the cache that ``convert(file, directory)`` made of a GGUF file, or makes now.
+
+    Args:
+        file: the GGUF file.
+        kind: part of the directory's name.
+        convert: fills a directory that does not exist yet.
+
+    Raises:
+        ModelError: not a GGUF file, or the cache cannot be written; and what ``convert`` raises.
+    """
     _check_magic(file)
     cache = cache_directory() / "gguf"
-    target = cache / f"{file.stem}-{_identity(file)}"
+    target = cache / f"{file.stem}-{kind}{_identity(file)}"
     if target.is_dir():
         return target
     try:
@@ -87,11 +102,11 @@ def convert_gguf(file: Path) -> Path:
             if not target.is_dir():
                 partial = target.with_name(f"{target.name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted conversion; the lock makes it ours
-                _convert(file, partial)
+                convert(file, partial)
                 partial.rename(target)
     except OSError as error:
         raise ModelError(
-            f"{file}: its conversion cannot be written to {cache} ({error}). It takes 4 bytes a parameter there; "
+            f"{file}: its conversion cannot be written to {cache} ({error}). It takes up to 4 bytes a parameter there; "
             "free some space, or set LOWBIT_CACHE to a directory that has it."
         ) from error
     return target
@@ -124,6 +139,11 @@ def _convert(file: Path, target: Path) -> None:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from lowbit.checkpoints.gguf_decoded import is_own, write_decoded
+
+    if is_own(file):
+        write_decoded(file, target)
+        return
     try:
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

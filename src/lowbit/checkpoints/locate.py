@@ -48,12 +48,15 @@ def locate(spec: str | PathLike[str], *, trust_remote_code: bool = False) -> tup
 
 
 def gguf_file(spec: str | PathLike[str] | PreTrainedModel) -> Path | None:
-    """The GGUF file that a model is read from; None for a directory, a hub id or a model in memory."""
+    """The GGUF file that a model is read from, also as the only one of a directory; None for a directory, a hub id or a model in memory."""
     if not isinstance(spec, str | PathLike):
         return None
     path = Path(os.fspath(spec)).expanduser()
     if os.fspath(spec) == DEMO_NAME:
         return demo_gguf()
+    if path.is_dir() and not (path / "config.json").exists():
+        files = [*path.glob("*.gguf")]
+        return files[0] if len(files) == 1 else None
     return path if path.suffix.lower() == ".gguf" else None
 
 

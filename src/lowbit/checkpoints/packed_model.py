@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from lowbit.modules import LinearDescription
 
 @dataclass(frozen=True, eq=False)
 class PackedLayer:
-    """A packed linear and its tensors by buffer name, laid out as ``description.layout()`` says."""
+    """A packed linear or embedding and its tensors by buffer name, laid out as ``description.layout()`` says."""
 
     name: str
     description: LinearDescription
@@ -31,7 +31,7 @@ class PackedLayer:
 
 @dataclass(frozen=True, eq=False)
 class PlainTensor:
-    """A tensor that no packed linear holds: of an embedding, a norm, a linear that is not quantized."""
+    """A tensor that no packed module holds: of a norm, a linear that is not quantized."""
 
     name: str
     tensor: Tensor
@@ -66,15 +66,33 @@ def parts_of(
     Args:
         read: the tensor of a name; called once for each.
     """
+    described = {**description.layers, **description.embeddings}
     buffers: dict[str, list[str]] = {}
     for name in names:
         layer, _, buffer = name.rpartition(".")
-        if layer in description.layers:
+        if layer in described:
             buffers.setdefault(layer, []).append(buffer)
     for name in names:
         layer = name.rpartition(".")[0]
-        if layer not in description.layers:
+        if layer not in described:
             yield PlainTensor(name, read(name))
         elif layer in buffers:
             tensors = {buffer: read(f"{layer}.{buffer}") for buffer in buffers.pop(layer)}
-            yield PackedLayer(layer, description.layers[layer], tensors)
+            yield PackedLayer(layer, described[layer], tensors)
+
+
+class UsualAnswers:
+    """What most file formats answer: they have no options, and there are no files that they cannot hold."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    holds_plain = False
+
+    def with_option(self, option: str) -> Any:
+        raise ValueError(f"format {self.name} has no options, found {self.name}:{option}")
+
+    def specs(self, tensors: Any, config: Any) -> Any:
+        return None
+
+    def why_not_files(self, directory: Path, config: Any) -> str | None:
+        return None

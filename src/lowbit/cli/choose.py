@@ -115,6 +115,14 @@ KeepDtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(help="Store tensors that are not quantized in at most this type; auto: each in its own."),
 ]
+FormatName = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="The file format of the result, such as gguf; gguf:q4_k_m says the bits of each matrix too.",
+    ),
+]
 RamLimit = Annotated[
     str, typer.Option(metavar="SIZE", help="Activations beyond this go to memory-mapped files, such as 500MB.")
 ]

@@ -10,6 +10,7 @@ from lowbit.cli import common, complete
 from lowbit.cli.choose import (
     ActivationBits,
     Bits,
+    FormatName,
     GroupSize,
     Overrides,
     SchemeName,
@@ -37,6 +38,7 @@ def command(
     scheme: SchemeName = None,
     settings: Settings = None,
     overrides: Overrides = None,
+    format: FormatName = "native",
     trust_remote_code: common.Trust = False,
     as_json: common.Json = False,
 ) -> None:
@@ -48,7 +50,7 @@ def command(
     chosen = choose_recipe(recipe if options else None, None if options else recipe, options, overrides)
     from lowbit.plan import explain
 
-    result = explain(chosen, model, trust_remote_code=trust_remote_code)
+    result = explain(chosen, model, format=format, trust_remote_code=trust_remote_code)
     if as_json:
         common.print_json(result.to_dict())
         return

@@ -12,6 +12,7 @@ from lowbit.cli.choose import (
     ActivationBits,
     Bits,
     EmbeddingBits,
+    FormatName,
     GroupSize,
     HeadBits,
     KeepDtype,
@@ -60,6 +61,7 @@ def command(
     ] = None,
     ram_limit: RamLimit = "4GiB",
     keep_dtype: KeepDtype = "auto",
+    format: FormatName = "native",
     trust_remote_code: common.Trust = False,
     as_json: common.Json = False,
 ) -> None:
@@ -80,6 +82,7 @@ def command(
         context=context,
         ram_limit=byte_count(ram_limit),
         keep_dtype=keep_dtype,
+        format=format,
         trust_remote_code=trust_remote_code,
     )
     if as_json:

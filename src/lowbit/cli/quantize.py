@@ -16,6 +16,7 @@ from lowbit.cli.choose import (
     ActivationBits,
     Bits,
     EmbeddingBits,
+    FormatName,
     GroupSize,
     HeadBits,
     KeepDtype,
@@ -87,6 +88,7 @@ def command(
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard an unfinished run of the same target instead of continuing it.")
     ] = False,
+    format: FormatName = "native",
     trust_remote_code: common.Trust = False,
     threads: common.Threads = None,
     as_json: common.Json = False,
@@ -102,7 +104,7 @@ def command(
     options = method_options(bits, group_size, activation_bits, settings, scheme)
     chosen = choose_recipe(method, recipe, options, changes, (kv, kv_bits, kv_settings))
     common.use_threads(threads)
-    from lowbit.pipeline import prepare, run
+    from lowbit.pipeline import exported, prepare, run
     from lowbit.report import MAX_KL
 
     text = None if calibration == "none" else common.text_or_default(calibration, "calibration")
@@ -116,11 +118,13 @@ def command(
         bos=bos,
         keep_dtype=keep_dtype,
         max_bits=math.inf if max_bits is None else max_bits,
+        format=format,
         trust_remote_code=trust_remote_code,
     )
     continued = _announce(job, restart)
     with common.progress() as report:
         result = run(job, limit, MAX_KL if max_kl is None else max_kl, allow_broken, restart, report)
+        result = exported(result, format, out.expanduser().resolve(), trust_remote_code=trust_remote_code)
     if as_json:
         common.print_json(result.to_dict())
     else:

@@ -59,4 +59,4 @@ def llm_qat(
     recipe = Recipe(
         "llm-qat", linears(spec, activation(activation_bits)), (Blockwise((Solve(Nearest(fit)),), "fp"), train)
     )
-    return recipe if kv_bits >= 16 else recipe.with_cache(kv_int(kv_bits, rope="before", heads="shared").scheme.cache)
+    return recipe if kv_bits >= 16 else recipe.with_cache(kv_int(kv_bits, rope="before", heads="shared"))

@@ -23,17 +23,22 @@ from lowbit.transforms import Permute
 def compatibility(plan: ModelPlan) -> dict[str, str]:
     """``yes: ...`` or ``no: ...`` for each runtime and format, by name."""
     kernels = kernel_reasons(plan)
-    new_biases = [f"{block.name}.{path}" for block in plan.blocks for path in block.description.biases]
-    description = model_description(plan)
+    description, biases = model_description(plan), new_biases(plan)
     answers = {
         "lowbit": "yes: " + ("; ".join(f"kernel {name} for {roles}" for name, roles in kernels.items()) or "as it is"),
         "transformers (import lowbit)": "yes: AutoModelForCausalLM.from_pretrained(DIR) after `import lowbit`",
     }
     for file_format in formats.FORMATS:
-        reason = file_format.why_not(description, new_biases)
+        reason = file_format.why_not(description, biases, plan.source.config)
+        reason = reason or file_format.why_not_files(plan.source.path, plan.source.config)
         yes = f"yes: lowbit export DIR --format {file_format.name}"
         answers[file_format.title] = yes if reason is None else f"no: {reason}"
     return answers
+
+
+def new_biases(plan: ModelPlan) -> list[str]:
+    """Names of the linears that will have a bias though the model's class gives them none."""
+    return [f"{block.name}.{path}" for block in plan.blocks for path in block.description.biases]
 
 
 def model_description(plan: ModelPlan) -> ModelDescription:

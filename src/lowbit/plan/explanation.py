@@ -13,8 +13,9 @@ from typing import Any
 from lowbit.checkpoints.formats.base import parts_in_words
 from lowbit.numerics import Fisher
 from lowbit.plan.cache import cache_texts
+from lowbit.plan.for_format import plan_for
 from lowbit.plan.layers import PlannedLayer, planned_layers, ragged_groups
-from lowbit.plan.model_plan import ModelPlan, base_name, edge_notes, plan_model
+from lowbit.plan.model_plan import ModelPlan, base_name, edge_notes
 from lowbit.recipes import Recipe
 from lowbit.steps import EdgeUse
 
@@ -40,17 +41,21 @@ class Explanation:
 
 
 def explain(
-    recipe: Recipe | str | Path | dict[str, Any], model: str | PathLike[str], *, trust_remote_code: bool = False
+    recipe: Recipe | str | Path | dict[str, Any],
+    model: str | PathLike[str],
+    *,
+    format: str = "native",
+    trust_remote_code: bool = False,
 ) -> Explanation:
     """What ``recipe`` would do to each layer of ``model``. Reads no weight.
 
     Args:
-        recipe, model, trust_remote_code: as for :func:`lowbit.quantize`.
+        recipe, model, format, trust_remote_code: as for :func:`lowbit.quantize`.
 
     Raises:
         ValueError: as :func:`lowbit.plan.plan`.
     """
-    plan = plan_model(model, recipe, trust_remote_code=trust_remote_code)
+    plan = plan_for(model, recipe, format, trust_remote_code=trust_remote_code)
     steps = tuple(" ".join(_sentences(plan, step)) for step in plan.recipe.steps)
     notes = (
         *_feed(plan),

@@ -11,9 +11,10 @@ from typing import Any
 from lowbit.numerics import PerCluster, to_dict
 from lowbit.plan.cache import PlannedCache, calibration_bytes, planned_cache
 from lowbit.plan.compatibility import compatibility, kernel_reasons
+from lowbit.plan.for_format import plan_for
 from lowbit.plan.kept import KeepDtype
 from lowbit.plan.layers import PlannedLayer, planned_layers, ragged_groups
-from lowbit.plan.model_plan import ModelPlan, edge_notes, layer_bytes, outside_bytes, plan_model, rest_of_block
+from lowbit.plan.model_plan import ModelPlan, edge_notes, layer_bytes, outside_bytes, rest_of_block
 from lowbit.plan.peak import peak_disk_bytes, peak_parts
 from lowbit.recipes import Recipe
 
@@ -74,6 +75,7 @@ def plan(
     context: int | None = None,
     ram_limit: int = 2**32,
     keep_dtype: KeepDtype = "auto",
+    format: str = "native",
     trust_remote_code: bool = False,
 ) -> Plan:
     """What quantizing ``model`` by ``recipe`` would give and cost, from config.json and shard headers. Reads no weight.
@@ -83,14 +85,14 @@ def plan(
         samples, seq_len: number and length of calibration windows; ``samples=0`` for a run without calibration text.
         context: tokens of a sequence whose cache is counted; None: as many as the model was made for.
         ram_limit: bytes of activations in memory; more go to files.
-        keep_dtype: as for :func:`lowbit.quantize`.
+        keep_dtype, format: as for :func:`lowbit.quantize`.
         trust_remote_code: allow the model's own Python code.
 
     Raises:
         ValueError: what a run would refuse: a model that cannot be opened or is quantized already, a rule that matches
             no layer, a format that a layer cannot have.
     """
-    checked = plan_model(model, recipe, keep_dtype=keep_dtype, trust_remote_code=trust_remote_code)
+    checked = plan_for(model, recipe, format, keep_dtype=keep_dtype, trust_remote_code=trust_remote_code)
     layers = planned_layers(checked)
     quantized = [layer for layer in layers if not layer.reason and layer.role not in ("embedding", "head")]
     weights = sum(prod(layer.shape) for layer in quantized)

@@ -13,6 +13,7 @@ from lowbit.numerics import (
     Float,
     Grid,
     Int,
+    Minimum,
     NoParams,
     Normal,
     OutlierVictim,
@@ -24,9 +25,11 @@ from lowbit.numerics import (
     PerToken,
     RowBands,
     Sign,
+    SignedScale,
     Spec,
     Table,
     TwoSided,
+    Unsigned,
 )
 from lowbit.plan.model_plan import BlockPlan, ModelPlan, outside_names
 from lowbit.scheme import Scheme
@@ -152,6 +155,9 @@ def grid_text(grid: Grid) -> str:
     if isinstance(grid, Int):
         zero = " with real zero points" if not grid.symmetric and grid.zero == "real" else ""
         return f"int{grid.bits} {'symmetric' if grid.symmetric else 'asymmetric'}{zero}"
+    if isinstance(grid, Minimum | SignedScale | Unsigned):
+        kind = {Minimum: "with a minimum", SignedScale: "with signed scales", Unsigned: "from zero"}[type(grid)]
+        return f"int{grid.bits} {kind}"
     if isinstance(grid, Float):
         return f"float{grid.bits} ({grid.name}{', shared exponents' if grid.shared_exponent else ''})"
     if isinstance(grid, Sign):

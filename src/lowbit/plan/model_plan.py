@@ -159,7 +159,7 @@ class ModelPlan:
 
 
 def plan_model(
-    model: str | PathLike[str],
+    model: str | PathLike[str] | PreTrainedModel,
     recipe: Recipe | str | Path | Mapping[str, Any],
     *,
     keep_dtype: KeepDtype = "auto",

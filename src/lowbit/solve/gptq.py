@@ -70,7 +70,7 @@ class Gptq(Solver):
         rank: the score of a column: ``"diagonal"`` of H, or ``"perturbation"``, the diagonal times the squared error of
             the column rounded to nearest (OWQ).
         static_groups: place all grids before the first column, on the weights as given, instead of each group's at its
-            first column.
+            first column. So it is also where scales of several groups are quantized together.
         stale_groups: place a group's grid on weights without the corrections of the current block, as the authors'
             code does. For comparison only.
         damp: share of the mean diagonal that is added to the diagonal.
@@ -143,14 +143,13 @@ class Gptq(Solver):
                 "the clipping is chosen for groups of neighbouring columns, but order='act' forms other groups; "
                 "use static_groups=true, order='group', or leave the clipping out"
             )
-        if grouped and spec.stats is not None and not self.static_groups:
-            # With two columns of groups over many rows, a second-level granule must not span both.
-            if spec.stats_centred or spec.stats.granularity.param_shape((2, 2**20))[0] != 2:
-                raise ValueError(
-                    f"{spec.stats.granularity} of the scales{' (centred)' if spec.stats_centred else ''} spans several "
-                    "groups of columns, which are solved one after another; use PerChannel() or PerGroup(size) for the "
-                    "scales, not centred, or static_groups=true"
-                )
+        if self.moves_groups and _spans_groups(spec):
+            assert spec.stats is not None
+            raise ValueError(
+                f"{spec.stats.granularity} of the scales{' (centred)' if spec.stats_centred else ''} spans several "
+                "groups of columns, which order='act' forms one after another; use PerChannel() or PerGroup(size) for the "
+                "scales, not centred, or static_groups=true, or order='group'"
+            )
 
     def solve(
         self, w_OI: Tensor, spec: Spec, stats: Mapping[Statistic, Tensor], clip: Clipped | Fixed | None = None
@@ -240,7 +239,8 @@ class Gptq(Solver):
         n = len(W) if kept is None else kept.rounded  # columns to round; later ones are kept whole
         grid, band = bands.spec.grid, bands.tiling.band_I[visit].tolist()
         width = Counter(band[:n])
-        if self.static_groups:
+        static = self.static_groups or _spans_groups(bands.spec)
+        if static:
             back = visit.argsort()
             bands.place_all(W[back].T, None if kept is None else kept.mask[back].T)
 
@@ -250,7 +250,7 @@ class Gptq(Solver):
             bands.place(band[i], W[here].T, visit[here], out)  # W has all corrections so far
 
         runs = [self.block] * (n // self.block) + [n % self.block]
-        if not self.stale_groups and not self.static_groups:
+        if not self.stale_groups and not static:
             runs = [width[b] for b in dict.fromkeys(band[:n])]
         blocks = lazy_blocks(runs, self.block)
         codes_IO = recursion(W, U, blocks, band, bands, place, self.stale_groups, kept)
@@ -261,6 +261,14 @@ class Gptq(Solver):
             w = W[i, :, None]
             codes_IO[i] = kept.at(i, w, codes_IO[i, :, None], w, grid, bands.of_rows(band[i]))[0][:, 0]
         return codes_IO
+
+
+def _spans_groups(spec: Spec) -> bool:
+    """Whether scales of several groups of columns are quantized together."""
+    if isinstance(spec.granularity, PerChannel | PerTensor) or spec.stats is None:
+        return False
+    # With two columns of groups over many rows, a second-level granule must not span both.
+    return spec.stats_centred or spec.stats.granularity.param_shape((2, 2**20))[0] != 2
 
 
 def _turned(w_OI: Tensor, take_I: Tensor) -> Tensor:

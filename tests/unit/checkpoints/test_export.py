@@ -18,7 +18,7 @@ import lowbit
 from lowbit.checkpoints import formats, native
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.native import file_format
-from lowbit.checkpoints.packed_model import PackedLayer, PackedModel
+from lowbit.checkpoints.packed_model import PackedLayer, PackedModel, UsualAnswers
 from lowbit.cli import app
 from lowbit.modules import QuantLinear
 from lowbit.plan import plan
@@ -207,13 +207,13 @@ def test_biases_that_the_class_does_not_have_are_a_reason(tmp_path):
 # A format of one's own: a class, and a line in the list
 
 
-class Listing:
+class Listing(UsualAnswers):
     """A file for each packed layer with its decoded weight, and one for everything else."""
 
     name = "listing"
     title = "listing of decoded weights"
 
-    def why_not(self, description: ModelDescription, new_biases: Collection[str] = ()) -> str | None:
+    def why_not(self, description: ModelDescription, new_biases: Collection[str] = (), config=None) -> str | None:
         acts = any(layer.act is not None for layer in description.layers.values())
         return "it is for weights only" if acts else None
 

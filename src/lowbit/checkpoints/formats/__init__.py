@@ -16,10 +16,11 @@ FORMATS: list[FileFormat] = [
 
 
 def find_format(name: str) -> FileFormat:
-    """The format of that name. Raises ValueError where there is none."""
+    """The format of that name, or of ``name:option``. Raises ValueError where there is none."""
+    name, colon, option = name.partition(":")
     for file_format in FORMATS:
         if file_format.name == name:
-            return file_format
+            return file_format.with_option(option) if colon else file_format
     raise ValueError(f"unknown format {name!r}{nearest(name, [each.name for each in FORMATS])}")
 
 

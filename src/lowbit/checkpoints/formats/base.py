@@ -8,14 +8,32 @@ is read.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, Protocol
 
 from lowbit.checkpoints.description import ModelDescription
-from lowbit.checkpoints.packed_model import PackedModel
+from lowbit.checkpoints.packed_model import PackedModel, UsualAnswers
 from lowbit.modules import ActSpec, LinearDescription
 from lowbit.numerics import Int, PerChannel, PerGroup, Spec
+
+
+@dataclass(frozen=True)
+class TensorRole:
+    """A matrix of a model, before anything is quantized.
+
+    Args:
+        name: of its module.
+        role: in its block, or ``embedding`` or ``head``.
+        block: number of its block; 0 outside of blocks.
+        columns: inputs.
+    """
+
+    name: str
+    role: str
+    block: int
+    columns: int
 
 
 class FileFormat(Protocol):
@@ -32,19 +50,50 @@ class FileFormat(Protocol):
     @property
     def title(self) -> str: ...
 
-    def why_not(self, description: ModelDescription, new_biases: Collection[str] = ()) -> str | None:
+    @property
+    def holds_plain(self) -> bool:
+        """Whether it also holds models of which nothing is quantized."""
+        ...
+
+    def with_option(self, option: str) -> FileFormat:
+        """The format as ``NAME:option`` asks for it. Raises ValueError for one that it does not have."""
+        ...
+
+    def specs(self, tensors: Sequence[TensorRole], config: Any) -> Mapping[str, Spec] | None:
+        """The formats that an option of this format gives to matrices, by name; others stay as they are. None: a recipe's own.
+
+        Args:
+            tensors: linears of blocks, the embedding and the head, with the head's weight only where it has one.
+            config: the model's transformers config.
+        """
+        ...
+
+    def why_not(
+        self, description: ModelDescription, new_biases: Collection[str] = (), config: Any = None
+    ) -> str | None:
         """The reason why the format cannot hold a model, or None where it can.
 
         Args:
             description: what the model's packed layers store.
             new_biases: names of the linears that have a bias though the model's class gives them none.
+            config: the model's transformers config; None: of no model in particular.
+        """
+        ...
+
+    def why_not_files(self, directory: Path, config: Any) -> str | None:
+        """The reason why the format cannot hold what belongs to a model, such as its tokenizer, or None where it can.
+
+        Args:
+            directory: with the files.
+            config: the model's transformers config.
         """
         ...
 
     def write(self, model: PackedModel, directory: Path) -> None:
         """Writes ``model``, for which :meth:`why_not` is None, into the empty ``directory``.
 
-        It reads the parts of ``model`` once, in order, and holds one file at most.
+        It reads the parts of ``model`` in order, from the first to the last (a format that lists them at its beginning, twice),
+        and holds one file at most.
         """
         ...
 
@@ -53,16 +102,15 @@ class FileFormat(Protocol):
         ...
 
 
-class WithoutWriter(ABC):
+class WithoutWriter(UsualAnswers, ABC):
     """A format that this version of lowbit knows and cannot write: it refuses every model.
 
     The reason is the format's own where the model has no place in it, so that a user learns what a writer would change.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-
-    def why_not(self, description: ModelDescription, new_biases: Collection[str] = ()) -> str | None:
+    def why_not(
+        self, description: ModelDescription, new_biases: Collection[str] = (), config: Any = None
+    ) -> str | None:
         problems = list(dict.fromkeys(self.problems(description, new_biases)))
         return "; ".join(problems) or "this version does not write it; the numbers would fit it as they are"
 
@@ -80,16 +128,17 @@ class WithoutWriter(ABC):
 # What several formats have in common
 
 
-def beside_codes(description: ModelDescription, *, order: bool = False) -> Iterator[str]:
+def beside_codes(description: ModelDescription, *, order: bool = False, tables: bool = False) -> Iterator[str]:
     """What a model does or stores that formats of plain linears have no place for.
 
     Args:
         order: a format for which one column order of each linear is no problem.
+        tables: a format that holds packed embeddings.
     """
     kept = parts_in_words(description.layers.values(), order=order)
     if kept:
         yield f"layers keep {' and '.join(sorted(kept))}, for which it has no place"
-    if description.embeddings:
+    if description.embeddings and not tables:
         yield "the embedding is packed, for which it has no place; --embedding-bits 16 leaves it as it is"
     if description.attention:
         yield "attention multiplies quantized queries, keys and values, for which it has no place"

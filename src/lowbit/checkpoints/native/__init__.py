@@ -15,7 +15,7 @@ from lowbit.checkpoints.native.reading import (
     model_bits_per_weight,
     read_checkpoint,
 )
-from lowbit.checkpoints.native.writing import ShardWriter, write_checkpoint, write_checkpoint_index
+from lowbit.checkpoints.native.writing import ShardWriter, plain_config, write_checkpoint, write_checkpoint_index
 
 __all__ = [
     "Checkpoint",
@@ -26,6 +26,7 @@ __all__ = [
     "is_native",
     "load",
     "model_bits_per_weight",
+    "plain_config",
     "read_checkpoint",
     "save",
     "write_checkpoint",

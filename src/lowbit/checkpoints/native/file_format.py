@@ -16,12 +16,12 @@ from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.native.checking import checked
 from lowbit.checkpoints.native.reading import CONFIG, JOURNAL, read_quantized
 from lowbit.checkpoints.native.writing import ShardWriter, plain_config, write_checkpoint_index
-from lowbit.checkpoints.packed_model import PackedModel, parts_of
+from lowbit.checkpoints.packed_model import PackedModel, UsualAnswers, parts_of
 from lowbit.checkpoints.shards import INDEX, read_tensor
 
 
 @dataclass(frozen=True)
-class Native:
+class Native(UsualAnswers):
     """lowbit's own format. It holds every packed model.
 
     Args:
@@ -32,7 +32,9 @@ class Native:
     name = "native"
     title = "native format"
 
-    def why_not(self, description: ModelDescription, new_biases: Collection[str] = ()) -> str | None:
+    def why_not(
+        self, description: ModelDescription, new_biases: Collection[str] = (), config: Any = None
+    ) -> str | None:
         """None: it holds everything that a description can say, where there is anything to hold."""
         return None if description.layers or description.cache else "nothing is quantized"
 

@@ -8,6 +8,7 @@ from lowbit.numerics.grids.base import (
     LearnableGrid,
     Lut,
     NoParams,
+    Offset,
     Params,
     RangeGrid,
     Sides,
@@ -15,6 +16,7 @@ from lowbit.numerics.grids.base import (
     straight_through,
 )
 from lowbit.numerics.grids.binary import BinaryCoded
+from lowbit.numerics.grids.blocks import Minimum, SignedScale, Unsigned
 from lowbit.numerics.grids.codebook import Codebook
 from lowbit.numerics.grids.int import Int
 from lowbit.numerics.grids.levels import DYNAMIC_MAP, FLINT4, FP4, HALVES, NF4, Float, Normal, Table, powers_of_two
@@ -39,15 +41,19 @@ __all__ = [
     "Int",
     "LearnableGrid",
     "Lut",
+    "Minimum",
     "NoParams",
     "Normal",
+    "Offset",
     "OutlierVictim",
     "Params",
     "RangeGrid",
     "Sides",
     "Sign",
+    "SignedScale",
     "Table",
     "TwoSided",
+    "Unsigned",
     "arity",
     "powers_of_two",
     "straight_through",

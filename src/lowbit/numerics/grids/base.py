@@ -51,7 +51,14 @@ class NoParams(NamedTuple):
     """The values follow from the codes alone."""
 
 
-Params = Affine | Lut | Bases | Sides | NoParams
+class Offset(NamedTuple):
+    """``value = scale * code - minimum``. scale ``[G, 1]`` floating, minimum ``[G, 1]`` floating."""
+
+    scale: Tensor
+    minimum: Tensor
+
+
+Params = Affine | Lut | Bases | Offset | Sides | NoParams
 """Parameters of a grid; every tensor in it has the leading axis G."""
 
 
@@ -82,7 +89,7 @@ class Grid(Protocol):
         ...
 
     kind: ClassVar[Any]
-    """The type of its parameters: Affine, Lut, Bases, Sides or NoParams."""
+    """The type of its parameters: Affine, Lut, Bases, Offset, Sides or NoParams."""
 
     @property
     def fields(self) -> tuple[Field, ...]:

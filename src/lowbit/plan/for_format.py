@@ -1,0 +1,78 @@
+"""A recipe whose result a file format holds: the format's own number formats in place of the recipe's, and the check before work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lowbit.checkpoints.formats import FileFormat, find_format
+from lowbit.checkpoints.formats.base import TensorRole
+from lowbit.plan.compatibility import model_description, new_biases
+from lowbit.plan.kept import KeepDtype
+from lowbit.plan.model_plan import ModelPlan, lay_over, plan_model
+from lowbit.recipes import Recipe
+from lowbit.scheme import FormatRule, Outside
+
+
+def plan_for(
+    model: str | PathLike[str] | PreTrainedModel,
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    format: str = "native",
+    *,
+    keep_dtype: KeepDtype = "auto",
+    trust_remote_code: bool = False,
+) -> ModelPlan:
+    """:func:`plan_model`, with the number formats of the file format ``format`` where it has some.
+
+    Raises:
+        ValueError: as :func:`plan_model`, an unknown format, and a recipe that has no place in it.
+    """
+    file_format = find_format(format)
+    plan = plan_model(model, recipe, keep_dtype=keep_dtype, trust_remote_code=trust_remote_code)
+    changed = recipe_for(plan, file_format)
+    return plan if changed is plan.recipe else lay_over(plan.source, changed, keep_dtype)
+
+
+def recipe_for(plan: ModelPlan, file_format: FileFormat) -> Recipe:
+    """The recipe of ``plan``, with the formats that ``file_format`` gives to each matrix of the model, where it gives some.
+
+    Raises:
+        ValueError: it has formats of its own, and the recipe quantizes activations or leaves out linears.
+    """
+    specs = file_format.specs(_tensors(plan), plan.source.config)
+    if specs is None:
+        return plan.recipe
+    scheme = plan.recipe.scheme
+    if scheme.quantizes_activations:
+        raise ValueError(f"{file_format.title} does not describe activations; leave activation_bits out")
+    left_out = [name for name in plan.linears if name not in specs]
+    rules = [FormatRule(match=name, weight=specs[name]) for name in plan.linears if name in specs]
+    rules += [FormatRule(match=name, skip=True) for name in left_out]
+    table, head = next(iter(plan.architecture.embed), None), plan.architecture.head
+    outside = Outside(specs.get(table or ""), specs.get(head or ""))
+    return replace(plan.recipe, scheme=replace(scheme, rules=tuple(rules), outside=outside))
+
+
+def why_not(plan: ModelPlan, file_format: FileFormat) -> str | None:
+    """The reason why ``file_format`` cannot hold what the recipe of ``plan`` makes; None where it can."""
+    config = plan.source.config
+    reason = file_format.why_not(model_description(plan), new_biases(plan), config)
+    return reason or file_format.why_not_files(plan.source.path, config)
+
+
+def _tensors(plan: ModelPlan) -> list[TensorRole]:
+    found = [
+        TensorRole(f"{block.name}.{path}", role, number, block.shapes[path][1])
+        for number, block in enumerate(plan.blocks)
+        for path, role in block.resolved.linears.items()
+    ]
+    tied: Any = plan.model.all_tied_weights_keys
+    for role, name in (("embedding", next(iter(plan.architecture.embed), None)), ("head", plan.architecture.head)):
+        if name is not None and f"{name}.weight" not in tied:
+            found.append(TensorRole(name, role, 0, plan.model.get_submodule(name).get_parameter("weight").shape[1]))
+    return found
