@@ -378,6 +378,12 @@ def test_the_training_text_is_part_of_what_a_run_is_continued_for(place, tmp_pat
     assert jobs[2].header.get("training") is None
 
 
+def test_a_run_that_several_processes_would_write_at_once_is_refused(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started: a run is one process"):
+        lowbit.quantize(place, _recipe(tokens=64), _calibration(), out=tmp_path / "out", **QUIET)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
