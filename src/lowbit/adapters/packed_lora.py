@@ -36,6 +36,10 @@ class PackedLora(Linear):
         """Of a packed linear, whose class peft calls unsupported."""
         return module.in_features, module.out_features
 
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
+        """Where the adapter goes, without decoding a weight to ask it."""
+        return base_layer.qweight.device, torch.float32
+
     @property
     def lora_variants(self) -> dict[tuple[str, ...], None]:
         """Plain LoRA alone: the others compute with the base weight as a parameter."""

@@ -327,6 +327,14 @@ class QuantLinear(nn.Module):
             )
 
     @property
+    def qweight(self) -> Tensor:
+        """The packed weight as it is held, under the name by which others ask where a packed layer is (peft asks
+        :attr:`weight` otherwise, nine times a layer, and each time decodes it)."""
+        held = self.tiles if self.tiles is not None else self._buffers["codes"]
+        assert held is not None
+        return held
+
+    @property
     def stored_bits(self) -> int:
         """Bits of everything stored, transforms (a seed is 64), side terms and static activation parameters included; only
         the bias is left out, since it is stored the same without quantization."""

@@ -151,6 +151,15 @@ def quantized(tmp_path_factory):
     return place / "q"
 
 
+def test_putting_an_adapter_beside_a_layer_decodes_no_weight(quantized, monkeypatch):
+    def decoded(self):
+        raise AssertionError("a weight was decoded")
+
+    base = lowbit.load(quantized, torch.float32)
+    monkeypatch.setattr(QuantLinear, "weight", property(decoded))
+    peft.get_peft_model(base, peft.LoraConfig(target_modules=LINEARS))
+
+
 @pytest.fixture(scope="module")
 def adapter(quantized):
     """An adapter of packed layers in peft's own files, and the logits of the model that saved it."""

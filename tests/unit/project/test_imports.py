@@ -183,6 +183,23 @@ def test_the_module_that_the_hook_waits_for_keeps_its_loader_and_may_be_reloaded
     assert done.returncode == 0, done.stderr
 
 
+# peft
+
+
+@pytest.mark.parametrize("order", ["import peft, lowbit", "import lowbit, peft"])
+def test_a_lora_config_knows_packed_layers_whatever_is_imported_first(order):
+    if importlib.util.find_spec("peft") is None:
+        pytest.skip("peft is not installed")
+    code = (
+        f"{order}\n"
+        "import copy, pickle\n"
+        "config = pickle.loads(pickle.dumps(copy.deepcopy(peft.LoraConfig())))\n"
+        "print(*((key.__name__, value.__name__) for key, value in config._custom_modules.items()), '_custom' in str(config.to_dict()))"
+    )
+    done = python(code)
+    assert done.stdout == "('QuantLinear', 'PackedLora') False\n", done.stderr
+
+
 # Circles
 
 
