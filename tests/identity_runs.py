@@ -203,6 +203,7 @@ _SHORT: dict[str, dict[str, Any]] = {
     "nvfp4": {},
     "olive": {"normal": "int", "tokens": 48},
     "omniquant": {"activation_bits": 8, "epochs": 1, "batch": 2},
+    "onebit": {"tokens": 96, "lr": 1e-2, "measures": 2},
     "outlier-suppression": {"epochs": 1, "windows": 2},
     "outlier-suppression-plus": {"grid": 6},
     "owq": {"greedy_passes": 0},
