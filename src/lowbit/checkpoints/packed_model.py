@@ -87,6 +87,7 @@ class UsualAnswers:
     name: ClassVar[str]
     title: ClassVar[str]
     holds_plain: ClassVar[bool] = False
+    holds_tables: ClassVar[bool] = False
 
     def with_option(self, option: str) -> Any:
         raise ValueError(f"format {self.name} has no options, found {self.name}:{option}")

@@ -315,10 +315,20 @@ def test_presets_give_more_bits_where_llama_cpp_does():
     tensors += [TensorRole("embedding", "embedding", 0, 512), TensorRole("head", "head", 0, 512)]
 
     def names(preset, tensors=tensors, **options):
-        return {name: kind.name for name, kind in types_of(preset, tensors, **{"shared": 1, "tied": False} | options).items()}
+        return {
+            name: kind.name
+            for name, kind in types_of(preset, tensors, **{"shared": 1, "tied": False} | options).items()
+        }
 
     found = names("q4_k_m")
-    assert [found[f"{block}.down"] for block in range(8)] == ["Q6_K", *["Q4_K"] * 2, "Q6_K", *["Q4_K"] * 2, "Q6_K", "Q6_K"]
+    assert [found[f"{block}.down"] for block in range(8)] == [
+        "Q6_K",
+        *["Q4_K"] * 2,
+        "Q6_K",
+        *["Q4_K"] * 2,
+        "Q6_K",
+        "Q6_K",
+    ]
     assert {found[f"{block}.{role}"] for block in range(8) for role in ("q", "k", "o", "gate", "up")} == {"Q4_K"}
     assert found["head"] == "Q6_K" and found["embedding"] == "Q5_0"
     assert [names("q4_k_s")[f"{block}.v"] for block in range(8)] == [*["Q5_K"] * 4, *["Q4_K"] * 4]
