@@ -31,13 +31,16 @@ from lowbit.numerics import (
     Float,
     Int,
     Lut,
+    Minimum,
     Normal,
+    Offset,
     OutlierVictim,
     PerChannel,
     PerGroup,
     PerTensor,
     PerToken,
     RowBands,
+    SignedScale,
     Spec,
     Table,
 )
@@ -52,7 +55,7 @@ DTYPES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 4}
 def kind_of(spec: Spec) -> int | None:
     """The kind of tiles for ``spec``: UNIFORM, TABLE, CODEBOOK or BINARY; None if there is none."""
     match spec.grid:
-        case Int():
+        case Int() | SignedScale() | Minimum():
             return UNIFORM
         case Float() | Normal() | Table():
             return TABLE
@@ -119,6 +122,10 @@ def pack(layer: PackedLinear) -> Tensor:
         scale, zero = params
         if zero is None and isinstance(spec.grid, Int):
             constant = float(spec.grid.zero_point(params))
+        if isinstance(spec.grid, SignedScale):
+            constant = float(spec.grid.middle)
+    elif isinstance(params, Offset):
+        scale, zero = _of_minimum(params)
     elif isinstance(params, Bases):
         scale, zero = params
     else:
@@ -142,6 +149,16 @@ def pack(layer: PackedLinear) -> Tensor:
         tiles.data_ptr(), tiles.numel(), torch.get_num_threads(),
     )  # fmt: skip
     return tiles
+
+
+def _of_minimum(params: Offset) -> Affine:
+    """Scales and zero points with the values of scales and minima, up to the last bits of float32.
+
+    A scale of zero, whose values are all the minimum, becomes one that is too small beside it to matter.
+    """
+    scale = torch.where(params.scale == 0, params.minimum.abs() * 2.0**-24, params.scale)
+    none = scale == 0
+    return Affine(scale, (params.minimum / torch.where(none, 1, scale)).masked_fill(none, 0))
 
 
 def unpack(tiles: Tensor, spec: Spec, shape: tuple[int, int]) -> Tensor:
