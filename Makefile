@@ -1,7 +1,7 @@
 # Everything a user or a developer runs. PYTHON picks the interpreter (3.11 to 3.13) for a new .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: install demo test oldest exhaustive fuzz kills identity lint docs fidelity sanitize clean
+.PHONY: install demo test oldest interop exhaustive fuzz kills identity lint docs fidelity sanitize clean
 
 install: .venv/installed
 
@@ -28,6 +28,13 @@ oldest: install
 	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/laws/test_decoding.py \
 		tests/laws/test_attention.py tests/laws/test_packed_steps.py tests/unit/architectures tests/unit/caches \
 		tests/unit/checkpoints tests/unit/modules tests/unit/test_pipeline.py
+
+# Other engines on what is exported: llama.cpp, and transformers with compressed-tensors. Without them these tests are skipped.
+INTEROP := build/interop
+interop: install
+	test -d $(INTEROP) || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(INTEROP) \
+		xllamacpp compressed-tensors==0.20.0 loguru
+	PYTHONPATH=$(INTEROP) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interop
 
 # Every combination of factors and every record of the authors' code, where the tests above take enough for every pair.
 exhaustive: install

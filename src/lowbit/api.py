@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from lowbit.caches import PackedCache
 from lowbit.checkpoints import native
 from lowbit.checkpoints.export import ExportReport, export
-from lowbit.checkpoints.gguf_packed import locate_to_run
 from lowbit.checkpoints.source import load_tokenizer
+from lowbit.checkpoints.to_run import locate_to_run
 from lowbit.data import load_text
 from lowbit.decoding import use_cache
 from lowbit.decoding.packed_cache import packed_cache, uncalibrated

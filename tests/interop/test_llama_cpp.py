@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import LLAMA_CPP, LlamaCpp, dequantized, quantized_by_llama_cpp
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -15,9 +14,11 @@ import lowbit
 from lowbit.checkpoints.formats.gguf import FILE
 from lowbit.layouts import pack_qtensor, unpack_qtensor
 from lowbit.layouts.ggml import BLOCK_TYPES
+from lowbit.modules import QuantLinear
 from lowbit.numerics import ClipSearch, quantize
 from lowbit.scheme import FormatRule, Scheme
 
+from engines import LLAMA_CPP, LlamaCpp, dequantized, quantized_by_llama_cpp
 from helpers import tiny_llama
 
 pytest.importorskip(LLAMA_CPP)
@@ -185,3 +186,32 @@ def test_a_tiny_model_is_quantized_and_exported_with_the_same_words(tmp_path):
     lowbit.quantize(tmp_path / "model", lowbit.recipe("rtn", group_size=32), None, out=tmp_path / "q")
     lowbit.export(tmp_path / "q", "gguf", out=tmp_path / "out")
     assert_agree(lowbit.load(tmp_path / "q"), tmp_path / "out" / FILE, list(range(3, 40)), 0.1)
+
+
+PROMPTS = ["The capital of France is", "def fibonacci(n):", "Once upon a time there was a small dragon who"]
+NEAR_TIE = 0.05  # nats between two tokens that are likely
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("option", "tolerance"), [("gguf:f16", 0.05), ("gguf:q4_0", 0.3)])
+def test_a_real_model_continues_prompts_with_the_same_tokens_up_to_near_ties(tmp_path, monkeypatch, option, tolerance):
+    monkeypatch.delenv("LOWBIT_CACHE")
+    if option == "gguf:f16":
+        lowbit.export("smollm2-135m", option, out=tmp_path / "out")
+        model = lowbit.load("smollm2-135m")
+    else:
+        lowbit.quantize("smollm2-135m", "rtn", None, out=tmp_path / "out", format=option)
+        monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "cache"))
+        model = lowbit.load(tmp_path / "out")
+        assert sum(isinstance(module, QuantLinear) for module in model.modules()) == 211
+    tokenizer, engine = lowbit.load_tokenizer("smollm2-135m"), LlamaCpp(tmp_path / "out" / FILE)
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt).input_ids
+        steps = engine.complete(prompt, 16, top=5)
+        chosen = [step[0][0] for step in steps]
+        with torch.no_grad():
+            rows = model(torch.tensor([ids + chosen])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        gaps = [abs(row[i].item() - value) for row, step in zip(rows, steps, strict=True) for i, value in step]
+        assert sum(gaps) / len(gaps) <= tolerance
+        lost = [(row.max() - row[i]).item() for row, i in zip(rows, chosen, strict=True)]
+        assert all(each <= NEAR_TIE + 2 * tolerance for each in lost), lost

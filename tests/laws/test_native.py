@@ -12,6 +12,7 @@ import torch
 from lowbit import compiled, kernels
 from lowbit.kernels import PackedLinear, native, product, reference
 from lowbit.layouts import pack_qtensor
+from lowbit.layouts.ggml import BLOCK_TYPES
 from lowbit.modules import ActSpec, QuantLinear, prepare
 from lowbit.numerics import (
     NF4,
@@ -24,6 +25,7 @@ from lowbit.numerics import (
     Float,
     Int,
     KMeans,
+    Minimum,
     MinMax,
     Normal,
     PerChannel,
@@ -33,6 +35,7 @@ from lowbit.numerics import (
     QTensor,
     RowBands,
     Sign,
+    SignedScale,
     Spec,
     Unfitted,
     fit_params,
@@ -52,6 +55,9 @@ OTHERS = [
     Spec(Int(3, zero="real"), PerGroup(16), stats=Spec(Int(3), PerGroup(16))),
     Spec(Int(4), PerGroup(32), scale_dtype="float32"),
     Spec(Int(4), PerGroup(32), scale_dtype="bfloat16"),
+    Spec(SignedScale(4), PerGroup(32)),
+    Spec(Minimum(5), PerGroup(32)),
+    *(BLOCK_TYPES[name].spec for name in ("Q2_K", "Q3_K", "Q4_K", "Q6_K")),
     Spec(NF4, PerGroup(64)),
     Spec(NF4, PerGroup(16), stats=Spec(Int(8), PerGroup(256), scale_dtype="float32")),
     Spec(Float(2, 1), PerGroup(32)),

@@ -92,8 +92,17 @@ def converted(file: Path, kind: str, convert: Callable[[Path, Path], None]) -> P
         ModelError: not a GGUF file, or the cache cannot be written; and what ``convert`` raises.
     """
     _check_magic(file)
+    return cached(file, f"{file.stem}-{kind}{_identity(file)}", lambda directory: convert(file, directory))
+
+
+def cached(source: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """The directory ``name`` of the cache of conversions, which ``make(directory)`` makes where it is not there yet.
+
+    Raises:
+        ModelError: the cache cannot be written; and what ``make`` raises.
+    """
     cache = cache_directory() / "gguf"
-    target = cache / f"{file.stem}-{kind}{_identity(file)}"
+    target = cache / name
     if target.is_dir():
         return target
     try:
@@ -102,11 +111,11 @@ def converted(file: Path, kind: str, convert: Callable[[Path, Path], None]) -> P
             if not target.is_dir():
                 partial = target.with_name(f"{target.name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted conversion; the lock makes it ours
-                convert(file, partial)
+                make(partial)
                 partial.rename(target)
     except OSError as error:
         raise ModelError(
-            f"{file}: its conversion cannot be written to {cache} ({error}). It takes up to 4 bytes a parameter there; "
+            f"{source}: its conversion cannot be written to {cache} ({error}). It takes up to 4 bytes a parameter there; "
             "free some space, or set LOWBIT_CACHE to a directory that has it."
         ) from error
     return target

@@ -87,6 +87,7 @@ class UsualAnswers:
     name: ClassVar[str]
     title: ClassVar[str]
     holds_plain = False
+    holds_tables = False
 
     def with_option(self, option: str) -> Any:
         raise ValueError(f"format {self.name} has no options, found {self.name}:{option}")

@@ -14,11 +14,20 @@ EXAMPLE = "Example: lowbit export smollm2-w4 --format native -o smollm2-w4-copy"
 
 def command(
     checkpoint: Annotated[
-        str, typer.Argument(metavar="DIR", help="A checkpoint that lowbit quantize wrote, or a hub id of one.")
+        str,
+        typer.Argument(
+            metavar="DIR",
+            help="A checkpoint that lowbit quantize wrote, or a hub id of one; for gguf also an ordinary model.",
+        ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="The directory to write.")],
     format: Annotated[
-        str, typer.Option(metavar="NAME", help="The file format; lowbit plan says which can hold what a recipe makes.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="native, gguf, compressed-tensors, gptq or awq; gguf:f16 (f32, bf16) for a model that is not quantized. "
+            "lowbit plan says which can hold what a recipe makes.",
+        ),
     ] = "native",
     trust_remote_code: common.Trust = False,
     as_json: common.Json = False,

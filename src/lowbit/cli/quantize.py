@@ -45,6 +45,7 @@ EXAMPLE = (
 )
 INTERRUPTED = "interrupted: repeat the same command to continue where it stopped"
 WORST = 5  # layers named in the table
+_LONGEST = 60  # characters of a match in a line
 
 
 def command(
@@ -164,7 +165,7 @@ def describe(recipe: Recipe) -> str:
 
     parts = []
     for rule in recipe.scheme.rules:
-        where = "" if rule.match == "*" else f"{rule.match}: "
+        where = "" if rule.match == "*" else f"{rule.match[:_LONGEST]}{'...' * (len(rule.match) > _LONGEST)}: "
         weight = "left as they are" if rule.skip or rule.weight is None else f"weights {weight_text(rule.weight)}"
         inputs = "" if rule.activation is None else f", inputs {activation_text(rule.activation)}"
         parts.append(where + weight + inputs)

@@ -32,8 +32,10 @@ from lowbit.numerics import (
     Float,
     Int,
     Lut,
+    Minimum,
     NoParams,
     Normal,
+    Offset,
     OutlierVictim,
     PerChannel,
     PerGroup,
@@ -41,6 +43,7 @@ from lowbit.numerics import (
     PerToken,
     RowBands,
     Sign,
+    SignedScale,
     Spec,
     Table,
 )
@@ -55,7 +58,7 @@ DTYPES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 4}
 def kind_of(spec: Spec) -> int | None:
     """The kind of tiles for ``spec``: UNIFORM, TABLE, CODEBOOK or BINARY; None if there is none."""
     match spec.grid:
-        case Int() | Sign():
+        case Int() | Sign() | SignedScale() | Minimum():
             return UNIFORM
         case Float() | Normal() | Table():
             return TABLE
@@ -122,6 +125,10 @@ def pack(layer: PackedLinear) -> Tensor:
         scale, zero = params
         if zero is None and isinstance(spec.grid, Int):
             constant = float(spec.grid.zero_point(params))
+        if isinstance(spec.grid, SignedScale):
+            constant = float(spec.grid.middle)
+    elif isinstance(params, Offset):
+        scale, zero = _of_minimum(params)
     elif isinstance(params, Bases):
         scale, zero = params
     elif isinstance(params, NoParams):  # -1 and 1 are steps of 2 around one half
@@ -147,6 +154,16 @@ def pack(layer: PackedLinear) -> Tensor:
         tiles.data_ptr(), tiles.numel(), torch.get_num_threads(),
     )  # fmt: skip
     return tiles
+
+
+def _of_minimum(params: Offset) -> Affine:
+    """Scales and zero points with the values of scales and minima, up to the last bits of float32.
+
+    A scale of zero, whose values are all the minimum, becomes one that is too small beside it to matter.
+    """
+    scale = torch.where(params.scale == 0, params.minimum.abs() * 2.0**-24, params.scale)
+    none = scale == 0
+    return Affine(scale, (params.minimum / torch.where(none, 1, scale)).masked_fill(none, 0))
 
 
 def unpack(tiles: Tensor, spec: Spec, shape: tuple[int, int]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lowbit.checkpoints.formats import FileFormat, find_format
 from lowbit.checkpoints.formats.base import TensorRole
+from lowbit.numerics import Spec
 from lowbit.plan.compatibility import model_description, new_biases
 from lowbit.plan.kept import KeepDtype
 from lowbit.plan.model_plan import ModelPlan, lay_over, plan_model
@@ -40,22 +43,50 @@ def plan_for(
 
 def recipe_for(plan: ModelPlan, file_format: FileFormat) -> Recipe:
     """The recipe of ``plan``, with the formats that ``file_format`` gives to each matrix of the model, where it gives some.
+    An embedding or head that would be packed only because it costs little stays as it is where the format has no place for it.
 
     Raises:
         ValueError: it has formats of its own, and the recipe quantizes activations or leaves out linears.
     """
     specs = file_format.specs(_tensors(plan), plan.source.config)
+    scheme = plan.recipe.scheme
+    if specs is None and not file_format.holds_tables and scheme.outside is None and plan.outside:
+        return replace(plan.recipe, scheme=replace(scheme, outside=Outside()))
     if specs is None:
         return plan.recipe
-    scheme = plan.recipe.scheme
     if scheme.quantizes_activations:
         raise ValueError(f"{file_format.title} does not describe activations; leave activation_bits out")
-    left_out = [name for name in plan.linears if name not in specs]
-    rules = [FormatRule(match=name, weight=specs[name]) for name in plan.linears if name in specs]
-    rules += [FormatRule(match=name, skip=True) for name in left_out]
+    rules = _rules(plan, specs)
     table, head = next(iter(plan.architecture.embed), None), plan.architecture.head
     outside = Outside(specs.get(table or ""), specs.get(head or ""))
-    return replace(plan.recipe, scheme=replace(scheme, rules=tuple(rules), outside=outside))
+    return replace(plan.recipe, scheme=replace(scheme, rules=rules, outside=outside))
+
+
+def _rules(plan: ModelPlan, specs: Mapping[str, Spec]) -> tuple[FormatRule, ...]:
+    """A rule for each role with its most frequent format, then rules for the blocks where it has another."""
+    usual, others = [], []
+    for role in dict.fromkeys(plan.linears.values()):
+        names = [name for name, each in plan.linears.items() if each == role]
+        most = Counter(specs.get(name) for name in names).most_common(1)[0][0]
+        usual.append(_rule(role, most))
+        different: dict[tuple[str, Spec | None], list[str]] = {}
+        for name in names:
+            number, _, path = name.removeprefix(f"{plan.architecture.blocks}.").partition(".")
+            if specs.get(name) != most:
+                different.setdefault((path, specs.get(name)), []).append(number)
+        for (path, spec), blocks in different.items():
+            for start in range(0, len(blocks), _NUMBERS):
+                numbers = "|".join(map(re.escape, blocks[start : start + _NUMBERS]))
+                others.append(_rule(rf"re:\.({numbers})\.{re.escape(path)}$", spec))
+    return *usual, *others
+
+
+_NUMBERS = 64
+"""Blocks in one rule, which is a pattern of limited length."""
+
+
+def _rule(match: str, spec: Spec | None) -> FormatRule:
+    return FormatRule(match, skip=True) if spec is None else FormatRule(match, spec)
 
 
 def why_not(plan: ModelPlan, file_format: FileFormat) -> str | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, StableLmConfig
 
-from lowbit.checkpoints import origins, shards
+from lowbit.checkpoints import formats, origins, shards
 from lowbit.checkpoints.shards import read_shard_header
 from lowbit.checkpoints.source import open_model
 from lowbit.kernels import native
@@ -337,22 +337,19 @@ def answers(models, name: str, **options) -> dict[str, str]:
     return plan(models("llama"), recipe(name, **options)).compatibility
 
 
-def test_this_version_claims_its_own_format_only_and_names_the_kernels(models):
+def test_every_runtime_and_format_has_an_answer_and_the_kernels_are_named(models):
     for name in METHODS:
         found = plan(models("llama"), name).compatibility
-        assert [key for key, text in found.items() if text.startswith("yes")] == [
-            "lowbit",
-            "transformers (import lowbit)",
-            "native format",
-        ]
+        assert all(found[key].startswith("yes") for key in ("lowbit", "transformers (import lowbit)", "native format"))
         assert all(text.startswith(("yes: ", "no: ")) for text in found.values())
+        assert [each.title for each in formats.FORMATS] == list(found)[2:]
     best = native.instruction_sets()[0]
     best = native.MATRIX_TILES.get(best, best)  # the plan is for one token
     assert answers(models, "smoothquant")["lowbit"] == f"yes: kernel {best} for q, k, v, o, gate, up, down"
     assert answers(models, "rtn")["lowbit"].startswith(f"yes: kernel {best} for q, k")
 
 
-FITS = "no: this version does not write it; the numbers would fit it as they are"
+FITS = "yes: lowbit export DIR --format"
 
 
 @pytest.mark.parametrize(
@@ -360,8 +357,7 @@ FITS = "no: this version does not write it; the numbers would fit it as they are
     [
         ("rtn", {"group_size": 16}, "vLLM / compressed-tensors", FITS),
         ("rtn", {"group_size": 20}, "vLLM / compressed-tensors", "20 does not divide 32"),
-        ("smoothquant", {}, "vLLM / compressed-tensors", FITS),
-        ("smoothquant", {"bits": 4, "activation_bits": 4}, "vLLM / compressed-tensors", "integers of 8 bits"),
+        ("smoothquant", {}, "vLLM / compressed-tensors", "quantized activations are not written"),
         (
             "gptq",
             {"group_size": 16, "act_order": True},
@@ -375,8 +371,10 @@ FITS = "no: this version does not write it; the numbers would fit it as they are
             "layers have biases that the model's class does not have",
         ),
         ("rtn", {"group_size": 16, "symmetric": True}, "llama.cpp GGUF", "blocks are 32 inputs"),
-        ("rtn", {"bits": 3}, "llama.cpp GGUF", "4, 5, 8 bits, not of 3"),
-        ("rtn", {"group_size": 16}, "llama.cpp GGUF", "half precision"),
+        ("hqq", {"bits": 4, "group_size": 32}, "llama.cpp GGUF", "integers with plain scales"),
+        ("rtn", {"bits": 8, "group_size": 32}, "llama.cpp GGUF", "8 bits with zero points do not fit"),
+        ("rtn", {"bits": 4, "group_size": 16}, "AWQ format (GEMM)", FITS),
+        ("rtn", {"bits": 3, "group_size": 16}, "AWQ format (GEMM)", "4 bits, not of 3"),
         ("rtn", {"group_size": 16}, "GPTQ format", "multiples of 32, found 48 x 32"),
         ("smoothquant", {}, "GPTQ format", "weights only"),
     ],
@@ -392,7 +390,7 @@ def test_formats_that_have_no_place_for_a_packed_embedding_say_how_to_leave_it(m
         return plan(models(name), wanted).compatibility
 
     packed, plain = found(bits=8), found(skip=True)
-    for other in ("vLLM / compressed-tensors", "llama.cpp GGUF", "GPTQ format"):
+    for other in ("vLLM / compressed-tensors", "AWQ format (GEMM)", "GPTQ format"):
         assert "the embedding is packed, for which it has no place; --embedding-bits 16 leaves it" in packed[other]
         assert "embedding" not in plain[other]
     assert packed["native format"].startswith("yes")

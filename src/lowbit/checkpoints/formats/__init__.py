@@ -1,6 +1,7 @@
 """The file formats that lowbit knows, one class each."""
 
-from lowbit.checkpoints.formats.base import FileFormat, WithoutWriter
+from lowbit.checkpoints.formats.awq import Awq
+from lowbit.checkpoints.formats.base import FileFormat, Unreadable
 from lowbit.checkpoints.formats.compressed_tensors import CompressedTensors
 from lowbit.checkpoints.formats.gguf import Gguf
 from lowbit.checkpoints.formats.gptq import Gptq
@@ -12,6 +13,7 @@ FORMATS: list[FileFormat] = [
     CompressedTensors(),
     Gguf(),
     Gptq(),
+    Awq(),
 ]
 
 
@@ -24,4 +26,4 @@ def find_format(name: str) -> FileFormat:
     raise ValueError(f"unknown format {name!r}{nearest(name, [each.name for each in FORMATS])}")
 
 
-__all__ = ["FORMATS", "FileFormat", "WithoutWriter", "find_format"]
+__all__ = ["FORMATS", "FileFormat", "Unreadable", "find_format"]

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.packed_model import PackedModel, UsualAnswers
+from lowbit.checkpoints.shards import ModelError
 from lowbit.modules import ActSpec, LinearDescription
 from lowbit.numerics import Int, PerChannel, PerGroup, Spec
 
@@ -53,6 +54,11 @@ class FileFormat(Protocol):
     @property
     def holds_plain(self) -> bool:
         """Whether it also holds models of which nothing is quantized."""
+        ...
+
+    @property
+    def holds_tables(self) -> bool:
+        """Whether it holds packed embeddings."""
         ...
 
     def with_option(self, option: str) -> FileFormat:
@@ -102,27 +108,27 @@ class FileFormat(Protocol):
         ...
 
 
-class WithoutWriter(UsualAnswers, ABC):
-    """A format that this version of lowbit knows and cannot write: it refuses every model.
+class Unreadable(ModelError):
+    """A directory in a known format, with contents that lowbit does not read; the format's own package may."""
 
-    The reason is the format's own where the model has no place in it, so that a user learns what a writer would change.
-    """
+
+class WithProblems(UsualAnswers, ABC):
+    """A format that says what it cannot hold one problem after another."""
 
     def why_not(
         self, description: ModelDescription, new_biases: Collection[str] = (), config: Any = None
     ) -> str | None:
-        problems = list(dict.fromkeys(self.problems(description, new_biases)))
-        return "; ".join(problems) or "this version does not write it; the numbers would fit it as they are"
+        if not description.layers:
+            return "no linear is quantized"
+        return "; ".join(dict.fromkeys(self.problems(description, new_biases))) or None
 
     @abstractmethod
     def problems(self, description: ModelDescription, new_biases: Collection[str]) -> Iterator[str]:
         """What of the model the format cannot hold, one sentence each; the same may come again."""
 
-    def write(self, model: PackedModel, directory: Path) -> None:
-        raise NotImplementedError(f"there is no writer for {self.title}")
-
-    def read(self, directory: Path) -> PackedModel:
-        raise NotImplementedError(f"there is no reader for {self.title}")
+    def unreadable(self, directory: Path, found: str) -> Unreadable:
+        """The error for a directory that this format's package may read and lowbit does not."""
+        return Unreadable(f"{directory}: {found}, which lowbit does not read as {self.title}")
 
 
 # What several formats have in common

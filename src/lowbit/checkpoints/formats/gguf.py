@@ -59,7 +59,7 @@ class Gguf(UsualAnswers):
     preset: str | None = None
     name = "gguf"
     title = "llama.cpp GGUF"
-    holds_plain = True
+    holds_plain = holds_tables = True
 
     def with_option(self, option: str) -> Gguf:
         """The format with matrices in floating point as f32, f16 or bf16, or with the types of a preset such as q4_k_m."""

@@ -31,6 +31,7 @@ class Native(UsualAnswers):
     shard_bytes: int = 2**30
     name = "native"
     title = "native format"
+    holds_tables = True
 
     def why_not(
         self, description: ModelDescription, new_biases: Collection[str] = (), config: Any = None

@@ -90,8 +90,8 @@ def write_checkpoint_index(
         "metadata": {"total_size": sum(header.nbytes for header in headers.values())},
         "weight_map": {name: header.file.name for name, header in headers.items()},
     }
-    _write_json(directory / INDEX, index)
-    _write_json(directory / CONFIG, config)
+    write_json(directory / INDEX, index)
+    write_json(directory / CONFIG, config)
 
 
 def write_checkpoint(
@@ -121,7 +121,7 @@ def plain_config(config: Any, dtype: torch.dtype) -> dict[str, Any]:
     return plain | {"dtype": str(dtype).removeprefix("torch.")}
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Sorted, flushed and renamed into place, so that the file is whole or not there."""
     partial = path.with_name(path.name + ".tmp")
     with open(partial, "w", encoding="utf-8") as stream:
