@@ -97,7 +97,9 @@ class Descent:
         count, seq_len = self.text.ids_NT.shape
         steps = step_windows(self.stage, count, seq_len, self.seed)
         notes = list(parameters.notes)
-        if steps:
+        if not any(group.leaves for group in parameters.groups):
+            notes.append("nothing was trained: the packed model stores no number that this stage moves")
+        elif steps:
             notes += _Loop(self, parameters, steps).run()
         parameters.commit()
         return notes

@@ -179,6 +179,13 @@ def test_what_is_learned_with_step_sizes_is_what_is_stored():
     assert torch.equal(state.block(state.io.x), wanted)
 
 
+def test_a_format_without_anything_to_train_says_so(place, tmp_path):
+    """NVFP4 quantizes its scales again, and EfficientQAT's second phase trains nothing else."""
+    recipe = lowbit.recipe("efficientqat+nvfp4", epochs=1, tokens=64)
+    report = lowbit.quantize(place, recipe, text(), out=tmp_path / "out", **QUIET)
+    assert any("nothing was trained" in note for note in report.warnings)
+
+
 def test_training_methods_train_what_their_papers_train():
     stages = {name: lowbit.recipe(name).stages[-1] for name in ("llm-qat", "bitdistiller", "efficientqat", "paretoq")}
     assert all(isinstance(stage, Train) for stage in stages.values())
