@@ -55,6 +55,7 @@ from lowbit.stages.run import Run
 from lowbit.stages.stream import CannotStream, check_blocks_run_alone
 from lowbit.steps.precision import continue_with, product_type
 from lowbit.surroundings import own_settings
+from lowbit.training import launched
 from lowbit.version import __version__
 
 _ORDINALS = {2: "second", 3: "third", 4: "fourth"}
@@ -133,6 +134,11 @@ def prepare(
         ValueError: the first thing that is wrong, with what to do.
     """
     recipe, out = as_recipe(recipe), Path(out).expanduser().resolve()
+    if launched() > 1 and any(isinstance(stage, Train) for stage in recipe.stages):
+        raise ValueError(
+            f"recipe {recipe.name!r} trains, and {launched()} processes were started: a run is one process, which writes one "
+            "target. Start it alone; the loop that processes can share is lowbit.stages.descent.Descent"
+        )
     settle(out)
     check_target(out)
     plan = lay_over(open_model(model, trust_remote_code=trust_remote_code), recipe, keep_dtype)

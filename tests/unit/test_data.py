@@ -380,3 +380,30 @@ def test_wikitext2_has_the_token_ids_that_published_numbers_rest_on():
     ids = tokenize(load_text(str(SHARED / "text" / "wikitext2.valid.raw")).text, tokenizer)
     assert len(ids) == 266_979
     assert ids[:6].tolist() == [3717, 446, 12928, 21777, 310, 2078]
+
+
+@pytest.mark.parametrize("bos", ["auto", "no"])
+def test_windows_for_training_follow_the_calibration_and_the_held_out_windows(tokenizer, bos):
+    text = ["".join(chr(33 + i * 7 % 90) for i in range(400))]
+    made = calibration_set(text, tokenizer, 8, 10, bos=bos, further=(5, 20))
+    assert made.held_out is not None and made.further is not None and not made.warnings
+    assert made.further.shape == (5, 20)
+    first = int(bos == "auto")
+    parts = (made.ids, made.held_out, made.further)
+    found = torch.cat([part[:, first:].flatten() for part in parts])
+    assert torch.equal(found, tokenize(text[0], tokenizer)[: len(found)])  # in order, each token once
+    assert all(bool((part[:, :first] == 256).all()) for part in parts)
+
+
+def test_a_text_that_is_too_short_for_training_gives_what_it_has_and_says_so(tokenizer):
+    made = calibration_set(["x" * 200], tokenizer, 8, 10, bos="no", further=(50, 20))
+    assert made.further is not None and made.further.shape == (5, 20)
+    assert made.warnings == ("training asks for 50 windows of 20 tokens; behind the calibration text there are 5",)
+    none = calibration_set(["x" * 90], tokenizer, 8, 10, bos="no", further=(2, 20))
+    assert none.further is None and "there are 0" in none.warnings[0]
+
+
+def test_a_model_writes_its_own_text_for_training_too(model):
+    made = calibration_set("self", None, 2, 12, model=model, further=(3, 8))
+    assert made.further is not None and made.further.shape == (3, 8)
+    assert not torch.equal(made.further[:2], made.ids[:, :8])

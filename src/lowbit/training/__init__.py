@@ -19,7 +19,7 @@ from lowbit.training.objectives import (
     Text,
 )
 from lowbit.training.optimizers import AdamW, Cosine, OneCycle, Schedule
-from lowbit.training.processes import Processes
+from lowbit.training.processes import Processes, launched
 from lowbit.training.recompute import recomputed, replaced
 from lowbit.training.stored_floats import StoredFloats
 from lowbit.training.trainable import Group, Parameters, Start, Trainable
@@ -52,6 +52,7 @@ __all__ = [
     "Trainable",
     "TrainedLinear",
     "TrainedModel",
+    "launched",
     "recomputed",
     "replaced",
 ]

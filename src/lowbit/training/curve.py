@@ -24,24 +24,27 @@ class Curve:
 
     def __init__(self, path: Path, logs: Path | None = None, kept: int | None = None):
         self.path, self._writer = path, None
-        self.rows: list[Row] = []
+        rows: list[Row] = []
         if kept is not None and path.exists():
-            rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}"))
-            self.rows = [row for row in rows if row["step"] <= kept]
-        path.write_text("".join(_line(row) for row in self.rows), encoding="utf-8")
+            lines = path.read_text(encoding="utf-8").splitlines()
+            rows = [row for line in lines if line.endswith("}") and (row := json.loads(line))["step"] <= kept]
+        writing = path.with_suffix(".writing")
+        writing.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+        writing.replace(path)  # a kill leaves the old rows or these
         if logs is not None:
             shutil.rmtree(logs, ignore_errors=True)
             self._writer = _tensorboard(logs)
-        for row in self.rows:
+        for row in rows:
             self._log(row)
 
     def add(self, row: Row) -> None:
-        self.rows.append(row)
+        """Appends a row."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(row))
         self._log(row)
 
     def close(self) -> None:
+        """Ends the logs."""
         if self._writer is not None:
             self._writer.close()
 

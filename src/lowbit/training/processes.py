@@ -16,6 +16,13 @@ from torch import Tensor
 from torch import distributed as dist
 
 
+def launched() -> int:
+    """How many processes were started together, this one included."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1")) if dist.is_available() else 1
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among all that train.
@@ -31,11 +38,9 @@ class Processes:
     @classmethod
     def here(cls) -> Processes:
         """As a launcher (``accelerate launch``, ``torchrun``) started this process; alone where none did."""
-        if not dist.is_available():
+        if launched() < 2:
             return cls()
         if not dist.is_initialized():
-            if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-                return cls()
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         return cls(dist.get_rank(), dist.get_world_size())
 

@@ -17,17 +17,21 @@ from transformers import LlamaForCausalLM
 
 import lowbit
 from lowbit.data import Calibration
+from lowbit.plan.foresight import plan
 from lowbit.recipes import Recipe, Train
 from lowbit.stages import descent
 from lowbit.stages.descent import Descent, StateFile, step_windows
 from lowbit.training import (
     AdamW,
     Answer,
+    ConfidenceKL,
     Cosine,
     Curve,
     Group,
+    HiddenStates,
     NextToken,
     OriginalKL,
+    ReverseKL,
     Start,
     StoredFloats,
     Text,
@@ -304,6 +308,30 @@ def test_a_run_trains_on_further_text_and_leaves_the_course_beside_its_weights(p
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("tokens", [None, 192])
+@pytest.mark.parametrize("objective", [HiddenStates(), NextToken(), ReverseKL(), ConfidenceKL()], ids=str)
+def test_every_objective_trains_on_calibration_windows_and_on_further_text(objective, tokens, place, tmp_path):
+    recipe = _recipe(tokens=tokens, epochs=2, recompute=True)
+    recipe = replace(recipe, stages=(recipe.stages[0], replace(recipe.stages[1], objective=objective)))
+    lowbit.quantize(place, recipe, _calibration(), out=tmp_path / "out", **QUIET)
+    course = [json.loads(line) for line in (tmp_path / "out" / "training-2.jsonl").read_text().splitlines()]
+    assert course[-1]["tokens"] == (256 if tokens is None else 192)
+    assert all(row["loss"] > 0 for row in course[1:])
+    if not isinstance(objective, NextToken):  # text of random tokens teaches nothing about the original
+        assert course[-1]["held_out_kl"] < course[0]["held_out_kl"]
+
+
+def test_a_plan_counts_what_training_holds(place):
+    """Weights in training, and the original where text beyond the calibration windows is read."""
+    small, large = (
+        plan(place, lowbit.recipe(name, bits=4, group_size=32), samples=4, seq_len=32).peak_ram_parts
+        for name in ("rtn", "bitdistiller")
+    )
+    assert "train" not in small
+    weights = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 96 * 64 * 3)
+    assert large["train"]["weights in training"] == 4 * 6 * weights and large["train"]["original"] > 4 * weights
+
+
 def test_text_that_is_too_short_is_read_again_and_said(place, tmp_path):
     report = lowbit.quantize(place, _recipe(tokens=320), _calibration(4), out=tmp_path / "out", **QUIET)
     assert any("trained 2.5 times on the same 128 tokens" in note for note in report.warnings)
@@ -348,6 +376,12 @@ def test_the_training_text_is_part_of_what_a_run_is_continued_for(place, tmp_pat
     jobs = [prepare(place, _recipe(tokens=96), _calibration(count), out=tmp_path / "out") for count in (3, 4, 0)]
     assert len({job.header.get("training") for job in jobs}) == 3
     assert jobs[2].header.get("training") is None
+
+
+def test_a_run_that_several_processes_would_write_at_once_is_refused(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started: a run is one process"):
+        lowbit.quantize(place, _recipe(tokens=64), _calibration(), out=tmp_path / "out", **QUIET)
 
 
 @pytest.mark.parametrize(
