@@ -216,6 +216,7 @@ _SHORT: dict[str, dict[str, Any]] = {
     "smoothquant": {},
     "spqr": {"greedy_passes": 0},
     "squeezellm": {"bits": 2},
+    "wkvquant": {"group_size": 32, "epochs": 1, "ahead": 1},
     "zeroquant": {"lr": 1e-3, "steps": 2, "batch": 2},
 }
 

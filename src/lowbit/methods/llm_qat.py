@@ -29,9 +29,8 @@ def llm_qat(
     """Symmetric weights and per-token activations, all weights trained by the KL divergence from the original.
 
     * bits: 3 and over: the extremes of each row are met; 2: four levels at 1/2 and 3/2 of the row's mean magnitude; 1: its sign.
-    * activation_bits, kv_bits: a range for each token; in the cache all heads share it, keys before their rotary embedding.
-      16: none.
     * group_size: None, as published: one scale for each output channel.
+    * activation_bits, kv_bits: a range for each token, in the cache for all heads, keys before their rotary embedding. 16: none.
     * tokens, seq_len: of training text (the authors: 100,000 texts of 2,048 tokens that the original wrote; --calibration self).
     * lr, batch, accumulate: of AdamW; the rate falls to zero along a cosine. batch windows at once, accumulate times.
     * mask: no gradient reaches values of 2 and over, as in the authors' code. Gains of norms are trained too, embeddings are not.
@@ -40,9 +39,9 @@ def llm_qat(
     """
     few = {1: (Int(1, symmetric=True), Magnitude("mean", 1.0)), 2: (HALVES, Magnitude("mean", 1.5))}
     grid, fit = few.get(bits) or (Int(bits, symmetric=True), MinMax())
-    spec, limit = Spec(grid, PerGroup(group_size) if group_size else PerChannel()), 2.0 if mask else None
+    spec = Spec(grid, PerGroup(group_size) if group_size else PerChannel())
     train = Train(
-        LatentWeights(fit, through_ranges=False, gains=True, limit=limit),
+        LatentWeights(fit, through_ranges=False, gains=True, limit=2.0 if mask else None),
         OriginalKL(),
         lr=lr,
         batch=batch,
@@ -56,7 +55,6 @@ def llm_qat(
         measures=measures,
         cache=True,
     )
-    recipe = Recipe(
-        "llm-qat", linears(spec, activation(activation_bits)), (Blockwise((Solve(Nearest(fit)),), "fp"), train)
-    )
+    scheme = linears(spec, activation(activation_bits))
+    recipe = Recipe("llm-qat", scheme, (Blockwise((Solve(Nearest(fit)),), "fp"), train))
     return recipe if kv_bits >= 16 else recipe.with_cache(kv_int(kv_bits, rope="before", heads="shared"))

@@ -17,17 +17,24 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
     Solve, weight format, feed and compute are those of the last recipe that has steps.
 
     Steps that fix static activation ranges follow all steps that transform channels. Rotations at run time follow all
-    folded transforms. The Blockwise stages become one; all other stages follow in order. Formats of activations, of
-    attention and of the KV cache, with the stages that calibrate it, come from the first recipe that has them. If those activations take out no channels at
-    run time and another recipe's do, the mix takes out channels too.
+    folded transforms. The Blockwise stages become one; all other stages follow in order. Formats of activations and of
+    attention come from the first recipe that has them, those of the KV cache, with the stages that calibrate it, from the one
+    that has some. If those activations take out no channels at run time and another recipe's do, the mix takes out channels too.
 
     Raises:
-        ValueError: a recipe before the last that would have no effect, or a step that would run twice.
+        ValueError: a recipe before the last that would have no effect, a step that would run twice, or two different formats of
+            the KV cache.
     """
     recipes = tuple(recipes)
     solving = [recipe for recipe in recipes if recipe.steps]
     attention = next((each.scheme.attention for each in recipes if each.scheme.attention), None)
-    caching = next((each for each in recipes if each.scheme.cache), None)
+    caches = [each for each in recipes if each.scheme.cache]
+    caching = caches[0] if caches else None
+    for each in caches[1:]:
+        if each.scheme.cache != caches[0].scheme.cache:
+            raise ValueError(
+                f"{caches[0].name!r} and {each.name!r} both say how the KV cache is held, and differ: leave one out"
+            )
     kv, kv_overrides = (None, ()) if caching is None else (caching.scheme.kv, caching.scheme.kv_overrides)
     later = [stage for each in recipes for stage in each.stages if not (isinstance(stage, Blockwise) or stage.of_cache)]
     later += () if caching is None else caching.cache_stages

@@ -10,7 +10,7 @@ from lowbit.recipes import KV_FAMILY, METHODS, as_recipe, recipe
 from helpers import random_ids, tiny_llama
 
 CACHES = [name for name, method in METHODS.items() if method.family == KV_FAMILY]
-OTHERS = [name for name in METHODS if name not in CACHES]
+OTHERS = [name for name in METHODS if name not in CACHES and not recipe(name).scheme.cache]
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -23,6 +23,12 @@ def test_a_method_for_caches_goes_with_every_other_method_on_either_side(cache):
         for mixed in (recipe(f"{name}+{cache}"), recipe(f"{cache}+{name}")):
             assert mixed.stages == (*alone.stages, *wanted.stages) and mixed.scheme.rules == alone.scheme.rules
             assert mixed.scheme.cache == wanted.scheme.cache
+
+
+def test_a_method_with_a_cache_of_its_own_is_not_mixed_with_another():
+    for name in ("wkvquant+kivi", "kivi+wkvquant", "kivi+gptq+kv-fp8"):
+        with pytest.raises(ValueError, match="both say how the KV cache is held, and differ: leave one out"):
+            recipe(name)
 
 
 def test_an_option_of_a_mix_can_be_said_of_its_cache_alone():
