@@ -221,8 +221,9 @@ def test_a_mix_and_kv_carry_the_stage_along_and_it_comes_last():
         assert made.cache_stages == oscar.stages and made.stages[-1] == oscar.stages[0] and len(made.stages) == 2
         assert made.scheme.kv == oscar.scheme.kv
         assert from_dict(to_dict(made), Recipe) == made
-    assert recipe("gptq+kivi+kv-oscar").cache_stages == ()  # the first cache counts
-    assert mix("two", [recipe("kv-oscar"), recipe("kivi")]).cache_stages == oscar.stages
+    for two in (["gptq", "kivi", "kv-oscar"], ["kv-oscar", "kivi"]):
+        with pytest.raises(ValueError, match="both say how the KV cache is held, and differ"):
+            mix("two", map(recipe, two))
     assert recipe("gptq+kv-oscar").with_cache(None).stages == recipe("gptq").stages
     assert recipe("gptq+kv-oscar").with_cache(recipe("kivi")).cache_stages == ()
     assert recipe("kv-oscar", bits=16).stages == ()
