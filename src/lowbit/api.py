@@ -67,7 +67,7 @@ def _formats(kv: str | KVSpec | KVFormats) -> KVFormats:
     return KVFormats() if kv == "none" else kv_scheme(kv).cache
 
 
-def kv_cache(model: Any, method: str | KVSpec = "kivi", **options: Any) -> PackedCache:
+def kv_cache(model: Any, method: str | KVSpec | None = None, **options: Any) -> PackedCache:
     """An empty transformers cache that packs keys and values, for ``model(…, cache=…)`` and ``model.generate(…, cache=…)``.
 
     Where a model (not its configuration) has large key biases, keys of these layers are packed before the rotary embedding and
@@ -77,14 +77,18 @@ def kv_cache(model: Any, method: str | KVSpec = "kivi", **options: Any) -> Packe
     Args:
         model: a transformers model or its configuration.
         method: a method for caches (``lowbit methods``), such as ``kivi`` or ``kivi:2`` (2 bits), or a format. What needs a
-            calibration (``kv-oscar``) goes with a model whose checkpoint carries it.
+            calibration (``kv-oscar``) goes with a model whose checkpoint carries it. None: the formats that the model's
+            checkpoint or :func:`load` gave it, otherwise ``kivi``.
         options: of the method, such as ``bits``, ``group_size`` and ``recent``.
 
     Raises:
         ValueError: no such method or option, one that does not say how a cache is held, a model without layers of full
             attention, or one that does not carry the calibration that the cache needs.
     """
-    scheme = kv_scheme(method, **options)
+    own = kv_formats(model)
+    if method is None and own and not options:
+        return packed_cache(model, own.kv, own.overrides)
+    scheme = kv_scheme("kivi" if method is None else method, **options)
     return packed_cache(model, scheme.kv, scheme.kv_overrides)
 
 

@@ -9,9 +9,12 @@ import typer
 
 from lowbit.cli import common
 from lowbit.cli.choose import (
+    KV,
     ActivationBits,
     Bits,
     GroupSize,
+    KVBits,
+    KVSettings,
     MethodOption,
     Overrides,
     RamLimit,
@@ -46,6 +49,9 @@ def command(
     scheme: SchemeName = None,
     settings: Settings = None,
     overrides: Overrides = None,
+    kv: KV = None,
+    kv_bits: KVBits = None,
+    kv_settings: KVSettings = None,
     calibration: Annotated[
         str | None, typer.Option(metavar="TEXT", help=common.TEXT_HELP.format(more=", or self"))
     ] = None,
@@ -66,7 +72,11 @@ def command(
         raise ValueError(f"{out} exists; choose another -o FILE.yaml, or remove it")
     limit = byte_count(ram_limit)
     chosen = choose_recipe(
-        method, recipe, method_options(bits, group_size, activation_bits, settings, scheme), overrides
+        method,
+        recipe,
+        method_options(bits, group_size, activation_bits, settings, scheme),
+        overrides,
+        (kv, kv_bits, kv_settings),
     )
     common.use_threads(threads)
     import yaml

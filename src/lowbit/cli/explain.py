@@ -8,10 +8,13 @@ import typer
 
 from lowbit.cli import common, complete
 from lowbit.cli.choose import (
+    KV,
     ActivationBits,
     Bits,
     FormatName,
     GroupSize,
+    KVBits,
+    KVSettings,
     Overrides,
     SchemeName,
     Settings,
@@ -38,6 +41,9 @@ def command(
     scheme: SchemeName = None,
     settings: Settings = None,
     overrides: Overrides = None,
+    kv: KV = None,
+    kv_bits: KVBits = None,
+    kv_settings: KVSettings = None,
     format: FormatName = "native",
     trust_remote_code: common.Trust = False,
     as_json: common.Json = False,
@@ -47,7 +53,9 @@ def command(
     Options of a method (--bits and so on) go with a method's name.
     """
     options = method_options(bits, group_size, activation_bits, settings, scheme)
-    chosen = choose_recipe(recipe if options else None, None if options else recipe, options, overrides)
+    by_method = bool(options) or (kv is None and (kv_bits is not None or kv_settings is not None))
+    method, file = (recipe, None) if by_method else (None, recipe)
+    chosen = choose_recipe(method, file, options, overrides, (kv, kv_bits, kv_settings))
     from lowbit.plan import explain
 
     result = explain(chosen, model, format=format, trust_remote_code=trust_remote_code)

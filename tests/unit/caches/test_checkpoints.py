@@ -84,6 +84,7 @@ def test_a_recipe_with_only_a_cache_writes_the_model_as_it_is(original, checkpoi
     assert kv_formats(after) == KIVI.cache and not kv_formats(before)
     a, b = before.state_dict(), after.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert native.bits_report(checkpoint)["bits_per_weight"] is None
     report = json.loads((checkpoint / "lowbit-report.json").read_text())
     assert report["layers"] == [] and report["cache_bits"] == KIVI.kv.bits(16)
     assert "through the cache, chunks of 16" in report["measured_on"] and report["kl"] > 0
@@ -99,6 +100,7 @@ def test_generate_packs_unless_the_call_brings_or_names_a_cache(checkpoint, monk
         packed, model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, **{cache_argument(model): given})
     )
     assert any(layer.key_side.packed_length for layer in seen[-1].layers)
+    assert lowbit.kv_cache(model).layers[0].spec == given.layers[0].spec  # as the checkpoint says
     for options in (
         {"cache_implementation": "dynamic"},
         {cache_argument(model): DynamicCache(config=model.config)},

@@ -519,6 +519,8 @@ def test_explain_takes_a_mix_with_options_or_a_file(place, tmp_path):
     assert by_name.exit_code == 0, by_name.stderr
     assert json.loads(by_name.stdout) == json.loads(by_file.stdout)
     assert len(json.loads(by_name.stdout)["steps"]) == 2
+    cached = run("explain", file, place / "model", "--kv", "kivi:2", "--json")
+    assert "keys int2" in "".join(json.loads(cached.stdout)["notes"]), cached.stderr
     shown = run("explain", file, place / "model").stdout
     assert shown.startswith("1. Set")
     assert "\n2. Solve" in shown
@@ -789,11 +791,14 @@ def test_allocate_writes_a_recipe_that_quantize_takes_and_keeps_to_the_budget(pl
         "--calibration",
         place / "text.txt",
         *SHORT,
+        "--kv",
+        "kivi:2",
     )
     result = run("allocate", place / "model", *asked, "-o", out, "--json")
     assert result.exit_code == 0, result.stderr
     told = json.loads(result.stdout)
     assert told["bits_per_weight"] <= 5.5 and len(told["scheme"]["rules"]) > 2
+    assert told["scheme"]["kv"]["key"]["grid"]["bits"] == 2
     made = quantize(place, tmp_path / "q", "--json", method=("--recipe", out))
     assert made.exit_code == 0, made.stderr
     assert json.loads(made.stdout)["bits_per_weight"] == pytest.approx(told["bits_per_weight"])

@@ -79,8 +79,8 @@ def bits_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         ``bytes``: of the weight files. ``quantized_bytes``: of packed layers without their biases (codes, scales, zero
         points, transforms, static activation parameters). ``quantized_weights``: how many weights these replace.
-        ``bits_per_weight``: of the packed layers. ``model_bits_per_weight``: all tensors over all parameters of the
-        model. ``layers``: how many are packed.
+        ``bits_per_weight``: of the packed layers; None where only the cache is quantized. ``model_bits_per_weight``: all
+        tensors over all parameters of the model. ``layers``: how many are packed.
 
     Raises:
         ModelError: not a native checkpoint, or a damaged one.
@@ -93,7 +93,7 @@ def bits_report(directory: str | os.PathLike[str]) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in {header.file for header in checkpoint.headers.values()}),
         "quantized_bytes": quantized_bits // 8,
         "quantized_weights": quantized,
-        "bits_per_weight": quantized_bits / quantized,
+        "bits_per_weight": quantized_bits / quantized if quantized else None,
         "model_bits_per_weight": _model_bits_per_weight(checkpoint),
         "layers": len(layers),
     }
