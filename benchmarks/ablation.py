@@ -29,8 +29,9 @@ from lowbit.numerics import to_dict
 from lowbit.recipes import Blockwise, Recipe, as_recipe
 from lowbit.scheme import FormatRule
 from lowbit.solve import Nearest
-from lowbit.stages.train import train
+from lowbit.stages.descent import Descent
 from lowbit.steps import Solve
+from lowbit.training import Answer, Text
 
 MODEL = "smollm2-135m"
 HERE = Path(__file__).parent
@@ -134,12 +135,12 @@ def measure(label: str, recipe: Recipe, ids_NT: Tensor, original: nn.Module) -> 
     if recipe.stages[1:]:
         start = time.perf_counter()
 
-        def logits(i: int) -> Tensor:
+        def answer(i: int) -> Answer:
             with torch.no_grad():
-                return original(calibration[i : i + 1]).logits[0]
+                return Answer(original(calibration[i : i + 1]).logits[0])
 
         for stage in recipe.stages[1:]:
-            train(model, stage, calibration, logits, recipe.seed)
+            Descent(model, stage, Text(calibration, answer), seed=recipe.seed).run()
         seconds = time.perf_counter() - start
         lines.append(line | {"tuned": True, "seconds": seconds, "perplexity": perplexity(model, held)})
     return lines
