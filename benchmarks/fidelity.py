@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import lowbit
 
-TESTS = Path(__file__).parents[1] / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "golden")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "golden"))
 import blocks
 import gradients
 import layers
