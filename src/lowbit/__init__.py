@@ -14,7 +14,16 @@ from lowbit.version import __version__
 
 if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors; a test compares the two
     from lowbit.allocation import Allocation, allocate
-    from lowbit.api import ExportReport, evaluate, export, kv_cache, load, load_tokenizer
+    from lowbit.api import (
+        ExportReport,
+        evaluate,
+        evaluate_chat,
+        evaluate_tasks,
+        export,
+        kv_cache,
+        load,
+        load_tokenizer,
+    )
     from lowbit.catalog import list_methods
     from lowbit.comparison import compare
     from lowbit.data_generation import GeneratedData, generate_data
@@ -36,6 +45,8 @@ __all__ = [
     "allocate",
     "compare",
     "evaluate",
+    "evaluate_chat",
+    "evaluate_tasks",
     "export",
     "generate_data",
     "kv_cache",
@@ -59,6 +70,8 @@ _HOMES = {
     "allocate": "lowbit.allocation",
     "compare": "lowbit.comparison",
     "evaluate": "lowbit.api",
+    "evaluate_chat": "lowbit.api",
+    "evaluate_tasks": "lowbit.api",
     "export": "lowbit.api",
     "generate_data": "lowbit.data_generation",
     "kv_cache": "lowbit.api",

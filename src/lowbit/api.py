@@ -1,10 +1,9 @@
-"""The functions of the public interface that are one line of other modules' work: load, evaluate."""
+"""The functions of the public interface that are a few lines of other modules' work: load, evaluate and its kin."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -20,7 +19,22 @@ from lowbit.checkpoints.to_run import locate_to_run
 from lowbit.data import load_text
 from lowbit.decoding import use_cache
 from lowbit.decoding.packed_cache import packed_cache, uncalibrated
-from lowbit.evaluation import Evaluation, check_generation, check_retrieval, directory_bytes, evaluate_model
+from lowbit.evaluation import (
+    ChatScore,
+    Evaluation,
+    TaskScore,
+    as_protocol_reads,
+    check_generation,
+    check_retrieval,
+    compare_chat,
+    directory_bytes,
+    evaluate_model,
+    paired,
+    read_prompts,
+    read_tasks,
+    score_task,
+    score_with_lm_eval,
+)
 from lowbit.modules import KVFormats, KVSpec, kv_formats
 from lowbit.plan.cache import cache_bits
 from lowbit.progress import Progress, silent
@@ -114,32 +128,25 @@ def evaluate(
     Args:
         model: a model or where to load it from.
         text: a text (see :mod:`lowbit.data`; its evaluation part where it has one) or token ids.
-        protocol: ``gptq``, ``llama.cpp`` or ``word``; see :mod:`lowbit.evaluation.perplexity`.
+        protocol: ``gptq``, ``llama.cpp``, ``word``, ``ptb`` or ``c4``; see :mod:`lowbit.evaluation.windows`.
         seq_len, windows: how many windows of how many tokens (None: as many as the text holds).
         against: the original to compare with.
         kv: the cache through which ``model``, given by its place, reads, as for :func:`load`.
         chunk: tokens that a model with a quantized cache reads at a time; None: as few as its formats ask for.
-        retrieval: lengths in tokens of prompts in which the model must find facts, see :mod:`lowbit.evaluation.tasks`.
+        retrieval: lengths in tokens of prompts in which the model must find facts, see :mod:`lowbit.evaluation.cache_checks`.
         generation: also whether the model copies, counts and adds.
         tokenizer: needed where ``model`` is not a path and ``text`` is text.
         trust_remote_code: allow the models' own Python code.
     """
     where = None if isinstance(model, PreTrainedModel) else model
-    if (isinstance(text, str) or retrieval or generation) and tokenizer is None:
-        if where is None:
-            raise ValueError(
-                "text and tasks need a tokenizer: pass tokenizer=, or the model's directory instead of the model"
-            )
-        tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
+    if isinstance(text, str) or retrieval or generation:
+        tokenizer = _tokenizer_of(model, tokenizer, trust_remote_code)
     content = load_text(text, "evaluation", tokenizer) if isinstance(text, str) else None
-    opened = partial(load, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    if kv is not None and where is None:
-        raise ValueError("kv= goes with a model's place; a model in memory has its formats: load it with kv=")
-    loaded = model if isinstance(model, PreTrainedModel) else opened(model, kv=kv)
-    original = against if against is None or isinstance(against, PreTrainedModel) else opened(against)
+    loaded = _opened(model, kv, trust_remote_code)
+    original = None if against is None else _opened(against, None, trust_remote_code)
     result = evaluate_model(
         loaded,
-        text if content is None else content.text,  # pyright: ignore[reportArgumentType]
+        text if content is None else as_protocol_reads(content, protocol),  # pyright: ignore[reportArgumentType]
         tokenizer,
         protocol,
         seq_len,
@@ -149,11 +156,11 @@ def evaluate(
         text_name="token ids" if content is None else content.name,
         progress=progress,
     )
-    tasks = check_retrieval(loaded, tokenizer, retrieval, progress=progress or silent) if retrieval else ()
-    tasks += check_generation(loaded, tokenizer, progress=progress or silent) if generation else ()
+    checks = check_retrieval(loaded, tokenizer, retrieval, progress=progress or silent) if retrieval else ()
+    checks += check_generation(loaded, tokenizer, progress=progress or silent) if generation else ()
     result = dataclasses.replace(
         result,
-        tasks=tasks,
+        checks=checks,
         bits_per_weight=native.bits_per_weight(loaded),
         cache_bits=cache_bits(loaded.config, kv_formats(loaded)),
     )
@@ -164,4 +171,105 @@ def evaluate(
     return dataclasses.replace(result, model_bits_per_weight=bits, bytes=size)
 
 
-__all__ = ["ExportReport", "evaluate", "export", "load", "load_tokenizer"]
+@own_settings()
+def evaluate_tasks(
+    model: str | PathLike[str] | PreTrainedModel,
+    tasks: Sequence[str],
+    files: str | PathLike[str] | None = None,
+    *,
+    limit: int | None = None,
+    against: str | PathLike[str] | PreTrainedModel | None = None,
+    kv: str | KVSpec | KVFormats | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> tuple[TaskScore, ...]:
+    """Zero-shot tasks, scored as lm-eval scores them; with ``against``, item by item beside the original.
+
+    Args:
+        model: a model or where to load it from.
+        tasks: names, such as ``piqa``: of files in ``files``, or of lm-eval's tasks.
+        files: a directory of ``NAME.jsonl`` or ``NAME.txt``, see :mod:`lowbit.evaluation.zero_shot`; None: lm-eval (extra
+            ``harness``) gets its own data from the hub.
+        limit: items of each task, from its first; None: all.
+        against: the original, which answers the same items.
+        kv: the cache through which ``model``, given by its place, reads, as for :func:`load`.
+        tokenizer: needed where ``model`` is not a path.
+        trust_remote_code: allow the models' own Python code.
+        progress: called as ``progress(items done, items, what)``.
+
+    Raises:
+        ValueError: a task that cannot be had, with what to do.
+    """
+    read = None if files is None else read_tasks(tasks, files, limit)
+    tokenizer = _tokenizer_of(model, tokenizer, trust_remote_code)
+
+    def scores(judged: PreTrainedModel) -> tuple[TaskScore, ...]:
+        if read is None:
+            return score_with_lm_eval(judged, tokenizer, tasks, limit=limit)
+        return tuple(score_task(judged, tokenizer, task, progress=progress or silent) for task in read)
+
+    found = scores(_opened(model, kv, trust_remote_code))
+    if against is None:
+        return found
+    others = scores(_opened(against, None, trust_remote_code))
+    return tuple(paired.against(score, other) for score, other in zip(found, others, strict=True))
+
+
+@own_settings()
+def evaluate_chat(
+    model: str | PathLike[str] | PreTrainedModel,
+    against: str | PathLike[str] | PreTrainedModel,
+    prompts: Sequence[str] | None = None,
+    *,
+    max_new_tokens: int = 128,
+    kv: str | KVSpec | KVFormats | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> ChatScore:
+    """A model's answers beside its original's: divergence along the original's answers, and the answers themselves.
+
+    Args:
+        model: a model or where to load it from.
+        against: the original.
+        prompts: questions; None: those that come along.
+        max_new_tokens: of an answer.
+        kv: the cache through which ``model``, given by its place, reads, as for :func:`load`.
+        tokenizer: needed where ``model`` is not a path.
+        trust_remote_code: allow the models' own Python code.
+        progress: called as ``progress(prompts done, prompts, what)``.
+
+    Raises:
+        ValueError: a tokenizer without a chat template, or prompts that do not fit.
+    """
+    return compare_chat(
+        _opened(model, kv, trust_remote_code),
+        _opened(against, None, trust_remote_code),
+        _tokenizer_of(model, tokenizer, trust_remote_code),
+        read_prompts() if prompts is None else prompts,
+        max_new_tokens,
+        progress=progress or silent,
+    )
+
+
+def _opened(
+    model: str | PathLike[str] | PreTrainedModel, kv: str | KVSpec | KVFormats | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model in float32."""
+    if isinstance(model, PreTrainedModel):
+        if kv is not None:
+            raise ValueError("kv= goes with a model's place; a model in memory has its formats: load it with kv=")
+        return model
+    return load(model, torch.float32, kv=kv, trust_remote_code=trust_remote_code)
+
+
+def _tokenizer_of(model: str | PathLike[str] | PreTrainedModel, tokenizer: Any, trust_remote_code: bool) -> Any:
+    if tokenizer is not None:
+        return tokenizer
+    if isinstance(model, PreTrainedModel):
+        raise ValueError("a model in memory needs its tokenizer: pass tokenizer=, or the model's directory instead")
+    return load_tokenizer(model, trust_remote_code=trust_remote_code)
+
+
+__all__ = ["ExportReport", "evaluate", "evaluate_chat", "evaluate_tasks", "export", "load", "load_tokenizer"]

@@ -49,11 +49,12 @@ class TextError(ValueError):
 
 @dataclass(frozen=True)
 class Text:
-    """A text, what to call it in a report, and the sha256 of its UTF-8 bytes."""
+    """A text, what to call it in a report, and the sha256 of its UTF-8 bytes; the rows that it was joined from, if any."""
 
     name: str
     text: str
     sha256: str
+    rows: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,16 +118,20 @@ def load_text(spec: str | Sequence[str], split: Split = "calibration", tokenizer
     return _hub_text(spec, split, hint)
 
 
-def _text(name: str, text: str) -> Text:
+def _text(name: str, text: str, rows: Sequence[str] = ()) -> Text:
     if not text.strip():
         raise TextError(f"{name}: the text is empty. {_FORMS}")
-    return Text(name, text, hashlib.sha256(text.encode("utf-8")).hexdigest())
+    return Text(name, text, hashlib.sha256(text.encode("utf-8")).hexdigest(), tuple(rows))
+
+
+def _rows_text(name: str, rows: Sequence[str]) -> Text:
+    return _text(name, "\n\n".join(rows), rows)
 
 
 def _list_text(texts: Sequence[str]) -> Text:
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
         raise TextError(f"found a text of type {type(texts).__name__}, expected a name, a list of texts, or token ids.")
-    return _text(f"{len(texts)} texts", "\n\n".join(texts))
+    return _rows_text(f"{len(texts)} texts", texts)
 
 
 def _file_text(path: Path, column: str | None, tokenizer: Any) -> Text:
@@ -136,7 +141,7 @@ def _file_text(path: Path, column: str | None, tokenizer: Any) -> Text:
             rows = texts_of(path, content, column, tokenizer)
         except RowError as error:
             raise TextError(f"{error}.") from error
-        return _text(f"{path.name} ({len(rows)} rows)", "\n\n".join(rows))
+        return _rows_text(f"{path.name} ({len(rows)} rows)", rows)
     try:
         return _text(path.name, content.decode("utf-8-sig"))  # a byte-order mark is no text
     except UnicodeDecodeError as error:
@@ -217,7 +222,7 @@ def _hub_text(spec: str, split: Split, hint: str) -> Text:
         raise TextError(
             f"{spec}: columns are {', '.join(rows.column_names)}; name one: {name}:{config}:{wanted}:COLUMN."
         )
-    return _text(":".join(part for part in (name, config, wanted) if part), "\n\n".join(rows[column]))
+    return _rows_text(":".join(part for part in (name, config, wanted) if part), rows[column])
 
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:

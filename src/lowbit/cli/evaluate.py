@@ -1,13 +1,15 @@
-"""``lowbit evaluate``: perplexity by a named protocol, and the distance to the original."""
+"""``lowbit evaluate``: perplexity by a named protocol, zero-shot tasks, answers; all beside the original."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lowbit.cli import common
 from lowbit.cli.choose import KV, KVBits, KVSettings, choose_cache
+from lowbit.cli.scores import interval, show_chat, show_tasks
 
 if TYPE_CHECKING:
     from lowbit.evaluation import Evaluation
@@ -25,7 +27,8 @@ def command(
         str,
         typer.Option(
             metavar="NAME",
-            help="gptq: disjoint windows. llama.cpp: the second half of each. word: lm-eval's word perplexity.",
+            help="gptq: disjoint windows. llama.cpp: the second half of each. word: lm-eval's word perplexity. ptb, c4: rows "
+            "joined as GPTQ's code joins those of PTB and C4.",
         ),
     ] = "gptq",
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
@@ -46,6 +49,36 @@ def command(
         typer.Option(metavar="N,N,...", help="Also find facts hidden in prompts of so many tokens, such as 1024,4096."),
     ] = None,
     generation: Annotated[bool, typer.Option("--generation", help="Also copy, count and add.")] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Zero-shot tasks, such as piqa,arc_easy: from --task-files, else by lm-eval from the hub. Perplexity is then measured "
+            "only with --text.",
+        ),
+    ] = None,
+    task_files: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Holds NAME.jsonl (query, choices, gold) or passages.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Items of each task, from its first (default: all).")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Compare answers with those of --against; perplexity only with --text.")
+    ] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts of --chat, one a line (default: a dozen).")
+    ] = None,
+    answer_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of an answer of --chat.")] = 128,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="An OpenAI-compatible endpoint that judges the answers of --chat, such as http://localhost:8000/v1; its key is in "
+            "OPENAI_API_KEY.",
+        ),
+    ] = None,
+    judge_model: Annotated[str, typer.Option(metavar="NAME", help="The judging model's name there.")] = "gpt-4",
     kv: KV = None,
     kv_bits: KVBits = None,
     kv_settings: KVSettings = None,
@@ -55,41 +88,69 @@ def command(
 ) -> None:
     """Measure a model: perplexity, and with --against KL divergence and top-1 agreement in the same pass.
 
-    A model whose cache is quantized, by its checkpoint or by --kv, reads each window in chunks through that cache. Intervals are
-    95 %. Figures compare only under the same protocol, window length and text.
+    With --tasks zero-shot tasks, with --chat answers to prompts; both beside the original of --against, item by item. A model whose
+    cache is quantized, by its checkpoint or by --kv, reads each window in chunks through that cache. Intervals are 95 %. Figures
+    compare only under the same protocol, window length and text.
     """
     formats = choose_cache(kv, kv_bits, kv_settings)
     lengths = [] if retrieval is None else [_length(part) for part in retrieval.split(",")]
+    if chat and against is None:
+        raise typer.BadParameter("answers are compared with the original's: give --against MODEL", param_hint="--chat")
+    _check_needs("--tasks", tasks is not None, {"--task-files": task_files, "--limit": limit})
+    _check_needs("--chat", chat, {"--prompts": prompts, "--judge": judge})
     common.use_threads(threads)
     import lowbit
 
-    chosen = common.text_or_default(text, "evaluation")
-    common.say(f"text: {chosen}")
+    shared = {"against": against, "kv": formats, "trust_remote_code": trust_remote_code}
+    with_text = text is not None or lengths or generation or not (tasks or chat)
+    result = verdict = score = None
+    scores = ()
     with common.progress() as report:
         report(0, 1, "loading")
-        result = lowbit.evaluate(
-            model,
-            chosen,
-            protocol=protocol,
-            seq_len=seq_len,
-            windows=windows or None,
-            against=against,
-            kv=formats,
-            chunk=chunk,
-            retrieval=lengths,
-            generation=generation,
-            trust_remote_code=trust_remote_code,
-            progress=report,
-        )
+        if with_text:
+            chosen = common.text_or_default(text, "evaluation")
+            common.say(f"text: {chosen}")
+            how: dict[str, Any] = {"protocol": protocol, "seq_len": seq_len, "windows": windows or None, "chunk": chunk}
+            checks: dict[str, Any] = {"retrieval": lengths, "generation": generation}
+            result = lowbit.evaluate(model, chosen, **how, **checks, **shared, progress=report)
+        if tasks is not None:
+            scores = lowbit.evaluate_tasks(model, _names(tasks), task_files, limit=limit, **shared, progress=report)
+        if chat:
+            from lowbit.evaluation import judge_answers, read_prompts
+
+            asked = read_prompts(prompts)
+            score = lowbit.evaluate_chat(model, prompts=asked, max_new_tokens=answer_tokens, **shared, progress=report)
+            if judge is not None:
+                verdict = judge_answers(score.answers, judge, judge_model, progress=report)
     if as_json:
-        common.print_json(result.to_dict())
+        found: dict[str, Any] = {} if result is None else result.to_dict()
+        found |= {"tasks": {each.task: each.to_dict() for each in scores}} if scores else {}
+        found |= {} if score is None else {"chat": score.to_dict()}
+        common.print_json(found | ({} if verdict is None else {"judge": verdict.to_dict()}))
     else:
-        _show(model, result)
-    if result.broken:
+        if result is not None:
+            _show(model, result)
+        if scores:
+            show_tasks(model, scores)
+        if score is not None:
+            show_chat(model, score, verdict)
+    if result is not None and result.broken:
         raise ValueError(
             f"the model is broken: {result.broken_tokens} of {result.tokens} predictions are NaN or infinite; "
             "quantize it again with more bits or another method"
         )
+
+
+def _check_needs(option: str, given: bool, others: dict[str, Any]) -> None:
+    if not given and (alone := [name for name, value in others.items() if value is not None]):
+        raise typer.BadParameter(f"it goes with {option}", param_hint=alone[0])
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise typer.BadParameter("expected names such as piqa,arc_easy", param_hint="--tasks")
+    return names
 
 
 def _length(text: str) -> int:
@@ -103,19 +164,19 @@ def _length(text: str) -> int:
 def _show(model: str, result: Evaluation) -> None:
     table = common.table("measured", "", "95 % interval", title=model, numbers=("", "95 % interval"))
     unit = " per word" if result.words is not None else ""
-    table.add_row(f"perplexity{unit}", common.number(result.perplexity), _interval(result.perplexity_interval))
+    table.add_row(f"perplexity{unit}", common.number(result.perplexity), interval(result.perplexity_interval))
     if result.kl is not None:
         table.add_row("the original's perplexity", common.number(result.reference_perplexity), "")
         table.add_row(
             "log of perplexity over the original's",
             common.number(result.log_perplexity_difference),
-            _interval(result.log_perplexity_difference_interval),
+            interval(result.log_perplexity_difference_interval),
         )
-        table.add_row("KL from the original, nats a token", common.number(result.kl), _interval(result.kl_interval))
+        table.add_row("KL from the original, nats a token", common.number(result.kl), interval(result.kl_interval))
         table.add_row(
             "top-1 agreement with the original",
             common.number(result.top1_agreement, ".1%"),
-            _interval(result.top1_interval, ".1%"),
+            interval(result.top1_interval, ".1%"),
         )
     table.add_row("bits per weight, quantized linears", common.number(result.bits_per_weight), "")
     table.add_row("bits per weight, whole model", common.number(result.model_bits_per_weight), "")
@@ -123,8 +184,8 @@ def _show(model: str, result: Evaluation) -> None:
         table.add_row("bits per number in the cache", common.number(result.cache_bits), "")
     table.add_row("weight files", "-" if result.bytes is None else common.size(result.bytes), "")
     common.show_table(table)
-    if result.tasks:
-        _show_tasks(result)
+    if result.checks:
+        _show_checks(result)
     common.console().print(
         f"{result.text}: {result.windows} windows of {result.seq_len} by protocol {result.protocol}, "
         f"{result.tokens} tokens predicted",
@@ -132,19 +193,15 @@ def _show(model: str, result: Evaluation) -> None:
     )
 
 
-def _show_tasks(result: Evaluation) -> None:
+def _show_checks(result: Evaluation) -> None:
     numbers = ("tokens", "answers", "right", "right, plain cache", "nats a token", "nats, plain cache")
-    table = common.table("task", *numbers, numbers=numbers)
-    for task in result.tasks:
+    table = common.table("check", *numbers, numbers=numbers)
+    for check in result.checks:
         cells = (
-            f"{task.solved:.0%}",
-            f"{task.solved_floating:.0%}",
-            common.number(task.nll),
-            common.number(task.nll_floating),
+            f"{check.solved:.0%}",
+            f"{check.solved_floating:.0%}",
+            common.number(check.nll),
+            common.number(check.nll_floating),
         )
-        table.add_row(task.name, str(task.tokens), str(task.answers), *cells)
+        table.add_row(check.name, str(check.tokens), str(check.answers), *cells)
     common.show_table(table)
-
-
-def _interval(interval: tuple[float, float] | None, form: str = ".4g") -> str:
-    return "-" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"

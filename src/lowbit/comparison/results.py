@@ -1,7 +1,7 @@
 """Results as JSON lines: one record for each row, appended and flushed when it is known, never changed.
 
-A row counts as measured if a record without an error has the same label, recipe, model, protocol and text, and the same
-calibration text if the recipe reads one. Of several such records the last counts.
+A row counts as measured if a record without an error has the same label, recipe, model, protocol, text and tasks, and the
+same calibration text if the recipe reads one. Of several such records the last counts.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def _same(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 def _identity(record: Mapping[str, Any]) -> tuple:
     """The names and hashes that identify a record's work, without names of hashed things."""
     protocol = record["protocol"]
-    return record["label"], record["recipe"], record["model"]["sha256"], protocol["name"], protocol["sha256"]
+    more = protocol.get("tasks"), protocol.get("speed")
+    return record["label"], record["recipe"], record["model"]["sha256"], protocol["name"], protocol["sha256"], *more
 
 
 def _finite(value: Any) -> Any:

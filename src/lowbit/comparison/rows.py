@@ -11,8 +11,8 @@ before anything runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ ORIGINAL = "original"
 
 @dataclass(frozen=True)
 class Row:
-    """A label, and the recipe that the row measures."""
+    """A label, and the recipe that the row measures; ``of`` is the label that rows of several seeds share."""
 
     label: str
     recipe: Recipe
+    of: str | None = None
 
 
 def as_rows(rows: str | PathLike[str] | Iterable[Row | Recipe | str | PathLike[str] | Mapping[str, Any]]) -> list[Row]:
@@ -75,6 +76,19 @@ def method_rows(methods: Iterable[str], bits: Iterable[int | None], options: Map
     """Every method at every width, as entries of a grid file. A width of None is the method's default."""
     widths = [{} if each is None else {"bits": each} for each in bits]
     return [{"method": method, **width, **options} for width in widths for method in methods]
+
+
+def with_seeds(rows: Iterable[Row], seeds: Sequence[int]) -> list[Row]:
+    """Each row once with each seed; without seeds, the rows.
+
+    Raises:
+        ValueError: a seed twice.
+    """
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {', '.join(map(str, seeds))}: give each once")
+    return [
+        Row(f"{row.label}, seed {seed}", replace(row.recipe, seed=seed), row.label) for row in rows for seed in seeds
+    ] or list(rows)
 
 
 def label_of(recipe: Recipe) -> str:

@@ -17,17 +17,19 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.source import ModelSource, open_model
-from lowbit.comparison.child import run_in_child
+from lowbit.comparison.before import calibration_for, check_leakage, check_rows, check_scratch, chosen_rows, costs
+from lowbit.comparison.on_ray import OnRay, imported
 from lowbit.comparison.results import Record, Results
-from lowbit.comparison.rows import ORIGINAL, Row, as_rows
+from lowbit.comparison.rows import ORIGINAL, Row, as_rows, with_seeds
 from lowbit.comparison.table import markdown
 from lowbit.comparison.work import MeasureOriginal, MeasureRow, Setting
-from lowbit.data import Bos, Calibration, calibration_of, load_text
+from lowbit.comparison.workers import Assignment, OneAfterAnother, Workers, run_one
+from lowbit.data import Bos, Calibration, load_text
+from lowbit.evaluation import Leakage, Task, as_protocol_reads, read_tasks
 from lowbit.evaluation.machine import cpu_name
 from lowbit.evaluation.perplexity import check_fits, windows_sha256
 from lowbit.evaluation.windows import cut
 from lowbit.numerics import to_dict
-from lowbit.plan.model_plan import lay_over
 from lowbit.progress import Progress
 from lowbit.recipes import Recipe
 from lowbit.stages.scratch import scratch_directory
@@ -49,7 +51,14 @@ def compare(
     protocol: str = "gptq",
     eval_seq_len: int = 1024,
     windows: int | None = 20,
+    tasks: Sequence[str] = (),
+    task_files: str | PathLike[str] | None = None,
+    limit: int | None = None,
+    speed: bool = False,
+    seeds: Sequence[int] = (),
     only: Iterable[str] = (),
+    allow_leakage: bool = False,
+    ray: str | None = None,
     threads: int | None = None,
     ram_limit: int = 2**32,
     scratch: str | PathLike[str] | None = None,
@@ -74,7 +83,15 @@ def compare(
         samples, seq_len: number of calibration windows, and tokens of each.
         bos: whether every calibration window begins with the model's first token, as for :func:`lowbit.quantize`.
         protocol, eval_seq_len, windows: how the text is evaluated, as in :func:`lowbit.evaluation`.
+        tasks, task_files, limit: zero-shot tasks of a directory, and how many items of each, as of :func:`lowbit.evaluate_tasks`;
+            every row is compared with the original item by item.
+        speed: also measure tokens per second, of a prompt and of new tokens.
+        seeds: measure each row with each of these seeds. A row whose first two seeds give the same figures is not random, and
+            further seeds are left out.
         only: measure only rows whose label contains one of these.
+        allow_leakage: also measure where the calibration text is found in what is evaluated.
+        ray: the address of a Ray cluster whose machines run rows side by side, or ``local``; None: this process runs them one
+            after another. Extra ``ray``.
         threads: torch's threads in the rows' processes; None: as in this process.
         ram_limit: bytes of activations in memory while quantizing.
         scratch: directory for temporary files; None: that of ``out``. It must hold the largest result and the hidden
@@ -96,75 +113,79 @@ def compare(
     Raises:
         ValueError: anything wrong with a row, the model or the texts, before the first row; an original that fails.
     """
-    asked, results = as_rows(rows), Results(out)
+    asked, results = with_seeds(as_rows(rows), seeds), Results(out)
     source = open_model(model, trust_remote_code=trust_remote_code)
-    chosen = _chosen(asked, tuple(only))
-    _check(source, asked)
-    setting, warnings_of_text = _setting(source, text, protocol, eval_seq_len, windows, ram_limit)
+    chosen = chosen_rows(asked, tuple(only))
+    check_rows(source, asked)
+    if ray is not None:
+        imported()
+    if tasks and task_files is None:
+        raise ValueError("tasks of a comparison are read from files: give task_files (--task-files DIR)")
+    questions = read_tasks(tasks, task_files, limit) if task_files is not None else ()
+    setting, entry, evaluated = _setting(source, text, protocol, eval_seq_len, windows, ram_limit)
+    used = calibration_for(source, asked, calibration, samples, seq_len, bos)
+    leakage = None
+    if used is not None:
+        leakage = check_leakage(source, used, evaluated, [(task.name, task.text) for task in questions], allow_leakage)
     run = _Run(
         results=results,
-        setting=replace(setting, calibration=_calibration(source, asked, calibration, samples, seq_len, bos)),
+        setting=replace(
+            setting,
+            calibration=used,
+            tasks=tuple(task.name for task in questions),
+            task_files=None if task_files is None else Path(task_files).expanduser().resolve(),
+            limit=limit,
+            speed=speed,
+        ),
         bos=bos,
+        leakage=leakage,
         model={"name": source.name, "sha256": source.fingerprint},
-        protocol=warnings_of_text,
+        protocol=entry | _further(questions, speed),
         labels=tuple(row.label for row in asked),
         threads=threads or torch.get_num_threads(),
+        workers=OneAfterAnother() if ray is None else OnRay(ray),
+        memory={} if ray is None else _memory(model, chosen, used, ram_limit, trust_remote_code),
         progress=progress or (lambda done, total, what: None),
         on_record=on_record or (lambda record: None),
     )
-    place = results.path.parent if scratch is None else Path(scratch)
-    place.mkdir(parents=True, exist_ok=True)
-    return run.all(asked, chosen, place)
+    return run.all(asked, chosen, check_scratch(results.path.parent if scratch is None else Path(scratch)))
 
 
-def _chosen(rows: list[Row], only: tuple[str, ...]) -> list[Row]:
-    for part in only:
-        if not any(part in row.label for row in rows):
-            raise ValueError(f"no row has {part!r} in its label; there are {'; '.join(row.label for row in rows)}")
-    return [row for row in rows if not only or any(part in row.label for part in only)]
+def _further(tasks: Sequence[Task], speed: bool) -> Record:
+    """What is measured besides perplexity, as an entry of records."""
+    asked = {task.name: {"items": len(task.items), "sha256": task.sha256} for task in tasks}
+    return ({"tasks": asked} if asked else {}) | ({"speed": True} if speed else {})
 
 
-def _check(source: ModelSource, rows: list[Row]) -> None:
-    """Checks every recipe against the model, without reading a weight."""
-    for row in rows:
-        try:
-            lay_over(source, row.recipe)
-        except ValueError as error:
-            raise ValueError(f"row {row.label!r}: {error}") from error
-
-
-def _calibration(
-    source: ModelSource,
-    rows: list[Row],
-    text: str | Sequence[str] | Tensor | Calibration | None,
-    samples: int,
-    seq_len: int,
-    bos: Bos,
-) -> Calibration | None:
-    needy = [row.label for row in rows if row.recipe.needs_calibration]
-    if not needy:
-        return None
-    if text is None:
-        raise ValueError(f"{'; '.join(needy)}: calibration text is needed: a file, python-docs, a hub dataset or self")
-    return calibration_of(source, text, samples, seq_len, bos)
+def _memory(
+    model: str | PathLike[str], rows: list[Row], used: Calibration | None, ram_limit: int, trust_remote_code: bool
+) -> dict[str, int]:
+    """Bytes that each row will take, by its label."""
+    samples, seq_len = (0, 512) if used is None else used.ids.shape
+    foreseen = costs(
+        model, rows, samples=samples, seq_len=seq_len, ram_limit=ram_limit, trust_remote_code=trust_remote_code
+    )
+    return {cost.row.label: 0 if cost.plan is None else cost.plan.peak_ram_bytes for cost in foreseen}
 
 
 def _setting(
     source: ModelSource, text: str | Tensor, protocol: str, seq_len: int, windows: int | None, ram_limit: int
-) -> tuple[Setting, Record]:
-    """The text, found and cut, and its entry in records."""
+) -> tuple[Setting, Record, list[Tensor]]:
+    """The text, found and cut; its entry in records; the ids of its windows."""
     named = load_text(text, "evaluation", source.tokenizer()) if isinstance(text, str) else None
-    content = text if named is None else named.text
+    content = text if named is None else as_protocol_reads(named, protocol)
     name = "token ids" if named is None else named.name
     pieces = cut(content, source.tokenizer() if named else None, protocol, seq_len, windows)
     check_fits(source.skeleton(), pieces)
-    return Setting(source.path, content, name, protocol, seq_len, windows, ram_limit, source.trust_remote_code), {
+    setting = Setting(source.path, content, name, protocol, seq_len, windows, ram_limit, source.trust_remote_code)
+    entry = {
         "name": protocol,
         "text": name,
         "windows": len(pieces.windows),
         "seq_len": seq_len,
         "sha256": windows_sha256(pieces, seq_len),
     }
+    return setting, entry, [window.inputs for window in pieces.windows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,10 +195,13 @@ class _Run:
     results: Results
     setting: Setting
     bos: Bos
+    leakage: Leakage | None
     model: Record
     protocol: Record
     labels: tuple[str, ...]
     threads: int
+    workers: Workers
+    memory: Mapping[str, int]
     progress: Progress
     on_record: Callable[[Record], None]
 
@@ -188,30 +212,51 @@ class _Run:
             The records of the original and of all ``rows`` that have one.
         """
         self._write_table()
-        todo = [row for row in chosen if not self._has(row)]
-        if todo or not self._has(None):
+        first, later = _by_seed(chosen)
+        if self._todo(first) or self._todo(later) or not self._has(None):
             with scratch_directory(self.results.path.stem, place) as scratch:
-                self._measure(todo, scratch)
+                self._measure_original(scratch, len(self._todo(first)) + 1)
+                self._measure(self._todo(first), scratch)
+                self._measure(self._todo(later), scratch)
         latest = (self.results.latest(self._head(row)) for row in (None, *rows))
         return [record for record in latest if record is not None]
 
-    def _measure(self, todo: list[Row], scratch: Path) -> None:
-        total = len(todo) + 1
-        figures = self._run(MeasureOriginal(self.setting, scratch), 0, total, ORIGINAL)
+    def _todo(self, rows: list[Row]) -> list[Row]:
+        return [row for row in rows if not self._has(row) and not self._settled(row)]
+
+    def _settled(self, row: Row) -> bool:
+        """Whether other seeds of the row gave the same figures: it is not random."""
+        if row.of is None:
+            return False
+        head, figures = self._head(row), {}
+        for record in self.results.records:
+            recipe = record["recipe"]
+            if recipe is not None and recipe | {"seed": row.recipe.seed} == head["recipe"]:
+                same = head | {"recipe": recipe, "label": f"{row.of}, seed {recipe['seed']}"}
+                if (latest := self.results.latest(same)) is not None and "error" not in latest:
+                    figures[recipe["seed"]] = latest["perplexity"], latest["kl"]
+        return len(figures) > 1 and len(set(figures.values())) == 1
+
+    def _measure_original(self, scratch: Path, total: int) -> None:
+        own = Assignment(ORIGINAL, MeasureOriginal(self.setting, scratch), scratch / ORIGINAL)
+        figures = run_one(own, self.threads, lambda share, what: self.progress(share, total, f"{ORIGINAL}: {what}"))
         if "error" in figures:
             raise ValueError(f"the original model could not be evaluated: {figures['error']}")
         if not self._has(None):
             self._keep(None, figures)
-        for done, row in enumerate(todo, start=1):
-            self._keep(row, self._run(MeasureRow(self.setting, scratch, row.recipe), done, total, row.label))
+
+    def _measure(self, todo: list[Row], scratch: Path) -> None:
+        total = len(todo) + 1
+        assignments = []
+        for i, row in enumerate(todo):
+            place = scratch / f"row-{i}"
+            work = MeasureRow(self.setting, scratch, place, row.recipe)
+            assignments.append(Assignment(row.label, work, place, self.memory.get(row.label, 0)))
+        for i, figures in self.workers.run(
+            assignments, self.threads, lambda done, what: self.progress(1 + done, total, what)
+        ):
+            self._keep(todo[i], figures)
         self.progress(total, total, "finished")
-
-    def _run(self, work: MeasureOriginal | MeasureRow, done: int, total: int, label: str) -> Record:
-        def report(share: float, what: str) -> None:
-            self.progress(done + share, total, f"{label}: {what}")
-
-        report(0.0, "starting")
-        return run_in_child(work, self.threads, work.scratch / "log.txt", report)
 
     def _has(self, row: Row | None) -> bool:
         latest = self.results.latest(self._head(row))
@@ -234,6 +279,8 @@ class _Run:
                 "bos": self.bos,
                 "sha256": used.sha256,
             }
+            if self.leakage is not None and self.leakage.share:
+                calibration["leakage"] = {"share": self.leakage.share, "longest": self.leakage.longest}
         return {
             "label": ORIGINAL if row is None else row.label,
             "recipe": None if row is None else to_dict(row.recipe),
@@ -255,3 +302,12 @@ class _Run:
         if records:
             page = self.results.path.with_suffix(".md")
             page.write_text(markdown(records, self.labels), encoding="utf-8")
+
+
+def _by_seed(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows with at most two seeds of each, and those with further seeds."""
+    first, later, seen = [], [], {}
+    for row in rows:
+        seen[row.of] = seen.get(row.of, 0) + 1
+        (later if row.of is not None and seen[row.of] > 2 else first).append(row)
+    return first, later

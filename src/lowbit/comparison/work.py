@@ -8,9 +8,10 @@ The values here are pickled to that process, so they hold requests and nothing l
 from __future__ import annotations
 
 import math
+import pickle
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,19 @@ from torch import Tensor
 from lowbit.checkpoints import native
 from lowbit.checkpoints.source import ModelSource, load_tokenizer, open_model
 from lowbit.data import Calibration
-from lowbit.evaluation import Evaluation, KeptOriginal, directory_bytes, evaluate_model, keep_states, peak_rss
+from lowbit.evaluation import (
+    Evaluation,
+    KeptOriginal,
+    TaskScore,
+    directory_bytes,
+    evaluate_model,
+    keep_states,
+    measure_speed,
+    paired,
+    peak_rss,
+    read_tasks,
+    score_task,
+)
 from lowbit.pipeline import prepare, run
 from lowbit.recipes import Recipe
 from lowbit.report import MAX_KL, QuantizeReport
@@ -32,8 +45,10 @@ QUANTIZING = 0.85
 """Share of a row's time for quantizing, for the progress bar. Methods that learn take more, rtn less."""
 
 
-STATES = "states"
-"""The folder of the original's hidden states."""
+STATES, ANSWERS = "states", "answers.pickle"
+"""The folder of the original's hidden states, and the file of its task scores."""
+PROMPT_TOKENS, NEW_TOKENS = 128, 16
+"""Of the measure of speed."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +57,13 @@ class Setting:
 
     Attributes:
         model: the original's local directory.
-        text: the text itself, or ids.
+        text: the text itself, its documents, or ids.
+        tasks: names of zero-shot tasks in ``task_files``, of which ``limit`` items are asked.
+        speed: whether tokens per second are measured too.
     """
 
     model: Path
-    text: str | Tensor
+    text: str | Sequence[str] | Tensor
     text_name: str
     protocol: str
     seq_len: int
@@ -54,18 +71,19 @@ class Setting:
     ram_limit: int
     trust_remote_code: bool
     calibration: Calibration | None = None
+    tasks: tuple[str, ...] = ()
+    task_files: Path | None = None
+    limit: int | None = None
+    speed: bool = False
 
     def source(self) -> ModelSource:
         return open_model(self.model, trust_remote_code=self.trust_remote_code)
 
     def evaluate(self, model: Any, against: KeptOriginal | None, progress: ShareReport) -> Evaluation:
-        tokenizer = None
-        if isinstance(self.text, str):
-            tokenizer = load_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
         return evaluate_model(
             model,
             self.text,
-            tokenizer,
+            None if isinstance(self.text, Tensor) else self._tokenizer(),
             self.protocol,
             self.seq_len,
             self.windows,
@@ -74,10 +92,26 @@ class Setting:
             progress=lambda done, total, what: progress(done / total, what),
         )
 
+    def more(self, model: Any, progress: ShareReport) -> tuple[dict[str, Any], tuple[TaskScore, ...]]:
+        """What is measured besides perplexity: the figures of speed, and the scores of the tasks."""
+        scores: list[TaskScore] = []
+        if self.tasks and self.task_files is not None:
+            tokenizer = self._tokenizer()
+
+            def report(done: float, total: float, what: str) -> None:
+                progress((len(scores) + done / total) / len(self.tasks), what)
+
+            for task in read_tasks(self.tasks, self.task_files, self.limit):
+                scores.append(score_task(model, tokenizer, task, progress=report))
+        return {"speed": measure_speed(model, PROMPT_TOKENS, NEW_TOKENS).to_dict()} if self.speed else {}, tuple(scores)
+
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
+
 
 @dataclass(frozen=True)
 class MeasureOriginal:
-    """Evaluates the original, and keeps in ``scratch`` the hidden states that every row is compared with."""
+    """Evaluates the original, and keeps in ``scratch`` the hidden states and the answers that every row is compared with."""
 
     setting: Setting
     scratch: Path
@@ -89,25 +123,42 @@ class MeasureOriginal:
             result = self.setting.evaluate(model, None, progress)
         if result.broken:
             raise ValueError("the original model's own logits are NaN or infinite: there is nothing to compare with")
+        more, scores = self.setting.more(model, progress)
+        (self.scratch / ANSWERS).write_bytes(pickle.dumps(scores))
         size = directory_bytes(source.path).weights
-        return _figures(result) | {
-            "model_bits_per_weight": native.model_bits_per_weight(source.path),
-            "bytes": size,
-            "evaluate_seconds": _since(started),
-            "peak_rss_bytes": peak_rss(),
-        }
+        return (
+            _figures(result)
+            | more
+            | _tasks(scores)
+            | {
+                "model_bits_per_weight": native.model_bits_per_weight(source.path),
+                "bytes": size,
+                "evaluate_seconds": _since(started),
+                "peak_rss_bytes": peak_rss(),
+            }
+        )
 
 
 @dataclass(frozen=True)
 class MeasureRow:
-    """Quantizes by one recipe, and evaluates the packed model read back from disk."""
+    """Quantizes by one recipe, and evaluates the packed model read back from disk.
+
+    Attributes:
+        scratch: what :class:`MeasureOriginal` kept.
+        place: the row's own folder.
+    """
 
     setting: Setting
     scratch: Path
+    place: Path
     recipe: Recipe
 
     def run(self, progress: ShareReport) -> dict[str, Any]:
-        out = self.scratch / "quantized"
+        if not (self.scratch / ANSWERS).is_file():
+            raise ValueError(
+                f"{self.scratch} is not on this machine: --scratch must lie on a file system that all machines share"
+            )
+        out = self.place / "quantized"
         shutil.rmtree(out, ignore_errors=True)  # left by a row that crashed
         started = time.perf_counter()
         report = self._quantize(out, progress)
@@ -117,21 +168,29 @@ class MeasureRow:
         original = KeptOriginal(self.setting.source(), self.scratch / STATES)
         rest = 1 - QUANTIZING
         result = self.setting.evaluate(model, original, lambda done, what: progress(QUANTIZING + rest * done, what))
-        record = _figures(result) | {
-            "asked_bits": report.asked_bits,
-            "bits_per_weight": native.bits_per_weight(model),
-            "cache_bits": report.cache_bits,
-            "model_bits_per_weight": native.model_bits_per_weight(out),
-            "bytes": directory_bytes(out).weights,
-            "coverage": report.coverage,
-            "calibration_kl": report.kl,
-            "quantize_seconds": seconds,
-            "evaluate_seconds": _since(started),
-            "quantize_peak_rss_bytes": quantize_peak,
-            "peak_rss_bytes": peak_rss(),
-            "problems": _problems(report, result),
-            "warnings": list(report.warnings),
-        }
+        more, scores = self.setting.more(model, lambda done, what: progress(1.0, what))
+        answers = pickle.loads((self.scratch / ANSWERS).read_bytes())
+        compared = [paired.against(score, other) for score, other in zip(scores, answers, strict=True)]
+        record = (
+            _figures(result)
+            | more
+            | _tasks(compared)
+            | {
+                "asked_bits": report.asked_bits,
+                "bits_per_weight": native.bits_per_weight(model),
+                "cache_bits": report.cache_bits,
+                "model_bits_per_weight": native.model_bits_per_weight(out),
+                "bytes": directory_bytes(out).weights,
+                "coverage": report.coverage,
+                "calibration_kl": report.kl,
+                "quantize_seconds": seconds,
+                "evaluate_seconds": _since(started),
+                "quantize_peak_rss_bytes": quantize_peak,
+                "peak_rss_bytes": peak_rss(),
+                "problems": _problems(report, result),
+                "warnings": list(report.warnings),
+            }
+        )
         shutil.rmtree(out)
         return record
 
@@ -155,6 +214,10 @@ def _figures(result: Evaluation) -> dict[str, Any]:
     return {name: measured[name] for name in (*names, *intervals, "tokens", "broken_tokens")} | {
         "read": result.protocol
     }
+
+
+def _tasks(scores: Sequence[TaskScore]) -> dict[str, Any]:
+    return {"tasks": {score.task: score.to_dict() for score in scores}} if scores else {}
 
 
 def _problems(report: QuantizeReport, result: Evaluation) -> list[str]:

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from lowbit.decoding import cache_argument
 from lowbit.decoding.packed_cache import packed_cache
-from lowbit.modules import KVFormats, kv_formats
+from lowbit.modules import KVFormats, OperandRanges, QuantLinear, kv_formats
+from lowbit.numerics import PerGroup, PerToken
 
 """`progress(done, total, description)`: how long work tells a caller where it is. Nothing here prints."""
 
@@ -76,6 +77,21 @@ def logits_of(
         logits.append(found[skipped:].clone() if skipped else found)
         skipped = max(0, skipped - piece.shape[1])
     return torch.cat(logits)
+
+
+def rows_are_alone(model: nn.Module) -> bool:
+    """Whether the logits of a sequence do not depend on what else is in its batch, padding included.
+
+    They do where a dynamic range or the choice of outlier channels belongs to a whole call, and a quantized cache reads one
+    sequence at a time.
+    """
+    if kv_formats(model) or any(isinstance(module, OperandRanges) for module in model.modules()):
+        return False
+    acts = (module.act for module in model.modules() if isinstance(module, QuantLinear))
+    return all(
+        act is None or act.static or (not act.threshold and isinstance(act.spec.granularity, PerToken | PerGroup))
+        for act in acts
+    )
 
 
 def protocol_name(model: PreTrainedModel, protocol: str, chunk: int | None = None) -> str:

@@ -23,10 +23,10 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowbit.evaluation.cache_checks import CheckScore
 from lowbit.evaluation.forward import check_positions, evaluating, logits_of, protocol_name, vocabulary_size
 from lowbit.evaluation.intervals import Interval, mean_and_interval
 from lowbit.evaluation.reference import KeptOriginal
-from lowbit.evaluation.tasks import TaskScore
 from lowbit.evaluation.windows import Cut, Text, Window, cut
 from lowbit.numerics.divergence import score_tokens
 from lowbit.progress import Progress
@@ -49,7 +49,7 @@ class Evaluation:
         text: the text's name, as the caller gave it.
         ids_sha256: a hash of the window length and the ids that were read.
         broken_tokens: counted tokens whose negative log-likelihood or KL is NaN or infinite.
-        tasks: checks of retrieval and generation, where they were asked for; the caller fills them in too.
+        checks: those of retrieval and generation, where they were asked for; the caller fills them in too.
         bits_per_weight, model_bits_per_weight, cache_bits, bytes: of the checkpoint's quantized linears, of all of it, of each
             number in its quantized cache, and of its weight files; the caller fills them in, with `dataclasses.replace`.
     """
@@ -74,7 +74,7 @@ class Evaluation:
     bits_per_weight: float | None = None
     model_bits_per_weight: float | None = None
     cache_bits: float | None = None
-    tasks: tuple[TaskScore, ...] = ()
+    checks: tuple[CheckScore, ...] = ()
     bytes: int | None = None
 
     @property
@@ -85,9 +85,9 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """The fields and `broken` as values of strict JSON; NaN and infinity become null."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tasks = [{name: _json_safe(value) for name, value in vars(task).items()} for task in self.tasks]
+        checks = [{name: _json_safe(value) for name, value in vars(check).items()} for check in self.checks]
         safe = {name: _json_safe(value) for name, value in values.items()}
-        return safe | {"tasks": tasks, "broken": self.broken}
+        return safe | {"checks": checks, "broken": self.broken}
 
 
 class _WindowSums(NamedTuple):

@@ -1,6 +1,6 @@
 """Perplexity protocols: the windows that a text is cut into, and the predictions of each that are counted.
 
-Three protocols are in use. They give different figures for one model on one text, so a figure is always reported with
+Five protocols are in use. They give different figures for one model on one text, so a figure is always reported with
 its protocol:
 
 * `gptq`: disjoint windows of `seq_len` ids from the start of the text, all `seq_len - 1` predictions of each counted.
@@ -16,6 +16,13 @@ its protocol:
   of `re.split(r"\\s+", document)`, as in lm-eval: a document that ends in white space has one more. Read from lm-eval
   0.4.13 and tested against it. Two things differ: lm-eval lets a tokenizer add its own special tokens to the document,
   and its wikitext task detokenizes the text first.
+
+* `ptb`: Penn Treebank as GPTQ's code has it (`get_ptb_new`): sentences, a row or a line each, stripped and joined by a space,
+  then windows as by `gptq`.
+* `c4`: C4's validation split as GPTQ's code has it (`get_c4_new`): the first 1100 documents, a row or a line each, joined by
+  a space, then windows as by `gptq`, 256 at most.
+
+`gptq` on WikiText-2 joins rows by a blank line, which reading rows as one text does.
 
 A text is tokenized as ONE string without special tokens. A last piece shorter than a window is dropped, except by
 `word`, which predicts every token.
@@ -34,7 +41,11 @@ import torch
 from torch import Tensor
 
 Text = str | Sequence[str] | Tensor
-"""One text, or documents (`word` only), or ids: int64 [T], or [N, T] where T is the window length."""
+"""One text, or documents (`word`, `ptb` and `c4`), or ids: int64 [T], or [N, T] where T is the window length."""
+
+OF_ROWS = ("ptb", "c4")
+"""Protocols that join the rows of a text in their own way."""
+C4_DOCUMENTS, C4_WINDOWS = 1100, 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +65,16 @@ class Cut:
     words: int | None = None
 
 
+def as_protocol_reads(text: Any, protocol: str) -> str | Sequence[str]:
+    """What a protocol reads of a :class:`lowbit.data.Text`: its rows where it joins them itself, else the whole."""
+    return text.rows if protocol in OF_ROWS and text.rows else text.text
+
+
 def cut(text: Text, tokenizer: Any, protocol: str, seq_len: int, windows: int | None) -> Cut:
     """The first `windows` windows of `text`, cut by a protocol.
 
     Args:
-        text: one string, documents (`word` only) or ids.
+        text: one string, documents (`word`, `ptb` and `c4`) or ids.
         tokenizer: a transformers tokenizer; may be None for ids, and then no BOS is known.
         protocol: a name of `PROTOCOLS`.
         seq_len: ids in a window.
@@ -80,6 +96,24 @@ def cut(text: Text, tokenizer: Any, protocol: str, seq_len: int, windows: int | 
 def _whole_windows(text: Text, tokenizer: Any, seq_len: int, count: int | None) -> Cut:
     rows_NT = _rows(_ids(text, tokenizer, seq_len), seq_len, count)
     return Cut(tuple(Window(row, row[1:]) for row in rows_NT))
+
+
+def _sentences(text: Text, tokenizer: Any, seq_len: int, count: int | None) -> Cut:
+    return _whole_windows(_joined(text, "ptb", None), tokenizer, seq_len, count)
+
+
+def _documents(text: Text, tokenizer: Any, seq_len: int, count: int | None) -> Cut:
+    if count is not None and count > C4_WINDOWS:
+        raise ValueError(f"protocol c4 reads {C4_WINDOWS} windows at most, and {count} were asked: use gptq for more")
+    windows = _whole_windows(_joined(text, "c4", C4_DOCUMENTS), tokenizer, seq_len, count).windows
+    return Cut(windows[:C4_WINDOWS])
+
+
+def _joined(text: Text, protocol: str, most: int | None) -> str:
+    if isinstance(text, Tensor):
+        raise ValueError(f"protocol {protocol} joins the rows of a text: pass text, not ids, or use gptq")
+    rows = text.splitlines() if isinstance(text, str) else text
+    return " ".join([row.strip() if protocol == "ptb" else row for row in rows if row.strip()][:most])
 
 
 def _second_halves(text: Text, tokenizer: Any, seq_len: int, count: int | None) -> Cut:
@@ -182,4 +216,6 @@ PROTOCOLS: Mapping[str, Callable[[Text, Any, int, int | None], Cut]] = {
     "gptq": _whole_windows,
     "llama.cpp": _second_halves,
     "word": _rolling_windows,
+    "ptb": _sentences,
+    "c4": _documents,
 }

@@ -302,7 +302,7 @@ def test_an_ordinary_model_runs_and_is_measured_with_a_cache(place, chatty, tmp_
     against = ("--against", longer)
     found = json.loads(run(*measure, *against, "--kv", "kv-int:2", "--generation", "--json").stdout)
     assert found["cache_bits"] == 3 and found["kl"] > 0 and "through the cache, token by token" in found["protocol"]
-    assert [task["name"] for task in found["tasks"]] == ["copying", "counting", "arithmetic"]
+    assert [check["name"] for check in found["checks"]] == ["copying", "counting", "arithmetic"]
     table = run(*measure, "--kv", "kv-int:2", "--generation").stdout
     assert all(words in table for words in ("bits per number in the cache", "right, plain cache", "arithmetic"))
     assert "through the cache" not in run(*measure).stdout

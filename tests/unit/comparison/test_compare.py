@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.checkpoints.source import open_model
 from lowbit.cli import app
-from lowbit.comparison import as_rows, child, read_grid, run, work
+from lowbit.comparison import as_rows, child, read_grid, work
 from lowbit.comparison.results import Results
 from lowbit.comparison.table import COLUMNS
 from lowbit.evaluation import KeptOriginal, evaluate_model, keep_states
@@ -43,7 +43,8 @@ def model(tmp_path_factory) -> Path:
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>").save_pretrained(path)
-    (path.parent / "text.txt").write_text(" ".join(random.Random(0).choices(words, k=200)))
+    for seed, name in enumerate(("text.txt", "calibration.txt")):
+        (path.parent / name).write_text(" ".join(random.Random(seed).choices(words, k=200)))
     return path
 
 
@@ -56,7 +57,7 @@ def here(monkeypatch) -> list[object]:
         done.append(work)
         return child.attempt(work, progress)
 
-    monkeypatch.setattr(run, "run_in_child", in_this_process)
+    monkeypatch.setattr(child, "run_in_child", in_this_process)
     return done
 
 
@@ -132,14 +133,17 @@ def test_a_row_holds_what_quantize_and_evaluate_give_one_after_the_other(model, 
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("r-")]  # scratch is gone
 
 
+apart = child.run_in_child
+
+
 def test_a_process_of_its_own_gives_the_same_figures_and_its_own_memory(model, tmp_path, monkeypatch, here):
     expected = compare(model, [GPTQ], tmp_path / "here.jsonl")[1]
 
     def rows_apart(work, threads, log, progress):
-        return (child.run_in_child if hasattr(work, "recipe") else run_here)(work, threads, log, progress)
+        return (apart if hasattr(work, "recipe") else run_here)(work, threads, log, progress)
 
-    run_here, seen = run.run_in_child, []
-    monkeypatch.setattr(run, "run_in_child", rows_apart)
+    run_here, seen = child.run_in_child, []
+    monkeypatch.setattr(child, "run_in_child", rows_apart)
     big = torch.zeros(2**28)  # 1 GiB of this process does not count for the row
     found = compare(model, [GPTQ], tmp_path / "r.jsonl", progress=lambda *call: seen.append(call))[1]
     timed = {"peak_rss_bytes", "quantize_peak_rss_bytes", "quantize_seconds", "evaluate_seconds"}
@@ -181,7 +185,7 @@ def test_a_row_that_fails_is_recorded_the_others_go_on_and_it_is_tried_again(mod
         return {"error": "no | memory\nat all"} if fails else child.attempt(work, progress)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "run_in_child", failing)
+        patch.setattr(child, "run_in_child", failing)
         records = compare(model, [GPTQ, RTN], tmp_path / "r.jsonl")
     assert ["error" in record for record in records] == [False, True, False]
     assert r"failed: no \| memory at all |" in (tmp_path / "r.md").read_text()
@@ -236,7 +240,7 @@ def test_ctrl_c_loses_only_the_row_at_hand(model, tmp_path, monkeypatch, here):
         return child.attempt(work, progress)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "run_in_child", interrupted)
+        patch.setattr(child, "run_in_child", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compare(model, [RTN, GPTQ, TWO_BITS], out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.jsonl", "r.md"]
@@ -306,7 +310,7 @@ def test_results_of_something_else_are_refused_and_kept(tmp_path, line):
 
 
 def test_an_original_that_fails_ends_the_comparison(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "run_in_child", lambda *_: {"error": "no memory"})
+    monkeypatch.setattr(child, "run_in_child", lambda *_: {"error": "no memory"})
     with pytest.raises(ValueError, match="original model could not be evaluated: no memory"):
         compare(model, [RTN], tmp_path / "r.jsonl")
     assert not (tmp_path / "r.jsonl").exists()
@@ -353,7 +357,7 @@ SHORT = ("--samples", 4, "--seq-len", 16, "--eval-seq-len", 32, "--windows", 5, 
 
 
 def texts(model: Path) -> tuple[object, ...]:
-    return ("--calibration", model.parent / "text.txt", "--text", model.parent / "text.txt", *SHORT)
+    return ("--calibration", model.parent / "calibration.txt", "--text", model.parent / "text.txt", *SHORT)
 
 
 def test_the_command_makes_rows_of_methods_bits_and_files(model, tmp_path, here):
@@ -402,7 +406,7 @@ def test_the_command_fails_where_a_row_failed(model, tmp_path, monkeypatch, here
     def failing(work, threads, log, progress):
         return {"error": "gone"} if hasattr(work, "recipe") else child.attempt(work, progress)
 
-    monkeypatch.setattr(run, "run_in_child", failing)
+    monkeypatch.setattr(child, "run_in_child", failing)
     result = command(model, "--method", "rtn", *texts(model), "-o", tmp_path / "r.jsonl")
     assert result.exit_code == 1 and "failed: gone" in result.stdout
     assert result.stderr.splitlines()[-1] == "error: 1 of 1 rows failed: rtn, W4 g128"

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM
 
+from lowbit.data import load_text
 from lowbit.evaluation import (
     PROTOCOLS,
+    as_protocol_reads,
     directory_bytes,
     evaluate_model,
     generate_text,
@@ -135,7 +137,7 @@ def test_word_perplexity_of_a_cut_document_counts_the_words_that_were_predicted(
 
 def test_protocols_disagree_on_one_text(model):
     figures = {name: evaluate_model(model, TEXT, char_tokenizer(), name, 32, 3).perplexity for name in PROTOCOLS}
-    assert len(set(figures.values())) == 3
+    assert len(set(figures.values())) == len(PROTOCOLS)
 
 
 def test_text_ids_and_rows_of_ids_are_one_input(model):
@@ -539,3 +541,27 @@ def test_the_tokenizer_of_these_tests_gives_the_text_back():
     assert tokenizer("a").input_ids[0] == BOS
     assert tokenizer.decode(tokenizer(TEXT, add_special_tokens=False).input_ids) == TEXT
     assert len(cut(TEXT, tokenizer, "gptq", 32, None).windows) == len(TEXT) // 32
+
+
+# protocols that join rows
+
+
+def test_ptb_and_c4_join_rows_as_gptqs_code_does(model):
+    tokenizer, rows = char_tokenizer(), [f" sentence {i} of some text \n" for i in range(1200)]
+    joined = {"ptb": " ".join(row.strip() for row in rows), "c4": " ".join(rows[:1100])}
+    for protocol, text in joined.items():
+        for given in (rows, "".join(rows)) if protocol == "ptb" else (rows,):
+            found = evaluate_model(model, given, tokenizer, protocol, 32, 4)
+            assert found.ids_sha256 == evaluate_model(model, text, tokenizer, "gptq", 32, 4).ids_sha256
+    assert len(cut(rows, tokenizer, "c4", 16, None).windows) == 256
+    with pytest.raises(ValueError, match="256 windows at most, and 300 were asked"):
+        cut(rows, tokenizer, "c4", 16, 300)
+    with pytest.raises(ValueError, match="pass text, not ids"):
+        cut(random_ids(64), tokenizer, "c4", 16, 1)
+
+
+def test_rows_of_a_file_reach_the_protocols_that_join_them(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "one row"}\n{"text": "another\\nrow"}\n')
+    text = load_text(str(tmp_path / "rows.jsonl"), "evaluation")
+    assert as_protocol_reads(text, "c4") == ("one row", "another\nrow")
+    assert as_protocol_reads(text, "gptq") == "one row\n\nanother\nrow"

@@ -12,7 +12,7 @@ import torch
 
 import lowbit
 from lowbit.decoding import cache_argument, use_cache
-from lowbit.evaluation import check_generation, check_retrieval, evaluate_model, tasks
+from lowbit.evaluation import cache_checks, check_generation, check_retrieval, evaluate_model
 from lowbit.evaluation.forward import MOST, chunk_of, logits_of
 from lowbit.modules import KVFormats, KVSpec
 from lowbit.recipes import kv_scheme
@@ -98,10 +98,10 @@ def test_a_model_in_memory_has_its_own_cache_and_one_by_name_takes_another(model
 @pytest.mark.parametrize("length", [600, 901])
 def test_a_retrieval_prompt_has_its_length_and_every_answer_stands_in_it_before(length):
     tokenizer = char_tokenizer()
-    ids, answers = tasks._facts(tokenizer, length, random.Random(0))
+    ids, answers = cache_checks._facts(tokenizer, length, random.Random(0))
     text = tokenizer.decode(ids)
     asked = [tokenizer.decode(ids[answer.start : answer.stop]) for answer in answers]
-    assert len(ids) == length and len(set(asked)) == tasks.PAIRS
+    assert len(ids) == length and len(set(asked)) == cache_checks.PAIRS
     for answer, code in zip(answers, asked, strict=True):
         name = re.search(r"The code of (\w+) is$", text[: answer.start])[1]
         assert re.fullmatch(r" \d{4}\.", code)
@@ -121,14 +121,14 @@ def test_retrieval_counts_an_answer_only_if_every_token_of_it_is_first(model, mo
             logits[-3, 5] = 1.0
         return logits[-last:]
 
-    monkeypatch.setattr(tasks, "logits_of", oracle)
+    monkeypatch.setattr(cache_checks, "logits_of", oracle)
     (score,) = check_retrieval(model, tokenizer, [600])
-    assert (score.answers, score.tokens, score.name) == (tasks.PAIRS * tasks.PROMPTS, 600, "retrieval")
-    assert score.solved_floating == 1 and score.solved == 1 - 1 / tasks.PAIRS
+    assert (score.answers, score.tokens, score.name) == (cache_checks.PAIRS * cache_checks.PROMPTS, 600, "retrieval")
+    assert score.solved_floating == 1 and score.solved == 1 - 1 / cache_checks.PAIRS
     assert score.nll_floating < 1e-6 < score.nll and set(calls) == {True, False}
 
 
-def test_tasks_of_a_model_without_a_quantized_cache_are_the_same_twice_and_a_cache_changes_them(model):
+def test_checks_of_a_model_without_a_quantized_cache_are_the_same_twice_and_a_cache_changes_them(model):
     tokenizer = char_tokenizer()
     for other in (model, with_cache(model, KVSpec(None, None))):
         (score,) = check_retrieval(other, tokenizer, [600])
@@ -138,10 +138,10 @@ def test_tasks_of_a_model_without_a_quantized_cache_are_the_same_twice_and_a_cac
 
 
 def test_generation_runs_the_packed_cache_beside_transformers_own(model, monkeypatch):
-    monkeypatch.setattr(tasks, "GENERATED", 1)
+    monkeypatch.setattr(cache_checks, "GENERATED", 1)
     tokenizer, packed = char_tokenizer(), with_cache(model, "kv-int:1")
     start = torch.tensor(tokenizer("the cat sat on the mat " * 4)["input_ids"])
-    ours, theirs = tasks._generated(packed, start, 40, tokenizer)
+    ours, theirs = cache_checks._generated(packed, start, 40, tokenizer)
     assert len(ours) == len(theirs) == 40 and not torch.equal(ours, theirs)
     plain = model.generate(start[None], max_new_tokens=40, do_sample=False, eos_token_id=None)[0, len(start) :]
     assert torch.equal(theirs, plain)
@@ -150,15 +150,15 @@ def test_generation_runs_the_packed_cache_beside_transformers_own(model, monkeyp
     assert all(score.answers == 1 and score.tokens > 256 and score.solved == 0 for score in scores)
 
 
-def test_answers_of_the_generation_tasks_are_right():
+def test_answers_of_the_generation_checks_are_right():
     draw = random.Random(0)
-    prompt, answer = tasks._arithmetic(draw)
+    prompt, answer = cache_checks._arithmetic(draw)
     for a, b, c in re.findall(r"(\d+) \+ (\d+) = (\d+)\n", prompt + answer):
         assert int(a) + int(b) == int(c)
-    prompt, answer = tasks._counting(draw)
+    prompt, answer = cache_checks._counting(draw)
     numbers = [int(each) for each in (prompt + answer).strip(",").split(", ")]
     assert len(numbers) == 88 and len({b - a for a, b in itertools.pairwise(numbers)}) == 1
-    prompt, answer = tasks._copying(draw)
+    prompt, answer = cache_checks._copying(draw)
     listed = prompt.partition("\n")[0]
     assert (prompt.rpartition("\n")[2] + answer) == listed and answer.count(", ") == 7
 

@@ -46,7 +46,7 @@ _WHEN = "in the morning,after lunch,before the storm,on Sunday,late at night,in 
 
 
 @dataclass(frozen=True)
-class TaskScore:
+class CheckScore:
     """One check.
 
     Attributes:
@@ -68,7 +68,7 @@ class TaskScore:
 
 def check_retrieval(
     model: PreTrainedModel, tokenizer: Any, lengths: Sequence[int], *, seed: int = 0, progress: Progress = silent
-) -> tuple[TaskScore, ...]:
+) -> tuple[CheckScore, ...]:
     """Whether the model still knows facts that stand in prompts of ``lengths`` tokens, between sentences about other things.
 
     A prompt hides ``PAIRS`` sentences such as ``The code of amber is 4821.`` and ends with all of them, in another order; an
@@ -93,7 +93,7 @@ def check_retrieval(
 
 def check_generation(
     model: PreTrainedModel, tokenizer: Any, *, seed: int = 0, progress: Progress = silent
-) -> tuple[TaskScore, ...]:
+) -> tuple[CheckScore, ...]:
     """Whether the model copies a list, goes on counting, and adds as its examples do; answers are generated greedily.
 
     Raises:
@@ -108,13 +108,13 @@ def check_generation(
                 progress(i * GENERATED + j, total, name)
                 prompt, answer = make(random.Random(f"{seed}/{name}/{j}"))
                 start, whole = _ids(tokenizer, prompt), _ids(tokenizer, prompt + answer)
-                check_positions(model, len(whole), f"a task of {len(whole)} tokens")
+                check_positions(model, len(whole), f"a check of {len(whole)} tokens")
                 longest = max(longest, len(start))
                 wanted = whole[len(start) :]
                 solved.append([torch.equal(each, wanted) for each in _generated(model, start, len(wanted), tokenizer)])
             packed, floating = (sum(column) / len(solved) for column in zip(*solved, strict=True))
-            scores.append(TaskScore(name, longest, len(solved), packed, floating))
-    progress(total, total, "tasks")
+            scores.append(CheckScore(name, longest, len(solved), packed, floating))
+    progress(total, total, "generation")
     return tuple(scores)
 
 
@@ -172,10 +172,10 @@ def _retrieve(model: PreTrainedModel, ids: Tensor, answers: list[range]) -> list
     return found
 
 
-def _score(name: str, tokens: int, found: list[tuple[tuple[bool, float, int], ...]]) -> TaskScore:
+def _score(name: str, tokens: int, found: list[tuple[tuple[bool, float, int], ...]]) -> CheckScore:
     solved = [sum(right for right, *_ in column) / len(found) for column in zip(*found, strict=True)]
     nats = [sum(nll for _, nll, _ in column) / sum(n for *_, n in column) for column in zip(*found, strict=True)]
-    return TaskScore(name, tokens, len(found), solved[0], solved[1], nats[0], nats[1])
+    return CheckScore(name, tokens, len(found), solved[0], solved[1], nats[0], nats[1])
 
 
 def _copying(draw: random.Random) -> tuple[str, str]:
