@@ -30,6 +30,7 @@ from lowbit.cli import (
     plan,
     quantize,
     recipes,
+    report,
 )
 
 
@@ -117,6 +118,7 @@ for module in (
     methods,
     recipes,
     inspect,
+    report,
     bench,
     cache,
 ):

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -36,6 +37,10 @@ Threads = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Threads of torch (default: torch's own choice).")
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own Python code run.")]
+Page = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE.html", help="Also write one page with figures, as `lowbit report` does."),
+]
 TEXT_HELP = (
     "A text file, rows (.jsonl, .json, .csv, .parquet with a column text or messages, or FILE:COLUMN), python-docs, a hub "
     "dataset (wikitext2, or name:config:split:column){more} (default: wikitext2 where a hub answers, else python-docs)."
@@ -193,6 +198,23 @@ def show_layers(rows: Iterable[Any]) -> None:
     for (name, *rest), count in groups.items():
         listed.add_row(name, str(count), *rest)
     show_table(listed)
+
+
+def check_page(page: Path | None) -> None:
+    """Refuses a ``--report`` that could not be written, before work that takes long."""
+    if page is not None:
+        from lowbit.reporting.page import check_target
+
+        check_target(page)
+
+
+def write_page(page: Path | None, results: Path) -> None:
+    """Writes the page of ``--report`` on what a command has written to ``results``."""
+    if page is not None:
+        from lowbit.reporting import write_report
+
+        write_report([results], page)
+        say(f"{page}: {size(page.stat().st_size)}")
 
 
 # Errors

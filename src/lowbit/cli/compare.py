@@ -118,6 +118,7 @@ def command(
     form: Annotated[
         Literal["table", "csv", "latex", "markdown"], typer.Option("--format", help="How stdout shows the table.")
     ] = "table",
+    page: common.Page = None,
     trust_remote_code: common.Trust = False,
     threads: common.Threads = None,
     as_json: common.Json = False,
@@ -134,6 +135,7 @@ def command(
     options = method_options(None, group_size, activation_bits, settings, scheme)
     rows = _rows(grid, recipes, methods, bits, options, overrides, _caches(kv, kv_bits, kv_settings))
     common.use_threads(threads)
+    common.check_page(page)
     import lowbit
 
     with common.progress() as report:
@@ -165,6 +167,7 @@ def command(
         typer.echo(table.FORMS[form](records), nl=False)
     else:
         _show(model, records)
+    common.write_page(page, out)
     failed = [record["label"] for record in records if "error" in record]
     if failed:
         raise ValueError(f"{len(failed)} of {len(rows)} rows failed: {'; '.join(failed)}")

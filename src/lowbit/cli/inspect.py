@@ -26,6 +26,7 @@ def command(
     samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 8,
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 512,
     bos: common.BeginWith = "auto",
+    page: common.Page = None,
     trust_remote_code: common.Trust = False,
     threads: common.Threads = None,
     as_json: common.Json = False,
@@ -35,6 +36,7 @@ def command(
     The model is read a block at a time, as quantize does.
     """
     common.use_threads(threads)
+    common.check_page(page)
     from lowbit.inspection import inspect_model
 
     text = common.text_or_default(calibration, "calibration")
@@ -54,6 +56,7 @@ def command(
         common.print_json(result.to_dict())
     else:
         _show(result)
+    common.write_page(page, out)
 
 
 def _show(result: Inspection) -> None:

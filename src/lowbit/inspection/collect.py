@@ -187,7 +187,7 @@ def _write(inspection: Inspection, channels: dict[str, Tensor], out: Path) -> In
     names = ("inspection.md", "inspection.json", "channels.safetensors", *plots.DRAWINGS)
     inspection = dataclasses.replace(inspection, files=tuple(out / name for name in names))
     for name, draw in plots.DRAWINGS.items():
-        draw(inspection, channels, out / name)
+        draw(inspection, channels).savefig(out / name, dpi=110)
     save_file(channels, out / "channels.safetensors")
     (out / "inspection.json").write_text(json.dumps(inspection.to_dict(), indent=2) + "\n")
     (out / "inspection.md").write_text(markdown(inspection))

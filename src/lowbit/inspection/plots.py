@@ -6,7 +6,6 @@ Shapes: B block, C channel.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +16,16 @@ from torch import Tensor
 from lowbit.inspection.rows import MASSIVE, OUTLIER, InputRow, Inspection
 
 _BINS = 512  # columns of a heat map; more channels are pooled by maximum, so a lone outlier stays visible
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
+"""Of series that must be told apart, also by people who do not see all colours (Okabe and Ito)."""
 
 
-def draw_channels(inspection: Inspection, channels: Mapping[str, Tensor], file: Path) -> None:
+def plain(text: str) -> str:
+    """``text`` for matplotlib, which would read what is between dollars as a formula."""
+    return text.replace("$", r"\$")
+
+
+def draw_channels(inspection: Inspection, channels: Mapping[str, Tensor]) -> Figure:
     """A heat map for each role of input: channel maxima over the median channel's, blocks down, channels across."""
     roles = _roles(inspection)
     rows = -(-len(roles) // 2)
@@ -40,16 +45,16 @@ def draw_channels(inspection: Inspection, channels: Mapping[str, Tensor], file: 
             interpolation="nearest",
             extent=(0, wide, len(ratio_BC) - 0.5, -0.5),
         )
-        axes.set(title=f"{role} ({wide} channels)", xlabel="channel", ylabel="block")
+        axes.set(title=f"{plain(role)} ({wide} channels)", xlabel="channel", ylabel="block")
         _mark_outliers(axes, [row for row in inspection.inputs if row.role == role], wide)
     for axes in grid[len(roles) :]:
         axes.set_visible(False)
     if image is not None:
         figure.colorbar(image, ax=list(grid), label="largest magnitude / that of the median channel", shrink=0.9)
     figure.suptitle(
-        f"{inspection.model}: largest magnitude of each channel (an outlier: over {OUTLIER:g} times the median)"
+        f"{plain(inspection.model)}: largest magnitude of each channel (an outlier: over {OUTLIER:g} times the median)"
     )
-    figure.savefig(file, dpi=110)
+    return figure
 
 
 def _mark_outliers(axes: Any, inputs: list[InputRow], wide: int, count: int = 4) -> None:
@@ -90,14 +95,14 @@ def _ratios(inputs: list[InputRow], channels: Mapping[str, Tensor]) -> Tensor:
     return ratio_BC
 
 
-def draw_tokens(inspection: Inspection, channels: Mapping[str, Tensor], file: Path) -> None:
+def draw_tokens(inspection: Inspection, channels: Mapping[str, Tensor]) -> Figure:
     """The largest and the median token over blocks for each role of input; massive tokens are marked and named."""
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots()
-    for role, colour in zip(_roles(inspection), _COLOURS * 99, strict=False):
+    for role, colour in zip(_roles(inspection), COLOURS * 99, strict=False):
         inputs = _one_a_block([row for row in inspection.inputs if row.role == role])
         blocks = [row.block for row in inputs]
-        axes.plot(blocks, [row.largest for row in inputs], color=colour, marker=".", label=role)
+        axes.plot(blocks, [row.largest for row in inputs], color=colour, marker=".", label=plain(role))
         axes.plot(blocks, [row.median_token for row in inputs], color=colour, linestyle=":")
         marked = [row for row in inputs if row.massive]
         axes.plot(
@@ -125,12 +130,12 @@ def draw_tokens(inspection: Inspection, channels: Mapping[str, Tensor], file: Pa
     axes.set(
         xlabel="block",
         ylabel="largest magnitude of a token",
-        title=f"{inspection.model}: the largest token (solid) and the median token (dotted);\n"
+        title=f"{plain(inspection.model)}: the largest token (solid) and the median token (dotted);\n"
         f"circles: massive, over {MASSIVE:g} times the median",
     )
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.savefig(file, dpi=110)
+    return figure
 
 
 def _one_a_block(inputs: list[InputRow]) -> list[InputRow]:
@@ -142,11 +147,11 @@ def _one_a_block(inputs: list[InputRow]) -> list[InputRow]:
     return [worst[block] for block in sorted(worst)]
 
 
-def draw_layers(inspection: Inspection, channels: Mapping[str, Tensor], file: Path) -> None:
+def draw_layers(inspection: Inspection, channels: Mapping[str, Tensor]) -> Figure:
     """Above: each role's error over blocks (of experts, the worst). Below: the 20 layers with the largest error."""
     hardest = inspection.hardest[:20]
     roles = list(dict.fromkeys(row.role for row in inspection.rows))
-    colour = dict(zip(roles, _COLOURS * 99, strict=False))
+    colour = dict(zip(roles, COLOURS * 99, strict=False))
     figure = Figure(figsize=(11, 5.5 + 0.26 * len(hardest)), layout="constrained")
     above, below = figure.subplots(2, height_ratios=(4.2, 1 + 0.26 * len(hardest)))
     block_of = {row.name: row.block for row in inspection.inputs}
@@ -155,23 +160,23 @@ def draw_layers(inspection: Inspection, channels: Mapping[str, Tensor], file: Pa
         for row in inspection.rows:
             if row.role == role and row.error is not None:
                 worst[block_of[row.input]] = max(row.error, worst.get(block_of[row.input], 0.0))
-        above.plot(list(worst), list(worst.values()), color=colour[role], marker=".", label=role)
+        above.plot(list(worst), list(worst.values()), color=colour[role], marker=".", label=plain(role))
     above.set_yscale("log")
     above.set(xlabel="block", ylabel="relative squared output error", title="every layer, by role")
     above.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     for place, row in enumerate(hardest):
         below.barh(place, row.error or 0.0, color=colour[row.role])
-    below.set_yticks(range(len(hardest)), [row.name for row in hardest], fontsize=8)
+    below.set_yticks(range(len(hardest)), [plain(row.name) for row in hardest], fontsize=8)
     below.invert_yaxis()
     below.margins(y=0.01)
     below.set(xlabel="relative squared output error", title="the hardest layers")
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{inspection.model}: output error when rounded to nearest, 4 bits, groups of 64")
-    figure.savefig(file, dpi=110)
+    figure.suptitle(f"{plain(inspection.model)}: output error when rounded to nearest, 4 bits, groups of 64")
+    return figure
 
 
-DRAWINGS: dict[str, Callable[[Inspection, Mapping[str, Tensor], Path], None]] = {
+DRAWINGS: dict[str, Callable[[Inspection, Mapping[str, Tensor]], Figure]] = {
     "channel_maxima.png": draw_channels,
     "massive_tokens.png": draw_tokens,
     "hardest_layers.png": draw_layers,

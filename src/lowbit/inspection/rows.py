@@ -9,6 +9,7 @@ nearest in ``ROUNDED``.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,30 @@ class Inspection:
     def hardest(self) -> list[LayerRow]:
         """Layers by descending output error."""
         return sorted((row for row in self.rows if row.error is not None), key=lambda row: -(row.error or 0.0))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Inspection:
+        """From plain data of :meth:`to_dict`.
+
+        Raises:
+            ValueError: keys that are missing or unknown.
+        """
+        try:
+            inputs = [
+                InputRow(
+                    **row
+                    | {
+                        "readers": tuple(row["readers"]),
+                        "outliers": tuple((channel, ratio) for channel, ratio in row["outliers"]),
+                        "massive": tuple(MassiveToken(**token) for token in row["massive"]),
+                    }
+                )
+                for row in data["inputs"]
+            ]
+            rows = [LayerRow(**row | {"shape": tuple(row["shape"])}) for row in data["layers"]]
+            return cls(data["model"], data["calibration"], tuple(rows), tuple(inputs), tuple(data["warnings"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not what `lowbit inspect` writes ({error})") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""

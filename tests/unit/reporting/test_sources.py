@@ -1,0 +1,84 @@
+"""Files are told apart by what is in them, and what is not understood is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lowbit.reporting import SourceError, read_sources
+
+from measurements import CACHES, CURVE, RECORDS, SAMPLES, TABLE, record, write_lines
+
+
+def test_every_kind_of_json_is_told_apart_by_its_content(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(CACHES))
+    (tmp_path / "b.json").write_text(json.dumps(TABLE))
+    (tmp_path / "mine.json").write_text(json.dumps({"prompt": "The sky\nis", "text": "grey"}))
+    for name, rows in (("c", CURVE), ("r", RECORDS), ("s", SAMPLES), ("t", [{"method": "rtn", "seconds": [1, 2]}])):
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+    sources = read_sources([tmp_path])
+    assert [each["label"] for each in sources.records] == [each["label"] for each in RECORDS]
+    assert sources.curves == {"c.jsonl": CURVE} and list(sources.caches) == ["a.json"]
+    assert [sample.answers["mine"] for sample in sources.samples] == ["grey"]  # beside the others' of the same prompt
+    assert set(sources.samples[0].answers) == {"original", "packed", "mine"}
+    assert [table.columns for table in sources.tables["b.json"]] == [("model", "bits", "ms"), ("", "value")]
+    assert sources.tables["t.jsonl"][0].rows == (("rtn", "1, 2"),)
+    assert len(sources.files) == 7 and all(len(sha256) == 64 for _, sha256, _ in sources.files)
+
+
+def test_the_last_record_with_figures_counts_and_a_torn_line_does_not(tmp_path):
+    rows = [
+        record("a", perplexity=1.0),
+        record("b", error="no memory"),
+        record("a", error="later"),
+        record("b", perplexity=2.0),
+    ]
+    file = write_lines(tmp_path / "r.jsonl", rows)
+    file.write_text(file.read_text() + '{"label": "torn')
+    assert [(each["label"], each["perplexity"]) for each in read_sources([file]).records] == [("a", 1.0), ("b", 2.0)]
+    assert file.read_text().endswith("torn")  # reading changes no file
+
+
+def test_rows_that_were_calibrated_on_other_text_are_other_rows(tmp_path):
+    other = record("a", perplexity=2.0)
+    other["calibration"] = other["calibration"] | {"sha256": "d" * 64}
+    file = write_lines(tmp_path / "r.jsonl", [record("a", perplexity=1.0), other])
+    assert len(read_sources([file]).records) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.json", "{", "not JSON"),
+        ("a.json", "[1]", "found a JSON list"),
+        ("a.json", "{}", "an empty object"),
+        ("a.jsonl", '{"a": 1}\n[2]\n', "line 2: found a list"),
+        ("a.jsonl", '{"a": 1}\n{oops\n', "line 2: not JSON"),
+        ("a.jsonl", '{"a": 1', "no whole line"),
+        ("a.jsonl", '{"prompt": "a", "answers": "b"}\n', "line 1: expected"),
+        ("a.jsonl", json.dumps(record("a") | {"model": "tiny"}) + "\n", "model: expected an object with name, sha256"),
+        (
+            "a.json",
+            json.dumps({"recipe": {}, "layers": [{"name": 1}], "block_errors": [], "bits_per_weight": 4}),
+            "layers[0]",
+        ),
+        ("a.json", json.dumps({"quality": 1, "speed": []}), "quality: expected a list, found '1'"),
+        ("inspection.json", json.dumps({"inputs": [], "layers": [], "rules": {}}), "expected an object with model"),
+    ],
+)
+def test_what_is_not_understood_is_refused_with_its_name(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SourceError) as error:
+        read_sources([tmp_path / name])
+    assert words in str(error.value) and name in str(error.value)
+
+
+def test_what_is_missing_empty_or_binary_is_refused(tmp_path):
+    with pytest.raises(SourceError, match="no such file or directory"):
+        read_sources([tmp_path / "missing"])
+    with pytest.raises(SourceError, match=r"no \.json and no \.jsonl"):
+        read_sources([tmp_path])
+    (tmp_path / "a.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(SourceError, match="byte 0"):
+        read_sources([tmp_path / "a.json"])
