@@ -30,6 +30,7 @@ from lowbit.cli import (
     plan,
     quantize,
     recipes,
+    serve,
 )
 
 
@@ -112,6 +113,7 @@ for module in (
     generate,
     generate_data,
     chat,
+    serve,
     plan,
     explain,
     methods,
