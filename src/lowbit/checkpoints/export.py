@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.formats import find_format
 from lowbit.checkpoints.locate import locate
+from lowbit.checkpoints.model_card import rewrite_card
 from lowbit.checkpoints.native import Native, is_native, plain_config, read_checkpoint
 from lowbit.checkpoints.packed_model import PackedModel, PlainTensor
 from lowbit.checkpoints.source import ModelSource, open_model
@@ -88,6 +89,7 @@ def export(
     partial.mkdir(parents=True)
     try:
         file_format.write(model, partial)
+        rewrite_card(partial, file_format.name)
         if out.exists():
             out.rmdir()  # empty: checked above
         os.replace(partial, out)  # noqa: PTH105  (atomic on every system)

@@ -15,13 +15,32 @@ import yaml
 REPORT = "lowbit-report.json"
 
 
-_USE = """```python
+RUN = "## How to run it"
+_NATIVE = """```python
 import lowbit
 
 model, tokenizer = lowbit.load("."), lowbit.load_tokenizer(".")  # this directory; elsewhere, its path
 prompt = tokenizer("Once upon a time", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(prompt, max_new_tokens=32)[0]))
-```"""
+```
+
+* transformers: after `import lowbit`, `AutoModelForCausalLM.from_pretrained(".")` gives the packed model. Without that line it
+  does not know the format and fails.
+* A terminal: `lowbit generate . --prompt TEXT`, or `lowbit chat .` for a model that chats.
+* A server with OpenAI's interface: `lowbit serve .`
+* vLLM: `vllm serve .` where lowbit is installed beside it (`pip install --no-deps lowbit`). It says so if it cannot run a part.
+* llama.cpp, and vLLM without lowbit: `lowbit export . --format gguf` (or `compressed-tensors`) writes what they read."""
+_WITH = {
+    "compressed-tensors": (
+        "* vLLM: `vllm serve .`; on a CPU with other widths than 4 bits, where lowbit is installed beside it.\n"
+        '* transformers, with `pip install compressed-tensors`: `AutoModelForCausalLM.from_pretrained(".")`; where there are zero '
+        "points, with `quantization_config=CompressedTensorsConfig(dequantize=True)`."
+    ),
+    "gptq": '* transformers, with `pip install optimum gptqmodel`: `AutoModelForCausalLM.from_pretrained(".")`.',
+    "awq": '* transformers, with `pip install gptqmodel`: `AutoModelForCausalLM.from_pretrained(".")`.',
+}
+"""How the files of other formats are run, by the format's name."""
+_PACKED = '* lowbit, packed and on CPUs: `lowbit generate . --prompt TEXT`, `lowbit serve .`, or `lowbit.load(".")` in Python.'
 _CACHE = (
     "`generate` packs keys and values, unless the call brings a cache or names one. A plain `model(ids, use_cache=True)` makes "
     "transformers' own cache, which is not packed; pass `lowbit.kv_cache(model, ...)` there."
@@ -50,15 +69,36 @@ def write_card(directory: Path, report: Mapping[str, Any], header: Mapping[str, 
     (directory / "README.md").write_text(_card(report, header, model, source))
 
 
-def _front(model: str, source: Path) -> dict[str, Any]:
-    """What a hub reads: kind, licence and origin."""
+def rewrite_card(directory: Path, format_name: str) -> None:
+    """Makes the card of a checkpoint that was exported say how files of this format are run.
+
+    Args:
+        directory: the exported files; without a card that lowbit wrote, nothing is done.
+        format_name: of the file format.
+    """
+    card = directory / "README.md"
+    if format_name not in _WITH or not card.is_file():
+        return
+    before, heading, after = card.read_text(encoding="utf-8").partition(f"{RUN}\n")
+    _, rest, following = after.partition("\n## ")
+    if heading and rest:
+        said = f"{before}{heading}\n{_WITH[format_name]}\n{_PACKED}\n{rest}{following}"
+        card.write_text(said.replace("\n- lowbit\n", f"\n- lowbit\n- {format_name}\n", 1), encoding="utf-8")
+
+
+def _front(model: str, source: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a hub reads: kind, licence, origin and tags. An origin that is no hub id is left out, as a hub refuses it."""
     theirs = _front_of(source / "README.md")
     config = source / "config.json"
     named = json.loads(config.read_text()).get("_name_or_path") if config.is_file() else None
-    origin = model if "/" in model else theirs.get("base_model") or (named if _is_hub_id(named) else model)
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    origin = next((name for name in (model, theirs.get("base_model"), named) if _is_hub_id(name)), None)
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     front |= {key: theirs[key] for key in _KEPT if key in theirs}
-    return front | {"base_model": origin, "base_model_relation": "quantized", "tags": ["lowbit", "quantized"]}
+    if origin is not None:
+        front |= {"base_model": origin, "base_model_relation": "quantized"}
+    tags = ["lowbit", "quantized", *([f"{report['asked_bits']:.0f}-bit"] if report["layers"] else ())]
+    chats = (source / "chat_template.jinja").is_file()
+    return front | {"tags": [*tags, *(["conversational"] if chats else ())]}
 
 
 def _front_of(card: Path) -> dict[str, Any]:
@@ -97,18 +137,19 @@ def _card(report: Mapping[str, Any], header: Mapping[str, Any], model: str, sour
         ("top-1 agreement with the original", "not measured" if agreement is None else f"{agreement:.1%}"),
     ]
     worst = sorted((x for x in report["layers"] if x["error"] is not None), key=lambda x: -x["error"])[:10]
-    front = yaml.safe_dump(_front(model, source), sort_keys=False)
+    front = yaml.safe_dump(_front(model, source, report), sort_keys=False)
     lines = [
         f"---\n{front}---",
         f"# {model}, quantized with lowbit",
         "",
-        _USE,
+        *(["**Broken**: " + "; ".join(report["problems"]), ""] if report["problems"] else []),
+        RUN,
         "",
-        "After `import lowbit`, transformers' `AutoModelForCausalLM.from_pretrained` loads it too. In a terminal: "
-        "`lowbit generate . --prompt TEXT`, or `lowbit chat .` for a model that chats.",
+        _NATIVE,
         "",
         *([_CACHE, ""] if bits is not None else []),
-        *(["**Broken**: " + "; ".join(report["problems"]), ""] if report["problems"] else []),
+        "## What it costs",
+        "",
         "| measured | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in rows),

@@ -31,6 +31,7 @@ from lowbit.cli import (
     quantize,
     recipes,
     report,
+    serve,
 )
 
 
@@ -113,6 +114,7 @@ for module in (
     generate,
     generate_data,
     chat,
+    serve,
     plan,
     explain,
     methods,

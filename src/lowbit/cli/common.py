@@ -76,6 +76,11 @@ def set_output(quiet: bool, verbose: bool) -> None:
     _quiet, _verbose = quiet, verbose
 
 
+def is_verbose() -> bool:
+    """Whether libraries may print."""
+    return _verbose
+
+
 def console(*, stderr: bool = False) -> Console:
     """A console on stdout or stderr; wide where nobody looks, because a file does not wrap."""
     from rich.console import Console

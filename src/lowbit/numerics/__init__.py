@@ -1,6 +1,6 @@
 """Number formats: grids, granularities, fits and quantized tensors; the divergence of two distributions.
 
-Imports torch, numpy, numba and pydantic; knows no model and no method.
+Imports torch, numpy and pydantic, and numba where one of its loops runs; knows no model and no method.
 """
 
 from lowbit.numerics.binary_coding import Alternating

@@ -6,7 +6,7 @@ sums give the cost of a run in constant time. The start of the last run never mo
 fills each layer in O(n log n). Lloyd's rounds, the usual method, depend on their start and stop at a local optimum; this
 does neither.
 
-The recursion is sequential and branches on every value, which torch cannot express, so numba compiles it. In more
+The recursion is sequential and branches on every value, which torch cannot express (:mod:`lowbit.numerics.loops`). In more
 dimensions clusters are not runs; :func:`kmeans_points` takes Lloyd's rounds from several starts.
 Shapes: G row (granule), K value within a row, C cluster; N point, F feature, S start.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,6 +33,8 @@ def kmeans_rows(x_GK: Tensor, weight_GK: Tensor | None, clusters: int) -> Tensor
     Returns:
         ``[G, C]`` float64, rising along each row.
     """
+    from lowbit.numerics.loops import rows_of_means  # numba is slow to import
+
     x = x_GK.detach().to("cpu", torch.float64).numpy()
     w = np.ones_like(x) if weight_GK is None else weight_GK.detach().to("cpu", torch.float64).numpy()
     out = np.empty((len(x), clusters))
@@ -42,7 +43,7 @@ def kmeans_rows(x_GK: Tensor, weight_GK: Tensor | None, clusters: int) -> Tensor
     with ThreadPoolExecutor(threads) as pool:  # the compiled function releases the interpreter's lock
         list(
             pool.map(
-                lambda i: _rows(x[cuts[i] : cuts[i + 1]], w[cuts[i] : cuts[i + 1]], out[cuts[i] : cuts[i + 1]]),
+                lambda i: rows_of_means(x[cuts[i] : cuts[i + 1]], w[cuts[i] : cuts[i + 1]], out[cuts[i] : cuts[i + 1]]),
                 range(len(cuts) - 1),
             )
         )
@@ -131,87 +132,3 @@ def _none_empty(x_NF: Tensor, label_N: Tensor, centre_CF: Tensor) -> Tensor:
             alone_N = label_N.bincount(minlength=len(centre_CF))[label_N] == 1
             label_N[far_N.masked_fill(alone_N, -1).argmax()] = c
     return label_N
-
-
-@numba.njit(nogil=True, cache=True)
-def _rows(x_GK, w_GK, out_GC):
-    for g in range(len(x_GK)):
-        _row(x_GK[g], w_GK[g], out_GC[g])
-
-
-@numba.njit(nogil=True, cache=True)
-def _row(x_K, w_K, out_C):
-    order = np.argsort(x_K)
-    least = 1e-13 * w_K.sum()
-    everyone = least <= 0
-    # Distinct values with their summed weights, without the values that are ignored.
-    values, weights, n = np.empty(len(x_K)), np.empty(len(x_K)), 0
-    for i in order:
-        weight = 1.0 if everyone else w_K[i]
-        if not everyone and weight <= least:
-            continue
-        if n and values[n - 1] == x_K[i]:
-            weights[n - 1] += weight
-        else:
-            values[n], weights[n] = x_K[i], weight
-            n += 1
-    clusters = len(out_C)
-    if n <= clusters:
-        for c in range(clusters):
-            out_C[c] = values[min(c, n - 1)]
-        return
-    # Prefix sums of weight, weighted value and square around the mean; without it, differences of large sums would cancel.
-    middle = (values[:n] * weights[:n]).sum() / weights[:n].sum()
-    total, first, second = np.zeros(n + 1), np.zeros(n + 1), np.zeros(n + 1)
-    for i in range(n):
-        v = values[i] - middle
-        total[i + 1] = total[i] + weights[i]
-        first[i + 1] = first[i] + weights[i] * v
-        second[i + 1] = second[i] + weights[i] * v * v
-    start = np.zeros((clusters, n + 1), dtype=np.int32)  # start of the last of c + 1 runs over j values
-    before, now = np.empty(n + 1), np.empty(n + 1)
-    for j in range(n + 1):
-        before[j] = _cost(total, first, second, 0, j)
-    for c in range(1, clusters):
-        _layer(total, first, second, before, now, start[c], c, n)
-        before, now = now, before
-    j = n
-    for c in range(clusters - 1, -1, -1):
-        i = start[c, j]
-        out_C[c] = middle + (first[j] - first[i]) / (total[j] - total[i])
-        j = i
-
-
-@numba.njit(nogil=True, cache=True, inline="always")
-def _cost(total, first, second, i, j):
-    """Cost of the run of values ``i .. j - 1``."""
-    if j - i < 2:
-        return 0.0
-    s = first[j] - first[i]
-    return max(0.0, second[j] - second[i] - s * s / (total[j] - total[i]))
-
-
-@numba.njit(nogil=True, cache=True)
-def _layer(total, first, second, before, now, start, c, n):
-    """Fills ``now[j]`` for j in ``c .. n``: the least cost of the first j values in c + 1 runs, none of them empty."""
-    # A stack of open ranges of j (both ends included), each with the possible starts of the last run.
-    stack = np.empty((128, 4), dtype=np.int32)
-    stack[0, 0], stack[0, 1], stack[0, 2], stack[0, 3] = c + 1, n, c, n - 1
-    depth = 1
-    now[: c + 1] = np.inf
-    while depth:
-        depth -= 1
-        low, high, i_low, i_high = stack[depth]
-        j = (low + high) // 2
-        best, at = np.inf, i_low
-        for i in range(i_low, min(i_high, j - 1) + 1):
-            cost = before[i] + _cost(total, first, second, i, j)
-            if cost < best:
-                best, at = cost, i
-        now[j], start[j] = best, at
-        if low < j:
-            stack[depth, 0], stack[depth, 1], stack[depth, 2], stack[depth, 3] = low, j - 1, i_low, at
-            depth += 1
-        if j < high:
-            stack[depth, 0], stack[depth, 1], stack[depth, 2], stack[depth, 3] = j + 1, high, at, i_high
-            depth += 1

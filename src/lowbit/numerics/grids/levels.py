@@ -14,17 +14,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
-import numba
-import numpy as np
 import torch
 from torch import Tensor
 
 from lowbit.numerics.grids.base import OF_NOTHING, Affine, Field
 from lowbit.numerics.serialize import serializable
 
-# Up to _FEW midpoints are compared one by one, which is much faster on a CPU than a search for each value; runs of _RUN
-# values stay in the cache meanwhile.
-_FEW, _RUN = 32, 2**12
+_FEW = 32  # midpoints that are compared one by one, which is much faster on a CPU than a search for each value
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -35,19 +31,11 @@ def _rank(v: Tensor, midpoints: Tensor) -> Tensor:
     v, midpoints = v.to(wide).contiguous(), midpoints.to(wide)
     if len(midpoints) > _FEW or v.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.bucketize(v, midpoints, out_int32=True)
+    from lowbit.numerics.loops import count_below  # numba is slow to import
+
     count = torch.zeros(v.shape, dtype=torch.int32)
-    _count(v.detach().view(-1).numpy(), midpoints.numpy(), count.view(-1).numpy())
+    count_below(v.detach().view(-1).numpy(), midpoints.numpy(), count.view(-1).numpy())
     return count
-
-
-@numba.njit(nogil=True, cache=True)
-def _count(values, midpoints, counts):
-    for start in range(0, len(values), _RUN):
-        value, count = values[start : start + _RUN], counts[start : start + _RUN]
-        for j in range(len(midpoints)):
-            midpoint = midpoints[j]
-            for i in range(len(value)):  # this form compiles to vector instructions
-                count[i] += np.int32(1) if value[i] > midpoint else np.int32(0)
 
 
 def _looked_up(table: Tensor, index: Tensor) -> Tensor:

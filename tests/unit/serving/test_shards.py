@@ -1,0 +1,70 @@
+"""What a process holds of a packed layer decodes to the rows and columns of the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowbit.layouts import pack_qtensor, unpack_qtensor
+from lowbit.modules import ActSpec, LinearDescription
+from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, QTensor, Spec
+from lowbit.numerics.grids import NF4
+from lowbit.serving.vllm_plugin.shards import cut, why_not_vllm
+
+SPECS = [
+    Spec(Int(3), PerGroup(16)),
+    Spec(Int(4, symmetric=True), PerChannel()),
+    Spec(Int(5), PerChannel(), scale_dtype="float32"),
+    Spec(NF4, PerGroup(16)),
+]
+WHOLE = (24, 48)
+
+
+def layer(spec: Spec) -> tuple[LinearDescription, dict[str, torch.Tensor], torch.Tensor]:
+    """A description, its tensors, and the decoded weight."""
+    weight = torch.randn(WHOLE, generator=torch.Generator().manual_seed(0))
+    granules = spec.granularity.split(weight)
+    raw = spec.grid.from_range(granules.amin(1, keepdim=True), granules.amax(1, keepdim=True))
+    stored = spec.as_stored(raw, spec.granularity.param_shape(WHOLE)[1])
+    codes = spec.granularity.join(spec.grid.encode(granules, stored), WHOLE).to(torch.uint8)
+    made = QTensor.fitted(codes, raw, spec)
+    return LinearDescription(spec, WHOLE), pack_qtensor(made), made.dequantize()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("rows", [(0, 24), (0, 5), (5, 24)])
+@pytest.mark.parametrize("columns", [(0, 48), (16, 48), (0, 32)])
+def test_rows_and_columns_of_a_layer_decode_to_the_same_bits(spec, rows, columns):
+    description, tensors, decoded = layer(spec)
+    part, held = cut(description, tensors, rows, columns)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in held.items()} == part.layout()
+    found = unpack_qtensor(held, part.spec, part.shape).dequantize()
+    assert torch.equal(found, decoded[slice(*rows), slice(*columns)])
+
+
+def test_a_group_is_not_cut():
+    description, tensors, _ = layer(SPECS[0])
+    with pytest.raises(ValueError, match="groups of 16 inputs do not end at 0 and 24"):
+        cut(description, tensors, (0, 24), (0, 24))
+
+
+def test_a_scale_of_the_whole_matrix_is_not_cut():
+    description, tensors, _ = layer(Spec(Int(4), PerTensor()))
+    assert cut(description, tensors, (0, 24), (0, 48)) == (description, tensors)
+    with pytest.raises(ValueError, match="scales are not of a row"):
+        cut(description, tensors, (0, 12), (0, 48))
+
+
+@pytest.mark.parametrize(
+    ("act", "runs"),
+    [
+        (None, True),
+        (ActSpec(Spec(Int(8), PerToken())), True),
+        (ActSpec(Spec(Int(8), PerToken()), threshold=6.0), False),
+        (ActSpec(Spec(Int(8), PerTensor())), False),
+        (ActSpec(Spec(Int(8), PerTensor()), static=True), True),
+    ],
+    ids=str,
+)
+def test_ranges_of_a_whole_call_are_refused_because_vllm_joins_requests(act, runs):
+    assert (why_not_vllm(LinearDescription(Spec(Int(4), PerChannel()), WHOLE, act=act)) is None) == runs
