@@ -66,7 +66,32 @@ def _register_adapter(host: ModuleType) -> None:
     host.LoraConfig.__post_init__ = with_packed
 
 
-_HOSTS = {"transformers.quantizers.auto": _register_quantizer, "peft.tuners.lora.config": _register_adapter}
+def _register_linears(host: Any) -> None:
+    """``target_modules="all-linear"`` names packed linears too, which peft knows by no class of its own."""
+    usual = getattr(
+        host, "_maybe_include_all_linear_layers", None
+    )  # not public: a peft without it finds ordinary linears
+    if usual is None:
+        return
+
+    @wraps(usual)
+    def with_packed(config: Any, model: Any) -> Any:
+        asked = getattr(config, "target_modules", None)
+        config = usual(config, model)
+        if isinstance(asked, str) and isinstance(config.target_modules, set):
+            from lowbit.adapters.packed_lora import packed_linears
+
+            config.target_modules |= packed_linears(model)
+        return config
+
+    host._maybe_include_all_linear_layers = with_packed
+
+
+_HOSTS = {
+    "transformers.quantizers.auto": _register_quantizer,
+    "peft.tuners.lora.config": _register_adapter,
+    "peft.tuners.tuners_utils": _register_linears,
+}
 
 
 def install() -> None:

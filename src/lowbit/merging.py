@@ -1,17 +1,22 @@
-"""``lowbit.merge_adapter``: an adapter of peft put into the packed weights of its model, and what that loses."""
+"""``lowbit.merge_adapter``: an adapter put into the packed weights of its model, and what that loses. The adapter is one of peft,
+or the low-rank terms that the model's own layers store."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial as partial_of
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lowbit.adapters import apart, has_terms, merged_layer, why_inseparable
 from lowbit.adapters.merge import TIED
 from lowbit.checkpoints import native
 from lowbit.checkpoints.companions import copy_companions
@@ -64,7 +69,7 @@ class MergeReport:
 @own_settings()
 def merge_adapter(
     model: str | PathLike[str],
-    adapter: str | PathLike[str],
+    adapter: str | PathLike[str] | None,
     out: str | PathLike[str],
     text: str = "python-docs",
     *,
@@ -80,7 +85,8 @@ def merge_adapter(
 
     Args:
         model: a packed checkpoint.
-        adapter: a directory as peft's ``save_pretrained`` writes it, trained beside this model.
+        adapter: a directory as peft's ``save_pretrained`` writes it, trained beside this model; None: the low-rank terms that
+            the checkpoint stores beside its codes.
         out: a new directory.
         text: to measure on, as for :func:`lowbit.evaluate`.
         samples, seq_len: how many windows of how many tokens of it.
@@ -88,17 +94,14 @@ def merge_adapter(
     Raises:
         ValueError: bad input, found before any work; a layer that no adapter can be merged into; peft is not installed.
     """
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise ValueError("merging adapters needs the package peft. Run: pip install peft") from None
     out = check_target(Path(out).expanduser())
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
         raise OutputError(f"{partial} exists: another run did not finish there. Remove it, or choose another -o DIR")
-    adapter = Path(adapter).expanduser()
-    if not (adapter / "adapter_config.json").is_file():
-        raise ValueError(f"{adapter}: no adapter_config.json; expected a directory as peft's save_pretrained writes it")
+    if adapter is not None and not (adapter := Path(adapter).expanduser() / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{adapter.parent}: no adapter_config.json; expected a directory as peft's save_pretrained writes it"
+        )
     _, path = locate(model, trust_remote_code=trust_remote_code)
     if not native.is_native(native.read_checkpoint(path).config):
         raise ValueError(f"{path} is not packed by lowbit; merge with merge_and_unload of peft")
@@ -106,25 +109,16 @@ def merge_adapter(
     content = load_text(text, "evaluation", tokenizer := source.tokenizer())
     ids = windows(tokenize(content.text, tokenizer), seq_len, samples, name=content.name)
 
-    def adapted() -> Any:
-        loaded = native.load(path, trust_remote_code=trust_remote_code)
-        return PeftModel.from_pretrained(loaded, str(adapter))
-
     progress(0, samples, "merging")
-    beside, merged = adapted(), adapted()
-    _check_tied(merged.get_base_model())
-    before = {name: layer for name, layer in merged.get_base_model().named_modules() if isinstance(layer, QuantLinear)}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "merging rounds an adapter")  # measured below
-        merged = merged.merge_and_unload()
-    layers = sum(layer not in before.values() for layer in merged.modules() if isinstance(layer, QuantLinear))
+    load = partial_of(native.load, path, trust_remote_code=trust_remote_code)
+    beside, without, merged, layers = _of_terms(load) if adapter is None else _of_peft(load, adapter.parent)
     whole, changes = [], []
     with evaluating(beside, merged):
         for i, ids_T in enumerate(ids):
-            wanted = logits_of(beside.get_base_model(), ids_T)
+            wanted = logits_of(beside, ids_T)
             whole.append(kl_and_agreement(wanted, logits_of(merged, ids_T)))
-            with beside.disable_adapter():
-                changes.append(kl_and_agreement(wanted, logits_of(beside.get_base_model(), ids_T))[0])
+            with without() as plain:
+                changes.append(kl_and_agreement(wanted, logits_of(plain, ids_T))[0])
             progress(i + 1, samples, "measuring what merging loses")
     try:
         native.save(merged, partial)
@@ -147,3 +141,49 @@ def _check_tied(model: Any) -> None:
     tied = {name.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for name in pair}
     if tied & {name for name, module in model.named_modules() if hasattr(module, "lora_A")}:
         raise ValueError(f"{TIED}; keep it beside the model")
+
+
+_Models = tuple[Any, Callable[[], AbstractContextManager[Any]], Any, int]
+"""The model with its adapter beside it, what opens it without the adapter, the merged one, and how many packed layers changed."""
+
+
+def _of_peft(load: Callable[[], Any], adapter: Path) -> _Models:
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ValueError("merging adapters needs the package peft. Run: pip install 'lowbit[adapters]'") from None
+    beside, merged = (PeftModel.from_pretrained(load(), str(adapter)) for _ in range(2))
+    _check_tied(merged.get_base_model())
+    before = {name: layer for name, layer in merged.get_base_model().named_modules() if isinstance(layer, QuantLinear)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "merging rounds an adapter")  # measured
+        merged: Any = merged.merge_and_unload()
+    layers = sum(layer not in before.values() for layer in merged.modules() if isinstance(layer, QuantLinear))
+
+    @contextmanager
+    def without() -> Iterator[Any]:
+        with beside.disable_adapter():
+            yield beside.get_base_model()
+
+    return beside.get_base_model(), without, merged, layers
+
+
+def _of_terms(load: Callable[[], Any]) -> _Models:
+    beside, plain, merged = (load() for _ in range(3))
+    adapted = [name for name, m in beside.named_modules() if isinstance(m, QuantLinear) and has_terms(m.description)]
+    if not adapted:
+        raise ValueError("the checkpoint stores no low-rank terms; name the directory of an adapter that peft wrote")
+    for name in adapted:
+        layer = merged.get_submodule(name)
+        if reason := why_inseparable(layer.description):
+            raise ValueError(f"{name}: an adapter cannot be merged: {reason}; keep it beside the model")
+        parts = apart(layer)
+        plain.set_submodule(name, parts.base)
+        merged.set_submodule(name, merged_layer(parts.base, parts.b_OR @ parts.a_RI))
+
+    @contextmanager
+    def without() -> Iterator[Any]:
+        with evaluating(plain):
+            yield plain
+
+    return beside, without, merged, len(adapted)

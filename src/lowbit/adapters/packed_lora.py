@@ -24,6 +24,17 @@ PLAIN_STARTS = (True, False, "gaussian")
 """Values of ``init_lora_weights`` that leave the base weight as it is."""
 
 
+def packed_linears(model: Any) -> set[str]:
+    """Names of the packed linears of ``model``, adapted ones included, that ``all-linear`` means: all but the output head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    adapted = {name: each for name, each in model.named_modules() if isinstance(each, PackedLora)}
+    inside = {f"{name}.base_layer" for name in adapted}
+    named = (
+        name for name, each in model.named_modules() if isinstance(each, QuantLinear | PackedLora) and each is not head
+    )
+    return {name for name in named if name not in inside}
+
+
 class PackedLora(Linear):
     """A packed linear and LoRA: ``y = packed(x) + scaling B A x``."""
 

@@ -25,7 +25,7 @@ def command(
         str,
         typer.Option(
             metavar="NAME",
-            help="native, gguf, compressed-tensors, gptq or awq; gguf:f16 (f32, bf16) for a model that is not quantized. "
+            help="native, gguf, compressed-tensors, gptq, awq or peft (low-rank terms as an adapter beside the base); gguf:f16 (f32, bf16) for a model that is not quantized. "
             "lowbit plan says which can hold what a recipe makes.",
         ),
     ] = "native",

@@ -14,8 +14,14 @@ EXAMPLE = "Example: lowbit merge-adapter smollm2-nf4 adapter --text python-docs 
 
 def command(
     checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint that lowbit quantize wrote.")],
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A directory that peft's save_pretrained wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Where the result goes; must be new.")],
+    adapter: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[ADAPTER]",
+            help="A directory that peft's save_pretrained wrote; without it, the low-rank terms that DIR stores.",
+        ),
+    ] = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help=common.TEXT_HELP.format(more=""))] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of the text to measure on.")] = 8,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
@@ -23,7 +29,7 @@ def command(
     threads: common.Threads = None,
     as_json: common.Json = False,
 ) -> None:
-    """Merge a LoRA adapter of peft into packed weights, and measure what that loses.
+    """Merge a LoRA adapter into packed weights, and measure what that loses.
 
     The merged weights have the bits that they had, so part of the adapter is rounded away.
     """

@@ -176,7 +176,7 @@ def _train_parts(
             "logits": 8 * batch * logits,
             "activations of a batch": int(batch * kept),
             "weights in training": floats * weights * FLOAT,
-            "original": original if any(stage.tokens for stage in stages) else 0,
+            "original": original if any(stage.tokens and stage.compares for stage in stages) else 0,
             "decoded layer": 4 * FLOAT * max((prod(worst.shapes[path]) for path in worst.formats), default=0),
         }
     }

@@ -163,6 +163,17 @@ class Recipe:
         stages = (replace(stage, **changes) if isinstance(stage, Blockwise) else stage for stage in self.stages)
         return replace(self, stages=tuple(stages))
 
+    def with_training(self, **changes: Any) -> Recipe:
+        """This recipe with other settings (``tokens``, ``batch``, ``lr`` ...) in all stages that train.
+
+        Raises:
+            ValueError: no stage trains, or a setting that cannot be.
+        """
+        if changes and not any(isinstance(stage, Train) for stage in self.stages):
+            raise ValueError(f"{self.name}: no stage trains, so it has no {', '.join(changes)}")
+        stages = (replace(stage, **changes) if isinstance(stage, Train) else stage for stage in self.stages)
+        return replace(self, stages=tuple(stages))
+
     def with_cache(self, other: Recipe | None) -> Recipe:
         """This recipe with the formats of the KV cache of another one, and the stages that calibrate them; without another, the
         cache stays as the model computes it.

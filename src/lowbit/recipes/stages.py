@@ -59,6 +59,11 @@ class Stage(Protocol):
         """Whether it needs the weights that the stage before rounded, besides their codes."""
         ...
 
+    @property
+    def adapts(self) -> bool:
+        """Whether it leaves low-rank terms beside codes, which a later stage can train."""
+        ...
+
     def check(self, scheme: Scheme, before: Sequence[Stage]) -> None:
         """Raises ValueError if it cannot fill ``scheme`` or follow the stages in ``before``."""
         ...
@@ -120,6 +125,10 @@ class Blockwise:
         return any(Fisher() in step.needs for step in self.steps)
 
     @property
+    def adapts(self) -> bool:
+        return any(step.adapts for step in self.steps)
+
+    @property
     def cache_parts(self) -> frozenset[str]:
         return frozenset[str]().union(*(step.cache_parts for step in self.steps))
 
@@ -171,10 +180,12 @@ class Train:
         accumulate: batches in each step. This gives the step of a larger batch in the memory of a small one.
         clip_norm: largest norm of the gradient of all leaves; a larger gradient is scaled down to it. None: no limit.
         recompute: keep only the input of each block, and run blocks again in the backward pass.
-        measures: how often the KL divergence from the original is measured, evenly, on windows that are not trained on, besides
-            once at the start. The best state is kept. 0, or no such windows: the last state is kept.
+        measures: how often ``judge`` is measured, evenly, on windows that are not trained on, besides once at the start. The best
+            state is kept. 0, or no such windows: the last state is kept.
         patience: measurements without a new best after which training stops; 0: it does not stop early.
         cache: train and measure with the scheme's quantized cache, as if each token were decoded by itself.
+        judge: what is measured on the windows that are not trained on, and decides which state is kept: ``"original"``, the KL
+            divergence from the original, or ``"objective"``, the objective itself, for a model that is to become another one.
     """
 
     what: Trainable
@@ -193,6 +204,7 @@ class Train:
     measures: int = 0
     patience: int = 0
     cache: bool = False
+    judge: Literal["original", "objective"] = "original"
 
     def __post_init__(self):
         check_types(self)  # first, because what a stage declares depends on its parts
@@ -221,6 +233,12 @@ class Train:
         return -(-(self.tokens or 0) // length), length
 
     @property
+    def compares(self) -> bool:
+        """Whether it asks the original model anything: for its objective, or for what it measures."""
+        judged = self.measures > 0 and self.judge == "original"
+        return self.tokens != 0 and (self.objective.reads_original or judged)
+
+    @property
     def reads_inputs(self) -> bool:
         return True
 
@@ -232,6 +250,10 @@ class Train:
     @property
     def learns(self) -> bool:
         return True
+
+    @property
+    def adapts(self) -> bool:
+        return False
 
     @property
     def needs_fisher(self) -> bool:
@@ -254,6 +276,11 @@ class Train:
         if self.what.needs_packed and not before:
             raise ValueError(f"Train({name}()) trains what a packed model stores; put it after Blockwise, which packs")
 
+        if self.what.needs_adapters and not any(stage.adapts for stage in before):
+            raise ValueError(
+                f"Train({name}()) trains low-rank terms, and no stage before it leaves any; give Solve an adapter, such as "
+                "Solve(adapter=Adapter(rank=16)). In a mix the last method solves: name the base as an option of the one that trains"
+            )
         if self.needs_latents and not isinstance(before[-1], Blockwise):
             raise ValueError(
                 f"Train({name}()) starts from the weights that Blockwise rounded, and a stage between has changed what is stored; "
@@ -288,6 +315,10 @@ class FitCache:
 
     @property
     def learns(self) -> bool:
+        return False
+
+    @property
+    def adapts(self) -> bool:
         return False
 
     @property

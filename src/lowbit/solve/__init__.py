@@ -1,5 +1,6 @@
 """Weight solvers: codes for one weight matrix, from its values and, if needed, statistics of its inputs."""
 
+from lowbit.solve.adapter import Adapter
 from lowbit.solve.base import FEW_TOKENS, Solution, Solver
 from lowbit.solve.gptq import Gptq
 from lowbit.solve.nearest import Nearest
@@ -8,6 +9,7 @@ from lowbit.solve.sign_value import SignValue
 
 __all__ = [
     "FEW_TOKENS",
+    "Adapter",
     "Gptq",
     "LeaveOneOut",
     "Nearest",

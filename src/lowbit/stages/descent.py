@@ -1,7 +1,7 @@
 """The loop of training: steps of an optimizer, measured on windows that are not trained on, and continued after a kill.
 
-A training is determined by its stage, its text and its seed: the order of windows follows from the seed, and nothing else is
-random. Its state (leaves, moments of the optimizer, position) is written every few minutes. A run that was killed continues
+A training is determined by its stage, its text and its seed: the order of windows follows from the seed, and so does what a
+choice of parameters draws in a step. Its state (leaves, moments of the optimizer, position) is written every few minutes. A run that was killed continues
 from it and takes the very steps that it would have taken.
 
 Several processes take the steps together, where a launcher started them: see :class:`~lowbit.training.Processes`.
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from lowbit.numerics.divergence import kl_and_agreement
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Train
 from lowbit.steps.precision import faster_products
-from lowbit.training import Batch, Curve, Objective, Parameters, Processes, Start, Text, recomputed, replaced
+from lowbit.training import Batch, Curve, Parameters, Processes, Start, Text, recomputed, replaced
 
 SAVE_SECONDS = 180.0
 """Between two saved states."""
@@ -52,9 +52,9 @@ class StateFile:
 
 @dataclass
 class _Best:
-    """The leaves with the least divergence measured so far."""
+    """The leaves with the least that was measured so far."""
 
-    kl: float = math.inf
+    value: float = math.inf
     step: int = 0
     leaves: list[Tensor] | None = None
     since: int = 0  # measurements that were no better
@@ -121,11 +121,12 @@ class _Loop:
             self.optimizer.param_groups[0]["lr"],
         )  # steps, windows, rate of the last step
         self._windows, self._saved_at, self._before = sum(map(len, steps)), time.monotonic(), 0.0
+        self.judged = "KL" if self.stage.judge == "original" else self.stage.objective.name
         measured = self.stage.measures if descent.held_out is not None else 0
         self._measured_at = {round(k * len(steps) / measured) for k in range(measured + 1)} if measured else set()
 
     def run(self) -> list[str]:
-        objective, note = self.stage.objective.settled(self.descent.text)
+        self.objective, note = self.stage.objective.settled(self.descent.text)
         notes = [note] if note else []
         saved = None if self.descent.state is None else self.descent.state.load()
         if saved is not None:
@@ -140,7 +141,7 @@ class _Loop:
                 if saved is None:
                     self._record(None)
                 while self.done < len(self.steps) and not self._stands_still:
-                    self._record(self._step(objective, self.steps[self.done]))
+                    self._record(self._step(self.steps[self.done]))
                     if time.monotonic() - self._saved_at >= SAVE_SECONDS:
                         self._save()
                 if self._measured_at:
@@ -152,16 +153,16 @@ class _Loop:
 
     # Steps
 
-    def _step(self, objective: Objective, windows: list[int]) -> float:
+    def _step(self, windows: list[int]) -> float:
         """Takes one step; returns its mean loss over all processes."""
         self.optimizer.zero_grad()
         mine = self.processes.share(windows)
         total = torch.zeros((), dtype=torch.float64, device=self.descent.text.ids_NT.device)
         for first in range(0, len(mine), self.stage.batch):
             some = mine[first : first + self.stage.batch]
-            with replaced(self.descent.model, self.parameters.replaced()):
+            with replaced(self.descent.model, self.parameters.replaced()), self._drawing(some[0]):
                 share = len(some) / len(windows)
-                loss = self._loss(objective, some) * share
+                loss = self._loss(self.descent.text, some) * share
                 loss.backward()
             total += loss.item()
         if self.processes.count > 1:
@@ -178,9 +179,15 @@ class _Loop:
         self.done, self.seen = self.done + 1, self.seen + len(windows)
         return total.item()
 
-    def _loss(self, objective: Objective, windows: list[int]) -> Tensor:
-        text = self.descent.text
-        ids_BT = text.ids_NT[windows]
+    @contextmanager
+    def _drawing(self, window: int) -> Iterator[None]:
+        """While open, random numbers follow from the seed, the step and the window, wherever a run was stopped."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.descent.seed * 1_000_003 + self.done) * 1_000_003 + window)
+            yield
+
+    def _loss(self, text: Text, windows: list[int]) -> Tensor:
+        objective, ids_BT = self.objective, text.ids_NT[windows]
         asked = {"output_hidden_states": True} if objective.reads_hidden else {}
         with faster_products(ids_BT.device, self.stage.amp):
             output = self.descent.model(input_ids=ids_BT, use_cache=False, **asked)
@@ -193,14 +200,16 @@ class _Loop:
         """Measures where it is time, and notes the step."""
         measured = None
         if self.done in self._measured_at:
-            self.measured = measured = self._held_out_kl()
-            if measured < self.best.kl:
+            self.measured = measured = self._judge()
+            if measured < self.best.value:
                 self.best = _Best(measured, self.done, [leaf.detach().clone() for leaf in self.leaves])
             else:
                 self.best.since += 1
         if self.curve is not None:
             tokens, seconds = self.seen * self.descent.text.ids_NT.shape[1], round(self._seconds, 3)
-            row = {"step": self.done, "tokens": tokens, "loss": loss, "held_out_kl": measured, "lr": self.lr}
+            of_kl = self.stage.judge == "original"
+            found = {"held_out_kl": measured if of_kl else None, "held_out_loss": None if of_kl else measured}
+            row = {"step": self.done, "tokens": tokens, "loss": loss, **found, "lr": self.lr}
             self.curve.add(row | {"seconds": seconds})
         if self.processes.first:
             self._report(loss)
@@ -210,24 +219,28 @@ class _Loop:
         if loss is not None:
             text += f", {self.stage.objective.name} {loss:.3f}"
         if not math.isnan(self.measured):
-            text += f", held-out KL {self.measured:.3f}"
+            text += f", held-out {self.judged} {self.measured:.3f}"
         if self.seen > self._seen_before:
             tokens = (self.seen - self._seen_before) * self.descent.text.ids_NT.shape[1]
             text += f", {tokens / (time.monotonic() - self._began):.0f} tokens/s"
         self.descent.progress(self.seen, self._windows, text)
 
     @torch.no_grad()
-    def _held_out_kl(self) -> float:
-        """Mean KL divergence from the original in nats a token, over the windows that are not trained on."""
+    def _judge(self) -> float:
+        """What is to be small on the windows that are not trained on, in nats a token: the mean over them."""
         text = self.descent.held_out
         assert text is not None
         total = torch.zeros((), dtype=torch.float64, device=text.ids_NT.device)
         with replaced(self.descent.model, self.parameters.replaced()):
             for w in self.processes.share(list(range(len(text)))):
-                logits_TV = self.descent.model(input_ids=text.ids_NT[w : w + 1], use_cache=False).logits[0]
-                total += kl_and_agreement(text.original(w).logits_TV, logits_TV)[0].mean()
+                total += self._divergence(text, w) if self.stage.judge == "original" else self._loss(text, [w]).double()
         self.processes.sum([total])
         return total.item() / len(text)
+
+    def _divergence(self, text: Text, w: int) -> Tensor:
+        """Mean KL divergence from the original on window w."""
+        logits_TV = self.descent.model(input_ids=text.ids_NT[w : w + 1], use_cache=False).logits[0]
+        return kl_and_agreement(text.original(w).logits_TV, logits_TV)[0].mean()
 
     @property
     def _stands_still(self) -> bool:
@@ -241,12 +254,12 @@ class _Loop:
                 f"training stopped at step {self.done} of {len(self.steps)}: {self.best.since} measurements were no better"
             )
         if self.best.leaves is None:  # none was finite
-            raise ValueError("the model diverges from the original without bound on held-out text; use a smaller lr")
+            raise ValueError(f"the {self.judged} on held-out text is without bound; use a smaller lr")
         for leaf, value in zip(self.leaves, self.best.leaves, strict=True):
             leaf.copy_(value)
         notes.append(
-            f"training kept step {self.best.step} of {len(self.steps)}, with a KL of {self.best.kl:.4f} on windows that it was not "
-            "trained on"
+            f"training kept step {self.best.step} of {len(self.steps)}, with a {self.judged} of {self.best.value:.4f} on windows that it "
+            "was not trained on"
         )
         return notes
 
@@ -266,7 +279,7 @@ class _Loop:
             "leaves": [leaf.detach() for leaf in self.leaves],
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "best": {name: getattr(self.best, name) for name in ("kl", "step", "leaves", "since")},
+            "best": {name: getattr(self.best, name) for name in ("value", "step", "leaves", "since")},
             "measured": self.measured,
         }
         self.descent.state.place(lambda path: torch.save(state, path))

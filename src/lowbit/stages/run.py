@@ -22,7 +22,7 @@ from lowbit.recipes import Blockwise, FitCache, Train
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.fit_cache import CacheFitting, combined
 from lowbit.stages.journal import Journal, Section
-from lowbit.stages.train import Training
+from lowbit.stages.train import AfterWalk, Training
 from lowbit.stages.whole import fitted_cache, read_back, write_as_it_is
 
 _AS_IT_IS = -1
@@ -132,7 +132,8 @@ def _train(run: Run, number: int, stage: Train) -> None:
     section = run.journal.section(number)
     run.model = None  # the one before is on disk
     source = run.journal.section(number - 1)
-    run.model, notes = Training(stage, run.walk, source, section, run.progress, run.further).run()
+    files = [source.directory / file for file in source.files]
+    run.model, notes = Training(stage, AfterWalk(run.walk, source, run.further), files, section, run.progress).run()
     run.notes.extend(notes)
 
 

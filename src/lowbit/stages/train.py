@@ -1,20 +1,19 @@
 """The stage Train: a packed model is loaded once, whole, trained, and its shards are written again.
 
 The loss, the parameters and the optimizer are values of :mod:`lowbit.training`; :mod:`lowbit.stages.descent` is the loop that
-joins them. Here is what it reads and writes: the packed model of the stage before, the text, the original model, the state
-of a training that was killed, and the trained shards.
-
-The original model's logits come from the hidden states that the walk has streamed, where the calibration windows are
-trained on. For further text the original is loaded once, whole: its hidden states would take more room than it does.
+joins them. Here is what it reads and writes: the packed model, the text, the original model, the state of a training that was
+killed, and the trained shards. Where the packed model and the texts come from says a :class:`Setting`: the stage before
+(:class:`AfterWalk`), or a checkpoint that is there (:mod:`lowbit.retraining`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +30,44 @@ from lowbit.stages.descent import Descent, StateFile
 from lowbit.stages.journal import Section
 from lowbit.stages.whole import fitted_cache, read_back
 from lowbit.steps.precision import has_bfloat16
-from lowbit.training import Answer, Curve, Start, Text
+from lowbit.training import Answer, Curve, Start, Text, draw_curve
+
+Texts = AbstractContextManager[tuple[Text, Text | None]]
+"""The text to train on, and the one to measure on, or None; open while they are read."""
+
+
+class Setting(Protocol):
+    """What a Train stage is given by the run that it is part of."""
+
+    @property
+    def seed(self) -> int:
+        """Of the recipe."""
+        ...
+
+    @property
+    def architecture(self) -> Any:
+        """Of the model."""
+        ...
+
+    def model(self, files: Sequence[Path]) -> PreTrainedModel:
+        """The packed model that these shards make, everything else in float32."""
+        ...
+
+    def latents(self) -> Mapping[str, Tensor]:
+        """Where latent weights of packed linears start, ``[O, I]`` float32, by name."""
+        ...
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """That in which a parameter is stored."""
+        ...
+
+    def cache(self) -> KVFormats:
+        """The formats of the model's cache."""
+        ...
+
+    def texts(self, stage: Train) -> Texts:
+        """What is trained and measured on."""
+        ...
 
 
 @dataclass
@@ -40,44 +76,44 @@ class Training:
 
     Args:
         stage: what to do.
-        walk: of the same run, finished: it knows the original model's logits and describes the packed one.
-        source: the section of the stage before, whose shards are the model to train.
+        setting: what it is done to.
+        source: the shards of the model to train.
         section: where the trained shards go.
-        further: windows of training text ``[M, S]`` that are no calibration windows; None: there are none.
     """
 
     stage: Train
-    walk: Walk
-    source: Section
+    setting: Setting
+    source: Sequence[Path]
     section: Section
     progress: Progress
-    further: Tensor | None = None
 
     def run(self) -> tuple[PreTrainedModel, list[str]]:
         """Trains, unless the journal has all shards; the model as its shards make it (float32, packed), and notes."""
-        source, section = self.source.files, self.section
+        source, section = self.source, self.section
         for i, entry in enumerate(section.finished):
             expected = i < len(source) and entry["file"] == section.unit_name(i, len(source))
             if not expected or not isinstance(entry["record"].get("notes"), list):
                 section.forget(i)  # the journal was damaged
                 break
         if len(section.finished) < len(source):
-            model = read_back(self.walk.plan, section, self.walk.description, source)
+            model = self.setting.model(source)
             notes = self._train(model)
             state = model.state_dict()
             for i in range(len(section.finished), len(source)):
-                headers = read_shard_header(section.directory / source[i])
-                tensors = {name: state[name].to(header.dtype) for name, header in headers.items()}
+                headers = read_shard_header(source[i])
+                # The guard of a checkpoint has no values; it is written again at the end.
+                tensors = {name: state[name].to(header.dtype) for name, header in headers.items() if header.nbytes}
                 section.write(section.unit_name(i, len(source)), tensors, {"notes": notes})
         self._path("state").unlink(missing_ok=True)
-        trained = read_back(self.walk.plan, section, self.walk.description, section.files)
+        draw_curve(self._path("jsonl"), self._path("svg"))
+        trained = self.setting.model([section.directory / file for file in section.files])
         return trained, section.finished[0]["record"]["notes"]
 
     def _train(self, model: PreTrainedModel) -> list[str]:
         """Changes ``model`` in place; returns notes for the report."""
-        walk, notes = self.walk, []
-        kept = {name: walk.plan.kept.dtype_of(name) for name, p in model.named_parameters() if p.dim() == 1}
-        with self._texts() as (text, held_out):
+        setting, notes = self.setting, []
+        kept = {name: setting.dtype_of(name) for name, p in model.named_parameters() if p.dim() == 1}
+        with setting.texts(self.stage) as (text, held_out):
             if self.stage.tokens and text.ids_NT.numel() < self.stage.tokens:
                 notes = [
                     f"trained {self.stage.tokens / text.ids_NT.numel():.2g} times on the same {text.ids_NT.numel()} tokens"
@@ -89,37 +125,63 @@ class Training:
                 self.stage,
                 text,
                 held_out,
-                Start(walk.latents() if self.stage.needs_latents else {}, kept),
-                block_modules(model, walk.architecture),
-                walk.recipe.seed,
+                Start(setting.latents() if self.stage.needs_latents else {}, kept),
+                block_modules(model, setting.architecture),
+                setting.seed,
                 StateFile(self._path("state"), partial(self.section.journal.place, self._path("state").name)),
                 partial(Curve, self._path("jsonl"), self._path("tensorboard")),
                 self.progress,
             )
-            with self._cache(model):
+            with simulated_cache(model, setting.cache() if self.stage.cache else KVFormats()):
                 return notes + descent.run()
-
-    def _cache(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        """While open, ``model`` computes through the recipe's quantized cache, where the stage asks for it."""
-        formats = self.walk.recipe.scheme.cache if self.stage.cache else KVFormats()
-        return simulated_cache(model, fitted_cache(self.walk.source, self.source, formats))
 
     def _path(self, kind: str) -> Path:
         return self.section.directory / f"training-{self.section.stage + 1}.{kind}"
 
+
+@dataclass
+class AfterWalk:
+    """A Train stage behind the stage Blockwise of the same run.
+
+    Args:
+        walk: finished: it knows the original model's logits and describes the packed one.
+        source: the section of the stage before, whose shards are the model to train.
+        further: windows of training text ``[M, S]`` that are no calibration windows; None: there are none.
+    """
+
+    walk: Walk
+    source: Section
+    further: Tensor | None = None
+
+    @property
+    def seed(self) -> int:
+        return self.walk.recipe.seed
+
+    @property
+    def architecture(self) -> Any:
+        return self.walk.architecture
+
+    def model(self, files: Sequence[Path]) -> PreTrainedModel:
+        return read_back(self.walk.plan, self.source, self.walk.description, [file.name for file in files])
+
+    def latents(self) -> Mapping[str, Tensor]:
+        return self.walk.latents()
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.walk.plan.kept.dtype_of(name)
+
+    def cache(self) -> KVFormats:
+        return fitted_cache(self.walk.source, self.source, self.walk.recipe.scheme.cache)
+
     @contextmanager
-    def _texts(self) -> Iterator[tuple[Text, Text | None]]:
-        """The text to train on, and the one to measure on, or None."""
-        walk, stage = self.walk, self.stage
+    def texts(self, stage: Train) -> Iterator[tuple[Text, Text | None]]:
+        walk = self.walk
         assert walk.ids is not None and walk.stream is not None
         ids, held_out = walk.ids[: walk.calibrated], walk.ids[walk.calibrated :]
-        if stage.tokens and self.further is not None:
-            ids = self.further[: stage.windows(self.further.shape[1])[0]]
-        reads = stage.tokens != 0 and (stage.objective.reads_original or (stage.measures > 0 and len(held_out) > 0))
+        ids = training_text(stage, ids, self.further)
+        reads = stage.compares and (stage.objective.reads_original or len(held_out) > 0)
         if reads and (stage.tokens is not None or stage.objective.reads_hidden):
-            original = self._whole_original()
-            answers = [partial(_answer, original, each, stage.objective.reads_hidden) for each in (ids, held_out)]
-            yield Text(ids, answers[0]), Text(held_out, answers[1]) if len(held_out) else None
+            yield whole_texts(stage, ids, held_out, partial(walk.source.load_full))
             return
         with walk.stream.loaded_outside(walk.source) if reads else nullcontext():
             first = Text(ids, lambda i: self._streamed(i))
@@ -130,10 +192,23 @@ class Training:
         assert self.walk.ids is not None
         return Answer(self.walk.logits_of(self.walk.ids[w : w + 1], self.walk.hidden("fp", w)))
 
-    def _whole_original(self) -> PreTrainedModel:
-        """The original in memory, in bfloat16 where the stage multiplies in it and the processor has instructions for it."""
-        fast = self.stage.amp and has_bfloat16(torch.device("cpu"))
-        return self.walk.source.load_full(torch.bfloat16 if fast else torch.float32).requires_grad_(False)
+
+def training_text(stage: Train, calibration: Tensor, further: Tensor | None) -> Tensor:
+    """The windows that ``stage`` trains on: ``further`` ones where it asks for tokens and there are some."""
+    if not stage.tokens or further is None:
+        return calibration
+    return further[: stage.windows(further.shape[1])[0]]
+
+
+def whole_texts(
+    stage: Train, ids: Tensor, held_out: Tensor, load: Callable[[torch.dtype], PreTrainedModel]
+) -> tuple[Text, Text | None]:
+    """The texts with answers of the original, which ``load`` reads whole: in bfloat16 where the stage multiplies in it and the
+    processor has instructions for it."""
+    fast = stage.amp and has_bfloat16(torch.device("cpu"))
+    original = load(torch.bfloat16 if fast else torch.float32).requires_grad_(False)
+    first, second = (partial(_answer, original, each, stage.objective.reads_hidden) for each in (ids, held_out))
+    return Text(ids, first), Text(held_out, second) if len(held_out) else None
 
 
 @torch.no_grad()

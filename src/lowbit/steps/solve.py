@@ -23,7 +23,8 @@ from lowbit.numerics import (
     serializable,
     usual_fit,
 )
-from lowbit.solve import FEW_TOKENS, Nearest, Solver
+from lowbit.scheme import FormatRule
+from lowbit.solve import FEW_TOKENS, Adapter, Nearest, Solution, Solver
 from lowbit.steps.effects import BlockDescription, Freedom, LayerDescription
 from lowbit.steps.latents import latent_weight
 from lowbit.steps.state import BlockState, LayerRecord, Stats
@@ -43,14 +44,21 @@ class Solve(Step):
 
     Linears of the narrowest input are solved first, and the statistics of an input are dropped behind its last linear: the
     largest matrix is then factored when most of the block is packed and nothing but its own statistics is left.
+
+    ``adapter``: also a low-rank term beside the codes of the linears that it names, which a later stage trains.
     """
 
     solver: Solver = Nearest()
     true_sequential: bool = False
+    adapter: Adapter | None = None
 
     @property
     def needs(self) -> frozenset[Statistic]:
-        return frozenset(self.solver.needs)
+        return frozenset(self.solver.needs | (frozenset() if self.adapter is None else self.adapter.needs))
+
+    @property
+    def adapts(self) -> bool:
+        return self.adapter is not None
 
     @property
     def _keeps_originals(self) -> bool:
@@ -84,9 +92,16 @@ class Solve(Step):
             )
 
     def describe(self, block: BlockDescription) -> BlockDescription:
-        return block.changed({path: self._solved(layer) for path, layer in block.layers.items()})
+        roles = block.resolved.linears
+        return block.changed({path: self._solved(layer, path, roles[path]) for path, layer in block.layers.items()})
 
-    def _solved(self, layer: LayerDescription) -> LayerDescription:
+    def _adapter(self, path: str, role: str) -> Adapter | None:
+        """The adapter, where it names this linear."""
+        if self.adapter is None or not self.adapter.targets:
+            return self.adapter
+        return self.adapter if any(FormatRule(each).matches(path, role) for each in self.adapter.targets) else None
+
+    def _solved(self, layer: LayerDescription, path: str, role: str) -> LayerDescription:
         several = layer.format.weight.granularity.param_shape(layer.shape)[1] > 1
         pre, of_output = self.solver.transforms(layer.shape)
         post = serialize_transforms.describe("post", of_output)
@@ -95,9 +110,12 @@ class Solve(Step):
                 f"{type(self.solver).__name__} normalizes the outputs of linears, and a step before it transforms them first: "
                 "they would be normalized before that is undone; use normalize=false, or leave that step out"
             )
+        adapter = self._adapter(path, role)
+        terms = () if adapter is None else (adapter.foreseen(layer.shape),)
         return replace(
             layer.running(*pre),
             post=(*post, *layer.post),
+            side_terms=(*serialize_transforms.describe("side", terms), *layer.side_terms),
             ordered=several and self.solver.moves_groups,
             outliers=self.solver.outliers is not None,
         )
@@ -113,7 +131,9 @@ class Solve(Step):
             largest = max(largest, sum(held.values()) + sizes.batch_bytes(needs) + sizes.pass_bytes - packed)
             for name, paths in inputs:
                 for path in paths:
-                    largest = max(largest, sum(held.values()) + self.solver.memory(*sizes.shapes[path]) - packed)
+                    own = self.solver.memory(*sizes.shapes[path])
+                    own = own if self.adapter is None else max(own, self.adapter.memory(*sizes.shapes[path]))
+                    largest = max(largest, sum(held.values()) + own - packed)
                     kept = self._keeps_originals * FLOAT * prod(sizes.shapes[path])
                     stored = sizes.block.layers[path].stored(torch.float32).nbytes
                     packed += FLOAT * prod(sizes.shapes[path]) - kept - stored
@@ -155,7 +175,7 @@ class Solve(Step):
         if not torch.isfinite(draft.weight).all():
             raise ValueError(f"{name}: the weight holds NaN or Inf after the transforms before it")
         try:
-            solution = solver.solve(draft.target, draft.format.weight, stats, draft.range_shares)
+            solution = self._solution(solver, draft, path, state, stats)
             parts = solution.q, state.store_dtype(f"{path}.bias"), solution.pre, solution.post, solution.side
             packed = draft.pack(*parts)
             error = _output_error(draft, draft.pack(*parts, own_pre=False), stats)
@@ -175,6 +195,14 @@ class Solve(Step):
             _zeroed(draft.weight, solution.q),
             (*notes, *solution.notes),
         )
+
+    def _solution(self, solver: Solver, draft: DraftLinear, path: str, state: BlockState, stats: Stats) -> Solution:
+        assert draft.format is not None
+        adapter = self._adapter(path, state.resolved.linears[path])
+        if adapter is None:
+            return solver.solve(draft.target, draft.format.weight, stats, draft.range_shares)
+        seed = state.seed + list(state.resolved.linears).index(path)
+        return adapter.solve(solver, draft.target, draft.format.weight, stats, draft.range_shares, seed)
 
     def _doubts(self, state: BlockState, stats: Stats, columns: int) -> tuple[str, ...]:
         """What the report must say of a linear that few calibration tokens reached, or none, such as that of an expert."""

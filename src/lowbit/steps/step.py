@@ -108,6 +108,11 @@ class Step(Effects):
         return False
 
     @property
+    def adapts(self) -> bool:
+        """Whether it leaves low-rank terms beside codes, which training can move."""
+        return Freedom.CORRECTIONS in self.fixes
+
+    @property
     def reads_inputs(self) -> bool:
         """Whether its result depends on the linears' inputs on the calibration text."""
         return any(need.of_input for need in self.needs)

@@ -4,9 +4,10 @@ They are for the stage ``Train`` what :mod:`lowbit.steps` is for ``Blockwise``: 
 :mod:`lowbit.stages.descent` is the loop that joins them.
 """
 
-from lowbit.training.curve import Curve, Row
+from lowbit.training.curve import Curve, Row, draw_curve
 from lowbit.training.latent_signs import LatentSigns
 from lowbit.training.latent_weights import LatentWeights
+from lowbit.training.low_rank import LowRankTerms
 from lowbit.training.objectives import (
     Answer,
     Batch,
@@ -37,6 +38,7 @@ __all__ = [
     "HiddenStates",
     "LatentSigns",
     "LatentWeights",
+    "LowRankTerms",
     "NextToken",
     "Objective",
     "OneCycle",
@@ -52,6 +54,7 @@ __all__ = [
     "Trainable",
     "TrainedLinear",
     "TrainedModel",
+    "draw_curve",
     "launched",
     "recomputed",
     "replaced",

@@ -1,4 +1,4 @@
-"""The course of a training: a line of JSON for each step, and the same for TensorBoard where it is installed."""
+"""The course of a training: a line of JSON for each step, the same for TensorBoard where it is installed, and a plot of it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-"""``step``, ``tokens`` (trained on so far), ``loss`` (of the step; None for step 0, the start), ``held_out_kl`` (nats a token, or None:
-not measured at this step), ``lr`` and ``seconds`` (since the training began, without the time that it was stopped)."""
+"""``step``, ``tokens`` (trained on so far), ``loss`` (of the step; None for step 0, the start), ``held_out_kl`` and
+``held_out_loss`` (nats a token, one of the two, or None: not measured at this step), ``lr`` and ``seconds`` (since the training began, without the time that it was stopped)."""
 
 
 class Curve:
@@ -51,9 +51,37 @@ class Curve:
     def _log(self, row: Row) -> None:
         if self._writer is None:
             return
-        for name in ("loss", "held_out_kl", "lr"):
-            if row[name] is not None:
+        for name in ("loss", "held_out_kl", "held_out_loss", "lr"):
+            if row.get(name) is not None:
                 self._writer.add_scalar(name, row[name], row["step"], walltime=time.time())
+
+
+def draw_curve(path: Path, target: Path) -> None:
+    """Draws the rows of a curve's file as SVG: the loss, and what was measured on held-out text, against tokens.
+
+    Without rows of steps there is nothing to see, and nothing is written. The same rows give the same bytes.
+    """
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    if len(rows) < 2:
+        return
+    from matplotlib import rc_context  # takes half a second, at the end of a training only
+    from matplotlib.figure import Figure
+
+    shown = {"loss": "loss of a step", "held_out_kl": "KL on held-out text", "held_out_loss": "loss on held-out text"}
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, label in shown.items():
+        points = [(row["tokens"], row[name]) for row in rows if row.get(name) is not None]
+        if points:
+            style = {"alpha": 0.5, "linewidth": 1} if name == "loss" else {"marker": "o", "markersize": 4}
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set(xlabel="tokens trained on", ylabel="nats a token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    writing = target.with_suffix(".writing")
+    with rc_context({"svg.hashsalt": "lowbit"}):
+        figure.savefig(writing, format="svg", metadata={"Date": None})
+    writing.replace(target)
 
 
 def _line(row: Row) -> str:

@@ -52,6 +52,10 @@ class LatentSigns:
         return False
 
     @property
+    def needs_adapters(self) -> bool:
+        return False
+
+    @property
     def floats_per_weight(self) -> int:
         return 5  # the latent, its gradient, two moments, the best so far
 

@@ -76,6 +76,10 @@ class LatentWeights:
         return True
 
     @property
+    def needs_adapters(self) -> bool:
+        return False
+
+    @property
     def floats_per_weight(self) -> int:
         return 6  # the latent as it started and as it is, its gradient, two moments, the best so far
 

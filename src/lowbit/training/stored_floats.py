@@ -44,6 +44,10 @@ class StoredFloats:
         return False
 
     @property
+    def needs_adapters(self) -> bool:
+        return False
+
+    @property
     def floats_per_weight(self) -> int:
         return 0
 

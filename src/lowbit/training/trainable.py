@@ -81,6 +81,11 @@ class Trainable(Protocol):
         ...
 
     @property
+    def needs_adapters(self) -> bool:
+        """Whether it moves low-rank terms, which a step of a stage before must have left beside the codes."""
+        ...
+
+    @property
     def floats_per_weight(self) -> int:
         """Numbers of 4 bytes that training holds for each packed weight at most, for the estimate of memory."""
         ...

@@ -329,3 +329,23 @@ def test_an_adapter_of_a_head_that_is_not_packed_is_part_of_every_new_token(tmp_
             slow = torch.cat([slow, model(input_ids=slow, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=6, do_sample=False), slow)
     restore(model)
+
+
+# all-linear
+
+
+def test_all_linear_means_packed_layers_too_and_not_the_head(quantized):
+    model = peft.get_peft_model(lowbit.load(quantized, torch.float32), peft.LoraConfig(target_modules="all-linear"))
+    adapted = {name.rpartition(".")[2] for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert adapted == set(LINEARS)
+    model.add_adapter("second", peft.LoraConfig(target_modules="all-linear"))
+    assert sum("second" in m.lora_A for m in model.modules() if hasattr(m, "lora_A")) == 14
+
+
+def test_all_linear_leaves_a_packed_head_alone(tmp_path):
+    recipe = lowbit.recipe("rtn", bits=8, group_size=32).with_overrides([{"match": "head", "bits": 8}])
+    lowbit.quantize(tiny_llama(tmp_path / "model"), recipe, None, out=tmp_path / "q")
+    base = lowbit.load(tmp_path / "q", torch.float32)
+    assert isinstance(base.lm_head, QuantLinear)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear"))
+    assert not hasattr(model.get_base_model().lm_head, "lora_A")

@@ -45,7 +45,7 @@ QUIET = {"max_kl": 50.0, "allow_broken": True}
 class Gains:
     """Trains the gains of norms of any model: the least that a choice of parameters can be."""
 
-    needs_packed = needs_latents = False
+    needs_packed = needs_latents = needs_adapters = False
     floats_per_weight = 0
 
     def check(self, weights):
@@ -304,7 +304,7 @@ def test_a_run_trains_on_further_text_and_leaves_the_course_beside_its_weights(p
     assert course[-1]["held_out_kl"] < course[0]["held_out_kl"]
     assert {path.name for path in out.iterdir()} <= {
         "config.json", "lowbit-report.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "README.md",
-        "training-2.jsonl", "training-2.tensorboard",
+        "training-2.jsonl", "training-2.svg", "training-2.tensorboard",
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from lowbit.checkpoints.formats.base import FileFormat, Unreadable
 from lowbit.checkpoints.formats.compressed_tensors import CompressedTensors
 from lowbit.checkpoints.formats.gguf import Gguf
 from lowbit.checkpoints.formats.gptq import Gptq
+from lowbit.checkpoints.formats.peft import Peft
 from lowbit.checkpoints.native import Native
 from lowbit.numerics import nearest
 
@@ -14,6 +15,7 @@ FORMATS: list[FileFormat] = [
     Gguf(),
     Gptq(),
     Awq(),
+    Peft(),
 ]
 
 
