@@ -84,7 +84,7 @@ def stream_tokens(plan: ModelPlan, samples: int, seq_len: int, *, fisher: bool =
     """Tokens of each array of hidden states, in the order in which they are made; ``fisher``: while Fisher information is
     made, with an array for every block."""
     held_out = held_out_windows(samples) if samples and plan.recipe.reads_text else 0
-    windows = stream_windows(plan.recipe, samples, held_out, original=fisher)
+    windows = stream_windows(plan.recipe, samples, held_out, seq_len, original=fisher)
     named = ("fp", "quant", "next", "ahead", *(["packed"] if plan.outside.embeddings else []))
     return [len(windows[name]) * seq_len for name in named] + [samples * seq_len] * len(plan.blocks) * fisher
 

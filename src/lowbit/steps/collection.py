@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from lowbit.modules import DraftLinear
 from lowbit.numerics import Statistic
 from lowbit.parallel import TakenTwice, Turns, each
+from lowbit.steps.precision import rounded_factors
 from lowbit.surroundings import return_free_memory
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Collection:
     def run(self) -> dict[str, dict[Statistic, Tensor]]:
         """The statistics by name of the input."""
         self.gathered = {name: {} for name in self.readers}
-        with torch.no_grad():
+        with torch.no_grad(), rounded_factors(self._narrow):
             if self.paired or torch.get_num_threads() == 1:
                 self._in_turn()
             else:
@@ -67,6 +68,16 @@ class Collection:
                     at=name,
                 )
         return {name: {need: need.complete(acc) for need, acc in of.items()} for name, of in self.gathered.items()}
+
+    @property
+    def _narrow(self) -> bool:
+        """Whether the pass multiplies in a type narrower than float32; a Gram matrix is then that of the factors it reads."""
+        with self._products():
+            return torch.is_autocast_enabled(self.io.x.device.type)
+
+    def _products(self) -> AbstractContextManager[Any]:
+        # Differences of two passes drown in the rounding of narrow products.
+        return nullcontext() if self.paired else self.io.products()
 
     def _enough(self) -> bool:
         """Whether further windows would change nothing."""
@@ -128,8 +139,7 @@ class Collection:
 
     def _forward(self, i: int, original: bool = False) -> None:
         window = self.io.window(i, original=True) if original else self.io.window(i)
-        # Differences of two passes drown in the rounding of narrow products.
-        with nullcontext() if self.paired else self.io.products():
+        with self._products():
             y = self.io.run(self.state.block, window, i)
         if self.behind is not None and not original:
             self.behind[i] = y[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -33,6 +35,24 @@ def continue_with(product: str) -> None:
 def products(device: torch.device, compute: Compute) -> torch.autocast:
     """A context with products in the type that ``compute`` asks for. Sums that go on, such as a residual stream, keep theirs."""
     return torch.autocast(device.type, torch.bfloat16, enabled=product_type(device, compute) == "bfloat16")
+
+
+@contextmanager
+def rounded_factors(rounded: bool) -> Iterator[None]:
+    """While open, and if ``rounded``, every thread may round the factors of float32 products to bfloat16; sums stay float32.
+
+    Factors that are numbers of bfloat16, such as the inputs of a product in it, lose nothing. torch leaves the choice of
+    instructions to oneDNN: tiles (AMX) where there are any.
+    """
+    if not rounded:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def faster_products(device: torch.device, wanted: bool = True) -> torch.autocast:

@@ -75,6 +75,26 @@ def test_statistics_do_not_depend_on_the_number_of_threads(state):
     assert state.notes == notes
 
 
+def test_a_gram_matrix_beside_narrow_products_is_that_of_the_factors_they_read(state):
+    torch.set_float32_matmul_precision("high")  # whatever the caller's own choice is, it comes back
+    try:
+        object.__setattr__(state.io, "products", lambda: torch.autocast("cpu", torch.bfloat16))
+        seen: dict[str, list[Tensor]] = {name: [] for name in state.readers().values()}
+        for path, name in state.readers().items():
+            state.draft(path).register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0]))
+        narrow = collected(state, 1)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert any(x.dtype == torch.bfloat16 for inputs in seen.values() for x in inputs)
+    for name, found in narrow.items():
+        x_TI = torch.cat([x.detach().flatten(0, -2) for x in seen[name]])
+        wanted = x_TI.double().T @ x_TI.double()
+        sizes = wanted.diagonal().sqrt()
+        factor = 2**-24 * len(x_TI) if x_TI.dtype == torch.bfloat16 else 2**-7  # of both factors, and of the sum
+        assert ((found[Gram()] - wanted).abs() <= factor * sizes * sizes[:, None] + 1e-30).all(), name
+
+
 def test_what_only_the_output_needs_is_left_out_without_a_difference(state):
     behind = torch.full_like(state.io.x, torch.nan)
     assert_equal(collected(state, 1), collected(state, 1, behind=behind))
