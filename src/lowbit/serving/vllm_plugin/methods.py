@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +31,39 @@ _SHARDS = {"q": 0, "k": 1, "v": 2, None: 0}
 _GUARD = "weight"
 """A tensor without values that keeps other readers from taking the checkpoint for an unquantized one."""
 
-_running: dict[str, Packed] = {}
-"""The packed layers of this process by vLLM's names, for the operator."""
+_running: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
+"""The packed modules of this process, by the names under which the operators find them."""
 
 
-@torch.library.custom_op("lowbit::packed", mutates_args=())
+def announced(prefix: str, module: nn.Module) -> str:
+    """Makes ``module`` known to the operators; its name, which is vLLM's ``prefix`` where no other model has taken it."""
+    name = prefix
+    while name in _running:
+        name += "'"
+    _running[name] = module
+    return name
+
+
+@torch.library.custom_op("lowbit::packed_product", mutates_args=())
 def packed_product(x: Tensor, name: str, width: int) -> Tensor:
-    """``[T, I]`` to ``[T, width]`` through the layers that vLLM knows as ``name``."""
+    """``[..., I]`` to ``[..., width]`` through the packed layers of a name."""
     return _running[name](x)
 
 
 @packed_product.register_fake
 def _(x: Tensor, name: str, width: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], width)
+
+
+@torch.library.custom_op("lowbit::packed_rows", mutates_args=())
+def packed_rows(ids: Tensor, name: str, width: int, dtype: torch.dtype) -> Tensor:
+    """Token ids ``[...]`` to vectors ``[..., width]`` of the packed table of a name, which has this dtype."""
+    return _running[name](ids)
+
+
+@packed_rows.register_fake
+def _(ids: Tensor, name: str, width: int, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty(*ids.shape, width, dtype=dtype)
 
 
 class Packed(nn.Module):
@@ -163,11 +184,11 @@ class PackedLinear(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         layer.packed = Packed([_prepared(name, *made) for name, made in zip(self.parts, self._arrival.finish(layer))])
-        _running[self.prefix] = layer.packed
+        self._name = announced(self.prefix, layer.packed)
         del self._arrival
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = packed_product(x, self.prefix, layer.packed.width)
+        y = packed_product(x, self._name, layer.packed.width)
         return y if bias is None else y + bias
 
 
@@ -219,10 +240,11 @@ class PackedEmbedding(LinearMethodBase):
         del self._arrival
         layer.table = QuantEmbedding(description, tensors, self._dtype)
         layer.table.check(self.name)
+        self._name = announced(self.name, layer.table)
         self._head: Packed | None = None
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
-        return layer.table(input_)
+        return packed_rows(input_, self._name, layer.embedding_dim, self._dtype)
 
     def head(self, layer: Any) -> Packed:
         """The table as an output head, packed for the kernels when it is first asked for."""
