@@ -202,12 +202,15 @@ def _place(
     if fused:
         raise ValueError(f"{layer.prefix} is stored as one matrix, which cannot be cut for several processes")
     if isinstance(layer, RowParallelLinear):
-        share = layer.input_size_per_partition
-        return (0, high), (layer.tp_rank * share, (layer.tp_rank + 1) * share)
-    # Keys and values of few heads are in several processes at once.
-    alike = layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) and number else 1
-    rank, width = layer.tp_rank // alike, layer.output_partition_sizes[number]
-    return (rank * width, (rank + 1) * width), (0, wide)
+        share, rank, alike, size = layer.input_size_per_partition, layer.tp_rank, 1, wide
+    else:
+        # Keys and values of few heads are in several processes at once.
+        alike = layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) and number else 1
+        share, rank, size = layer.output_partition_sizes[number], layer.tp_rank // alike, high
+    if share * layer.tp_size != size * alike:
+        raise ValueError(f"part {number} of {layer.prefix} is {[high, wide]}, of which vLLM gives each process {share}")
+    own = (rank * share, (rank + 1) * share)
+    return ((0, high), own) if isinstance(layer, RowParallelLinear) else (own, (0, wide))
 
 
 class PackedEmbedding(LinearMethodBase):
@@ -254,7 +257,8 @@ class PackedEmbedding(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = self.head(layer)(x)
-        y = F.pad(y, (0, layer.num_embeddings_per_partition - y.shape[-1]))  # as wide as those of other processes
+        if lacking := layer.num_embeddings_per_partition - y.shape[-1]:
+            y = F.pad(y, (0, lacking))  # as wide as those of other processes
         return y if bias is None else y + bias
 
 
