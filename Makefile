@@ -29,11 +29,12 @@ oldest: install
 		tests/laws/test_attention.py tests/laws/test_packed_steps.py tests/unit/architectures tests/unit/caches \
 		tests/unit/checkpoints tests/unit/modules tests/unit/test_pipeline.py
 
-# Other engines on what is exported: llama.cpp, and transformers with compressed-tensors. Without them these tests are skipped.
+# Other engines on what is exported: llama.cpp, transformers with compressed-tensors, its server, and vLLM where LOWBIT_VLLM_PYTHON names
+# an interpreter that has it. Without them these tests are skipped.
 INTEROP := build/interop
 interop: install
 	test -d $(INTEROP) || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(INTEROP) \
-		xllamacpp compressed-tensors==0.20.0 loguru
+		xllamacpp compressed-tensors==0.20.0 loguru fastapi uvicorn starlette openai jiter sniffio opentelemetry-api
 	PYTHONPATH=$(INTEROP) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interop
 
 # Every combination of factors and every record of the authors' code, where the tests above take enough for every pair.

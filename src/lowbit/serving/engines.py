@@ -128,9 +128,10 @@ _VLLM = (
 
 
 def vllm_command(asked: Serving) -> list[str]:
-    """The command that serves a directory in vLLM."""
+    """The command that serves a directory in vLLM; without its compilation, with which packed layers have not been run."""
     trusted = ["--trust-remote-code"] if asked.trust_remote_code else []
-    return ["vllm", "serve", asked.model, "--host", asked.host, "--port", str(asked.port), *trusted]
+    where = ["--host", asked.host, "--port", str(asked.port)]
+    return ["vllm", "serve", asked.model, *where, "--enforce-eager", *trusted]
 
 
 def _why_not_vllm(asked: Serving) -> str | None:

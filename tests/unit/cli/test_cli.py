@@ -32,6 +32,7 @@ COMMANDS = (
     "generate-data",
     "merge-adapter",
     "chat",
+    "serve",
     "plan",
     "explain",
     "methods",

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lowbit.serving import engines
 from lowbit.serving.engines import ENGINES, Serving, serve
-
-# A program of the engine's name that prints what it was called with.
-PROGRAM = '#!/bin/sh\necho "${0##*/} $@"\n'
-START = (
-    "import sys; from lowbit.serving.engines import Serving, serve; "
-    "serve(Serving(sys.argv[1], port=81), sys.argv[2], lambda line: print('said', line, flush=True))"
-)
 
 
 @pytest.fixture
@@ -29,30 +19,33 @@ def programs(tmp_path, monkeypatch) -> Path:
     return place
 
 
+@pytest.fixture
+def become(monkeypatch) -> list[list[str]]:
+    """The commands that this process would become."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(engines.os, "execvp", lambda program, command: commands.append(command))
+    return commands
+
+
 def install(place: Path, name: str) -> None:
-    (place / name).write_text(PROGRAM)
-    (place / name).chmod(0o755)
-
-
-def started(model: Path, engine: str, place: Path) -> list[str]:
-    """What a process prints that becomes an engine."""
-    environment = os.environ | {"PATH": f"{place}:/bin:/usr/bin"}
-    asked = [sys.executable, "-c", START, str(model), engine]
-    return subprocess.run(asked, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    (place / name).touch(mode=0o755)
 
 
 @pytest.mark.parametrize("engine", ["auto", "llama.cpp"])
-def test_a_gguf_file_is_served_by_llama_server_where_it_is_on_the_path(tmp_path, programs, engine):
+def test_a_gguf_file_is_served_by_llama_server_where_it_is_on_the_path(tmp_path, programs, become, engine):
     install(programs, "llama-server")
-    (tmp_path / "model.gguf").touch()
-    command = f"llama-server -m {tmp_path / 'model.gguf'} --host localhost --port 81"
-    assert started(tmp_path / "model.gguf", engine, programs) == [f"said {command}", command]
+    file, said = tmp_path / "model.gguf", []
+    file.touch()
+    serve(Serving(str(file), port=81), engine, said.append)
+    assert become == [["llama-server", "-m", str(file), "--host", "localhost", "--port", "81"]]
+    assert said == [" ".join(become[0])]
 
 
-def test_a_directory_is_served_by_vllm_where_it_is_asked_for(tmp_path, programs):
+def test_a_directory_is_served_by_vllm_where_it_is_asked_for(tmp_path, programs, become):
     install(programs, "vllm")
-    command = f"vllm serve {tmp_path} --host localhost --port 81"
-    assert started(tmp_path, "vllm", programs) == [f"said {command}", command]
+    serve(Serving(str(tmp_path), port=81, trust_remote_code=True), "vllm")
+    where = ["--host", "localhost", "--port", "81"]
+    assert become == [["vllm", "serve", str(tmp_path), *where, "--enforce-eager", "--trust-remote-code"]]
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lowbit.layouts import pack_qtensor, unpack_qtensor
-from lowbit.modules import ActSpec, LinearDescription
-from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, PerToken, QTensor, Spec
+from lowbit.modules import LinearDescription
+from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, QTensor, Spec
 from lowbit.numerics.grids import NF4
-from lowbit.serving.vllm_plugin.shards import cut, why_not_vllm
+from lowbit.serving.vllm_plugin.shards import cut
 
 SPECS = [
     Spec(Int(3), PerGroup(16)),
@@ -53,18 +53,3 @@ def test_a_scale_of_the_whole_matrix_is_not_cut():
     assert cut(description, tensors, (0, 24), (0, 48)) == (description, tensors)
     with pytest.raises(ValueError, match="scales are not of a row"):
         cut(description, tensors, (0, 12), (0, 48))
-
-
-@pytest.mark.parametrize(
-    ("act", "runs"),
-    [
-        (None, True),
-        (ActSpec(Spec(Int(8), PerToken())), True),
-        (ActSpec(Spec(Int(8), PerToken()), threshold=6.0), False),
-        (ActSpec(Spec(Int(8), PerTensor())), False),
-        (ActSpec(Spec(Int(8), PerTensor()), static=True), True),
-    ],
-    ids=str,
-)
-def test_ranges_of_a_whole_call_are_refused_because_vllm_joins_requests(act, runs):
-    assert (why_not_vllm(LinearDescription(Spec(Int(4), PerChannel()), WHOLE, act=act)) is None) == runs

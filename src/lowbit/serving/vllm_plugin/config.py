@@ -16,7 +16,7 @@ from vllm.model_executor.models.utils import WeightsMapper  # pyright: ignore
 from lowbit.checkpoints.description import METHOD, ModelDescription
 from lowbit.modules import LinearDescription
 from lowbit.serving.vllm_plugin.methods import PackedEmbedding, PackedLinear, TiedHead
-from lowbit.serving.vllm_plugin.shards import why_not_vllm
+from lowbit.serving.vllm_plugin.refusals import why_not_served
 
 
 class NativeConfig(QuantizationConfig):
@@ -98,17 +98,3 @@ class NativeConfig(QuantizationConfig):
                 "--engine transformers"
             )
         return packed
-
-
-def why_not_served(description: ModelDescription) -> str | None:
-    """What of a model vLLM's path cannot run; None: nothing."""
-    if description.cache or description.kv_calibration:
-        return "its cache of keys and values is packed, and vLLM keeps its own; quantize without --kv"
-    if description.attention:
-        return "the operands of its attention are quantized"
-    if description.residual is not None:
-        return "its residual stream is rotated between the blocks"
-    if description.unfused_experts:
-        return "its experts are packed one by one, and vLLM computes them as one"
-    refused = ((name, why_not_vllm(layer)) for name, layer in description.layers.items())
-    return next((f"{name}: {reason}" for name, reason in refused if reason), None)

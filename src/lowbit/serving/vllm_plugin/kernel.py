@@ -17,7 +17,7 @@ from vllm.model_executor.kernels.linear import MPLinearKernel, MPLinearLayerConf
 from lowbit.layouts import pack, packed_width, unpack
 from lowbit.modules import LinearDescription, QuantLinear
 from lowbit.numerics import Int, PerChannel, PerGroup, Spec
-from lowbit.serving.vllm_plugin.methods import Packed, _running, packed_product
+from lowbit.serving.vllm_plugin.methods import Packed, announced, packed_product
 
 
 class LowbitLinearKernel(MPLinearKernel):
@@ -50,8 +50,8 @@ class LowbitLinearKernel(MPLinearKernel):
         description, tensors = _packed(bits, wide, high, codes.data, scale.data, None if zero is None else zero.data)
         made = QuantLinear(description, tensors)
         made.prepare()
-        self._name = f"{id(self)}"
-        layer.packed = _running[self._name] = Packed([made])
+        layer.packed = Packed([made])
+        self._name = announced(layer.prefix, layer.packed)
         for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
             if name in layer._parameters:
                 setattr(layer, name, nn.Parameter(torch.empty(0), requires_grad=False))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +31,39 @@ _SHARDS = {"q": 0, "k": 1, "v": 2, None: 0}
 _GUARD = "weight"
 """A tensor without values that keeps other readers from taking the checkpoint for an unquantized one."""
 
-_running: dict[str, Packed] = {}
-"""The packed layers of this process by vLLM's names, for the operator."""
+_running: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
+"""The packed modules of this process, by the names under which the operators find them."""
 
 
-@torch.library.custom_op("lowbit::packed", mutates_args=())
+def announced(prefix: str, module: nn.Module) -> str:
+    """Makes ``module`` known to the operators; its name, which is vLLM's ``prefix`` where no other model has taken it."""
+    name = prefix
+    while name in _running:
+        name += "'"
+    _running[name] = module
+    return name
+
+
+@torch.library.custom_op("lowbit::packed_product", mutates_args=())
 def packed_product(x: Tensor, name: str, width: int) -> Tensor:
-    """``[T, I]`` to ``[T, width]`` through the layers that vLLM knows as ``name``."""
+    """``[..., I]`` to ``[..., width]`` through the packed layers of a name."""
     return _running[name](x)
 
 
 @packed_product.register_fake
 def _(x: Tensor, name: str, width: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], width)
+
+
+@torch.library.custom_op("lowbit::packed_rows", mutates_args=())
+def packed_rows(ids: Tensor, name: str, width: int, dtype: torch.dtype) -> Tensor:
+    """Token ids ``[...]`` to vectors ``[..., width]`` of the packed table of a name, which has this dtype."""
+    return _running[name](ids)
+
+
+@packed_rows.register_fake
+def _(ids: Tensor, name: str, width: int, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty(*ids.shape, width, dtype=dtype)
 
 
 class Packed(nn.Module):
@@ -163,11 +184,11 @@ class PackedLinear(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         layer.packed = Packed([_prepared(name, *made) for name, made in zip(self.parts, self._arrival.finish(layer))])
-        _running[self.prefix] = layer.packed
+        self._name = announced(self.prefix, layer.packed)
         del self._arrival
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = packed_product(x, self.prefix, layer.packed.width)
+        y = packed_product(x, self._name, layer.packed.width)
         return y if bias is None else y + bias
 
 
@@ -181,12 +202,15 @@ def _place(
     if fused:
         raise ValueError(f"{layer.prefix} is stored as one matrix, which cannot be cut for several processes")
     if isinstance(layer, RowParallelLinear):
-        share = layer.input_size_per_partition
-        return (0, high), (layer.tp_rank * share, (layer.tp_rank + 1) * share)
-    # Keys and values of few heads are in several processes at once.
-    alike = layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) and number else 1
-    rank, width = layer.tp_rank // alike, layer.output_partition_sizes[number]
-    return (rank * width, (rank + 1) * width), (0, wide)
+        share, rank, alike, size = layer.input_size_per_partition, layer.tp_rank, 1, wide
+    else:
+        # Keys and values of few heads are in several processes at once.
+        alike = layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) and number else 1
+        share, rank, size = layer.output_partition_sizes[number], layer.tp_rank // alike, high
+    if share * layer.tp_size != size * alike:
+        raise ValueError(f"part {number} of {layer.prefix} is {[high, wide]}, of which vLLM gives each process {share}")
+    own = (rank * share, (rank + 1) * share)
+    return ((0, high), own) if isinstance(layer, RowParallelLinear) else (own, (0, wide))
 
 
 class PackedEmbedding(LinearMethodBase):
@@ -219,10 +243,11 @@ class PackedEmbedding(LinearMethodBase):
         del self._arrival
         layer.table = QuantEmbedding(description, tensors, self._dtype)
         layer.table.check(self.name)
+        self._name = announced(self.name, layer.table)
         self._head: Packed | None = None
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
-        return layer.table(input_)
+        return packed_rows(input_, self._name, layer.embedding_dim, self._dtype)
 
     def head(self, layer: Any) -> Packed:
         """The table as an output head, packed for the kernels when it is first asked for."""
@@ -232,7 +257,8 @@ class PackedEmbedding(LinearMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = self.head(layer)(x)
-        y = F.pad(y, (0, layer.num_embeddings_per_partition - y.shape[-1]))  # as wide as those of other processes
+        if lacking := layer.num_embeddings_per_partition - y.shape[-1]:
+            y = F.pad(y, (0, lacking))  # as wide as those of other processes
         return y if bias is None else y + bias
 
 

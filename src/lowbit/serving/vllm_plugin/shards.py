@@ -12,22 +12,9 @@ from torch import Tensor
 
 from lowbit.layouts import pack, unpack
 from lowbit.modules import LinearDescription
-from lowbit.numerics import PerChannel, PerGroup, PerToken
+from lowbit.numerics import PerChannel, PerGroup
 
 Tensors = Mapping[str, Tensor]
-
-
-def why_not_vllm(description: LinearDescription) -> str | None:
-    """Why a layer cannot run where the tokens of several requests are in one call; None: it can."""
-    act = description.act
-    if act is None or act.static:
-        return None
-    if act.threshold or not isinstance(act.spec.granularity, PerToken | PerGroup):
-        return (
-            "its inputs are quantized with ranges of a whole call, in which vLLM joins several requests; quantize "
-            "activations per token"
-        )
-    return None
 
 
 def why_not_cut(description: LinearDescription) -> str | None:
