@@ -25,7 +25,9 @@ def record(label: str, recipe: Any = GPTQ, **figures: Any) -> dict[str, Any]:
         "recipe": recipe,
         "model": {"name": "tiny", "sha256": "a" * 64},
         "protocol": {"name": "gptq", "text": "text.txt", "windows": 20, "seq_len": 1024, "sha256": "b" * 64},
-        "calibration": None if recipe is None else {"text": "cal.txt", "windows": 32, "tokens": 512, "sha256": "c" * 64},
+        "calibration": None
+        if recipe is None
+        else {"text": "cal.txt", "windows": 32, "tokens": 512, "sha256": "c" * 64},
         "machine": {"cpu": "a processor", "threads": 1},
         "versions": {"lowbit": "0.1.0", "torch": "2"},
         **figures,
@@ -36,13 +38,22 @@ RECORDS = [
     record("original", None, perplexity=20.0, model_bits_per_weight=16.0, bytes=10**8),
     record("large", perplexity=21.0, model_bits_per_weight=8.1, bits_per_weight=8.0, bytes=5 * 10**7, kl=0.01),
     record("small", perplexity=30.0, model_bits_per_weight=4.2, bits_per_weight=4.1, bytes=3 * 10**7, kl=0.4),
-    record("worse and larger", perplexity=31.0, model_bits_per_weight=4.3, bits_per_weight=4.2, bytes=3 * 10**7, kl=0.5),
+    record(
+        "worse and larger", perplexity=31.0, model_bits_per_weight=4.3, bits_per_weight=4.2, bytes=3 * 10**7, kl=0.5
+    ),
     record("ruined", perplexity=9e5, model_bits_per_weight=2.0, problems=["KL over 2"]),
     record("lost", error="the process ended"),
     record(HOSTILE, perplexity=25.0, model_bits_per_weight=5.0, warnings=[HOSTILE]),
 ]
 CURVE = [
-    {"step": i, "tokens": 512 * i, "loss": None if i == 0 else 2 / i, "held_out_kl": 1 / (i + 1), "lr": 1e-3, "seconds": i}
+    {
+        "step": i,
+        "tokens": 512 * i,
+        "loss": None if i == 0 else 2 / i,
+        "held_out_kl": 1 / (i + 1),
+        "lr": 1e-3,
+        "seconds": i,
+    }
     for i in range(6)
 ]
 CACHES = {

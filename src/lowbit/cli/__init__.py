@@ -30,6 +30,7 @@ from lowbit.cli import (
     plan,
     quantize,
     recipes,
+    recommend,
     report,
 )
 
@@ -119,6 +120,7 @@ for module in (
     recipes,
     inspect,
     report,
+    recommend,
     bench,
     cache,
 ):

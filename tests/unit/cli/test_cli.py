@@ -37,6 +37,8 @@ COMMANDS = (
     "methods",
     "recipes",
     "inspect",
+    "report",
+    "recommend",
     "compare",
     "allocate",
     "cache",
