@@ -30,11 +30,13 @@ oldest: install
 		tests/unit/checkpoints tests/unit/modules tests/unit/test_pipeline.py
 
 # Other engines on what is exported: llama.cpp, transformers with compressed-tensors, its server, and vLLM where LOWBIT_VLLM_PYTHON names
-# an interpreter that has it. Without them these tests are skipped.
+# an interpreter that has it; and the report in the system's Chromium. Without them these tests are skipped.
 INTEROP := build/interop
 interop: install
 	test -d $(INTEROP) || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(INTEROP) \
 		xllamacpp compressed-tensors==0.20.0 loguru fastapi uvicorn starlette openai jiter sniffio opentelemetry-api
+	test -d $(INTEROP)/playwright || $(BIN)/pip install --quiet --disable-pip-version-check --target $(INTEROP) \
+		playwright axe-playwright-python
 	PYTHONPATH=$(INTEROP) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interop
 
 # Every combination of factors and every record of the authors' code, where the tests above take enough for every pair.
@@ -73,6 +75,7 @@ docs: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/matrix.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/families.py
 	$(BIN)/python docs/methods.py
+	$(BIN)/python docs/choosing.py
 
 lint: install
 	$(BIN)/ruff check src tests examples benchmarks docs

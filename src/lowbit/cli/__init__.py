@@ -30,6 +30,7 @@ from lowbit.cli import (
     plan,
     quantize,
     recipes,
+    recommend,
     report,
     serve,
 )
@@ -121,6 +122,7 @@ for module in (
     recipes,
     inspect,
     report,
+    recommend,
     bench,
     cache,
 ):

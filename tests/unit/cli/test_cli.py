@@ -38,6 +38,8 @@ COMMANDS = (
     "methods",
     "recipes",
     "inspect",
+    "report",
+    "recommend",
     "compare",
     "allocate",
     "cache",
