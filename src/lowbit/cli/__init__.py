@@ -30,6 +30,7 @@ from lowbit.cli import (
     plan,
     quantize,
     recipes,
+    train,
 )
 
 
@@ -104,6 +105,7 @@ def main(
 
 for module in (
     quantize,
+    train,
     evaluate,
     compare,
     allocate,
