@@ -209,6 +209,7 @@ _SHORT: dict[str, dict[str, Any]] = {
     "owq": {"greedy_passes": 0},
     "paretoq": {"tokens": 96, "lr": 1e-4, "measures": 2},
     "qllm": {"threshold_steps": 3, "windows": 1, "epochs": 1},
+    "qlora": {"tokens": 96, "rank": 4, "lr": 1e-3, "measures": 2},
     "quarot": {},
     "quip": {"bits": 4},
     "rptq": {"clusters": 4, "activation_bits": 6},

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors; a test com
     from lowbit.pipeline import quantize
     from lowbit.recipes import Recipe, recipe
     from lowbit.report import BrokenModel, QuantizeReport
+    from lowbit.retraining import TrainReport, train
 
 __all__ = [
     "Allocation",
@@ -41,6 +42,7 @@ __all__ = [
     "MergeReport",
     "QuantizeReport",
     "Recipe",
+    "TrainReport",
     "__version__",
     "allocate",
     "compare",
@@ -57,6 +59,7 @@ __all__ = [
     "quantize",
     "quantize_linear",
     "recipe",
+    "train",
 ]
 
 _HOMES = {
@@ -67,6 +70,7 @@ _HOMES = {
     "MergeReport": "lowbit.merging",
     "QuantizeReport": "lowbit.report",
     "Recipe": "lowbit.recipes",
+    "TrainReport": "lowbit.retraining",
     "allocate": "lowbit.allocation",
     "compare": "lowbit.comparison",
     "evaluate": "lowbit.api",
@@ -82,6 +86,7 @@ _HOMES = {
     "quantize": "lowbit.pipeline",
     "quantize_linear": "lowbit.linear_api",
     "recipe": "lowbit.recipes",
+    "train": "lowbit.retraining",
 }
 """The module that each public name is imported from."""
 

@@ -52,13 +52,14 @@ from lowbit.report import (
     refusal,
 )
 from lowbit.stages.blockwise import Broken, Walk
+from lowbit.stages.follow import follow
 from lowbit.stages.journal import Journal, settle
 from lowbit.stages.merge import merge
 from lowbit.stages.run import Run
 from lowbit.stages.stream import CannotStream, check_blocks_run_alone
 from lowbit.steps.precision import continue_with, product_type
 from lowbit.surroundings import own_settings
-from lowbit.training import launched
+from lowbit.training import Processes, launched, leads
 from lowbit.version import __version__
 
 _ORDINALS = {2: "second", 3: "third", 4: "fourth"}
@@ -144,11 +145,6 @@ def prepare(
     if file_format.name != NATIVE:
         check_target(out)
         out = _beside(out)
-    if launched() > 1 and any(isinstance(stage, Train) for stage in recipe.stages):
-        raise ValueError(
-            f"recipe {recipe.name!r} trains, and {launched()} processes were started: a run is one process, which writes one "
-            "target. Start it alone; the loop that processes can share is lowbit.stages.descent.Descent"
-        )
     settle(out)
     check_target(out)
     plan = plan_for(model, recipe, format, keep_dtype=keep_dtype, trust_remote_code=trust_remote_code)
@@ -270,7 +266,11 @@ def quantize(
         trust_remote_code=trust_remote_code,
     )
     report = run(job, ram_limit, max_kl, allow_broken, restart, progress)
-    return exported(report, format, Path(out).expanduser().resolve(), trust_remote_code=trust_remote_code)
+    return (
+        report
+        if not leads()
+        else exported(report, format, Path(out).expanduser().resolve(), trust_remote_code=trust_remote_code)
+    )
 
 
 def exported(report: QuantizeReport, format: str, out: Path, *, trust_remote_code: bool = False) -> QuantizeReport:
@@ -298,7 +298,24 @@ def _beside(out: Path) -> Path:
 def run(
     job: Job, ram_limit: int, max_kl: float, allow_broken: bool, restart: bool, progress: Progress | None = None
 ) -> QuantizeReport:
-    """The stages and all that follows them, for a request that has been checked."""
+    """The stages and all that follows them, for a request that has been checked.
+
+    Where a launcher started several processes and the recipe trains, the first one does all of it, and the others take their share of
+    the training.
+    """
+    together = launched() > 1 and any(isinstance(stage, Train) for stage in job.recipe.stages)
+    if together and not Processes.here().first:
+        ids, held_out = job.windows()
+        return follow(job.plan, ids, held_out, None if job.calibration is None else job.calibration.further, job.out)
+    report = _alone(job, ram_limit, max_kl, allow_broken, restart, progress)
+    if together:
+        Processes.here().tell(report)
+    return report
+
+
+def _alone(
+    job: Job, ram_limit: int, max_kl: float, allow_broken: bool, restart: bool, progress: Progress | None
+) -> QuantizeReport:
     if job.plan.problems and not allow_broken:
         raise BrokenModel(
             f"{'; '.join(job.plan.problems)}. {job.source.name} would stay as large as it is; repeat with --allow-broken to "

@@ -33,6 +33,7 @@ from lowbit.cli import (
     recommend,
     report,
     serve,
+    train,
 )
 
 
@@ -107,6 +108,7 @@ def main(
 
 for module in (
     quantize,
+    train,
     evaluate,
     compare,
     allocate,

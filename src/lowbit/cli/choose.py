@@ -146,10 +146,11 @@ def method_options(
     options = {key: value for key, value in given.items() if value is not None}
     if group_size is not None:
         options["group_size"] = None if group_size.lower() in _PER_CHANNEL else _scalar(group_size)
-    return _with_settings(options, settings, "--set")
+    return with_settings(options, settings, "--set")
 
 
-def _with_settings(options: dict[str, Any], settings: Sequence[str] | None, hint: str) -> dict[str, Any]:
+def with_settings(options: dict[str, Any], settings: Sequence[str] | None, hint: str) -> dict[str, Any]:
+    """``options`` and those of ``KEY=VALUE`` settings, whose values are read as YAML; ``hint`` names them in errors."""
     for setting in settings or ():
         key, equals, value = setting.partition("=")
         if not key or not equals:
@@ -162,7 +163,7 @@ def _with_settings(options: dict[str, Any], settings: Sequence[str] | None, hint
 
 def cache_options(bits: int | None, settings: Sequence[str] | None) -> dict[str, Any]:
     """``--kv-bits`` and ``--kv-set`` as options of a method for caches."""
-    return _with_settings({} if bits is None else {"bits": bits}, settings, "--kv-set")
+    return with_settings({} if bits is None else {"bits": bits}, settings, "--kv-set")
 
 
 def choose_cache(name: str | None, bits: int | None, settings: Sequence[str] | None) -> KVFormats | None:

@@ -105,27 +105,53 @@ def command(
     options = method_options(bits, group_size, activation_bits, settings, scheme)
     chosen = choose_recipe(method, recipe, options, changes, (kv, kv_bits, kv_settings))
     common.use_threads(threads)
+    text = None if calibration == "none" else common.text_or_default(calibration, "calibration")
+    settings_of_run = {
+        "samples": samples,
+        "seq_len": seq_len,
+        "bos": bos,
+        "keep_dtype": keep_dtype,
+        "max_bits": math.inf if max_bits is None else max_bits,
+        "trust_remote_code": trust_remote_code,
+    }
+    carry_out(
+        model, chosen, text, out, format, (limit, max_kl, allow_broken, restart), as_json, started, **settings_of_run
+    )
+
+
+def carry_out(
+    model: str,
+    recipe: Recipe,
+    text: str | None,
+    out: Path,
+    format: str,
+    running: tuple[int, float | None, bool, bool],
+    as_json: bool,
+    started: float,
+    **prepared: Any,
+) -> None:
+    """The whole run, with what is said about it.
+
+    Args:
+        running: bytes of activations in memory, the divergence that counts as broken (None: the usual), whether a broken result is
+            written, whether an unfinished run is discarded.
+        started: when the command began.
+        prepared: further arguments of :func:`lowbit.pipeline.prepare`.
+    """
     from lowbit.pipeline import exported, prepare, run
     from lowbit.report import MAX_KL
+    from lowbit.training import leads
 
-    text = None if calibration == "none" else common.text_or_default(calibration, "calibration")
-    job = prepare(
-        model,
-        chosen,
-        text,
-        out=out,
-        samples=samples,
-        seq_len=seq_len,
-        bos=bos,
-        keep_dtype=keep_dtype,
-        max_bits=math.inf if max_bits is None else max_bits,
-        format=format,
-        trust_remote_code=trust_remote_code,
-    )
+    limit, max_kl, allow_broken, restart = running
+    job = prepare(model, recipe, text, out=out, format=format, **prepared)
+    if not leads():  # a process that trains along says nothing
+        run(job, limit, MAX_KL, allow_broken, restart)
+        return
     continued = _announce(job, restart)
     with common.progress() as report:
         result = run(job, limit, MAX_KL if max_kl is None else max_kl, allow_broken, restart, report)
-        result = exported(result, format, out.expanduser().resolve(), trust_remote_code=trust_remote_code)
+        trust = prepared["trust_remote_code"]
+        result = exported(result, format, out.expanduser().resolve(), trust_remote_code=trust)
     if as_json:
         common.print_json(result.to_dict())
     else:

@@ -186,6 +186,8 @@ class Train:
         cache: train and measure with the scheme's quantized cache, as if each token were decoded by itself.
         judge: what is measured on the windows that are not trained on, and decides which state is kept: ``"original"``, the KL
             divergence from the original, or ``"objective"``, the objective itself, for a model that is to become another one.
+        top_k: keep only the original's so many likeliest tokens at each position, found once, instead of the original in memory;
+            what that loses is measured and said. None: the original is asked each time.
     """
 
     what: Trainable
@@ -205,6 +207,7 @@ class Train:
     patience: int = 0
     cache: bool = False
     judge: Literal["original", "objective"] = "original"
+    top_k: int | None = None
 
     def __post_init__(self):
         check_types(self)  # first, because what a stage declares depends on its parts
@@ -223,6 +226,11 @@ class Train:
             raise ValueError(
                 f"measures and patience are counts and clip_norm is positive or None, found measures={self.measures}, "
                 f"patience={self.patience}, clip_norm={self.clip_norm}"
+            )
+        if self.top_k is not None and (self.top_k < 1 or self.objective.reads_hidden):
+            raise ValueError(
+                f"top_k keeps 1 likeliest token or more, and no hidden states; found top_k={self.top_k} and an objective that reads "
+                f"{'hidden states' if self.objective.reads_hidden else 'logits'}"
             )
         if self.patience and not self.measures:
             raise ValueError("patience counts measurements on held-out windows; set measures too")

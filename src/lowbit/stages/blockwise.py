@@ -439,7 +439,7 @@ class Walk:
         caches = {f"{name}.{path}": cache_calibration(m) for path, m in block.named_modules()}
         found = {path: calibration.spec for path, calibration in caches.items() if calibration is not None}
         if self.recipe.needs_latents:  # before the unit that names its hash
-            self.journal.save(self._latents_file(i), {f"{name}.{path}": w_OI for path, w_OI in state.latents.items()})
+            self.journal.save(_latents_file(i), {f"{name}.{path}": w_OI for path, w_OI in state.latents.items()})
         latents = self._latents_hash(i)
         record = BlockRecord(name, error, state.records, state.notes, packed, attends, found, latents)
         self.section.write(self._shard(i), self._tensors(block, name), record.to_dict())
@@ -564,15 +564,11 @@ class Walk:
 
     def latents(self) -> dict[str, Tensor]:
         """What the codes of all packed linears in the blocks were rounded from, ``[O, I]`` float32, by name."""
-        headers = [read_shard_header(self.journal.directory / self._latents_file(i)) for i in range(self.total)]
-        return {name: read_tensor(header) for block in headers for name, header in block.items()}
-
-    def _latents_file(self, i: int) -> str:
-        return f"latents-{i + 1:05d}.safetensors"
+        return read_latents(self.journal.directory, self.total)
 
     def _latents_hash(self, i: int) -> str:
         """Of the file of block i; empty where the recipe needs none, or it is not there."""
-        path = self.journal.directory / self._latents_file(i)
+        path = self.journal.directory / _latents_file(i)
         return file_sha256(path) if self.recipe.needs_latents and path.is_file() else ""
 
     def _shard(self, i: int) -> str:
@@ -668,3 +664,13 @@ class Walk:
 def derived_seed(seed: int, block: int) -> int:
     """A seed for one block, independent of which blocks ran before it."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{block}".encode()).digest()[:4], "big")
+
+
+def _latents_file(i: int) -> str:
+    return f"latents-{i + 1:05d}.safetensors"
+
+
+def read_latents(directory: Path, blocks: int) -> dict[str, Tensor]:
+    """What the codes of all packed linears in the blocks were rounded from, ``[O, I]`` float32, by name."""
+    headers = [read_shard_header(directory / _latents_file(i)) for i in range(blocks)]
+    return {name: read_tensor(header) for block in headers for name, header in block.items()}

@@ -32,7 +32,7 @@ SAVE_SECONDS = 180.0
 
 @dataclass(frozen=True)
 class StateFile:
-    """Where the state of a training is kept.
+    """Where something is kept that a training needs when it is continued, such as its state.
 
     Attributes:
         path: the file.

@@ -31,10 +31,10 @@ from lowbit.checkpoints.shards import file_sha256, read_shard_header, read_tenso
 from lowbit.checkpoints.target import OutputError, check_target
 
 JOURNAL, HOLDER = "journal.jsonl", "lock-holder"
-UNLISTED = ("fisher-*.safetensors", "latents-*.safetensors", "training-*.state")
+UNLISTED = ("fisher-*.safetensors", "latents-*.safetensors", "training-*.state", "training-*.answers")
 """Whole files that a continued run uses although the journal does not name them; the finished checkpoint has none of them."""
-CURVES = "training-*.jsonl"
-"""Files that grow with a run and stay in its checkpoint."""
+CURVES = ("training-*.jsonl", "training-*.tensorboard")
+"""Files and folders that grow with a run and stay in its checkpoint."""
 
 
 class Journal:
@@ -137,7 +137,7 @@ class Journal:
         """Removes everything in the directory but the files ``kept`` and the name of the lock's holder."""
         keep = {HOLDER, *kept}
         for path in self.directory.iterdir():
-            if path.name in keep or (kept and any(path.match(pattern) for pattern in (*UNLISTED, CURVES))):
+            if path.name in keep or (kept and any(path.match(pattern) for pattern in (*UNLISTED, *CURVES))):
                 continue
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 

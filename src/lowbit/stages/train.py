@@ -9,9 +9,9 @@ killed, and the trained shards. Where the packed model and the texts come from s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from lowbit.stages.descent import Descent, StateFile
 from lowbit.stages.journal import Section
 from lowbit.stages.whole import fitted_cache, read_back
 from lowbit.steps.precision import has_bfloat16
-from lowbit.training import Answer, Curve, Start, Text, draw_curve
+from lowbit.training import Answer, Curve, Processes, Start, StoredAnswers, Text, draw_curve
 
 Texts = AbstractContextManager[tuple[Text, Text | None]]
 """The text to train on, and the one to measure on, or None; open while they are read."""
@@ -66,7 +66,7 @@ class Setting(Protocol):
         ...
 
     def texts(self, stage: Train) -> Texts:
-        """What is trained and measured on."""
+        """What is trained and measured on. The original is loaded when it is first asked."""
         ...
 
 
@@ -95,8 +95,11 @@ class Training:
             if not expected or not isinstance(entry["record"].get("notes"), list):
                 section.forget(i)  # the journal was damaged
                 break
-        if len(section.finished) < len(source):
+        if len(section.finished) >= len(source):
+            Processes.here().tell(None)
+        else:
             model = self.setting.model(source)
+            Processes.here().tell(section.journal.finished)  # other processes load it too
             notes = self._train(model)
             state = model.state_dict()
             for i in range(len(section.finished), len(source)):
@@ -109,6 +112,10 @@ class Training:
         trained = self.setting.model([section.directory / file for file in section.files])
         return trained, section.finished[0]["record"]["notes"]
 
+    def take_part(self) -> None:
+        """Takes this process's share of the steps of the first one, which does all the rest."""
+        self._train(self.setting.model(self.source))
+
     def _train(self, model: PreTrainedModel) -> list[str]:
         """Changes ``model`` in place; returns notes for the report."""
         setting, notes = self.setting, []
@@ -118,6 +125,9 @@ class Training:
                 notes = [
                     f"trained {self.stage.tokens / text.ids_NT.numel():.2g} times on the same {text.ids_NT.numel()} tokens"
                 ]
+            if self.stage.top_k is not None and self.stage.compares:
+                text = self._stored(text, "answers", notes)
+                held_out = None if held_out is None else self._stored(held_out, "held-out.answers")
             if self.stage.measures and held_out is None:
                 notes.append("no text is left to measure a training on: its last state is kept")
             descent = Descent(
@@ -134,6 +144,26 @@ class Training:
             )
             with simulated_cache(model, setting.cache() if self.stage.cache else KVFormats()):
                 return notes + descent.run()
+
+    def _stored(self, text: Text, kind: str, notes: list[str] | None = None) -> Text:
+        """``text`` with the original's likeliest tokens, which a file keeps, in place of the original; ``notes`` gets what that
+        loses."""
+        k, processes, file = self.stage.top_k, Processes.here(), self._path(kind)
+        assert k is not None
+        if not processes.first:
+            processes.told()
+        stored = StoredAnswers.load(file)
+        if processes.first and stored is None:
+            stored = StoredAnswers.of(text.original, len(text), k, self.progress)
+            self.section.journal.place(file.name, stored.save)
+        if processes.first:
+            processes.tell(None)
+        assert stored is not None, file
+        if notes is not None:
+            notes.append(
+                f"the original is kept as its {k} likeliest tokens, which lie {stored.lost:.2g} nats a token from all of it"
+            )
+        return Text(text.ids_NT, stored)
 
     def _path(self, kind: str) -> Path:
         return self.section.directory / f"training-{self.section.stage + 1}.{kind}"
@@ -180,10 +210,13 @@ class AfterWalk:
         ids, held_out = walk.ids[: walk.calibrated], walk.ids[walk.calibrated :]
         ids = training_text(stage, ids, self.further)
         reads = stage.compares and (stage.objective.reads_original or len(held_out) > 0)
-        if reads and (stage.tokens is not None or stage.objective.reads_hidden):
+        if not reads:
+            yield plain_texts(ids, held_out)
+            return
+        if stage.tokens is not None or stage.objective.reads_hidden:
             yield whole_texts(stage, ids, held_out, partial(walk.source.load_full))
             return
-        with walk.stream.loaded_outside(walk.source) if reads else nullcontext():
+        with walk.stream.loaded_outside(walk.source):
             first = Text(ids, lambda i: self._streamed(i))
             yield first, Text(held_out, lambda i: self._streamed(walk.calibrated + i)) if len(held_out) else None
 
@@ -203,16 +236,40 @@ def training_text(stage: Train, calibration: Tensor, further: Tensor | None) -> 
 def whole_texts(
     stage: Train, ids: Tensor, held_out: Tensor, load: Callable[[torch.dtype], PreTrainedModel]
 ) -> tuple[Text, Text | None]:
-    """The texts with answers of the original, which ``load`` reads whole: in bfloat16 where the stage multiplies in it and the
-    processor has instructions for it."""
+    """The texts with answers of the original, which ``load`` reads whole when it is first asked: in bfloat16 where the stage
+    multiplies in it and the processor has instructions for it."""
     fast = stage.amp and has_bfloat16(torch.device("cpu"))
-    original = load(torch.bfloat16 if fast else torch.float32).requires_grad_(False)
-    first, second = (partial(_answer, original, each, stage.objective.reads_hidden) for each in (ids, held_out))
+    original = _Original(partial(load, torch.bfloat16 if fast else torch.float32), stage.objective.reads_hidden)
+    first, second = (partial(original.answer, each) for each in (ids, held_out))
     return Text(ids, first), Text(held_out, second) if len(held_out) else None
 
 
-@torch.no_grad()
-def _answer(original: PreTrainedModel, ids_NT: Tensor, hidden: bool, i: int) -> Answer:
-    asked = {"output_hidden_states": True} if hidden else {}
-    output = original(input_ids=ids_NT[i : i + 1], use_cache=False, **asked)
-    return Answer(output.logits[0], tuple(h[0] for h in output.hidden_states) if hidden else ())
+def plain_texts(ids: Tensor, held_out: Tensor) -> tuple[Text, Text | None]:
+    """The texts for a stage that asks the original nothing."""
+    return Text(ids, _nothing), Text(held_out, _nothing) if len(held_out) else None
+
+
+def _nothing(i: int) -> Answer:
+    raise AssertionError("this training asks the original nothing")
+
+
+class _Original:
+    """The original model, loaded when it is first asked.
+
+    Args:
+        load: it.
+        hidden: whether hidden states are asked too.
+    """
+
+    def __init__(self, load: Callable[[], PreTrainedModel], hidden: bool):
+        self._load, self._hidden = load, hidden
+
+    @cached_property
+    def _model(self) -> Any:
+        return self._load().requires_grad_(False)
+
+    @torch.no_grad()
+    def answer(self, ids_NT: Tensor, i: int) -> Answer:
+        asked = {"output_hidden_states": True} if self._hidden else {}
+        output = self._model(input_ids=ids_NT[i : i + 1], use_cache=False, **asked)
+        return Answer(output.logits[0], tuple(h[0] for h in output.hidden_states) if self._hidden else ())

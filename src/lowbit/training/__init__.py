@@ -7,7 +7,6 @@ They are for the stage ``Train`` what :mod:`lowbit.steps` is for ``Blockwise``: 
 from lowbit.training.curve import Curve, Row, draw_curve
 from lowbit.training.latent_signs import LatentSigns
 from lowbit.training.latent_weights import LatentWeights
-from lowbit.training.low_rank import LowRankTerms
 from lowbit.training.objectives import (
     Answer,
     Batch,
@@ -20,8 +19,10 @@ from lowbit.training.objectives import (
     Text,
 )
 from lowbit.training.optimizers import AdamW, Cosine, OneCycle, Schedule
-from lowbit.training.processes import Processes, launched
+from lowbit.training.processes import Processes, launched, leads
 from lowbit.training.recompute import recomputed, replaced
+from lowbit.training.side_terms import KeptColumnValues, LowRankTerms
+from lowbit.training.stored_answers import StoredAnswers
 from lowbit.training.stored_floats import StoredFloats
 from lowbit.training.trainable import Group, Parameters, Start, Trainable
 from lowbit.training.trained_linear import DecodedProduct, TrainedLinear, TrainedModel
@@ -36,6 +37,7 @@ __all__ = [
     "DecodedProduct",
     "Group",
     "HiddenStates",
+    "KeptColumnValues",
     "LatentSigns",
     "LatentWeights",
     "LowRankTerms",
@@ -49,6 +51,7 @@ __all__ = [
     "Row",
     "Schedule",
     "Start",
+    "StoredAnswers",
     "StoredFloats",
     "Text",
     "Trainable",
@@ -56,6 +59,7 @@ __all__ = [
     "TrainedModel",
     "draw_curve",
     "launched",
+    "leads",
     "recomputed",
     "replaced",
 ]

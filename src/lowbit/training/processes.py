@@ -10,10 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+_PATIENCE = timedelta(days=14)
+"""How long processes wait for the first one, which quantizes alone; if it ends, they end at once."""
 
 
 def launched() -> int:
@@ -21,6 +26,13 @@ def launched() -> int:
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1")) if dist.is_available() else 1
+
+
+def leads() -> bool:
+    """Whether this process is the first of those that were started together: the one that writes and reports."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return launched() < 2 or int(os.environ.get("RANK", "0")) == 0
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,8 @@ class Processes:
         if launched() < 2:
             return cls()
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=_PATIENCE)
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
@@ -58,3 +71,14 @@ class Processes:
         if self.count > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
+
+    def tell(self, what: Any) -> None:
+        """Gives all other processes ``what``, which they get from :meth:`told`; for the first one."""
+        if self.count > 1:
+            dist.broadcast_object_list([what], src=0)
+
+    def told(self) -> Any:
+        """What the first process tells next."""
+        heard = [None]
+        dist.broadcast_object_list(heard, src=0)
+        return heard[0]

@@ -27,6 +27,7 @@ from lowbit.cli.choose import byte_count, override
 
 COMMANDS = (
     "quantize",
+    "train",
     "evaluate",
     "generate",
     "generate-data",
@@ -382,6 +383,38 @@ def test_merge_adapter_writes_a_checkpoint_and_says_what_was_lost(quantized, pla
     assert_refused(
         run("merge-adapter", place / "model", tmp_path / "adapter", "-o", tmp_path / "m"), "not packed by lowbit"
     )
+
+
+def test_train_trains_a_checkpoint_or_a_model(quantized, place, tmp_path):
+    arguments = ["--text", place / "text.txt", "--samples", 4, "--seq-len", 16, "--tokens", 64, "--lr", "1e-3"]
+    distil = ["--set", "objective=original", "--set", "measures=1"]
+    result = run(
+        "train", "efficientqat", quantized.out, *arguments, *distil, "--against", place / "model", "-o", tmp_path / "a"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "KL from the original" in result.stdout and "trains StoredFloats" in result.stderr
+    assert (tmp_path / "a" / "training-1.svg").is_file()
+    assert run("generate", tmp_path / "a", "--prompt", "w1 w2").exit_code == 0
+    assert_refused(
+        run("train", "efficientqat", quantized.out, *arguments, "-o", tmp_path / "b"),
+        "compares with the original",
+        "--against",
+    )
+    whole = run(
+        "train",
+        "paretoq",
+        place / "model",
+        *arguments,
+        "--set",
+        "bits=4",
+        "--allow-broken",
+        "--json",
+        "-o",
+        tmp_path / "c",
+    )
+    assert whole.exit_code == 0, whole.stderr
+    assert json.loads(whole.stdout)["recipe"]["stages"][1]["tokens"] == 64
+    assert_refused(run("train", "rtn", place / "model", "--tokens", 8, "-o", tmp_path / "d"), "no stage trains")
 
 
 @pytest.fixture(scope="module")

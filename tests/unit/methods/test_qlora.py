@@ -9,7 +9,7 @@ import lowbit
 from lowbit.modules import QuantLinear
 from lowbit.numerics import NF4, Flat
 from lowbit.training import LowRankTerms
-from unit.training.test_low_rank import recipe, text
+from unit.training.test_side_terms import recipe, text
 
 from helpers import random_ids, tiny_writer
 

@@ -29,12 +29,14 @@ from lowbit.training import (
     Curve,
     Group,
     HiddenStates,
+    LatentWeights,
     NextToken,
     OriginalKL,
     ReverseKL,
     Start,
     StoredFloats,
     Text,
+    draw_curve,
 )
 
 from helpers import random_ids, tiny_llama
@@ -215,6 +217,21 @@ def test_the_gradients_norm_is_limited(place, monkeypatch):
     assert max(seen) > 1e-2
 
 
+def test_the_course_of_a_training_is_drawn_with_all_that_was_measured(tmp_path):
+    curve = Curve(tmp_path / "curve.jsonl")
+    draw_curve(tmp_path / "curve.jsonl", tmp_path / "curve.svg")
+    assert not (tmp_path / "curve.svg").exists()  # nothing happened yet
+    for step in range(4):
+        row = {"step": step, "tokens": 32 * step, "loss": 3.0 - step if step else None, "lr": 1.0, "seconds": step}
+        curve.add({**row, "held_out_kl": None, "held_out_loss": 2.0 if step % 2 else None})
+    for name in ("one", "two"):
+        draw_curve(tmp_path / "curve.jsonl", tmp_path / f"{name}.svg")
+    drawn = (tmp_path / "one.svg").read_text()
+    assert drawn == (tmp_path / "two.svg").read_text() and drawn.count('id="line2d_') > 10
+    lines = [part for part in drawn.split("<path d=")[1:] if "clip-path" in part.split(">")[0]]
+    assert lines and "KL on" not in drawn
+
+
 def test_weight_decay_and_rates_of_groups_reach_the_optimizer():
     leaves = [nn.Parameter(torch.ones(2)) for _ in range(2)]
     made = AdamW(weight_decay=0.1).make([Group(leaves[:1]), Group(leaves[1:], 5.0), Group([])], 1e-3)
@@ -258,22 +275,27 @@ torch.save(trained(work.model), {out!r} + f"/{{here.rank}}")
 """
 
 
+PATHS = [str(Path(__file__).parents[2]), str(Path(__file__).parents[3] / "src")]
+
+
+def launched_twice(tmp_path: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Two processes of ``accelerate launch`` that run ``script``."""
+    (tmp_path / "work.py").write_text(script)
+    # --multi_gpu is how it starts several processes without MPI; without a GPU they talk by gloo.
+    words = (
+        "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *words.split(), str(tmp_path / "work.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATHS)}
+    return subprocess.run(launch, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(place, tmp_path):
     """Under ``accelerate launch``, on CPUs with gloo: each has half of a step's windows."""
     alone = setup(place, batch=4)
     alone.run()
-    tests = Path(__file__).parents[2]
-    script = tmp_path / "work.py"
-    paths = [str(tests), str(tests.parent / "src")]
-    script.write_text(SCRIPT.format(path=paths, place=str(place), out=str(tmp_path)))
-    # --multi_gpu is how it starts several processes without MPI; without a GPU they talk by gloo.
-    words = (
-        "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
-    )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *words.split(), str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True)
+    done = launched_twice(tmp_path, SCRIPT.format(path=PATHS, place=str(place), out=str(tmp_path)))
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
     assert_equal(first, second)
@@ -378,10 +400,44 @@ def test_the_training_text_is_part_of_what_a_run_is_continued_for(place, tmp_pat
     assert jobs[2].header.get("training") is None
 
 
-def test_a_run_that_several_processes_would_write_at_once_is_refused(place, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes were started: a run is one process"):
-        lowbit.quantize(place, _recipe(tokens=64), _calibration(), out=tmp_path / "out", **QUIET)
+RUN = """
+import sys
+sys.path[:0] = {path!r}
+import torch
+torch.set_num_threads(1)
+import lowbit
+from unit.training.test_descent import QUIET, _calibration, _two_stages
+from lowbit.training import leads
+report = lowbit.quantize({place!r}, _two_stages(batch=1, accumulate=4), _calibration(8), out={out!r}, **QUIET)
+print("KL", leads(), report.kl)
+"""
+
+
+def _two_stages(**settings) -> Recipe:
+    """Latent weights on further text, then what is stored on calibration windows, which one process streams."""
+    blockwise = lowbit.recipe("rtn", bits=3, group_size=32).stages
+    first = Train(LatentWeights(), OriginalKL(), tokens=256, lr=1e-3, measures=2, schedule=Cosine(), **settings)
+    second = Train(StoredFloats(), OriginalKL(), epochs=2, lr=5e-3, measures=2, **settings)
+    return Recipe("two", lowbit.recipe("rtn", bits=3, group_size=32).scheme, (*blockwise, first, second))
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_two_processes_trains_as_one_does(place, tmp_path):
+    """Rank 0 quantizes, writes and reports; both train. The losses are those of one process, up to the order of sums."""
+    lowbit.quantize(place, _two_stages(batch=4), _calibration(8), out=tmp_path / "one", **QUIET)
+    done = launched_twice(tmp_path, RUN.format(path=PATHS, place=str(place), out=str(tmp_path / "two")))
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = sorted(line for line in done.stdout.splitlines() if line.startswith("KL"))
+    assert [line.split()[1] for line in told] == ["False", "True"] and told[0].split()[2] == told[1].split()[2]
+    for number in (2, 3):
+        files = [tmp_path / name / f"training-{number}.jsonl" for name in ("one", "two")]
+        one, two = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+        assert [row["tokens"] for row in one] == [row["tokens"] for row in two]
+        for a, b in zip(one, two, strict=True):
+            for name in ("loss", "held_out_kl"):
+                assert a[name] is None if b[name] is None else a[name] == pytest.approx(b[name], rel=1e-3)
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}
+    assert not (tmp_path / "two.partial").exists()
 
 
 @pytest.mark.parametrize(

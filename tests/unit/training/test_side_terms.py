@@ -1,4 +1,4 @@
-"""Training of low-rank terms beside frozen codes: what is computed is what is stored, and gradients are those of plain torch."""
+"""Training of terms beside frozen codes, low-rank ones and kept columns: what is computed is what is stored, and gradients are those of plain torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lowbit.numerics import LowRank
 from lowbit.recipes import Recipe, Train
 from lowbit.stages import descent
 from lowbit.steps import Solve
-from lowbit.training import LowRankTerms, NextToken, OriginalKL, TrainedModel, replaced
-from lowbit.training.low_rank import _Linear
+from lowbit.training import Cosine, KeptColumnValues, LowRankTerms, NextToken, OriginalKL, TrainedModel, replaced
+from lowbit.training.side_terms import _Linear
 from unit.training.test_latent_weights import stored_logits, tensors
 
 from helpers import assert_same, random_ids, tiny_llama
@@ -92,7 +92,7 @@ def test_gradients_are_those_of_plain_torch(activation_bits, dropout):
     term = next(each for each in layer.side_terms if isinstance(each, LowRank))
     term.b.copy_(torch.randn(term.b.shape) * 0.1)
     layer.restore()
-    trained = _Linear(layer, LowRankTerms(2.0, dropout))
+    trained = _Linear(layer, LowRankTerms(2.0).scales, dropout)
     a, b = trained.leaves
     assert_same(b.detach(), term.b.float() / 2)
     x.requires_grad_()
@@ -119,7 +119,7 @@ def test_no_weight_and_no_gradient_of_its_size_is_kept():
     made = lowbit.recipe("qlora")
     made = Recipe("start", made.scheme, made.stages[:1])
     layer = lowbit.quantize_linear(torch.nn.Linear(64, 48), torch.randn(99, 64), made)
-    trained, kept = _Linear(layer, LowRankTerms()), []
+    trained, kept = _Linear(layer, LowRankTerms().scales, 0.0), []
     with trained, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         layer(torch.randn(3, 64, requires_grad=True))
     assert max(kept) < 64 * 48
@@ -150,6 +150,23 @@ def test_terms_of_other_methods_can_be_trained_too(place, tmp_path):
     measured = [row["held_out_kl"] for row in course(tmp_path / "out") if row["held_out_kl"] is not None]
     assert min(measured) < measured[0]
     assert any(isinstance(m, QuantLinear) and m.side_terms for m in lowbit.load(tmp_path / "out").modules())
+
+
+def test_kept_columns_are_trained_alone_and_stored_as_they_were_trained(place, tmp_path, monkeypatch):
+    base = lowbit.recipe("owq", bits=4, kept_columns=3)
+    settings = {"lr": 2e-2, "batch": 2, "schedule": Cosine(), "measures": 2, "judge": "objective"}
+    for tokens in (0, 448):
+        train = Train(KeptColumnValues(), NextToken(), tokens=tokens, **settings)
+        made = Recipe("columns", base.scheme, (*base.stages, train))
+        lowbit.quantize(place, made, text(), out=tmp_path / str(tokens), **QUIET)
+    old, new = tensors(tmp_path / "0"), tensors(tmp_path / "448")
+    assert {name.rpartition(".")[2] for name in old if not torch.equal(old[name], new[name])} == {"side0_value"}
+    held_out = [row["held_out_loss"] for row in course(tmp_path / "448") if row["held_out_loss"] is not None]
+    with torch.no_grad():
+        model = lowbit.load(tmp_path / "448", torch.float32)
+        ids = text().held_out
+        assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(min(held_out), rel=1e-4)
+    assert min(held_out) < held_out[0] - 0.05
 
 
 def test_training_terms_that_nothing_leaves_is_refused_before_any_work():

@@ -1,0 +1,167 @@
+"""Training stages on checkpoints that are packed already, and recipes whose methods train behind others."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lowbit
+from lowbit.data import Calibration
+from lowbit.recipes import Recipe, Train
+from lowbit.retraining import prepare_training
+from lowbit.stages import descent
+from lowbit.training import LatentWeights, NextToken, OriginalKL, StoredFloats
+
+from helpers import random_ids, tiny_llama
+
+QUIET = {"max_kl": 50.0, "allow_broken": True}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tiny_llama(tmp_path_factory.mktemp("retraining") / "model")
+
+
+@pytest.fixture(scope="module")
+def packed(place):
+    """Checkpoints of methods by name."""
+    made = {
+        "gptq": lowbit.recipe("gptq", bits=3, group_size=32),
+        "awq": lowbit.recipe("awq", bits=2, group_size=32, grid=4),
+        "qlora": lowbit.recipe("qlora", tokens=0, rank=4),
+    }
+    for name, recipe in made.items():
+        lowbit.quantize(place, recipe, text(), out=place.parent / name, **QUIET)
+    return {name: place.parent / name for name in made}
+
+
+def text(further: int = 24) -> Calibration:
+    ids = random_ids(8, 32)
+    return Calibration(ids[:4], "a text", "0", held_out=ids[4:6], further=random_ids(further, 32, seed=3))
+
+
+def tensors(out) -> dict[str, torch.Tensor]:
+    return {name: t for shard in out.glob("*.safetensors") for name, t in load_file(shard).items()}
+
+
+def changed(a, b) -> set[str]:
+    """The last parts of the names of tensors that differ."""
+    old, new = tensors(a), tensors(b)
+    assert old.keys() == new.keys()
+    return {name.rpartition(".")[2] for name in old if not torch.equal(old[name], new[name])}
+
+
+# Stages alone
+
+
+@pytest.mark.parametrize(
+    ("base", "recipe", "moved"),
+    [
+        ("gptq", lambda: lowbit.recipe("efficientqat", objective="original", lr=1e-2), {"scale"}),
+        ("awq", lambda: lowbit.recipe("bitdistiller", lr=3e-3), {"codes", "scale", "zero"}),
+        ("qlora", lambda: lowbit.recipe("qlora", rank=4, lr=5e-3), {"side0_a", "side0_b"}),
+    ],
+    ids=["efficientqat after gptq", "bitdistiller after awq", "qlora after its start"],
+)
+def test_a_stage_alone_trains_what_a_checkpoint_stores(base, recipe, moved, place, packed, tmp_path):
+    made = recipe().with_training(tokens=768, batch=2, accumulate=1, measures=4)
+    report = lowbit.train(packed[base], made, text(), out=tmp_path / "out", against=place)
+    assert changed(packed[base], tmp_path / "out") == moved
+    assert report.kl is not None and report.kl_before is not None
+    if made.stages[-1].judge == "original":
+        assert report.kl < report.kl_before
+    config = [json.loads((where / "config.json").read_text()) for where in (packed[base], tmp_path / "out")]
+    assert config[0] == config[1]
+    with torch.no_grad():
+        loss = lowbit.load(tmp_path / "out", torch.float32)(
+            input_ids=random_ids(8, 32)[4:6], labels=random_ids(8, 32)[4:6]
+        ).loss
+    assert loss.item() == pytest.approx(report.loss, rel=1e-4)
+    said = json.loads((tmp_path / "out" / "lowbit-report.json").read_text())
+    assert said["training"]["kl"] == report.kl and said["before"]["kl"] is not None
+
+
+def test_stages_in_a_row_that_were_killed_end_in_the_same_bytes(packed, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(descent, "SAVE_SECONDS", 0.0)
+    settings = {"tokens": 192, "batch": 1, "lr": 5e-3, "measures": 2}
+    base = lowbit.recipe("gptq")
+    made = Recipe(
+        "two",
+        base.scheme,
+        (*base.stages, Train(StoredFloats(), NextToken(), **settings), Train(StoredFloats(), OriginalKL(), **settings)),
+    )
+    lowbit.train(packed["gptq"], made, text(), out=tmp_path / "whole", against=place)
+    seen: list[str] = []
+
+    def stop(done, total, what):
+        if what.startswith("training, step 3 "):
+            seen.append(what)
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lowbit.train(packed["gptq"], made, text(), out=tmp_path / "killed", against=place, progress=stop)
+    steps: list[str] = []
+    lowbit.train(
+        packed["gptq"],
+        made,
+        text(),
+        out=tmp_path / "killed",
+        against=place,
+        progress=lambda d, t, what: steps.append(what),
+    )
+    assert not any(what.startswith(("training, step 1 ", "training, step 2 ")) for what in steps)
+    assert changed(tmp_path / "whole", tmp_path / "killed") == set()
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == {
+        path.name for path in (tmp_path / "killed").iterdir()
+    }
+    assert (tmp_path / "whole" / "training-2.svg").read_bytes() == (tmp_path / "killed" / "training-2.svg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("base", "recipe", "words"),
+    [
+        ("gptq", "rtn", "has no stage that trains"),
+        ("gptq", "llm-qat", r"compares with the original model: name it with against= \(--against ORIGINAL\)"),
+        ("gptq", "qlora", "no layer of .* has any"),
+        ("qlora", "efficientqat+nf4", "compares with the original"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_any_work(base, recipe, words, packed, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        prepare_training(packed[base], recipe, text(), out=tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_that_is_not_packed_and_text_of_its_own_are_refused(place, packed, tmp_path):
+    with pytest.raises(ValueError, match="is not packed by lowbit; lowbit quantize packs it"):
+        prepare_training(place, lowbit.recipe("qlora"), text(), out=tmp_path / "out")
+    with pytest.raises(ValueError, match="generate-data ORIGINAL"):
+        prepare_training(packed["qlora"], "qlora", "self", out=tmp_path / "out")
+    base = lowbit.recipe("rtn")
+    made = Recipe("rounded anew", base.scheme, (*base.stages, Train(LatentWeights(), NextToken(), tokens=64)))
+    lowbit.quantize(place, lowbit.recipe("lut-gemm", bits=2), text(), out=place.parent / "codes", **QUIET)
+    with pytest.raises(ValueError, match="LatentWeights rounds weights anew in each step"):
+        prepare_training(place.parent / "codes", made, text(), out=tmp_path / "out")
+
+
+# Methods that train behind others, in one run
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("awq+bitdistiller", {"bits": 2, "group_size": 32, "grid": 4, "lr": 1e-3}),
+        ("smoothquant+llm-qat", {"bits": 2, "activation_bits": 8, "lr": 1e-3}),
+        ("efficientqat+gptq", {"bits": 3, "group_size": 32, "epochs": 1, "objective": "original", "lr": 1e-2}),
+    ],
+)
+def test_methods_that_train_follow_others_in_one_recipe(name, options, place, tmp_path):
+    recipe = lowbit.recipe(name, tokens=384, batch=2, accumulate=1, measures=3, **options)
+    lowbit.quantize(place, recipe, text(), out=tmp_path / "out", **QUIET)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "training-2.jsonl").read_text().splitlines()]
+    measured = [row["held_out_kl"] for row in rows if row["held_out_kl"] is not None]
+    assert len(measured) == 4 and min(measured) < measured[0]
