@@ -102,12 +102,10 @@ def _why_not_transformers(asked: Serving) -> str | None:
 
 def _transformers(asked: Serving, say: Say) -> None:
     """transformers' own server in this process, with the packed model as the only one."""
-    import transformers  # noqa: F401  # ours teaches it to read packed checkpoints
     from transformers.cli.serve import Serve
 
     path = str(locate_to_run(asked.model, trust_remote_code=asked.trust_remote_code))
-    say(f"loading {path}")
-    say(f"serving at {asked.url}; the model's name there is {path!r} (or none). Ctrl-C ends it")
+    say(f"loading {path}, to serve it at {asked.url} under that name (or none) until Ctrl-C")
     Serve(
         force_model=path,
         device="cpu",

@@ -96,13 +96,8 @@ def test_an_exported_checkpoint_says_how_its_own_files_are_run(place, tmp_path):
     assert before.partition("## What it costs")[2] == after.partition("## What it costs")[2] != ""
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_transformers_alone_refuses_the_checkpoint_and_loads_it_after_import_lowbit(place, known):
-    code = (
-        f"{'import lowbit' if known else ''}\nfrom transformers import AutoModelForCausalLM\n"
-        f"print(type(AutoModelForCausalLM.from_pretrained({str(place / 'q')!r}).model.layers[0].mlp.up_proj).__name__)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-    )
-    assert (done.returncode == 0, "QuantLinear" in done.stdout) == (known, known), done.stderr
+def test_transformers_alone_refuses_the_checkpoint_as_the_card_says(place):
+    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(place / 'q')!r})"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode != 0 and "mismatched" in done.stderr

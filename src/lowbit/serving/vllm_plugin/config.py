@@ -12,6 +12,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (  # pyright: ig
     VocabParallelEmbedding,
 )
 from vllm.model_executor.models.utils import WeightsMapper  # pyright: ignore
+from vllm.platforms import current_platform  # pyright: ignore
 
 from lowbit.checkpoints.description import METHOD, ModelDescription
 from lowbit.modules import LinearDescription
@@ -29,7 +30,10 @@ class NativeConfig(QuantizationConfig):
     def __init__(self, config: dict[str, Any]):
         super().__init__()
         self.description = ModelDescription.from_json(config)
-        if reason := why_not_served(self.description):
+        reason = why_not_served(self.description)
+        if not current_platform.is_cpu():
+            reason = "the plug-in has products for CPUs, and this vLLM runs on another device"
+        if reason:
             raise ValueError(
                 f"vLLM cannot run this lowbit checkpoint: {reason}. lowbit serve DIR --engine transformers can"
             )
