@@ -84,7 +84,7 @@ def test_the_page_is_clean_accessible_and_fits(browser, page_file, view):
 
 def test_every_figure_is_drawn_with_its_marks_and_a_name(opened):
     figures = opened.locator("figure")
-    assert figures.count() == 14
+    assert figures.count() == 13
     for i in range(figures.count()):
         image = figures.nth(i).get_by_role("img")
         box = image.bounding_box()

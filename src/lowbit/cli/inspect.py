@@ -33,7 +33,8 @@ def command(
 ) -> None:
     """Find outlier channels, massive tokens and the hardest layers; write a table and plots.
 
-    The model is read a block at a time, as quantize does.
+    The model is read a block at a time, as quantize does. A checkpoint of lowbit is loaded whole, and seen as its packed weights read
+    their inputs: a report on both shows outliers before and after.
     """
     common.use_threads(threads)
     common.check_page(page)

@@ -32,6 +32,12 @@ def command(
     train: Annotated[
         bool, typer.Option("--train", help="Consider recipes that train the whole model too: hours, and its memory.")
     ] = False,
+    patience: Annotated[
+        float | None,
+        typer.Option(
+            min=0, metavar="X", help="Only methods that were timed and took at most X times the time of gptq."
+        ),
+    ] = None,
     trust_remote_code: common.Trust = False,
     as_json: common.Json = False,
 ) -> None:
@@ -49,6 +55,7 @@ def command(
             engine,
             context=context,
             train=train,
+            patience=patience,
             trust_remote_code=trust_remote_code,
             progress=report,
         )

@@ -20,13 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit.architectures import for_config, model_blocks
+from lowbit.checkpoints import native
+from lowbit.checkpoints.shards import read_json
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.data import Bos, Calibration, calibration_of
 from lowbit.evaluation import output_error
-from lowbit.inspection.rows import MASSIVE, OUTLIER, ROUNDED, InputRow, Inspection, LayerRow, MassiveToken, markdown
+from lowbit.inspection.packed import look_at_packed
+from lowbit.inspection.rows import ROUNDED, InputRow, Inspection, LayerRow, input_row, markdown
 from lowbit.modules import LinearFormat, unmake_drafts
 from lowbit.numerics import AbsMax, MinMax, Samples, Statistic, quantize
-from lowbit.progress import Progress
+from lowbit.progress import Progress, silent
 from lowbit.stages.stream import Stream
 from lowbit.steps import BlockIO, BlockState
 from lowbit.surroundings import own_settings
@@ -60,27 +63,24 @@ def inspect_model(
     """Runs a few windows of text through ``model``, block by block, and measures every linear and its input.
 
     Args:
-        model, bos, trust_remote_code: as for :func:`lowbit.quantize`.
+        model, bos, trust_remote_code: as for :func:`lowbit.quantize`; or a checkpoint of lowbit, whose inputs are seen as its packed
+            weights read them, behind every transform. It is loaded whole, and its layers have no error.
         calibration: a text, ``self``, ids ``[N, T]`` or a Calibration.
         samples, seq_len: number of windows of a text, and tokens of each.
         out: a directory for ``inspection.md``, ``inspection.json``, the plots, and ``channels.safetensors`` (the
             largest magnitude of every channel of every input). None: nothing is written.
-        progress: called with finished blocks, all blocks, and the current activity.
+        progress: called with finished blocks or windows, all of them, and the current activity.
 
     Raises:
         ValueError: a model or a text that cannot be used.
     """
-    source = open_model(model, trust_remote_code=trust_remote_code)
+    source = open_model(model, trust_remote_code=trust_remote_code, allow_quantized=True)
+    packed = native.is_native(read_json(source.path / "config.json"))
+    if not packed:
+        source = open_model(model, trust_remote_code=trust_remote_code)  # refuses what another tool has quantized
     text = calibration_of(source, calibration, samples, seq_len, bos)
-    rows: list[LayerRow] = []
-    inputs: list[InputRow] = []
-    channels: dict[str, Tensor] = {}
-    for state, behind, total in _original_blocks(source, text.ids):
-        block = len({row.block for row in inputs})
-        if progress is not None:
-            progress(block, total, f"block {block + 1} of {total}")
-        new_inputs, new_rows, new_channels = _look(state, behind, block, tuple(text.ids.shape))
-        inputs, rows, channels = inputs + new_inputs, rows + new_rows, channels | new_channels
+    look = look_at_packed if packed else _look_at_original
+    rows, inputs, channels = look(source, text.ids, progress or silent)
     inspection = Inspection(
         source.name,
         f"{text.name}, {list(text.ids.shape)}",
@@ -89,6 +89,20 @@ def inspect_model(
         for_config(source.config).warnings,
     )
     return inspection if out is None else _write(inspection, channels, Path(out))
+
+
+def _look_at_original(
+    source: ModelSource, ids: Tensor, progress: Progress
+) -> tuple[list[LayerRow], list[InputRow], dict[str, Tensor]]:
+    rows: list[LayerRow] = []
+    inputs: list[InputRow] = []
+    channels: dict[str, Tensor] = {}
+    for state, behind, total in _original_blocks(source, ids):
+        block = len({row.block for row in inputs})
+        progress(block, total, f"block {block + 1} of {total}")
+        new_inputs, new_rows, new_channels = _look(state, behind, block, (ids.shape[0], ids.shape[1]))
+        inputs, rows, channels = inputs + new_inputs, rows + new_rows, channels | new_channels
+    return rows, inputs, channels
 
 
 def _original_blocks(source: ModelSource, ids: Tensor) -> Iterator[tuple[BlockState, Tensor, int]]:
@@ -111,7 +125,7 @@ def _original_blocks(source: ModelSource, ids: Tensor) -> Iterator[tuple[BlockSt
 
 @torch.no_grad()
 def _look(
-    state: BlockState, behind: Tensor, block: int, shape: tuple[int, ...]
+    state: BlockState, behind: Tensor, block: int, shape: tuple[int, int]
 ) -> tuple[list[InputRow], list[LayerRow], dict[str, Tensor]]:
     stride = max(1, shape[0] * shape[1] // _TOKENS)
     samples = Samples(_TOKENS, stride)
@@ -122,48 +136,10 @@ def _look(
         seen, name = stats[shared.name], state.full_name(shared.name)
         readers = tuple(state.full_name(path) for path in shared.readers)
         if AbsMax() in seen:
-            inputs.append(_input_row(name, shared.name, block, readers, seen[AbsMax()], seen[TokenPeak()], shape))
+            inputs.append(input_row(name, shared.name, block, readers, seen[AbsMax()], seen[TokenPeak()], shape))
             channels[name] = seen[AbsMax()].float()
         rows += [_layer_row(state, path, name, seen.get(samples)) for path in shared.readers]
     return inputs, rows, channels
-
-
-def _input_row(
-    name: str, local: str, block: int, readers: tuple[str, ...], peak_I: Tensor, peak_T: Tensor, shape: tuple[int, ...]
-) -> InputRow:
-    head, _, last = local.rpartition(".")
-    median_channel, median_token = peak_I.median().item(), peak_T.median().item()
-    outliers = [(i, peak_I[i].item() / median_channel) for i in _over(peak_I, OUTLIER * median_channel)]
-    whole = len(peak_T) == shape[0] * shape[1]
-    massive = [
-        MassiveToken(
-            t // shape[1] if whole else None,
-            t % shape[1] if whole else None,
-            peak_T[t].item(),
-            peak_T[t].item() / median_token,
-        )
-        for t in _over(peak_T, MASSIVE * median_token)
-    ]
-    return InputRow(
-        name,
-        head if head and last.isdigit() else local,
-        block,
-        readers,
-        len(peak_I),
-        peak_I.max().item(),
-        median_channel,
-        median_token,
-        tuple(outliers),
-        tuple(massive),
-    )
-
-
-def _over(values: Tensor, limit: float) -> list[int]:
-    """Indices of the values over ``limit``, largest first. Empty if the limit is zero (a mostly dead input)."""
-    if limit <= 0:
-        return []
-    order = values.argsort(descending=True)
-    return order[: int((values > limit).sum())].tolist()
 
 
 def _layer_row(state: BlockState, path: str, shared: str, x_TI: Tensor | None) -> LayerRow:

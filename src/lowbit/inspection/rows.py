@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lowbit.numerics import Int, PerGroup, Spec
 
 OUTLIER = 6.0
@@ -131,6 +133,51 @@ class Inspection:
             "warnings": list(self.warnings),
             "files": [str(file) for file in self.files],
         }
+
+
+def input_row(
+    name: str, local: str, block: int, readers: tuple[str, ...], peak_I: Tensor, peak_T: Tensor, shape: tuple[int, int]
+) -> InputRow:
+    """The row of an input.
+
+    Args:
+        name, local: in the model and in its block.
+        peak_I, peak_T: the largest magnitude of each channel and of each token, in order.
+        shape: windows, and tokens of each; where ``peak_T`` has fewer, tokens have no place.
+    """
+    head, _, last = local.rpartition(".")
+    median_channel, median_token = peak_I.median().item(), peak_T.median().item()
+    outliers = [(i, peak_I[i].item() / median_channel) for i in _over(peak_I, OUTLIER * median_channel)]
+    whole = len(peak_T) == shape[0] * shape[1]
+    massive = [
+        MassiveToken(
+            t // shape[1] if whole else None,
+            t % shape[1] if whole else None,
+            peak_T[t].item(),
+            peak_T[t].item() / median_token,
+        )
+        for t in _over(peak_T, MASSIVE * median_token)
+    ]
+    return InputRow(
+        name,
+        head if head and last.isdigit() else local,
+        block,
+        readers,
+        len(peak_I),
+        peak_I.max().item(),
+        median_channel,
+        median_token,
+        tuple(outliers),
+        tuple(massive),
+    )
+
+
+def _over(values: Tensor, limit: float) -> list[int]:
+    """Indices of the values over ``limit``, largest first. Empty if the limit is zero (a mostly dead input)."""
+    if limit <= 0:
+        return []
+    order = values.argsort(descending=True)
+    return order[: int((values > limit).sum())].tolist()
 
 
 def markdown(inspection: Inspection, count: int = 20) -> str:

@@ -52,7 +52,7 @@ class MeasuredRow:
     @cached_property
     def recipe(self) -> Recipe:
         """What was measured."""
-        return as_recipe(self.recipe_name) if self.method is None else recipe(self.method, **self.options)
+        return as_recipe(str(self.recipe_name)) if self.method is None else recipe(self.method, **self.options)
 
     @property
     def asked(self) -> int:

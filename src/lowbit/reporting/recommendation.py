@@ -14,6 +14,8 @@ from functools import cached_property
 from os import PathLike
 from typing import Any
 
+import torch
+
 from lowbit.checkpoints.formats import find_format
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.modules import KVFormats
@@ -64,8 +66,9 @@ class Choice:
 
     @property
     def bound(self) -> bool:
-        """Whether the format has more bits than what was measured, so that the loss is an upper bound."""
-        return _preset_bits(self.file_format) > self.row.asked
+        """Whether more was rounded where it was measured, so that the loss is an upper bound."""
+        bits = _preset_bits(self.file_format)
+        return bits > self.row.asked or (bits > 0 and self.row.quantizes_inputs)
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ def recommend(
     *,
     context: int | None = None,
     train: bool = False,
+    patience: float | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Recommendation:
@@ -115,6 +119,7 @@ def recommend(
         engine: one of :data:`ENGINES`.
         context: tokens of that sequence; None: :data:`CONTEXT`, or as many as the model was made for.
         train: consider recipes that train the whole model, too.
+        patience: consider only methods that were timed, and took at most so many times GPTQ's time; None: all.
         trust_remote_code: allow the model's own Python code.
         progress: called with the choices that were looked at, their number, and the last one.
 
@@ -126,7 +131,10 @@ def recommend(
         raise ValueError(f"unknown engine {engine!r}: expected {', '.join(ENGINES)}")
     source = open_model(model, trust_remote_code=trust_remote_code)
     tokens = context or min(CONTEXT, context_of(source.config))
-    search = _Search(source, model, engine, tokens, train, measured(), progress or silent)
+    rows = [row for row in measured().rows if train or not row.trains]
+    if patience is not None:
+        rows = [row for row in rows if row.time is not None and row.time <= patience]
+    search = _Search(source, model, engine, tokens, rows, measured(), progress or silent)
     tried: list[Choice] = []
     for choice in search.choices():
         if choice.bytes <= memory:
@@ -138,40 +146,50 @@ def recommend(
 
 @dataclass(eq=False)
 class _Search:
-    """Choices for one model and engine, by growing loss. Each way to quantize weights is planned once, when its turn comes."""
+    """Choices for one model and engine: with fewer bits in a preset's name, then by growing loss. Each way to quantize weights is
+    planned once, when its turn comes; of a preset only the best that the format can hold, because all have its size."""
 
     source: ModelSource
     model: str | PathLike[str]
     engine: str
     tokens: int
-    train: bool
+    rows: Sequence[MeasuredRow]
     known: Measured
     progress: Progress
 
     def __post_init__(self) -> None:
         self.plans: dict[tuple[str, str], Plan | None] = {}
         self.reasons: list[str] = []
+        self.unable: set[str] = set()  # rows that no preset can hold
+        half = self.engine != "lowbit" and self.source.dtype.itemsize > 2
+        self.dtype = (
+            torch.float16 if half else self.source.dtype
+        )  # other engines hold float32 models' caches in 16 bits
 
     def choices(self) -> Iterator[Choice]:
         ways = [(row, file_format) for file_format in ENGINES[self.engine] for row in self._rows(file_format)]
         pairs = [(row, file_format, each) for row, file_format in ways for each in self.caches]
         pairs.sort(key=lambda pair: (-_preset_bits(pair[1]), _loss(pair[0], pair[2]), pair[2] is not None))
+        done: dict[str, str] = {}
         for row, file_format, cache in pairs:
+            preset = ":" in file_format
+            if preset and (done.get(file_format, row.label) != row.label or row.label in self.unable):
+                continue
             planned = self._plan(row, file_format, len(ways))
-            if planned is not None:
-                held = self.cache_bytes(cache, self.tokens)
-                yield Choice(row, file_format, cache, planned.bytes_out, held, planned.peak_ram_bytes)
+            if planned is None:
+                self.unable |= {row.label} if preset else set()
+                continue
+            done[file_format] = row.label
+            held = self.cache_bytes(cache, self.tokens)
+            yield Choice(row, file_format, cache, planned.bytes_out, held, planned.peak_ram_bytes)
 
-    def _rows(self, file_format: str) -> list[MeasuredRow]:
+    def _rows(self, file_format: str) -> Sequence[MeasuredRow]:
         """The rows that a result in ``file_format`` can stand on."""
-        rows = [row for row in self.known.rows if self.train or not row.trains]
         if file_format == "native":  # holds them all: those that others beat in size and loss are never the best
-            return [rows[i] for i in front([(row.bits, max(0.0, row.loss)) for row in rows])]
-        rows = [row for row in rows if row.method is not None and not row.quantizes_inputs]
-        if bits := _preset_bits(file_format):  # the most bits that were measured and are not more than the preset's
-            most = max((row.asked for row in rows if row.asked <= bits), default=None)
-            rows = [row for row in rows if row.asked == most]
-        return rows
+            return [self.rows[i] for i in front([(row.bits, max(0.0, row.loss)) for row in self.rows])]
+        if bits := _preset_bits(file_format):  # with fewer bits than the preset's, a row bounds its loss
+            return [row for row in self.rows if row.method is not None and row.asked <= bits]
+        return self.rows
 
     @cached_property
     def caches(self) -> Sequence[MeasuredCache | None]:
@@ -192,7 +210,7 @@ class _Search:
     def cache_bytes(self, cache: MeasuredCache | None, tokens: int) -> int:
         """Bytes of keys and values of one sequence, with what a checkpoint carries for them; 0 where nothing is known."""
         formats = KVFormats() if cache is None else kv_recipe(cache.name).scheme.cache
-        held = cache_bytes(self.source.config, formats, tokens, self.source.dtype)
+        held = cache_bytes(self.source.config, formats, tokens, self.dtype)
         return 0 if held is None else held + calibration_bytes(self.source.config, formats)
 
     def _plan(self, row: MeasuredRow, file_format: str, total: int) -> Plan | None:
@@ -258,7 +276,7 @@ def _reasons(known: Measured, chosen: Choice) -> Iterator[str]:
         f"({known.model}, {known.text}){kl}"
     )
     if chosen.file_format not in ("native", "compressed-tensors"):
-        more = "has more bits than that, so that is an upper bound" if chosen.bound else "rounds to grids of its own"
+        more = "rounds less than that, so that is an upper bound" if chosen.bound else "rounds to grids of its own"
         yield f"{chosen.file_format} {more}; its own loss is not in the tables: evaluate the result"
     if chosen.cache is not None:
         yield (
@@ -280,7 +298,7 @@ def _warnings(search: _Search, memory: int, chosen: Choice) -> Iterator[str]:
     original = sum(header.nbytes for header in source.headers.values())
     if original + search.cache_bytes(None, search.tokens) <= memory:
         yield f"the original fits too, with {original / 1e9:.3g} GB: quantizing saves space and time here, and loses something"
-    if cache_bytes(source.config, KVFormats(), search.tokens, source.dtype) is None:
+    if cache_bytes(source.config, KVFormats(), search.tokens, search.dtype) is None:
         yield "nothing is known of the size of this model's cache, so it is not counted"
     if chosen.quantizing_bytes > memory:
         yield f"quantizing itself takes about {chosen.quantizing_bytes / 1e9:.3g} GB of memory"

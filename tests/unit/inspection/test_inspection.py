@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaForCausalLM, MixtralConfig
 
+import lowbit
 from lowbit.data import Calibration
 from lowbit.evaluation import output_error
 from lowbit.inspection import InputRow, Inspection, inspect_model
@@ -229,3 +230,32 @@ def test_calibration_is_checked_like_that_of_a_run(planted, ids):
 def test_the_model_can_write_its_own_text(planted):
     found = inspect_model(planted, "self", samples=1, seq_len=8)
     assert found.calibration == "self (seed 0), [1, 8]"
+
+
+# A checkpoint
+
+
+def packed(planted, ids, place: Path, recipe) -> Inspection:
+    lowbit.quantize(planted, recipe, ids, out=place / "packed", max_kl=50)
+    return inspect_model(place / "packed", ids, out=place / "after")
+
+
+def test_a_checkpoint_reads_what_the_original_read_where_nothing_changes_inputs(planted, ids, found, tmp_path):
+    after = packed(planted, ids, tmp_path, lowbit.recipe("rtn", bits=8, group_size=32))
+    assert [each.name for each in after.inputs] == [each.name for each in found.inputs]
+    assert [(each.name, each.shape) for each in after.rows] == [(each.name, each.shape) for each in found.rows]
+    first, before = row(after, "model.layers.0.attention_in"), row(found, "model.layers.0.attention_in")
+    assert first.largest == pytest.approx(before.largest, rel=1e-4)  # the first block's inputs pass no packed weight
+    assert first.outliers[0][0] == before.outliers[0][0]
+    assert row(after, "model.layers.1.mlp_hidden").massive[0].position == 0
+    assert all(each.error is None for each in after.rows)
+    channels = load_file(tmp_path / "after" / "channels.safetensors")
+    assert channels["model.layers.0.attention_in"].max() == first.largest
+
+
+def test_smoothing_shows_in_what_packed_weights_read(planted, ids, found, tmp_path):
+    after = packed(planted, ids, tmp_path, lowbit.recipe("smoothquant", bits=8, activation_bits=8))
+    ratio = {name: each.largest / each.median_channel for name, each in (
+        ("before", row(found, "model.layers.0.attention_in")), ("after", row(after, "model.layers.0.attention_in"))
+    )}  # fmt: skip
+    assert ratio["after"] < ratio["before"] / 2

@@ -22,7 +22,7 @@ CONTEXT = 64
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("recommend") / "model", intermediate_size=128)
+    return tiny_llama(tmp_path_factory.mktemp("recommend") / "model", hidden_size=256, intermediate_size=512)
 
 
 def parsed(row: MeasuredRow):
@@ -66,6 +66,24 @@ def test_recipes_that_train_are_chosen_only_if_asked_for(model):
     assert recommend(model, 10**9, context=CONTEXT, train=True).chosen.row.trains
 
 
+def test_impatience_leaves_out_what_takes_longer_or_was_not_timed(model):
+    quick = recommend(model, 10**9, context=CONTEXT, patience=1.0).chosen.row
+    assert quick.time is not None and quick.time <= 1.0
+    able = [row.loss for row in measured().rows if row.time is not None and row.time <= 1.0]
+    assert quick.loss == min(able)
+    with pytest.raises(ValueError, match="by any measured recipe"):
+        recommend(model, 10**9, context=CONTEXT, patience=0.0)
+
+
+def test_presets_are_taken_by_falling_bits_and_stand_on_rows_that_bound_their_loss(model):
+    roomy = recommend(model, 10**9, "llama.cpp", context=CONTEXT)
+    assert roomy.chosen.file_format == "gguf:q8_0" and roomy.chosen.row.asked <= 8
+    tight = recommend(model, roomy.chosen.bytes - 1, "llama.cpp", context=CONTEXT)
+    assert tight.chosen.file_format == "gguf:q6_k" and tight.chosen.bytes < roomy.chosen.bytes
+    assert "--bits" not in tight.command and "--format gguf:q6_k" in tight.command
+    assert tight.chosen.bound and any("upper bound" in reason for reason in tight.reasons)
+
+
 def test_a_long_sequence_has_its_cache_packed(model):
     whole = recommend(model, 10**9, context=4096)
     packed = recommend(model, whole.chosen.weight_bytes + whole.chosen.cache_bytes // 2, context=4096)
@@ -73,7 +91,7 @@ def test_a_long_sequence_has_its_cache_packed(model):
     assert packed.chosen.cache_bytes < whole.chosen.cache_bytes / 2
 
 
-@pytest.mark.parametrize("engine", ["lowbit", "vllm"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_the_command_makes_what_is_recommended(model, engine):
     result = recommend(model, 10**9, engine, context=CONTEXT)
     words = result.command.split()
