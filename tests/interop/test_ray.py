@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import lowbit
+from lowbit.comparison import child
 from lowbit.comparison.on_ray import OnRay
 from lowbit.comparison.workers import Assignment
 
@@ -36,7 +37,8 @@ def cluster():
     made.shutdown()
 
 
-def test_rows_on_ray_have_the_figures_of_rows_here_and_stream_into_the_same_file(cluster, tmp_path):
+def test_rows_on_ray_have_the_figures_of_rows_here_and_stream_into_the_same_file(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(child, "run_in_child", lambda work, threads, log, progress: child.attempt(work, progress))
     model = tiny_llama(tmp_path / "model")
     rows = [{"label": f"W{bits}", "method": "rtn", "bits": bits, "group_size": 32} for bits in (4, 3)]
     lines, asked = [], (random_ids(4, 16), random_ids(5, 32, seed=2))
