@@ -29,6 +29,7 @@ from lowbit.evaluation import (
     compare_chat,
     directory_bytes,
     evaluate_model,
+    harness,
     paired,
     read_prompts,
     read_tasks,
@@ -201,6 +202,8 @@ def evaluate_tasks(
     Raises:
         ValueError: a task that cannot be had, with what to do.
     """
+    if files is None:
+        harness.imported()  # before a model is loaded
     read = None if files is None else read_tasks(tasks, files, limit)
     tokenizer = _tokenizer_of(model, tokenizer, trust_remote_code)
 

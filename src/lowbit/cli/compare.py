@@ -22,6 +22,7 @@ from lowbit.cli.choose import (
     method_options,
     override,
 )
+from lowbit.cli.table import show_beside, table_rows, tasks_of
 
 if TYPE_CHECKING:
     from lowbit.comparison import Row
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 EXAMPLE = (
     "Example: lowbit compare smollm2-135m --method rtn --method gptq --bits 4,3 --group-size 64 "
-    "--kv none --kv kivi:2 --calibration python-docs --text python-docs -o results.jsonl"
+    "--kv none --kv kivi:2 --calibration python-docs --text python-docs -o results.jsonl. A paper's table: lowbit compare smollm2-135m "
+    "--table omniquant-1 --only W4A16 -o omniquant-1.jsonl"
 )
 INTERRUPTED = "interrupted: finished rows are kept; repeat the same command to measure the others"
 
@@ -95,6 +97,22 @@ def command(
     ] = None,
     kv_settings: KVSettings = None,
     overrides: Overrides = None,
+    table: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The rows of a paper's table beside its published figures: omniquant-1, -2, -3, smoothquant-levels, "
+            "smoothquant-alpha, qllm-1, -2, -4, llm-qat, kivi or survey. What they will cost is printed first.",
+            autocompletion=complete.tables,
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...", help="Every row that is random with each of these seeds.", rich_help_panel=METHOD_PANEL
+        ),
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="PART", help="Measure only rows with this in their label. May be repeated."),
@@ -111,6 +129,23 @@ def command(
     protocol: Annotated[str, typer.Option(metavar="NAME", help="As of `lowbit evaluate`.")] = "gptq",
     windows: Annotated[int, typer.Option(help="Windows evaluated; 0: the whole text.")] = 20,
     eval_seq_len: Annotated[int, typer.Option(help="Tokens in an evaluated window.")] = 1024,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Zero-shot tasks of --task-files (default: those of --table)."),
+    ] = None,
+    task_files: Annotated[Path | None, typer.Option(metavar="DIR", help="As of `lowbit evaluate`.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Items of each task.")] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Also measure tokens per second.")] = False,
+    allow_leakage: Annotated[
+        bool, typer.Option("--allow-leakage", help="Measure although the calibration text is in what is evaluated.")
+    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Run rows on a Ray cluster: its address, auto, or local. The scratch directory is shared.",
+        ),
+    ] = None,
     ram_limit: RamLimit = "4GiB",
     scratch: Annotated[
         Path | None, typer.Option(metavar="DIR", help="For temporary files (default: beside the results).")
@@ -127,17 +162,26 @@ def command(
 
     Each row runs in a process of its own: quantized packed, read back, and compared with the original on the same text. A
     row that is measured already is not measured again, so the command can be stopped and repeated. A row that fails is
-    recorded, the others go on, and the exit code is 1.
+    recorded, the others go on, and the exit code is 1. With --table the rows are those of a paper's table; what `plan` foresees of
+    them is printed first.
     """
-    limit = byte_count(ram_limit)
+    limit_of_memory = byte_count(ram_limit)
     if scheme is not None and bits is not None:
         raise typer.BadParameter(f"{scheme} says the bits already; leave out --bits", param_hint="--scheme")
     options = method_options(None, group_size, activation_bits, settings, scheme)
-    rows = _rows(grid, recipes, methods, bits, options, overrides, _caches(kv, kv_bits, kv_settings))
     common.use_threads(threads)
     common.check_page(page)
     import lowbit
 
+    if table is None:
+        preset, rows = None, _rows(grid, recipes, methods, bits, options, overrides, _caches(kv, kv_bits, kv_settings))
+    else:
+        if grid or recipes or methods or bits or options or overrides or kv:
+            raise typer.BadParameter("a table has its own rows; --only chooses among them", param_hint="--table")
+        settings_of_plan = {"samples": samples, "seq_len": seq_len, "ram_limit": limit_of_memory}
+        preset, rows = table_rows(model, table, only, settings_of_plan, trust_remote_code)
+    names = [] if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
+    names = names or tasks_of(preset, task_files)
     with common.progress() as report:
         records = lowbit.compare(
             model,
@@ -145,6 +189,14 @@ def command(
             common.text_or_default(calibration, "calibration"),
             common.text_or_default(text, "evaluation"),
             out,
+            tasks=names,
+            task_files=task_files,
+            limit=limit,
+            speed=speed or (preset is not None and preset.speed),
+            seeds=[] if seeds is None else [_width(part, "--seeds") for part in seeds.split(",")],
+            allow_leakage=allow_leakage,
+            ray=ray,
+            preset=preset,
             samples=samples,
             seq_len=seq_len,
             bos=bos,
@@ -153,7 +205,7 @@ def command(
             windows=windows or None,
             only=only or (),
             threads=threads,
-            ram_limit=limit,
+            ram_limit=limit_of_memory,
             scratch=scratch,
             trust_remote_code=trust_remote_code,
             progress=report,
@@ -162,15 +214,17 @@ def command(
     if as_json:
         common.print_json(records)
     elif form != "table":
-        from lowbit.comparison import table
+        from lowbit.comparison.table import FORMS
 
-        typer.echo(table.FORMS[form](records), nl=False)
+        typer.echo(FORMS[form](records), nl=False)
     else:
         _show(model, records)
+        if preset is not None:
+            show_beside(preset, records)
     common.write_page(page, out)
     failed = [record["label"] for record in records if "error" in record]
     if failed:
-        raise ValueError(f"{len(failed)} of {len(rows)} rows failed: {'; '.join(failed)}")
+        raise ValueError(f"{len(failed)} of {len(records) - 1} rows failed: {'; '.join(failed)}")
 
 
 def _rows(
@@ -189,7 +243,9 @@ def _rows(
     if caches and not (grid or recipes or methods or overrides or bits or options):
         return _rows_of_caches(caches)
     if not (grid or recipes or methods):
-        raise typer.BadParameter("give --method NAME, --recipe FILE or --grid FILE", param_hint="--method / --grid")
+        raise typer.BadParameter(
+            "give --method NAME, --recipe FILE, --grid FILE or --table NAME", param_hint="--method / --grid"
+        )
     if not methods and (bits or options):
         raise typer.BadParameter("--bits and what goes with it are options of --method", param_hint="--method")
     from lowbit.comparison import Row, as_rows, method_rows, read_grid

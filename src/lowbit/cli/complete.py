@@ -1,6 +1,8 @@
-"""What a shell offers after ``--method``, ``--kv`` and ``--recipe``, from the catalog alone: a shell asks at every press of the key."""
+"""What a shell offers after ``--method``, ``--kv``, ``--recipe`` and ``--table``, from the catalog alone: a shell asks at every press of the key."""
 
 from __future__ import annotations
+
+from importlib.resources import files
 
 from lowbit.catalog import KV_FAMILY, builtin_recipes, list_methods
 
@@ -27,6 +29,12 @@ def caches(incomplete: str) -> list[tuple[str, str]]:
 def recipes(incomplete: str) -> list[tuple[str, str]]:
     """Names of the recipes that come along. Where none fits, shells offer files."""
     return [(name, "") for name in builtin_recipes() if name.startswith(incomplete)]
+
+
+def tables(incomplete: str) -> list[tuple[str, str]]:
+    """Names of the papers' tables."""
+    names = (entry.name.partition(".yaml") for entry in files("lowbit").joinpath("comparison", "tables").iterdir())
+    return [(name, "") for name, suffix, _ in sorted(names) if suffix and name.startswith(incomplete)]
 
 
 def recipes_and_methods(incomplete: str) -> list[tuple[str, str]]:

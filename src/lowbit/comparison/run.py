@@ -19,6 +19,7 @@ from torch import Tensor
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.comparison.before import calibration_for, check_leakage, check_rows, check_scratch, chosen_rows, costs
 from lowbit.comparison.on_ray import OnRay, imported
+from lowbit.comparison.presets import Preset, markdown_beside
 from lowbit.comparison.results import Record, Results
 from lowbit.comparison.rows import ORIGINAL, Row, as_rows, with_seeds
 from lowbit.comparison.table import markdown
@@ -59,6 +60,7 @@ def compare(
     only: Iterable[str] = (),
     allow_leakage: bool = False,
     ray: str | None = None,
+    preset: Preset | None = None,
     threads: int | None = None,
     ram_limit: int = 2**32,
     scratch: str | PathLike[str] | None = None,
@@ -90,6 +92,7 @@ def compare(
             further seeds are left out.
         only: measure only rows whose label contains one of these.
         allow_leakage: also measure where the calibration text is found in what is evaluated.
+        preset: a paper's table, whose published figures stand beside ours in the page (:mod:`lowbit.comparison.presets`).
         ray: the address of a Ray cluster whose machines run rows side by side, or ``local``; None: this process runs them one
             after another. Extra ``ray``.
         threads: torch's threads in the rows' processes; None: as in this process.
@@ -144,6 +147,7 @@ def compare(
         labels=tuple(row.label for row in asked),
         threads=threads or torch.get_num_threads(),
         workers=OneAfterAnother() if ray is None else OnRay(ray),
+        preset=preset,
         memory={} if ray is None else _memory(model, chosen, used, ram_limit, trust_remote_code),
         progress=progress or (lambda done, total, what: None),
         on_record=on_record or (lambda record: None),
@@ -201,6 +205,7 @@ class _Run:
     labels: tuple[str, ...]
     threads: int
     workers: Workers
+    preset: Preset | None
     memory: Mapping[str, int]
     progress: Progress
     on_record: Callable[[Record], None]
@@ -215,9 +220,13 @@ class _Run:
         first, later = _by_seed(chosen)
         if self._todo(first) or self._todo(later) or not self._has(None):
             with scratch_directory(self.results.path.stem, place) as scratch:
-                self._measure_original(scratch, len(self._todo(first)) + 1)
-                self._measure(self._todo(first), scratch)
-                self._measure(self._todo(later), scratch)
+                total = len(self._todo(first)) + 1
+                self._measure_original(scratch, total)
+                for rows_of_round in (first, later):
+                    if todo := self._todo(rows_of_round):
+                        total = len(todo) + 1
+                        self._measure(todo, scratch)
+                self.progress(total, total, "finished")
         latest = (self.results.latest(self._head(row)) for row in (None, *rows))
         return [record for record in latest if record is not None]
 
@@ -229,12 +238,14 @@ class _Run:
         if row.of is None:
             return False
         head, figures = self._head(row), {}
+        alike = head["recipe"] | {"seed": None}
         for record in self.results.records:
             recipe = record["recipe"]
-            if recipe is not None and recipe | {"seed": row.recipe.seed} == head["recipe"]:
-                same = head | {"recipe": recipe, "label": f"{row.of}, seed {recipe['seed']}"}
+            if recipe is not None and recipe | {"seed": None} == alike:
+                seed = recipe.get("seed", 0)  # a default is not written
+                same = head | {"recipe": recipe, "label": f"{row.of}, seed {seed}"}
                 if (latest := self.results.latest(same)) is not None and "error" not in latest:
-                    figures[recipe["seed"]] = latest["perplexity"], latest["kl"]
+                    figures[seed] = latest["perplexity"], latest["kl"]
         return len(figures) > 1 and len(set(figures.values())) == 1
 
     def _measure_original(self, scratch: Path, total: int) -> None:
@@ -256,7 +267,6 @@ class _Run:
             assignments, self.threads, lambda done, what: self.progress(1 + done, total, what)
         ):
             self._keep(todo[i], figures)
-        self.progress(total, total, "finished")
 
     def _has(self, row: Row | None) -> bool:
         latest = self.results.latest(self._head(row))
@@ -300,8 +310,13 @@ class _Run:
     def _write_table(self) -> None:
         records = self.results.all_latest()
         if records:
-            page = self.results.path.with_suffix(".md")
-            page.write_text(markdown(records, self.labels), encoding="utf-8")
+            parts = [] if self.preset is None else [markdown_beside(self.preset, self._own(records))]
+            parts.append(markdown(records, self.labels))
+            self.results.path.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
+
+    def _own(self, records: Sequence[Record]) -> list[Record]:
+        """The records of this model, text and tasks."""
+        return [each for each in records if (each["model"], each["protocol"]) == (self.model, self.protocol)]
 
 
 def _by_seed(rows: list[Row]) -> tuple[list[Row], list[Row]]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lowbit.comparison.over import accuracy_change, mean_accuracy, over_seeds
 from lowbit.comparison.results import Record
 from lowbit.comparison.rows import ORIGINAL
 
@@ -24,6 +25,8 @@ COLUMNS = (
     "bits, model",
     "bits, cache",
     "weight files",
+    "tasks",
+    "tokens/s",
     "quantize",
     "peak memory",
     "remarks",
@@ -46,6 +49,8 @@ def cells(record: Mapping[str, Any]) -> tuple[str, ...]:
         _text(record.get("model_bits_per_weight"), ".3f"),
         _text(record.get("cache_bits"), ".3f"),
         _text(record.get("bytes"), ".1f", 1e6, " MB"),
+        _tasks(record),
+        _text((record.get("speed") or {}).get("decode_tokens_per_s"), ".1f"),
         _text(record.get("quantize_seconds"), ".0f", 1, " s"),
         _text(record.get("peak_rss_bytes"), ".2f", 1e9, " GB"),
         _remark(record),
@@ -78,6 +83,16 @@ def _section(records: list[Record]) -> str:
         *(f"Seconds and memory on {machine}." for machine in machines),
         "",
     ]
+    seeds = over_seeds(records)
+    lines += ["Over seeds, the ln ratio: " + "; ".join(seeds) + ".", ""] if seeds else []
+    leaks = _unlike(_leak(record) for record in records if (record.get("calibration") or {}).get("leakage"))
+    lines += [*leaks, ""] if leaks else []
+    if tasks := protocol.get("tasks"):
+        asked = ", ".join(f"{name} ({entry['items']} items)" for name, entry in tasks.items())
+        lines += [
+            f"Tasks: {asked}, without examples; acc_norm where lm-eval reports it, else acc; change on the same items.",
+            "",
+        ]
     rows = []
     for record in records:
         row = list(cells(record))
@@ -121,12 +136,29 @@ FORMS: dict[str, Callable[[Sequence[Record]], str]] = {
 """The table alone, in forms for other programs, by name."""
 
 
+def _tasks(record: Mapping[str, Any]) -> str:
+    """The mean accuracy, and by how much it changed, with the 95 % interval over all items of all tasks."""
+    mean = mean_accuracy(record)
+    if mean is None:
+        return ""
+    changed = accuracy_change(record)
+    return f"{mean:.2%}" + ("" if changed is None else f", change {changed[0]:+.2%} ± {changed[1]:.2%}")
+
+
 def _remark(record: Mapping[str, Any]) -> str:
     if "error" in record:
         return f"failed: {' '.join(record['error'].split())}"
     through = record.get("read", "").partition(", ")[2]
     broken = f"broken: {'; '.join(record['problems'])}" if record.get("problems") else ""
     return "; ".join(filter(None, (through, broken)))
+
+
+def _leak(record: Record) -> str:
+    leak = record["calibration"]["leakage"]
+    return (
+        f"Of the evaluated text {leak['share']:.2%} of the passages of 13 words are in the calibration text, the longest of "
+        f"{leak['longest']} words."
+    )
 
 
 def _calibration(record: Record) -> str:

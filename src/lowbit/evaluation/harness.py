@@ -43,15 +43,10 @@ def score_with_lm_eval(
         ValueError: no lm-eval, an unknown task, data that cannot be had, or a model that reads through a quantized cache, which lm-eval
             would not use.
     """
-    try:
-        import lm_eval  # pyright: ignore[reportMissingImports]
-        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
-        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError(
-            "tasks of the hub run through lm-eval, which is not installed: pip install 'lowbit[harness]', or give local files "
-            "with --task-files DIR"
-        ) from error
+    lm_eval = imported()
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
     if kv_formats(model):
         raise ValueError(
             "the model's cache is quantized, and lm-eval reads texts without a cache: use --kv none, or local files with --task-files DIR"
@@ -80,6 +75,22 @@ def score_with_lm_eval(
     assert found is not None
     title = protocol_name(model, f"lm-eval {lm_eval.__version__}, no examples")
     return tuple(_score(name, title, samples, found["results"][name]) for name, samples in found["samples"].items())
+
+
+def imported() -> Any:
+    """The module ``lm_eval``.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import lm_eval  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(
+            "tasks of the hub run through lm-eval, which is not installed: pip install 'lowbit[harness]', or give local files "
+            "with --task-files DIR"
+        ) from error
+    return lm_eval
 
 
 def _score(name: str, protocol: str, samples: list[Mapping[str, Any]], totals: Mapping[str, Any]) -> TaskScore:

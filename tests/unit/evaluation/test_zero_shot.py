@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,9 @@ def test_the_original_against_itself_changes_no_answer(model, tmp_path):
         assert (metric.against.difference, metric.against.p_value) == (0.0, 1.0)
     with pytest.raises(ValueError, match="needs its tokenizer"):
         lowbit.evaluate_tasks(model, ["piqa"], tmp_path)
+
+
+def test_without_lm_eval_its_tasks_are_refused_with_what_to_do(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ValueError, match=r"pip install 'lowbit\[harness\]', or give local files with --task-files"):
+        lowbit.evaluate_tasks(model, ["piqa"], tokenizer=char_tokenizer())

@@ -1,0 +1,94 @@
+"""``lowbit evaluate`` with tasks and with answers: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import lowbit
+from lowbit.cli import app
+
+from helpers import VOCABULARY, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a model that chats, the same at three bits, a task and passages."""
+    folder = tmp_path_factory.mktemp("cli")
+    model = tiny_llama(folder / "model")
+    vocabulary = {word: i for i, word in enumerate(["<unk>", *(f"w{i}" for i in range(VOCABULARY - 1))])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="w126")
+    tokenizer.chat_template = "{% for message in messages %}w1 {{ message['content'] }} w2{% endfor %}"
+    tokenizer.save_pretrained(model)
+    lowbit.quantize(model, lowbit.recipe("rtn", bits=3, group_size=32), None, out=folder / "w3", max_kl=9)
+    rows = [{"query": f"w{i} w3", "choices": [f"w{i}", f"w{i + 9} w4"], "gold": i % 2} for i in range(8)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "passages.txt").write_text("w1 w2 w3\nw4 w5\n")
+    (folder / "prompts.txt").write_text("w5 w6\nw7\n")
+    return folder
+
+
+def evaluate(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in ("evaluate", *arguments)])
+
+
+def test_tasks_beside_the_original_as_a_table_and_as_json(place):
+    asked = (
+        place / "w3",
+        "--tasks",
+        "mine,passages",
+        "--task-files",
+        place,
+        "--against",
+        place / "model",
+        "--threads",
+        1,
+    )
+    shown = evaluate(*asked)
+    assert shown.exit_code == 0, shown.stderr
+    for words in ("mine", "acc_norm", "perplexity", "lost", "McNemar", "lm-eval's multiple choice, no examples"):
+        assert words in shown.stdout
+    found = json.loads(evaluate(*asked, "--limit", 1, "--json").stdout)
+    assert set(found) == {"tasks"} and found["tasks"]["mine"]["items"] == 1
+    assert found["tasks"]["mine"]["metrics"]["acc"]["against"]["p_value"] is not None
+
+
+def test_answers_side_by_side_as_text_and_as_json(place):
+    asked = (
+        place / "w3",
+        "--chat",
+        "--prompts",
+        place / "prompts.txt",
+        "--answer-tokens",
+        6,
+        "--against",
+        place / "model",
+    )
+    shown = evaluate(*asked)
+    assert shown.exit_code == 0, shown.stderr
+    assert "> w5 w6" in shown.stdout and "top-1 agreement along them" in shown.stdout and "original: w" in shown.stdout
+    found = json.loads(evaluate(*asked, "--json").stdout)["chat"]
+    assert len(found["answers"]) == 2 and found["kl"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--chat",), 2, "give --against MODEL"),
+        (("--limit", 3), 2, "it goes with --tasks"),
+        (("--judge", "http://localhost"), 2, "it goes with --chat"),
+        (("--tasks", ","), 2, "expected names"),
+        (("--tasks", "absent", "--task-files", "."), 1, "no file absent.jsonl"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(place, options, code, words):
+    result = evaluate(place / "w3", *options)
+    said = " ".join(result.stderr.replace("│", " ").split())  # errors of usage are in a box
+    assert result.exit_code == code and result.stdout == "" and words in said
