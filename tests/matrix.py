@@ -2,7 +2,7 @@
 
 Every cell is a whole run on a random model of two blocks: quantize, save, load, compare the loaded model's logits. A cell
 says that it works, or gives the reason with which it was refused before any work. `python tests/matrix.py` writes the
-page. tests/unit/methods/test_matrix.py checks every cell of the first table, and tests/unit/methods/test_mixes.py every mix, on one
+page; `--only METHOD...` runs the cells of these methods and keeps the others. tests/unit/methods/test_matrix.py checks every cell of the first table, and tests/unit/methods/test_mixes.py every mix, on one
 architecture: that it is refused, or that work begins, and some run whole (see WHOLE_CELLS and WHOLE_MIXES; all of them in
 `make exhaustive`). `python tests/matrix.py --everywhere [ARCHITECTURE]...` runs every mix on every architecture (hours)
 and prints what is not as on the page.
@@ -255,19 +255,28 @@ def generic(name: str, reason: str) -> str:
     return reason.replace(repr(name), "the mix").replace(f"{name}: ", "").replace(repr(a), "a").replace(repr(b), "b")
 
 
-def main() -> None:
+def main(only: Collection[str] = ()) -> None:
+    """Writes the page; with ``only``, cells without one of these methods stay as they are on it."""
+    names = set(only or QUANTIZERS)
+    kept, kept_mixes = read_page() if only else ({}, {})
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         found: dict[str, dict[str, str]] = {}
         for case in CASES:
-            original = save_model(case, root / case)
-            found[case] = {name: outcome(name, original, root / case, root / f"{case}-{name}") for name in QUANTIZERS}
-            print(case, found[case], file=sys.stderr, flush=True)
+            original, row = save_model(case, root / case), dict(kept.get(case, {}))
+            row |= {
+                name: outcome(name, original, root / case, root / f"{case}-{name}")
+                for name in QUANTIZERS
+                if name in names
+            }
+            found[case] = row
+            print(case, row, file=sys.stderr, flush=True)
         original = save_model(MIXED_ON, root / "mixed")
-        mixed = {}
+        mixed = dict(kept_mixes)
         for name in pairs():
-            mixed[name] = outcome(name, original, root / "mixed", root / name)
-            print(name, mixed[name], file=sys.stderr, flush=True)
+            if names.intersection(name.split("+")):
+                mixed[name] = outcome(name, original, root / "mixed", root / name)
+                print(name, mixed[name], file=sys.stderr, flush=True)
     PAGE.write_text(page(found, mixed))
 
 
@@ -279,4 +288,9 @@ def everywhere(cases: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    everywhere(sys.argv[2:]) if sys.argv[1:2] == ["--everywhere"] else main()
+    if sys.argv[1:2] == ["--everywhere"]:
+        everywhere(sys.argv[2:])
+    elif sys.argv[1:2] in ([], ["--only"]):
+        main(sys.argv[2:])
+    else:
+        sys.exit(f"expected --only METHOD..., --everywhere [ARCHITECTURE]... or nothing, found {sys.argv[1]}")
