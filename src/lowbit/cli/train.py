@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowbit.cli import common
-from lowbit.cli.choose import KeepDtype, RamLimit, Settings, byte_count, with_settings
+from lowbit.cli.choose import KeepDtype, RamLimit, Settings, byte_count, choose_recipe, with_settings
 from lowbit.cli.complete import methods
 
 if TYPE_CHECKING:
@@ -112,11 +112,11 @@ def command(
 
 
 def _recipe(name: str, settings: list[str] | None, given: dict[str, Any]) -> Recipe:
-    from lowbit.recipes import as_recipe
-    from lowbit.recipes import recipe as recipe_of
+    from lowbit.catalog import builtin_recipes
 
+    file = name.endswith((".yaml", ".yml")) or name in builtin_recipes()
     options = with_settings({}, settings, "--set")
-    made = recipe_of(name, **options) if options else as_recipe(name)
+    made = choose_recipe(None if file else name, name if file else None, options, ())
     return made.with_training(**{key: value for key, value in given.items() if value is not None})
 
 

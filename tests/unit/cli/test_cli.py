@@ -415,6 +415,7 @@ def test_train_trains_a_checkpoint_or_a_model(quantized, place, tmp_path):
     assert whole.exit_code == 0, whole.stderr
     assert json.loads(whole.stdout)["recipe"]["stages"][1]["tokens"] == 64
     assert_refused(run("train", "rtn", place / "model", "--tokens", 8, "-o", tmp_path / "d"), "no stage trains")
+    assert run("train", "w3-owq-tuned", place / "model", "--set", "bits=2", "-o", tmp_path / "e").exit_code == 2
 
 
 @pytest.fixture(scope="module")

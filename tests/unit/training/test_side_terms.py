@@ -23,17 +23,15 @@ from helpers import assert_same, random_ids, tiny_llama
 QUIET = {"max_kl": 50.0, "allow_broken": True}
 BASES = {
     "nf4": {},
-    "calibrated start": {"start": "calibrated"},
     "rotations at run time": {"base": "quip", "bits": 4},
     "sparse outliers": {"base": "spqr", "start": "residual"},
-    "columns in an order": {"base": "owq", "bits": 4},
-    "quantized inputs": {"base": "smoothquant+gptq", "bits": 8},
+    "quantized inputs": {"base": "smoothquant+gptq", "bits": 8, "start": "calibrated"},
 }
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    return tiny_llama(tmp_path_factory.mktemp("low_rank") / "model", dtype=torch.bfloat16)
+    return tiny_llama(tmp_path_factory.mktemp("low_rank") / "model", blocks=1, dtype=torch.bfloat16)
 
 
 def text() -> Calibration:
