@@ -126,7 +126,7 @@ _VLLM = (
 
 
 def vllm_command(asked: Serving) -> list[str]:
-    """The command that serves a directory in vLLM; without its compilation, with which packed layers have not been run."""
+    """The command that serves a directory in vLLM; without its compilation, with which packed embeddings have not been run."""
     trusted = ["--trust-remote-code"] if asked.trust_remote_code else []
     where = ["--host", asked.host, "--port", str(asked.port)]
     return ["vllm", "serve", asked.model, *where, "--enforce-eager", *trusted]
