@@ -101,5 +101,5 @@ def test_what_lm_eval_cannot_score_is_refused(tmp_path):
 
 def test_without_a_hub_its_tasks_are_refused_with_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)  # HF_HUB_OFFLINE is set for all tests
-    with pytest.raises(ValueError, match="could not get the data of piqa .*--task-files DIR"):
+    with pytest.raises(ValueError, match=r"could not get the data of piqa .*--task-files DIR"):
         score_with_lm_eval(tiny_model(dtype=torch.float32), char_tokenizer(), ["piqa"], limit=2)
