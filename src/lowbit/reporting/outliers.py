@@ -74,7 +74,11 @@ def inspection_section(name: str, inspection: Inspection, channels: Mapping[str,
         ),
     )
     rounded = ("Errors are those of rounding to nearest, 4 bits in groups of 64.",) if inspection.hardest else ()
-    words = (f"{inspection.model} on {inspection.calibration}.", *rounded, *(f"Warning: {text}" for text in inspection.warnings))
+    words = (
+        f"{inspection.model} on {inspection.calibration}.",
+        *rounded,
+        *(f"Warning: {text}" for text in inspection.warnings),
+    )
     return Section(
         f"Inputs and layers of {name.removesuffix('/inspection.json')}",
         words,
