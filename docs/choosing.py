@@ -16,9 +16,9 @@ import yaml
 
 from lowbit.comparison import ORIGINAL
 from lowbit.recipes import KV_FAMILY, METHODS, Recipe, as_recipe, from_plain, recipe
+from lowbit.reporting.choices import ENGINES
 from lowbit.reporting.comparisons import front
 from lowbit.reporting.measured import FILE, Measured, MeasuredRow
-from lowbit.reporting.recommendation import ENGINES
 from lowbit.reporting.sources import read_sources
 
 DOCS = Path(__file__).parent

@@ -10,7 +10,8 @@ from lowbit.cli import common
 from lowbit.cli.choose import byte_count
 
 if TYPE_CHECKING:
-    from lowbit.reporting.recommendation import Choice, Recommendation
+    from lowbit.reporting.choices import Choice
+    from lowbit.reporting.recommendation import Recommendation
 
 EXAMPLE = "Example: lowbit recommend smollm2-135m --memory 150MB --engine lowbit --context 2048"
 

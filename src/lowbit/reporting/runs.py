@@ -38,7 +38,7 @@ def run_section(number: int, name: str, report: Json) -> Section:
     facts += [("calibrated on", report.get("calibration") or "nothing")]
     facts += [("broken", text) for text in report.get("problems", ())]
     facts += [("warning", text) for text in report.get("warnings", ())]
-    command = quantize_command(header.get("model_name") or "MODEL", None)
+    command = quantize_command("MODEL", _calibration(report.get("calibration") or ""))
     words = ("Relative squared error of each layer's output on calibration tokens; of experts, the worst.",)
     layers = Table(
         f"{name}: layers",
@@ -58,6 +58,12 @@ def run_section(number: int, name: str, report: Json) -> Section:
         ),
         entries=(Entry(name, link, tuple(facts), recipe_text(report["recipe"]), (command,)),),
     )
+
+
+def _calibration(text: str) -> dict[str, Any] | None:
+    """What a run says of its calibration text, ``NAME, [windows, tokens]``, as a record has it; None: it read none."""
+    found = re.fullmatch(r"(.*), \[(\d+), (\d+)\]", text)
+    return None if found is None else {"text": found[1], "windows": int(found[2]), "tokens": int(found[3])}
 
 
 def error_map(name: str, layers: Sequence[Mapping[str, Any]]) -> Picture | None:

@@ -2,7 +2,7 @@
 
 * JSON lines of ``lowbit compare``, of a training's course, of answers to prompts, and of other flat rows;
 * ``lowbit-report.json`` of a checkpoint, ``inspection.json`` with ``channels.safetensors``, results of ``benchmarks``,
-  and the output of ``lowbit generate --json``;
+  and what ``lowbit generate --json`` and ``lowbit evaluate --chat --json`` print;
 * a directory: what it holds of these.
 """
 
@@ -33,6 +33,7 @@ _RECORD = {"model": {"name": str, "sha256": str}, "protocol": dict.fromkeys(("na
 _LAYER = {"name": str, "role": str, "bits_per_weight": (int, float), "error": (int, float, type(None))}
 _RUN = {"recipe": dict, "layers": [_LAYER], "block_errors": list, "bits_per_weight": (int, float)}
 _INSPECTION = {"model": str, "calibration": str, "layers": [dict], "inputs": [{"name": str, "role": str, "block": int}]}
+_ANSWER = dict.fromkeys(("prompt", "original", "model"), str)
 _CACHES = {"quality": [{"name": str, "bits": (int, float)}], "speed": [{"name": str, "context": int}]}
 """What files must hold: types, objects with their keys, and lists of one of these."""
 
@@ -168,7 +169,17 @@ def _object(file: Path, name: str, value: Json, sources: Sources) -> None:
     elif {"prompt", "text"} == value.keys():
         _add_sample(str(file), value["prompt"], {file.stem: value["text"]}, sources)
     else:
-        sources.tables[name] = _tables(file, name, value)
+        sources.tables[name] = _tables(file, name, _without_answers(file, value, sources))
+
+
+def _without_answers(file: Path, value: Json, sources: Sources) -> Json:
+    """What ``lowbit evaluate --chat --json`` printed without the answers, which become samples."""
+    chat = value.get("chat")
+    if not isinstance(chat, dict) or "answers" not in chat:
+        return value
+    for answer in _checked(file, chat["answers"], [_ANSWER], "chat.answers"):
+        _add_sample(str(file), answer["prompt"], {"original": answer["original"], file.stem: answer["model"]}, sources)
+    return {**value, "chat": {key: each for key, each in chat.items() if key != "answers"}}
 
 
 def _checked(file: Path, value: Any, form: Any, place: str = "") -> Any:

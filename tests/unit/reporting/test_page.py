@@ -131,7 +131,12 @@ def test_the_error_map_shows_the_worst_layer_of_a_role_in_a_block():
 def test_layers_of_a_checkpoint_are_those_of_its_report(made, files):
     section = made.sections[1]
     assert len(section.tables[1].rows) == 14 and section.title == "Checkpoint packed"
-    assert section.entries[0].recipe and any(name == "model" for name, _ in section.entries[0].facts)
+    [entry] = section.entries
+    assert from_plain(yaml.safe_load(entry.recipe)).name == "rtn"
+    assert {"model", "lowbit", "torch"} <= {name for name, _ in entry.facts}
+    assert entry.commands == (
+        "lowbit quantize MODEL --recipe recipe.yaml --calibration 'token ids' --samples 4 --seq-len 16 -o DIR",
+    )
 
 
 # That it harms nobody

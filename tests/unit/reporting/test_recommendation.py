@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from lowbit.cli import app
 from lowbit.cli.choose import byte_count, choose_recipe, method_options
 from lowbit.plan import plan
+from lowbit.reporting.choices import ENGINES
 from lowbit.reporting.measured import MeasuredRow, measured
-from lowbit.reporting.recommendation import ENGINES, recommend
+from lowbit.reporting.recommendation import recommend
 
 from helpers import tiny_llama
 

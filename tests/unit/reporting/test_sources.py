@@ -27,6 +27,17 @@ def test_every_kind_of_json_is_told_apart_by_its_content(tmp_path):
     assert len(sources.files) == 7 and all(len(sha256) == 64 for _, sha256, _ in sources.files)
 
 
+def test_answers_of_an_evaluation_stand_beside_the_originals_and_its_figures_stay(tmp_path):
+    answers = [{"prompt": "a?", "original": "yes", "model": "no", "diverges_at": 0}]
+    (tmp_path / "w2.json").write_text(json.dumps({"chat": {"kl": 0.5, "answers": answers}}))
+    sources = read_sources([tmp_path / "w2.json"])
+    assert sources.samples[0].answers == {"original": "yes", "w2": "no"}
+    assert sources.tables["w2.json"][0].rows == (("chat: kl", "0.5"),)
+    (tmp_path / "w2.json").write_text(json.dumps({"chat": {"answers": [{"prompt": "a?"}]}}))
+    with pytest.raises(SourceError, match=r"chat.answers\[0\]: expected an object with prompt, original, model"):
+        read_sources([tmp_path / "w2.json"])
+
+
 def test_the_last_record_with_figures_counts_and_a_torn_line_does_not(tmp_path):
     rows = [
         record("a", perplexity=1.0),
