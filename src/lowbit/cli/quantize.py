@@ -35,7 +35,7 @@ from lowbit.cli.choose import (
 )
 
 if TYPE_CHECKING:
-    from lowbit.pipeline import Job
+    from lowbit.job import Job
     from lowbit.recipes import Recipe
     from lowbit.report import QuantizeReport
 
@@ -105,7 +105,8 @@ def command(
     options = method_options(bits, group_size, activation_bits, settings, scheme)
     chosen = choose_recipe(method, recipe, options, changes, (kv, kv_bits, kv_settings))
     common.use_threads(threads)
-    from lowbit.pipeline import exported, prepare, run
+    from lowbit.job import prepare
+    from lowbit.pipeline import exported, run
     from lowbit.report import MAX_KL
 
     text = None if calibration == "none" else common.text_or_default(calibration, "calibration")

@@ -21,7 +21,8 @@ from lowbit.checkpoints import native
 from lowbit.checkpoints.source import ModelSource, load_tokenizer, open_model
 from lowbit.data import Calibration
 from lowbit.evaluation import Evaluation, KeptOriginal, directory_bytes, evaluate_model, keep_states, peak_rss
-from lowbit.pipeline import prepare, run
+from lowbit.job import prepare
+from lowbit.pipeline import run
 from lowbit.recipes import Recipe
 from lowbit.report import MAX_KL, QuantizeReport
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowbit.architectures import block_modules
+from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.shards import read_shard_header
 from lowbit.decoding.packed_cache import simulated_cache
 from lowbit.modules import KVFormats
@@ -40,7 +41,8 @@ class Training:
 
     Args:
         stage: what to do.
-        walk: of the same run, finished: it knows the original model's logits and describes the packed one.
+        walk: of the same run, finished: it knows the original model's logits.
+        described: the packed model.
         source: the section of the stage before, whose shards are the model to train.
         section: where the trained shards go.
         further: windows of training text ``[M, S]`` that are no calibration windows; None: there are none.
@@ -48,6 +50,7 @@ class Training:
 
     stage: Train
     walk: Walk
+    described: ModelDescription
     source: Section
     section: Section
     progress: Progress
@@ -62,7 +65,7 @@ class Training:
                 section.forget(i)  # the journal was damaged
                 break
         if len(section.finished) < len(source):
-            model = read_back(self.walk.plan, section, self.walk.description, source)
+            model = read_back(self.walk.plan, section, self.described, source)
             notes = self._train(model)
             state = model.state_dict()
             for i in range(len(section.finished), len(source)):
@@ -70,7 +73,7 @@ class Training:
                 tensors = {name: state[name].to(header.dtype) for name, header in headers.items()}
                 section.write(section.unit_name(i, len(source)), tensors, {"notes": notes})
         self._path("state").unlink(missing_ok=True)
-        trained = read_back(self.walk.plan, section, self.walk.description, section.files)
+        trained = read_back(self.walk.plan, section, self.described, section.files)
         return trained, section.finished[0]["record"]["notes"]
 
     def _train(self, model: PreTrainedModel) -> list[str]:
