@@ -289,7 +289,7 @@ def test_a_run_without_text_is_measured_and_reloaded_on_drawn_tokens(tmp_path, m
 
 def test_drawn_tokens_refuse_a_model_for_nan_alone(model, tmp_path, monkeypatch):
     def measure(kl):
-        monkeypatch.setattr("lowbit.pipeline.kl_and_agreement", lambda *_: (torch.tensor([kl]), torch.tensor([False])))
+        monkeypatch.setattr("lowbit.guard.kl_and_agreement", lambda *_: (torch.tensor([kl]), torch.tensor([False])))
 
     measure(3.0)
     assert "is 3 nats a token" in lowbit.quantize(model, "rtn", None, out=tmp_path / "far").warnings[-1]

@@ -42,6 +42,7 @@ from lowbit.checkpoints.shards import (
     refuse_more_layers,
     seem_equal,
 )
+from lowbit.numerics import all_finite
 from lowbit.surroundings import return_free_memory
 
 __all__ = ["ModelError", "ModelSource", "load_tokenizer", "open_model"]
@@ -442,9 +443,9 @@ def _assign(model: nn.Module, name: str, value: Tensor) -> None:
 def _check_finite(name: str, value: Tensor, origin: Origin) -> None:
     if not value.is_floating_point():
         return
-    pieces = value.flatten().split(2**24)  # so that the masks stay small beside the tensor
-    if all(bool(torch.isfinite(piece).all()) for piece in pieces):
+    if all_finite(value):
         return
+    pieces = value.flatten().split(2**24)  # so that the masks stay small beside the tensor
     nan = sum(int(piece.isnan().sum()) for piece in pieces)
     inf = sum(int(piece.isinf().sum()) for piece in pieces)
     header = origin.headers[origin.first_source]

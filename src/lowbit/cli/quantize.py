@@ -35,7 +35,7 @@ from lowbit.cli.choose import (
 )
 
 if TYPE_CHECKING:
-    from lowbit.pipeline import Job
+    from lowbit.job import Job
     from lowbit.recipes import Recipe
     from lowbit.report import QuantizeReport
 
@@ -136,9 +136,10 @@ def carry_out(
         running: bytes of activations in memory, the divergence that counts as broken (None: the usual), whether a broken result is
             written, whether an unfinished run is discarded.
         started: when the command began.
-        prepared: further arguments of :func:`lowbit.pipeline.prepare`.
+        prepared: further arguments of :func:`lowbit.job.prepare`.
     """
-    from lowbit.pipeline import exported, prepare, run
+    from lowbit.job import prepare
+    from lowbit.pipeline import exported, run
     from lowbit.report import MAX_KL
     from lowbit.training import leads
 

@@ -34,7 +34,8 @@ from lowbit.evaluation import (
     read_tasks,
     score_task,
 )
-from lowbit.pipeline import prepare, run
+from lowbit.job import prepare
+from lowbit.pipeline import run
 from lowbit.recipes import Recipe
 from lowbit.report import MAX_KL, QuantizeReport
 

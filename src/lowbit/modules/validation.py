@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowbit.layouts import unpack, unpack_params
 from lowbit.modules.activation import unpack_static
-from lowbit.numerics import Int, KeptColumns, LowRank, Sparse, Spec, Table, TwoSided
+from lowbit.numerics import Int, KeptColumns, LowRank, Sparse, Spec, Table, TwoSided, all_finite
 from lowbit.transforms import Kronecker, Normalize, Permute, RandomHadamard, Reassembly, Rotate, Scale, Shift, Split
 
 if TYPE_CHECKING:
@@ -154,10 +154,7 @@ def check_tensors(description: LinearDescription, tensors: Mapping[str, Tensor])
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raises ValueError where a floating ``tensor`` holds NaN or Inf; one pass, no copy."""
-    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
-        return
-    lo, hi = (tensor if tensor.itemsize > 1 else tensor.float()).aminmax()
-    if not torch.isfinite(lo) or not torch.isfinite(hi):
+    if tensor.is_floating_point() and not tensor.is_meta and not all_finite(tensor):
         raise ValueError(f"{name} holds NaN or Inf")
 
 

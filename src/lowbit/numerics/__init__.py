@@ -67,7 +67,7 @@ from lowbit.numerics.grids import (
     powers_of_two,
     straight_through,
 )
-from lowbit.numerics.narrowing import narrowed, narrower
+from lowbit.numerics.narrowing import all_finite, narrowed, narrower
 from lowbit.numerics.serialize import check_types, from_dict, nearest, serializable, to_dict, untagged
 from lowbit.numerics.side_terms import KeptColumns, LowRank, SideTerm, Sparse
 from lowbit.numerics.spec import QTensor, Spec, fit_params, fit_raw, quantize, stored_bits
@@ -161,6 +161,7 @@ __all__ = [
     "TwoSided",
     "Unfitted",
     "Unsigned",
+    "all_finite",
     "arity",
     "check_types",
     "clipped_tokens",

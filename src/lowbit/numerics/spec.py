@@ -17,6 +17,7 @@ from torch import Tensor
 from lowbit.numerics.fit import Fit, MinMax
 from lowbit.numerics.granularity import Granularity, Shape
 from lowbit.numerics.grids.base import OF_NOTHING, Field, Grid, Params, arity
+from lowbit.numerics.narrowing import all_finite
 from lowbit.numerics.serialize import serializable
 
 _SCALE_DTYPES = {
@@ -266,7 +267,7 @@ def quantize(
     Raises:
         ValueError: NaN or Inf in ``x``, or a scale that the format cannot store.
     """
-    if not torch.isfinite(x).all():
+    if not all_finite(x):
         raise ValueError(f"cannot quantize {int((~torch.isfinite(x)).sum())} values that are NaN or Inf")
     mean = x.float().mean() if centred else None
     if mean is not None:

@@ -44,6 +44,7 @@ from lowbit.numerics import (
     Spec,
     Statistic,
     Tokens,
+    all_finite,
     arity,
     serializable,
 )
@@ -159,7 +160,7 @@ class Gptq(Solver):
         self.check(spec, clip is not None)
         diag = H.diagonal().clone()
         dead = diag == 0
-        if not _finite(H) or dead.all():
+        if not all_finite(H) or dead.all():
             why = "all inputs were always zero" if dead.all() else "NaN or Inf in the Gram matrix"
             return self._nearest(w_OI, spec, stats, clip, (why,))
         tokens, trust, notes = stats.get(Tokens()), 1.0, ()
@@ -283,13 +284,8 @@ def _as_they_come(score_I: Tensor) -> Tensor:
     return torch.arange(len(score_I), device=score_I.device)
 
 
-def _finite(x: Tensor) -> bool:
-    """Whether no value is NaN or infinite; one pass, with a few rows in memory beside it."""
-    return all(bool(torch.isfinite(rows.sum(dtype=torch.float64))) for rows in x.split(STRIP))
-
-
 def _check(w_OI: Tensor, H: Tensor) -> None:
-    if not _finite(w_OI):
+    if not all_finite(w_OI):
         raise ValueError(f"cannot quantize {int((~torch.isfinite(w_OI)).sum())} weights that are NaN or Inf")
     if H.shape != (w_OI.shape[1], w_OI.shape[1]):
         raise ValueError(

@@ -9,7 +9,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowbit.numerics import Clipped, Fisher, Fit, Fixed, MinMax, QTensor, Spec, Statistic, quantize, serializable
+from lowbit.numerics import (
+    Clipped,
+    Fisher,
+    Fit,
+    Fixed,
+    MinMax,
+    QTensor,
+    Spec,
+    Statistic,
+    all_finite,
+    quantize,
+    serializable,
+)
 from lowbit.solve.base import Solution, Solver, check_weight
 from lowbit.solve.columns import place
 from lowbit.solve.outliers import OutlierRule, choose, rules_of, side_terms
@@ -55,7 +67,7 @@ class Nearest(Solver):
         fit = clip or self.fit
         if self.outliers is None:
             return Solution(quantize(w_OI, spec, fit, importance, encode_before_storing=self.encode_before_storing))
-        if not torch.isfinite(w_OI).all():
+        if not all_finite(w_OI):
             raise ValueError(f"cannot quantize {int((~torch.isfinite(w_OI)).sum())} weights that are NaN or Inf")
         chosen = choose(rules_of(self.outliers), w_OI, spec, fit, stats)
         out = chosen.out_of_fits(w_OI)

@@ -16,7 +16,8 @@ from lowbit.modules import (
     OperandRanges,
     QuantLinear,
 )
-from lowbit.numerics import from_dict, to_dict
+from lowbit.numerics import from_dict, narrowed, to_dict
+from lowbit.plan.kept import Kept
 from lowbit.steps import LayerRecord
 
 
@@ -59,6 +60,18 @@ def as_stored(block: nn.Module) -> set[str]:
     """Paths of the block's modules whose tensors are stored in their own dtypes."""
     kinds = (QuantLinear, OperandRanges, CacheCalibration)
     return {path for path, module in block.named_modules() if isinstance(module, kinds)}
+
+
+def stored_tensors(block: nn.Module, name: str, kept: Kept) -> dict[str, Tensor]:
+    """What the finished block ``name`` stores: packed buffers as they are, everything else in the dtype that it is kept in."""
+    packed = as_stored(block)
+
+    def stored(key: str, value: Tensor) -> Tensor:
+        if key.rpartition(".")[0] in packed or not value.is_floating_point():
+            return value
+        return narrowed(f"{name}.{key}", value, kept.dtype_of(f"{name}.{key}"))
+
+    return {f"{name}.{key}": stored(key, value.detach()) for key, value in block.state_dict().items()}
 
 
 def install_packed(

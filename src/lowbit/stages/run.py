@@ -22,6 +22,7 @@ from lowbit.recipes import Blockwise, FitCache, Train
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.fit_cache import CacheFitting, combined
 from lowbit.stages.journal import Journal, Section
+from lowbit.stages.rest import Rest
 from lowbit.stages.train import AfterWalk, Training
 from lowbit.stages.whole import fitted_cache, read_back, write_as_it_is
 
@@ -43,6 +44,7 @@ class Run:
 
     Attributes:
         walk: of the Blockwise stage; it keeps both streams behind the last block. Without that stage, it does not begin.
+        rest: what comes behind the last block.
         model: what the last Train stage left (float32, packed), or None: the model is the one that the walk left.
         notes: what stages found that the report should say.
         found: what stages found for the cache, by name of the module that attends.
@@ -71,6 +73,7 @@ class Run:
             drawn=self.drawn,
             held_out=self.held_out,
         )
+        self.rest = Rest(self.walk)
 
     def stages(self) -> None:
         """Runs them. Raises what they raise. A recipe that changes no weights leaves the model as it is, but for its cache."""
@@ -99,7 +102,7 @@ class Run:
     def packed(self) -> ModelDescription:
         """What the stages that change weights have stored, without the formats of the cache."""
         apart = self.walk.unfused_experts and self.recipe.changes_weights
-        return replace(self.walk.description, unfused_experts=apart)
+        return replace(self.walk.described(self.rest.packed), unfused_experts=apart)
 
     @cached_property
     def description(self) -> ModelDescription:
@@ -124,8 +127,8 @@ class Run:
 
 def _blockwise(run: Run, number: int, stage: Blockwise) -> None:
     run.walk.run()
-    run.walk.settle_outside()
-    run.walk.write_rest()
+    run.rest.settle()
+    run.rest.write()
 
 
 def _train(run: Run, number: int, stage: Train) -> None:
@@ -133,7 +136,8 @@ def _train(run: Run, number: int, stage: Train) -> None:
     run.model = None  # the one before is on disk
     source = run.journal.section(number - 1)
     files = [source.directory / file for file in source.files]
-    run.model, notes = Training(stage, AfterWalk(run.walk, source, run.further), files, section, run.progress).run()
+    setting = AfterWalk(run.walk, run.packed, source, run.further)
+    run.model, notes = Training(stage, setting, files, section, run.progress).run()
     run.notes.extend(notes)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowbit.architectures import block_modules
+from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.shards import read_shard_header
 from lowbit.decoding.packed_cache import simulated_cache
 from lowbit.modules import KVFormats
@@ -174,12 +175,14 @@ class AfterWalk:
     """A Train stage behind the stage Blockwise of the same run.
 
     Args:
-        walk: finished: it knows the original model's logits and describes the packed one.
+        walk: finished: it knows the original model's logits.
+        described: the packed model.
         source: the section of the stage before, whose shards are the model to train.
         further: windows of training text ``[M, S]`` that are no calibration windows; None: there are none.
     """
 
     walk: Walk
+    described: ModelDescription
     source: Section
     further: Tensor | None = None
 
@@ -192,7 +195,7 @@ class AfterWalk:
         return self.walk.architecture
 
     def model(self, files: Sequence[Path]) -> PreTrainedModel:
-        return read_back(self.walk.plan, self.source, self.walk.description, [file.name for file in files])
+        return read_back(self.walk.plan, self.source, self.described, [file.name for file in files])
 
     def latents(self) -> Mapping[str, Tensor]:
         return self.walk.latents()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -42,17 +42,17 @@ def rounded_factors(rounded: bool) -> Iterator[None]:
     """While open, and if ``rounded``, every thread may round the factors of float32 products to bfloat16; sums stay float32.
 
     Factors that are numbers of bfloat16, such as the inputs of a product in it, lose nothing. torch leaves the choice of
-    instructions to oneDNN: tiles (AMX) where there are any.
+    instructions to oneDNN: tiles (AMX) where there are any. Before torch 2.9 nothing changes.
     """
-    if not rounded:
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if not rounded or not hasattr(matmul, "fp32_precision"):
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision = before
 
 
 def faster_products(device: torch.device, wanted: bool = True) -> torch.autocast:

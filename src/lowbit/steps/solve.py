@@ -20,6 +20,7 @@ from lowbit.numerics import (
     Spec,
     Statistic,
     Tokens,
+    all_finite,
     serializable,
     usual_fit,
 )
@@ -172,13 +173,14 @@ class Solve(Step):
         notes = self._doubts(state, stats, draft.weight.shape[1])
         if any(need not in stats for need in solver.needs):
             solver = Nearest(usual_fit(draft.format.weight.grid))
-        if not torch.isfinite(draft.weight).all():
+        if not all_finite(draft.weight):
             raise ValueError(f"{name}: the weight holds NaN or Inf after the transforms before it")
         try:
             solution = self._solution(solver, draft, path, state, stats)
             parts = solution.q, state.store_dtype(f"{path}.bias"), solution.pre, solution.post, solution.side
             packed = draft.pack(*parts)
-            error = _output_error(draft, draft.pack(*parts, own_pre=False), stats)
+            bare = draft.pack(*parts, own_pre=False) if draft.pre else packed
+            error = _output_error(draft, bare, stats)
         except ValueError as problem:
             raise ValueError(f"{name}: {problem}") from problem
         if self._keeps_originals:

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import lowbit
 from lowbit import decoding
 from lowbit.checkpoints.shards import read_headers
+from lowbit.job import prepare
 from lowbit.modules import QuantEmbedding, QuantLinear
 from lowbit.numerics import Int, MinMax, PerChannel, PerGroup, Spec, quantize
-from lowbit.pipeline import prepare, run
+from lowbit.pipeline import run
 from lowbit.plan import outside as outsides
 from lowbit.plan import plan
 from lowbit.recipes import as_recipe
@@ -113,7 +114,7 @@ def test_narrow_weights_bring_a_packed_embedding_where_it_costs_little(model, tm
     monkeypatch.setattr(outsides, "LEAST_WEIGHTS", 1000)
     lowbit.quantize(model, "rtn", IDS, out=tmp_path / "packed")
     assert any(isinstance(m, QuantEmbedding) for m in lowbit.load(tmp_path / "packed").modules())
-    monkeypatch.setattr("lowbit.stages.blockwise.Walk._cost_of_outside", lambda walk: 0.01)
+    monkeypatch.setattr("lowbit.stages.rest.Rest._cost", lambda rest: 0.01)
     report = lowbit.quantize(model, "rtn", IDS, out=tmp_path / "dear")
     assert report.outside_cost is None and "would cost 0.01 nats a token, over 0.001" in report.warnings[-1]
     assert not any(isinstance(m, QuantEmbedding) for m in lowbit.load(tmp_path / "dear").modules())

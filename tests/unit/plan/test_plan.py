@@ -21,6 +21,7 @@ from lowbit.scheme import FormatRule, Scheme
 from lowbit.solve import Nearest
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Journal
+from lowbit.stages.rest import Rest
 from lowbit.stages.store import ActivationStore
 from lowbit.steps import BlockIO, BlockState, Solve
 
@@ -77,7 +78,7 @@ def walked(model: Path, wanted: Recipe, out: Path) -> tuple[Walk, dict[str, shar
     )
     walk = Walk(plan_model(model, wanted), ids, journal)
     walk.run()
-    walk.write_rest()
+    Rest(walk).write()
     files = (journal.directory / entry["file"] for entry in journal.finished)
     return walk, {name: header for file in files for name, header in read_shard_header(file).items()}
 

@@ -19,6 +19,7 @@ from lowbit.plan.model_plan import ModelPlan, plan_model
 from lowbit.recipes import METHODS, Recipe, recipe
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Journal
+from lowbit.stages.rest import Rest
 from lowbit.stages.run import Run
 
 SIZES = {
@@ -91,7 +92,7 @@ def written(planned: ModelPlan, out: Path) -> dict[str, TensorHeader]:
     if planned.recipe.changes_weights:
         walk = Walk(planned, ids, journal)
         walk.run()
-        walk.write_rest()
+        Rest(walk).write()
         walk.close()
     else:
         running = Run(planned, ids, journal)

@@ -393,7 +393,7 @@ def test_a_run_killed_in_its_training_ends_in_the_same_bytes(place, tmp_path, mo
 
 
 def test_the_training_text_is_part_of_what_a_run_is_continued_for(place, tmp_path):
-    from lowbit.pipeline import prepare
+    from lowbit.job import prepare
 
     jobs = [prepare(place, _recipe(tokens=96), _calibration(count), out=tmp_path / "out") for count in (3, 4, 0)]
     assert len({job.header.get("training") for job in jobs}) == 3
