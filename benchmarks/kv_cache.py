@@ -11,6 +11,11 @@ first row is the cache that the model has otherwise, in bfloat16. Results go to 
 
 draws what these results say into benchmarks/results/kv-cache.svg: loss and KL against bits, memory and tokens a second against
 the length of the text.
+
+    python benchmarks/kv_cache.py --sensitivity --text FILE --formats "kivi 2"
+
+prints the KL that each layer causes where its cache alone is quantized, the largest first: what `--kv-set wide_layers=...` of
+kivi needs. Use a text that is not evaluated on.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from transformers import DynamicCache
 import lowbit
 from lowbit.decoding.model import cache_argument
 from lowbit.evaluation.machine import machine
-from lowbit.modules import KVFormats
+from lowbit.modules import KVFormats, KVRule
 from lowbit.plan.cache import cache_bytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,6 +69,9 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "kivi 2, 64 + 256 whole": ("kivi", {"bits": 2, **WINDOWS}),
     "kivi 3, 64 + 256 whole": ("kivi", {"bits": 3, **WINDOWS}),
     "kivi 2, 16 + 128 whole, groups of 64": ("kivi", {"bits": 2, "group_size": 64, **FEWER}),
+    "kivi 2, 16 + 128 whole, groups of 64, keys of 6 layers in 4 bits": (
+        "kivi", {"bits": 2, "group_size": 64, "wide_layers": "4,17,18,20,23,24", **FEWER}
+    ),
     "kv-oscar 2, centred, 16 + 128 whole": ("kv-oscar", {"bits": 2, "centred": True, **FEWER}),
     "kv-rotated 2, both, 16 + 128 whole": ("kv-rotated", {"bits": 2, "rotate": "both", **FEWER}),
     "kv-rotated 2, both, 64 + 256 whole": ("kv-rotated", {"bits": 2, "rotate": "both", **WINDOWS}),
@@ -106,6 +114,25 @@ def quality(args: argparse.Namespace, name: str, original: Any, tokenizer: Any) 
         "protocol": found.protocol,
         "seconds": time.perf_counter() - start,
     }
+
+
+def sensitivity(args: argparse.Namespace, name: str, original: Any, tokenizer: Any) -> dict[int, float]:
+    """KL in nats where the cache of one layer alone is quantized, by layer."""
+    method, options = FORMATS[name]
+    model, spec = lowbit.load(args.model, torch.float32), lowbit.recipe(method, **options).scheme.kv
+    found = {}
+    for layer in range(model.config.num_hidden_layers):
+        lowbit.decoding.use_cache(model, KVFormats(None, (KVRule((layer,), spec),)))
+        found[layer] = lowbit.evaluate(
+            model,
+            args.text,
+            seq_len=args.seq_len,
+            windows=args.windows,
+            against=original,
+            tokenizer=tokenizer,
+            chunk=128,
+        ).kl
+    return dict(sorted(found.items(), key=lambda each: -each[1]))
 
 
 def filled(model: Any, cache: Any, ids: torch.Tensor) -> Any:
@@ -230,6 +257,7 @@ def main() -> None:
     parser.add_argument("--plot", nargs="+", metavar="NAME", help="draw these results; nothing is measured")
     parser.add_argument("--calibration", default="python-docs", help="text for the formats that need one")
     parser.add_argument("--calibrated", help="a checkpoint that carries their calibration already")
+    parser.add_argument("--sensitivity", action="store_true", help="the KL of each layer alone; nothing is written")
     parser.add_argument("--add", action="store_true", help="keep earlier rows of this name that are not measured again")
     args = parser.parse_args()
     if args.plot:
@@ -237,6 +265,11 @@ def main() -> None:
         return
     console, tokenizer = Console(), lowbit.load_tokenizer(args.model)
     original = lowbit.load(args.model, torch.float32)
+    if args.sensitivity:
+        for name in args.formats:
+            for layer, kl in sensitivity(args, name, original, tokenizer).items():
+                console.print(f"{name}: layer {layer}, KL {kl:.5f}")
+        return
     timed = [row for context in args.contexts for row in speed(args, context, tokenizer)]
     earlier = RESULTS / f"{args.name}.json"
     rows: list[dict[str, Any]] = json.loads(earlier.read_text())["quality"] if args.add and earlier.exists() else []

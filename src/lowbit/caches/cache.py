@@ -25,7 +25,7 @@ class PackedCache(DynamicCache):
         coordinates: by layer, those in which keys and values are quantized, where calibration found some.
 
     Raises:
-        ValueError: no layer of the model can be packed, or a rule matches none.
+        ValueError: no layer of the model can be packed, or a rule names one that is not there.
     """
 
     def __init__(
@@ -39,8 +39,11 @@ class PackedCache(DynamicCache):
         super().__init__(config=text)
         count = len(self.layers)
         for rule in overrides:
-            if not any(rule.matches(i, count) for i in range(count)):
-                raise ValueError(f"kv_overrides of layers {rule.layers} match none of the model's {count} layers")
+            if beyond := [layer for layer in rule.layers if not -count <= layer < count]:
+                raise ValueError(
+                    f"kv_overrides name layers {', '.join(map(str, beyond))}, and the model has {count}, which count from 0 (from the "
+                    "last: from -1)"
+                )
         packable = [i for i, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
         if not packable:
             raise ValueError(
