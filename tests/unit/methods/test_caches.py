@@ -75,11 +75,12 @@ def test_a_file_gives_a_mix_or_a_method_another_cache(tmp_path):
     assert lowbit.decoding.model.kv_formats(made).kv.recent == 16 and report.cache_bits == 4 + 2 * 16 / 16
 
 
-def test_kivi_gives_the_keys_of_some_layers_more_bits():
-    cache = lowbit.kv_cache(tiny_llama(), "kivi", bits=2, wide_layers="1", wide_bits=8, recent=32)
+def test_kivi_gives_the_keys_of_some_layers_more_bits(tmp_path):
+    model = lowbit.load(tiny_llama(tmp_path))
+    cache = lowbit.kv_cache(model, "kivi", bits=2, wide_layers="1", wide_bits=8, recent=32)
     bits = [(layer.spec.key.grid.bits, layer.spec.value.grid.bits) for layer in cache.layers]
     assert bits == [(8 if i == 1 else 2, 2) for i in range(len(bits))]
     with pytest.raises(ValueError, match="wide_layers are numbers of layers by commas"):
         recipe("kivi", wide_layers="first")
     with pytest.raises(ValueError, match="name layers 99, and the model has"):
-        lowbit.kv_cache(tiny_llama(), "kivi", wide_layers=99)
+        lowbit.kv_cache(model, "kivi", wide_layers=99)
