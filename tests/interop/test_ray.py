@@ -71,15 +71,15 @@ def test_a_lost_machine_costs_one_row_which_runs_again_on_another(cluster, tmp_p
     node = cluster.add_node(**large)
     cluster.wait_for_nodes()
     places = [tmp_path / f"row-{i}" for i in range(2)]
-    asked = [Assignment(f"row {i}", Slow(place, 4), place, memory=3 * 2**30) for i, place in enumerate(places)]
+    asked = [Assignment(f"row {i}", Slow(place, 20), place, memory=3 * 2**30) for i, place in enumerate(places)]
     lost, found = False, {}
 
     def lose(done: float, what: str) -> None:
         nonlocal lost
         if not lost and any((place / "started").exists() for place in places):
             lost = True
-            cluster.add_node(**large)
             cluster.remove_node(node)
+            cluster.add_node(**large)
 
     for i, figures in OnRay("auto").run(asked, 1, lose):
         found[i] = figures
