@@ -29,12 +29,13 @@ oldest: install
 		tests/laws/test_attention.py tests/laws/test_packed_steps.py tests/unit/architectures tests/unit/caches \
 		tests/unit/checkpoints tests/unit/modules tests/unit/test_pipeline.py
 
-# Other engines on what is exported: llama.cpp, transformers with compressed-tensors, its server, and vLLM where LOWBIT_VLLM_PYTHON names
-# an interpreter that has it; and the report in the system's Chromium. Without them these tests are skipped.
+# Other engines on what is exported: llama.cpp, transformers with compressed-tensors and bitsandbytes, its server, and vLLM where
+# LOWBIT_VLLM_PYTHON names an interpreter that has it; and the report in the system's Chromium. Without them these tests are skipped.
 INTEROP := build/interop
 interop: install
 	test -d $(INTEROP) || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(INTEROP) \
-		xllamacpp compressed-tensors==0.20.0 loguru fastapi uvicorn starlette openai jiter sniffio opentelemetry-api
+		xllamacpp compressed-tensors==0.20.0 loguru bitsandbytes \
+		fastapi uvicorn starlette openai jiter sniffio opentelemetry-api
 	test -d $(INTEROP)/playwright || $(BIN)/pip install --quiet --disable-pip-version-check --target $(INTEROP) \
 		playwright axe-playwright-python
 	PYTHONPATH=$(INTEROP) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interop

@@ -20,9 +20,9 @@ from lowbit.adapters import apart, has_terms, merged_layer, why_inseparable
 from lowbit.adapters.merge import TIED
 from lowbit.checkpoints import native
 from lowbit.checkpoints.companions import copy_companions
-from lowbit.checkpoints.locate import locate
 from lowbit.checkpoints.source import open_model
 from lowbit.checkpoints.target import OutputError, check_target
+from lowbit.checkpoints.to_run import locate_to_run
 from lowbit.data import load_text, tokenize, windows
 from lowbit.evaluation.forward import evaluating, logits_of
 from lowbit.modules import QuantLinear
@@ -102,7 +102,7 @@ def merge_adapter(
         raise ValueError(
             f"{adapter.parent}: no adapter_config.json; expected a directory as peft's save_pretrained writes it"
         )
-    _, path = locate(model, trust_remote_code=trust_remote_code)
+    path = locate_to_run(model, trust_remote_code=trust_remote_code)
     if not native.is_native(native.read_checkpoint(path).config):
         raise ValueError(f"{path} is not packed by lowbit; merge with merge_and_unload of peft")
     source = open_model(path, trust_remote_code=trust_remote_code, allow_quantized=True)

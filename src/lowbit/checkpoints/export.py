@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,16 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from lowbit.architectures import auto_class
 from lowbit.checkpoints.description import ModelDescription
+from lowbit.checkpoints.fold_residual import folded
 from lowbit.checkpoints.formats import find_format
-from lowbit.checkpoints.locate import locate
 from lowbit.checkpoints.model_card import rewrite_card
 from lowbit.checkpoints.native import Native, is_native, plain_config, read_checkpoint
 from lowbit.checkpoints.packed_model import PackedModel, PlainTensor
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.checkpoints.target import OutputError, check_target
+from lowbit.checkpoints.to_run import open_packed
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,14 @@ class ExportReport:
         format: the name of the format.
         layers: how many packed layers it holds.
         bytes: of all its files.
+        note: what whoever loads it should know; None: nothing.
     """
 
     out: Path
     format: str
     layers: int
     bytes: int
+    note: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -50,13 +54,14 @@ def export(
     out: str | os.PathLike[str],
     trust_remote_code: bool = False,
 ) -> ExportReport:
-    """Writes a lowbit checkpoint in a file format. The weights are the same numbers; one layer is read at a time.
+    """Writes a packed model in a file format. The weights are the same numbers; one layer is read at a time.
 
     Everything is written into ``<out>.partial``, which becomes ``out`` when it is whole. A model of which nothing is quantized is
     written too, where the format holds such models.
 
     Args:
-        checkpoint: a directory that ``lowbit quantize`` wrote, or a hub id of one; or an ordinary model.
+        checkpoint: a directory that ``lowbit quantize`` wrote, a directory or file in one of the formats, or a hub id of either;
+            or an ordinary model.
         format: the name of a format; ``lowbit plan`` lists them. ``gguf:f16`` is a format with an option.
         out: the directory to write, which must not exist or be empty.
         trust_remote_code: lets the model's own Python code run, where its class has to be known.
@@ -74,16 +79,21 @@ def export(
         raise OutputError(
             f"{partial} exists: a run or an export did not finish there. Finish it or remove it, or choose another -o DIR"
         )
-    _, path = locate(checkpoint, trust_remote_code=trust_remote_code)
-    if file_format.holds_plain and not is_native(read_checkpoint(path).config):
+    path, packed = open_packed(checkpoint, trust_remote_code=trust_remote_code)
+    if packed is not None:
+        model, skeleton = packed, skeleton_of(packed.config)
+    elif file_format.holds_plain and not is_native(read_checkpoint(path).config):
         model, skeleton = _plain(open_model(path, trust_remote_code=trust_remote_code))
     else:
         model = Native().read(path)
         source = open_model(path, trust_remote_code=trust_remote_code, allow_quantized=True)
         skeleton = source.skeleton(unfuse=True)
+    if not file_format.turns_residual:
+        model = folded(model, skeleton.config)
+    beside = next((file.parent for file in model.files), path)
     biases = new_biases(model.description, skeleton)
     reason = file_format.why_not(model.description, biases, skeleton.config)
-    reason = reason or file_format.why_not_files(path, skeleton.config)
+    reason = reason or file_format.why_not_files(beside, skeleton.config)
     if reason is not None:
         raise ValueError(f"{path} cannot be written as {file_format.title}: {reason}")
     partial.mkdir(parents=True)
@@ -99,7 +109,8 @@ def export(
             raise OutputError(f"{partial} could not be written ({error}); make room there and repeat") from error
         raise
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    return ExportReport(out, file_format.name, len(model.description.layers), size)
+    note = file_format.note(model.description)
+    return ExportReport(out, file_format.name, len(model.description.layers), size, note)
 
 
 def _plain(source: ModelSource) -> tuple[PackedModel, PreTrainedModel]:
@@ -119,6 +130,16 @@ def _plain(source: ModelSource) -> tuple[PackedModel, PreTrainedModel]:
     )
     config = plain_config(source.config, source.dtype)
     return PackedModel(ModelDescription({}), config, parts, files), skeleton
+
+
+def skeleton_of(config: Mapping[str, Any]) -> Any:
+    """The model that a config.json describes, without weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    described = AutoConfig.for_model(**config)
+    with init_empty_weights(include_buffers=False):
+        return auto_class(described).from_config(described)
 
 
 def new_biases(description: ModelDescription, skeleton: nn.Module) -> Collection[str]:

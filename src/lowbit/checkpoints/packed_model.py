@@ -88,6 +88,7 @@ class UsualAnswers:
     title: ClassVar[str]
     holds_plain = False
     holds_tables = False
+    turns_residual = False
 
     def with_option(self, option: str) -> Any:
         raise ValueError(f"format {self.name} has no options, found {self.name}:{option}")
@@ -96,4 +97,7 @@ class UsualAnswers:
         return None
 
     def why_not_files(self, directory: Path, config: Any) -> str | None:
+        return None
+
+    def note(self, description: ModelDescription) -> str | None:
         return None

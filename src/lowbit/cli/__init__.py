@@ -24,6 +24,7 @@ from lowbit.cli import (
     export,
     generate,
     generate_data,
+    import_,
     inspect,
     merge_adapter,
     methods,
@@ -113,6 +114,7 @@ for module in (
     compare,
     allocate,
     export,
+    import_,
     merge_adapter,
     generate,
     generate_data,
@@ -129,6 +131,8 @@ for module in (
     cache,
 ):
     command = common.guarded(module.command, getattr(module, "INTERRUPTED", "interrupted"))
-    app.command(module.__name__.rpartition(".")[2].replace("_", "-"), cls=_Command, epilog=module.EXAMPLE)(command)
+    app.command(module.__name__.rpartition(".")[2].strip("_").replace("_", "-"), cls=_Command, epilog=module.EXAMPLE)(
+        command
+    )
 
 __all__ = ["app"]

@@ -17,7 +17,7 @@ def command(
         str,
         typer.Argument(
             metavar="DIR",
-            help="A checkpoint that lowbit quantize wrote, or a hub id of one; for gguf also an ordinary model.",
+            help="A checkpoint of lowbit or in another format, a .gguf file, or a hub id; for gguf also an ordinary model.",
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="The directory to write.")],
@@ -25,7 +25,8 @@ def command(
         str,
         typer.Option(
             metavar="NAME",
-            help="native, gguf, compressed-tensors, gptq, awq or peft (low-rank terms as an adapter beside the base); gguf:f16 (f32, bf16) for a model that is not quantized. "
+            help="native, gguf, compressed-tensors, gptq, awq, bitsandbytes or peft (low-rank terms as an adapter beside the base); "
+            "gguf:f16 (f32, bf16) for a model that is not quantized. "
             "lowbit plan says which can hold what a recipe makes.",
         ),
     ] = "native",
@@ -45,3 +46,5 @@ def command(
         typer.echo(
             f"{report.out}: {report.layers} packed layers in format {report.format}, {common.size(report.bytes)}"
         )
+        if report.note:
+            typer.echo(report.note)

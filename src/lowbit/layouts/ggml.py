@@ -21,6 +21,8 @@ from lowbit.layouts.bitstream import pack, unpack
 from lowbit.layouts.canonical import packed_layout
 from lowbit.numerics import Block, Float, Minimum, PerGroup, SignedScale, Spec, Table, Unsigned
 
+TERNARY = Table((-1.0, 0.0, 1.0))
+"""The levels of TQ1_0 and TQ2_0."""
 IQ4_LEVELS = Table(tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))))
 """The levels of IQ4_NL."""
 
@@ -263,6 +265,30 @@ def _split_q6(data: Tensor) -> Parts:
     return Parts(_unfold(low, 2, 64, 4) | _unfold(high, 2, 32, 2) << 4, _half(scale), scales=small ^ 128)
 
 
+# 256 elements of three levels
+
+
+def _join_threes(parts: Parts) -> Tensor:
+    """Five levels in a byte, as digits of a number below 243 that is spread over 256: multiplying by 3 brings the next one up."""
+    runs = []
+    for codes, width, count in zip(parts.codes.split(_THREES, 1), (32, 16, 4), (5, 5, 4), strict=True):
+        digits = codes.view(len(codes), count, width).int()
+        number = (digits * torch.tensor([3 ** (4 - i) for i in range(count)])[:, None]).sum(1)
+        runs.append(((number * 256 + 242) // 243).to(torch.uint8))
+    return torch.cat([*runs, _bytes(parts.scale)], 1)
+
+
+def _split_threes(data: Tensor) -> Parts:
+    runs, codes = data[:, :-2].split((32, 16, 4), 1), []
+    for run, count in zip(runs, (5, 5, 4), strict=True):
+        codes += [((run.int() * 3**i & 255) * 3 >> 8).to(torch.uint8) for i in range(count)]
+    return Parts(torch.cat(codes, 1), _half(data[:, -2:]))
+
+
+_THREES = (160, 80, 16)
+"""Elements of the three runs of bytes of a block."""
+
+
 def _second(grid: SignedScale | Unsigned, sub_blocks: int) -> Spec:
     return Spec(grid, Block(sub_blocks, 1))
 
@@ -297,6 +323,15 @@ BLOCK_TYPES: dict[str, BlockType] = {
         BlockType(
             "Q6_K", 256, 210, Spec(SignedScale(6), PerGroup(16), _second(SignedScale(8), 16)), _join_q6, _split_q6
         ),
+        BlockType("TQ1_0", 256, 54, Spec(TERNARY, PerGroup(256)), _join_threes, _split_threes),
+        BlockType(
+            "TQ2_0",
+            256,
+            66,
+            Spec(TERNARY, PerGroup(256)),
+            lambda parts: torch.cat([_fold(parts.codes, 2, 32, 2), _bytes(parts.scale)], 1),
+            lambda data: Parts(_unfold(data[:, :64], 2, 32, 2), _half(data[:, 64:])),
+        ),
     )
 }
-"""By name. A weight in ``spec`` of a type is stored in it as it is."""
+"""By name. A weight in ``spec`` of a type is stored in it as it is; two types of three levels share one."""

@@ -12,6 +12,7 @@ import torch
 
 from lowbit.checkpoints import formats
 from lowbit.checkpoints.description import ModelDescription
+from lowbit.checkpoints.fold_residual import without_residual
 from lowbit.kernels import PackedLinear, explain, native
 from lowbit.modules import LinearDescription, serialize_transforms
 from lowbit.numerics import Sparse
@@ -23,12 +24,13 @@ from lowbit.transforms import Permute
 def compatibility(plan: ModelPlan) -> dict[str, str]:
     """``yes: ...`` or ``no: ...`` for each runtime and format, by name."""
     kernels = kernel_reasons(plan)
-    description, biases = model_description(plan), new_biases(plan)
+    whole, biases = model_description(plan), new_biases(plan)
     answers = {
         "lowbit": "yes: " + ("; ".join(f"kernel {name} for {roles}" for name, roles in kernels.items()) or "as it is"),
         "transformers (import lowbit)": "yes: AutoModelForCausalLM.from_pretrained(DIR) after `import lowbit`",
     }
     for file_format in formats.FORMATS:
+        description = whole if file_format.turns_residual else without_residual(whole, plan.source.config)
         reason = file_format.why_not(description, biases, plan.source.config)
         reason = reason or file_format.why_not_files(plan.source.path, plan.source.config)
         yes = f"yes: lowbit export DIR --format {file_format.name}"

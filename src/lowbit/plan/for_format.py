@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from lowbit.checkpoints.fold_residual import without_residual
 from lowbit.checkpoints.formats import FileFormat, find_format
 from lowbit.checkpoints.formats.base import TensorRole
 from lowbit.numerics import Spec
@@ -92,7 +93,10 @@ def _rule(match: str, spec: Spec | None) -> FormatRule:
 def why_not(plan: ModelPlan, file_format: FileFormat) -> str | None:
     """The reason why ``file_format`` cannot hold what the recipe of ``plan`` makes; None where it can."""
     config = plan.source.config
-    reason = file_format.why_not(model_description(plan), new_biases(plan), config)
+    description = model_description(plan)
+    if not file_format.turns_residual:
+        description = without_residual(description, config)
+    reason = file_format.why_not(description, new_biases(plan), config)
     return reason or file_format.why_not_files(plan.source.path, config)
 
 

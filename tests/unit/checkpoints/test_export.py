@@ -142,9 +142,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(made, tmp
         lowbit.export(tmp_path / "nowhere", out=tmp_path / "out")
     with pytest.raises(ValueError, match=r"cannot be written as GPTQ format: .*outliers in half precision"):
         lowbit.export(made / "outliers", "gptq", out=tmp_path / "out")
-    with pytest.raises(
-        ValueError, match="the residual stream is rotated when the model runs, for which it has no place"
-    ):
+    with pytest.raises(ValueError, match=r"layers keep rotations of inputs, .* no other rotation folds all of them"):
         lowbit.export(made / "rotated", "gguf", out=tmp_path / "out")
     with pytest.raises(ValueError, match="exists and is not empty; nothing is overwritten"):
         lowbit.export(made / "plain", out=made / "rotated")
@@ -257,6 +255,7 @@ def test_the_command_writes_and_reports(made, tmp_path):
         "out": str(tmp_path / "out"),
         "format": "native",
         "layers": 14,
+        "note": None,
         "bytes": sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file()),
     }
     result = run(str(made / "plain"), "-o", str(tmp_path / "other"))

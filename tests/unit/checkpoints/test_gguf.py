@@ -79,7 +79,7 @@ def test_integers_are_stored_as_they_are_in_the_smallest_type_that_has_their_lev
 def test_a_weight_in_a_type_of_its_own_comes_back_with_its_codes_and_scales(kind):
     q = quantize(torch.randn(6, 512, generator=torch.Generator().manual_seed(0)), kind.spec, MinMax())
     tensors = pack_qtensor(q)
-    found, data = encode(kind.spec, (6, 512), tensors)
+    found, data = encode(kind.spec, (6, 512), tensors, kind.name)
     assert found is kind
     spec, back = decode(kind, data, (6, 512))
     assert spec == kind.spec and back.keys() == tensors.keys()

@@ -152,14 +152,14 @@ def test_the_order_of_nibbles_of_awq():
         "scales": torch.ones(1, 8),
     }
     tensors = {name: t.int() if "q" in name else t.half() for name, t in tensors.items()}
-    description, found = awq_layer("layer", tensors)
+    description, found = awq_layer({"group_size": 128}, "layer", tensors)
     layer = QuantLinear(description, found)
     assert torch.equal(layer.qtensor().codes, codes.T)
 
 
 REFUSED = [
     ("compressed-tensors", {"group_size": 24}, "its groups divide a row; 24 does not divide 64"),
-    ("compressed-tensors", {"group_size": 32, "activation_bits": 8}, "quantized activations are not written"),
+    ("compressed-tensors", {"group_size": 32, "activation_bits": 6}, "inputs are integers of 4 or 8 bits or E4M3"),
     ("gptq", {"group_size": 32, "bits": 5}, "it has weights of 2, 3, 4, 8 bits, not of 5"),
     ("gptq:v1", {"group_size": 32}, "its version 1 does not hold every zero point"),
     ("awq", {"group_size": 32, "bits": 8}, "it has weights of 4 bits, not of 8"),

@@ -358,7 +358,11 @@ FITS = "yes: lowbit export DIR --format"
     [
         ("rtn", {"group_size": 16}, "vLLM / compressed-tensors", FITS),
         ("rtn", {"group_size": 20}, "vLLM / compressed-tensors", "20 does not divide 32"),
-        ("smoothquant", {}, "vLLM / compressed-tensors", "quantized activations are not written"),
+        ("smoothquant", {}, "vLLM / compressed-tensors", FITS),
+        ("llm-int8", {}, "vLLM / compressed-tensors", "its inputs are quantized whole"),
+        ("llm-int8", {}, "bitsandbytes", FITS),
+        ("nf4", {"double_quant": True}, "bitsandbytes", FITS),
+        ("rtn", {"group_size": 16}, "bitsandbytes", "NF4, FP4 or symmetric integers of 8 bits"),
         (
             "gptq",
             {"group_size": 16, "act_order": True},

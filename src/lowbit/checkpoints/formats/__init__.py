@@ -2,6 +2,7 @@
 
 from lowbit.checkpoints.formats.awq import Awq
 from lowbit.checkpoints.formats.base import FileFormat, Unreadable
+from lowbit.checkpoints.formats.bitsandbytes import BitsAndBytes
 from lowbit.checkpoints.formats.compressed_tensors import CompressedTensors
 from lowbit.checkpoints.formats.gguf import Gguf
 from lowbit.checkpoints.formats.gptq import Gptq
@@ -15,6 +16,7 @@ FORMATS: list[FileFormat] = [
     Gguf(),
     Gptq(),
     Awq(),
+    BitsAndBytes(),
     Peft(),
 ]
 

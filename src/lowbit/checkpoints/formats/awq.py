@@ -7,15 +7,17 @@ holds column ``_ORDER[i]`` of its eight.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.formats.base import WithProblems, beside_codes, biases, group_size, integers, shapes
-from lowbit.checkpoints.formats.directory import Layer, quantization_of, read_directory, write_directory
-from lowbit.checkpoints.formats.integers import Integers, codes_of, words
+from lowbit.checkpoints.formats.directory import Layer, in_blocks, quantization_of, read_directory, write_directory
+from lowbit.checkpoints.formats.integers import Integers, codes_of, size_of_groups, words
 from lowbit.checkpoints.packed_model import PackedLayer, PackedModel
 from lowbit.modules import ActSpec
 from lowbit.numerics import PerGroup, Spec
@@ -51,15 +53,20 @@ class Awq(WithProblems):
             "group_size": size.size if isinstance(size, PerGroup) else -1,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": ["lm_head"],
         }
-        write_directory(model, directory, config, _tensors)
+
+        def said(plain: list[str]) -> dict[str, Any]:
+            return config | {"modules_to_not_convert": ["lm_head", *in_blocks(plain, model.description)]}
+
+        write_directory(model, directory, said, _tensors)
 
     def read(self, directory: Path) -> PackedModel:
         config = quantization_of(directory, "awq")
-        if config.get("bits") != _BITS or str(config.get("version", "gemm")).lower() != "gemm":
-            raise self.unreadable(directory, f"has {config.get('bits')!r} bits, version {config.get('version')!r}")
-        return read_directory(directory, "qweight", _BUFFERS, _layer)
+        bits = config.get("bits")
+        version = config.get("version") or config.get("checkpoint_format") or config.get("format") or "gemm"
+        if bits != _BITS or str(version).lower() != "gemm":
+            raise self.unreadable(directory, f"has {bits!r} bits, version {version!r}")
+        return read_directory(directory, "qweight", _BUFFERS, partial(_layer, config))
 
 
 def _problem(spec: Spec, act: ActSpec | None, shape: tuple[int, int]) -> str:
@@ -93,11 +100,11 @@ def _tensors(part: PackedLayer) -> dict[str, Tensor]:
     return tensors | ({"bias": part.tensors["bias"]} if part.description.bias is not None else {})
 
 
-def _layer(name: str, tensors: Mapping[str, Tensor]) -> Layer:
+def _layer(config: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]) -> Layer:
     scales = tensors["scales"].T
     rows, groups = scales.shape
     codes = _unmixed(codes_of(tensors["qweight"], _BITS, rows)).T
     zero = _unmixed(codes_of(tensors["qzeros"], _BITS, rows)).T
     symmetric = bool((zero == 2 ** (_BITS - 1)).all())
-    weight = Integers(_BITS, codes.shape[1] // groups, codes, scales, None if symmetric else zero)
-    return weight.layer(tensors.get("bias"))
+    size = size_of_groups(config.get("group_size"), codes.shape[1], groups)
+    return Integers(_BITS, size, codes, scales, None if symmetric else zero).layer(tensors.get("bias"))

@@ -61,6 +61,11 @@ class FileFormat(Protocol):
         """Whether it holds packed embeddings."""
         ...
 
+    @property
+    def turns_residual(self) -> bool:
+        """Whether its readers turn the residual stream when the model runs; else a rotation is folded into embedding and head."""
+        ...
+
     def with_option(self, option: str) -> FileFormat:
         """The format as ``NAME:option`` asks for it. Raises ValueError for one that it does not have."""
         ...
@@ -93,6 +98,10 @@ class FileFormat(Protocol):
             directory: with the files.
             config: the model's transformers config.
         """
+        ...
+
+    def note(self, description: ModelDescription) -> str | None:
+        """What whoever loads the written model should know, such as readers that need an option; None: nothing."""
         ...
 
     def write(self, model: PackedModel, directory: Path) -> None:
@@ -143,7 +152,9 @@ def beside_codes(description: ModelDescription, *, order: bool = False, tables: 
     """
     kept = parts_in_words(description.layers.values(), order=order)
     if kept:
-        yield f"layers keep {' and '.join(sorted(kept))}, for which it has no place"
+        online = any(each.startswith("rotations") for each in kept)
+        avoided = "; a recipe with RotateResidual and no other rotation folds all of them" if online else ""
+        yield f"layers keep {' and '.join(sorted(kept))}, for which it has no place{avoided}"
     if description.embeddings and not tables:
         yield "the embedding is packed, for which it has no place; --embedding-bits 16 leaves it as it is"
     if description.attention:
@@ -151,7 +162,10 @@ def beside_codes(description: ModelDescription, *, order: bool = False, tables: 
     if description.cache:
         yield "the cache is quantized, for which it has no place"
     if description.residual is not None:
-        yield "the residual stream is rotated when the model runs, for which it has no place"
+        yield (
+            "the residual stream is rotated when the model runs, for which it has no place; --embedding-bits 16 --head-bits 16 "
+            "lets the rotation be folded into embedding and head"
+        )
 
 
 def parts_in_words(layers: Iterable[LinearDescription], *, order: bool = False) -> list[str]:

@@ -141,10 +141,15 @@ class Gguf(UsualAnswers):
             if divisors is not None:
                 writer.write_tensor_data(divisors.numpy())
 
+    @property
+    def _preferred(self) -> str | None:
+        """The type of a preset of one type."""
+        return None if self.preset is None else self.preset.upper()
+
     def _stored(self, part: PackedLayer | PlainTensor) -> tuple[str, tuple[int, ...]]:
         """The type of a part and its shape in numbers."""
         if isinstance(part, PackedLayer):
-            kind = type_of(part.description.spec, part.description.shape)
+            kind = type_of(part.description.spec, part.description.shape, self._preferred)
             assert not isinstance(kind, str), kind
             return kind.name, part.description.shape
         shape = tuple(part.tensor.shape)
@@ -156,7 +161,7 @@ class Gguf(UsualAnswers):
         name = _weight_name(part)
         if isinstance(part, PackedLayer):
             try:
-                _, data = encode(part.description.spec, part.description.shape, part.tensors)
+                _, data = encode(part.description.spec, part.description.shape, part.tensors, self._preferred)
             except ValueError as error:
                 raise ValueError(f"{part.name}: {error}") from error
         else:

@@ -14,9 +14,17 @@ from dataclasses import dataclass
 from lowbit.checkpoints.formats.base import TensorRole
 from lowbit.layouts.ggml import BLOCK_TYPES, BlockType
 
-_FALLBACK = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_FALLBACK = {
+    "Q2_K": "IQ4_NL",
+    "Q3_K": "IQ4_NL",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    "TQ1_0": "Q4_0",
+    "TQ2_0": "Q4_0",
+}
 """What a tensor has whose rows are no multiple of 256."""
-_UNIFORM = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q6_K")
+_UNIFORM = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q6_K", "TQ1_0", "TQ2_0")
 _HEAD = 6  # bits that an output head has at least
 
 
@@ -118,4 +126,7 @@ def _type(preset: str, tensor: TensorRole, block: _Block, shared: int, tied: boo
         whole = "Q8_0" if tensor.columns % 256 or whole == "Q8_0" else f"Q{_HEAD}_K"
     elif tensor.role != "embedding" and preset in _MIXES:
         whole = _MIXES[preset](tensor.role, block, shared)
-    return _FALLBACK.get(whole, whole) if tensor.role == "embedding" else whole
+    if tensor.role != "embedding":
+        return whole
+    whole = "Q4_K" if whole.startswith("TQ") else whole
+    return _FALLBACK.get(whole, whole)

@@ -21,13 +21,14 @@ _PLAIN = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
 """Types of integers around zero by bits."""
 
 
-def type_of(spec: Spec, shape: tuple[int, int]) -> BlockType | str:
-    """The smallest type that holds a weight of ``shape`` in ``spec`` as it is; the reason where there is none."""
-    for kind in BLOCK_TYPES.values():
-        if kind.spec == spec:
-            if shape[1] % kind.elements == 0:
-                return kind
-            return f"blocks of {kind.name} are {kind.elements} inputs, which do not divide {shape[1]}"
+def type_of(spec: Spec, shape: tuple[int, int], preferred: str | None = None) -> BlockType | str:
+    """The smallest type that holds a weight of ``shape`` in ``spec`` as it is, or the ``preferred`` one of two; the reason where
+    there is none."""
+    own = [kind for kind in BLOCK_TYPES.values() if kind.spec == spec]
+    for kind in sorted(own, key=lambda kind: kind.name != preferred):
+        if shape[1] % kind.elements == 0:
+            return kind
+        return f"blocks of {kind.name} are {kind.elements} inputs, which do not divide {shape[1]}"
     grid = spec.grid
     if not isinstance(grid, Int) or grid.real_zero or spec.stats is not None:
         return "its weights are integers with plain scales, or in one of its own formats (--format gguf:q4_k_m)"
@@ -49,13 +50,15 @@ def _zero(grid: Int) -> str:
     return "no level at zero" if grid.bits == 1 else "zero points"
 
 
-def encode(spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> tuple[BlockType, Tensor]:
+def encode(
+    spec: Spec, shape: tuple[int, int], tensors: Mapping[str, Tensor], preferred: str | None = None
+) -> tuple[BlockType, Tensor]:
     """The type, and the rows of the weight in it, uint8 ``[O, bytes]``. :func:`type_of` gives a type.
 
     Raises:
         ValueError: a scale that float16 does not hold.
     """
-    kind = type_of(spec, shape)
+    kind = type_of(spec, shape, preferred)
     assert isinstance(kind, BlockType)
     if kind.spec == spec:
         return kind, kind.encode(tensors, shape)

@@ -8,28 +8,30 @@ are written in version 2, which stores them as they are.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.formats.base import WithProblems, beside_codes, biases, group_size, integers, shapes
-from lowbit.checkpoints.formats.directory import Layer, quantization_of, read_directory, write_directory
-from lowbit.checkpoints.formats.integers import Integers, codes_of, words
+from lowbit.checkpoints.formats.directory import Layer, in_blocks, quantization_of, read_directory, write_directory
+from lowbit.checkpoints.formats.integers import Integers, codes_of, size_of_groups, words
 from lowbit.checkpoints.native.writing import write_json
 from lowbit.checkpoints.packed_model import PackedLayer, PackedModel
-from lowbit.modules import ActSpec, LinearDescription, serialize_transforms
+from lowbit.modules import ActSpec
 from lowbit.numerics import Int, PerGroup, Spec
-from lowbit.transforms import Permute
 from lowbit.version import __version__
 
 _BUFFERS = ("qweight", "qzeros", "scales", "g_idx")
 _ORDER = "pre0_index"
 _FORMATS = {1: "gptq", 2: "gptq_v2"}
+_BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Gptq(WithProblems):
         grid, size = first.spec.grid, first.spec.granularity
         assert isinstance(grid, Int)
         version = self.version or (1 if grid.symmetric else 2)
-        config = {
+        config: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": grid.bits,
             "group_size": size.size if isinstance(size, PerGroup) else -1,
@@ -82,20 +84,26 @@ class Gptq(WithProblems):
             "checkpoint_format": _FORMATS[version],
             "meta": {"quantizer": [f"lowbit:{__version__}"]},
         }
-        write_directory(model, directory, config, partial(_tensors, version))
-        write_json(directory / "quantize_config.json", config)
+
+        def said(plain: list[str]) -> dict[str, Any]:
+            dynamic = {f"-:^{re.escape(name)}$": {} for name in in_blocks(plain, model.description)}
+            return config | ({"dynamic": dynamic} if dynamic else {})
+
+        written = write_directory(model, directory, said, partial(_tensors, version))
+        write_json(directory / "quantize_config.json", written)
 
     def read(self, directory: Path) -> PackedModel:
         config = quantization_of(directory, "gptq")
-        bits, kind = config.get("bits"), config.get("checkpoint_format", "gptq")
+        bits, kind = config.get("bits"), config.get("checkpoint_format") or config.get("format") or "gptq"
+        words_of = str(config.get("pack_dtype") or "int32").removeprefix("torch.")
         version = next((number for number, name in _FORMATS.items() if name == kind), None)
-        if bits not in (2, 3, 4, 8) or version is None or config.get("dynamic"):
-            raise self.unreadable(directory, f"has {bits!r} bits in format {kind!r}, or several formats")
-        return read_directory(directory, "qweight", _BUFFERS, partial(_layer, version, bits, bool(config.get("sym"))))
+        if bits not in _BITS or version is None or words_of != "int32":
+            raise self.unreadable(directory, f"has {bits!r} bits in format {kind!r} in words of {words_of}")
+        return read_directory(directory, "qweight", _BUFFERS, partial(_layer, version, config))
 
 
 def _problem(spec: Spec, act: ActSpec | None, shape: tuple[int, int]) -> str:
-    problem = integers(spec, (2, 3, 4, 8))
+    problem = integers(spec, _BITS)
     if problem or act is not None:
         return problem or "it is for weights only: quantized activations have no place in it"
     size = group_size(spec, shape[1])
@@ -126,30 +134,41 @@ def _tensors(version: int, part: PackedLayer) -> dict[str, Tensor]:
     return tensors | ({"bias": part.tensors["bias"]} if part.description.bias is not None else {})
 
 
-def _layer(version: int, bits: int, symmetric: bool, name: str, tensors: Mapping[str, Tensor]) -> Layer:
-    scales = tensors["scales"].T
+def _layer(version: int, config: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]) -> Layer:
+    scales, group = tensors["scales"].T, tensors.get("g_idx")
     rows, groups = scales.shape
-    columns = tensors["qweight"].shape[0] * 32 // bits
+    packed = tensors["qweight"].shape[0] * 32
+    # Layers may have bits of their own ("dynamic"): the words of a column say how many.
+    columns = packed // config["bits"] if group is None else len(group)
+    bits = packed // columns
+    if bits not in _BITS or packed != bits * columns:
+        raise ValueError(f"{packed} bits of codes for {columns} inputs")
     codes = codes_of(tensors["qweight"].T, bits, columns)
-    zero = codes_of(tensors["qzeros"], bits, rows).T.int() + int(version == 1)
-    if (zero >= 2**bits).any():
-        raise ValueError("a zero point beyond the codes, which readers of version 1 understand differently")
-    zero = zero.to(torch.uint8)
-    if symmetric and (zero == 2 ** (bits - 1)).all():
+    zero = _zeros(tensors["qzeros"], bits, rows, version, config)
+    if config.get("sym") and (zero == 2 ** (bits - 1)).all():
         zero = None
-    size, group = columns // groups, tensors.get("g_idx")
-    bias = tensors.get("bias")
-    if group is None or torch.equal(group.long(), torch.arange(columns) // size):
-        return Integers(bits, size, codes, scales, zero).layer(bias)
-    index = group.argsort(stable=True)
-    if not torch.equal(group[index].long(), torch.arange(columns) // size):
-        raise ValueError("groups of unequal size")
-    description, found = Integers(bits, size, codes[:, index], scales, zero).layer(bias)
-    order = Permute(index)
-    return _with_order(description, order), found | serialize_transforms.tensors("pre", (order,))
+    size = size_of_groups(config.get("group_size"), columns, groups)
+    return Integers(bits, size, codes, scales, zero).layer(tensors.get("bias"), group)
 
 
-def _with_order(description: LinearDescription, order: Permute) -> LinearDescription:
-    return LinearDescription(
-        description.spec, description.shape, description.bias, pre=serialize_transforms.describe("pre", (order,))
-    )
+def _zeros(packed: Tensor, bits: int, rows: int, version: int, config: Mapping[str, Any]) -> Tensor:
+    """Zero points, uint8 ``[O, G]``."""
+    stored = codes_of(packed, bits, rows).T
+    if version == 2:
+        return stored
+    if (stored < 2**bits - 1).all():
+        return stored + 1
+    # The tools of version 1 disagree about a zero point of zero. GPTQModel's adds to whole words, so a carry goes to the next field;
+    # it wrote the file by the inverse. Zero points of 3 bits cross words, and it adds to each of them alone.
+    makers = (config.get("meta") or {}).get("quantizer") or ()
+    if not any(
+        str(maker).lower().startswith("gptqmodel") for maker in ([makers] if isinstance(makers, str) else makers)
+    ):
+        raise ValueError(
+            "a zero point of zero, which tools of version 1 store in different ways, and config.json does not say that GPTQModel "
+            "made it; convert the model to gptq_v2 with the tool that did"
+        )
+    if bits == 3:
+        return (stored + 1) % 2**bits
+    ones = torch.full((), sum(1 << at for at in range(0, 32, bits)), dtype=torch.int64)
+    return codes_of((packed.long() + ones).to(torch.int32), bits, rows).T

@@ -9,15 +9,16 @@ Shapes: O output channel, I input channel, G group of a row.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lowbit.checkpoints.formats.base import group_size
 from lowbit.layouts import pack, unpack
-from lowbit.modules import LinearDescription
+from lowbit.modules import LinearDescription, serialize_transforms
 from lowbit.numerics import Int, PerChannel, PerGroup, Spec
+from lowbit.transforms import Permute
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +50,28 @@ class Integers:
         zero = None if grid.symmetric else unpack(tensors["zero"], grid.bits, scale.numel()).view(rows, -1)
         return Integers(grid.bits, size, codes, scale, zero)
 
-    def layer(self, bias: Tensor | None = None) -> tuple[LinearDescription, dict[str, Tensor]]:
-        """The packed layer and its tensors."""
+    def layer(
+        self, bias: Tensor | None = None, group: Tensor | None = None
+    ) -> tuple[LinearDescription, dict[str, Tensor]]:
+        """The packed layer and its tensors.
+
+        Args:
+            bias: of the layer.
+            group: the group of each column, ``[I]``; None: they are runs. Others come with the order of columns that makes them runs.
+
+        Raises:
+            ValueError: groups of other sizes than ``size``.
+        """
         rows, columns = self.codes.shape
+        runs = torch.arange(columns) // self.size
+        if group is not None and not torch.equal(group.long(), runs):
+            index = group.argsort(stable=True)
+            if not torch.equal(group[index].long(), runs):
+                raise ValueError(f"groups of other sizes than {self.size}")
+            description, tensors = replace(self, codes=self.codes[:, index]).layer(bias)
+            order = (Permute(index),)
+            described = replace(description, pre=serialize_transforms.describe("pre", order))
+            return described, tensors | serialize_transforms.tensors("pre", order)
         grid = Int(self.bits, symmetric=self.zero is None)
         dtype = str(self.scale.dtype).removeprefix("torch.")
         spec = Spec(grid, PerGroup(self.size) if self.scale.shape[1] > 1 else PerChannel(), scale_dtype=dtype)
@@ -69,6 +89,20 @@ class Integers:
         if self.zero is not None:
             return self.zero
         return torch.full(self.scale.shape, 2 ** (self.bits - 1), dtype=torch.uint8)
+
+
+def size_of_groups(said: int | None, columns: int, groups: int) -> int:
+    """Columns of a group of a row, of which a config says ``said`` (none or -1: all) and there are ``groups``.
+
+    Raises:
+        ValueError: neither they nor groups of equal size are as many.
+    """
+    size = min(said, columns) if said is not None and said > 0 else columns
+    if -(-columns // size) == groups:
+        return size
+    if columns % groups:  # of layers with a size of their own
+        raise ValueError(f"{groups} groups of {columns} inputs, where config.json says a size of {said}")
+    return columns // groups
 
 
 def words(codes: Tensor, bits: int) -> Tensor:

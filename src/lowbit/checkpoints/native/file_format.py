@@ -32,6 +32,7 @@ class Native(UsualAnswers):
     name = "native"
     title = "native format"
     holds_tables = True
+    turns_residual = True
 
     def why_not(
         self, description: ModelDescription, new_biases: Collection[str] = (), config: Any = None
