@@ -24,7 +24,7 @@ HEAVY = {
     *("accelerate", "safetensors", "gguf", "huggingface_hub", "tokenizers", "triton"),
 }
 COMMANDS = ("quantize", "evaluate", "compare", "allocate", "generate", "plan", "explain", "methods", "recipes")
-COMMANDS += ("inspect", "bench", "chat", "cache", "generate-data", "merge-adapter", "report", "recommend")
+COMMANDS += ("inspect", "bench", "chat", "cache", "generate-data", "merge-adapter", "report", "recommend", "train")
 
 LOADED = """
 import atexit, json, os, sys
