@@ -128,7 +128,7 @@ def rules_for_biases(
 
     Their keys are packed before the rotary embedding, where a bias is the same for every token, and centred, which takes it
     off. After the embedding it turns with the position, and 4 bits hold little else (transformers' own 4-bit cache on
-    Qwen2.5 answers nothing right).
+    Qwen2.5 answers nothing right). A bias without values, of a skeleton, has no rule.
     """
     text = config.get_text_config(decoder=True)
     try:
@@ -139,7 +139,7 @@ def rules_for_biases(
     rules = []
     for i, bias in biases.items():
         form = format_of(i, text.num_hidden_layers, spec, overrides)
-        if form is None or form.key is None or bias is None or bias.abs().max() < LARGE:
+        if form is None or form.key is None or bias is None or bias.is_meta or bias.abs().max() < LARGE:
             continue
         in_blocks = isinstance(form.key.granularity, Block) or isinstance(form.value and form.value.granularity, Block)
         static = isinstance(form.key.granularity, PerTensor)  # a range that was found holds for keys with their means

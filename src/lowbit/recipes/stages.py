@@ -298,6 +298,10 @@ class Train:
             raise ValueError(
                 "training cannot simulate a quantized cache and quantized operands of attention together; leave one out"
             )
+        if self.cache and scheme.cache.calibrated:
+            raise ValueError(
+                "training cannot simulate a cache that needs a calibration; choose a format of the cache that needs none"
+            )
         self.what.check([rule.weight for rule in scheme.rules if rule.weight is not None])
 
 

@@ -164,6 +164,15 @@ def test_a_checkpoint_of_layers_that_the_model_does_not_have_is_refused(checkpoi
         lowbit.load(tmp_path / "out")
 
 
+def test_a_model_with_large_key_biases_is_trained_with_its_cache_and_not_with_a_calibrated_one(tmp_path):
+    qwen2_with_large_key_biases().save_pretrained(tmp_path / "model")
+    recipe = lowbit.recipe("llm-qat", bits=4, kv_bits=4, tokens=64, batch=1, accumulate=1)
+    report = lowbit.quantize(tmp_path / "model", recipe, tokens(4, 32), out=tmp_path / "q", max_kl=50)
+    assert report.coverage == 1.0 and report.cache_bits
+    with pytest.raises(ValueError, match="cannot simulate a cache that needs a calibration"):
+        lowbit.recipe("wkvquant+llm-qat")
+
+
 def test_the_checkpoint_of_a_model_with_large_key_biases_says_how_its_keys_are_packed(tmp_path):
     qwen2_with_large_key_biases().save_pretrained(tmp_path / "model")
     for name in ("kv-rotated", "rtn+kv-rotated"):

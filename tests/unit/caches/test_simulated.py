@@ -134,7 +134,8 @@ def test_calibrated_coordinates_are_those_of_the_cache(model, spec):
     wanted = token_by_token(model, ids, PackedCache(model.config, spec, coordinates=coordinates))
     layers = PackedCache(model.config, spec, coordinates=coordinates).packed_layers
     with torch.no_grad(), simulated_layers(model, layers):
-        close(model(ids).logits, wanted, 1e-5)
+        # Coordinates are applied in float32, whose sums differ between one token and many.
+        close(model(ids).logits, wanted, 1e-4)
 
 
 @pytest.mark.parametrize("grid", [Int(4), Int(4, symmetric=True), Float(2, 1)])
