@@ -102,9 +102,7 @@ def read_preset(name: str) -> Preset:
         ValueError: there is none, with the nearest name.
     """
     if name not in preset_names():
-        raise ValueError(
-            f"no table {name!r}{nearest(name, list(preset_names()))}; there are {', '.join(preset_names())}"
-        )
+        raise ValueError(f"no table {name!r}{nearest(name, list(preset_names()))}")
     content = yaml.load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), Loader)
     published, entries, labels = {ORIGINAL: tuple(content["original"])}, [], []
     for entry in content["rows"]:
