@@ -92,8 +92,8 @@ def kv_cache(model: Any, method: str | KVSpec | None = None, **options: Any) -> 
     Args:
         model: a transformers model or its configuration.
         method: a method for caches (``lowbit methods``), such as ``kivi`` or ``kivi:2`` (2 bits), or a format. What needs a
-            calibration (``kv-oscar``) goes with a model whose checkpoint carries it. None: the formats that the model's
-            checkpoint or :func:`load` gave it, otherwise ``kivi``.
+            calibration (``kv-oscar``) goes with a model whose checkpoint carries it. None: without options, the formats
+            that the model's checkpoint or :func:`load` gave it; with options, or where there are none, ``kivi``.
         options: of the method, such as ``bits``, ``group_size`` and ``recent``.
 
     Raises:
