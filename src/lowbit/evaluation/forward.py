@@ -7,19 +7,16 @@ weight, a rotary table) would keep an inference tensor, which autograd refuses t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit.decoding import cache_argument
-from lowbit.decoding.packed_cache import packed_cache
+from lowbit.decoding.packed_cache import packed_cache, simulated_cache
 from lowbit.modules import KVFormats, OperandRanges, QuantLinear, kv_formats
 from lowbit.numerics import PerGroup, PerToken
-
-"""`progress(done, total, description)`: how long work tells a caller where it is. Nothing here prints."""
-
 
 @contextmanager
 def evaluating(*models: nn.Module | None) -> Iterator[None]:
@@ -37,6 +34,8 @@ def evaluating(*models: nn.Module | None) -> Iterator[None]:
 
 MOST = 32
 """Tokens that a model with a quantized cache reads at a time, at most."""
+AT_ONCE = 2**30
+"""Bytes that the scores of a window may take, in each layer, where token by token is computed for all tokens at once."""
 
 
 def chunk_of(formats: KVFormats) -> int:
@@ -64,19 +63,30 @@ def logits_of(
     device.
 
     Where the model's formats quantize its cache, and `cached`, it reads the sequence in chunks of `chunk` tokens (None:
-    `chunk_of`) through that cache; otherwise at once and without a cache.
+    `chunk_of`) through that cache; otherwise at once and without a cache. What token by token gives is computed for all tokens
+    at once where that is known to be the same (:func:`~lowbit.decoding.packed_cache.simulated_cache`): a thousand calls are one.
     """
     ids_1T, formats = ids_T[None].to(model.device), kv_formats(model)
+    keep = {} if last is None else {"logits_to_keep": last}
     if not cached or not formats:
-        keep = {} if last is None else {"logits_to_keep": last}
         return model(input_ids=ids_1T, use_cache=False, **keep).logits[0]
+    size = chunk or chunk_of(formats)
+    if size == 1 and _fits_at_once(model, len(ids_T)) and _tokens_are_alone(model):
+        with suppress(ValueError), simulated_cache(model, formats):  # of attention that cannot be simulated
+            return model(input_ids=ids_1T, use_cache=False, **keep).logits[0]
     past = {cache_argument(model): packed_cache(model, formats.kv, formats.overrides)}
     skipped, logits = 0 if last is None else len(ids_T) - last, []
-    for piece in ids_1T.split(chunk or chunk_of(formats), 1):
+    for piece in ids_1T.split(size, 1):
         found = model(input_ids=piece, use_cache=True, **past).logits[0]
         logits.append(found[skipped:].clone() if skipped else found)
         skipped = max(0, skipped - piece.shape[1])
     return torch.cat(logits)
+
+
+def _fits_at_once(model: PreTrainedModel, length: int) -> bool:
+    """Whether every layer can hold the scores of ``length`` tokens as they are and as packed, and their probabilities."""
+    heads = getattr(model.config.get_text_config(decoder=True), "num_attention_heads", None)
+    return isinstance(heads, int) and 5 * 4 * heads * length**2 <= AT_ONCE
 
 
 def rows_are_alone(model: nn.Module) -> bool:
@@ -85,7 +95,12 @@ def rows_are_alone(model: nn.Module) -> bool:
     They do where a dynamic range or the choice of outlier channels belongs to a whole call, and a quantized cache reads one
     sequence at a time.
     """
-    if kv_formats(model) or any(isinstance(module, OperandRanges) for module in model.modules()):
+    return not kv_formats(model) and _tokens_are_alone(model)
+
+
+def _tokens_are_alone(model: nn.Module) -> bool:
+    """Whether linears and operands of attention quantize each token by itself, whatever other tokens are in the call."""
+    if any(isinstance(module, OperandRanges) for module in model.modules()):
         return False
     acts = (module.act for module in model.modules() if isinstance(module, QuantLinear))
     return all(

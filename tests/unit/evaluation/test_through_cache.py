@@ -6,16 +6,18 @@ import copy
 import itertools
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 import lowbit
 from lowbit.decoding import cache_argument, use_cache
-from lowbit.evaluation import cache_checks, check_generation, check_retrieval, evaluate_model
+from lowbit.evaluation import cache_checks, check_generation, check_retrieval, evaluate_model, forward
 from lowbit.evaluation.forward import MOST, chunk_of, logits_of
 from lowbit.modules import KVFormats, KVSpec
 from lowbit.recipes import kv_scheme
+from lowbit.scheme import activation, linears, weight
 
 from evaluation_models import char_tokenizer, random_ids, tiny_model
 
@@ -65,6 +67,37 @@ def test_a_window_is_read_in_chunks_through_the_cache_the_first_one_too(model, m
     found = evaluate_model(packed, ids, None, "gptq", 200)
     assert found.protocol == f"gptq, through the cache, {text}"
     assert evaluate_model(packed, ids, None, "gptq", 200, chunk=7).protocol == "gptq, through the cache, chunks of 7"
+
+
+def calls_of(model, ids):
+    """How often ``logits_of`` calls the model, and what it gives."""
+    seen = []
+    hook = model.register_forward_pre_hook(lambda *_: seen.append(1))
+    logits = logits_of(model, ids)
+    hook.remove()
+    return len(seen), logits
+
+
+def test_token_by_token_is_one_call_where_that_is_the_same(model, monkeypatch):
+    packed, ids = with_cache(model, "kv-int:3"), random_ids(60)
+    with torch.no_grad():
+        calls, at_once = calls_of(packed, ids)
+        assert calls == 1
+        monkeypatch.setattr(forward, "AT_ONCE", 0)
+        calls, one_by_one = calls_of(packed, ids)
+    assert calls == 60
+    assert torch.allclose(at_once, one_by_one, atol=1e-4)
+
+
+def test_a_range_that_belongs_to_a_whole_call_is_read_token_by_token(tmp_path):
+    tiny_model(dtype=torch.float32, **LONG).save_pretrained(tmp_path / "model")
+    kv = kv_scheme("kv-int:3").kv
+    for per, calls in (("tensor", 40), ("token", 1)):
+        scheme = replace(linears(weight(8, None), activation(8, per=per)), kv=kv)
+        recipe = lowbit.Recipe("rtn", scheme, lowbit.recipe("rtn").stages)
+        lowbit.quantize(tmp_path / "model", recipe, random_ids(256).view(2, 128), out=tmp_path / per, max_kl=50)
+        with torch.no_grad():
+            assert calls_of(lowbit.load(tmp_path / per), random_ids(40))[0] == calls
 
 
 def test_fewer_bits_cost_more_and_longer_chunks_flatter_a_cache_without_a_window(model):
