@@ -20,11 +20,12 @@ from lowbit.checkpoints.source import open_model
 from lowbit.comparison import read_grid
 from lowbit.comparison.results import Results
 from lowbit.comparison.table import markdown
-from lowbit.data import calibration_of, load_text
+from lowbit.data import calibration_of
 from lowbit.evaluation.perplexity import windows_sha256
 from lowbit.evaluation.windows import cut
 from lowbit.numerics import to_dict
 from lowbit.report import MAX_KL
+from lowbit.texts import load_text
 
 RESULTS = Path(__file__).parent / "results"
 MODEL, WINDOWS, SEQ_LEN, SAMPLES, CALIBRATION_LEN = "smollm2-135m", 20, 1024, 32, 512  # the old script's constants

@@ -29,7 +29,7 @@ from torch import Tensor
 import lowbit
 from lowbit.architectures.gguf import gguf_architecture
 from lowbit.checkpoints.formats.gguf import _Names
-from lowbit.data import load_text
+from lowbit.texts import load_text
 
 LIBRARY = ctypes.CDLL(next(str(file) for file in Path(xllamacpp.__file__).parent.glob("*.so")))
 

@@ -33,10 +33,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowbit.checkpoints.locate import locate
 from lowbit.checkpoints.source import load_tokenizer
-from lowbit.data import Split, load_text, tokenize, windows
+from lowbit.data import tokenize, windows
 from lowbit.evaluation.machine import machine
 from lowbit.plan import plan
 from lowbit.recipes import recipe
+from lowbit.texts import Split, load_text
 
 RESULTS = Path(__file__).parent / "results"
 CHILD = Path(__file__).with_name("quantize_child.py")

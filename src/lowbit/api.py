@@ -16,7 +16,6 @@ from lowbit.checkpoints import native
 from lowbit.checkpoints.export import ExportReport, export
 from lowbit.checkpoints.source import load_tokenizer
 from lowbit.checkpoints.to_run import locate_to_run
-from lowbit.data import load_text
 from lowbit.decoding import use_cache
 from lowbit.decoding.packed_cache import packed_cache, uncalibrated
 from lowbit.evaluation import (
@@ -41,6 +40,7 @@ from lowbit.plan.cache import cache_bits
 from lowbit.progress import Progress, silent
 from lowbit.recipes import kv_scheme
 from lowbit.surroundings import own_settings
+from lowbit.texts import load_text
 
 
 @own_settings()
@@ -128,7 +128,7 @@ def evaluate(
 
     Args:
         model: a model or where to load it from.
-        text: a text (see :mod:`lowbit.data`; its evaluation part where it has one) or token ids.
+        text: a text (see :mod:`lowbit.texts`; its evaluation part where it has one) or token ids.
         protocol: ``gptq``, ``llama.cpp``, ``word``, ``ptb`` or ``c4``; see :mod:`lowbit.evaluation.windows`.
         seq_len, windows: how many windows of how many tokens (None: as many as the text holds).
         against: the original to compare with.

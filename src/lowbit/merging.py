@@ -23,12 +23,13 @@ from lowbit.checkpoints.companions import copy_companions
 from lowbit.checkpoints.source import open_model
 from lowbit.checkpoints.target import OutputError, check_target
 from lowbit.checkpoints.to_run import locate_to_run
-from lowbit.data import load_text, tokenize, windows
+from lowbit.data import tokenize, windows
 from lowbit.evaluation.forward import evaluating, logits_of
 from lowbit.modules import QuantLinear
 from lowbit.numerics.divergence import kl_and_agreement
 from lowbit.progress import Progress, silent
 from lowbit.surroundings import own_settings
+from lowbit.texts import load_text
 
 
 @dataclass(frozen=True)

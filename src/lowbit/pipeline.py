@@ -71,7 +71,7 @@ def quantize(
     Args:
         model: a local directory, hub id, ``.gguf`` file, ``smollm2-135m``, or a transformers model in memory.
         recipe: a Recipe, a method's name or mix (``"awq+gptq"``), a recipe file, or its data.
-        calibration: text (see :func:`lowbit.data.load_text`), a list of texts, ids ``[N, T]``, or None for recipes that need
+        calibration: text (see :func:`lowbit.texts.load_text`), a list of texts, ids ``[N, T]``, or None for recipes that need
             none.
         samples, seq_len: how many windows of how many tokens of the text.
         bos: whether every window begins with the model's first token: ``auto`` (as its tokenizer has it), ``yes``, ``no``.

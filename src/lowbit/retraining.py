@@ -23,7 +23,7 @@ from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.model_card import REPORT
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.checkpoints.target import check_target
-from lowbit.data import SELF, Bos, Calibration, calibration_of, ids_sha256
+from lowbit.data import Bos, Calibration, calibration_of, ids_sha256
 from lowbit.evaluation import output_error
 from lowbit.evaluation.forward import evaluating, logits_of
 from lowbit.modules import KVFormats, QuantLinear, restore
@@ -35,6 +35,7 @@ from lowbit.stages.journal import Journal, settle
 from lowbit.stages.merge import merge
 from lowbit.stages.train import Training, plain_texts, training_text, whole_texts
 from lowbit.surroundings import own_settings
+from lowbit.texts import SELF
 from lowbit.training import Text, launched
 from lowbit.version import __version__
 

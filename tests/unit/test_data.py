@@ -15,17 +15,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
-from lowbit.data import (
-    TextError,
-    bos_token,
-    calibration_of,
-    calibration_set,
-    disjoint_parts,
-    load_text,
-    tokenize,
-    windows,
-)
+from lowbit.data import bos_token, calibration_of, calibration_set, tokenize, windows
 from lowbit.generation import Sampling, write_tokens
+from lowbit.texts import TextError, disjoint_parts, load_text
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 

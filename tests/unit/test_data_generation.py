@@ -13,12 +13,13 @@ import torch
 import lowbit
 from lowbit import data_generation
 from lowbit.checkpoints.source import load_tokenizer, open_model
-from lowbit.data import TextError, calibration_of, load_text
+from lowbit.data import calibration_of
 from lowbit.data_generation import prepare_data
 from lowbit.generation import read_generated
 from lowbit.generation.files import shards_of
 from lowbit.stages import journal as journals
 from lowbit.stages.journal import Journal
+from lowbit.texts import TextError, load_text
 
 from helpers import CONTROLS, tiny_llama, tiny_writer
 

@@ -376,7 +376,7 @@ def text_or_default(text: str | None, split: str) -> str:
     """``text``, or where none was given wikitext2 if a hub answers, else python-docs."""
     if text is not None:
         return text
-    from lowbit.data import PYTHON_DOCS, TextError, load_text
+    from lowbit.texts import PYTHON_DOCS, TextError, load_text
 
     try:
         load_text("wikitext2", split)  # pyright: ignore[reportArgumentType]

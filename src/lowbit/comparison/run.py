@@ -25,7 +25,7 @@ from lowbit.comparison.rows import ORIGINAL, Row, as_rows, with_seeds
 from lowbit.comparison.table import markdown
 from lowbit.comparison.work import MeasureOriginal, MeasureRow, Setting
 from lowbit.comparison.workers import Assignment, OneAfterAnother, Workers, run_one
-from lowbit.data import Bos, Calibration, load_text
+from lowbit.data import Bos, Calibration
 from lowbit.evaluation import Leakage, Task, as_protocol_reads, read_tasks
 from lowbit.evaluation.machine import cpu_name
 from lowbit.evaluation.perplexity import check_fits, windows_sha256
@@ -35,6 +35,7 @@ from lowbit.progress import Progress
 from lowbit.recipes import Recipe
 from lowbit.stages.scratch import scratch_directory
 from lowbit.surroundings import own_settings
+from lowbit.texts import load_text
 from lowbit.version import __version__
 
 
@@ -79,7 +80,7 @@ def compare(
         model: a local directory, hub id, ``.gguf`` file or ``smollm2-135m``.
         rows: a grid file, or rows, recipes, methods' names, recipe files, and mappings as in a grid file; see
             :mod:`lowbit.comparison.rows`.
-        calibration: text (see :mod:`lowbit.data`), ids ``[N, T]``, or None if no recipe needs any.
+        calibration: text (see :mod:`lowbit.texts`), ids ``[N, T]``, or None if no recipe needs any.
         text: the text to evaluate on (its evaluation part if it has one), or token ids.
         out: a ``.jsonl`` file; continued if it exists.
         samples, seq_len: number of calibration windows, and tokens of each.

@@ -18,6 +18,7 @@ from lowbit.decoding.packed_cache import packed_cache, simulated_cache
 from lowbit.modules import KVFormats, OperandRanges, QuantLinear, kv_formats
 from lowbit.numerics import PerGroup, PerToken
 
+
 @contextmanager
 def evaluating(*models: nn.Module | None) -> Iterator[None]:
     """A context with evaluation mode (no dropout) and without gradients. Each module's own mode returns afterwards."""

@@ -66,7 +66,7 @@ class Cut:
 
 
 def as_protocol_reads(text: Any, protocol: str) -> str | Sequence[str]:
-    """What a protocol reads of a :class:`lowbit.data.Text`: its rows where it joins them itself, else the whole."""
+    """What a protocol reads of a :class:`lowbit.texts.Text`: its rows where it joins them itself, else the whole."""
     return text.rows if protocol in OF_ROWS and text.rows else text.text
 
 

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit import data
+from lowbit import texts
 from lowbit.cli import app, common
 from lowbit.cli.choose import byte_count, override
 
@@ -243,9 +243,9 @@ def test_a_model_that_gives_nan_is_measured_and_not_a_success(place, tmp_path):
 def test_text_that_is_not_given_is_wikitext2_where_a_hub_answers(monkeypatch, answers, expected):
     def load_text(spec, split):
         if not answers:
-            raise data.TextError("no hub")
+            raise texts.TextError("no hub")
 
-    monkeypatch.setattr(data, "load_text", load_text)
+    monkeypatch.setattr(texts, "load_text", load_text)
     assert common.text_or_default(None, "evaluation") == expected
     assert common.text_or_default("mine.txt", "evaluation") == "mine.txt"
 

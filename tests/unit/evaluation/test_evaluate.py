@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM
 
-from lowbit.data import load_text
 from lowbit.evaluation import (
     PROTOCOLS,
     as_protocol_reads,
@@ -35,6 +34,7 @@ from lowbit.evaluation import (
 from lowbit.evaluation.intervals import mean_and_interval, student_t
 from lowbit.evaluation.speed import Plan, fit_budget
 from lowbit.evaluation.windows import cut
+from lowbit.texts import load_text
 
 from evaluation_models import BOS, EOS, VOCABULARY, char_tokenizer, random_ids, tiny_model
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.data import load_text
 from lowbit.evaluation.leakage import find_leakage
+from lowbit.texts import load_text
 
 WIKITEXT = Path(__file__).parents[4] / "shared" / "data" / "text"
 
