@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowbit.checkpoints.locate import locate
-from lowbit.checkpoints.source import load_tokenizer
+from lowbit.checkpoints.tokenizer import load_tokenizer
 from lowbit.data import tokenize, windows
 from lowbit.evaluation.machine import machine
 from lowbit.plan import plan

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from lowbit.caches import PackedCache
 from lowbit.checkpoints import native
 from lowbit.checkpoints.export import ExportReport, export
-from lowbit.checkpoints.source import load_tokenizer
 from lowbit.checkpoints.to_run import locate_to_run
+from lowbit.checkpoints.tokenizer import load_tokenizer
 from lowbit.decoding import use_cache
 from lowbit.decoding.packed_cache import packed_cache, uncalibrated
 from lowbit.evaluation import (

@@ -348,7 +348,8 @@ def test_self_is_a_calibration_text_that_needs_the_model(tokenizer):
 def test_wikitext2_has_the_token_ids_that_published_numbers_rest_on():
     if not (SHARED / "text").is_dir():
         pytest.skip("the shared data directory is not beside this checkout")
-    from lowbit.checkpoints.source import ModelError, load_tokenizer
+    from lowbit.checkpoints.source import ModelError
+    from lowbit.checkpoints.tokenizer import load_tokenizer
 
     try:
         tokenizer = load_tokenizer("smollm2-135m")

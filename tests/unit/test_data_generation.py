@@ -12,7 +12,8 @@ import torch
 
 import lowbit
 from lowbit import data_generation
-from lowbit.checkpoints.source import load_tokenizer, open_model
+from lowbit.checkpoints.source import open_model
+from lowbit.checkpoints.tokenizer import load_tokenizer
 from lowbit.data import calibration_of
 from lowbit.data_generation import prepare_data
 from lowbit.generation import read_generated

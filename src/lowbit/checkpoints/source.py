@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import re
 import shutil
 import tempfile
@@ -25,10 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PreTrainedModel
 
-from lowbit.architectures import auto_class, is_language_model
+from lowbit.architectures import auto_class
+from lowbit.checkpoints.assign import assign, check_finite, empty, owner_of
+from lowbit.checkpoints.config import load_config, quantization_of
 from lowbit.checkpoints.locate import locate
 from lowbit.checkpoints.origins import Origin, Stored, expert_origin, find_origins
 from lowbit.checkpoints.scaled import READABLE, ScaledWeight, with_scales
@@ -42,16 +42,15 @@ from lowbit.checkpoints.shards import (
     refuse_more_layers,
     seem_equal,
 )
-from lowbit.numerics import all_finite
+from lowbit.checkpoints.tokenizer import load_tokenizer
 from lowbit.surroundings import return_free_memory
 
-__all__ = ["ModelError", "ModelSource", "load_tokenizer", "open_model"]
+__all__ = ["ModelError", "ModelSource", "open_model"]
 
 _NO_WEIGHTS = re.compile(
     r"\.(inv_freq|masked_bias|(attn|attention|self_attention)\.bias)$"
 )  # buffers of old checkpoints
 _OTHER_HEAD = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice|MaskedLM)$")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
 def open_model(
@@ -74,7 +73,7 @@ def open_model(
         raise ModelError(f"{path}: no config.json; expected a model directory as save_pretrained writes it.")
     refuse_adapter(path)
     raw = read_json(path / "config.json")
-    quantization = _quantization(raw)
+    quantization = quantization_of(raw)
     method = None if quantization is None else str(quantization.get("quant_method", "unknown"))
     readable = method is None or method in READABLE
     if not readable and not allow_quantized:
@@ -84,7 +83,7 @@ def open_model(
         )
     headers = read_headers(path)
     refuse_more_layers(path, raw, headers)
-    config = _load_config(name, path, raw, trust_remote_code)
+    config = load_config(name, path, raw, trust_remote_code)
     source = ModelSource(name, path, config, headers, trust_remote_code, quantization)
     if readable:
         source.check()
@@ -106,48 +105,6 @@ def _saved(model: PreTrainedModel, trust_remote_code: bool) -> ModelSource:
         raise
     weakref.finalize(source, shutil.rmtree, directory, ignore_errors=True)
     return source
-
-
-def _quantization(raw: dict[str, Any]) -> dict[str, Any] | None:
-    """What a config says of its quantized weights; None: they are not quantized."""
-    text_config = raw.get("text_config")
-    for part in (raw, text_config if isinstance(text_config, dict) else {}):
-        quantization = part.get("quantization_config") or part.get("compression_config")
-        if quantization:
-            return quantization if isinstance(quantization, dict) else {}
-    return None
-
-
-def _load_config(name: str, path: Path, raw: dict[str, Any], trust_remote_code: bool) -> Any:
-    model_type = raw.get("model_type")
-    if model_type not in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in raw):
-        remedy = (
-            "It brings code of its own (auto_map); if you trust that code, pass trust_remote_code=True."
-            if "auto_map" in raw
-            else "A newer transformers may know it."
-        )
-        raise ModelError(f"{name}: config.json has model_type {model_type!r}, unknown to transformers here. {remedy}")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # validation in config classes raises errors of many types
-        raise ModelError(f"{path / 'config.json'}: cannot be used ({type(error).__name__}: {error}).") from error
-    if model_type in CONFIG_MAPPING and not is_language_model(config):
-        raise ModelError(f"{name}: a {model_type!r} model; expected a causal language model.")
-    for part in (config, config.get_text_config()):
-        if (getattr(part, "quantization_config", None) or {}).get("quant_method") in READABLE:
-            del part.quantization_config  # pyright: ignore[reportAttributeAccessIssue]  # its weights are read as what they stand for
-    if getattr(config, "rescale_every", 0):
-        # The model divides weights of its blocks when it first runs, and hidden states in turn. This only keeps float16 in
-        # range; without it the function is the same, and packed weights cannot be divided.
-        config.rescale_every = 0
-    plain_outputs(config)
-    return config
-
-
-def plain_outputs(config: Any) -> None:
-    """Resets what a config says of the outputs of calls, which is the caller's choice: an object with logits, nothing else."""
-    for part in {id(each): each for each in (config, config.get_text_config())}.values():
-        part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,28 +259,28 @@ class ModelSource:
         for name in names:
             shared = self._shared(model, name, dtype or self.dtype_of(name))
             if shared is not None:
-                _owner(model, name)[0]._parameters[name.rpartition(".")[2]] = shared
+                owner_of(model, name)[0]._parameters[name.rpartition(".")[2]] = shared
                 continue
             value, origin = self._read(name, rows)
             value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
             if value.untyped_storage().nbytes() != value.nbytes:
                 value = value.contiguous().clone()  # a part of something larger, which can now be freed
-            _check_finite(name, value, origin)
-            _assign(model, name, value)
+            check_finite(name, value, origin)
+            assign(model, name, value)
 
     def release(self, model: PreTrainedModel, prefix: str) -> None:
         """Puts the parameters of submodule `prefix` back on the meta device, freeing their memory. Buffers stay."""
         for module in model.get_submodule(prefix).modules():
             for leaf in module._parameters:
-                _empty(module, leaf)
+                empty(module, leaf)
         return_free_memory()
 
     def release_tensors(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         """As :meth:`release`, for single parameters by name; names of buffers are passed over."""
         for name in names:
-            module, leaf = _owner(model, name)
+            module, leaf = owner_of(model, name)
             if leaf in module._parameters:
-                _empty(module, leaf)
+                empty(module, leaf)
         return_free_memory()
 
     def check(self) -> None:
@@ -383,7 +340,7 @@ class ModelSource:
         if name not in self._partners:
             return None
         try:
-            owner, leaf = _owner(model, self._partners[name])
+            owner, leaf = owner_of(model, self._partners[name])
         except AttributeError:  # of a block that is done and gone
             return None
         other = owner._parameters.get(leaf)
@@ -411,70 +368,6 @@ class ModelSource:
         return origin.tensors(self._reference)[fused][index]
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
-
-
-def _empty(module: nn.Module, leaf: str) -> None:
-    parameter = module._parameters[leaf]
-    if parameter is not None:
-        empty = torch.empty_like(parameter, device="meta")
-        module._parameters[leaf] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-
-
 def _codes(origin: Origin) -> TensorHeader:
     stored = origin.headers[origin.first_source]
     return stored.codes if isinstance(stored, ScaledWeight) else stored
-
-
-def _assign(model: nn.Module, name: str, value: Tensor) -> None:
-    module, leaf = _owner(model, name)
-    old = module._parameters.get(leaf) if leaf in module._parameters else module._buffers[leaf]
-    if old is not None and old.shape != value.shape:
-        raise ModelError(f"{name}: the checkpoint gives shape {list(value.shape)}, the model has {list(old.shape)}.")
-    if leaf in module._parameters:
-        learnable = old.requires_grad and value.is_floating_point() if old is not None else False
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=learnable)
-    else:
-        module._buffers[leaf] = value
-
-
-def _check_finite(name: str, value: Tensor, origin: Origin) -> None:
-    if not value.is_floating_point():
-        return
-    if all_finite(value):
-        return
-    pieces = value.flatten().split(2**24)  # so that the masks stay small beside the tensor
-    nan = sum(int(piece.isnan().sum()) for piece in pieces)
-    inf = sum(int(piece.isinf().sum()) for piece in pieces)
-    header = origin.headers[origin.first_source]
-    raise ModelError(
-        f"{name}: {nan} NaN and {inf} Inf among {value.numel()} weights (read from {origin.first_source} in "
-        f"{header.file.name}, stored as {header.dtype}). A model with such weights cannot be quantized; the file is "
-        "damaged, or the model was saved broken."
-    )
-
-
-def load_tokenizer(model: ModelSource | str | PathLike[str], *, trust_remote_code: bool = False) -> Any:
-    """A model's tokenizer through AutoTokenizer, from its source or from anything that `open_model` takes.
-
-    Raises ModelError when the model's directory has none.
-    """
-    trust_remote_code = trust_remote_code or (isinstance(model, ModelSource) and model.trust_remote_code)
-    name, path = (
-        (model.name, model.path)
-        if isinstance(model, ModelSource)
-        else locate(model, trust_remote_code=trust_remote_code)
-    )
-    # Asked without files, AutoTokenizer may make an empty tokenizer rather than fail.
-    if not any((path / file).is_file() for file in _TOKENIZER_FILES):
-        raise ModelError(
-            f"{name}: no tokenizer in {path} (none of {', '.join(_TOKENIZER_FILES)}). Copy the model's tokenizer files "
-            "beside config.json."
-        )
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizer backends raise errors of many types on damaged files
-        needs = "" if importlib.util.find_spec("sentencepiece") else " It may need the package sentencepiece."
-        raise ModelError(f"{name}: the tokenizer in {path} cannot be loaded ({error}).{needs}") from error

@@ -19,7 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from lowbit.checkpoints import native
-from lowbit.checkpoints.source import ModelSource, load_tokenizer, open_model
+from lowbit.checkpoints.source import ModelSource, open_model
+from lowbit.checkpoints.tokenizer import load_tokenizer
 from lowbit.data import Calibration
 from lowbit.evaluation import (
     Evaluation,

@@ -25,7 +25,8 @@ import lowbit
 from lowbit.checkpoints import gguf_reader, origins
 from lowbit.checkpoints.gguf_reader import cache_directory, convert_gguf
 from lowbit.checkpoints.locate import locate
-from lowbit.checkpoints.source import ModelError, load_tokenizer, open_model
+from lowbit.checkpoints.source import ModelError, open_model
+from lowbit.checkpoints.tokenizer import load_tokenizer
 
 from helpers import tiny_llama
 

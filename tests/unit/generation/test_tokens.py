@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from lowbit.checkpoints.source import load_tokenizer
+from lowbit.checkpoints.tokenizer import load_tokenizer
 from lowbit.generation.tokens import FirstTokens, ends_of, special_ids, tokenizer_sha256
 
 from helpers import CONTROLS, VOCABULARY, tiny_writer

@@ -12,10 +12,11 @@ from transformers import AutoConfig
 
 from lowbit.architectures import auto_class
 from lowbit.checkpoints import transformers_plugin as _transformers_plugin  # noqa: F401  (teaches transformers to read these)
+from lowbit.checkpoints.config import plain_outputs
 from lowbit.checkpoints.native.reading import read_checkpoint
 from lowbit.checkpoints.scaled import holds_scaled
 from lowbit.checkpoints.shards import ModelError, refuse_adapter
-from lowbit.checkpoints.source import open_model, plain_outputs
+from lowbit.checkpoints.source import open_model
 from lowbit.modules import QuantLinear
 
 
