@@ -46,6 +46,7 @@ EXAMPLE = (
 INTERRUPTED = "interrupted: repeat the same command to continue where it stopped"
 WORST = 5  # layers named in the table
 _LONGEST = 60  # characters of a match in a line
+_MOST_RULES = 4  # of a scheme in that line; an allocation has dozens
 
 
 def command(
@@ -190,12 +191,14 @@ def describe(recipe: Recipe) -> str:
     from lowbit.plan.cache import cache_texts
     from lowbit.plan.layers import activation_text, weight_text
 
-    parts = []
-    for rule in recipe.scheme.rules:
+    parts, rules = [], recipe.scheme.rules
+    for rule in rules[:_MOST_RULES]:
         where = "" if rule.match == "*" else f"{rule.match[:_LONGEST]}{'...' * (len(rule.match) > _LONGEST)}: "
         weight = "left as they are" if rule.skip or rule.weight is None else f"weights {weight_text(rule.weight)}"
         inputs = "" if rule.activation is None else f", inputs {activation_text(rule.activation)}"
         parts.append(where + weight + inputs)
+    if len(rules) > _MOST_RULES:
+        parts.append(f"{len(rules) - _MOST_RULES} more rules for some layers")
     return "; ".join([*parts, *cache_texts(recipe.scheme.cache)])
 
 

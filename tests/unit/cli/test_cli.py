@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ import lowbit
 from lowbit import texts
 from lowbit.cli import app, common
 from lowbit.cli.choose import byte_count, override
+from lowbit.cli.quantize import describe
 
 COMMANDS = (
     "quantize",
@@ -843,3 +845,11 @@ def test_allocate_writes_a_recipe_that_quantize_takes_and_keeps_to_the_budget(pl
     impossible = run("allocate", place / "model", *asked[:5], "1.5", *asked[6:], "-o", tmp_path / "no.yaml")
     assert_refused(impossible, "1.5 bits a weight were asked for", "ask for more")
     assert not (tmp_path / "no.yaml").exists()
+
+
+def test_a_recipe_of_many_rules_is_still_a_line():
+    recipe = lowbit.recipe("rtn", bits=4)
+    rules = tuple(replace(recipe.scheme.rules[0], match=f"re:^layer{i}$") for i in range(20))
+    many = describe(replace(recipe, scheme=replace(recipe.scheme, rules=rules)))
+    assert "layer3" in many and "layer4" not in many
+    assert many.endswith("16 more rules for some layers") and "more rules" not in describe(recipe)
