@@ -36,15 +36,27 @@ def locate(spec: str | PathLike[str], *, trust_remote_code: bool = False) -> tup
     file = gguf_file(text)
     if file is not None:
         return DEMO_NAME if text == DEMO_NAME else path.stem, convert_gguf(file)
-    if path.is_dir():
-        return path.resolve().name, path
-    if path.is_file():
-        raise ModelError(f"{text}: a file; expected a model directory, a .gguf file, a hub id or {DEMO_NAME}.")
-    if not isinstance(spec, str) or not _HUB_ID.fullmatch(text):
-        raise ModelError(
-            f"{text}: no such directory; expected a model directory, a .gguf file, a hub id or {DEMO_NAME}."
-        )
-    return text, _download(text, trust_remote_code)
+    check_place(spec)
+    return (path.resolve().name, path) if path.is_dir() else (text, _download(text, trust_remote_code))
+
+
+def check_place(spec: str | PathLike[str]) -> None:
+    """Refuses a path where nothing is that can be a model, without a network and before any work; a hub id passes unasked.
+
+    Raises:
+        ModelError: no such directory or file, or a file of another kind.
+    """
+    text = os.fspath(spec)
+    path, expected = Path(text).expanduser(), f"expected a model directory, a .gguf file, a hub id or {DEMO_NAME}."
+    if path.is_dir() or text == DEMO_NAME:
+        return
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{text}: no such file; {expected}")
+    elif path.is_file():
+        raise ModelError(f"{text}: a file; {expected}")
+    elif not isinstance(spec, str) or not _HUB_ID.fullmatch(text):
+        raise ModelError(f"{text}: no such directory; {expected}")
 
 
 def gguf_file(spec: str | PathLike[str] | PreTrainedModel) -> Path | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from lowbit.checkpoints.locate import gguf_file
+from lowbit.checkpoints.locate import check_place, gguf_file
 from lowbit.checkpoints.to_run import locate_to_run
 
 Say = Callable[[str], None]
@@ -70,10 +70,12 @@ def serve(asked: Serving, engine: str = "auto", say: Say = print) -> None:
         say: takes the lines that say what is started.
 
     Raises:
+        ModelError: nothing is where the model should be.
         ValueError: an engine that does not exist, is not installed or does not take the model, with what to do.
     """
     if engine != "auto" and engine not in ENGINES:
         raise ValueError(f"found engine {engine!r}, expected auto, {', '.join(ENGINES)}")
+    check_place(asked.model)
     name = engine if engine != "auto" else _fitting(asked, say)
     if (reason := ENGINES[name].why_not(asked)) is not None:
         raise ValueError(reason)

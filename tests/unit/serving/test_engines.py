@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lowbit.checkpoints.shards import ModelError
 from lowbit.serving import engines
 from lowbit.serving.engines import ENGINES, Serving, serve
 
@@ -65,6 +66,17 @@ def test_an_engine_that_cannot_serve_says_why_and_what_to_do(tmp_path, programs,
     with pytest.raises(ValueError) as refused:
         serve(Serving(str(tmp_path / model)), engine)
     assert all(word in str(refused.value) for word in words)
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+@pytest.mark.parametrize("name", ["nothing", "nothing.gguf", "text.txt"])
+def test_a_model_that_is_not_there_is_named_before_a_package_that_is_not_there(
+    tmp_path, programs, monkeypatch, engine, name
+):
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    (tmp_path / "text.txt").touch()
+    with pytest.raises(ModelError, match=f"{name}: (no such|a) (directory|file); expected a model directory"):
+        serve(Serving(str(tmp_path / name)), engine)
 
 
 def test_a_server_without_its_packages_names_the_extra(tmp_path, monkeypatch):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lowbit.layouts import pack_qtensor, unpack_qtensor
-from lowbit.modules import LinearDescription
+from lowbit.modules import LinearDescription, QuantLinear
 from lowbit.numerics import Int, PerChannel, PerGroup, PerTensor, QTensor, Spec
 from lowbit.numerics.grids import NF4
-from lowbit.serving.vllm_plugin.shards import cut
+from lowbit.serving.vllm_plugin.shards import cut, joined
 
 SPECS = [
     Spec(Int(3), PerGroup(16)),
@@ -53,3 +53,26 @@ def test_a_scale_of_the_whole_matrix_is_not_cut():
     assert cut(description, tensors, (0, 24), (0, 48)) == (description, tensors)
     with pytest.raises(ValueError, match="scales are not of a row"):
         cut(description, tensors, (0, 12), (0, 48))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_neighbours_of_one_format_become_one_layer_with_the_same_product_bit_for_bit(spec):
+    description, tensors, decoded = layer(spec)
+    parts = [cut(description, tensors, rows, (0, 48)) for rows in ((0, 5), (5, 13), (13, 24))]
+    [(whole, held)] = joined(parts)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in held.items()} == whole.layout()
+    assert torch.equal(unpack_qtensor(held, whole.spec, whole.shape).dequantize(), decoded)
+    one, apart = QuantLinear(whole, held), [QuantLinear(*part) for part in parts]
+    for each in (one, *apart):
+        each.prepare()
+    for tokens in (1, 3, 200):
+        x = torch.randn(tokens, 48, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+        assert torch.equal(one(x), torch.cat([each(x) for each in apart], -1))
+
+
+def test_neighbours_of_two_formats_stay_apart():
+    parts = [layer(spec)[:2] for spec in (SPECS[0], SPECS[0], SPECS[1], SPECS[0])]
+    found = joined(parts)
+    assert [description.shape[0] for description, _ in found] == [48, 24, 24]
+    whole = [layer(Spec(Int(4), PerTensor()))[:2]] * 2
+    assert joined(whole) == whole

@@ -17,7 +17,7 @@ from vllm.model_executor.kernels.linear import MPLinearKernel, MPLinearLayerConf
 from lowbit.layouts import pack, packed_width, unpack
 from lowbit.modules import LinearDescription, QuantLinear
 from lowbit.numerics import Int, PerChannel, PerGroup, Spec
-from lowbit.serving.vllm_plugin.methods import Packed, announced, packed_product
+from lowbit.serving.vllm_plugin.methods import Packed, announced, product
 
 
 class LowbitLinearKernel(MPLinearKernel):
@@ -57,7 +57,7 @@ class LowbitLinearKernel(MPLinearKernel):
                 setattr(layer, name, nn.Parameter(torch.empty(0), requires_grad=False))
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = packed_product(x, self._name, layer.packed.width)
+        y = product(x, self._name, layer.packed)
         return y if bias is None else y + bias
 
 

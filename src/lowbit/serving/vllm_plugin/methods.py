@@ -1,14 +1,15 @@
 """vLLM's layers with packed weights: how their tensors arrive, and how they compute.
 
-vLLM fuses q, k and v, and gate and up, into one layer. Here the parts stay packed layers of their own, because their grids
-may differ; their outputs are joined. A product is one operator of torch, so that compiled models call it as it is.
+vLLM fuses q, k and v, and gate and up, into one layer. Here parts of one format become one packed layer; others stay layers of
+their own, whose outputs are joined. A compiled model calls a product as one operator of torch.
 
 Shapes: T token, O output channel, I input channel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -24,7 +25,8 @@ from vllm.model_executor.layers.linear import (  # pyright: ignore
 )
 
 from lowbit.modules import LinearDescription, QuantEmbedding, QuantLinear
-from lowbit.serving.vllm_plugin.shards import cut
+from lowbit.modules.validation import check_tensors
+from lowbit.serving.vllm_plugin.shards import cut, joined
 
 _SHARDS = {"q": 0, "k": 1, "v": 2, None: 0}
 """What vLLM calls the parts of a fused layer beside their numbers."""
@@ -42,6 +44,12 @@ def announced(prefix: str, module: nn.Module) -> str:
         name += "'"
     _running[name] = module
     return name
+
+
+def product(x: Tensor, name: str, packed: Packed) -> Tensor:
+    """``[..., I]`` to ``[..., packed.width]`` through packed layers of this name: at once, or as an operator where vLLM compiles the
+    model; the operator's own cost is that of a small product."""
+    return packed_product(x, name, packed.width) if torch.compiler.is_compiling() else packed(x)
 
 
 @torch.library.custom_op("lowbit::packed_product", mutates_args=())
@@ -183,12 +191,16 @@ class PackedLinear(LinearMethodBase):
         self._arrival.announce(layer)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        layer.packed = Packed([_prepared(name, *made) for name, made in zip(self.parts, self._arrival.finish(layer))])
+        parts = self._arrival.finish(layer)
+        for name, part in zip(self.parts, parts, strict=True):
+            with _damage_named(name):
+                check_tensors(*part)
+        layer.packed = Packed([_prepared(self.prefix, *part) for part in joined(parts)])
         self._name = announced(self.prefix, layer.packed)
         del self._arrival
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = packed_product(x, self._name, layer.packed.width)
+        y = product(x, self._name, layer.packed)
         return y if bias is None else y + bias
 
 
@@ -285,8 +297,15 @@ class TiedHead(LinearMethodBase):
 
 def _prepared(name: str, description: LinearDescription, tensors: Mapping[str, Tensor]) -> QuantLinear:
     layer = QuantLinear(description, tensors)
-    try:
+    with _damage_named(name):
         layer.prepare()
+    return layer
+
+
+@contextmanager
+def _damage_named(name: str) -> Iterator[None]:
+    """Says in which layer of the file values are that no layer has."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"tensor {name}.{error}; the file is damaged") from error
-    return layer
