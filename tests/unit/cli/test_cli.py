@@ -38,6 +38,7 @@ COMMANDS = (
     "explain",
     "methods",
     "recipes",
+    "imatrix",
     "inspect",
     "report",
     "recommend",
