@@ -28,7 +28,7 @@ from torch import Tensor
 
 import lowbit
 from lowbit.architectures.gguf import gguf_architecture
-from lowbit.checkpoints.formats.gguf import _Names
+from lowbit.checkpoints.formats.gguf_names import GgufNames
 from lowbit.texts import load_text
 
 LIBRARY = ctypes.CDLL(next(str(file) for file in Path(xllamacpp.__file__).parent.glob("*.so")))
@@ -179,7 +179,7 @@ def main() -> None:
         return ids[: count * length].view(count, length)
 
     model = lowbit.load(arguments.model, dtype=torch.float32)
-    names = _Names(gguf_architecture(model.config), model.config)
+    names = GgufNames(gguf_architecture(model.config), model.config)
     found = importance(model, windows(arguments.calibration, "calibration", arguments.samples, 512))
     weights = {stored: w for name, w in found.items() if (stored := names.find(f"{name}.weight"))}
     del model

@@ -79,7 +79,7 @@ def judge(job: Job, running: Run, kl: float | None, agreement: float | None, max
     report = QuantizeReport(
         out=None,
         recipe=job.recipe,
-        calibration="none" if job.calibration is None else f"{job.calibration.name}, {list(job.calibration.ids.shape)}",
+        calibration=job.calibrated_on,
         asked_bits=asked_bits(job.plan),
         bits_per_weight=bits,
         model_bits_per_weight=0.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, prod
@@ -15,12 +16,13 @@ from transformers import PreTrainedModel
 
 from lowbit.checkpoints import native
 from lowbit.checkpoints.formats import find_format
+from lowbit.checkpoints.imatrix import is_imatrix, names_of, read_imatrix
 from lowbit.checkpoints.locate import gguf_file
 from lowbit.checkpoints.source import ModelSource
 from lowbit.checkpoints.target import check_target
 from lowbit.data import Bos, Calibration, calibration_of, drawn_tokens, ids_sha256
 from lowbit.decoding.packed_cache import simulated_cache
-from lowbit.numerics import to_dict
+from lowbit.numerics import SquareSum, to_dict
 from lowbit.plan.for_format import plan_for, why_not
 from lowbit.plan.kept import KeepDtype
 from lowbit.plan.model_plan import ModelPlan
@@ -34,6 +36,21 @@ from lowbit.version import __version__
 NATIVE = native.Native.name
 
 
+@dataclass(frozen=True)
+class Importance:
+    """Squares of inputs that a file holds, in place of calibration text.
+
+    Attributes:
+        name: of the file.
+        sha256: of the file.
+        entries: the results of :class:`~lowbit.numerics.SquareSum` by name of the linear.
+    """
+
+    name: str
+    sha256: str
+    entries: Mapping[str, Tensor]
+
+
 @dataclass
 class Job:
     """A checked request: everything that a run needs, and nothing has been loaded yet."""
@@ -45,6 +62,7 @@ class Job:
     source_bytes: int
     warnings: list[str] = field(default_factory=list)
     max_bits: float = inf
+    importance: Importance | None = None
 
     @property
     def source(self) -> ModelSource:
@@ -71,17 +89,29 @@ class Job:
     def header(self) -> dict[str, Any]:
         """What determines the bytes of the result, its report included; a partial run is continued only where all of it is the same."""
         further = None if self.calibration is None else self.calibration.further
-        return {
-            "lowbit": __version__,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "model": self.source.fingerprint,
-            "recipe": to_dict(self.recipe),
-            "products": product_type(torch.device("cpu"), self.recipe.compute),
-            "keep_dtype": self.plan.kept.choice,
-            "calibration": None if self.calibration is None else self.calibration.sha256,
-            "held_out": None if self._held_out is None else ids_sha256(self._held_out),
-        } | ({} if further is None else {"training": ids_sha256(further)})
+        given = {} if self.importance is None else {"importance": self.importance.sha256}
+        return (
+            {
+                "lowbit": __version__,
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "model": self.source.fingerprint,
+                "recipe": to_dict(self.recipe),
+                "products": product_type(torch.device("cpu"), self.recipe.compute),
+                "keep_dtype": self.plan.kept.choice,
+                "calibration": None if self.calibration is None else self.calibration.sha256,
+                "held_out": None if self._held_out is None else ids_sha256(self._held_out),
+            }
+            | given
+            | ({} if further is None else {"training": ids_sha256(further)})
+        )
+
+    @property
+    def calibrated_on(self) -> str:
+        """What the steps learn from, for reports."""
+        if self.importance is not None:
+            return f"importance matrix {self.importance.name}"
+        return "none" if self.calibration is None else f"{self.calibration.name}, {list(self.calibration.ids.shape)}"
 
 
 @own_settings()
@@ -128,7 +158,9 @@ def prepare(
             f"recipe {recipe.name!r} stores {planned:.3f} bits a weight in this model, over the limit {max_bits:g}; choose "
             "fewer bits, larger groups or another method, or raise max_bits"
         )
-    if calibration is None and recipe.needs_calibration:
+    if isinstance(calibration, str) and is_imatrix(file := Path(calibration).expanduser()):
+        job.importance, calibration = _importance(plan, file), None
+    elif calibration is None and recipe.needs_calibration:
         raise ValueError(
             f"recipe {recipe.name!r} needs calibration text: pass a file, python-docs, a hub dataset or self"
         )
@@ -145,6 +177,26 @@ def prepare(
         _check_windows(recipe, job.calibration.ids.shape[1])
     job.tokenizer = plan.source.tokenizer_if_any()
     return job
+
+
+def _importance(plan: ModelPlan, file: Path) -> Importance:
+    """What an importance matrix says of the linears that the recipe quantizes.
+
+    Raises:
+        ValueError: a recipe that reads more than squares of inputs, or none; a file that cannot be read or is of another model.
+    """
+    recipe = plan.recipe
+    needs = {need for step in recipe.steps for need in step.needs}
+    if needs != {SquareSum()} or len(recipe.steps) > 1 or recipe.learns or recipe.reads_original or recipe.cache_stages:
+        raise ValueError(
+            f"{file} is an importance matrix, which holds mean squares of inputs, and recipe {recipe.name!r} "
+            + ("reads none" if not needs else "reads more than these, or changes the inputs first")
+            + "; use --method rtn --set importance=true, or calibration text"
+        )
+    widths = {f"{b.name}.{path}": b.shapes[path][1] for b in plan.blocks for path in b.resolved.linears}
+    wanted = {f"{b.name}.{path}": b.shapes[path][1] for b in plan.blocks for path in b.formats}
+    entries = read_imatrix(file).of(names_of(plan.source.config), widths, wanted, file)
+    return Importance(file.name, hashlib.sha256(file.read_bytes()).hexdigest(), entries)
 
 
 def _check_windows(recipe: Recipe, tokens: int) -> None:

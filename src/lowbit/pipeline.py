@@ -72,7 +72,7 @@ def quantize(
         model: a local directory, hub id, ``.gguf`` file, ``smollm2-135m``, or a transformers model in memory.
         recipe: a Recipe, a method's name or mix (``"awq+gptq"``), a recipe file, or its data.
         calibration: text (see :func:`lowbit.texts.load_text`), a list of texts, ids ``[N, T]``, or None for recipes that need
-            none.
+            none. An importance matrix of llama.cpp stands for the text of a recipe that reads only squares of inputs.
         samples, seq_len: how many windows of how many tokens of the text.
         bos: whether every window begins with the model's first token: ``auto`` (as its tokenizer has it), ``yes``, ``no``.
         ram_limit: bytes of activations in memory; more go to memory-mapped files beside the target.
@@ -171,7 +171,10 @@ def _run(
 ) -> QuantizeReport:
     ids, held_out = job.windows()
     further = None if job.calibration is None else job.calibration.further
-    running = Run(job.plan, ids, journal, ram_limit, progress or silent, job.calibration is None, held_out, further)
+    given = {} if job.importance is None else job.importance.entries
+    running = Run(
+        job.plan, ids, journal, ram_limit, progress or silent, job.calibration is None, held_out, further, given=given
+    )
     walk = running.walk
     try:
         try:

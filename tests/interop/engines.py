@@ -51,7 +51,7 @@ class LlamaCpp:
         return self.complete(prompt, 1, top, logit_bias=[[whole, 1000.0]])[0]
 
 
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     """llama.cpp's functions in C."""
     package: Any = pytest.importorskip(LLAMA_CPP)
     return ctypes.CDLL(next(str(file) for file in Path(package.__file__).parent.glob("*.so")))
@@ -61,7 +61,7 @@ def dequantized(name: str, data: Tensor) -> Tensor:
     """Rows of blocks of a type, uint8 ``[O, bytes]``, as llama.cpp decodes them."""
     elements, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
     values = torch.empty(len(data), data.shape[1] // nbytes * elements)
-    decode = getattr(_library(), f"dequantize_row_{name.lower() if name[-1] != 'K' else name[:-1].lower() + 'K'}")
+    decode = getattr(library(), f"dequantize_row_{name.lower() if name[-1] != 'K' else name[:-1].lower() + 'K'}")
     decode(ctypes.c_void_p(data.data_ptr()), ctypes.c_void_p(values.data_ptr()), ctypes.c_int64(values.numel()))
     return values
 
@@ -72,9 +72,9 @@ def quantized_by_llama_cpp(name: str, w: Tensor) -> Tensor:
     elements, nbytes = gguf.GGML_QUANT_SIZES[number]
     rows, columns = w.shape
     data = torch.empty(rows, columns // elements * nbytes, dtype=torch.uint8)
-    library = _library()
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk(
+    functions = library()
+    functions.ggml_quantize_chunk.restype = ctypes.c_size_t
+    functions.ggml_quantize_chunk(
         ctypes.c_int(number), ctypes.c_void_p(w.data_ptr()), ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(0),
         ctypes.c_int64(rows), ctypes.c_int64(columns), None,
     )  # fmt: skip

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from gguf import GGUFReader
 
-from lowbit.checkpoints.formats.gguf import CONFIG_KEY, Gguf
+from lowbit.checkpoints.formats.gguf import Gguf
+from lowbit.checkpoints.formats.gguf_writing import CONFIG_KEY
 from lowbit.checkpoints.native.writing import ShardWriter
 from lowbit.checkpoints.packed_model import PackedLayer
 from lowbit.checkpoints.shards import INDEX, read_shard_header

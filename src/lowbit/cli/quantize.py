@@ -70,7 +70,8 @@ def command(
         typer.Option(
             metavar="TEXT",
             help=common.TEXT_HELP.format(
-                more=", a directory of generate-data, self (the model's own text), or none where the method needs no text"
+                more=", a directory of generate-data, self (the model's own text), an importance matrix of llama.cpp "
+                "(rtn with importance=true), or none where the method needs no text"
             ),
         ),
     ] = None,
@@ -169,9 +170,8 @@ def _announce(job: Job, restart: bool) -> bool:
     text = job.calibration
     common.say(f"model:       {job.source.name} ({job.source.path})")
     common.say(f"recipe:      {job.recipe.name}: {describe(job.recipe)}")
-    common.say(
-        "calibration: " + ("none" if text is None else f"{text.name}, {' x '.join(map(str, text.ids.shape))} tokens")
-    )
+    said = job.calibrated_on if text is None else f"{text.name}, {' x '.join(map(str, text.ids.shape))} tokens"
+    common.say(f"calibration: {said}")
     if text is not None and text.further is not None:
         common.say(
             f"training:    {' x '.join(map(str, text.further.shape))} tokens of it, not of the calibration windows"

@@ -4,6 +4,7 @@ It shows the figures of SmoothQuant (arXiv:2211.10438) for every input of every 
 """
 
 from lowbit.inspection.collect import inspect_model
+from lowbit.inspection.importance import importance_matrix
 from lowbit.inspection.rows import InputRow, Inspection, LayerRow, MassiveToken
 
-__all__ = ["InputRow", "Inspection", "LayerRow", "MassiveToken", "inspect_model"]
+__all__ = ["InputRow", "Inspection", "LayerRow", "MassiveToken", "importance_matrix", "inspect_model"]

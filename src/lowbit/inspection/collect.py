@@ -97,7 +97,7 @@ def _look_at_original(
     rows: list[LayerRow] = []
     inputs: list[InputRow] = []
     channels: dict[str, Tensor] = {}
-    for state, behind, total in _original_blocks(source, ids):
+    for state, behind, total in original_blocks(source, ids):
         block = len({row.block for row in inputs})
         progress(block, total, f"block {block + 1} of {total}")
         new_inputs, new_rows, new_channels = _look(state, behind, block, (ids.shape[0], ids.shape[1]))
@@ -105,7 +105,7 @@ def _look_at_original(
     return rows, inputs, channels
 
 
-def _original_blocks(source: ModelSource, ids: Tensor) -> Iterator[tuple[BlockState, Tensor, int]]:
+def original_blocks(source: ModelSource, ids: Tensor) -> Iterator[tuple[BlockState, Tensor, int]]:
     """Every block with its original weights and inputs, a tensor to be filled with its outputs, and the number of blocks."""
     model, architecture = source.skeleton(unfuse=True), for_config(source.config)
     blocks = model_blocks(model, architecture, source.config)

@@ -15,6 +15,7 @@ def rtn(
     symmetric: bool = False,
     activation_bits: int | None = None,
     mse: bool = False,
+    importance: bool = False,
 ) -> Recipe:
     """Every weight takes the nearest value of its group's grid; nothing is calibrated.
 
@@ -23,9 +24,12 @@ def rtn(
     * symmetric: no zero point.
     * activation_bits: also quantize each linear's input, per token, symmetric.
     * mse: shrink each range to the least error (norm 2.4); otherwise it covers the extremes.
+    * importance: weigh errors by the mean square of each input, from calibration text or from an importance matrix of llama.cpp
+      (`--calibration FILE.gguf`); implies mse.
     """
+    fit = ClipSearch() if mse or importance else MinMax()
     return Recipe.blockwise(
         name="rtn",
         scheme=linears(weight(bits, group_size, symmetric=symmetric), activation(activation_bits)),
-        steps=(Solve(Nearest(ClipSearch() if mse else MinMax())),),
+        steps=(Solve(Nearest(fit, importance="inputs" if importance else "none")),),
     )

@@ -81,11 +81,13 @@ from lowbit.numerics.statistics import (
     MovingRange,
     Range,
     Samples,
+    SquareSum,
     Statistic,
     TokenRange,
     Tokens,
     clipped_tokens,
     mean_abs,
+    mean_square,
 )
 from lowbit.numerics.svid import sign_value_factors
 
@@ -153,6 +155,7 @@ __all__ = [
     "SignedScale",
     "Sparse",
     "Spec",
+    "SquareSum",
     "Statistic",
     "Table",
     "TokenRange",
@@ -171,6 +174,7 @@ __all__ = [
     "fit_raw",
     "from_dict",
     "mean_abs",
+    "mean_square",
     "narrowed",
     "narrower",
     "nearest",

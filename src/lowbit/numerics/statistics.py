@@ -229,6 +229,27 @@ def mean_abs(abs_sum: Tensor) -> Tensor:
 
 @serializable
 @dataclass(frozen=True)
+class SquareSum(Statistic):
+    """``sum_t x_t**2``, then the number of tokens: ``[I + 1]`` in float64. :func:`mean_square` divides them.
+
+    The sums are the diagonal of :class:`Gram`. They are what an importance matrix of llama.cpp holds.
+    """
+
+    def merge(self, x_TI: Tensor) -> Tensor:
+        x_TI = x_TI.double()
+        return torch.cat([x_TI.square().sum(0), x_TI.new_tensor([len(x_TI)])])
+
+    def join(self, old: Tensor, new: Tensor) -> Tensor:
+        return old.add_(new)
+
+
+def mean_square(square_sum: Tensor) -> Tensor:
+    """Mean square of each channel, ``[I]`` float32, from the result of :class:`SquareSum`."""
+    return (square_sum[:-1] / square_sum[-1]).float()
+
+
+@serializable
+@dataclass(frozen=True)
 class Samples(Statistic):
     """Tokens, at most ``[count, I]``: every ``stride``-th from the start, until ``count`` are kept."""
 

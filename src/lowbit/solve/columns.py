@@ -9,14 +9,14 @@ Shapes: O output channel (row), I input channel (column), K columns of one band.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from lowbit.numerics import Block, Fit, Granularity, Params, PerToken, Spec, fit_raw
+from lowbit.numerics import Block, Fit, Granularity, Params, PerToken, QTensor, Spec, fit_raw
 
 _CHECKED = 64
 """Rows of a tiling that are checked at once."""
@@ -101,6 +101,19 @@ def without(w_OI: Tensor, mask_OI: Tensor, granularity: Granularity) -> Tensor:
     return granularity.join(torch.where(mask, mean, w), tuple(w_OI.shape))
 
 
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """Parameters of all granules as stored.
+
+    Args:
+        params: leading axis G, strips x bands, row-major.
+        second: the stored second level of each floating field; empty without one.
+    """
+
+    params: Params
+    second: Mapping[str, QTensor]
+
+
 class Bands:
     """The grids of the bands of ``tiling``, placed when the solver reaches them; kept as fitted and as stored.
 
@@ -116,6 +129,7 @@ class Bands:
         self.tiling, self.spec, self.fit, self.rows, self.importance_I = tiling, spec, fit, rows, importance_I
         self._fitted: dict[int, Params] = {}  # leading axis: strips
         self._by_row: dict[int, Params] = {}  # as stored; leading axis: rows
+        self._settled: Placed | None = None  # where they were replaced
 
     def __contains__(self, b: int) -> bool:
         return b in self._fitted
@@ -169,9 +183,31 @@ class Bands:
         """Parameters of band b as stored, one set for each row."""
         return self._by_row[b]
 
-    def fitted(self) -> Params:
-        """Parameters of all granules as fitted; G is strips x bands, row-major."""
-        bands = [self._fitted[b] for b in range(self.tiling.wide)]
+    def qtensor(self, codes_OI: Tensor) -> QTensor:
+        """The weight with these codes, in the stored order."""
+        if self._settled is None:
+            return QTensor.fitted(codes_OI, self._all(self._fitted), self.spec)
+        return QTensor(codes_OI, self._settled.params, self.spec, self._settled.second)
+
+    def settled(self) -> Placed:
+        """Parameters of all granules as stored."""
+        if self._settled is None:
+            fitted = QTensor.fitted(self._no_codes(), self._all(self._fitted), self.spec)
+            self._settled = Placed(fitted.params, fitted.second)
+        return self._settled
+
+    def settle(self, placed: Placed) -> None:
+        """Replaces the parameters of all granules."""
+        self._settled, wide = placed, self.tiling.wide
+        for b in range(wide):
+            self._by_row[b] = self.tiling.of_rows(_every(placed.params, b, wide), self.rows)
+
+    def _no_codes(self) -> Tensor:
+        return torch.zeros(self.rows, len(self.tiling.band_I), dtype=torch.uint8, device=self.tiling.band_I.device)
+
+    def _all(self, by_band: dict[int, Params]) -> Params:
+        """Parameters of all granules; G is strips x bands, row-major."""
+        bands = [by_band[b] for b in range(self.tiling.wide)]
         both = zip(*bands, strict=True)
         return bands[0]._make(None if parts[0] is None else torch.stack(parts, 1).flatten(0, 1) for parts in both)
 

@@ -40,7 +40,6 @@ from lowbit.numerics import (
     MinMax,
     PerChannel,
     PerTensor,
-    QTensor,
     Spec,
     Statistic,
     Tokens,
@@ -55,6 +54,7 @@ from lowbit.solve.kept import Kept
 from lowbit.solve.nearest import Nearest
 from lowbit.solve.outliers import OutlierRule, choose, perturbation, rules_of
 from lowbit.solve.recursion import descend, recursion
+from lowbit.solve.refit import REFIT_BYTES, refit, why_no_refit
 from lowbit.transforms import Permute
 
 
@@ -79,6 +79,8 @@ class Gptq(Solver):
             ``stale_groups``.
         outliers: one rule or several for weights that stay in float16; see ``solve.outliers``.
         greedy_passes: rounds of coordinate descent over the codes afterwards (QuIP); a round never raises the loss.
+        refits: rounds in which the scales are fitted to the codes (:func:`~lowbit.solve.refit.refit`) and the codes to the scales (one
+            pass of coordinate descent) afterwards; a round never raises the loss.
         asymmetric: 0 to 1, weight of the correction towards the original model's output; see :func:`asymmetric_target`.
     """
 
@@ -91,6 +93,7 @@ class Gptq(Solver):
     rank: Literal["diagonal", "perturbation"] = "diagonal"
     outliers: OutlierRule | tuple[OutlierRule, ...] | None = None
     greedy_passes: int = 0
+    refits: int = 0
     asymmetric: float = 0.0
 
     def __post_init__(self):
@@ -100,11 +103,13 @@ class Gptq(Solver):
             raise ValueError(f"rank is 'diagonal' or 'perturbation', found {self.rank!r}")
         if self.static_groups and self.stale_groups:
             raise ValueError("static groups are placed before the first column, so stale_groups cannot apply; use one")
-        if self.damp < 0 or self.block < 1 or self.greedy_passes < 0:
+        if self.damp < 0 or self.block < 1 or self.greedy_passes < 0 or self.refits < 0:
             raise ValueError(
-                "damp and greedy_passes are at least 0 and block at least 1, "
-                f"found {self.damp}, {self.greedy_passes} and {self.block}"
+                "damp, greedy_passes and refits are at least 0 and block at least 1, "
+                f"found {self.damp}, {self.greedy_passes}, {self.refits} and {self.block}"
             )
+        if self.refits and self.outliers:
+            raise ValueError("refits move scales under which kept weights were chosen; leave outliers or refits out")
         if not 0 <= self.asymmetric <= 1:
             raise ValueError(f"asymmetric is a share between 0 and 1, found {self.asymmetric}")
         if sum(rule.live for rule in rules_of(self.outliers)) > 1:
@@ -125,10 +130,11 @@ class Gptq(Solver):
         weight, matrix = 4 * rows * columns, 4 * columns**2
         # The loop: the weight as it is corrected, its codes, and what goes on beside: kept weights and their mask, the
         # target of the descent, the placing of all grids at once.
-        copies = 1.5 + 1.5 * bool(self.outliers) + bool(self.greedy_passes) + 2.5 * self.static_groups
+        copies = 1.5 + 1.5 * bool(self.outliers) + bool(self.greedy_passes or self.refits) + 2.5 * self.static_groups
         loop = factor_bytes(columns) + copies * weight
         paired = factor_bytes(columns) + matrix + 3 * weight if self.asymmetric else 0
-        descent = matrix + (3.5 + 1.5 * bool(self.outliers)) * weight if self.greedy_passes else 0
+        descent = matrix + (3.5 + 1.5 * bool(self.outliers)) * weight if self.greedy_passes or self.refits else 0
+        descent += (2 * matrix + 4 * weight + REFIT_BYTES) * bool(self.refits)
         return int(max(super().memory(rows, columns), loop, paired, descent))
 
     def check(self, spec: Spec, clipped: bool) -> None:
@@ -144,6 +150,8 @@ class Gptq(Solver):
                 "the clipping is chosen for groups of neighbouring columns, but order='act' forms other groups; "
                 "use static_groups=true, order='group', or leave the clipping out"
             )
+        if self.refits and (reason := why_no_refit(spec)):
+            raise ValueError(f"refits fit scales to codes, and {reason}; leave refits out")
         if self.moves_groups and _spans_groups(spec):
             assert spec.stats is not None
             raise ValueError(
@@ -190,22 +198,36 @@ class Gptq(Solver):
             del D
         bands = Bands(tiling, spec, fit, len(w_OI), diag.to(W.dtype)[stored])
         kept = Kept.of(W, chosen, take, rules_of(self.outliers), U.diagonal().clone())
-        target = W.clone() if self.greedy_passes else None
+        target = W.clone() if self.greedy_passes or self.refits else None
         codes_IO = self._round(W, U, visit, bands, kept)
         del U, W  # the largest of what is in memory
         if target is not None:
             H = gathered(H, take, torch.empty_like(H, dtype=target.dtype), trust)
             H.diagonal().copy_(alive)
-            band = tiling.band_I[visit].tolist()
-            descend(codes_IO, target, H, self.damp, band, bands, kept, self.greedy_passes)
+            self._improve(codes_IO, target, H, tiling.band_I[visit], bands, kept)
         codes = torch.empty_like(codes_IO.T, memory_format=torch.contiguous_format)
         codes[:, visit] = codes_IO.T
-        q = QTensor.fitted(codes, bands.fitted(), spec)
+        q = bands.qtensor(codes)
         side = () if kept is None else kept.side_terms(visit)
         pre = () if torch.equal(stored, _as_they_come(score)) else (Permute(stored),)
         if dead.any():
             notes = (*notes, f"{int(dead.sum())} of {len(dead)} input channels were never active: weights set to zero")
         return Solution(q, pre=pre, side=side, notes=(*notes, *chosen.notes))
+
+    def _improve(
+        self, codes_IO: Tensor, target: Tensor, H: Tensor, band_I: Tensor, bands: Bands, kept: Kept | None
+    ) -> None:
+        """Coordinate descent over the codes, and scales fitted to them in turn."""
+        band = band_I.tolist()
+        if self.greedy_passes:
+            descend(codes_IO, target, H, self.damp, band, bands, kept, self.greedy_passes)
+        if not self.refits:
+            return
+        damped = H + torch.diag(self.damp * H.diagonal().mean().expand(len(H)))
+        for _ in range(self.refits):
+            bands.settle(refit(codes_IO, target, damped, band_I, bands.settled(), bands.spec))
+            if not descend(codes_IO, target, H, self.damp, band, bands, kept, 1):
+                break
 
     def _nearest(
         self,

@@ -17,14 +17,19 @@ from lowbit.numerics import (
     MinMax,
     QTensor,
     Spec,
+    SquareSum,
     Statistic,
     all_finite,
+    mean_square,
     quantize,
     serializable,
 )
 from lowbit.solve.base import Solution, Solver, check_weight
 from lowbit.solve.columns import place
 from lowbit.solve.outliers import OutlierRule, choose, rules_of, side_terms
+
+_WEIGHTED_BY: dict[str, Statistic] = {"fisher": Fisher(), "inputs": SquareSum()}
+"""The statistic of each kind of importance."""
 
 
 @serializable
@@ -35,26 +40,27 @@ class Nearest(Solver):
     Args:
         fit: places the grid on each granule.
         outliers: one rule or several for weights that stay in float16, which the fit ignores; see ``solve.outliers``.
-        importance: weights of the elements in the fit: ``"none"`` (all equal) or ``"fisher"``.
+        importance: weights of the elements in the fit: ``"none"`` (all equal), ``"fisher"``, or ``"inputs"``, the mean square of
+            the input that each meets, as in llama.cpp's importance matrix.
         encode_before_storing: take the nearest codes under the parameters as fitted, as code does that quantizes its scales
             afterwards. Otherwise they are nearest under the parameters as stored, which loses less.
     """
 
     fit: Fit = MinMax()
     outliers: OutlierRule | tuple[OutlierRule, ...] | None = None
-    importance: Literal["none", "fisher"] = "none"
+    importance: Literal["none", "fisher", "inputs"] = "none"
     encode_before_storing: bool = False
 
     def __post_init__(self):
-        if self.importance not in ("none", "fisher"):
-            raise ValueError(f"importance is 'none' or 'fisher', found {self.importance!r}")
+        if self.importance not in ("none", *_WEIGHTED_BY):
+            raise ValueError(f"importance is 'none', 'fisher' or 'inputs', found {self.importance!r}")
         for rule in rules_of(self.outliers):
             if rule.live:
                 raise ValueError(f"{rule} chooses while columns are rounded one after another; use the solver Gptq")
 
     @property
     def needs(self) -> frozenset[Statistic]:
-        own: frozenset[Statistic] = frozenset({Fisher()} if self.importance == "fisher" else ())
+        own: frozenset[Statistic] = frozenset({_WEIGHTED_BY[self.importance]} if self.importance != "none" else ())
         return own.union(*(rule.needs for rule in rules_of(self.outliers)))
 
     def check(self, spec: Spec, clipped: bool) -> None:
@@ -63,7 +69,7 @@ class Nearest(Solver):
     def solve(
         self, w_OI: Tensor, spec: Spec, stats: Mapping[Statistic, Tensor], clip: Clipped | Fixed | None = None
     ) -> Solution:
-        importance = stats[Fisher()] if self.importance == "fisher" else None
+        importance = self._importance(w_OI, stats)
         fit = clip or self.fit
         if self.outliers is None:
             return Solution(quantize(w_OI, spec, fit, importance, encode_before_storing=self.encode_before_storing))
@@ -80,3 +86,10 @@ class Nearest(Solver):
         rest = w_OI - q.dequantize().to(w_OI.dtype)
         side = side_terms(chosen.columns, rest[:, chosen.columns], chosen.elements, rest)
         return Solution(q, side=side, notes=chosen.notes)
+
+    def _importance(self, w_OI: Tensor, stats: Mapping[Statistic, Tensor]) -> Tensor | None:
+        """The weight of each element, ``[O, I]``; None: all equal."""
+        if self.importance == "none":
+            return None
+        found = stats[_WEIGHTED_BY[self.importance]]
+        return found if self.importance == "fisher" else mean_square(found).to(w_OI).expand_as(w_OI)

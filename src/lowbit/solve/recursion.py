@@ -121,7 +121,7 @@ def descend(
     kept: Kept | None,
     passes: int,
     block: int = 128,
-) -> None:
+) -> bool:
     """Coordinate descent over codes: lowers the loss of a solved weight further, one column of codes at a time.
 
     These are QuIP's greedy passes (arXiv:2307.13304) in a form that never raises the loss. Let ``S = Q - W``. The best value
@@ -141,6 +141,9 @@ def descend(
         kept: weights stored outside the codes; not changed.
         passes: most passes.
         block: columns between two updates of S H; changes speed only.
+
+    Returns:
+        Whether a code changed.
     """
     lift = damp * H.diagonal().mean()
     n = len(W) if kept is None else kept.rounded
@@ -150,6 +153,7 @@ def descend(
         torch.sub(grid.decode(codes_IO[i, :, None], bands.of_rows(b))[:, 0], W[i], out=S[i])
     if kept is not None:
         S += kept.value
+    ever = False
     for _ in range(passes):
         changed = False
         for i1 in range(0, n, block):
@@ -162,8 +166,10 @@ def descend(
             if better is None:
                 better = _descend(SH, h, grids, codes_IO[run], mask, W[run], S[run])
             changed |= better
+        ever |= changed
         if not changed:
-            return
+            break
+    return ever
 
 
 def _descend(SH: Tensor, H: Tensor, grids: Grids, codes_NO: Tensor, mask: Tensor | None, W: Tensor, S: Tensor) -> bool:

@@ -271,6 +271,7 @@ class Walk(Streams):
             reads_inputs=self.recipe.reads_inputs,
             caches=cache_layers(self.plan, i, block),
             keeps_latents=self.recipe.needs_latents,
+            given={path: self.given[name] for path in plan.formats if (name := f"{plan.name}.{path}") in self.given},
         )
 
     def _resume(self, i: int, call: Call | None) -> BlockRecord:

@@ -48,6 +48,7 @@ class Run:
         model: what the last Train stage left (float32, packed), or None: the model is the one that the walk left.
         notes: what stages found that the report should say.
         found: what stages found for the cache, by name of the module that attends.
+        given: as for :class:`Walk`.
     """
 
     plan: ModelPlan
@@ -61,6 +62,7 @@ class Run:
     model: PreTrainedModel | None = None
     notes: list[str] = field(default_factory=list)
     found: dict[str, CalibrationSpec] = field(default_factory=dict)
+    given: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         self.recipe = self.plan.recipe
@@ -72,6 +74,7 @@ class Run:
             progress=self.progress,
             drawn=self.drawn,
             held_out=self.held_out,
+            given=self.given,
         )
         self.rest = Rest(self.walk)
 

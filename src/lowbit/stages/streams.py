@@ -5,7 +5,8 @@ Shapes: T token, d channel of the residual stream, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,6 +37,8 @@ class Streams:
         ram_limit: bytes of activations kept in memory; beyond it they live in memory-mapped files in ``scratch``.
         drawn: ``ids`` are no text but tokens to compare by; a model whose blocks cannot run one at a time goes without.
         held_out: the number of windows at the end of ``ids`` that no step sees: the result is measured on them.
+        given: squares of the inputs of linears (:class:`~lowbit.numerics.SquareSum`) that were gathered elsewhere, by name; they
+            count instead of those of ``ids``.
     """
 
     plan: ModelPlan
@@ -46,6 +49,7 @@ class Streams:
     progress: Progress = silent
     drawn: bool = False
     held_out: int = 0
+    given: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         self.source, self.recipe, self.architecture = self.plan.source, self.plan.recipe, self.plan.architecture

@@ -21,7 +21,7 @@ from lowbit.architectures import Kind, Port, ResolvedBlock, ResolvedEdge, add_bi
 from lowbit.caches import PackedLayer
 from lowbit.modules import DraftLinear, LinearFormat, QuantLinear, make_drafts
 from lowbit.modules.draft_linear import for_gradients, no_fisher
-from lowbit.numerics import Fisher, Statistic, narrowed
+from lowbit.numerics import Fisher, SquareSum, Statistic, narrowed
 from lowbit.steps.collection import Collection
 from lowbit.transforms import ChannelTransform, Permute, Scale
 
@@ -115,6 +115,7 @@ class BlockContext:
         caches: empty layers of the cache, in the recipe's formats, by path of the attention module that has them; none where
             its keys and values stay as they are.
         keeps_latents: whether a later stage needs the weights that are rounded here.
+        given: squares of the inputs of linears that were gathered elsewhere, by path; they count instead of those of ``io``.
     """
 
     name: str
@@ -128,6 +129,7 @@ class BlockContext:
     reads_inputs: bool = True
     caches: Mapping[str, PackedLayer] = field(default_factory=dict)
     keeps_latents: bool = False
+    given: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -387,7 +389,9 @@ class BlockState:
         """All statistics for linear ``path``: those of its input, from :meth:`collect`, and those of its weight."""
         linear = self.block.get_submodule(path)
         fisher = linear.fisher if isinstance(linear, DraftLinear) else None
-        own = {} if fisher is None else {Fisher(): fisher}
+        own: dict[Statistic, Tensor] = {} if fisher is None else {Fisher(): fisher}
+        if path in self.context.given:
+            own[SquareSum()] = self.context.given[path]
         for shared in self.resolved.shared_inputs:
             if path in shared.readers:
                 return {**stats.get(shared.name, {}), **own}

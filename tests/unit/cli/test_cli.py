@@ -40,6 +40,7 @@ COMMANDS = (
     "explain",
     "methods",
     "recipes",
+    "imatrix",
     "inspect",
     "report",
     "recommend",
