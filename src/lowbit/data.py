@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lowbit.architectures import learned_positions
-from lowbit.generation import DataError, Sampling, is_generated, read_generated, write_tokens
+from lowbit.generation import DataError, Sampling, Strategy, is_generated, read_generated, write_tokens
 from lowbit.generation.tokens import special_ids, tokenizer_sha256, vocabulary
 from lowbit.rows import RowError, has_rows, texts_of
 from lowbit.surroundings import usable
@@ -37,7 +37,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?(:[\w.\-]*){0
 _HUB_TIMEOUT = 3  # seconds; how long a hub may take to answer before it counts as absent
 _FORMS = (
     "Expected python-docs, a text file, a file of rows (.jsonl, .json, .csv or .parquet with a column text or messages), "
-    "a hub dataset (wikitext2, or name:config:split:column), a directory of lowbit generate-data, or self."
+    "a hub dataset (wikitext2, or name:config:split:column), a directory of lowbit generate-data, or self, self:greedy, self:sampled."
 )
 MAX_PADDING = 0.5
 """Share of a window that may be padding."""
@@ -97,8 +97,8 @@ def load_text(spec: str | Sequence[str], split: Split = "calibration", tokenizer
         return _list_text(spec)
     if spec == PYTHON_DOCS:
         return _python_docs(split)
-    if spec == SELF:
-        raise TextError("self is text that the model writes; it needs a loaded model (calibration_set(model=...)).")
+    if own_strategy(spec) is not None:
+        raise TextError(f"{spec} is text that the model writes; it needs a loaded model (calibration_set(model=...)).")
     path = Path(spec).expanduser()
     if path.is_file():
         return _file_text(path, None, tokenizer)
@@ -116,6 +116,22 @@ def load_text(spec: str | Sequence[str], split: Split = "calibration", tokenizer
     if not _HUB_NAME.fullmatch(spec) or path.suffix in (".txt", ".raw", ".md", ".json", ".jsonl", ".csv", ".parquet"):
         raise TextError(f"{spec!r}: no such file.{hint} {_FORMS}")
     return _hub_text(spec, split, hint)
+
+
+def own_strategy(spec: str) -> Strategy | None:
+    """How a model is to write its own text where ``spec`` asks for that (``self``, ``self:STRATEGY``); None: it names another text.
+
+    Raises:
+        TextError: no such strategy.
+    """
+    head, colon, strategy = spec.partition(":")
+    if head != SELF or Path(spec).exists():
+        return None
+    if not colon:
+        return "hybrid"
+    if strategy not in get_args(Strategy):
+        raise TextError(f"{spec}: a model writes {', '.join(get_args(Strategy))} text, such as self:greedy.")
+    return strategy
 
 
 def _text(name: str, text: str, rows: Sequence[str] = ()) -> Text:
@@ -292,7 +308,7 @@ def calibration_set(
 
     Args:
         spec: as in :func:`load_text`; a directory of ``lowbit generate-data`` or a shard of it, whose very token ids are
-            used; or ``self``: texts that ``model`` writes.
+            used; or ``self``: texts that ``model`` writes (``self:STRATEGY``: of another strategy than hybrid).
         bos: as in :func:`bos_token`.
         vocab_size: where given, it is checked: a tokenizer of another model gives ids that the embedding does not have.
         model, seed: for ``self`` only.
@@ -305,13 +321,13 @@ def calibration_set(
     if seq_len < 2:
         raise TextError(f"windows of {seq_len} tokens were asked; a model predicts nothing from fewer than 2.")
     first, warnings = None if tokenizer is None else bos_token(tokenizer, bos), ()
-    if isinstance(spec, str) and spec == SELF:
+    if isinstance(spec, str) and (strategy := own_strategy(spec)) is not None:
         if model is None:
-            raise TextError("self: the calibration text is written by the model, so a loaded model is needed.")
+            raise TextError(f"{spec}: the calibration text is written by the model, so a loaded model is needed.")
         needed = max(samples, 1) * seq_len + held_out_windows(samples) * seq_len + further[0] * further[1]
         name, tokens = (
-            f"self (seed {seed})",
-            _own_tokens(model, tokenizer, needed, max(seq_len, further[1]), first, seed),
+            f"{spec} (seed {seed})",
+            _own_tokens(model, tokenizer, needed, max(seq_len, further[1]), first, Sampling(strategy, seed=seed)),
         )
     elif isinstance(spec, str) and is_generated(spec):
         name, tokens, warnings = _generated_tokens(spec, tokenizer)
@@ -340,10 +356,10 @@ def calibration_set(
     return Calibration(ids, name, ids_sha256(ids), held_out, beyond, warnings)
 
 
-def _own_tokens(model: Any, tokenizer: Any, count: int, seq_len: int, bos: int | None, seed: int) -> Tensor:
+def _own_tokens(model: Any, tokenizer: Any, count: int, seq_len: int, bos: int | None, how: Sampling) -> Tensor:
     """``count`` tokens that the model writes itself, one text of ``seq_len`` tokens at most behind another."""
     # One token more than the windows have: the first BOS of all is not among them.
-    texts = write_tokens(model, tokenizer, Sampling(seed=seed), count + 1, seq_len, bos=bos)
+    texts = write_tokens(model, tokenizer, how, count + 1, seq_len, bos=bos)
     return torch.tensor([id for batch in texts for text in batch for id in text.ids])
 
 
@@ -403,7 +419,7 @@ def calibration_of(
         made = _given_ids(text)
     else:
         _check_positions(source, seq_len)
-        own = source.load_full() if isinstance(text, str) and text == SELF else None
+        own = source.load_full() if isinstance(text, str) and own_strategy(text) else None
         tokenizer = source.tokenizer() if own is None else source.tokenizer_if_any()
         if further[0]:
             _check_positions(source, further[1])
