@@ -20,7 +20,7 @@ from lowbit.architectures import learned_positions
 from lowbit.generation import DataError, Sampling, is_generated, read_generated, write_tokens
 from lowbit.generation.tokens import special_ids, tokenizer_sha256, vocabulary
 from lowbit.surroundings import usable
-from lowbit.texts import SELF, TextError, load_text
+from lowbit.texts import TextError, load_text, own_strategy
 
 Bos = Literal["auto", "yes", "no"]
 
@@ -116,7 +116,7 @@ def calibration_set(
 
     Args:
         spec: as in :func:`load_text`; a directory of ``lowbit generate-data`` or a shard of it, whose very token ids are
-            used; or ``self``: texts that ``model`` writes.
+            used; or ``self``: texts that ``model`` writes (``self:STRATEGY``: of another strategy than hybrid).
         bos: as in :func:`bos_token`.
         vocab_size: where given, it is checked: a tokenizer of another model gives ids that the embedding does not have.
         model, seed: for ``self`` only.
@@ -129,13 +129,13 @@ def calibration_set(
     if seq_len < 2:
         raise TextError(f"windows of {seq_len} tokens were asked; a model predicts nothing from fewer than 2.")
     first, warnings = None if tokenizer is None else bos_token(tokenizer, bos), ()
-    if isinstance(spec, str) and spec == SELF:
+    if isinstance(spec, str) and (strategy := own_strategy(spec)) is not None:
         if model is None:
-            raise TextError("self: the calibration text is written by the model, so a loaded model is needed.")
+            raise TextError(f"{spec}: the calibration text is written by the model, so a loaded model is needed.")
         needed = max(samples, 1) * seq_len + held_out_windows(samples) * seq_len + further[0] * further[1]
         name, tokens = (
-            f"self (seed {seed})",
-            _own_tokens(model, tokenizer, needed, max(seq_len, further[1]), first, seed),
+            f"{spec} (seed {seed})",
+            _own_tokens(model, tokenizer, needed, max(seq_len, further[1]), first, Sampling(strategy, seed=seed)),
         )
     elif isinstance(spec, str) and is_generated(spec):
         name, tokens, warnings = _generated_tokens(spec, tokenizer)
@@ -164,10 +164,10 @@ def calibration_set(
     return Calibration(ids, name, ids_sha256(ids), held_out, beyond, warnings)
 
 
-def _own_tokens(model: Any, tokenizer: Any, count: int, seq_len: int, bos: int | None, seed: int) -> Tensor:
+def _own_tokens(model: Any, tokenizer: Any, count: int, seq_len: int, bos: int | None, how: Sampling) -> Tensor:
     """``count`` tokens that the model writes itself, one text of ``seq_len`` tokens at most behind another."""
     # One token more than the windows have: the first BOS of all is not among them.
-    texts = write_tokens(model, tokenizer, Sampling(seed=seed), count + 1, seq_len, bos=bos)
+    texts = write_tokens(model, tokenizer, how, count + 1, seq_len, bos=bos)
     return torch.tensor([id for batch in texts for text in batch for id in text.ids])
 
 
@@ -227,7 +227,7 @@ def calibration_of(
         made = _given_ids(text)
     else:
         _check_positions(source, seq_len)
-        own = source.load_full() if isinstance(text, str) and text == SELF else None
+        own = source.load_full() if isinstance(text, str) and own_strategy(text) else None
         tokenizer = source.tokenizer() if own is None else source.tokenizer_if_any()
         if further[0]:
             _check_positions(source, further[1])

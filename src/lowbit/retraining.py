@@ -35,7 +35,7 @@ from lowbit.stages.journal import Journal, settle
 from lowbit.stages.merge import merge
 from lowbit.stages.train import Training, plain_texts, training_text, whole_texts
 from lowbit.surroundings import own_settings
-from lowbit.texts import SELF
+from lowbit.texts import own_strategy
 from lowbit.training import Text, launched
 from lowbit.version import __version__
 
@@ -141,7 +141,7 @@ def prepare_training(
                 f"recipe {recipe.name!r} compares with the original model: name it with against= (--against ORIGINAL)"
             )
         stage.what.check(list(dict.fromkeys(layer.spec for name, layer in _in_blocks(source, layers).items())))
-    if isinstance(text, str) and text == SELF:
+    if isinstance(text, str) and own_strategy(text):
         raise ValueError(
             "a packed model writes no training text for itself; `lowbit generate-data ORIGINAL` writes some"
         )

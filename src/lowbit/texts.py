@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from lowbit.generation import is_generated
+from lowbit.generation import Strategy, is_generated
 from lowbit.rows import RowError, has_rows, texts_of
 
 Split = Literal["calibration", "evaluation"]
@@ -24,7 +24,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?(:[\w.\-]*){0
 _HUB_TIMEOUT = 3  # seconds; how long a hub may take to answer before it counts as absent
 _FORMS = (
     "Expected python-docs, a text file, a file of rows (.jsonl, .json, .csv or .parquet with a column text or messages), "
-    "a hub dataset (wikitext2, or name:config:split:column), a directory of lowbit generate-data, or self."
+    "a hub dataset (wikitext2, or name:config:split:column), a directory of lowbit generate-data, or self, self:greedy, self:sampled."
 )
 
 
@@ -61,8 +61,8 @@ def load_text(spec: str | Sequence[str], split: Split = "calibration", tokenizer
         return _list_text(spec)
     if spec == PYTHON_DOCS:
         return _python_docs(split)
-    if spec == SELF:
-        raise TextError("self is text that the model writes; it needs a loaded model (calibration_set(model=...)).")
+    if own_strategy(spec) is not None:
+        raise TextError(f"{spec} is text that the model writes; it needs a loaded model (calibration_set(model=...)).")
     path = Path(spec).expanduser()
     if path.is_file():
         return _file_text(path, None, tokenizer)
@@ -80,6 +80,22 @@ def load_text(spec: str | Sequence[str], split: Split = "calibration", tokenizer
     if not _HUB_NAME.fullmatch(spec) or path.suffix in (".txt", ".raw", ".md", ".json", ".jsonl", ".csv", ".parquet"):
         raise TextError(f"{spec!r}: no such file.{hint} {_FORMS}")
     return _hub_text(spec, split, hint)
+
+
+def own_strategy(spec: str) -> Strategy | None:
+    """How a model is to write its own text where ``spec`` asks for that (``self``, ``self:STRATEGY``); None: it names another text.
+
+    Raises:
+        TextError: no such strategy.
+    """
+    head, colon, strategy = spec.partition(":")
+    if head != SELF or Path(spec).exists():
+        return None
+    if not colon:
+        return "hybrid"
+    if strategy not in get_args(Strategy):
+        raise TextError(f"{spec}: a model writes {', '.join(get_args(Strategy))} text, such as self:greedy.")
+    return strategy
 
 
 def _text(name: str, text: str, rows: Sequence[str] = ()) -> Text:

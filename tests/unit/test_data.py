@@ -327,6 +327,16 @@ def test_a_models_own_text_is_what_the_generator_writes_and_more_of_it_to_measur
     assert torch.cat([made.ids, made.held_out]).flatten().tolist() == [id for text in texts for id in text][: 7 * 12]
 
 
+@pytest.mark.parametrize("strategy", ["hybrid", "sampled", "greedy"])
+def test_a_models_own_text_is_of_the_strategy_that_is_named(strategy, model):
+    made = calibration_set(f"self:{strategy}", None, 4, 12, model=model, seed=3)
+    texts = [text.ids for batch in write_tokens(model, None, Sampling(strategy, seed=3), 49, 12) for text in batch]
+    assert made.ids.flatten().tolist() == [id for text in texts for id in text][:48]
+    assert made.name == f"self:{strategy} (seed 3)"
+    with pytest.raises(TextError, match="a model writes greedy, sampled, hybrid text, such as self:greedy"):
+        calibration_set("self:warm", None, 4, 12, model=model)
+
+
 def test_windows_of_a_models_own_text_begin_with_bos_where_it_was_trained_so(model, tokenizer):
     wide = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "vocab_size": 257})).eval()
     made = calibration_set("self", tokenizer, 3, 12, model=wide)
