@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,9 @@ from lowbit.stages.stream import Stream
 from lowbit.steps import BlockIO, BlockState
 
 VOCABULARY = 128
+SOURCES = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "src")]
+"""Where Python finds tests and lowbit."""
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def tiny_llama(path: Path, *, blocks: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> Path:
@@ -107,3 +113,14 @@ def sqnr_db(wanted: Tensor, found: Tensor) -> float:
     """Signal to quantization noise, in decibels."""
     noise = (wanted.double() - found.double()).square().sum()
     return float(10 * torch.log10(wanted.double().square().sum() / noise.clamp(min=1e-300)))
+
+
+def launched_twice(
+    tmp_path: Path, script: str, config: str = "accelerate-two-processes.yaml"
+) -> subprocess.CompletedProcess[str]:
+    """Two processes of ``accelerate launch`` that run ``script``, started with a configuration of the documentation."""
+    (tmp_path / "work.py").write_text(script)
+    words = ["--config_file", str(DOCS / config), "--main_process_port", "0", str(tmp_path / "work.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(SOURCES)}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *words]
+    return subprocess.run(launch, env=environment, capture_output=True, text=True)

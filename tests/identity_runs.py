@@ -216,6 +216,7 @@ _SHORT: dict[str, dict[str, Any]] = {
     "rptq": {"clusters": 4, "activation_bits": 6},
     "rtn": {"group_size": 32},
     "smoothquant": {},
+    "spinquant": {"tokens": 96, "measures": 2, "kv_bits": 4},
     "spqr": {"greedy_passes": 0},
     "squeezellm": {"bits": 2},
     "wkvquant": {"group_size": 32, "epochs": 1, "ahead": 1},

@@ -57,6 +57,7 @@ OWN = {
     "onebit": {"normalize": False, "tokens": 0},
     "qllm": {"activation_bits": 8},
     "quarot": {"activation_bits": 8},
+    "spinquant": {"activation_bits": 8},
 }
 PAIR_OPTIONS = {"clip": False}  # a searched clipping has its own cell, under the method itself
 MIXED_ON = "llama grouped"

@@ -31,12 +31,13 @@ from lowbit.numerics import to_dict
 from lowbit.numerics.divergence import kl_and_agreement
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Recipe, Train, as_recipe
+from lowbit.stages.follow import follow_stages
 from lowbit.stages.journal import Journal, settle
 from lowbit.stages.merge import merge
 from lowbit.stages.train import Training, plain_texts, training_text, whole_texts
 from lowbit.surroundings import own_settings
 from lowbit.texts import own_strategy
-from lowbit.training import Text, launched
+from lowbit.training import Processes, Start, Text
 from lowbit.version import __version__
 
 _RELOAD_TOLERANCE = 1e-4  # relative squared difference of logits; equal up to the order of float32 sums
@@ -112,18 +113,21 @@ def prepare_training(
     bos: Bos = "auto",
     trust_remote_code: bool = False,
 ) -> TrainJob:
-    """Checks everything that can be known before weights are read. Arguments as of :func:`train`.
+    """Checks everything that can be known before weights are read.
+
+    Args:
+        checkpoint, recipe, text, out: as of :func:`train`.
+        against: the original model, for objectives and measurements that compare with it.
+        samples, seq_len, bos, trust_remote_code: as for :func:`lowbit.quantize`.
 
     Raises:
         ValueError: the first thing that is wrong, with what to do.
     """
     recipe, out = as_recipe(recipe), Path(out).expanduser().resolve()
-    stages = tuple(stage for stage in recipe.stages if isinstance(stage, Train))
+    stages = tuple(stage for stage in recipe.stages if isinstance(stage, Train) and not stage.finds_rotations)
     if not stages:
-        raise ValueError(f"recipe {recipe.name!r} has no stage that trains; `lowbit methods` lists those that do")
-    if launched() > 1:
         raise ValueError(
-            f"{launched()} processes were started, and training a checkpoint is one process; start it alone"
+            f"recipe {recipe.name!r} has no stage that trains a packed model; `lowbit methods` lists those that do"
         )
     settle(out)
     check_target(out)
@@ -162,13 +166,9 @@ def train(
     text: str | Sequence[str] | Tensor | Calibration = "python-docs",
     *,
     out: str | PathLike[str],
-    against: str | PathLike[str] | None = None,
-    samples: int = 32,
-    seq_len: int = 512,
-    bos: Bos = "auto",
     restart: bool = False,
-    trust_remote_code: bool = False,
     progress: Progress = silent,
+    **options: Any,
 ) -> TrainReport:
     """Runs the training stages of ``recipe`` on a packed checkpoint, in order. What packs in the recipe does not run, and the
     formats are those of the checkpoint.
@@ -180,36 +180,46 @@ def train(
         recipe: as for :func:`lowbit.quantize`.
         text: as the calibration of :func:`lowbit.quantize`: windows of it calibrate, some are held out, others are trained on.
         out: a new directory.
-        against: the original model, for objectives and measurements that compare with it.
-        samples, seq_len, bos: as for :func:`lowbit.quantize`.
+        options: ``against``, ``samples``, ``seq_len``, ``bos`` and ``trust_remote_code`` of :func:`prepare_training`.
         restart: discard an unfinished run of the same target instead of continuing it.
 
     Raises:
         ValueError: bad input, found before any work; a training that diverged. An interrupted run continues when repeated.
     """
-    job = prepare_training(
-        checkpoint,
-        recipe,
-        text,
-        out=out,
-        against=against,
-        samples=samples,
-        seq_len=seq_len,
-        bos=bos,
-        trust_remote_code=trust_remote_code,
+    return run_training(
+        prepare_training(checkpoint, recipe, text, out=out, **options), restart=restart, progress=progress
     )
-    return run_training(job, restart=restart, progress=progress)
 
 
 @own_settings()
 def run_training(job: TrainJob, *, restart: bool = False, progress: Progress = silent) -> TrainReport:
-    """The stages and all that follows them, for a request that has been checked."""
+    """The stages and all that follows them, for a request that has been checked.
+
+    Where a launcher started several processes, the first one does all of it, and the others take their share of the training.
+    """
+    if not Processes.here().first:
+        return _follow(job)
+    report = _alone(job, restart, progress)
+    Processes.here().tell(report)
+    return report
+
+
+def _alone(job: TrainJob, restart: bool, progress: Progress) -> TrainReport:
     journal = Journal(job.out, job.header)
     journal.open(restart=restart)
     try:
         return _run(job, journal, progress)
     finally:
         journal.close()
+
+
+def _follow(job: TrainJob) -> TrainReport:
+    """Takes part in every training of the first process; returns its report."""
+    setting = _Checkpoint(job, Journal(job.out, {}).directory)
+    follow_stages(
+        dict(enumerate(job.stages)), job.out, lambda number, journal: (setting, setting.files(journal, number))
+    )
+    return Processes.here().told()
 
 
 @dataclass
@@ -227,16 +237,27 @@ class _Checkpoint:
     def architecture(self) -> Any:
         return for_config(self.job.source.config)
 
+    def files(self, journal: Journal, number: int) -> list[Path]:
+        """The shards from which stage ``number`` starts: the checkpoint's, or those of the stage before."""
+        if not number:
+            return sorted({header.file for header in self.job.source.headers.values()})
+        return [journal.directory / file for file in journal.section(number - 1).files]
+
     def model(self, files: Sequence[Path]) -> PreTrainedModel:
         source = self.job.source
         if files[0].parent != self.directory:
             return native.load(files[0].parent, dtype=torch.float32, trust_remote_code=source.trust_remote_code)
-        names = [file.name for file in files]
-        native.write_checkpoint(self.directory, source.config, self.job.description, names, source.dtype)
+        if Processes.here().first:  # the others load what it wrote
+            names = [file.name for file in files]
+            native.write_checkpoint(self.directory, source.config, self.job.description, names, source.dtype)
         trust = source.trust_remote_code
         return native.load(self.directory, dtype=torch.float32, unfinished=True, trust_remote_code=trust)
 
-    def latents(self) -> Mapping[str, Tensor]:
+    def start(self, stage: Train, dtypes: Mapping[str, torch.dtype]) -> Start:
+        return Start(self._latents() if stage.needs_latents else {}, dtypes)
+
+    def _latents(self) -> dict[str, Tensor]:
+        """What the codes stand for, by name."""
         model: Any = native.load(self.job.source.path, trust_remote_code=self.job.source.trust_remote_code)
         restore(model)
         named = _in_blocks(self.job.source, dict(model.named_modules()))
@@ -262,14 +283,12 @@ class _Checkpoint:
 
 def _run(job: TrainJob, journal: Journal, progress: Progress) -> TrainReport:
     setting, warnings = _Checkpoint(job, journal.directory), [*job.warnings]
-    files = sorted({header.file for header in job.source.headers.values()})
-    before = setting.model(files)
+    before = setting.model(setting.files(journal, 0))
     model = None
     for number, stage in enumerate(job.stages):
-        section = journal.section(number)
-        model, notes = Training(stage, setting, files, section, progress).run()
+        files = setting.files(journal, number)
+        model, notes = Training(stage, setting, files, journal.section(number), progress).run()
         warnings.extend(notes)
-        files = [section.directory / file for file in section.files]
     assert model is not None
     measured = _measure(job, before, model, progress)
     return _finish(job, journal, TrainReport(job.out, job.recipe.name, *measured, warnings=tuple(warnings)), model)

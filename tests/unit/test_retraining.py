@@ -15,7 +15,7 @@ from lowbit.retraining import prepare_training
 from lowbit.stages import descent
 from lowbit.training import LatentWeights, NextToken, OriginalKL, StoredFloats
 
-from helpers import random_ids, tiny_llama
+from helpers import SOURCES, launched_twice, random_ids, tiny_llama
 
 QUIET = {"max_kl": 50.0, "allow_broken": True}
 
@@ -121,10 +121,54 @@ def test_stages_in_a_row_that_were_killed_end_in_the_same_bytes(packed, place, t
     assert (tmp_path / "whole" / "training-2.svg").read_bytes() == (tmp_path / "killed" / "training-2.svg").read_bytes()
 
 
+TRAINING = """
+import sys
+sys.path[:0] = {path!r}
+import torch
+torch.set_num_threads(1)
+import lowbit
+from unit.test_retraining import text, two_stages
+from lowbit.training import leads
+report = lowbit.train({base!r}, two_stages(batch=1), text(), out={out!r}, against={place!r})
+print("LOSS", leads(), report.loss)
+"""
+
+
+def two_stages(batch: int) -> Recipe:
+    """Latent weights, then what is stored, four windows a step."""
+    options = {"tokens": 256, "batch": batch, "accumulate": 4 // batch, "measures": 2}
+    stages = (
+        Train(LatentWeights(), OriginalKL(), lr=1e-3, **options),
+        Train(StoredFloats(), OriginalKL(), lr=5e-3, **options),
+    )
+    base = lowbit.recipe("rtn")
+    return Recipe("two", base.scheme, (*base.stages, *stages))
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_checkpoint_as_one_does(place, packed, tmp_path):
+    """The first one writes and reports; both train. The losses are those of one process, up to the order of sums."""
+    lowbit.train(packed["gptq"], two_stages(batch=4), text(), out=tmp_path / "one", against=place)
+    words = {"path": SOURCES, "base": str(packed["gptq"]), "place": str(place), "out": str(tmp_path / "two")}
+    done = launched_twice(tmp_path, TRAINING.format(**words))
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = sorted(line for line in done.stdout.splitlines() if line.startswith("LOSS"))
+    assert [line.split()[1] for line in told] == ["False", "True"] and told[0].split()[2] == told[1].split()[2]
+    for number in (1, 2):
+        files = [tmp_path / name / f"training-{number}.jsonl" for name in ("one", "two")]
+        one, two = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+        for a, b in zip(one, two, strict=True):
+            assert a["tokens"] == b["tokens"]
+            for name in ("loss", "held_out_kl"):
+                assert a[name] is None if b[name] is None else a[name] == pytest.approx(b[name], rel=1e-3)
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}
+    assert not (tmp_path / "two.partial").exists()
+
+
 @pytest.mark.parametrize(
     ("base", "recipe", "words"),
     [
-        ("gptq", "rtn", "has no stage that trains"),
+        ("gptq", "rtn", "has no stage that trains a packed model"),
         ("gptq", "llm-qat", r"compares with the original model: name it with against= \(--against ORIGINAL\)"),
         ("gptq", "qlora", "no layer of .* has any"),
         ("qlora", "efficientqat+nf4", "compares with the original"),

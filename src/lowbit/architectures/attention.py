@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lowbit.architectures.resolved import ResolvedBlock
-from lowbit.caches import PackedLayer, PackedStates, attend_packed, attend_simulated
+from lowbit.caches import CacheGradients, PackedLayer, PackedStates, attend_packed, attend_simulated
 from lowbit.modules import AttentionSpec, OperandRanges, attend
 
 IMPLEMENTATION = "lowbit"
@@ -100,7 +100,9 @@ def _attending(module: Any) -> Iterator[None]:
 
 
 @contextmanager
-def simulated_layers(module: nn.Module, layers: Mapping[int, PackedLayer]) -> Iterator[None]:
+def simulated_layers(
+    module: nn.Module, layers: Mapping[int, PackedLayer], gradients: CacheGradients = CacheGradients()
+) -> Iterator[None]:
     """While open, attention computes for a whole window, with gradients, what token-by-token decoding through a packed cache
     gives; see :mod:`lowbit.caches.simulated`.
 
@@ -110,6 +112,7 @@ def simulated_layers(module: nn.Module, layers: Mapping[int, PackedLayer]) -> It
         module: a model, or some blocks of one.
         layers: formats and coordinates of the cache's layers, by number. Attention modules with another number, such as those of
             sliding windows, attend as they do.
+        gradients: those of keys and values.
 
     Raises:
         ValueError: a layer that no attention module of a model has; a block without attention modules; attention that does not
@@ -126,7 +129,7 @@ def simulated_layers(module: nn.Module, layers: Mapping[int, PackedLayer]) -> It
     with ExitStack() as stack:
         for number, attention in attending.items():
             if number in layers and layers[number].packs:
-                stack.enter_context(_simulating(attention, layers[number]))
+                stack.enter_context(_simulating(attention, layers[number], gradients))
         yield
 
 
@@ -136,12 +139,12 @@ def _attends(module: Any) -> bool:
 
 
 @contextmanager
-def _simulating(module: Any, layer: PackedLayer) -> Iterator[None]:
+def _simulating(module: Any, layer: PackedLayer, gradients: CacheGradients) -> Iterator[None]:
     if attention_spec(module) is not None:
         raise ValueError(
             "a quantized cache and quantized operands of attention cannot be simulated together; leave one out"
         )
-    entry = _Simulated(layer)
+    entry = _Simulated(layer, gradients)
     setattr(module, _SIMULATED, entry)
     hook = module.register_forward_hook(entry.check)
     try:
@@ -155,8 +158,8 @@ def _simulating(module: Any, layer: PackedLayer) -> Iterator[None]:
 class _Simulated:
     """A simulated layer, and whether attention has come to it."""
 
-    def __init__(self, layer: PackedLayer):
-        self.layer, self.attended = layer, False
+    def __init__(self, layer: PackedLayer, gradients: CacheGradients):
+        self.layer, self.gradients, self.attended = layer, gradients, False
 
     def check(self, module: nn.Module, *_: Any) -> None:
         """After a forward pass of ``module``: attention of its own code would have read the cache as it is."""
@@ -185,6 +188,7 @@ class _Simulated:
             options.get("scaling"),
             softcap=options.get("softcap"),
             dropout=options.get("dropout") or 0.0,
+            gradients=self.gradients,
         )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from lowbit.architectures.resolved import ResolvedResidual
@@ -19,7 +20,10 @@ from lowbit.transforms import ChannelTransform
 
 
 def rotate_residual(
-    residual: ResolvedResidual, rotation: ChannelTransform, weights: Mapping[str, Tensor]
+    residual: ResolvedResidual,
+    rotation: ChannelTransform,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
     """The entries of a block's state_dict that change when the block reads and writes ``rotation.forward(h)``.
 
@@ -27,9 +31,10 @@ def rotate_residual(
         residual: the stream of the block.
         rotation: orthogonal, of the stream's width.
         weights: the block's state_dict with matrices ``[O, I]``, as in drafts; not changed.
+        dtype: of the products.
 
     Returns:
-        Entries in float64, so that the caller rounds once; gains become one.
+        Entries in ``dtype``, so that the caller rounds once; gains become one. Gradients reach the rotation.
 
     Raises:
         ValueError: the stream cannot be rotated; the message says why.
@@ -42,13 +47,13 @@ def rotate_residual(
         assert norm.norm and not norm.has_bias, (
             f"{norm.module} is not an RMSNorm, so a rotation does not commute with it"
         )
-        gain = weights[norm.weight].double() + norm.gain_offset
+        gain = weights[norm.weight].to(dtype) + norm.gain_offset
         changed[norm.weight] = gain.new_full(gain.shape, 1.0 - norm.gain_offset)
         for port in edge.consumers:
-            changed[port.weight], _ = rotation.fold_in(weights[port.weight].double() * gain, None)
+            changed[port.weight], _ = rotation.fold_in(weights[port.weight].to(dtype) * gain, None)
     for port in residual.writers:
-        bias = weights[port.bias].double() if port.has_bias else None
-        changed[port.weight], b = rotation.fold_out(weights[port.weight].double(), bias)
+        bias = weights[port.bias].to(dtype) if port.has_bias else None
+        changed[port.weight], b = rotation.fold_out(weights[port.weight].to(dtype), bias)
         if b is not None:
             changed[port.bias] = b
     return changed

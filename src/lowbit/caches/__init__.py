@@ -5,11 +5,12 @@ from lowbit.caches.cache import PackedCache, format_of
 from lowbit.caches.coordinates import Coordinates, calibrated_coordinates
 from lowbit.caches.fits import CacheFit, Extremes, Operands, SecondMoments
 from lowbit.caches.layer import PackedLayer
-from lowbit.caches.simulated import attend_simulated
+from lowbit.caches.simulated import CacheGradients, attend_simulated
 from lowbit.caches.states import PackedStates
 
 __all__ = [
     "CacheFit",
+    "CacheGradients",
     "Coordinates",
     "Extremes",
     "Operands",

@@ -5,7 +5,8 @@ window, and to itself as it is (or packed at once, where ``past_only`` is false)
 together, and every query reads exactly what it would read then. So a key is scored twice, as it is and as packed, and a mask says
 which of the two each query sees. A prompt that is read in one call is kinder than this: its tokens see each other as they are.
 
-Rounding passes gradients straight through. They also reach the ranges of tokens, and scales and shifts of coordinates.
+Rounding passes gradients straight through. They also reach the ranges of tokens, unless :class:`CacheGradients` says otherwise, and
+scales and shifts of coordinates.
 
 Positions are the tokens' numbers in the window: what a window hides at its start (left padding) is treated as tokens.
 
@@ -15,6 +16,7 @@ Shapes: B sequence, H query head, G key-value head, R query heads that share one
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +25,21 @@ from torch.nn.functional import dropout as drop
 from lowbit.caches.layer import PackedLayer
 from lowbit.caches.side import Side
 from lowbit.caches.tokens import fake_tokens
+from lowbit.numerics import Int, limited
+
+
+@dataclass(frozen=True)
+class CacheGradients:
+    """Which gradients pass the rounding of keys and values.
+
+    Attributes:
+        limit: of symmetric integers, no value of at least this magnitude has one; keys are meant as they are packed, before the
+            rotary embedding or behind it. None: all have gradients.
+        through_ranges: they also reach the values that set the range of a token; False: a range counts as constant.
+    """
+
+    limit: float | None = None
+    through_ranges: bool = True
 
 
 def attend_simulated(
@@ -35,6 +52,7 @@ def attend_simulated(
     *,
     softcap: float | None = None,
     dropout: float = 0.0,
+    gradients: CacheGradients = CacheGradients(),
 ) -> Tensor:
     """What attention gives for each token of a window that is decoded token by token through ``layer``: ``[B, T, H, D]`` in the
     query's dtype.
@@ -47,6 +65,7 @@ def attend_simulated(
         scaling: None: 1 / sqrt(D).
         softcap: bounds the scores to it by a tanh, before the mask.
         dropout: the share of probabilities that are set to zero.
+        gradients: those of keys and values.
 
     Raises:
         ValueError: other keys than those of the queries' own tokens.
@@ -60,7 +79,7 @@ def attend_simulated(
         )
     scale = dim**-0.5 if scaling is None else scaling
     (keys, key_packed_TS), (values, value_packed_TS) = (
-        _both(side, states, layer.spec.past_only)
+        _both(side, states, layer.spec.past_only, gradients)
         for side, states in zip(layer.sides, (key_BGSD, value_BGSD), strict=True)
     )
     query_BGXD = (query_BHTD * scale).reshape(batch, groups, -1, dim)
@@ -88,7 +107,7 @@ def _seen(score_BGRTS: Tensor, mask: Tensor | None) -> Tensor:
     return score_BGRTS + mask
 
 
-def _both(side: Side, x_BHTD: Tensor, past_only: bool) -> tuple[list[Tensor], Tensor | None]:
+def _both(side: Side, x_BHTD: Tensor, past_only: bool, gradients: CacheGradients) -> tuple[list[Tensor], Tensor | None]:
     """Tokens as they are, and as they are read once packed; and which are packed for each query, ``[T, S]``. Without the second
     and None if none of the window is packed while it is read."""
     length = x_BHTD.shape[2]
@@ -97,20 +116,27 @@ def _both(side: Side, x_BHTD: Tensor, past_only: bool) -> tuple[list[Tensor], Te
     if not counts or not counts[-1]:
         return [x_BHTD], None
     with torch.autocast(x_BHTD.device.type, enabled=False):
-        packed = as_packed(side, x_BHTD, counts[-1])
+        packed = as_packed(side, x_BHTD, counts[-1], gradients)
     token_S = torch.arange(length, device=x_BHTD.device)
     end_T1 = side.sink + torch.tensor(counts, device=x_BHTD.device)[:, None]
     return [x_BHTD, packed], (token_S >= side.sink) & (token_S < end_T1)
 
 
-def as_packed(side: Side, x_BHTD: Tensor, count: int) -> Tensor:
+def as_packed(side: Side, x_BHTD: Tensor, count: int, gradients: CacheGradients) -> Tensor:
     """Tokens ``[B, H, T, D]`` of which ``count`` behind the sinks are as ``side`` reads them once they are packed."""
     assert side.spec is not None
     start = side.sink
     waiting = next(number for number in itertools.count(1) if side.leaving(number))  # when the first ones are packed
     behind = side.turned(x_BHTD[:, :, start : start + max(count, waiting)], start, -1).float()
     coordinates = side.placed(behind[:, :, :waiting])
-    tokens_BHND = coordinates.forward(behind[:, :, :count])
-    rounded_BHND = fake_tokens(tokens_BHND, side.spec, coordinates.range, shared_heads=side.shared_heads)
+    symmetric = isinstance(side.spec.grid, Int) and side.spec.grid.symmetric
+    tokens_BHND = coordinates.forward(limited(behind[:, :, :count], gradients.limit if symmetric else None))
+    rounded_BHND = fake_tokens(
+        tokens_BHND,
+        side.spec,
+        coordinates.range,
+        shared_heads=side.shared_heads,
+        through_ranges=gradients.through_ranges,
+    )
     read = side.turned(coordinates.inverse(rounded_BHND), start, 1)
     return torch.cat([x_BHTD[:, :, :start], read.to(x_BHTD.dtype), x_BHTD[:, :, start + count :]], 2)

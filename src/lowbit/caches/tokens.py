@@ -227,12 +227,14 @@ class PackedTokens:
         self.zero = None if self.zero is None else self.zero.index_select(0, index)
 
 
-def fake_tokens(x_BHND: Tensor, spec: Spec, range_H2: Tensor | None, *, shared_heads: bool) -> Tensor:
+def fake_tokens(
+    x_BHND: Tensor, spec: Spec, range_H2: Tensor | None, *, shared_heads: bool, through_ranges: bool = True
+) -> Tensor:
     """Tokens, a whole number of blocks, as :class:`PackedTokens` restores them, float32. Gradients pass the rounding straight
-    through, and reach ranges; what has no scale that the format can store becomes NaN."""
+    through, and with ``through_ranges`` reach the values that set a range; what has no scale that the format can store becomes NaN."""
     x = x_BHND.float()
     if not isinstance(spec.granularity, PerTensor):
-        return _heads(fake_quantize(_rows(x, shared_heads), spec, TokenFit()), x.shape)
+        return _heads(fake_quantize(_rows(x, shared_heads), spec, TokenFit(), through_fit=through_ranges), x.shape)
     x_HK = x.transpose(0, 1)
     rounded_HK = spec.grid.fake(x_HK.flatten(1), _of_range(spec, range_H2, x.device))  # pyright: ignore[reportAttributeAccessIssue]
     return rounded_HK.view(x_HK.shape).transpose(0, 1)

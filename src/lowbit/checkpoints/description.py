@@ -18,7 +18,8 @@ schemes. Everything is written in sorted order: the same model gives the same by
 Version 2 is version 1 with layers that transform their output or have side terms. Version 3 is of models whose attention
 quantizes its operands, or whose residual stream is rotated between their first block and their last. Version 4 is of models
 with a quantized cache, version 5 of models with packed embeddings, version 6 of models whose layers' caches differ, version 7
-of models that carry what calibration found for their caches. Readers of an older version would pass these over, so the oldest
+of models that carry what calibration found for their caches, version 8 of models that store the rotation of their residual stream as a
+matrix ("StoredRotation", without a seed). Readers of an older version would pass these over, so the oldest
 that says everything is written.
 """
 
@@ -51,7 +52,7 @@ from lowbit.modules.quant_embedding import check_table
 from lowbit.numerics import check_types, from_dict, to_dict
 
 METHOD = "lowbit"
-VERSIONS = (1, 2, 3, 4, 5, 6, 7)
+VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ class ModelDescription:
     @property
     def version(self) -> int:
         """The oldest version of the native format that says everything."""
+        if self.residual is not None and self.residual.tensor is not None:
+            return 8
         if self.kv_calibration:
             return 7
         if self.kv_overrides:

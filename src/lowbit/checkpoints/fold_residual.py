@@ -19,6 +19,8 @@ from lowbit.architectures import for_config
 from lowbit.architectures.table import Architecture
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.packed_model import PackedLayer, PackedModel, PlainTensor
+from lowbit.modules import ResidualRotation, StoredRotation
+from lowbit.transforms import Rotate, Seeded
 
 
 def without_residual(description: ModelDescription, config: Any) -> ModelDescription:
@@ -55,15 +57,29 @@ def _parts(model: PackedModel, table: Architecture) -> Iterator[PackedLayer | Pl
     embedding, head, norm = f"{table.embed[0]}.weight", f"{table.head}.weight", f"{table.final_norm}.weight"
     offset = table.norms[0].gain_offset
     held: dict[str, Tensor] = {}
+    rotation = _rotation(model, residual)
     for part in model.parts():
+        if part.name == residual.tensor:
+            continue
         if not isinstance(part, PlainTensor) or part.name not in (embedding, head, norm):
             yield part
             continue
         held[part.name] = part.tensor
         if part.name == embedding:
-            yield PlainTensor(embedding, residual.rotation.forward(part.tensor.double()).to(part.tensor.dtype))
+            yield PlainTensor(embedding, rotation.forward(part.tensor.double()).to(part.tensor.dtype))
         elif part.name == norm:
             yield PlainTensor(norm, torch.full_like(part.tensor, 1.0 - offset))
     matrix = held.get(head, held[embedding])  # one matrix where they are tied
-    weight, _ = residual.rotation.fold_in(matrix.double() * (held[norm].double() + offset), None)
+    weight, _ = rotation.fold_in(matrix.double() * (held[norm].double() + offset), None)
     yield PlainTensor(head, weight.to(matrix.dtype))
+
+
+def _rotation(model: PackedModel, residual: ResidualRotation) -> Seeded | Rotate:
+    """The rotation itself: a stored one is looked for among the parts."""
+    if not isinstance(residual.rotation, StoredRotation):
+        return residual.rotation
+    for part in model.parts():
+        if part.name == residual.tensor:
+            assert isinstance(part, PlainTensor)
+            return Rotate(part.tensor)
+    raise AssertionError(f"{residual.tensor} is described and not there")

@@ -99,8 +99,12 @@ def command(
         carry_out(model, chosen, source, out, "native", running, as_json, started, **windows, **more)
         return
     from lowbit.retraining import prepare_training, run_training
+    from lowbit.training import leads
 
     job = prepare_training(model, chosen, source, out=out, against=against, **windows)
+    if not leads():  # a process that trains along says nothing
+        run_training(job)
+        return
     _announce(job, restart)
     with common.progress() as report:
         result = run_training(job, restart=restart, progress=report)

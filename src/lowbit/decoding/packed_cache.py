@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lowbit.architectures import IMPLEMENTATION, for_config, simulated_layers
-from lowbit.caches import Coordinates, PackedCache, PackedLayer, calibrated_coordinates, format_of
+from lowbit.caches import CacheGradients, Coordinates, PackedCache, PackedLayer, calibrated_coordinates, format_of
 from lowbit.caches.rotary import frequencies
 from lowbit.modules import KVFormats, KVRule, KVSpec, calibrations
 from lowbit.modules.kv_spec import LEAST_TOKENS
@@ -44,7 +44,9 @@ def packed_cache(
 
 
 @contextmanager
-def simulated_cache(model: nn.Module, formats: KVFormats) -> Iterator[None]:
+def simulated_cache(
+    model: nn.Module, formats: KVFormats, gradients: CacheGradients = CacheGradients()
+) -> Iterator[None]:
     """While open, ``model`` computes for whole windows, with gradients, what it gives token by token through a cache in
     ``formats``; see :func:`~lowbit.architectures.simulated_layers`.
 
@@ -54,7 +56,7 @@ def simulated_cache(model: nn.Module, formats: KVFormats) -> Iterator[None]:
     if not formats:
         yield
         return
-    with simulated_layers(model, packed_cache(model, formats.kv, formats.overrides).packed_layers):
+    with simulated_layers(model, packed_cache(model, formats.kv, formats.overrides).packed_layers, gradients):
         yield
 
 

@@ -33,7 +33,7 @@ def llm_qat(
     * activation_bits, kv_bits: a range for each token, in the cache for all heads, keys before their rotary embedding. 16: none.
     * tokens, seq_len: of training text (the authors: 100,000 texts of 2,048 tokens that the original wrote; --calibration self).
     * lr, batch, accumulate: of AdamW; the rate falls to zero along a cosine. batch windows at once, accumulate times.
-    * mask: no gradient reaches values of 2 and over, as in the authors' code. Gains of norms are trained too, embeddings are not.
+    * mask: no gradient reaches weights, inputs, keys and values of 2 and over, as in the authors' code. Gains are trained too.
     * amp, recompute: multiply in bfloat16 while training; run blocks again in the backward pass instead of keeping activations.
     * measures: how often the divergence is measured on held-out text; the best state is kept. The authors keep the last.
     """

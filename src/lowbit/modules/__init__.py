@@ -22,7 +22,16 @@ from lowbit.modules.kv_spec import KVFormats, KVRule, KVSpec, kv_formats, set_kv
 from lowbit.modules.linear_format import LinearFormat
 from lowbit.modules.quant_embedding import QuantEmbedding, scale_of
 from lowbit.modules.quant_linear import QuantLinear, kept_weights, prepare, restore
-from lowbit.modules.residual import ResidualRotation, residual_of, turn_residual, turned
+from lowbit.modules.residual import (
+    ResidualMatrix,
+    ResidualRotation,
+    StoredRotation,
+    hold_residual,
+    residual_of,
+    turn_residual,
+    turned,
+    turning,
+)
 from lowbit.modules.serialize_transforms import PartDescription, TensorInfo
 from lowbit.modules.validation import check_finite, check_tensors
 
@@ -41,8 +50,10 @@ __all__ = [
     "PartDescription",
     "QuantEmbedding",
     "QuantLinear",
+    "ResidualMatrix",
     "ResidualRotation",
     "SharedInput",
+    "StoredRotation",
     "TensorInfo",
     "attend",
     "cache_calibration",
@@ -52,6 +63,7 @@ __all__ = [
     "check_tensors",
     "fake_activation",
     "fake_quantize_activation",
+    "hold_residual",
     "kept_weights",
     "kv_formats",
     "make_drafts",
@@ -64,6 +76,7 @@ __all__ = [
     "static_params",
     "turn_residual",
     "turned",
+    "turning",
     "unmake_drafts",
     "weight_shape",
 ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.modules import serialize_transforms
-from lowbit.modules.validation import check_finite, check_positive
+from lowbit.modules.validation import check_finite, check_orthogonal, check_positive
 from lowbit.numerics import serializable
 
 CALIBRATION = "lowbit_cache"
@@ -25,8 +25,6 @@ BUFFERS = (
     "key_rotation", "key_scale", "key_shift", "key_range",
     "value_rotation", "value_scale", "value_shift", "value_range",
 )  # fmt: skip
-_ORTHOGONAL = 1e-3
-"""How far a rotation times its transpose may be from the identity."""
 
 
 @serializable
@@ -124,13 +122,7 @@ class CacheCalibration(nn.Module):
             if name.endswith("range") and not bool((buffer[:, 0] <= buffer[:, 1]).all()):
                 raise ValueError(f"{where} has a range that ends below its begin, found {buffer.tolist()!r:.100}")
             if name.endswith("rotation"):
-                product = buffer.double() @ buffer.double().mT
-                error = (product - torch.eye(buffer.shape[-1], dtype=torch.float64, device=buffer.device)).abs().max()
-                if not error < _ORTHOGONAL:
-                    raise ValueError(
-                        f"{where} is no rotation: times its transpose it differs from the identity by {error:.3g}, expected "
-                        f"less than {_ORTHOGONAL}"
-                    )
+                check_orthogonal(where, buffer)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CacheCalibration:
         return super()._apply(serialize_transforms.keeping_dtype(fn), recurse)

@@ -178,6 +178,7 @@ class DraftLinear(nn.Module):
                 quantized by those that this range will give; without it, by the range of each call.
             chosen: values that count instead of the attributes of that name, and that gradients may pass: weight, bias,
                 range_shares, rounding_offset, act_params, side_terms. ``inputs``: shared with the linears that read the same input.
+                ``exact``: true where the weight is not rounded.
         """
         before, self._simulation = self._simulation, self._simulate(transform, bounds_2I, chosen)
         try:
@@ -198,7 +199,9 @@ class DraftLinear(nn.Module):
         foreseen = None
         if bounds_2I is not None and form.act is not None and form.act.static:
             foreseen = static_params(form.act, bounds_2I if transform is None else transform.forward(bounds_2I))
-        restored = fake_quantize(weight, form.weight, chosen.get("range_shares", self.range_shares)).contiguous()
+        restored = weight
+        if not chosen.get("exact"):
+            restored = fake_quantize(weight, form.weight, chosen.get("range_shares", self.range_shares)).contiguous()
         side_terms = chosen.get("side_terms", self.side_terms)
         if form.act is None:  # one product for all
             for term in side_terms:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _LARGEST_SIZE = 2**24
 """Channels that no linear has; what is computed from a shape stays small below it."""
+ORTHOGONAL = 1e-3
+"""How far a rotation times its transpose may be from the identity."""
 _UNIT = 1e-2
 """How far the length of a row of a rotation may be from one; bfloat16 rounds by a quarter of it."""
 
@@ -182,6 +184,17 @@ def _check_quantized(tensors: Mapping[str, Tensor], spec: Spec, shape: tuple[int
         for name, value in unpack_params(tensors, spec, shape, prefix)._asdict().items():
             if value is not None:
                 check_finite(f"{prefix}{name}", value)
+
+
+def check_orthogonal(name: str, q: Tensor) -> None:
+    """Raises ValueError unless ``q`` ``[..., D, D]`` times its transpose is the identity, but for :data:`ORTHOGONAL`."""
+    product = q.double() @ q.double().mT
+    error = (product - torch.eye(q.shape[-1], dtype=torch.float64, device=q.device)).abs().max()
+    if not error < ORTHOGONAL:
+        raise ValueError(
+            f"{name} is no rotation: times its transpose it differs from the identity by {error:.3g}, expected less than "
+            f"{ORTHOGONAL}"
+        )
 
 
 def check_positive(name: str, tensor: Tensor) -> None:

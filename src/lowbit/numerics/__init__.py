@@ -4,7 +4,7 @@ Imports torch, numpy and pydantic, and numba where one of its loops runs; knows 
 """
 
 from lowbit.numerics.binary_coding import Alternating
-from lowbit.numerics.fake import fake_quantize, usual_fit
+from lowbit.numerics.fake import fake_quantize, limited, usual_fit
 from lowbit.numerics.fit import (
     Clipped,
     ClipSearch,
@@ -173,6 +173,7 @@ __all__ = [
     "fit_params",
     "fit_raw",
     "from_dict",
+    "limited",
     "mean_abs",
     "mean_square",
     "narrowed",

@@ -20,6 +20,11 @@ def usual_fit(grid: Grid) -> Fit:
     return next(fit for fit in (MinMax(), KMeans(), Alternating(), Unfitted()) if fit.why_not(grid) is None)
 
 
+def limited(x: Tensor, limit: float | None) -> Tensor:
+    """``x`` without gradients where its magnitude is ``limit`` or more."""
+    return x if limit is None else torch.where(x.abs() < limit, x, x.detach())
+
+
 def fake_quantize(x: Tensor, spec: Spec, fit: Fit | None = None, *, through_fit: bool = True) -> Tensor:
     """``x`` as ``spec`` restores it, in the dtype of ``x``.
 

@@ -32,7 +32,14 @@ from lowbit.architectures import (
 )
 from lowbit.caches import PackedCache, PackedLayer
 from lowbit.checkpoints.source import ModelSource, open_model
-from lowbit.modules import LinearDescription, LinearFormat, OperandRanges, ResidualRotation, weight_shape
+from lowbit.modules import (
+    LinearDescription,
+    LinearFormat,
+    OperandRanges,
+    ResidualRotation,
+    StoredRotation,
+    weight_shape,
+)
 from lowbit.plan.kept import KeepDtype, Kept
 from lowbit.plan.outside import OutsidePlan, plan_outside
 from lowbit.recipes import Recipe, as_recipe
@@ -95,7 +102,7 @@ class ModelPlan:
         architecture: its table.
         model: its skeleton on the meta device, experts unfused.
         blocks: in order.
-        rotation: of the residual stream; None: not rotated.
+        rotation: of the residual stream, without the matrix of a learned one; None: not rotated.
         kept: dtypes of what is not quantized.
     """
 
@@ -104,7 +111,7 @@ class ModelPlan:
     architecture: Architecture
     model: PreTrainedModel
     blocks: tuple[BlockPlan, ...]
-    rotation: Seeded | None
+    rotation: Seeded | StoredRotation | None
     kept: Kept
 
     @cached_property
@@ -336,6 +343,8 @@ def rest_of_block(plan: ModelPlan, block: BlockPlan) -> int:
     added = sum(block.shapes[path][0] for path in block.description.biases if path not in block.layers)
     ranges = (OperandRanges(spec, "meta") for spec in block.description.attention.values() if spec.heads is not None)
     stored = sum(buffer.nbytes for module in ranges for buffer in module.buffers())
+    if block is plan.blocks[0] and isinstance(plan.rotation, StoredRotation):
+        stored += 4 * plan.rotation.size**2
     return _stored_bytes(plan, state) + plan.kept.dtype.itemsize * added + stored
 
 

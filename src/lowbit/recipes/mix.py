@@ -17,7 +17,8 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
     Solve, weight format, feed and compute are those of the last recipe that has steps.
 
     Steps that fix static activation ranges follow all steps that transform channels. Rotations at run time follow all
-    folded transforms. The Blockwise stages become one; all other stages follow in order. Formats of activations and of
+    folded transforms. The Blockwise stages become one; stages that learn rotations for it come before, all others
+    follow in order. Formats of activations and of
     attention come from the first recipe that has them, those of the KV cache, with the stages that calibrate it, from the one
     that has some. If those activations take out no channels at run time and another recipe's do, the mix takes out channels too.
 
@@ -36,7 +37,10 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
                 f"{caches[0].name!r} and {each.name!r} both say how the KV cache is held, and differ: leave one out"
             )
     kv, kv_overrides = (None, ()) if caching is None else (caching.scheme.kv, caching.scheme.kv_overrides)
-    later = [stage for each in recipes for stage in each.stages if not (isinstance(stage, Blockwise) or stage.of_cache)]
+    others = [
+        stage for each in recipes for stage in each.stages if not (isinstance(stage, Blockwise) or stage.of_cache)
+    ]
+    first, later = ([stage for stage in others if stage.finds_rotations is early] for early in (True, False))
     later += () if caching is None else caching.cache_stages
     if not solving:
         return Recipe(name, Scheme(attention=attention, kv=kv, kv_overrides=kv_overrides), tuple(later))
@@ -59,7 +63,7 @@ def mix(name: str, recipes: Iterable[Recipe]) -> Recipe:
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     scheme = Scheme(_joined(name, last.scheme.rules, inputs), attention, kv, kv_overrides=kv_overrides)
-    return Recipe(name, scheme, (Blockwise(steps, last.feed, last.compute), *later), last.seed)
+    return Recipe(name, scheme, (*first, Blockwise(steps, last.feed, last.compute), *later), last.seed)
 
 
 def _taking_out(rule: FormatRule, threshold: float) -> FormatRule:

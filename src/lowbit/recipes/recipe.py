@@ -55,6 +55,8 @@ class Recipe:
                 raise ValueError(
                     f"{type(moved).__name__} would change the model whose cache was calibrated before: put it first"
                 )
+            if any(s.finds_rotations for s in self.stages) and self._blockwise is None:
+                raise ValueError("a stage learns rotations, and no stage Blockwise applies them")
             lengths = {stage.seq_len for stage in self.stages if isinstance(stage, Train) and stage.tokens}
             if len(lengths) > 1:
                 raise ValueError("stages of training read one text, so they have one seq_len; found several")
@@ -92,6 +94,11 @@ class Recipe:
     def compute(self) -> Compute:
         """The type of products while calibration text passes through the blocks."""
         return "auto" if self._blockwise is None else self._blockwise.compute
+
+    @property
+    def walk_number(self) -> int:
+        """The number of the Blockwise stage; 0 without one."""
+        return next((i for i, stage in enumerate(self.stages) if isinstance(stage, Blockwise)), 0)
 
     @property
     def _blockwise(self) -> Blockwise | None:

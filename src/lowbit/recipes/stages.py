@@ -16,7 +16,8 @@ from lowbit.scheme import Scheme
 from lowbit.steps import Freedom, Step
 from lowbit.steps.combination import check_attention_ranges, check_combination
 from lowbit.steps.precision import Compute
-from lowbit.training import AdamW, Objective, OneCycle, Schedule, Trainable
+from lowbit.steps.step import names_of
+from lowbit.training import AdamW, Objective, OneCycle, Optimizer, Schedule, Trainable
 
 
 @runtime_checkable
@@ -62,6 +63,11 @@ class Stage(Protocol):
     @property
     def adapts(self) -> bool:
         """Whether it leaves low-rank terms beside codes, which a later stage can train."""
+        ...
+
+    @property
+    def finds_rotations(self) -> bool:
+        """Whether it learns rotations for the stage Blockwise, and leaves the original model as it is."""
         ...
 
     def check(self, scheme: Scheme, before: Sequence[Stage]) -> None:
@@ -140,10 +146,28 @@ class Blockwise:
     def needs_latents(self) -> bool:
         return False
 
+    @property
+    def finds_rotations(self) -> bool:
+        return False
+
+    @property
+    def reads_rotations(self) -> bool:
+        """Whether its steps apply rotations that a stage before has learned."""
+        return any(step.reads_rotations for step in self.steps)
+
     def check(self, scheme: Scheme, before: Sequence[Stage]) -> None:
-        if before:
-            names = ", ".join(type(stage).__name__ for stage in before)
-            raise ValueError(f"Blockwise quantizes the original model and comes first; found it after {names}")
+        if late := [type(stage).__name__ for stage in before if not stage.finds_rotations]:
+            raise ValueError(
+                f"Blockwise quantizes the original model and comes first; found it after {', '.join(late)}"
+            )
+        if bool(before) != self.reads_rotations:
+            readers = names_of([step for step in self.steps if step.reads_rotations])
+            raise ValueError(
+                f"{readers} applies learned rotations, and no stage before learns any; put Train(Rotations()) first"
+                if readers
+                else "a stage learns rotations, and no step of Blockwise applies them; add RotateResidual(learned=True) as the first "
+                "step, or leave the stage out"
+            )
         weights = [rule.weight for rule in scheme.rules if rule.weight is not None]
         if not weights:
             raise ValueError("no rule of the scheme has a weight format, so nothing would be quantized")
@@ -196,7 +220,7 @@ class Train:
     lr: float = 2e-3
     batch: int = 2
     amp: bool = False
-    optimizer: AdamW = AdamW()
+    optimizer: Optimizer = AdamW()
     schedule: Schedule = OneCycle()
     tokens: int | None = None
     seq_len: int | None = None
@@ -253,7 +277,7 @@ class Train:
     @property
     def reads_original(self) -> bool:
         """Whether the original's hidden states on the calibration windows are read; further text is read by a whole original."""
-        return self.tokens is None
+        return self.tokens is None and not self.finds_rotations
 
     @property
     def learns(self) -> bool:
@@ -279,9 +303,20 @@ class Train:
     def needs_latents(self) -> bool:
         return self.what.needs_latents
 
+    @property
+    def finds_rotations(self) -> bool:
+        return self.what.finds_rotations
+
     def check(self, scheme: Scheme, before: Sequence[Stage]) -> None:
         name = type(self.what).__name__
-        if self.what.needs_packed and not before:
+        if self.what.finds_rotations and before:
+            raise ValueError(f"Train({name}()) learns rotations of the original model: put it first")
+        if self.what.finds_rotations != self.optimizer.rotates:
+            raise ValueError(
+                f"{type(self.optimizer).__name__} cannot move what {name} trains: rotations stay orthogonal under CayleySGD, and "
+                "everything else is moved by AdamW"
+            )
+        if self.what.needs_packed and not any(not stage.finds_rotations for stage in before):
             raise ValueError(f"Train({name}()) trains what a packed model stores; put it after Blockwise, which packs")
 
         if self.what.needs_adapters and not any(stage.adapts for stage in before):
@@ -347,6 +382,10 @@ class FitCache:
 
     @property
     def needs_latents(self) -> bool:
+        return False
+
+    @property
+    def finds_rotations(self) -> bool:
         return False
 
     def check(self, scheme: Scheme, before: Sequence[Stage]) -> None:

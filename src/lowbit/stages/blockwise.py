@@ -58,7 +58,7 @@ class Walk(Streams):
 
     def __post_init__(self):
         super().__post_init__()
-        self._originals = Originals(self.plan, self.model)
+        self._originals = Originals(self.plan, self.model, lambda: self.rotation)
         self.blocks = self._originals.blocks
         self.total = len(self.blocks)
         self.unfused_experts = has_unfused_experts(self.model)
@@ -272,6 +272,7 @@ class Walk(Streams):
             caches=cache_layers(self.plan, i, block),
             keeps_latents=self.recipe.needs_latents,
             given={path: self.given[name] for path in plan.formats if (name := f"{plan.name}.{path}") in self.given},
+            rotations=self.learned.of_block(plan.name),
         )
 
     def _resume(self, i: int, call: Call | None) -> BlockRecord:

@@ -74,6 +74,9 @@ class Descent:
         seed: of the order of windows.
         state: where the state is kept; None: a kill loses the training.
         curve: makes the record of steps, of which those up to a given one count; None: it is not kept.
+
+    Attributes:
+        parameters: what is trained, from :meth:`run` on.
     """
 
     model: nn.Module
@@ -86,6 +89,7 @@ class Descent:
     state: StateFile | None = None
     curve: Callable[[int | None], Curve] | None = None
     progress: Progress = silent
+    parameters: Parameters | None = field(default=None, init=False)
 
     def run(self) -> list[str]:
         """Trains; returns notes for the report.
@@ -93,7 +97,7 @@ class Descent:
         Raises:
             ValueError: the loss became NaN or Inf.
         """
-        parameters = self.stage.what.parameters(self.model.requires_grad_(False), self.start)
+        self.parameters = parameters = self.stage.what.parameters(self.model.requires_grad_(False), self.start)
         count, seq_len = self.text.ids_NT.shape
         steps = step_windows(self.stage, count, seq_len, self.seed)
         notes = list(parameters.notes)

@@ -7,8 +7,7 @@ file system.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,59 +23,33 @@ from lowbit.progress import silent
 from lowbit.recipes import Train
 from lowbit.stages.blockwise import read_latents
 from lowbit.stages.journal import Journal, Section
-from lowbit.stages.train import Training, plain_texts, training_text, whole_texts
+from lowbit.stages.rotations import BeforeWalk
+from lowbit.stages.train import Setting, Training
 from lowbit.stages.whole import fitted_cache
-from lowbit.training import Processes, Text
+from lowbit.training import Processes, Start
 
 
 @dataclass
-class Following:
-    """The setting of a Train stage in a process that only takes part in its steps.
+class Following(BeforeWalk):
+    """The setting of a Train stage behind Blockwise, in a process that only takes part in its steps.
 
     Args:
-        plan: the model and the recipe, as in the first process.
-        ids: calibration windows, and behind them ``held_out`` others.
-        further: windows of training text; None: there are none.
+        plan, ids, held_out, further: as of :class:`BeforeWalk`, and as in the first process.
         source: the section of the stage before, as the first process has it.
     """
 
-    plan: ModelPlan
-    ids: Tensor
-    held_out: int
-    further: Tensor | None
     source: Section
-
-    @property
-    def seed(self) -> int:
-        return self.plan.recipe.seed
-
-    @property
-    def architecture(self) -> Any:
-        return self.plan.architecture
 
     def model(self, files: Sequence[Path]) -> PreTrainedModel:
         trust = self.plan.source.trust_remote_code
         return native.load(self.source.directory, dtype=torch.float32, unfinished=True, trust_remote_code=trust)
 
-    def latents(self) -> Mapping[str, Tensor]:
-        return read_latents(self.source.directory, len(self.plan.blocks))
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        return self.plan.kept.dtype_of(name)
+    def start(self, stage: Train, dtypes: Mapping[str, torch.dtype]) -> Start:
+        blocks = len(self.plan.blocks)
+        return Start(read_latents(self.source.directory, blocks) if stage.needs_latents else {}, dtypes)
 
     def cache(self) -> KVFormats:
         return fitted_cache(self.plan.source, self.source, self.plan.recipe.scheme.cache)
-
-    @contextmanager
-    def texts(self, stage: Train) -> Iterator[tuple[Text, Text | None]]:
-        calibrated = len(self.ids) - self.held_out
-        ids = training_text(stage, self.ids[:calibrated], self.further)
-        held_out = self.ids[calibrated:]
-        yield (
-            whole_texts(stage, ids, held_out, self.plan.source.load_full)
-            if stage.compares
-            else plain_texts(ids, held_out)
-        )
 
 
 def follow(plan: ModelPlan, ids: Tensor, held_out: int, further: Tensor | None, out: Path) -> Any:
@@ -86,17 +59,34 @@ def follow(plan: ModelPlan, ids: Tensor, held_out: int, further: Tensor | None, 
         ids, held_out, further: as for :class:`Following`.
         out: the target of the run.
     """
-    processes = Processes.here()
-    for number, stage in enumerate(plan.recipe.stages):
-        if not isinstance(stage, Train):
-            continue
-        entries = processes.told()
+
+    def prepared(number: int, journal: Journal) -> tuple[Setting, list[Path]]:
+        if plan.recipe.stages[number].finds_rotations:
+            return BeforeWalk(plan, ids, held_out, further), []
+        source = journal.section(number - 1)
+        return Following(plan, ids, held_out, further, source), [source.directory / file for file in source.files]
+
+    trained = {number: stage for number, stage in enumerate(plan.recipe.stages) if isinstance(stage, Train)}
+    follow_stages(trained, out, prepared)
+    return Processes.here().told()
+
+
+def follow_stages(
+    stages: Mapping[int, Train], out: Path, prepared: Callable[[int, Journal], tuple[Setting, list[Path]]]
+) -> None:
+    """Takes part in training stages of the first process.
+
+    Args:
+        stages: by number, in order.
+        out: the target of its run.
+        prepared: of a stage's number and the first process's journal as it is then, what the stage is done to, and the shards that
+            it starts from.
+    """
+    for number, stage in stages.items():
+        entries = Processes.here().told()
         if entries is None:  # a continued run has trained already
             continue
         journal = Journal(out, {})  # read only: it is not opened
         journal.finished = entries
-        source = journal.section(number - 1)
-        setting = Following(plan, ids, held_out, further, source)
-        files = [source.directory / file for file in source.files]
+        setting, files = prepared(number, journal)
         Training(stage, setting, files, journal.section(number), silent).take_part()
-    return processes.told()

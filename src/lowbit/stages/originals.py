@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -9,10 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowbit.architectures import block_modules, rotate_residual
-from lowbit.modules import make_drafts
+from lowbit.modules import hold_residual, make_drafts
 from lowbit.numerics import narrowed
 from lowbit.plan.model_plan import ModelPlan
-from lowbit.transforms import Seeded
+from lowbit.transforms import Rotate, Seeded
 
 
 @dataclass
@@ -22,10 +23,12 @@ class Originals:
     Args:
         plan: says what they are.
         model: their weights are there from :meth:`load` on, until the caller puts something else in a block's place.
+        rotation: gives that of the residual stream, or None. One that no seed makes is kept with the first block.
     """
 
     plan: ModelPlan
     model: PreTrainedModel
+    rotation: Callable[[], Seeded | Rotate | None]
     _loaded: set[int] = field(default_factory=set)
 
     def __post_init__(self):
@@ -36,8 +39,10 @@ class Originals:
         if i not in self._loaded:
             self.plan.source.load_into(self.model, self.plan.blocks[i].name)
             make_drafts(self.blocks[i], self.plan.blocks[i].resolved.linears)
-            if self.plan.rotation is not None:
-                self._fold(i, self.plan.rotation)
+            if (rotation := self.rotation()) is not None:
+                self._fold(i, rotation)
+            if not i and isinstance(rotation, Rotate):
+                hold_residual(self.blocks[i], rotation.size).get_buffer("rotation").copy_(rotation.q)
             self._loaded.add(i)
         return self.blocks[i]
 
@@ -51,7 +56,7 @@ class Originals:
             if key not in packed and value.is_floating_point():
                 value.copy_(narrowed(f"{plan.name}.{key}", value, kept.dtype_of(f"{plan.name}.{key}")))
 
-    def _fold(self, i: int, rotation: Seeded) -> None:
+    def _fold(self, i: int, rotation: Seeded | Rotate) -> None:
         """Rotates the residual stream of block i. What stays unquantized is rounded to the dtype that it had."""
         plan = self.plan.blocks[i]
         packed = {f"{path}.weight" for path in plan.formats}

@@ -15,6 +15,7 @@ from lowbit.modules import (
     LinearDescription,
     OperandRanges,
     QuantLinear,
+    ResidualMatrix,
 )
 from lowbit.numerics import from_dict, narrowed, to_dict
 from lowbit.plan.kept import Kept
@@ -58,7 +59,7 @@ class BlockRecord:
 
 def as_stored(block: nn.Module) -> set[str]:
     """Paths of the block's modules whose tensors are stored in their own dtypes."""
-    kinds = (QuantLinear, OperandRanges, CacheCalibration)
+    kinds = (QuantLinear, OperandRanges, CacheCalibration, ResidualMatrix)
     return {path for path, module in block.named_modules() if isinstance(module, kinds)}
 
 

@@ -23,6 +23,7 @@ from lowbit.stages.blockwise import Walk
 from lowbit.stages.fit_cache import CacheFitting, combined
 from lowbit.stages.journal import Journal, Section
 from lowbit.stages.rest import Rest
+from lowbit.stages.rotations import BeforeWalk, RotationTraining
 from lowbit.stages.train import AfterWalk, Training
 from lowbit.stages.whole import fitted_cache, read_back, write_as_it_is
 
@@ -136,6 +137,12 @@ def _blockwise(run: Run, number: int, stage: Blockwise) -> None:
 
 def _train(run: Run, number: int, stage: Train) -> None:
     section = run.journal.section(number)
+    if stage.finds_rotations:
+        assert run.ids is not None
+        before = BeforeWalk(run.plan, run.ids, run.held_out, run.further)
+        run.walk.learned, notes = RotationTraining(stage, before, (), section, run.progress).learn()
+        run.notes.extend(notes)
+        return
     run.model = None  # the one before is on disk
     source = run.journal.section(number - 1)
     files = [source.directory / file for file in source.files]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit.architectures import IMPLEMENTATION
-from lowbit.modules import turned
+from lowbit.modules import StoredRotation, turned
 from lowbit.parallel import each
 from lowbit.plan.model_plan import ModelPlan
 from lowbit.plan.outside import OutsidePlan
@@ -25,6 +25,8 @@ from lowbit.stages.outside import narrowed_outside, pack_outside, replaced
 from lowbit.stages.store import ActivationStore
 from lowbit.stages.stream import Call, Stream, outside
 from lowbit.steps.precision import products
+from lowbit.training import LearnedRotations
+from lowbit.transforms import Rotate, Seeded
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Streams:
         held_out: the number of windows at the end of ``ids`` that no step sees: the result is measured on them.
         given: squares of the inputs of linears (:class:`~lowbit.numerics.SquareSum`) that were gathered elsewhere, by name; they
             count instead of those of ``ids``.
+        learned: the rotations that a stage before has learned; set before blocks are loaded.
     """
 
     plan: ModelPlan
@@ -50,16 +53,32 @@ class Streams:
     drawn: bool = False
     held_out: int = 0
     given: Mapping[str, Tensor] = field(default_factory=dict)
+    learned: LearnedRotations = LearnedRotations()
 
     def __post_init__(self):
         self.source, self.recipe, self.architecture = self.plan.source, self.plan.recipe, self.plan.architecture
         attends = None if self.recipe.scheme.attention is None else IMPLEMENTATION
         self.model: PreTrainedModel = self.source.skeleton(unfuse=True, attn_implementation=attends)
-        self.rotation = self.plan.rotation
-        self.section = self.journal.section(0)  # Blockwise comes first
+        self.section = self.journal.section(self.recipe.walk_number)
         self.store = ActivationStore(self.ram_limit, self.scratch or self.journal.directory / "scratch")
         self.stream: Stream | None = None
         self._numbers: dict[str, range] = {}  # the windows of each array
+
+    @property
+    def rotation(self) -> Seeded | Rotate | None:
+        """The rotation of the residual stream; None: it is not rotated.
+
+        Raises:
+            ValueError: it is a learned one, and none was learned.
+        """
+        planned = self.plan.rotation
+        if not isinstance(planned, StoredRotation):
+            return planned
+        if self.learned.residual is None:
+            raise ValueError(
+                f"recipe {self.recipe.name!r} learns its rotations in a whole run alone: use lowbit quantize"
+            )
+        return Rotate(self.learned.residual)
 
     @property
     def calibrated(self) -> int:

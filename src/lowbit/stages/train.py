@@ -31,7 +31,7 @@ from lowbit.stages.descent import Descent, StateFile
 from lowbit.stages.journal import Section
 from lowbit.stages.whole import fitted_cache, read_back
 from lowbit.steps.precision import has_bfloat16
-from lowbit.training import Answer, Curve, Processes, Start, StoredAnswers, Text, draw_curve
+from lowbit.training import Answer, Curve, Parameters, Processes, Start, StoredAnswers, Text, draw_curve
 
 Texts = AbstractContextManager[tuple[Text, Text | None]]
 """The text to train on, and the one to measure on, or None; open while they are read."""
@@ -54,8 +54,8 @@ class Setting(Protocol):
         """The packed model that these shards make, everything else in float32."""
         ...
 
-    def latents(self) -> Mapping[str, Tensor]:
-        """Where latent weights of packed linears start, ``[O, I]`` float32, by name."""
+    def start(self, stage: Train, dtypes: Mapping[str, torch.dtype]) -> Start:
+        """What the parameters of ``stage`` start from; ``dtypes``: those in which vectors are stored, by name."""
         ...
 
     def dtype_of(self, name: str) -> torch.dtype:
@@ -80,6 +80,9 @@ class Training:
         setting: what it is done to.
         source: the shards of the model to train.
         section: where the trained shards go.
+
+    Attributes:
+        parameters: what was trained, once it has been.
     """
 
     stage: Train
@@ -87,6 +90,7 @@ class Training:
     source: Sequence[Path]
     section: Section
     progress: Progress
+    parameters: Parameters | None = None
 
     def run(self) -> tuple[PreTrainedModel, list[str]]:
         """Trains, unless the journal has all shards; the model as its shards make it (float32, packed), and notes."""
@@ -136,15 +140,19 @@ class Training:
                 self.stage,
                 text,
                 held_out,
-                Start(setting.latents() if self.stage.needs_latents else {}, kept),
+                setting.start(self.stage, kept),
                 block_modules(model, setting.architecture),
                 setting.seed,
                 StateFile(self._path("state"), partial(self.section.journal.place, self._path("state").name)),
                 partial(Curve, self._path("jsonl"), self._path("tensorboard")),
                 self.progress,
             )
-            with simulated_cache(model, setting.cache() if self.stage.cache else KVFormats()):
-                return notes + descent.run()
+            cache = setting.cache() if self.stage.cache else KVFormats()
+            with simulated_cache(model, cache, self.stage.what.cache_gradients):
+                notes += descent.run()
+                self.parameters = descent.parameters
+        Processes.here().meet()  # the first one writes over what the others load
+        return notes
 
     def _stored(self, text: Text, kind: str, notes: list[str] | None = None) -> Text:
         """``text`` with the original's likeliest tokens, which a file keeps, in place of the original; ``notes`` gets what that
@@ -197,8 +205,8 @@ class AfterWalk:
     def model(self, files: Sequence[Path]) -> PreTrainedModel:
         return read_back(self.walk.plan, self.source, self.described, [file.name for file in files])
 
-    def latents(self) -> Mapping[str, Tensor]:
-        return self.walk.latents()
+    def start(self, stage: Train, dtypes: Mapping[str, torch.dtype]) -> Start:
+        return Start(self.walk.latents() if stage.needs_latents else {}, dtypes)
 
     def dtype_of(self, name: str) -> torch.dtype:
         return self.walk.plan.kept.dtype_of(name)

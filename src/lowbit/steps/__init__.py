@@ -12,7 +12,15 @@ from lowbit.steps.objectives import BlockMSE, CrossBlockMAE
 from lowbit.steps.parametrizations import AllWeights, ClipShares, Rounding, Scales, Shifts, StepSizes
 from lowbit.steps.ranges import LearnedStepSizes, SearchActivationRange
 from lowbit.steps.reassembly import SearchReassembly
-from lowbit.steps.rotation import RotateInputs, RotateResidual
+from lowbit.steps.rotation import (
+    RotateInputs,
+    RotateResidual,
+    drawn_heads,
+    drawn_input,
+    drawn_residual,
+    folded_heads,
+    rotated_at_run_time,
+)
 from lowbit.steps.rules import Balance, Midpoint, Ones, OwnGain, Smooth
 from lowbit.steps.search import MeanAbsPower, Search, SearchClip, SmoothPowers, Thresholds
 from lowbit.steps.search_float import SearchFloat
@@ -69,4 +77,9 @@ __all__ = [
     "Step",
     "StepSizes",
     "Thresholds",
+    "drawn_heads",
+    "drawn_input",
+    "drawn_residual",
+    "folded_heads",
+    "rotated_at_run_time",
 ]

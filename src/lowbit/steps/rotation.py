@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lowbit.architectures import Kind, ResolvedBlock, ResolvedEdge, ResolvedResidual
+from lowbit.modules import StoredRotation
 from lowbit.numerics import serializable
 from lowbit.steps.effects import TRANSFORMING, BlockDescription, Freedom, MixOrder
 from lowbit.steps.state import BlockState
@@ -26,24 +27,33 @@ _HEADS = "v_o"
 @serializable
 @dataclass(frozen=True)
 class RotateResidual(Step):
-    """One random Hadamard rotation of the residual stream, folded into every block before its first step.
+    """One random Hadamard rotation of the residual stream, or a learned one, folded into every block before its first step.
 
     The gains of norms move into the weights after them. All other steps see the rotated model, so this step comes
     first. The walk, which holds the blocks, folds the rotation and rotates the stream before the first block and back
     after the last. Where the architecture's norms do not commute with a rotation, nothing is rotated and the report
     says why.
+
+    Args:
+        learned: the rotation is the one that a stage before found (SpinQuant, arXiv:2405.16406). The model stores it.
     """
+
+    learned: bool = False
 
     @property
     def kinds(self) -> frozenset[Kind]:
         return frozenset({Kind.ROTATE})
 
     @property
+    def reads_rotations(self) -> bool:
+        return self.learned
+
+    @property
     def rotates_residual(self) -> bool:
         return True
 
-    def residual_rotation(self, width: int, seed: int) -> Seeded:
-        return RandomHadamard(seed_of(seed, "residual", "") >> 31, width)  # 32 bits: every JSON reader holds it
+    def residual_rotation(self, width: int, seed: int) -> Seeded | StoredRotation:
+        return StoredRotation(width) if self.learned else drawn_residual(width, seed)
 
     def run(self, state: BlockState) -> None:
         if not state.context.rotated:
@@ -62,10 +72,15 @@ class RotateInputs(Step):
 
     Args:
         heads: how the input of the output projection is rotated. ``"folded"``: each head by itself, folded into values
-            and projection where an edge carries it. ``"all"``: all heads together, at run time.
+            and projection where an edge carries it. ``"all"``: all heads together, at run time. ``"learned"``: folded, and the
+            rotation is the one that a stage before found (SpinQuant, arXiv:2405.16406).
     """
 
-    heads: Literal["folded", "all"] = "folded"
+    heads: Literal["folded", "all", "learned"] = "folded"
+
+    @property
+    def reads_rotations(self) -> bool:
+        return self.heads == "learned"
 
     @property
     def kinds(self) -> frozenset[Kind]:
@@ -85,8 +100,8 @@ class RotateInputs(Step):
 
     def describe(self, block: BlockDescription) -> BlockDescription:
         transformed = [path for path, layer in block.layers.items() if layer.pre]
-        edges = list(self._folded(block.resolved, block.layers, transformed))
-        for _, readers in self._rotated(block.resolved, block.layers, block.rotated, edges):
+        edges = self._folded(block.resolved, block.layers, transformed)
+        for _, readers in rotated_at_run_time(block.resolved, block.layers, block.rotated, edges):
             layers = {path: block.layers[path] for path in readers}
             block = block.changed(
                 {path: layer.running(RandomHadamard(0, layer.shape[1])) for path, layer in layers.items()}
@@ -95,40 +110,73 @@ class RotateInputs(Step):
 
     def run(self, state: BlockState) -> None:
         drafts = state.drafts
-        edges = list(self._folded(state.resolved, drafts, {path for path, draft in drafts.items() if draft.pre}))
+        edges = self._folded(state.resolved, drafts, {path for path, draft in drafts.items() if draft.pre})
         for edge in edges:
-            assert edge.within is not None
-            state.commit(edge, Rotate.hadamard(edge.within, seed_of(state.seed, "heads", edge.name)), Kind.ROTATE)
-        for name, readers in self._rotated(state.resolved, drafts, state.context.rotated, edges):
+            learned = self.heads == "learned"
+            rotation = state.context.rotations[edge.name] if learned else drawn_heads(edge, state.seed)
+            state.commit(edge, rotation, Kind.ROTATE)
+        for name, readers in rotated_at_run_time(state.resolved, drafts, state.context.rotated, edges):
             width = drafts[readers[0]].weight.shape[1]
             for path in readers:
-                state.transform(path, RandomHadamard(seed_of(state.seed, "input", name), width))
+                state.transform(path, drawn_input(name, width, state.seed))
 
     def _folded(
         self, resolved: ResolvedBlock, formats: Iterable[str], transformed: Iterable[str]
-    ) -> Iterator[ResolvedEdge]:
-        """Edges from values to projections that are to be quantized and do not transform their input yet."""
-        wanted = set(formats) - set(transformed)
-        for edge in resolved.edges if self.heads == "folded" else ():
-            if edge.name == _HEADS and Kind.ROTATE in edge.carries and wanted >= {p.module for p in edge.consumers}:
-                yield edge
+    ) -> list[ResolvedEdge]:
+        return [] if self.heads == "all" else folded_heads(resolved, formats, transformed)
 
-    @staticmethod
-    def _rotated(
-        resolved: ResolvedBlock, formats: Iterable[str], rotated: bool, folded: Iterable[ResolvedEdge]
-    ) -> Iterator[tuple[str, list[str]]]:
-        """The name of each input that is rotated at run time, and its readers that are to be quantized."""
-        done = {name for edge in folded for name in edge.inputs} | (resolved.residual.inputs if rotated else set())
-        chosen = set(formats)
-        for shared in resolved.shared_inputs:
-            readers = [path for path in shared.readers if path in chosen]
-            if readers and shared.name not in done:
-                yield shared.name, readers
+
+def folded_heads(
+    resolved: ResolvedBlock, formats: Iterable[str], transformed: Iterable[str] = ()
+) -> list[ResolvedEdge]:
+    """Edges across which heads are rotated: from values to projections that are among the quantized linears ``formats`` and do not
+    transform their input yet."""
+    wanted = set(formats) - set(transformed)
+    return [
+        edge
+        for edge in resolved.edges
+        if edge.name == _HEADS and Kind.ROTATE in edge.carries and wanted >= {p.module for p in edge.consumers}
+    ]
+
+
+def rotated_at_run_time(
+    resolved: ResolvedBlock, formats: Iterable[str], rotated: bool, folded: Iterable[ResolvedEdge]
+) -> Iterator[tuple[str, list[str]]]:
+    """The name of each input that is rotated at run time, and its readers that are to be quantized.
+
+    Args:
+        resolved: the table on a block.
+        formats: paths of the linears to be quantized.
+        rotated: whether the residual stream is rotated.
+        folded: edges across which heads are rotated.
+    """
+    done = {name for edge in folded for name in edge.inputs} | (resolved.residual.inputs if rotated else set())
+    chosen = set(formats)
+    for shared in resolved.shared_inputs:
+        readers = [path for path in shared.readers if path in chosen]
+        if readers and shared.name not in done:
+            yield shared.name, readers
+
+
+def drawn_residual(width: int, seed: int) -> Seeded:
+    """A random Hadamard rotation of a residual stream; ``seed`` is the recipe's. Learning starts with it, too."""
+    return RandomHadamard(seed_of(seed, "residual", "") >> 31, width)  # 32 bits: every JSON reader holds it
+
+
+def drawn_heads(edge: ResolvedEdge, seed: int) -> Rotate:
+    """A random Hadamard rotation of each head at ``edge``; ``seed`` is the block's. Learning starts with it, too."""
+    assert edge.within is not None
+    return Rotate.hadamard(edge.within, seed_of(seed, "heads", edge.name))
+
+
+def drawn_input(name: str, width: int, seed: int) -> RandomHadamard:
+    """The rotation of the input ``name`` at run time; ``seed`` is the block's."""
+    return RandomHadamard(seed_of(seed, "input", name), width)
 
 
 def residual_rotation(
     steps: Sequence[Step], blocks: Iterable[ResolvedResidual], width: int, seed: int
-) -> Seeded | None:
+) -> Seeded | StoredRotation | None:
     """The rotation of the residual stream through ``blocks``, or None if no step has one or a block forbids it.
 
     Args:

@@ -23,7 +23,7 @@ from lowbit.modules import DraftLinear, LinearFormat, QuantLinear, make_drafts
 from lowbit.modules.draft_linear import for_gradients, no_fisher
 from lowbit.numerics import Fisher, SquareSum, Statistic, narrowed
 from lowbit.steps.collection import Collection
-from lowbit.transforms import ChannelTransform, Permute, Scale
+from lowbit.transforms import ChannelTransform, Permute, Rotate, Scale
 
 Stats = Mapping[Statistic, Tensor]
 
@@ -116,6 +116,7 @@ class BlockContext:
             its keys and values stay as they are.
         keeps_latents: whether a later stage needs the weights that are rounded here.
         given: squares of the inputs of linears that were gathered elsewhere, by path; they count instead of those of ``io``.
+        rotations: those that a stage before has learned, by name of the edge across which they are folded.
     """
 
     name: str
@@ -130,6 +131,7 @@ class BlockContext:
     caches: Mapping[str, PackedLayer] = field(default_factory=dict)
     keeps_latents: bool = False
     given: Mapping[str, Tensor] = field(default_factory=dict)
+    rotations: Mapping[str, Rotate] = field(default_factory=dict)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowbit.modules import ActSpec
+from lowbit.modules import ActSpec, StoredRotation
 from lowbit.numerics import Spec, Statistic
 from lowbit.steps.effects import BlockDescription, Effects, Freedom
 from lowbit.transforms import Seeded
@@ -135,9 +135,14 @@ class Step(Effects):
         """
         return False
 
-    def residual_rotation(self, width: int, seed: int) -> Seeded:
+    def residual_rotation(self, width: int, seed: int) -> Seeded | StoredRotation:
         """The rotation of a residual stream of ``width`` channels, folded into every block before the first step."""
         raise NotImplementedError
+
+    @property
+    def reads_rotations(self) -> bool:
+        """Whether it applies rotations that a stage before has learned."""
+        return False
 
     def places_weight(self, spec: Spec) -> bool:
         """Whether it chooses a range for each granule of weights in this format."""

@@ -18,19 +18,21 @@ from lowbit.training.objectives import (
     ReverseKL,
     Text,
 )
-from lowbit.training.optimizers import AdamW, Cosine, OneCycle, Schedule
+from lowbit.training.optimizers import AdamW, CayleySGD, Cosine, OneCycle, Optimizer, Schedule
 from lowbit.training.processes import Processes, launched, leads
 from lowbit.training.recompute import recomputed, replaced
+from lowbit.training.rotations import LearnedRotations, RotatedModel, Rotations
 from lowbit.training.side_terms import KeptColumnValues, LowRankTerms
 from lowbit.training.stored_answers import StoredAnswers
 from lowbit.training.stored_floats import StoredFloats
-from lowbit.training.trainable import Group, Parameters, Start, Trainable
+from lowbit.training.trainable import Group, OriginalBlock, Parameters, Start, Trainable
 from lowbit.training.trained_linear import DecodedProduct, TrainedLinear, TrainedModel
 
 __all__ = [
     "AdamW",
     "Answer",
     "Batch",
+    "CayleySGD",
     "ConfidenceKL",
     "Cosine",
     "Curve",
@@ -40,14 +42,19 @@ __all__ = [
     "KeptColumnValues",
     "LatentSigns",
     "LatentWeights",
+    "LearnedRotations",
     "LowRankTerms",
     "NextToken",
     "Objective",
     "OneCycle",
+    "Optimizer",
+    "OriginalBlock",
     "OriginalKL",
     "Parameters",
     "Processes",
     "ReverseKL",
+    "RotatedModel",
+    "Rotations",
     "Row",
     "Schedule",
     "Start",

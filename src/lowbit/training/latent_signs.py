@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lowbit.modules import QuantLinear, restore
 from lowbit.numerics import QTensor, Sign, Spec, Unfitted, fake_quantize, quantize, serializable, straight_through
 from lowbit.training.relative import Relative, gains_of
-from lowbit.training.trainable import Group, Start
+from lowbit.training.trainable import Group, Start, Trainable
 from lowbit.training.trained_linear import TrainedLinear, TrainedModel
 from lowbit.transforms import Scale
 
@@ -25,7 +25,7 @@ _SMALLEST = 1e-2
 
 @serializable
 @dataclass(frozen=True)
-class LatentSigns:
+class LatentSigns(Trainable):
     """The signs of all packed linears in the blocks, and the scales of their inputs and outputs (OneBit, arXiv:2402.11295,
     section 3.4). Embedding and head are not trained.
 
@@ -42,18 +42,6 @@ class LatentSigns:
     def __post_init__(self):
         if self.start <= 0 or self.scale_rate < 0:
             raise ValueError(f"start is a positive magnitude and scale_rate 0 or more, found {self}")
-
-    @property
-    def needs_packed(self) -> bool:
-        return True
-
-    @property
-    def needs_latents(self) -> bool:
-        return False
-
-    @property
-    def needs_adapters(self) -> bool:
-        return False
 
     @property
     def floats_per_weight(self) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lowbit.caches import CacheGradients
 from lowbit.modules import QuantLinear, fake_activation, restore
 from lowbit.numerics import (
     Fit,
@@ -23,12 +24,13 @@ from lowbit.numerics import (
     RangeGrid,
     Spec,
     fake_quantize,
+    limited,
     quantize,
     serializable,
     straight_through,
 )
 from lowbit.training.relative import Relative, gains_of
-from lowbit.training.trainable import Group, Start
+from lowbit.training.trainable import Group, Start, Trainable
 from lowbit.training.trained_linear import TrainedLinear, TrainedModel
 
 _SMALLEST = 1e-2
@@ -37,7 +39,7 @@ _SMALLEST = 1e-2
 
 @serializable
 @dataclass(frozen=True)
-class LatentWeights:
+class LatentWeights(Trainable):
     """The weights of all packed linears in the blocks, rounded straight through. Embedding and head are not trained.
 
     The latent starts at the weight that the Blockwise stage rounded, with its transforms folded in and clipped to the range
@@ -46,13 +48,14 @@ class LatentWeights:
     Args:
         ranges: places the grid on the latent in each forward (LLM-QAT, arXiv:2305.17888); None: scales are parameters that
             start at the stored ones (LSQ, arXiv:1902.08153); zero points that are codes stay.
-        through_ranges: gradients also reach the values that set a range, in weights and dynamic activations; False: a range
-            counts as constant.
+        through_ranges: gradients also reach the values that set a range, in weights, dynamic activations and a quantized cache;
+            False: a range counts as constant.
         range_rate: learning rate of learned scales, in units of their start, as a multiple of the stage's. Zero points that
             are real numbers move in steps of the grid.
         gains: also train the gains and biases of norms, in units of their start.
         limit: LLM-QAT's code gives no gradient to values of at least this magnitude (2), although it does not clip them: to
-            weights on symmetric grids of 3 bits or more, and to inputs that are quantized. None: all have gradients.
+            weights on symmetric grids of 3 bits or more, to inputs that are quantized, and to keys and values that a cache of
+            symmetric integers packs. None: all have gradients.
     """
 
     ranges: Fit | None = MinMax()
@@ -68,20 +71,16 @@ class LatentWeights:
             raise ValueError(f"limit is a positive magnitude or None, found {self.limit}")
 
     @property
-    def needs_packed(self) -> bool:
-        return True
-
-    @property
     def needs_latents(self) -> bool:
         return True
 
     @property
-    def needs_adapters(self) -> bool:
-        return False
-
-    @property
     def floats_per_weight(self) -> int:
         return 6  # the latent as it started and as it is, its gradient, two moments, the best so far
+
+    @property
+    def cache_gradients(self) -> CacheGradients:
+        return CacheGradients(self.limit, self.through_ranges)
 
     def check(self, weights: Sequence[Spec]) -> None:
         for spec in weights:
@@ -174,8 +173,3 @@ class _Part(Relative):
 
     def value(self) -> Tensor:
         return torch.maximum(super().value(), _SMALLEST * self.start) if self.scale else super().value()
-
-
-def limited(x: Tensor, limit: float | None) -> Tensor:
-    """``x`` without gradients where its magnitude is ``limit`` or more."""
-    return x if limit is None else torch.where(x.abs() < limit, x, x.detach())

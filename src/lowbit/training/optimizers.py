@@ -5,18 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from lowbit.numerics import serializable
 from lowbit.training.trainable import Group
 
 
+class Optimizer:
+    """How leaves are moved, as a frozen value. Subclasses are frozen dataclasses."""
+
+    @property
+    def rotates(self) -> bool:
+        """Whether it moves square matrices so that orthogonal ones stay orthogonal; else leaves of any shape, freely."""
+        return False
+
+    def make(self, groups: Sequence[Group], lr: float) -> torch.optim.Optimizer:
+        """An optimizer of the leaves of ``groups``, each at its own multiple of ``lr``."""
+        raise NotImplementedError
+
+
 @serializable
 @dataclass(frozen=True)
-class AdamW:
+class AdamW(Optimizer):
     """Adam with decoupled weight decay (arXiv:1711.05101)."""
 
     betas: tuple[float, float] = (0.9, 0.99)
@@ -27,9 +41,48 @@ class AdamW:
             raise ValueError(f"AdamW needs betas from 0 to below 1 and a weight_decay of 0 or more, found {self}")
 
     def make(self, groups: Sequence[Group], lr: float) -> torch.optim.Optimizer:
-        """An optimizer of the leaves of ``groups``, each at its own multiple of ``lr``."""
         parts = [{"params": group.leaves, "lr": lr * group.rate} for group in groups if group.leaves]
         return torch.optim.AdamW(parts, lr=lr, betas=self.betas, weight_decay=self.weight_decay)
+
+
+@serializable
+@dataclass(frozen=True)
+class CayleySGD(Optimizer):
+    """Gradient descent of square matrices that stay orthogonal (Cayley SGD, arXiv:2002.01113; SpinQuant, arXiv:2405.16406,
+    section 3.2).
+
+    With the gradient G of X, the transpose of a leaf, X moves along the skew-symmetric ``W = (X G^T - G X^T) / 2``: it becomes
+    ``(I - a W / 2)^-1 (I + a W / 2) X``, where a is the learning rate, or 1 over the largest column sum of ``|W|`` if that is less. The
+    authors' code iterates five times towards this product and makes matrices orthogonal again from time to time; here it is solved for
+    in float64.
+    """
+
+    @property
+    def rotates(self) -> bool:
+        return True
+
+    def make(self, groups: Sequence[Group], lr: float) -> torch.optim.Optimizer:
+        return _Cayley([{"params": group.leaves, "lr": lr * group.rate} for group in groups if group.leaves], lr)
+
+
+class _Cayley(torch.optim.Optimizer):
+    def __init__(self, parts: list[dict[str, Any]], lr: float):
+        super().__init__(parts, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for leaf in group["params"]:
+                if leaf.grad is not None:
+                    leaf.copy_(_turned(leaf.T.double(), leaf.grad.T.double(), group["lr"]).T)
+
+
+def _turned(x_NN: Tensor, g_NN: Tensor, lr: float) -> Tensor:
+    w_NN = (x_NN @ g_NN.T - g_NN @ x_NN.T) / 2
+    largest = w_NN.abs().sum(0).amax().clamp(min=torch.finfo(w_NN.dtype).tiny)
+    half_NN = w_NN * (torch.clamp(1 / largest, max=lr) / 2)
+    one_NN = torch.eye(len(x_NN), dtype=x_NN.dtype, device=x_NN.device)
+    return torch.linalg.solve(one_NN - half_NN, (one_NN + half_NN) @ x_NN)
 
 
 @runtime_checkable

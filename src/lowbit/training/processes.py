@@ -72,6 +72,11 @@ class Processes:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
+    def meet(self) -> None:
+        """Waits until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
     def tell(self, what: Any) -> None:
         """Gives all other processes ``what``, which they get from :meth:`told`; for the first one."""
         if self.count > 1:

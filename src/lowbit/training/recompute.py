@@ -18,14 +18,16 @@ def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     It wraps the blocks themselves and not, as transformers' ``gradient_checkpointing_enable``, only models that support it and
     are in training mode, which switches dropout on.
     """
-    wrapped = list(blocks)
-    for block in wrapped:
+    wrapped = [(block, block.__dict__.get("forward")) for block in blocks]
+    for block, _ in wrapped:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for block in wrapped:
+        for block, before in wrapped:
             del block.__dict__["forward"]
+            if before is not None:
+                block.forward = before
 
 
 @contextmanager

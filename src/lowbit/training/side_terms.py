@@ -6,7 +6,7 @@ step costs what the base costs, and the memory of a few numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,42 +16,23 @@ from torch import Tensor, nn
 
 from lowbit import kernels
 from lowbit.modules import QuantLinear, restore
-from lowbit.numerics import KeptColumns, LowRank, SideTerm, Spec, serializable, straight_through
-from lowbit.training.trainable import Group, Start
+from lowbit.numerics import KeptColumns, LowRank, SideTerm, serializable, straight_through
+from lowbit.training.trainable import Group, Start, Trainable
 from lowbit.training.trained_linear import DecodedProduct, TrainedLinear, TrainedModel
 
 _Scales = Mapping[type, Mapping[str, float]]
 """Of each kind of term that is trained, the tensors that move, and what multiplies each of them."""
 
 
-class _SideTerms:
+class _SideTerms(Trainable):
     """What the choices of this module have in common. All tensors move as float32 and are rounded to float16, in which they are
     stored, in every forward; gradients pass the rounding."""
 
     dropout: float = 0.0
 
     @property
-    def needs_packed(self) -> bool:
-        return True
-
-    @property
-    def needs_latents(self) -> bool:
-        return False
-
-    @property
-    def needs_adapters(self) -> bool:
-        return False
-
-    @property
-    def floats_per_weight(self) -> int:
-        return 0
-
-    @property
     def scales(self) -> _Scales:
         raise NotImplementedError
-
-    def check(self, weights: Sequence[Spec]) -> None:
-        """A term stands beside every format."""
 
     def parameters(self, model: nn.Module, start: Start) -> TrainedModel:
         restore(model)

@@ -9,21 +9,20 @@ not kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from lowbit.modules import QuantLinear, restore
-from lowbit.numerics import QTensor, Spec, serializable
+from lowbit.numerics import QTensor, serializable
 from lowbit.training.relative import Relative, gains_of
-from lowbit.training.trainable import Group, Start
+from lowbit.training.trainable import Group, Start, Trainable
 from lowbit.training.trained_linear import TrainedLinear, TrainedModel
 
 
 @serializable
 @dataclass(frozen=True)
-class StoredFloats:
+class StoredFloats(Trainable):
     """All floating parameters of packed linears, and the gains and biases of norms.
 
     Every number moves in units of its granule's largest magnitude, so one relative learning rate serves scales, tables
@@ -34,25 +33,6 @@ class StoredFloats:
     """
 
     gains: bool = True
-
-    @property
-    def needs_packed(self) -> bool:
-        return True
-
-    @property
-    def needs_latents(self) -> bool:
-        return False
-
-    @property
-    def needs_adapters(self) -> bool:
-        return False
-
-    @property
-    def floats_per_weight(self) -> int:
-        return 0
-
-    def check(self, weights: Sequence[Spec]) -> None:
-        """Every format stores floats."""
 
     def parameters(self, model: nn.Module, start: Start) -> TrainedModel:
         restore(model)  # the stored form is trained

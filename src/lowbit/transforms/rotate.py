@@ -40,11 +40,20 @@ class Rotate:
         """Haar-distributed orthogonal matrix over n channels, or over each run of `block` channels."""
         return Rotate(_haar_matrix(_run_length(n, block), _generator(seed)).to(dtype))
 
+    @property
+    def size(self) -> int:
+        """Channels in a run."""
+        return self.q.shape[-1]
+
+    def inverse(self) -> Rotate:
+        """The rotation that undoes this one."""
+        return Rotate(self.q.mT)
+
     def forward(self, x: Tensor) -> Tensor:
-        runs = x.unflatten(-1, (-1, self.q.shape[-1]))
-        if self.q.dim() == 2:
-            return (runs @ self.q).flatten(-2)
-        return torch.einsum("...rd,rde->...re", runs, self.q).flatten(-2)
+        runs, q = x.unflatten(-1, (-1, self.size)), self.q.to(x.dtype)
+        if q.dim() == 2:
+            return (runs @ q).flatten(-2)
+        return torch.einsum("...rd,rde->...re", runs, q).flatten(-2)
 
     def fold_in(self, w_OI: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.forward(w_OI), b

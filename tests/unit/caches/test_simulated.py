@@ -7,7 +7,7 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 
 import lowbit
 from lowbit.architectures import quantize_attention, simulated_layers
-from lowbit.caches import Coordinates, PackedCache, PackedLayer, attend_simulated
+from lowbit.caches import CacheGradients, Coordinates, PackedCache, PackedLayer, attend_simulated
 from lowbit.decoding import cache_argument
 from lowbit.decoding.packed_cache import packed_cache, simulated_cache
 from lowbit.modules import AttentionSpec, KVFormats, KVRule, KVSpec
@@ -242,6 +242,50 @@ def test_gradients_without_a_quantizer_are_finite_differences(softcap, masked):
     mask = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril() if masked else None
     layer = PackedLayer(KVSpec(None, None))
     assert torch.autograd.gradcheck(lambda q, k, v: attend_simulated(q, k, v, layer, mask, softcap=softcap), states())
+
+
+@pytest.mark.parametrize("before_rope", [False, True], ids=["behind the rotary embedding", "before it"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_limit_takes_the_gradients_of_large_keys_and_values_that_symmetric_integers_pack(symmetric, before_rope):
+    """LLM-QAT's code: values of 2 and over have none, as they are packed, and the result is the same."""
+    spec = Spec(Int(4, symmetric=symmetric, zero="int" if symmetric else "real"), PerToken())
+    form = KVSpec(spec, spec, past_only=False, before_rope=before_rope, shared_heads=True)
+    layer = PackedLayer(form, frequencies=torch.linspace(1, 0.01, 12) if before_rope else None)
+    generator = torch.Generator().manual_seed(4)
+    query, key, value = (torch.randn(1, 2, 12, 24, generator=generator, dtype=torch.float64) * 1.5 for _ in range(3))
+
+    def gradients(rule: CacheGradients) -> tuple[torch.Tensor, ...]:
+        leaves = [each.clone().requires_grad_() for each in (key, value)]
+        found = attend_simulated(query, *leaves, layer, gradients=rule)
+        return found.detach(), *torch.autograd.grad(found.sin().sum(), leaves)
+
+    plain, limited = (gradients(CacheGradients(limit, through_ranges=False)) for limit in (None, 2.0))
+    assert torch.equal(plain[0], limited[0])
+    if not symmetric:
+        assert all(torch.equal(a, b) for a, b in zip(plain, limited, strict=True))
+        return
+    for x, free, kept, turns in zip((key, value), plain[1:], limited[1:], (before_rope, False), strict=True):
+        large = (layer.sides[0].turned(x, 0, -1) if turns else x).abs() >= 2.0
+        as_packed = [layer.sides[0].turned(g, 0, -1) if turns else g for g in (free, kept)]
+        close(as_packed[1], torch.where(large, 0.0, as_packed[0]), 1e-6)  # tokens are rounded in float32
+        assert 0 < int(large.sum()) < large.numel() and as_packed[0][large].abs().max() > 0
+
+
+def test_ranges_that_are_constant_pass_no_gradient_to_the_values_that_set_them():
+    spec = Spec(Int(4, zero="real"), PerToken())
+    layer = PackedLayer(KVSpec(None, spec, past_only=False))
+    generator = torch.Generator().manual_seed(5)
+    query, key, value = (torch.randn(1, 1, 6, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+
+    def of_values(through_ranges: bool) -> torch.Tensor:
+        leaf = value.clone().requires_grad_()
+        found = attend_simulated(query, key, leaf, layer, gradients=CacheGradients(through_ranges=through_ranges))
+        return torch.autograd.grad(found.square().sum(), leaf)[0]
+
+    weights = (query @ key.mT * 8**-0.5).masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
+    found = attend_simulated(query, key, value, layer).transpose(1, 2)
+    close(of_values(False), weights.mT @ (2 * found), 1e-6)  # straight through; tokens are rounded in float32
+    assert not torch.allclose(of_values(True), of_values(False))
 
 
 def test_a_quantizer_that_is_off_leaves_torchs_attention():

@@ -16,10 +16,11 @@ from lowbit.checkpoints.formats.integers import codes_of
 from lowbit.cli import app
 from lowbit.modules import QuantLinear
 from lowbit.plan import plan
-from lowbit.recipes import Recipe
+from lowbit.recipes import Blockwise, Recipe, Train
 from lowbit.scheme import linears, weight
 from lowbit.solve import Nearest
 from lowbit.steps import RotateResidual, Solve
+from lowbit.training import CayleySGD, Cosine, NextToken, Rotations
 
 from helpers import random_ids, tiny_llama
 
@@ -133,26 +134,31 @@ def test_a_quantized_cache_of_compressed_tensors_is_left_out_with_a_warning(tmp_
 # Rotations
 
 
-def rotated(solver) -> Recipe:
+def rotated(solver, learned: bool = False) -> Recipe:
     scheme = linears(weight(8, 32), None)
-    return Recipe.blockwise(name="rotated", scheme=scheme, steps=(RotateResidual(), Solve(solver)))
+    blockwise = Blockwise((RotateResidual(learned), Solve(solver)))
+    train = Train(Rotations(), NextToken(), epochs=1, lr=1.5, optimizer=CayleySGD(), schedule=Cosine())
+    return Recipe("rotated", scheme, (train, blockwise) if learned else (blockwise,))
 
 
+@pytest.mark.parametrize("learned", [False, True], ids=["drawn", "learned"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@torch.no_grad()
-def test_a_rotated_residual_stream_is_folded_into_embedding_and_head(tmp_path, tied):
+def test_a_rotated_residual_stream_is_folded_into_embedding_and_head(tmp_path, tied, learned):
     tiny_llama(tmp_path / "model", tie_word_embeddings=tied)
-    recipe = rotated(Nearest()).with_overrides([{"match": "embedding", "bits": 16}])
+    recipe = rotated(Nearest(), learned).with_overrides([{"match": "embedding", "bits": 16}])
     answers = plan(tmp_path / "model", recipe).compatibility
-    lowbit.quantize(tmp_path / "model", recipe, None, out=tmp_path / "q")
+    lowbit.quantize(tmp_path / "model", recipe, random_ids(2, 16) if learned else None, out=tmp_path / "q", max_kl=50)
     ids = random_ids(2, 16)
-    wanted = lowbit.load(tmp_path / "q")(ids).logits
+    with torch.no_grad():
+        wanted = lowbit.load(tmp_path / "q")(ids).logits
     for name in ("compressed-tensors", "gptq"):
         assert answers[find_format(name).title].startswith("yes")
         lowbit.export(tmp_path / "q", name, out=tmp_path / name)
+        assert not any("lowbit" in tensor for tensor in tensors_of(tmp_path / name))
         model = lowbit.load(tmp_path / name)
         assert not model.config.tie_word_embeddings
-        torch.testing.assert_close(model(ids).logits, wanted, rtol=0, atol=2e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, wanted, rtol=0, atol=2e-4)
 
 
 def test_a_rotation_that_cannot_be_folded_is_refused_with_the_way_around_it(tmp_path):

@@ -348,7 +348,7 @@ def test_other_missing_and_unexpected_tensors_are_named(saved, copy):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 8}, "version 8 of the native format, this lowbit reads versions 1 to 7"),
+        ({"version": 9}, "version 9 of the native format, this lowbit reads versions 1 to 8"),
         ({"schemes": []}, "has scheme 1 of 0|has scheme 0 of 0"),
         ({"schemes": None}, "damaged: expected a list 'schemes'"),
         ({"layers": {}}, "damaged"),

@@ -128,7 +128,7 @@ def test_an_unknown_version_is_refused_and_the_known_ones_are_named(load, tmp_pa
     config = json.loads((tmp_path / "newer" / "config.json").read_text())
     config["quantization_config"]["version"] = 99
     (tmp_path / "newer" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="version 99 of the native format, this lowbit reads versions 1 to 7"):
+    with pytest.raises(ValueError, match="version 99 of the native format, this lowbit reads versions 1 to 8"):
         load(tmp_path / "newer")
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,22 +33,19 @@ from lowbit.training import (
     Start,
     StoredFloats,
     Text,
+    Trainable,
     draw_curve,
 )
 
-from helpers import random_ids, tiny_llama
+from helpers import SOURCES, launched_twice, random_ids, tiny_llama
 
 QUIET = {"max_kl": 50.0, "allow_broken": True}
 
 
-class Gains:
+class Gains(Trainable):
     """Trains the gains of norms of any model: the least that a choice of parameters can be."""
 
-    needs_packed = needs_latents = needs_adapters = False
-    floats_per_weight = 0
-
-    def check(self, weights):
-        pass
+    needs_packed = False
 
     def parameters(self, model: nn.Module, start: Start):
         return _Gains(model)
@@ -275,27 +269,13 @@ torch.save(trained(work.model), {out!r} + f"/{{here.rank}}")
 """
 
 
-PATHS = [str(Path(__file__).parents[2]), str(Path(__file__).parents[3] / "src")]
-
-
-def launched_twice(tmp_path: Path, script: str) -> subprocess.CompletedProcess[str]:
-    """Two processes of ``accelerate launch`` that run ``script``."""
-    (tmp_path / "work.py").write_text(script)
-    # --multi_gpu is how it starts several processes without MPI; without a GPU they talk by gloo.
-    words = (
-        "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
-    )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *words.split(), str(tmp_path / "work.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATHS)}
-    return subprocess.run(launch, env=environment, capture_output=True, text=True)
-
-
 @pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(place, tmp_path):
+@pytest.mark.parametrize("config", ["accelerate-two-processes.yaml", "accelerate-fsdp2.yaml"])
+def test_two_processes_take_the_steps_of_one(config, place, tmp_path):
     """Under ``accelerate launch``, on CPUs with gloo: each has half of a step's windows."""
     alone = setup(place, batch=4)
     alone.run()
-    done = launched_twice(tmp_path, SCRIPT.format(path=PATHS, place=str(place), out=str(tmp_path)))
+    done = launched_twice(tmp_path, SCRIPT.format(path=SOURCES, place=str(place), out=str(tmp_path)), config)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
     assert_equal(first, second)
@@ -425,7 +405,7 @@ def _two_stages(**settings) -> Recipe:
 def test_a_whole_run_of_two_processes_trains_as_one_does(place, tmp_path):
     """Rank 0 quantizes, writes and reports; both train. The losses are those of one process, up to the order of sums."""
     lowbit.quantize(place, _two_stages(batch=4), _calibration(8), out=tmp_path / "one", **QUIET)
-    done = launched_twice(tmp_path, RUN.format(path=PATHS, place=str(place), out=str(tmp_path / "two")))
+    done = launched_twice(tmp_path, RUN.format(path=SOURCES, place=str(place), out=str(tmp_path / "two")))
     assert done.returncode == 0, done.stderr[-3000:]
     told = sorted(line for line in done.stdout.splitlines() if line.startswith("KL"))
     assert [line.split()[1] for line in told] == ["False", "True"] and told[0].split()[2] == told[1].split()[2]

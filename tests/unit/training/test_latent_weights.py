@@ -27,6 +27,7 @@ from lowbit.numerics import (
     PerChannel,
     PerGroup,
     Spec,
+    limited,
 )
 from lowbit.recipes import Blockwise, Recipe, Train
 from lowbit.scheme import activation, attention, linears
@@ -35,7 +36,6 @@ from lowbit.stages import descent
 from lowbit.stages.train import Training
 from lowbit.steps import SearchClip, Set, Smooth, Solve
 from lowbit.training import Cosine, LatentWeights, OriginalKL, StoredFloats, TrainedModel, replaced
-from lowbit.training.latent_weights import limited
 
 from helpers import assert_same, random_ids, tiny_llama
 

@@ -21,6 +21,7 @@ from lowbit.modules import (
     OperandRanges,
     QuantEmbedding,
     QuantLinear,
+    ResidualMatrix,
     check_finite,
     check_tensors,
     prepare,
@@ -99,7 +100,7 @@ def check_and_prepare(directory: Path, model: nn.Module) -> None:
     try:
         prepare(model)
         for path, module in model.named_modules():
-            if isinstance(module, OperandRanges | CacheCalibration | QuantEmbedding):
+            if isinstance(module, OperandRanges | CacheCalibration | QuantEmbedding | ResidualMatrix):
                 module.check(path)
             if isinstance(module, QuantLinear):
                 continue

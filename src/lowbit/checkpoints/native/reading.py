@@ -112,14 +112,18 @@ def _model_bits_per_weight(checkpoint: Checkpoint) -> float:
     described = checkpoint.description
     layers = {} if described is None else {**described.layers, **described.embeddings}
     packed = {f"{name}.{buffer}" for name, layer in layers.items() for buffer in layer.layout() if buffer != "bias"}
-    packed |= _calibrated(described)
+    packed |= _found(described)
     others = (header for name, header in checkpoint.headers.items() if name not in packed)
     parameters = sum(layer.features[0] * layer.features[1] for layer in layers.values())
     parameters += sum(torch.Size(header.shape).numel() for header in others)
     return 8 * sum(header.nbytes for header in checkpoint.headers.values()) / parameters
 
 
-def _calibrated(described: ModelDescription | None) -> set[str]:
-    """Tensors that calibration found for caches: stored, and no parameters of the model."""
-    found = {} if described is None else described.kv_calibration
-    return {f"{path}.{CALIBRATION}.{buffer}" for path, spec in found.items() for buffer in spec.buffers}
+def _found(described: ModelDescription | None) -> set[str]:
+    """Tensors that calibration or training found beside weights: stored, and no parameters of the model."""
+    if described is None:
+        return set()
+    of_caches = described.kv_calibration.items()
+    names = {f"{path}.{CALIBRATION}.{buffer}" for path, spec in of_caches for buffer in spec.buffers}
+    rotation = None if described.residual is None else described.residual.tensor
+    return names if rotation is None else {*names, rotation}
