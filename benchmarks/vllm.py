@@ -4,6 +4,11 @@
         bf16=MODEL ct-w4=EXPORTED own-w4=EXPORTED:own w4=NATIVE w2=NATIVE
     python benchmarks/vllm.py --python VENV/bin/python --text TEXT --dtype float32 -o agreement.jsonl w4=NATIVE w3=EXPORTED
 
+    python benchmarks/vllm.py --make DIR
+
+--make writes random models of the layers of Llama-3.2-1B, eight blocks, in DIR: model (bfloat16), w4, w3, w2 (native, groups of 64 and 32)
+and w4-ct (compressed-tensors), for speed alone. In a model as small as SmolLM2-135M most time is vLLM's own.
+
 VENV has vLLM and, without its dependencies, lowbit. A directory followed by ``:own`` is a compressed-tensors checkpoint whose 4-bit
 products go to this project's kernels (``VLLM_DISABLED_KERNELS=CPUWNA16LinearKernel``). Each model runs in a process of its own
 (vllm_child.py). For speed, models run in turns, ``--rounds`` times, and the best round counts, because whatever else runs on a
@@ -29,6 +34,11 @@ from typing import Any
 CHILD = Path(__file__).with_name("vllm_child.py")
 PROMPTS, PROMPT = 20, 16
 UNITS = ("second", "processor_second")
+SHAPE = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 64, "vocab_size": 8192, "tie_word_embeddings": False, "max_position_embeddings": 2048,
+}  # fmt: skip
+AS_IT_IS = [{"match": part, "bits": 16} for part in ("embedding", "head")]
 OWN = "CPUWNA16LinearKernel"
 
 
@@ -114,6 +124,22 @@ def agreement(arguments: argparse.Namespace, models: dict[str, str]) -> list[dic
     return rows
 
 
+def make(place: Path) -> None:
+    """Random models in ``place``, each of the same weights; see the module."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lowbit import export, quantize, recipe
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(place / "model")
+    for bits, size in ((4, 64), (3, 64), (2, 32)):
+        made = recipe("rtn", bits=bits, group_size=size, symmetric=True).with_overrides(AS_IT_IS)
+        quantize(place / "model", made, None, out=place / f"w{bits}", allow_broken=True)
+    export(place / "w4", "compressed-tensors", out=place / "w4-ct")
+
+
 def _behind(model: Any, prompt: list[int], answer: list[int]) -> float:
     """By how much the logit of the first token that is not greedy here is behind; 0: all are."""
     import torch
@@ -136,8 +162,8 @@ def _loss(model: Any, windows_NT: Any) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="NAME=DIR[:own]")
-    parser.add_argument("--python", required=True, help="an interpreter with vLLM and lowbit")
+    parser.add_argument("models", nargs="*", metavar="NAME=DIR[:own]")
+    parser.add_argument("--python", help="an interpreter with vLLM and lowbit")
     parser.add_argument("--cores", default="0", help="as VLLM_CPU_OMP_THREADS_BIND has them, such as 0-1")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--new", type=int, default=64, help="tokens of each answer")
@@ -147,8 +173,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--text", type=Path, help="compare what vLLM and lowbit compute, instead of speed")
     parser.add_argument("--windows", type=int, default=8, help="of --text")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="a line of JSON for each model")
+    parser.add_argument("-o", "--out", type=Path, help="a line of JSON for each model")
+    parser.add_argument("--make", type=Path, metavar="DIR", help="write random models to measure, and nothing else")
     arguments = parser.parse_args()
+    if arguments.make is not None:
+        make(arguments.make)
+        return
+    if not (arguments.models and arguments.python and arguments.out):
+        parser.error("models, --python and -o are needed")
     models = dict(each.split("=", 1) for each in arguments.models)
     rows = (agreement if arguments.text else speeds)(arguments, models)
     arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
