@@ -1,8 +1,8 @@
 """One model in vLLM, for vllm.py: ``python vllm_child.py DIR ASKED.json ANSWERED.json``, by an interpreter that has vLLM.
 
 ASKED is ``{"engine": arguments of vllm.LLM, "speed": {"streams": [n, ...], "prompt": tokens, "new": tokens}, "greedy": {"prompts": [ids, ...],
-"new": tokens}, "windows": [ids, ...]}``, of which all but ``engine`` may be absent. ANSWERED has for each what was found: tokens a second,
-greedy ids, the mean loss of the next token in nats.
+"new": tokens}, "windows": [ids, ...]}``, of which all but ``engine`` may be absent. ANSWERED has for each what was found: tokens a second
+(on the clock and of the processor), greedy ids, the mean loss of the next token in nats.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 class Engine:
@@ -33,20 +36,22 @@ class Engine:
         sampling = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False, **options)
         return self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
 
-    def seconds(self, streams: int, prompt: int, new: int) -> float:
+    def seconds(self, streams: int, prompt: int, new: int) -> Tensor:
+        """[2]: on the clock, and of the processor, all threads together."""
         prompts = [[1 + (7 * i + j) % 90 for j in range(prompt)] for i in range(streams)]
-        began = time.perf_counter()
+        began = torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
         self.generate(prompts, new)
-        return time.perf_counter() - began
+        return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64) - began
 
-    def speed(self, streams: list[int], prompt: int, new: int) -> dict[str, float]:
-        """Tokens a second: of ``streams`` sequences at once after their first tokens, and of reading one prompt."""
+    def speed(self, streams: list[int], prompt: int, new: int) -> dict[str, list[float]]:
+        """Tokens a second, on the clock and of the processor: of ``streams`` sequences at once after their first tokens, and of
+        reading one prompt."""
         self.seconds(max(streams), 16, 4)
         found = {}
         for each in streams:
             first = self.seconds(each, 16, 1)
-            found[f"decode {each}"] = each * new / (self.seconds(each, 16, new + 1) - first)
-        return found | {f"prompt {prompt}": prompt / self.seconds(1, prompt, 1)}
+            found[f"decode {each}"] = (each * new / (self.seconds(each, 16, new + 1) - first)).tolist()
+        return found | {f"prompt {prompt}": (prompt / self.seconds(1, prompt, 1)).tolist()}
 
     def greedy(self, prompts: list[list[int]], new: int) -> list[list[int]]:
         return [list(each.outputs[0].token_ids) for each in self.generate(prompts, new)]
