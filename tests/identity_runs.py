@@ -118,6 +118,7 @@ def _stopped(about: str, model: str, after: int | str, by: str) -> None:
 
 # Every method on the llama, which has grouped queries and no biases, with the options that make it work hardest.
 _method("autoround", "llama", "autoround", bits=3, group_size=32, steps=30, batch=2, lr=0.08)
+_method("autoround by token", "llama", "autoround", bits=3, group_size=32, steps=16, batch=4, by_token=True)
 _method("awq", "llama", "awq", bits=3, group_size=32, grid=10)
 _method("fp8 static", "llama", "fp8", activations="static")
 _method("gptq by activation order", "llama", "gptq", bits=3, group_size=32, act_order=True, greedy_passes=2)

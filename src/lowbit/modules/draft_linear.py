@@ -49,13 +49,13 @@ class _Simulation:
 
 
 class SharedInput:
-    """The input that several simulated linears read, quantized once for all of them: of the last forward alone."""
+    """The input that several simulated linears read, made ready once for all of them: of the last forward alone."""
 
     def __init__(self):
-        self._last: tuple[Tensor, ActSpec, Affine | None, Tensor] | None = None
+        self._last: tuple[Tensor, ActSpec | None, Affine | None, Tensor] | None = None
 
-    def fake(self, h: Tensor, act: ActSpec, params: Affine | None) -> Tensor:
-        """``h`` quantized, in the type of the product that follows."""
+    def fake(self, h: Tensor, act: ActSpec | None, params: Affine | None) -> Tensor:
+        """``h`` quantized if ``act`` says how, in the type of the product that follows."""
         if self._last is not None:
             seen, as_act, by, result = self._last
             if seen is h and by is params and as_act == act:
@@ -155,10 +155,10 @@ class DraftLinear(nn.Module):
         """In the order of operations of a packed layer."""
         act = None if self.format is None else self.format.act
         h = h if simulation.transform is None else through((simulation.transform,), h)
-        if act is None:
-            return F.linear(h, simulation.weight)
-        params = simulation.act_params or self.act_params or simulation.foreseen
         fake = fake_activation if simulation.inputs is None else simulation.inputs.fake
+        if act is None:
+            return F.linear(fake(h, None, None), simulation.weight)
+        params = simulation.act_params or self.act_params or simulation.foreseen
         y = F.linear(fake(h, act, params), simulation.weight)
         for term in simulation.side_terms:
             y = y + term.apply(h, y.shape[-1])

@@ -8,7 +8,7 @@ from lowbit.steps.correction import LowRankCorrection, NormsAndBiases
 from lowbit.steps.effects import BlockDescription, EdgeUse, Effects, Freedom, LayerDescription, MixOrder
 from lowbit.steps.incoherence import Incoherence
 from lowbit.steps.learn import Learn
-from lowbit.steps.objectives import BlockMSE, CrossBlockMAE
+from lowbit.steps.objectives import BlockMSE, CrossBlockMAE, TokenMSE
 from lowbit.steps.parametrizations import AllWeights, ClipShares, Rounding, Scales, Shifts, StepSizes
 from lowbit.steps.ranges import LearnedStepSizes, SearchActivationRange
 from lowbit.steps.reassembly import SearchReassembly
@@ -77,6 +77,7 @@ __all__ = [
     "Step",
     "StepSizes",
     "Thresholds",
+    "TokenMSE",
     "drawn_heads",
     "drawn_input",
     "drawn_residual",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -63,6 +64,33 @@ class BlockMSE:
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(output.float(), target.float())
+
+
+@serializable
+@dataclass(frozen=True)
+class TokenMSE:
+    """Squared error of each token's hidden state, relative to the squared norm of its target; the mean over all tokens.
+
+    The next block normalizes every token, so this is the error that it sees. In the plain mean the few tokens with massive
+    activations (arXiv:2402.17762) outweigh all others: theirs are errors of earlier blocks, which this block cannot correct.
+    """
+
+    @property
+    def augment(self) -> bool:
+        return False
+
+    @property
+    def ahead(self) -> int:
+        return 0
+
+    @property
+    def weight(self) -> float:
+        return 0.0
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        target = target.float()
+        size = target.square().mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        return ((output.float() - target).square().mean(-1) / size).mean()
 
 
 @serializable

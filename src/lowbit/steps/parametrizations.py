@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowbit.architectures import Kind, ResolvedEdge, add_bias, fold, needs_bias
 from lowbit.modules import DraftLinear
-from lowbit.numerics import Clipped, Fixed, MinMax, Params, Statistic, serializable, straight_through
+from lowbit.numerics import Clipped, Fixed, MinMax, Params, Statistic, extremes, serializable, straight_through
 from lowbit.steps.effects import EdgeUse, Effects, Freedom
 from lowbit.steps.rules import Midpoint, Smooth, TransformRule
 from lowbit.steps.state import BlockState, Stats
@@ -222,12 +222,22 @@ class _Rounding(Parametrization):
         self.offsets = nn.ParameterList(nn.Parameter(torch.zeros(tuple(d.weight.shape))) for d in drafts.values())
         self.lower = nn.ParameterList(nn.Parameter(torch.ones(size, 1)) for size in sizes)
         self.upper = nn.ParameterList(nn.Parameter(torch.ones(size, 1)) for size in sizes)
+        self._ends: dict[str, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+
+    def _extremes(self, path: str, w_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each granule; found once for a weight that no other map moves, as every step then has the same tensor."""
+        known, ends = self._ends.get(path, (None, None))
+        if known is not w_OI or ends is None:
+            ends = extremes(self.specs[path].granularity.split(w_OI))
+            if not w_OI.requires_grad:
+                self._ends[path] = w_OI, ends
+        return ends
 
     def chosen(self, path: str, w_OI: Tensor) -> dict[str, Any]:
         """The grid's parameters as they are stored, and V times the grid's step."""
         i, spec = self.paths.index(path), self.specs[path]
-        grain = spec.granularity
-        placed = Clipped(self.lower[i], self.upper[i])(grain.split(w_OI), spec.grid)  # pyright: ignore[reportArgumentType]
+        grain, (lo_G1, hi_G1) = spec.granularity, self._extremes(path, w_OI)
+        placed = spec.grid.from_range(lo_G1 * self.lower[i], hi_G1 * self.upper[i])  # pyright: ignore[reportAttributeAccessIssue]
         stored = spec.as_stored(placed._make(None if p is None else p.detach() for p in placed))  # pyright: ignore[reportArgumentType]
         offset_GK = grain.split(self.offsets[i]) * stored.scale  # pyright: ignore[reportAttributeAccessIssue]
         scale = straight_through(stored.scale, placed.scale)  # pyright: ignore[reportAttributeAccessIssue]
