@@ -22,6 +22,7 @@ from lowbit.caches import PackedLayer
 from lowbit.modules import DraftLinear, LinearFormat, QuantLinear, make_drafts
 from lowbit.modules.draft_linear import for_gradients, no_fisher
 from lowbit.numerics import Fisher, Statistic, narrowed
+from lowbit.solve import Solution
 from lowbit.steps.collection import Collection
 from lowbit.transforms import ChannelTransform, Permute, Scale
 
@@ -115,6 +116,8 @@ class BlockContext:
         caches: empty layers of the cache, in the recipe's formats, by path of the attention module that has them; none where
             its keys and values stay as they are.
         keeps_latents: whether a later stage needs the weights that are rounded here.
+        solved: solutions of linears that were found elsewhere, by path: they are not searched again.
+        keeps_solutions: whether solutions are kept in ``BlockState.solutions``.
     """
 
     name: str
@@ -128,6 +131,8 @@ class BlockContext:
     reads_inputs: bool = True
     caches: Mapping[str, PackedLayer] = field(default_factory=dict)
     keeps_latents: bool = False
+    solved: Mapping[str, Solution] = field(default_factory=dict)
+    keeps_solutions: bool = False
 
 
 @dataclass
@@ -140,6 +145,7 @@ class BlockState:
         records: the report's entries of packed linears.
         latents: what the codes of packed linears were rounded from, by path, where a later stage needs it.
         notes: warnings for the report.
+        solutions: those of packed linears, by path, where the context asks for them.
     """
 
     context: BlockContext
@@ -148,6 +154,7 @@ class BlockState:
     records: list[LayerRecord] = field(default_factory=list)
     latents: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    solutions: dict[str, Solution] = field(default_factory=dict)
 
     @classmethod
     def of(
