@@ -73,14 +73,12 @@ fidelity: install
 
 # Pages that are written from real runs and from docstrings; the tests check that they are up to date. docs/report/index.html is one
 # page of the committed results, to be opened in a browser.
-REPORTED := weight_only.jsonl weight_activation.jsonl ablation.jsonl kv-cache-quality.json kv-cache.json kv-cache-amx.json \
-	decode.json llama-7b.json speed.jsonl quantize.json
 docs: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/matrix.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/families.py
 	$(BIN)/python docs/methods.py
 	$(BIN)/python docs/choosing.py
-	$(BIN)/lowbit report $(REPORTED:%=benchmarks/results/%) --title "What lowbit measured" -o docs/report/index.html
+	$(BIN)/python docs/report.py
 
 lint: install
 	$(BIN)/ruff check src tests examples benchmarks docs

@@ -23,6 +23,7 @@ from lowbit.evaluation import (
     Evaluation,
     TaskScore,
     as_protocol_reads,
+    check_chat,
     check_generation,
     check_retrieval,
     compare_chat,
@@ -246,10 +247,12 @@ def evaluate_chat(
     Raises:
         ValueError: a tokenizer without a chat template, or prompts that do not fit.
     """
+    tokenizer = _tokenizer_of(model, tokenizer, trust_remote_code)
+    check_chat(tokenizer)  # before weights are read
     return compare_chat(
         _opened(model, kv, trust_remote_code),
         _opened(against, None, trust_remote_code),
-        _tokenizer_of(model, tokenizer, trust_remote_code),
+        tokenizer,
         read_prompts() if prompts is None else prompts,
         max_new_tokens,
         progress=progress or silent,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from math import inf
 from os import PathLike
@@ -39,6 +40,7 @@ from lowbit.stages.follow import follow
 from lowbit.stages.journal import Journal
 from lowbit.stages.merge import merge
 from lowbit.stages.run import Run
+from lowbit.stages.spread import Spread, spread_over
 from lowbit.stages.stream import CannotStream
 from lowbit.steps.precision import continue_with
 from lowbit.surroundings import own_settings
@@ -63,6 +65,7 @@ def quantize(
     allow_broken: bool = False,
     restart: bool = False,
     format: str = "native",
+    ray: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeReport:
@@ -85,6 +88,8 @@ def quantize(
         restart: discard an unfinished run of the same target instead of continuing it.
         format: the file format of the result (:func:`lowbit.export`). One with an option such as ``gguf:q4_k_m`` also says the
             number format of every matrix, in place of the recipe's.
+        ray: the address of a Ray cluster that solves blocks side by side, or ``local``, for recipes whose blocks do not depend on each
+            other (:mod:`lowbit.stages.spread`); the result has the same bytes. None: this process alone. Extra ``ray``.
 
     Raises:
         BrokenModel: the guard refused the result; no checkpoint was written.
@@ -103,7 +108,7 @@ def quantize(
         format=format,
         trust_remote_code=trust_remote_code,
     )
-    report = run(job, ram_limit, max_kl, allow_broken, restart, progress)
+    report = run(job, ram_limit, max_kl, allow_broken, restart, progress, ray)
     return (
         report
         if not leads()
@@ -130,7 +135,13 @@ def exported(report: QuantizeReport, format: str, out: Path, *, trust_remote_cod
 
 @own_settings()
 def run(
-    job: Job, ram_limit: int, max_kl: float, allow_broken: bool, restart: bool, progress: Progress | None = None
+    job: Job,
+    ram_limit: int,
+    max_kl: float,
+    allow_broken: bool,
+    restart: bool,
+    progress: Progress | None = None,
+    ray: str | None = None,
 ) -> QuantizeReport:
     """The stages and all that follows them, for a request that has been checked.
 
@@ -141,14 +152,21 @@ def run(
     if together and not Processes.here().first:
         ids, held_out = job.windows()
         return follow(job.plan, ids, held_out, None if job.calibration is None else job.calibration.further, job.out)
-    report = _alone(job, ram_limit, max_kl, allow_broken, restart, progress)
+    with nullcontext() if ray is None else spread_over(ray, job.plan) as elsewhere:
+        report = _alone(job, ram_limit, max_kl, allow_broken, restart, progress, elsewhere)
     if together:
         Processes.here().tell(report)
     return report
 
 
 def _alone(
-    job: Job, ram_limit: int, max_kl: float, allow_broken: bool, restart: bool, progress: Progress | None
+    job: Job,
+    ram_limit: int,
+    max_kl: float,
+    allow_broken: bool,
+    restart: bool,
+    progress: Progress | None,
+    elsewhere: Spread | None,
 ) -> QuantizeReport:
     if job.plan.problems and not allow_broken:
         raise BrokenModel(
@@ -161,19 +179,34 @@ def _alone(
     journal = Journal(job.out, job.header)
     journal.open(restart=restart)
     try:
-        return _run(job, journal, ram_limit, max_kl, allow_broken, progress)
+        return _run(job, journal, ram_limit, max_kl, allow_broken, progress, elsewhere)
     finally:
         journal.close()
 
 
 def _run(
-    job: Job, journal: Journal, ram_limit: int, max_kl: float, allow_broken: bool, progress: Progress | None
+    job: Job,
+    journal: Journal,
+    ram_limit: int,
+    max_kl: float,
+    allow_broken: bool,
+    progress: Progress | None,
+    elsewhere: Spread | None,
 ) -> QuantizeReport:
     ids, held_out = job.windows()
     further = None if job.calibration is None else job.calibration.further
     given = {} if job.importance is None else job.importance.entries
     running = Run(
-        job.plan, ids, journal, ram_limit, progress or silent, job.calibration is None, held_out, further, given=given
+        job.plan,
+        ids,
+        journal,
+        ram_limit,
+        progress or silent,
+        job.calibration is None,
+        held_out,
+        further,
+        elsewhere=elsewhere,
+        given=given,
     )
     walk = running.walk
     try:

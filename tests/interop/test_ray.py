@@ -1,4 +1,4 @@
-"""Rows on a local Ray cluster of two nodes: the same figures, and a node that is lost costs no row."""
+"""Rows and blocks on a local Ray cluster of two nodes: the same figures and bytes, and a node that is lost costs only its own."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import lowbit
 from lowbit.comparison import child
 from lowbit.comparison.on_ray import OnRay
 from lowbit.comparison.workers import Assignment
+from lowbit.stages import spread
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from comparing import compare
 from helpers import random_ids, tiny_llama
-from slow_work import Slow
+from slow_work import Slow, dies, dies_once
 
 ray = pytest.importorskip("ray", reason="Ray (extra ray) is not installed")
 pytestmark = pytest.mark.filterwarnings("default")  # Ray's own
 MEMORY = 2**31
-HERE = {"samples": 4, "seq_len": 16, "eval_seq_len": 32, "windows": 5, "threads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +42,13 @@ def test_rows_on_ray_have_the_figures_of_rows_here_and_stream_into_the_same_file
     monkeypatch.setattr(child, "run_in_child", lambda work, threads, log, progress: child.attempt(work, progress))
     model = tiny_llama(tmp_path / "model")
     rows = [{"label": f"W{bits}", "method": "rtn", "bits": bits, "group_size": 32} for bits in (4, 3)]
-    lines, asked = [], (random_ids(4, 16), random_ids(5, 32, seed=2))
-    there = lowbit.compare(
-        model,
-        rows,
-        *asked,
-        tmp_path / "ray.jsonl",
-        ray="auto",
-        on_record=lambda each: lines.append(each["label"]),
-        **HERE,
-    )
-    here = lowbit.compare(model, rows, *asked, tmp_path / "here.jsonl", **HERE)
+    lines = []
+    there = compare(model, rows, tmp_path / "ray.jsonl", ray="auto", on_record=lambda each: lines.append(each["label"]))
+    here = compare(model, rows, tmp_path / "here.jsonl")
     assert sorted(lines) == ["W3", "W4", "original"]
     for a, b in zip(there, here, strict=True):
         assert (a["label"], a["perplexity"], a.get("kl")) == (b["label"], b["perplexity"], b.get("kl"))
-    assert [record["label"] for record in lowbit.compare(model, rows, *asked, tmp_path / "ray.jsonl", **HERE)] == [
+    assert [record["label"] for record in compare(model, rows, tmp_path / "ray.jsonl")] == [
         "original", "W4", "W3",
     ]  # fmt: skip
 
@@ -85,3 +78,24 @@ def test_a_lost_machine_costs_one_row_which_runs_again_on_another(cluster, tmp_p
         found[i] = figures
     assert lost and found == {i: {"answer": str(place)} for i, place in enumerate(places)}
     assert sorted(len((place / "started").read_text().splitlines()) for place in places) == [1, 2]
+
+
+def test_blocks_on_ray_give_the_bytes_of_a_run_here_though_a_worker_dies(cluster, tmp_path, monkeypatch):
+    model, die = tiny_llama(tmp_path / "model", blocks=4), tmp_path / "die"
+    recipe, text = lowbit.recipe("hqq", bits=3, group_size=32), random_ids(4, 16)
+    lowbit.quantize(model, recipe, text, out=tmp_path / "here", max_kl=50)
+    die.touch()
+    monkeypatch.setattr(spread, "solve_block", lambda request, i: dies_once(die, request, i))
+    lowbit.quantize(model, recipe, text, out=tmp_path / "there", max_kl=50, ray="auto")
+    assert not die.exists()
+    for file in (tmp_path / "here").iterdir():
+        assert file.read_bytes() == (tmp_path / "there" / file.name).read_bytes(), file.name
+
+
+def test_a_block_whose_workers_all_die_is_solved_here(cluster, tmp_path, monkeypatch):
+    model = tiny_llama(tmp_path / "model")
+    lowbit.quantize(model, "rtn", None, out=tmp_path / "here", max_kl=50)
+    monkeypatch.setattr(spread, "solve_block", dies)
+    lowbit.quantize(model, "rtn", None, out=tmp_path / "there", max_kl=50, ray="auto")
+    for file in (tmp_path / "here").iterdir():
+        assert file.read_bytes() == (tmp_path / "there" / file.name).read_bytes(), file.name

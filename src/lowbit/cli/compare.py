@@ -21,6 +21,7 @@ from lowbit.cli.choose import (
     cache_recipe,
     method_options,
     override,
+    with_settings,
 )
 from lowbit.cli.table import show_beside, table_rows, tasks_of
 
@@ -107,6 +108,13 @@ def command(
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None,
+    known: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Results of an earlier comparison: rows with the same recipe, model, texts and tasks are taken over. May be repeated.",
+        ),
+    ] = None,
     seeds: Annotated[
         str | None,
         typer.Option(
@@ -176,10 +184,14 @@ def command(
     if table is None:
         preset, rows = None, _rows(grid, recipes, methods, bits, options, overrides, _caches(kv, kv_bits, kv_settings))
     else:
-        if grid or recipes or methods or bits or options or overrides or kv:
-            raise typer.BadParameter("a table has its own rows; --only chooses among them", param_hint="--table")
+        changes = with_settings({}, settings, "--set")
+        if grid or recipes or methods or bits or overrides or kv or options.keys() - changes.keys():
+            raise typer.BadParameter(
+                "a table has its own rows; --only chooses among them, and --set changes options of all that have them",
+                param_hint="--table",
+            )
         settings_of_plan = {"samples": samples, "seq_len": seq_len, "ram_limit": limit_of_memory}
-        preset, rows = table_rows(model, table, only, settings_of_plan, trust_remote_code)
+        preset, rows = table_rows(model, table, changes, only, settings_of_plan, trust_remote_code)
     names = [] if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
     names = names or tasks_of(preset, task_files)
     with common.progress() as report:
@@ -192,6 +204,7 @@ def command(
             tasks=names,
             task_files=task_files,
             limit=limit,
+            known=known or (),
             speed=speed or (preset is not None and preset.speed),
             seeds=[] if seeds is None else [_width(part, "--seeds") for part in seeds.split(",")],
             allow_leakage=allow_leakage,
@@ -214,9 +227,11 @@ def command(
     if as_json:
         common.print_json(records)
     elif form != "table":
-        from lowbit.comparison.table import FORMS
+        from lowbit.comparison.table import as_table
+        from lowbit.tables import FORMS
 
-        typer.echo(FORMS[form](records), nl=False)
+        found = as_table(records)
+        typer.echo(FORMS[form](found if form == "csv" else found.filled()), nl=False)  # programs want all columns
     else:
         _show(model, records)
         if preset is not None:
@@ -300,13 +315,12 @@ _READABLE = 24  # characters of a remark in a line, so that it is not folded int
 
 
 def _show(model: str, records: list[dict[str, Any]]) -> None:
-    from lowbit.comparison.table import COLUMNS, cells
+    from lowbit.comparison.table import COLUMNS, as_table
 
-    rows = [cells(record) for record in records]
-    filled = [i for i in range(len(COLUMNS)) if i == 0 or any(row[i] for row in rows)]
-    shown = common.table(*(COLUMNS[i] for i in filled), title=model, numbers=COLUMNS[1:-1])
-    for row in rows:
-        shown.add_row(*(row[i] for i in filled))
-    if filled[-1] == len(COLUMNS) - 1:
-        shown.columns[-1].min_width = min(_READABLE, max(len(row[-1]) for row in rows))
+    found = as_table(records).filled()
+    shown = common.table(*found.columns, title=model, numbers=COLUMNS[1:-1])
+    for row in found.rows:
+        shown.add_row(*row)
+    if found.columns[-1] == COLUMNS[-1]:
+        shown.columns[-1].min_width = min(_READABLE, max(len(row[-1]) for row in found.rows))
     common.show_table(shown)

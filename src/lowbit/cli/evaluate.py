@@ -101,9 +101,13 @@ def command(
     common.use_threads(threads)
     import lowbit
 
+    if judge is not None:
+        from lowbit.evaluation import check_judge
+
+        check_judge(judge, judge_model)
     shared = {"against": against, "kv": formats, "trust_remote_code": trust_remote_code}
     with_text = text is not None or lengths or generation or not (tasks or chat)
-    result = verdict = score = None
+    result = verdict = score = unjudged = None
     scores = ()
     with common.progress() as report:
         report(0, 1, "loading")
@@ -121,7 +125,10 @@ def command(
             asked = read_prompts(prompts)
             score = lowbit.evaluate_chat(model, prompts=asked, max_new_tokens=answer_tokens, **shared, progress=report)
             if judge is not None:
-                verdict = judge_answers(score.answers, judge, judge_model, progress=report)
+                try:
+                    verdict = judge_answers(score.answers, judge, judge_model, progress=report)
+                except ValueError as error:
+                    unjudged = error  # the answers are shown all the same
     if as_json:
         found: dict[str, Any] = {} if result is None else result.to_dict()
         found |= {"tasks": {each.task: each.to_dict() for each in scores}} if scores else {}
@@ -134,6 +141,8 @@ def command(
             show_tasks(model, scores)
         if score is not None:
             show_chat(model, score, verdict)
+    if unjudged is not None:
+        raise unjudged
     if result is not None and result.broken:
         raise ValueError(
             f"the model is broken: {result.broken_tokens} of {result.tokens} predictions are NaN or infinite; "

@@ -92,6 +92,14 @@ def command(
         bool, typer.Option("--restart", help="Discard an unfinished run of the same target instead of continuing it.")
     ] = False,
     format: FormatName = "native",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Solve blocks on a Ray cluster: its address, auto, or local. Only where blocks do not depend on each other, as with "
+            "methods that read no text; the result has the same bytes.",
+        ),
+    ] = None,
     trust_remote_code: common.Trust = False,
     threads: common.Threads = None,
     as_json: common.Json = False,
@@ -117,7 +125,16 @@ def command(
         "trust_remote_code": trust_remote_code,
     }
     carry_out(
-        model, chosen, text, out, format, (limit, max_kl, allow_broken, restart), as_json, started, **settings_of_run
+        model,
+        chosen,
+        text,
+        out,
+        format,
+        (limit, max_kl, allow_broken, restart),
+        as_json,
+        started,
+        ray=ray,
+        **settings_of_run,
     )
 
 
@@ -130,6 +147,8 @@ def carry_out(
     running: tuple[int, float | None, bool, bool],
     as_json: bool,
     started: float,
+    *,
+    ray: str | None = None,
     **prepared: Any,
 ) -> None:
     """The whole run, with what is said about it.
@@ -138,6 +157,7 @@ def carry_out(
         running: bytes of activations in memory, the divergence that counts as broken (None: the usual), whether a broken result is
             written, whether an unfinished run is discarded.
         started: when the command began.
+        ray: as of :func:`lowbit.quantize`.
         prepared: further arguments of :func:`lowbit.job.prepare`.
     """
     from lowbit.job import prepare
@@ -152,7 +172,7 @@ def carry_out(
         return
     continued = _announce(job, restart)
     with common.progress() as report:
-        result = run(job, limit, MAX_KL if max_kl is None else max_kl, allow_broken, restart, report)
+        result = run(job, limit, MAX_KL if max_kl is None else max_kl, allow_broken, restart, report, ray)
         trust = prepared["trust_remote_code"]
         result = exported(result, format, out.expanduser().resolve(), trust_remote_code=trust)
     if as_json:

@@ -60,6 +60,8 @@ def show_chat(title: str, score: ChatScore, verdict: Verdict | None) -> None:
         )
         table.add_row("pairs decided for it, for the original", "{}, {}".format(*verdict.decided), "")
         table.add_row("p of these, exact sign test", common.number(verdict.p_value), "")
+        if verdict.unread:
+            table.add_row("pairs left out: replies without two scores", str(verdict.unread), "")
     common.show_table(table)
     common.console().print(score.protocol, markup=False)
     for answer in score.answers:

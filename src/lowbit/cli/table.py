@@ -12,17 +12,23 @@ if TYPE_CHECKING:
 
 
 def table_rows(
-    model: str, name: str, only: list[str] | None, settings: dict[str, Any], trust_remote_code: bool
+    model: str,
+    name: str,
+    changes: dict[str, Any],
+    only: list[str] | None,
+    settings: dict[str, Any],
+    trust_remote_code: bool,
 ) -> tuple[Preset, list[Row]]:
     """The table, and those of its rows that the model can have; prints on stderr what ``plan`` foresees of them.
 
     Args:
+        changes: options of rows whose method has them, in place of the table's.
         only: parts of labels; other rows are left out of the forecast.
         settings: ``samples``, ``seq_len`` and ``ram_limit``, as of :func:`lowbit.compare`.
     """
     from lowbit.comparison import costs, read_preset
 
-    preset = read_preset(name)
+    preset = read_preset(name, changes)
     wanted = [row for row in preset.rows if not only or any(part in row.label for part in only)]
     if not wanted:
         raise ValueError(f"no row of table {name} has {' or '.join(only or [])} in its label")
@@ -62,9 +68,10 @@ def tasks_of(preset: Preset | None, files: Path | None) -> list[str]:
 
 def show_beside(preset: Preset, records: list[dict[str, Any]]) -> None:
     """Our figures and the paper's."""
-    header, rows = preset.beside(records)
-    table = common.table(*header, title=f"{preset.title}; published: on other models", numbers=header[1:])
-    for row in rows:
+    beside = preset.beside(records)
+    title = f"{preset.title}; published: on other models"
+    table = common.table(*beside.columns, title=title, numbers=beside.columns[1:])
+    for row in beside.rows:
         table.add_row(*row)
     common.show_table(table)
     common.console().print(f"published: {preset.paper}. {preset.note}", markup=False)

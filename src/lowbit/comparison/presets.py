@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from math import log
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -18,7 +19,9 @@ from lowbit.comparison.over import mean_accuracy
 from lowbit.comparison.results import Record
 from lowbit.comparison.rows import ORIGINAL, Row, as_rows
 from lowbit.numerics import nearest
+from lowbit.recipes import METHODS
 from lowbit.recipes.files import Loader
+from lowbit.tables import Table, markdown
 
 _FOLDER = files("lowbit.comparison") / "tables"
 PERPLEXITY = "perplexity"
@@ -50,8 +53,8 @@ class Preset:
     tasks: tuple[str, ...] = ()
     speed: bool = False
 
-    def beside(self, records: Sequence[Record]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Our figures and the published ones: the columns, and a row of texts for each label and for the original."""
+    def beside(self, records: Sequence[Record]) -> Table:
+        """Our figures and the published ones: a row for each label and for the original."""
         ours = {record["label"]: record for record in records}
         header = ["", "perplexity (ln ratio)", "KL, nats"]
         header += ["tasks, %"] if self.tasks else []
@@ -62,13 +65,14 @@ class Preset:
             record = next(
                 (found for name, found in ours.items() if name == label or name.startswith(f"{label}, seed ")), {}
             )
-            rows.append((label, *self._ours(record), *self._published(label)))
-        return tuple(header), rows
+            rows.append((label, *self._ours(record, ours.get(ORIGINAL, {})), *self._published(label)))
+        return Table("", tuple(header), tuple(rows))
 
-    def _ours(self, record: Mapping[str, Any]) -> Iterator[str]:
+    def _ours(self, record: Mapping[str, Any], original: Mapping[str, Any]) -> Iterator[str]:
         if "error" in record:
             record = {}
-        yield _ratio(record.get("perplexity"), record.get("log_perplexity_difference"))
+        value, full = record.get("perplexity"), original.get("perplexity")
+        yield _ratio(value, log(value / full) if value and full and record is not original else None)
         yield "" if record.get("kl") is None else f"{record['kl']:.4f}"
         if self.tasks:
             mean = mean_accuracy(record)
@@ -95,17 +99,24 @@ def preset_names() -> tuple[str, ...]:
     )
 
 
-def read_preset(name: str) -> Preset:
+def read_preset(name: str, changes: Mapping[str, Any] = MappingProxyType({})) -> Preset:
     """The table of this name.
 
+    Args:
+        changes: options, such as ``epochs``, that every row whose method has them takes in place of its own. Labels of such rows say
+            so, because the published figures beside them were made otherwise.
+
     Raises:
-        ValueError: there is none, with the nearest name.
+        ValueError: there is none, with the nearest name; an option that no method of the table has.
     """
     if name not in preset_names():
         raise ValueError(f"no table {name!r}{nearest(name, list(preset_names()))}")
     content = yaml.load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), Loader)
     published, entries, labels = {ORIGINAL: tuple(content["original"])}, [], []
-    for entry in content["rows"]:
+    entries_of_table = [_changed(entry, changes) for entry in content["rows"]]
+    if unknown := sorted(key for key in changes if not any(_takes(entry, key) for entry in entries_of_table)):
+        raise ValueError(f"no method of table {name} has an option {', '.join(map(repr, unknown))}")
+    for entry in entries_of_table:
         labels.append(entry["label"])
         if "published" in entry:
             published[entry["label"]] = tuple(entry.pop("published"))
@@ -125,13 +136,23 @@ def read_preset(name: str) -> Preset:
     )
 
 
+def _takes(entry: Mapping[str, Any], option: str) -> bool:
+    """Whether a method of an entry has the option."""
+    return any(option in METHODS[part].options for part in entry.get("method", "").split("+") if part)
+
+
+def _changed(entry: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry with those of ``changes`` that its method has, and what they change in its label."""
+    own = {key: value for key, value in changes.items() if _takes(entry, key) and entry.get(key, ...) != value}
+    said = "".join(f", {key} {value}" for key, value in own.items())
+    return {**entry, **own, "label": f"{entry['label']}{said}"}
+
+
 def markdown_beside(preset: Preset, records: Sequence[Record]) -> str:
     """A section for the page: our rows beside the published ones."""
-    header, rows = preset.beside(records)
     lines = [f"# {preset.title}", "", f"Published columns: {preset.paper}, on other models than ours. {preset.note}"]
-    lines += ["The ln ratio is the logarithm of a perplexity over the original's.", "", f"| {' | '.join(header)} |"]
-    lines += [f"|---|{'---:|' * (len(header) - 1)}", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines) + "\n"
+    lines += ["The ln ratio is the logarithm of a perplexity over the original's.", ""]
+    return "\n".join([*lines, markdown(preset.beside(records))])
 
 
 def _ratio(value: float | None, difference: float | None) -> str:

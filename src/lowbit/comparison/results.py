@@ -75,6 +75,11 @@ class Results:
         finished = [record for record in same if "error" not in record]
         return next(reversed(finished or same), None)
 
+    def latest_of_work(self, wanted: Mapping[str, Any]) -> Record | None:
+        """The last finished record of the same work as ``wanted`` under any label."""
+        finished = (record for record in reversed(self.records) if "error" not in record)
+        return next((record for record in finished if same_work(record, wanted)), None)
+
     def all_latest(self) -> list[Record]:
         """:meth:`latest` for the work of every record, in the order of their first records."""
         kept = {id(record): record for record in map(self.latest, self.records) if record is not None}
@@ -82,17 +87,23 @@ class Results:
 
 
 def _same(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    if _identity(record) != _identity(wanted):
+    return record["label"] == wanted["label"] and same_work(record, wanted)
+
+
+def same_work(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether two records are of one recipe, model, protocol, text and tasks, and of one calibration text if ``wanted`` reads one;
+    their labels may differ."""
+    if work_of(record) != work_of(wanted):
         return False
     calibration = wanted.get("calibration")  # None: this recipe reads no text, even if one was given
     return calibration is None or (record.get("calibration") or {}).get("sha256") == calibration["sha256"]
 
 
-def _identity(record: Mapping[str, Any]) -> tuple:
-    """The names and hashes that identify a record's work, without names of hashed things."""
+def work_of(record: Mapping[str, Any]) -> tuple:
+    """What identifies a record's work but for its calibration text: the recipe, names and hashes, without names of hashed things."""
     protocol = record["protocol"]
     more = protocol.get("tasks"), protocol.get("speed")
-    return record["label"], record["recipe"], record["model"]["sha256"], protocol["name"], protocol["sha256"], *more
+    return record["recipe"], record["model"]["sha256"], protocol["name"], protocol["sha256"], *more
 
 
 def _finite(value: Any) -> Any:

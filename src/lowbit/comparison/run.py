@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.comparison.before import calibration_for, check_leakage, check_rows, check_scratch, chosen_rows, costs
-from lowbit.comparison.on_ray import OnRay, imported
+from lowbit.comparison.on_ray import OnRay
 from lowbit.comparison.presets import Preset, markdown_beside
 from lowbit.comparison.results import Record, Results
 from lowbit.comparison.rows import ORIGINAL, Row, as_rows, with_seeds
@@ -32,6 +32,7 @@ from lowbit.evaluation.perplexity import check_fits, windows_sha256
 from lowbit.evaluation.windows import cut
 from lowbit.numerics import to_dict
 from lowbit.progress import Progress
+from lowbit.ray_cluster import imported
 from lowbit.recipes import Recipe
 from lowbit.stages.scratch import scratch_directory
 from lowbit.surroundings import own_settings
@@ -61,6 +62,7 @@ def compare(
     only: Iterable[str] = (),
     allow_leakage: bool = False,
     ray: str | None = None,
+    known: Iterable[str | PathLike[str]] = (),
     preset: Preset | None = None,
     threads: int | None = None,
     ram_limit: int = 2**32,
@@ -93,6 +95,8 @@ def compare(
             further seeds are left out.
         only: measure only rows whose label contains one of these.
         allow_leakage: also measure where the calibration text is found in what is evaluated.
+        known: files of earlier comparisons. A row that one of them holds with the same recipe, model, texts and tasks, under whatever
+            label, is taken over; its record names the file (``taken_from``).
         preset: a paper's table, whose published figures stand beside ours in the page (:mod:`lowbit.comparison.presets`).
         ray: the address of a Ray cluster whose machines run rows side by side, or ``local``; None: this process runs them one
             after another. Extra ``ray``.
@@ -148,12 +152,20 @@ def compare(
         labels=tuple(row.label for row in asked),
         threads=threads or torch.get_num_threads(),
         workers=OneAfterAnother() if ray is None else OnRay(ray),
+        known=tuple(map(_existing, known)),
         preset=preset,
         memory={} if ray is None else _memory(model, chosen, used, ram_limit, trust_remote_code),
         progress=progress or (lambda done, total, what: None),
         on_record=on_record or (lambda record: None),
     )
     return run.all(asked, chosen, check_scratch(results.path.parent if scratch is None else Path(scratch)))
+
+
+def _existing(path: str | PathLike[str]) -> Results:
+    """The results in a file that must be there."""
+    if not Path(path).expanduser().is_file():
+        raise ValueError(f"no file of results {str(path)!r}: expected JSON lines of `lowbit compare`")
+    return Results(path)
 
 
 def _further(tasks: Sequence[Task], speed: bool) -> Record:
@@ -206,6 +218,7 @@ class _Run:
     labels: tuple[str, ...]
     threads: int
     workers: Workers
+    known: tuple[Results, ...]
     preset: Preset | None
     memory: Mapping[str, int]
     progress: Progress
@@ -217,6 +230,7 @@ class _Run:
         Returns:
             The records of the original and of all ``rows`` that have one.
         """
+        self._take_over([None, *chosen])
         self._write_table()
         first, later = _by_seed(chosen)
         if self._todo(first) or self._todo(later) or not self._has(None):
@@ -230,6 +244,17 @@ class _Run:
                 self.progress(total, total, "finished")
         latest = (self.results.latest(self._head(row)) for row in (None, *rows))
         return [record for record in latest if record is not None]
+
+    def _take_over(self, rows: Sequence[Row | None]) -> None:
+        """Copies the records of rows that an earlier comparison measured."""
+        for row in rows:
+            head = self._head(row)
+            found = ((results, results.latest_of_work(head)) for results in self.known if not self._has(row))
+            for results, record in found:
+                if record is not None:
+                    figures = {key: value for key, value in record.items() if key not in head}
+                    taken = {"file": results.path.name, "label": record["label"]}
+                    self.on_record(self.results.add(head | figures | {"taken_from": taken}))
 
     def _todo(self, rows: list[Row]) -> list[Row]:
         return [row for row in rows if not self._has(row) and not self._settled(row)]

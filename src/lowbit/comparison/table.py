@@ -1,17 +1,16 @@
-"""Records as a table for people: the cells of a row, a Markdown page with a section for each model and protocol, and the
-table alone as CSV, LaTeX or Markdown."""
+"""Records as a table for people: the cells of a row, the table, and a Markdown page with a section for each model and protocol."""
 
 from __future__ import annotations
 
-import csv
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lowbit.comparison.over import accuracy_change, mean_accuracy, over_seeds
 from lowbit.comparison.results import Record
 from lowbit.comparison.rows import ORIGINAL
+from lowbit.tables import Table
+from lowbit.tables import markdown as markdown_table
 
 COLUMNS = (
     "",
@@ -57,6 +56,11 @@ def cells(record: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
+def as_table(records: Sequence[Record], title: str = "") -> Table:
+    """All columns, a row for each record."""
+    return Table(title, COLUMNS, tuple(map(cells, records)))
+
+
 def markdown(records: Sequence[Record], labels: Sequence[str]) -> str:
     """The page: the original first, then rows in the order of ``labels``, then other rows."""
     place = {label: i for i, label in enumerate((ORIGINAL, *labels))}
@@ -93,47 +97,17 @@ def _section(records: list[Record]) -> str:
             f"Tasks: {asked}, without examples; acc_norm where lm-eval reports it, else acc; change on the same items.",
             "",
         ]
-    rows = []
-    for record in records:
-        row = list(cells(record))
-        if len(texts) > 1 and record.get("calibration"):
-            row[-1] = ", ".join(filter(None, (f"calibrated on {_calibration(record)}", row[-1])))
-        rows.append(row)
-    return "\n".join(lines) + "\n" + _markdown_table(rows)
+    table = as_table(records)
+    if len(texts) > 1:
+        table = replace(table, rows=tuple(map(_with_calibration, table.rows, records)))
+    return "\n".join(lines) + "\n" + markdown_table(table.filled())
 
 
-def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 2)}---|"]
-    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _csv_table(rows: Sequence[Sequence[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
-    return text.getvalue()
-
-
-def _latex_table(rows: Sequence[Sequence[str]]) -> str:
-    """A tabular of the package booktabs."""
-    lines = [rf"\begin{{tabular}}{{l{'r' * (len(COLUMNS) - 2)}l}}", r"\toprule", _latex_row(COLUMNS), r"\midrule"]
-    return "\n".join([*lines, *map(_latex_row, rows), r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
-def _latex_row(row: Sequence[str]) -> str:
-    return " & ".join(re.sub(r"[\\{}$&#%_^~]", _escaped, cell) for cell in row) + r" \\"
-
-
-def _escaped(match: re.Match[str]) -> str:
-    words = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
-    return words.get(match[0], "\\" + match[0])
-
-
-FORMS: dict[str, Callable[[Sequence[Record]], str]] = {
-    name: lambda records, write=write: write([cells(record) for record in records])
-    for name, write in (("csv", _csv_table), ("latex", _latex_table), ("markdown", _markdown_table))
-}
-"""The table alone, in forms for other programs, by name."""
+def _with_calibration(row: tuple[str, ...], record: Record) -> tuple[str, ...]:
+    """The cells of a record, which of several calibration texts it read among the remarks."""
+    if not record.get("calibration"):
+        return row
+    return (*row[:-1], ", ".join(filter(None, (f"calibrated on {_calibration(record)}", row[-1]))))
 
 
 def _tasks(record: Mapping[str, Any]) -> str:
@@ -149,8 +123,9 @@ def _remark(record: Mapping[str, Any]) -> str:
     if "error" in record:
         return f"failed: {' '.join(record['error'].split())}"
     through = record.get("read", "").partition(", ")[2]
+    taken = f"from {record['taken_from']['file']}" if "taken_from" in record else ""
     broken = f"broken: {'; '.join(record['problems'])}" if record.get("problems") else ""
-    return "; ".join(filter(None, (through, broken)))
+    return "; ".join(filter(None, (through, taken, broken)))
 
 
 def _leak(record: Record) -> str:

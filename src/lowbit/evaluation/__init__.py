@@ -9,7 +9,7 @@ from lowbit.evaluation.cache_checks import CheckScore, check_generation, check_r
 from lowbit.evaluation.chat import Answer, ChatScore, compare_chat, read_prompts
 from lowbit.evaluation.generate import check_chat, generate_text
 from lowbit.evaluation.harness import score_with_lm_eval
-from lowbit.evaluation.judge import Verdict, judge_answers
+from lowbit.evaluation.judge import Verdict, check_judge, judge_answers
 from lowbit.evaluation.layers import output_error, sqnr_db
 from lowbit.evaluation.leakage import Leakage, find_leakage
 from lowbit.evaluation.memory import DirectoryBytes, directory_bytes, model_bytes, peak_rss, reset_peak_rss
@@ -38,6 +38,7 @@ __all__ = [
     "as_protocol_reads",
     "check_chat",
     "check_generation",
+    "check_judge",
     "check_retrieval",
     "compare_chat",
     "directory_bytes",

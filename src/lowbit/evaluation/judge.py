@@ -47,6 +47,7 @@ class Verdict:
         won, tied, lost: trials of the model against its original.
         decided: pairs in which both orders together favour one answer: those for the model and those for the original.
         p_value: of these pairs, by the exact sign test.
+        unread: pairs that count nowhere, because a reply on them did not begin with two scores.
         scores: for each pair the scores of (model, original), with the model first and then with it second.
     """
 
@@ -56,11 +57,22 @@ class Verdict:
     lost: int
     decided: tuple[int, int]
     p_value: float
+    unread: int
     scores: tuple[tuple[tuple[float, float], tuple[float, float]], ...] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return dict(vars(self))
+
+
+def check_judge(endpoint: str, name: str, *, timeout_s: float = 120) -> None:
+    """Asks the judge for a word, so that an endpoint that is not there is found before minutes of answers.
+
+    Raises:
+        ValueError: it does not answer.
+    """
+    messages = [{"role": "user", "content": "Answer with the word yes."}]
+    _ask(_address(endpoint), {"model": name, "messages": messages, "temperature": 0, "max_tokens": 8}, timeout_s)
 
 
 def judge_answers(
@@ -77,16 +89,25 @@ def judge_answers(
         progress: called as ``progress(trials done, trials, what)``.
 
     Raises:
-        ValueError: an endpoint that does not answer, or an answer without two scores.
+        ValueError: an endpoint that does not answer, or of whose replies none on both orders of a pair begins with two scores.
     """
-    scores = []
+    scores, unread = [], []
     for done, answer in enumerate(answers):
         progress(2 * done, 2 * len(answers), "judging")
         first = _trial(endpoint, name, answer.prompt, answer.model, answer.original, timeout_s)
         progress(2 * done + 1, 2 * len(answers), "judging")
         second = _trial(endpoint, name, answer.prompt, answer.original, answer.model, timeout_s)
-        scores.append((first, second[::-1]))
+        replies = [reply for reply in (first, second) if isinstance(reply, str)]
+        if replies:
+            unread.append(replies[0])
+        else:
+            scores.append((first, second[::-1]))
     progress(2 * len(answers), 2 * len(answers), "judging")
+    if unread and not scores:
+        raise ValueError(
+            f"the judge {name} answered {unread[0][:80]!r}: expected two scores of 1 to 10 in its first line. Small models seldom judge; "
+            "take a larger one"
+        )
     trials = [trial for pair in scores for trial in pair]
     sums = [sum(ours - theirs for ours, theirs in pair) for pair in scores]
     better, worse = sum(each > 0 for each in sums), sum(each < 0 for each in sums)
@@ -97,19 +118,27 @@ def judge_answers(
         lost=sum(ours < theirs for ours, theirs in trials),
         decided=(better, worse),
         p_value=mcnemar(worse, better),
+        unread=len(unread),
         scores=tuple(scores),
     )
 
 
-def _trial(endpoint: str, name: str, question: str, first: str, second: str, timeout_s: float) -> tuple[float, float]:
+def _trial(
+    endpoint: str, name: str, question: str, first: str, second: str, timeout_s: float
+) -> tuple[float, float] | str:
+    """The two scores, or a reply without them."""
     asked = QUESTION.format(question=question, first=first, second=second)
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": asked}]
     body = {"model": name, "messages": messages, "temperature": 0, "max_tokens": 512}
-    said = _ask(f"{endpoint.rstrip('/')}/chat/completions", body, timeout_s)
-    found = _SCORES.match(said.strip())
+    reply = _ask(_address(endpoint), body, timeout_s)
+    found = _SCORES.match(reply.strip())
     if found is None or not all(1 <= float(score) <= 10 for score in found.groups()):
-        raise ValueError(f"the judge {name} answered {said[:80]!r}: expected two scores of 1 to 10 in its first line")
+        return reply
     return float(found[1]), float(found[2])
+
+
+def _address(endpoint: str) -> str:
+    return f"{endpoint.rstrip('/')}/chat/completions"
 
 
 def _ask(address: str, body: dict[str, Any], timeout_s: float) -> str:

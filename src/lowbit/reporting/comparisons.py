@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
 
 from lowbit.comparison import ORIGINAL
-from lowbit.comparison.table import COLUMNS, cells
+from lowbit.comparison.table import as_table
 from lowbit.inspection.plots import COLOURS
 from lowbit.reporting.figures import FAINT, Marks, Picture, draw, label_points, log_axis
 from lowbit.reporting.sections import Entry, Section
-from lowbit.reporting.tables import Table
+from lowbit.tables import Table
 
 Record = Mapping[str, Any]
 
@@ -31,10 +32,8 @@ def _section(number: int, records: Sequence[Record]) -> Section:
     model, protocol = records[0]["model"], records[0]["protocol"]
     ordered = sorted(records, key=lambda record: record["label"] != ORIGINAL)
     links = tuple(f"row-{number}-{i}" for i in range(len(ordered)))
-    rows = [cells(record) for record in ordered]
-    filled = [i for i in range(len(COLUMNS)) if i == 0 or any(row[i] for row in rows)]
-    columns = tuple(COLUMNS[i] or "row" for i in filled)
-    table = Table(f"{model['name']}: all rows", columns, tuple(tuple(row[i] for i in filled) for row in rows), links)
+    table = replace(as_table(ordered, f"{model['name']}: all rows").filled(), links=links)
+    table = replace(table, columns=("row", *table.columns[1:]))
     windows = f"{protocol['windows']} windows of {protocol['seq_len']} tokens, " if "windows" in protocol else ""
     return Section(
         f"{model['name']} on {protocol['text']}",

@@ -24,7 +24,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lowbit.inspection.plots import COLOURS, plain
-from lowbit.reporting.tables import Table
+from lowbit.tables import Table
 
 
 @dataclass(frozen=True)

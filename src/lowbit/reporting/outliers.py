@@ -16,7 +16,7 @@ from lowbit.reporting.figures import Picture, lines, picture_of
 from lowbit.reporting.runs import error_map
 from lowbit.reporting.sections import Section
 from lowbit.reporting.sources import Json, SourceError
-from lowbit.reporting.tables import Table, text_of
+from lowbit.tables import Table, text_of
 
 _TITLES = {
     "channel_maxima.png": "Largest magnitude of each channel",

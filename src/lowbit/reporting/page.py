@@ -18,7 +18,7 @@ from lowbit.reporting.outliers import inspection_sections
 from lowbit.reporting.runs import cache_section, curve_section, run_section, sample_section
 from lowbit.reporting.sections import Section
 from lowbit.reporting.sources import Sources, read_sources
-from lowbit.reporting.tables import FORMS, Table
+from lowbit.tables import FORMS, Table
 from lowbit.version import __version__
 
 MOST_BYTES = 3_000_000
@@ -63,7 +63,7 @@ class Page:
         )
 
     def tables(self, form: str) -> str:
-        """All tables in one of :data:`lowbit.reporting.tables.FORMS`; the numbers of figures too."""
+        """All tables in one of :data:`lowbit.tables.FORMS`; the numbers of figures too."""
         return "\n".join(FORMS[form](table) for section in self.sections for table in _tables(section))
 
 

@@ -12,7 +12,7 @@ from lowbit.reporting.comparisons import quantize_command, recipe_text
 from lowbit.reporting.figures import Marks, Picture, draw, heat_map, label_points, lines, log_axis
 from lowbit.reporting.sections import Entry, Section
 from lowbit.reporting.sources import Json, Sample
-from lowbit.reporting.tables import Table, of_mappings, text_of
+from lowbit.tables import Table, of_mappings, text_of
 
 _FIGURES = {
     "asked_bits": "bits of a code, as asked",

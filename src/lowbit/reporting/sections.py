@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lowbit.reporting.figures import Picture
 from lowbit.reporting.sources import Sample
-from lowbit.reporting.tables import Table
+from lowbit.tables import Table
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a report is made of: files that other commands wrote, told apart by what is in them.
 
-* JSON lines of ``lowbit compare``, of a training's course, of answers to prompts, and of other flat rows;
+* JSON lines of ``lowbit compare``, of a training's course, of several trainings with their courses, of answers to prompts, and of
+  other flat rows;
 * ``lowbit-report.json`` of a checkpoint, ``inspection.json`` with ``channels.safetensors``, results of ``benchmarks``,
   and what ``lowbit generate --json`` and ``lowbit evaluate --chat --json`` print;
 * a directory: what it holds of these.
@@ -17,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoints.model_card import REPORT
-from lowbit.comparison.results import DECISIVE
-from lowbit.reporting.tables import Table, of_mappings, text_of
+from lowbit.comparison.results import DECISIVE, work_of
+from lowbit.tables import Table, of_mappings, text_of
 
 Json = dict[str, Any]
 INSPECTION, CHANNELS = "inspection.json", "channels.safetensors"
@@ -33,6 +34,7 @@ _RECORD = {"model": {"name": str, "sha256": str}, "protocol": dict.fromkeys(("na
 _LAYER = {"name": str, "role": str, "bits_per_weight": (int, float), "error": (int, float, type(None))}
 _RUN = {"recipe": dict, "layers": [_LAYER], "block_errors": list, "bits_per_weight": (int, float)}
 _INSPECTION = {"model": str, "calibration": str, "layers": [dict], "inputs": [{"name": str, "role": str, "block": int}]}
+_STEP = {"step": int, "tokens": int, "loss": (int, float, type(None))}
 _ANSWER = dict.fromkeys(("prompt", "original", "model"), str)
 _CACHES = {"quality": [{"name": str, "bits": (int, float)}], "speed": [{"name": str, "context": int}]}
 """What files must hold: types, objects with their keys, and lists of one of these."""
@@ -152,6 +154,11 @@ def _rows(file: Path, name: str, rows: list[Json], sources: Sources) -> None:
         sources.records += [{"calibration": None, **_checked(file, row, _RECORD), "file": name} for row in rows]
     elif all({"step", "tokens", "loss"} <= row.keys() for row in rows):
         sources.curves[name] = rows
+    elif all({"label", "curve"} <= row.keys() for row in rows):
+        for row in rows:
+            _add_curve(file, f"{name}: {row['label']}", row["curve"], sources)
+        short = [{key: value for key, value in row.items() if key not in ("curve", "recipe")} for row in rows]
+        sources.tables[name] = [of_mappings(name, short)]
     elif all({"prompt", "answers"} <= row.keys() for row in rows):
         for number, row in enumerate(rows, start=1):
             _add_sample(f"{file}, line {number}", row["prompt"], row["answers"], sources)
@@ -208,6 +215,12 @@ def _checked(file: Path, value: Any, form: Any, place: str = "") -> Any:
     return value
 
 
+def _add_curve(file: Path, name: str, rows: Any, sources: Sources) -> None:
+    """The course of one of several trainings; empty where it was not kept."""
+    if rows:
+        sources.curves[name] = _checked(file, rows, [_STEP], "curve")
+
+
 def _add_sample(place: str, prompt: Any, answers: Any, sources: Sources) -> None:
     texts = isinstance(answers, dict) and all(isinstance(text, str) for text in answers.values())
     if not isinstance(prompt, str) or not texts:
@@ -242,9 +255,8 @@ def _latest(records: Sequence[Json]) -> list[Json]:
     """Of several records of the same work the last that has figures, else the last, at the place of the first."""
     kept: dict[str, Json] = {}
     for record in records:
-        protocol, calibration = record["protocol"], record["calibration"] or {}
-        work = (record["label"], record["recipe"], record["model"]["sha256"], protocol["name"], protocol["sha256"])
-        key = json.dumps([*work, calibration.get("sha256")], sort_keys=True)
+        calibration = record["calibration"] or {}
+        key = json.dumps([record["label"], *work_of(record), calibration.get("sha256")], sort_keys=True)
         if key not in kept or "error" in kept[key] or "error" not in record:
             kept[key] = record
     return list(kept.values())

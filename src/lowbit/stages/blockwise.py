@@ -18,11 +18,11 @@ read back and both streams pass through them, with the same operations in the sa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -30,7 +30,9 @@ from lowbit.architectures import attention_modules, attention_spec, quantize_att
 from lowbit.checkpoints.description import ModelDescription, has_unfused_experts
 from lowbit.checkpoints.shards import read_shard_header, read_tensor
 from lowbit.modules import QuantLinear, cache_calibration, calibrate_cache, kept_weights, unmake_drafts
+from lowbit.plan.model_plan import ModelPlan
 from lowbit.plan.outside import OutsidePlan
+from lowbit.solve import Solution
 from lowbit.stages.block_cache import cache_layers, reading_cache
 from lowbit.stages.fisher import FisherPass
 from lowbit.stages.journal import file_sha256
@@ -43,6 +45,14 @@ from lowbit.steps.precision import products
 from lowbit.surroundings import return_free_memory
 
 
+class Elsewhere(Protocol):
+    """Who solves blocks beside the walk (:mod:`lowbit.stages.spread`)."""
+
+    def solutions(self, i: int) -> Mapping[str, Solution]:
+        """The solutions of block i by path, when they are there; those that are missing the walk finds itself."""
+        ...
+
+
 class Broken(ValueError):
     """A block came out unusable (NaN, Inf): quantizing further would be a waste."""
 
@@ -52,9 +62,12 @@ class Walk(Streams):
     """One run over a model. See the module docstring; :meth:`run` does everything but the last files of a checkpoint.
 
     Attributes:
+        elsewhere: who solves blocks beside the walk; None: nobody.
         records: of the blocks so far.
         fisher: the sensitivities of the blocks, where the recipe needs them.
     """
+
+    elsewhere: Elsewhere | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -242,7 +255,7 @@ class Walk(Streams):
     def _state(
         self, i: int, block: nn.Module, calls: list[Call] | None, fisher: dict[str, Tensor] | None = None
     ) -> BlockState:
-        plan, io = self.plan.blocks[i], None
+        io = None
         if calls is not None:
             x, fp, y = (self.seen(name) for name in (self.recipe.feed, "fp", "next"))
             paired = len(fp) == len(x)
@@ -256,23 +269,12 @@ class Walk(Streams):
                 products=fast,
                 ahead=self._ahead(i, calls),
             )
-        return BlockState.of(
-            plan.name,
-            block,
-            plan.resolved,
-            dict(plan.formats),
-            io,
-            fisher,
-            seed=derived_seed(self.recipe.seed, i),
-            store_dtype=self.plan.kept.dtype,
-            dtypes={key: self.plan.kept.dtype_of(f"{plan.name}.{key}") for key in plan.module.state_dict()},
-            tick=self.tick,
-            rotated=self.rotation is not None,
-            reads_inputs=self.recipe.reads_inputs,
-            caches=cache_layers(self.plan, i, block),
-            keeps_latents=self.recipe.needs_latents,
-            given={path: self.given[name] for path in plan.formats if (name := f"{plan.name}.{path}") in self.given},
-            rotations=self.learned.of_block(plan.name),
+        solved = {} if self.elsewhere is None else self.elsewhere.solutions(i)
+        own = self.plan.blocks[i]
+        given = {path: self.given[name] for path in own.formats if (name := f"{own.name}.{path}") in self.given}
+        turned = self.learned.of_block(own.name)
+        return block_state(
+            self.plan, i, block, io, fisher, tick=self.tick, solved=solved, given=given, rotations=turned
         )
 
     def _resume(self, i: int, call: Call | None) -> BlockRecord:
@@ -321,6 +323,34 @@ class Walk(Streams):
 
     def _shard(self, i: int) -> str:
         return self.section.unit_name(i, self.total + 1)
+
+
+def block_state(
+    plan: ModelPlan,
+    i: int,
+    block: nn.Module,
+    io: BlockIO | None = None,
+    fisher: dict[str, Tensor] | None = None,
+    **context: Any,
+) -> BlockState:
+    """The state of block i before the first step of the plan's recipe; ``context``: further fields of its context."""
+    own, recipe = plan.blocks[i], plan.recipe
+    return BlockState.of(
+        own.name,
+        block,
+        own.resolved,
+        dict(own.formats),
+        io,
+        fisher,
+        seed=derived_seed(recipe.seed, i),
+        store_dtype=plan.kept.dtype,
+        dtypes={key: plan.kept.dtype_of(f"{own.name}.{key}") for key in own.module.state_dict()},
+        rotated=plan.rotation is not None,
+        reads_inputs=recipe.reads_inputs,
+        caches=cache_layers(plan, i, block),
+        keeps_latents=recipe.needs_latents,
+        **context,
+    )
 
 
 def derived_seed(seed: int, block: int) -> int:

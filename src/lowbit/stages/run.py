@@ -19,7 +19,7 @@ from lowbit.modules import CalibrationSpec, KVFormats, set_kv_formats
 from lowbit.plan.model_plan import ModelPlan
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Blockwise, FitCache, Train
-from lowbit.stages.blockwise import Walk
+from lowbit.stages.blockwise import Elsewhere, Walk
 from lowbit.stages.fit_cache import CacheFitting, combined
 from lowbit.stages.journal import Journal, Section
 from lowbit.stages.rest import Rest
@@ -42,6 +42,7 @@ class Run:
         ram_limit: bytes of activations kept in memory.
         drawn, held_out: as for :class:`Walk`.
         further: windows of text for training ``[M, S]`` that are no calibration windows; None: there are none.
+        elsewhere: as for :class:`Walk`.
 
     Attributes:
         walk: of the Blockwise stage; it keeps both streams behind the last block. Without that stage, it does not begin.
@@ -60,6 +61,7 @@ class Run:
     drawn: bool = False
     held_out: int = 0
     further: Tensor | None = None
+    elsewhere: Elsewhere | None = None
     model: PreTrainedModel | None = None
     notes: list[str] = field(default_factory=list)
     found: dict[str, CalibrationSpec] = field(default_factory=dict)
@@ -76,6 +78,7 @@ class Run:
             drawn=self.drawn,
             held_out=self.held_out,
             given=self.given,
+            elsewhere=self.elsewhere,
         )
         self.rest = Rest(self.walk)
 

@@ -183,6 +183,8 @@ class Solve(Step):
             error = _output_error(draft, bare, stats)
         except ValueError as problem:
             raise ValueError(f"{name}: {problem}") from problem
+        if state.context.keeps_solutions:
+            state.solutions[path] = solution
         if self._keeps_originals:
             state.originals[path] = draft
         if state.context.keeps_latents:
@@ -200,6 +202,8 @@ class Solve(Step):
 
     def _solution(self, solver: Solver, draft: DraftLinear, path: str, state: BlockState, stats: Stats) -> Solution:
         assert draft.format is not None
+        if path in state.context.solved:
+            return state.context.solved[path]
         adapter = self._adapter(path, state.resolved.linears[path])
         if adapter is None:
             return solver.solve(draft.target, draft.format.weight, stats, draft.range_shares)

@@ -22,6 +22,7 @@ from lowbit.caches import PackedLayer
 from lowbit.modules import DraftLinear, LinearFormat, QuantLinear, make_drafts
 from lowbit.modules.draft_linear import for_gradients, no_fisher
 from lowbit.numerics import Fisher, SquareSum, Statistic, narrowed
+from lowbit.solve import Solution
 from lowbit.steps.collection import Collection
 from lowbit.transforms import ChannelTransform, Permute, Rotate, Scale
 
@@ -117,6 +118,8 @@ class BlockContext:
         keeps_latents: whether a later stage needs the weights that are rounded here.
         given: squares of the inputs of linears that were gathered elsewhere, by path; they count instead of those of ``io``.
         rotations: those that a stage before has learned, by name of the edge across which they are folded.
+        solved: solutions of linears that were found elsewhere, by path: they are not searched again.
+        keeps_solutions: whether solutions are kept in ``BlockState.solutions``.
     """
 
     name: str
@@ -132,6 +135,8 @@ class BlockContext:
     keeps_latents: bool = False
     given: Mapping[str, Tensor] = field(default_factory=dict)
     rotations: Mapping[str, Rotate] = field(default_factory=dict)
+    solved: Mapping[str, Solution] = field(default_factory=dict)
+    keeps_solutions: bool = False
 
 
 @dataclass
@@ -144,6 +149,7 @@ class BlockState:
         records: the report's entries of packed linears.
         latents: what the codes of packed linears were rounded from, by path, where a later stage needs it.
         notes: warnings for the report.
+        solutions: those of packed linears, by path, where the context asks for them.
     """
 
     context: BlockContext
@@ -152,6 +158,7 @@ class BlockState:
     records: list[LayerRecord] = field(default_factory=list)
     latents: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    solutions: dict[str, Solution] = field(default_factory=dict)
 
     @classmethod
     def of(

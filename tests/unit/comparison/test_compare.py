@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import random
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import lowbit
@@ -24,6 +22,7 @@ from lowbit.evaluation import KeptOriginal, evaluate_model, keep_states
 from lowbit.evaluation.forward import logits_of
 from lowbit.numerics import to_dict
 
+from comparing import HERE, compare, texts, without_times
 from helpers import VOCABULARY, assert_same, random_ids, tiny_llama
 from killed import Killed
 
@@ -31,38 +30,6 @@ BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 RTN = {"label": "rtn", "method": "rtn", "bits": 8, "group_size": 32}
 GPTQ = {"label": "gptq", "method": "gptq", "bits": 3, "group_size": 32}
 TWO_BITS = {"label": "two bits", "method": "rtn", "bits": 2, "group_size": None}
-HERE = {"samples": 4, "seq_len": 16, "eval_seq_len": 32, "windows": 5, "threads": 1}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A tiny model with a word tokenizer, and a text of its words."""
-    path = tiny_llama(tmp_path_factory.mktemp("compare") / "model")
-    words = [f"w{i}" for i in range(VOCABULARY - 1)]
-    vocabulary = {word: i for i, word in enumerate(["<unk>", *words])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>").save_pretrained(path)
-    for seed, name in enumerate(("text.txt", "calibration.txt")):
-        (path.parent / name).write_text(" ".join(random.Random(seed).choices(words, k=200)))
-    return path
-
-
-@pytest.fixture
-def here(monkeypatch) -> list[object]:
-    """Runs work in this process, which saves seconds of imports for each row; returns the list of work done."""
-    done: list[object] = []
-
-    def in_this_process(work, threads, log, progress):
-        done.append(work)
-        return child.attempt(work, progress)
-
-    monkeypatch.setattr(child, "run_in_child", in_this_process)
-    return done
-
-
-def compare(model: Path, rows, out: Path, **changes):
-    return lowbit.compare(model, rows, random_ids(4, 16), random_ids(5, 32, seed=2), out, **{**HERE, **changes})
 
 
 def lines(out: Path) -> list[dict]:
@@ -146,8 +113,7 @@ def test_a_process_of_its_own_gives_the_same_figures_and_its_own_memory(model, t
     monkeypatch.setattr(child, "run_in_child", rows_apart)
     big = torch.zeros(2**28)  # 1 GiB of this process does not count for the row
     found = compare(model, [GPTQ], tmp_path / "r.jsonl", progress=lambda *call: seen.append(call))[1]
-    timed = {"peak_rss_bytes", "quantize_peak_rss_bytes", "quantize_seconds", "evaluate_seconds"}
-    assert {k: v for k, v in found.items() if k not in timed} == {k: v for k, v in expected.items() if k not in timed}
+    assert without_times(found) == without_times(expected)
     assert 5e7 < found["quantize_peak_rss_bytes"] <= found["peak_rss_bytes"] < 1e9 < big.nbytes
     assert [call[0] for call in seen] == sorted(call[0] for call in seen)
     assert seen[0][:2] == (0, 2) and seen[-1][:2] == (2, 2)
@@ -223,6 +189,26 @@ def test_only_rows_that_something_decisive_changed_run_again(model, tmp_path, he
     assert page.count("| original |") == 3
 
 
+def test_rows_that_an_earlier_comparison_measured_are_taken_over_under_their_new_labels(model, tmp_path, here):
+    first = compare(model, [RTN, GPTQ], tmp_path / "first.jsonl")
+    here.clear()
+    rows, known = [RTN | {"label": "another"}, GPTQ, TWO_BITS], {"known": [tmp_path / "first.jsonl"]}
+    again = compare(model, rows, tmp_path / "again.jsonl", only=["another", "gptq"], **known)
+    assert not here and [record["label"] for record in again] == ["original", "another", "gptq"]
+    assert again[1] == first[1] | {"label": "another", "taken_from": {"file": "first.jsonl", "label": "rtn"}}
+    assert "from first.jsonl" in (tmp_path / "again.md").read_text()
+    compare(model, rows, tmp_path / "again.jsonl", **known)
+    assert [getattr(each, "recipe", None) and each.recipe.scheme.rules[0].weight.grid.bits for each in here] == [
+        None,
+        2,
+    ]
+    here.clear()
+    compare(model, [RTN], tmp_path / "shorter.jsonl", windows=4, **known)  # other windows are another text
+    assert len(here) == 2
+    with pytest.raises(ValueError, match="no file of results"):
+        compare(model, [RTN], tmp_path / "r.jsonl", known=[tmp_path / "absent.jsonl"])
+
+
 def test_another_model_is_another_comparison(model, tmp_path, here):
     compare(model, [RTN], tmp_path / "r.jsonl")
     here.clear()
@@ -232,7 +218,9 @@ def test_another_model_is_another_comparison(model, tmp_path, here):
 
 
 def test_ctrl_c_loses_only_the_row_at_hand(model, tmp_path, monkeypatch, here):
-    out = tmp_path / "r.jsonl"
+    rows, out = [RTN, GPTQ, TWO_BITS], tmp_path / "r.jsonl"
+    asked = {"tasks": ["piqa"], "task_files": model.parent}
+    whole = compare(model, rows, tmp_path / "whole.jsonl", **asked)
 
     def interrupted(work, threads, log, progress):
         if getattr(work, "recipe", None) is not None and work.recipe.name == "gptq":
@@ -242,11 +230,13 @@ def test_ctrl_c_loses_only_the_row_at_hand(model, tmp_path, monkeypatch, here):
     with monkeypatch.context() as patch:
         patch.setattr(child, "run_in_child", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            compare(model, [RTN, GPTQ, TWO_BITS], out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.jsonl", "r.md"]
+            compare(model, rows, out, **asked)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.jsonl", "r.md", "whole.jsonl", "whole.md"]
     with out.open("a") as file:
         file.write('{"label": "torn by a ki')
-    compare(model, [RTN, GPTQ, TWO_BITS], out)
+    here.clear()
+    repeated = compare(model, rows, out, **asked)
+    assert list(map(without_times, repeated)) == list(map(without_times, whole))
     assert [work.recipe.name for work in here[1:]] == ["gptq", "rtn"]
     assert [line["label"] for line in lines(out)] == ["original", "rtn", "gptq", "two bits"]
 
@@ -259,7 +249,7 @@ def test_only_measures_some_rows_and_the_table_keeps_the_order_of_all(model, tmp
     assert [record["label"] for record in records] == ["original", "rtn", "gptq", "two bits"]
     table = [line for line in (tmp_path / "r.md").read_text().splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in table[1:]] == ["| original", "| rtn", "| gptq", "| two bits"]
-    assert all(line.replace(r"\|", "").count("|") == len(COLUMNS) + 1 for line in table)
+    assert len({line.replace(r"\|", "").count("|") for line in table}) == 1 and "tokens/s" not in table[0]
 
 
 # Refusals
@@ -351,13 +341,6 @@ def test_the_grids_of_the_benchmarks_are_grids(name):
 
 def command(*arguments: object):
     return CliRunner().invoke(app, [str(argument) for argument in ("compare", *arguments)])
-
-
-SHORT = ("--samples", 4, "--seq-len", 16, "--eval-seq-len", 32, "--windows", 5, "--threads", 1)
-
-
-def texts(model: Path) -> tuple[object, ...]:
-    return ("--calibration", model.parent / "calibration.txt", "--text", model.parent / "text.txt", *SHORT)
 
 
 def test_the_command_makes_rows_of_methods_bits_and_files(model, tmp_path, here):

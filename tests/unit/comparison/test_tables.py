@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import random
 import sys
-from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import lowbit
 from lowbit.cli import app, complete
-from lowbit.comparison import ORIGINAL, Row, child, costs, preset_names, presets, read_preset
+from lowbit.comparison import ORIGINAL, Row, costs, preset_names, presets, read_preset
 from lowbit.comparison.over import accuracy_change, over_seeds
 from lowbit.comparison.presets import Preset
 
-from helpers import VOCABULARY, random_ids, tiny_llama
+from comparing import HERE, compare, texts
+from helpers import random_ids, tiny_llama
 
-HERE = {"samples": 4, "seq_len": 16, "eval_seq_len": 32, "windows": 5, "threads": 1}
 TINY = """
 title: "Tiny"
 paper: arXiv:0000.00000
@@ -36,46 +32,12 @@ rows:
 """
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A tiny model with a word tokenizer, two texts of its words, and a task."""
-    path = tiny_llama(tmp_path_factory.mktemp("tables") / "model")
-    words = [f"w{i}" for i in range(VOCABULARY - 1)]
-    vocabulary = {word: i for i, word in enumerate(["<unk>", *words])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>").save_pretrained(path)
-    for seed, name in enumerate(("text.txt", "calibration.txt")):
-        (path.parent / name).write_text(" ".join(random.Random(seed).choices(words, k=200)))
-    draw = random.Random(3)
-    rows = [{"query": "w1 w2", "choices": draw.sample(words, 3), "gold": draw.randrange(3)} for _ in range(12)]
-    (path.parent / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def here(monkeypatch) -> list[object]:
-    """Runs work in this process; returns the work done."""
-    done: list[object] = []
-
-    def in_this_process(work, threads, log, progress):
-        done.append(work)
-        return child.attempt(work, progress)
-
-    monkeypatch.setattr(child, "run_in_child", in_this_process)
-    return done
-
-
 @pytest.fixture
 def tiny_table(monkeypatch, tmp_path) -> Preset:
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "tiny.yaml").write_text(TINY)
     monkeypatch.setattr(presets, "_FOLDER", tmp_path / "tables")
     return read_preset("tiny")
-
-
-def compare(model: Path, rows, out: Path, **changes):
-    return lowbit.compare(model, rows, random_ids(4, 16), random_ids(5, 32, seed=2), out, **{**HERE, **changes})
 
 
 # The files
@@ -117,14 +79,23 @@ def test_the_tables_that_were_asked_for_are_there_and_shells_offer_them():
         read_preset("omniquant1")
 
 
+def test_options_change_the_rows_that_have_them_and_their_labels_say_so():
+    preset, plain = read_preset("llm-qat", {"tokens": 4096}), read_preset("llm-qat")
+    assert preset.labels[0] == "llm-qat, 8-8-16, tokens 4096" and "rtn, 8-8-8" in preset.labels
+    trained, untrained = preset.rows[0].recipe, next(row for row in preset.rows if row.label == "rtn, 8-8-8").recipe
+    assert trained.stages[-1].tokens == 4096 != plain.rows[0].recipe.stages[-1].tokens
+    assert untrained in [row.recipe for row in plain.rows]
+    assert preset.published[preset.labels[0]] == plain.published[plain.labels[0]]
+    with pytest.raises(ValueError, match="no method of table kivi has an option 'tokens'"):
+        read_preset("kivi", {"tokens": 4096})
+
+
 # Running one
 
 
 def test_a_table_prints_its_costs_runs_resumes_and_shows_published_figures(model, tmp_path, tiny_table, here):
     out = tmp_path / "r.jsonl"
-    text = ("--calibration", model.parent / "calibration.txt", "--text", model.parent / "text.txt")
-    short = ("--samples", 4, "--seq-len", 16, "--eval-seq-len", 32, "--windows", 5, "--threads", 1)
-    command = ("compare", model, "--table", "tiny", "--task-files", model.parent, *text, *short, "-o", out)
+    command = ("compare", model, "--table", "tiny", "--task-files", model.parent, *texts(model), "-o", out)
     first = CliRunner().invoke(app, [str(part) for part in command])
     assert first.exit_code == 0, first.stderr
     assert (
@@ -140,27 +111,6 @@ def test_a_table_prints_its_costs_runs_resumes_and_shows_published_figures(model
     here.clear()
     again = CliRunner().invoke(app, [str(part) for part in command])
     assert again.exit_code == 0 and not here and out.read_text() == lines
-
-
-def test_a_table_that_is_killed_and_repeated_gives_the_figures_of_one_run(
-    model, tmp_path, tiny_table, here, monkeypatch
-):
-    rows, tasks = list(tiny_table.rows[:2]), {"tasks": ["piqa"], "task_files": model.parent, "preset": tiny_table}
-    whole = compare(model, rows, tmp_path / "whole.jsonl", **tasks)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-
-        def interrupted(work, threads, log, progress):
-            if getattr(work, "recipe", None) is not None and work.recipe.name == "gptq":
-                raise KeyboardInterrupt
-            return child.attempt(work, progress)
-
-        patch.setattr(child, "run_in_child", interrupted)
-        compare(model, rows, tmp_path / "killed.jsonl", **tasks)
-    assert len((tmp_path / "killed.jsonl").read_text().splitlines()) == 2
-    repeated = compare(model, rows, tmp_path / "killed.jsonl", **tasks)
-    for a, b in zip(whole, repeated, strict=True):
-        for key in ("label", "perplexity", "kl", "tasks", "bits_per_weight", "protocol"):
-            assert a.get(key) == b.get(key), key
 
 
 def test_tasks_of_a_row_stand_beside_the_originals_on_the_same_items(model, tmp_path, here):
@@ -255,10 +205,10 @@ def test_ids_without_a_tokenizer_are_compared_too(tmp_path, here):
 
 def test_the_page_of_a_comparison_of_another_model_keeps_its_own_figures(model, tmp_path, tiny_table, here):
     records = compare(model, list(tiny_table.rows[:1]), tmp_path / "r.jsonl", preset=tiny_table)
-    header, rows = tiny_table.beside(records)
-    assert header[-2:] == ("published: Big, perplexity (ln ratio)", "published: Big, accuracy")
-    assert [row[0] for row in rows] == [ORIGINAL, *tiny_table.labels]
-    assert rows[0][-2:] == ("5", "60") and rows[2][1:4] == ("", "", "")
+    beside = tiny_table.beside(records)
+    assert beside.columns[-2:] == ("published: Big, perplexity (ln ratio)", "published: Big, accuracy")
+    assert [row[0] for row in beside.rows] == [ORIGINAL, *tiny_table.labels]
+    assert beside.rows[0][-2:] == ("5", "60") and beside.rows[2][1:4] == ("", "", "")
 
 
 def test_without_ray_its_option_is_refused_with_what_to_do(model, tmp_path, monkeypatch, here):

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 
-from lowbit.evaluation import Answer, compare_chat, judge_answers, read_prompts
+from lowbit.evaluation import Answer, check_judge, compare_chat, judge_answers, read_prompts
 from lowbit.evaluation.chat import repetition
 
 from evaluation_models import char_tokenizer, tiny_model
@@ -144,6 +144,25 @@ def test_a_judge_that_prefers_the_first_answer_decides_nothing():
 def test_a_judge_without_two_scores_is_refused(said):
     with server(lambda body: said) as (address, _), pytest.raises(ValueError, match="expected two scores of 1 to 10"):
         judge_answers([answer("q", "a", "b")], address, "vague")
+
+
+def test_a_pair_on_which_the_judge_gave_no_scores_is_left_out_and_counted():
+    pairs = [answer("q1", "short", "much longer"), answer("q2", "vague", "vague words"), answer("q3", "longer", "less")]
+
+    def sometimes(body):
+        return "Both are fine" if "vague words" in body["messages"][1]["content"] else longer_is_better(body)
+
+    with server(sometimes) as (address, _):
+        found = judge_answers(pairs, address, "our-judge")
+    assert (found.won, found.lost, found.decided, found.unread, len(found.scores)) == (2, 2, (1, 1), 1, 2)
+
+
+def test_a_judge_is_asked_for_a_word_before_the_work():
+    with server(lambda body: "yes") as (address, got):
+        check_judge(address, "our-judge")
+    assert [body["max_tokens"] for body in got] == [8]
+    with pytest.raises(ValueError, match="gave no answer"):
+        check_judge("http://127.0.0.1:9/v1", "gone", timeout_s=2)
 
 
 def test_an_endpoint_that_does_not_answer_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from lowbit.catalog import INDEX
 from lowbit.recipes import METHODS
 from lowbit.reporting.measured import Measured
+from lowbit.reporting.page import MOST_BYTES
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -44,3 +46,12 @@ def test_what_recommendations_stand_on_and_the_page_for_choosing_say_what_was_me
     data = choosing.data()
     assert json.loads(choosing.FILE.read_text(encoding="utf-8")) == data, "run `make docs`"
     assert choosing.PAGE.read_text(encoding="utf-8") == choosing.page(Measured.from_dict(data)), "run `make docs`"
+
+
+def test_the_page_of_results_is_made_of_todays_results_and_template_and_opens_quickly():
+    report = script("report")
+    page = report.PAGE.read_text(encoding="utf-8")
+    assert report.outdated(page) == [], "run `make docs`"
+    assert len(page.encode()) <= MOST_BYTES
+    changed = page.replace(sha256(report.files()[0].read_bytes()).hexdigest(), "")
+    assert report.outdated(changed) == ["weight_only.jsonl"]

@@ -27,6 +27,26 @@ def test_every_kind_of_json_is_told_apart_by_its_content(tmp_path):
     assert len(sources.files) == 7 and all(len(sha256) == 64 for _, sha256, _ in sources.files)
 
 
+def test_trainings_have_a_table_of_their_figures_and_a_course_each(tmp_path):
+    rows = [
+        {"label": "a", "recipe": {"name": "x"}, "bits": 2.3, "curve": CURVE},
+        {"label": "b", "bits": 4.0, "curve": []},
+    ]
+    sources = read_sources([write_lines(tmp_path / "t.jsonl", rows)])
+    assert sources.curves == {"t.jsonl: a": CURVE}
+    [table] = sources.tables["t.jsonl"]
+    assert (table.columns, table.rows) == (("label", "bits"), (("a", "2.3"), ("b", "4")))
+    write_lines(tmp_path / "t.jsonl", [{"label": "a", "curve": [{"step": 0}]}])
+    with pytest.raises(SourceError, match=r"curve\[0\]: expected an object with step, tokens, loss"):
+        read_sources([tmp_path / "t.jsonl"])
+
+
+def test_rows_with_tasks_and_without_are_other_rows(tmp_path):
+    asked = record("a", perplexity=2.0)
+    asked["protocol"] = asked["protocol"] | {"tasks": {"piqa": {"items": 10, "sha256": "e" * 64}}}
+    assert len(read_sources([write_lines(tmp_path / "r.jsonl", [record("a", perplexity=1.0), asked])]).records) == 2
+
+
 def test_answers_of_an_evaluation_stand_beside_the_originals_and_its_figures_stay(tmp_path):
     answers = [{"prompt": "a?", "original": "yes", "model": "no", "diverges_at": 0}]
     (tmp_path / "w2.json").write_text(json.dumps({"chat": {"kl": 0.5, "answers": answers}}))

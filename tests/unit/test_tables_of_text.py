@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from lowbit.reporting.tables import FORMS, Table, of_mappings
+from lowbit.tables import FORMS, Table, of_mappings
 
 TABLE = Table(
     "A_title",
@@ -47,3 +47,14 @@ def test_rows_with_different_keys_have_all_columns():
     table = of_mappings("t", [{"a": 1, "b": None}, {"c": [1, 2.5], "d": {"x": True}}])
     assert table.columns == ("a", "b", "c", "d")
     assert table.rows == (("1", "", "", ""), ("", "", "1, 2.5", '{"x": true}'))
+
+
+def test_empty_columns_are_left_out_but_for_the_first():
+    table = Table("", ("", "a", "b"), (("", "", "1"), ("", "", "")))
+    assert (table.filled().columns, table.filled().rows) == (("", "b"), (("", "1"), ("", "")))
+
+
+def test_a_table_without_a_title_has_no_heading_and_no_caption():
+    table = Table("", ("a",), (("1",),))
+    assert FORMS["markdown"](table) == "| a |\n|---:|\n| 1 |\n"
+    assert FORMS["latex"](table).startswith(r"\begin{tabular}{r}") and "caption" not in FORMS["latex"](table)

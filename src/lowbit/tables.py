@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -18,7 +18,7 @@ class Table:
     """Texts in rows and columns.
 
     Attributes:
-        title: what it shows.
+        title: what it shows; empty: forms have no heading and no caption.
         columns: their names.
         rows: one text for each column, empty where there is none.
         links: for each row the id of what explains it on the page; empty: no row has one.
@@ -34,6 +34,12 @@ class Table:
         """Of each column: whether all its texts begin with a number, and there is one."""
         filled = [[row[i] for row in self.rows if row[i]] for i in range(len(self.columns))]
         return tuple(bool(texts) and all(map(_NUMBER.match, texts)) for texts in filled)
+
+    def filled(self) -> Table:
+        """The table without columns that are empty in every row; the first stays."""
+        kept = [i for i in range(len(self.columns)) if i == 0 or any(row[i] for row in self.rows)]
+        rows = tuple(tuple(row[i] for i in kept) for row in self.rows)
+        return replace(self, columns=tuple(self.columns[i] for i in kept), rows=rows)
 
     def sort_key(self, row: int, column: int) -> str:
         """The number at the beginning of a cell of a numeric column, as text that JavaScript reads; empty: none."""
@@ -62,11 +68,12 @@ def text_of(value: Any) -> str:
 
 
 def markdown(table: Table) -> str:
-    """The title, and a table of Markdown."""
+    """The title in bold, and a table of Markdown."""
     rule = "|".join("---:" if numeric else "---" for numeric in table.numeric)
     rows = ("| " + " | ".join(map(_markdown_cell, row)) + " |" for row in (table.columns, *table.rows))
     head, *body = rows
-    return "\n".join([f"**{_markdown_cell(table.title)}**", "", head, f"|{rule}|", *body]) + "\n"
+    title = [f"**{_markdown_cell(table.title)}**", ""] if table.title else []
+    return "\n".join([*title, head, f"|{rule}|", *body]) + "\n"
 
 
 def _markdown_cell(text: str) -> str:
@@ -74,16 +81,21 @@ def _markdown_cell(text: str) -> str:
 
 
 def latex(table: Table) -> str:
-    """A table environment with a tabular of the package booktabs."""
+    """A tabular of the package booktabs; with a title in an environment that has it as its caption."""
     columns = "".join("r" if numeric else "l" for numeric in table.numeric)
-    rows = [" & ".join(map(_latex_cell, row)) + r" \\" for row in (table.columns, *table.rows)]
+    head, *body = (" & ".join(map(_latex_cell, row)) + r" \\" for row in (table.columns, *table.rows))
     lines = [
-        r"\begin{table}",
-        rf"\caption{{{_latex_cell(table.title)}}}",
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
+        head,
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
     ]
-    return "\n".join([*lines, rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+    if table.title:
+        lines = [r"\begin{table}", rf"\caption{{{_latex_cell(table.title)}}}", *lines, r"\end{table}"]
+    return "\n".join(lines) + "\n"
 
 
 def _latex_cell(text: str) -> str:
