@@ -130,6 +130,11 @@ class Recipe:
         return self._blockwise is not None and bool(self.scheme.cache and self._blockwise.cache_parts)
 
     @property
+    def reads_rotations(self) -> bool:
+        """Whether steps apply rotations that a stage before has learned."""
+        return self._blockwise is not None and self._blockwise.reads_rotations
+
+    @property
     def looks_ahead(self) -> int:
         """The number of original blocks behind the one at hand that steps run."""
         return 0 if self._blockwise is None else self._blockwise.looks_ahead

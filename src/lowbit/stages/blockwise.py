@@ -272,7 +272,7 @@ class Walk(Streams):
         solved = {} if self.elsewhere is None else self.elsewhere.solutions(i)
         own = self.plan.blocks[i]
         given = {path: self.given[name] for path in own.formats if (name := f"{own.name}.{path}") in self.given}
-        turned = self.learned.of_block(own.name)
+        turned = self.rotations.of_block(own.name)
         return block_state(
             self.plan, i, block, io, fisher, tick=self.tick, solved=solved, given=given, rotations=turned
         )

@@ -41,7 +41,7 @@ class Streams:
         held_out: the number of windows at the end of ``ids`` that no step sees: the result is measured on them.
         given: squares of the inputs of linears (:class:`~lowbit.numerics.SquareSum`) that were gathered elsewhere, by name; they
             count instead of those of ``ids``.
-        learned: the rotations that a stage before has learned; set before blocks are loaded.
+        learned: the rotations that a stage before has learned, set before blocks are loaded; None: none has.
     """
 
     plan: ModelPlan
@@ -53,7 +53,7 @@ class Streams:
     drawn: bool = False
     held_out: int = 0
     given: Mapping[str, Tensor] = field(default_factory=dict)
-    learned: LearnedRotations = LearnedRotations()
+    learned: LearnedRotations | None = None
 
     def __post_init__(self):
         self.source, self.recipe, self.architecture = self.plan.source, self.plan.recipe, self.plan.architecture
@@ -66,19 +66,26 @@ class Streams:
 
     @property
     def rotation(self) -> Seeded | Rotate | None:
-        """The rotation of the residual stream; None: it is not rotated.
-
-        Raises:
-            ValueError: it is a learned one, and none was learned.
-        """
+        """The rotation of the residual stream; None: it is not rotated. Raises as :attr:`rotations`."""
         planned = self.plan.rotation
         if not isinstance(planned, StoredRotation):
             return planned
-        if self.learned.residual is None:
+        assert self.rotations.residual is not None
+        return Rotate(self.rotations.residual)
+
+    @property
+    def rotations(self) -> LearnedRotations:
+        """What a stage before has learned.
+
+        Raises:
+            ValueError: the recipe applies learned rotations, and none were learned.
+        """
+        if self.learned is None and self.recipe.reads_rotations:
             raise ValueError(
-                f"recipe {self.recipe.name!r} learns its rotations in a whole run alone: use lowbit quantize"
+                f"recipe {self.recipe.name!r} learns its rotations in a whole run alone; use lowbit quantize, or a recipe with "
+                "rotations that are drawn"
             )
-        return Rotate(self.learned.residual)
+        return self.learned or LearnedRotations()
 
     @property
     def calibrated(self) -> int:

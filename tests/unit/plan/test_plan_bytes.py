@@ -20,7 +20,9 @@ from lowbit.recipes import METHODS, Recipe, recipe
 from lowbit.stages.blockwise import Walk
 from lowbit.stages.journal import Journal
 from lowbit.stages.rest import Rest
+from lowbit.stages.rotations import BeforeWalk
 from lowbit.stages.run import Run
+from lowbit.training import LearnedRotations
 
 SIZES = {
     "vocab_size": 96,
@@ -83,6 +85,15 @@ def quick(wanted: Recipe) -> Recipe:
     )
 
 
+def untrained(planned: ModelPlan, ids: torch.Tensor | None) -> LearnedRotations | None:
+    """The rotations with which a stage starts that learns some; None: no stage does."""
+    stage = planned.recipe.stages[0]
+    if not stage.finds_rotations or ids is None:
+        return None
+    before = BeforeWalk(planned, ids, 0, None)
+    return stage.what.parameters(before.model(()), before.start(stage, {})).learned()
+
+
 def written(planned: ModelPlan, out: Path) -> dict[str, TensorHeader]:
     """The headers of every tensor that a run writes, by name."""
     journal = Journal(out, {})
@@ -90,7 +101,7 @@ def written(planned: ModelPlan, out: Path) -> dict[str, TensorHeader]:
     ids = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(0))
     ids = ids if planned.recipe.needs_calibration else None
     if planned.recipe.changes_weights:
-        walk = Walk(planned, ids, journal)
+        walk = Walk(planned, ids, journal, learned=untrained(planned, ids))
         walk.run()
         Rest(walk).write()
         walk.close()

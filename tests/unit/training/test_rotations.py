@@ -22,6 +22,8 @@ from lowbit.recipes import Blockwise, Recipe, Train
 from lowbit.scheme import activation, linears, weight
 from lowbit.solve import Nearest
 from lowbit.stages import descent
+from lowbit.stages.blockwise import Walk
+from lowbit.stages.journal import Journal
 from lowbit.stages.rotations import BeforeWalk
 from lowbit.steps import RotateInputs, RotateResidual, Solve
 from lowbit.training import AdamW, CayleySGD, Cosine, Group, LatentWeights, LearnedRotations, NextToken, Rotations
@@ -346,3 +348,11 @@ def test_a_mix_learns_rotations_first_and_trains_weights_behind_them(place, tmp_
     assert kinds == ["Train", "Blockwise", "Train"] and mixed.stages[0].finds_rotations
     with pytest.raises(ValueError, match="has no stage that trains a packed model"):
         lowbit.train(place, lowbit.recipe("spinquant"), text(), out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["both", "heads alone"])
+def test_a_walk_without_what_was_learned_is_refused(residual, place, tmp_path):
+    recipe = rounding(4, 4, FOLDED if residual else FOLDED[1:], tokens=32)
+    walk = Walk(plan_model(place, recipe), random_ids(2, 16), Journal(tmp_path / "out", {}))
+    with pytest.raises(ValueError, match="learns its rotations in a whole run alone; use lowbit quantize"):
+        walk.run()
