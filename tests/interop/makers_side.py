@@ -59,7 +59,9 @@ def llm_compressor(kind: str, model: str, calibration: Tensor, out: str) -> tupl
 
 
 def gptqmodel(kind: str, model: str, calibration: Tensor, out: str) -> tuple[Any, dict[str, Tensor]]:
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it asks for two, and fails where half of the processors are fewer
+    os.environ.setdefault(
+        "GPTQMODEL_CPU_WORKERS", "2"
+    )  # it asks for two, and fails where half of the processors are fewer
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     bits, *rest = kind.removeprefix("w").split("-")
