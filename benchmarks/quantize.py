@@ -41,6 +41,7 @@ from lowbit.texts import Split, load_text
 
 RESULTS = Path(__file__).parent / "results"
 CHILD = Path(__file__).with_name("quantize_child.py")
+PLAIN = Path(__file__).parent / "recipes" / "w4-plain-tuned.yaml"
 W4 = {"bits": 4, "group_size": 64}
 RIVAL = W4 | {"symmetric": False}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,6 +54,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "quip": ("lowbit", {"method": "quip", "bits": 4}),
     "autoround": ("lowbit", {"method": "autoround", "steps": 100} | W4),
     "omniquant": ("lowbit", {"method": "omniquant"} | W4),
+    "plain-tuned": ("lowbit", {"recipe": str(PLAIN), "format": "compressed-tensors"}),
     "llm-compressor-bf16": ("llm-compressor", RIVAL | {"dtype": "bfloat16"}),
     "llm-compressor-fp32": ("llm-compressor", RIVAL | {"dtype": "float32"}),
     "auto-round": ("auto-round", RIVAL | {"steps": 100, "batch": 8, "dtype": "bfloat16"}),

@@ -24,12 +24,15 @@ from torch.nn.functional import cross_entropy
 
 
 def lowbit(model: str, ids: Tensor, out: Path, options: dict[str, Any]) -> tuple[Callable[[], None], Callable[[], Any]]:
-    """``options``: of the recipe, with its name as ``method``."""
+    """``options``: of the recipe, with its name as ``method``, or a file as ``recipe``; and a file format as ``format``."""
     import lowbit
     from lowbit.recipes import recipe
 
-    made = recipe(options.pop("method"), **options)
-    return lambda: lowbit.quantize(model, made, ids, out=out) and None, lambda: lowbit.load(out, torch.float32)
+    name = options.pop("format", "native")
+    made = options["recipe"] if "recipe" in options else recipe(options.pop("method"), **options)
+    return lambda: lowbit.quantize(model, made, ids, out=out, format=name) and None, lambda: lowbit.load(
+        out, torch.float32
+    )
 
 
 def llm_compressor(

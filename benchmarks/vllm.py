@@ -96,7 +96,8 @@ def agreement(arguments: argparse.Namespace, models: dict[str, str]) -> list[dic
     import torch
 
     from lowbit import load, load_tokenizer
-    from lowbit.data import load_text, tokenize, windows
+    from lowbit.data import tokenize, windows
+    from lowbit.texts import load_text
 
     rows = []
     for name, model in models.items():

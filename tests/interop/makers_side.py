@@ -7,6 +7,7 @@ evaluation windows.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def llm_compressor(kind: str, model: str, calibration: Tensor, out: str) -> tupl
     if kind == "awq":
         from llmcompressor.modifiers.transform.awq import AWQModifier
 
+        if not torch.accelerator.is_available():  # llm-compressor 0.14 pins memory all the same, which torch refuses
+            torch.Tensor.pin_memory = lambda self, *_: self  # pyright: ignore[reportAttributeAccessIssue]
         weights = QuantizationArgs(num_bits=4, symmetric=False, strategy="group", group_size=64)
         groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
         recipe: Any = [AWQModifier(), QuantizationModifier(config_groups=groups, ignore=["lm_head"])]
@@ -56,6 +59,9 @@ def llm_compressor(kind: str, model: str, calibration: Tensor, out: str) -> tupl
 
 
 def gptqmodel(kind: str, model: str, calibration: Tensor, out: str) -> tuple[Any, dict[str, Tensor]]:
+    os.environ.setdefault(
+        "GPTQMODEL_CPU_WORKERS", "2"
+    )  # it asks for two, and fails where half of the processors are fewer
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     bits, *rest = kind.removeprefix("w").split("-")

@@ -20,8 +20,9 @@ from torch.nn.functional import cross_entropy
 
 import lowbit
 from lowbit.checkpoints.locate import locate
-from lowbit.data import load_text, tokenize, windows
+from lowbit.data import tokenize, windows
 from lowbit.modules import QuantLinear
+from lowbit.texts import load_text
 
 pytestmark = pytest.mark.slow
 BLOCKS = 4
