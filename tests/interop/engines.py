@@ -31,6 +31,11 @@ class LlamaCpp:
         parameters.cache_type_k = parameters.cache_type_v = engine.ggml_type.GGML_TYPE_F32
         self._server = engine.Server(parameters)
 
+    @property
+    def url(self) -> str:
+        """Where its HTTP server listens."""
+        return self._server.listening_address
+
     def complete(
         self, prompt: str | list[int], new: int, top: int = 1, **options: Any
     ) -> list[list[tuple[int, float]]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import lowbit
 from lowbit.checkpoints.formats.compressed_weights import FORMATS
@@ -16,6 +17,8 @@ from lowbit.modules import QuantLinear
 from helpers import random_ids, tiny_llama
 
 pytest.importorskip("compressed_tensors")
+apply = pytest.importorskip("compressed_tensors.quantization.lifecycle.apply")
+initialize = pytest.importorskip("compressed_tensors.quantization.lifecycle.initialize")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the package
 
 WEIGHTS = {
@@ -156,3 +159,24 @@ def test_weights_that_the_package_compresses_are_read_as_it_decompresses_them(pr
     ours = QuantLinear(description, buffers).dequantize()
     torch.testing.assert_close(ours, theirs.float(), rtol=2**-7 if preset == "NVFP4A16" else 0, atol=0)
     assert (ours - w).square().mean() < 0.02
+
+
+@torch.no_grad()
+def test_the_scales_of_a_static_cache_are_those_that_the_package_gives_attention_modules(tmp_path, monkeypatch):
+    """The package (0.20) knows an attention module by its argument ``past_key_values``, which transformers 5.24 calls
+    ``cache``: there it leaves the cache as it is, and reports the scales as unexpected. Told which modules attend, it takes them all."""
+    tiny_llama(tmp_path / "model", dtype=torch.float16)
+    recipe = lowbit.recipe("rtn", bits=4, group_size=32, symmetric=True)
+    recipe = recipe.with_cache(lowbit.recipe("kv-fp8", ranges="static", heads="shared"))
+    recipe = recipe.with_overrides([{"match": "embedding", "bits": 16}])
+    lowbit.quantize(tmp_path / "model", recipe, random_ids(8, 32), out=tmp_path / "q", max_kl=50)
+    lowbit.export(tmp_path / "q", "compressed-tensors", out=tmp_path / "out")
+    for module in (apply, initialize):
+        monkeypatch.setattr(module, "is_cached_attention_module", lambda each: isinstance(each, LlamaAttention))
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["missing_keys"]
+    files = (tmp_path / "out").glob("*.safetensors")
+    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    for i, layer in enumerate(model.model.layers):
+        for name in ("k_scale", "v_scale"):
+            assert getattr(layer.self_attn, name).item() == stored[f"model.layers.{i}.self_attn.{name}"].item()

@@ -49,6 +49,7 @@ INTS += [Int(4, symmetric=True, full=True), Int(3, reach=0.9)]
 LISTED = [
     NF4,
     Table((-3.0, 1.0, 0.0, 2.0, 2.0)),
+    Table((-3.0, -1.0, 0.5, 2.0), signed=True),
     Float(2, 1),
     Float(3, 1),
     Float(2, 1, shared_exponent=True),

@@ -59,6 +59,7 @@ INTS = [
 ]
 SKEWED = TwoSided((-1.0, -0.4, 0.0, 1.0))
 TABLES = [NF3, SKEWED, HALVES, NF4, FP4, Table((-1.0, 1.0)), Table((-1.0, 0.0, 0.1, 1.0)), Table((0.0, 1.0, 2.0, 4.0))]
+TABLES += [Table((-3.0, -1.0, 0.0, 2.0), signed=True)]
 NORMALS = [Normal(bits) for bits in (1, 2, 3, 4, 8)]
 FULL = [Int(b, symmetric=True, full=True) for b in (2, 4, 8)]
 # One side of a SignedScale is clipped by up to a step, and Unsigned has no negative numbers.

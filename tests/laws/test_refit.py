@@ -92,3 +92,10 @@ def test_kept_weights_and_grids_without_one_scale_are_refused():
         Gptq(refits=1).check(Spec(Int(4), PerTensor()), False)
     with pytest.raises(ValueError, match="at least 0"):
         Gptq(refits=-1)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q4_0"])
+def test_scales_of_two_levels_are_fitted_by_default_and_others_are_not(name):
+    given = weight(), BLOCK_TYPES[name].spec, {Gram(): gram()}
+    default, none = (Gptq(ClipSearch(), refits=refits).solve(*given).q for refits in (None, 0))
+    assert torch.equal(default.codes, none.codes) == (name == "Q4_0")

@@ -23,7 +23,9 @@ from lowbit.numerics import Block, Float, Minimum, PerGroup, SignedScale, Spec, 
 
 TERNARY = Table((-1.0, 0.0, 1.0))
 """The levels of TQ1_0 and TQ2_0."""
-IQ4_LEVELS = Table(tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))))
+IQ4_LEVELS = Table(
+    tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))), signed=True
+)
 """The levels of IQ4_NL."""
 
 

@@ -23,7 +23,7 @@ def gptq(
     mse: bool = True,
     true_sequential: bool = False,
     greedy_passes: int = 0,
-    refits: int = 0,
+    refits: int | None = None,
     asymmetric: float = 0.0,
 ) -> Recipe:
     """Second-order rounding with the inverse Hessian of the layer's output error (Cholesky form).
@@ -38,7 +38,7 @@ def gptq(
     * mse: shrink each range to the least error, weighed by the Hessian diagonal.
     * true_sequential: calibrate each stage of a block with the earlier stages quantized.
     * greedy_passes: rounds of coordinate descent over the codes afterwards (QuIP's, in a form that never raises the error).
-    * refits: rounds that fit the scales to the codes in closed form, and the codes to the scales by one greedy pass.
+    * refits: rounds that fit scales to codes in closed form and codes to scales; None: 2 for llama.cpp's K types, else 0.
     * asymmetric: 0 to 1, how much each weight corrects the changes of its input by earlier quantized blocks (GPTAQ).
 
     The authors' defaults are order="none" and mse=false. The defaults here cost no bits and no time at run time, and halve

@@ -174,7 +174,7 @@ def _check_quantized(tensors: Mapping[str, Tensor], spec: Spec, shape: tuple[int
             continue
         if spec.stats is None:
             check_finite(name, tensors[name])
-            if field.floored:
+            if field.floored and not field.signed:
                 check_positive(name, tensors[name])
             continue
         _check_quantized(tensors, spec.stats, (columns * field.width, rows), f"{name}_")

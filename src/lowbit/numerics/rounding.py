@@ -73,6 +73,8 @@ def least_lossy(
     assert library is not None
     if not isinstance(grid, Int | Float | Normal | Table) or (not isinstance(grid, Int) and 2**grid.bits > _SEARCHED):
         return None
+    if isinstance(grid, Table) and grid.signed:  # it takes scales for positive
+        return None
     placed, x_GK = _of_range(grid), x_GK.detach().contiguous()
     scale, zero = params_GC.scale.contiguous(), None if params_GC.zero is None else params_GC.zero.contiguous()
     step = 0

@@ -17,6 +17,7 @@ from torch import Tensor
 from lowbit.numerics.fit import Fit, MinMax
 from lowbit.numerics.granularity import Granularity, Shape
 from lowbit.numerics.grids.base import OF_NOTHING, Field, Grid, Params, arity
+from lowbit.numerics.grids.blocks import SignedScale, Unsigned
 from lowbit.numerics.narrowing import all_finite
 from lowbit.numerics.serialize import serializable
 
@@ -67,6 +68,15 @@ class Spec:
     @property
     def torch_scale_dtype(self) -> torch.dtype:
         return _SCALE_DTYPES[self.scale_dtype]
+
+    @property
+    def settles(self) -> bool:
+        """Whether scales that were stored once are stored again as they are, bit for bit. Small integers times one number are such where
+        the largest scale always has the largest integer, as in the K types of llama.cpp."""
+        stats = self.stats
+        return stats is None or (
+            not self.stats_centred and stats.stats is None and isinstance(stats.grid, SignedScale | Unsigned)
+        )
 
     def check_shape(self, shape: Shape) -> None:
         """Checks that the format keeps together the neighbours that its grid codes together.

@@ -80,7 +80,8 @@ class Gptq(Solver):
         outliers: one rule or several for weights that stay in float16; see ``solve.outliers``.
         greedy_passes: rounds of coordinate descent over the codes afterwards (QuIP); a round never raises the loss.
         refits: rounds in which the scales are fitted to the codes (:func:`~lowbit.solve.refit.refit`) and the codes to the scales (one
-            pass of coordinate descent) afterwards; a round never raises the loss.
+            pass of coordinate descent) afterwards; a round never raises the loss. None: 2 where the scales are quantized again and can
+            be fitted, as in llama.cpp's K types, because all of them are placed before the first column; else 0.
         asymmetric: 0 to 1, weight of the correction towards the original model's output; see :func:`asymmetric_target`.
     """
 
@@ -93,7 +94,7 @@ class Gptq(Solver):
     rank: Literal["diagonal", "perturbation"] = "diagonal"
     outliers: OutlierRule | tuple[OutlierRule, ...] | None = None
     greedy_passes: int = 0
-    refits: int = 0
+    refits: int | None = None
     asymmetric: float = 0.0
 
     def __post_init__(self):
@@ -103,7 +104,7 @@ class Gptq(Solver):
             raise ValueError(f"rank is 'diagonal' or 'perturbation', found {self.rank!r}")
         if self.static_groups and self.stale_groups:
             raise ValueError("static groups are placed before the first column, so stale_groups cannot apply; use one")
-        if self.damp < 0 or self.block < 1 or self.greedy_passes < 0 or self.refits < 0:
+        if self.damp < 0 or self.block < 1 or self.greedy_passes < 0 or (self.refits or 0) < 0:
             raise ValueError(
                 "damp, greedy_passes and refits are at least 0 and block at least 1, "
                 f"found {self.damp}, {self.greedy_passes}, {self.refits} and {self.block}"
@@ -198,13 +199,14 @@ class Gptq(Solver):
             del D
         bands = Bands(tiling, spec, fit, len(w_OI), diag.to(W.dtype)[stored])
         kept = Kept.of(W, chosen, take, rules_of(self.outliers), U.diagonal().clone())
-        target = W.clone() if self.greedy_passes or self.refits else None
+        refits = self._rounds(spec)
+        target = W.clone() if self.greedy_passes or refits else None
         codes_IO = self._round(W, U, visit, bands, kept)
         del U, W  # the largest of what is in memory
         if target is not None:
             H = gathered(H, take, torch.empty_like(H, dtype=target.dtype), trust)
             H.diagonal().copy_(alive)
-            self._improve(codes_IO, target, H, tiling.band_I[visit], bands, kept)
+            self._improve(codes_IO, target, H, tiling.band_I[visit], bands, kept, refits)
         codes = torch.empty_like(codes_IO.T, memory_format=torch.contiguous_format)
         codes[:, visit] = codes_IO.T
         q = bands.qtensor(codes)
@@ -214,17 +216,23 @@ class Gptq(Solver):
             notes = (*notes, f"{int(dead.sum())} of {len(dead)} input channels were never active: weights set to zero")
         return Solution(q, pre=pre, side=side, notes=(*notes, *chosen.notes))
 
+    def _rounds(self, spec: Spec) -> int:
+        """Rounds of refits for a weight in ``spec``."""
+        if self.refits is not None:
+            return self.refits
+        return 2 * (spec.stats is not None and self.outliers is None and why_no_refit(spec) is None)
+
     def _improve(
-        self, codes_IO: Tensor, target: Tensor, H: Tensor, band_I: Tensor, bands: Bands, kept: Kept | None
+        self, codes_IO: Tensor, target: Tensor, H: Tensor, band_I: Tensor, bands: Bands, kept: Kept | None, refits: int
     ) -> None:
         """Coordinate descent over the codes, and scales fitted to them in turn."""
         band = band_I.tolist()
         if self.greedy_passes:
             descend(codes_IO, target, H, self.damp, band, bands, kept, self.greedy_passes)
-        if not self.refits:
+        if not refits:
             return
         damped = H + torch.diag(self.damp * H.diagonal().mean().expand(len(H)))
-        for _ in range(self.refits):
+        for _ in range(refits):
             bands.settle(refit(codes_IO, target, damped, band_I, bands.settled(), bands.spec))
             if not descend(codes_IO, target, H, self.damp, band, bands, kept, 1):
                 break

@@ -24,7 +24,7 @@ from lowbit.solve.columns import Placed
 
 _SWEEPS = 4
 _RIDGE = 1e-6  # share of the mean diagonal, for bands whose codes are all zero
-_ENTRIES = 2**25  # of the matrices of rows that are solved together
+_ENTRIES = 2**22  # of the matrices of rows that are solved together
 REFIT_BYTES = 4 * 4 * _ENTRIES
 """Of these matrices, with copies."""
 
@@ -56,35 +56,37 @@ def refit(codes_IO: Tensor, W: Tensor, H: Tensor, band_I: Tensor, placed: Placed
         placed: the parameters so far.
         spec: a format without a reason in :func:`why_no_refit`.
     """
-    fields = [field for field in spec.grid.fields if field.bits is None]
+    names = [field.name for field in _floating(spec)]
     rows, bands = codes_IO.shape[1], int(band_I.max()) + 1
-    names = [field.name for field in fields]
-    values = placed.params._asdict()
-    v_OP = torch.cat([values[name].view(rows, bands) for name in names], 1)
-    found: list[list[Tensor]] = []
-    count = max(1, _ENTRIES // (len(names) * bands) ** 2)
-    for some in torch.arange(rows).split(count):
+    found = []
+    for some in torch.arange(rows).split(max(1, _ENTRIES // (len(names) * bands) ** 2)):
         here = spec.grid.kind(*(None if p is None else p.view(rows, bands)[some] for p in placed.params))
         problem = _Problem.of(codes_IO[:, some], W[:, some], H, band_I, here, spec, names)
         if spec.stats is None:
-            found.append([_rounded_solution(problem, v_OP[some], spec, fields)])
+            found.append((_rounded_solution(problem, spec),))
         else:
-            before = [placed.second[name] for name in names]
-            found.append(_two_levels(problem, [_Level.of(q, some) for q in before], spec.stats))
+            levels = [_Level.of(placed.second[name], some) for name in names]
+            found.append(_two_levels(problem, levels, spec.stats))
+    joined = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    return _placed(joined, placed.params, spec)
+
+
+def _floating(spec: Spec) -> list[Field]:
+    return [field for field in spec.grid.fields if field.bits is None]
+
+
+def _placed(found: list[Tensor], params: Params, spec: Spec) -> Placed:
+    """``found`` ``[O, F * ...]`` as parameters: their values, or codes and scales of the second level; ``params`` has the others."""
+    fields = _floating(spec)
     if spec.stats is None:
-        parts = torch.cat([each[0] for each in found]).view(rows, len(names), bands)
-        stored = {name: parts[:, i].reshape(-1, 1) for i, name in enumerate(names)}
-        return Placed(placed.params._replace(**stored), {})
-    codes, scales = (torch.cat([each[i] for each in found]) for i in (0, 1))
-    second = {}
-    for i, name in enumerate(names):
-        own, wide = slice(i * bands, (i + 1) * bands), scales.shape[1] // len(names)
-        scale = scales[:, i * wide : (i + 1) * wide].T.reshape(-1, 1)
-        second[name] = QTensor(codes[:, own].T.contiguous(), Affine(scale), spec.stats)
-    restored = {
-        field.name: spec.from_second(second[field.name], field).to(values[field.name].dtype) for field in fields
-    }
-    return Placed(placed.params._replace(**restored), second)
+        values = {f.name: x.reshape(-1, 1) for f, x in zip(fields, found[0].chunk(len(fields), 1), strict=True)}
+        return Placed(params._replace(**values), {})
+    second, values = {}, {}
+    for field, codes, scale in zip(fields, *(x.chunk(len(fields), 1) for x in found), strict=True):
+        stored = QTensor(codes.T.contiguous(), Affine(scale.T.reshape(-1, 1)), spec.stats)
+        second[field.name] = stored
+        values[field.name] = spec.from_second(stored, field).to(scale.dtype)
+    return Placed(params._replace(**values), second)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,15 +162,15 @@ def _basis(codes_IO: Tensor, params: dict[str, Tensor | None], spec: Spec, name:
     return spec.grid.decode(codes_IO.reshape(-1, 1), unit).view(codes_IO.shape)
 
 
-def _rounded_solution(problem: _Problem, v_OP: Tensor, spec: Spec, fields: list[Field]) -> Tensor:
-    """The best parameters that are stored as they are, where they are better than ``v_OP``."""
-    best = problem.best().to(spec.torch_scale_dtype).to(v_OP.dtype)
-    bands = v_OP.shape[1] // len(fields)
-    best = torch.cat([spec.lifted(x, field) for x, field in zip(best.split(bands, 1), fields, strict=True)], 1)
-    floored = torch.tensor([field.floored for field in fields]).repeat_interleave(bands)
-    usable = (torch.isfinite(best) & ((best > 0) | ~floored)).all(1, keepdim=True)
-    better = problem.loss(best.where(usable, v_OP)) < 0
-    return torch.where(usable & better, best, v_OP)
+def _rounded_solution(problem: _Problem, spec: Spec) -> Tensor:
+    """The best parameters as they are stored, ``[O, P]``, in rows where they are better than those so far."""
+    fields, so_far = _floating(spec), problem.origin
+    best = problem.best().to(spec.torch_scale_dtype).to(so_far.dtype).chunk(len(fields), 1)
+    best = torch.cat([spec.lifted(x, field) for x, field in zip(best, fields, strict=True)], 1)
+    free = torch.tensor([field.signed or not field.floored for field in fields], device=best.device)
+    free = free.repeat_interleave(best.shape[1] // len(fields))
+    usable = (torch.isfinite(best) & ((best > 0) | free)).all(1, keepdim=True)
+    return torch.where(usable & (problem.loss(best.where(usable, so_far)) < 0), best, so_far)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,22 +192,25 @@ class _Level:
         return _Level(q.codes.T[rows], scale.T[rows])
 
 
-def _two_levels(problem: _Problem, before: list[_Level], stats: Spec) -> list[Tensor]:
+def _two_levels(problem: _Problem, before: list[_Level], stats: Spec) -> tuple[Tensor, Tensor]:
     """Codes ``[O, P]`` and scales ``[O, Q]`` of the second level: the best of what is found from those so far, and from the best
     parameters rounded to nearest."""
-    codes, scale = (torch.cat([getattr(level, name) for level in before], 1) for name in ("codes_OB", "scale_OS"))
-    granule_P = _granules(stats, codes.shape[1], len(before))
-    free = problem.best()
-    fresh = [_Level.of(_nearest(x, stats), torch.arange(len(x))) for x in free.chunk(len(before), 1)]
-    starts = [(codes, scale), tuple(torch.cat([getattr(x, n) for x in fresh], 1) for n in ("codes_OB", "scale_OS"))]
-    kept, kept_loss = (codes, scale), problem.loss(_values(codes, scale, granule_P, stats))
-    for start in starts:
+    fresh = [_Level.of(_nearest(x, stats), torch.arange(len(x))) for x in problem.best().chunk(len(before), 1)]
+    kept = _joined(before)
+    granule_P = _granules(stats, kept[0].shape[1], len(before)).to(kept[0].device)
+    kept_loss = problem.loss(_values(*kept, granule_P, stats))
+    for start in (kept, _joined(fresh)):
         found = _descend(problem, *start, granule_P, stats)
         loss = problem.loss(_values(*found, granule_P, stats))
         better = loss < kept_loss
-        kept = tuple(torch.where(better, new, old) for new, old in zip(found, kept, strict=True))
+        kept = torch.where(better, found[0], kept[0]), torch.where(better, found[1], kept[1])
         kept_loss = torch.where(better, loss, kept_loss)
-    return list(kept)
+    return kept
+
+
+def _joined(levels: list[_Level]) -> tuple[Tensor, Tensor]:
+    """Codes and scales of all fields, side by side."""
+    return torch.cat([level.codes_OB for level in levels], 1), torch.cat([level.scale_OS for level in levels], 1)
 
 
 def _nearest(x_OB: Tensor, stats: Spec) -> QTensor:

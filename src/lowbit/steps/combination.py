@@ -89,7 +89,7 @@ def _check_weight_ranges(weights: Sequence[Spec], steps: Sequence[Step]) -> None
     for spec in weights:
         if Freedom.WEIGHT_RANGES in fixed and not isinstance(spec.grid, RangeGrid):
             raise ValueError(f"a clipping is chosen, and {spec.grid} is not placed by a range")
-        if Freedom.ROUNDING in fixed and spec.stats is not None:
+        if Freedom.ROUNDING in fixed and not spec.settles:
             raise ValueError("learned rounding needs scales that are stored as they are, not quantized again")
 
 

@@ -238,7 +238,8 @@ class _Rounding(Parametrization):
         i, spec = self.paths.index(path), self.specs[path]
         grain, (lo_G1, hi_G1) = spec.granularity, self._extremes(path, w_OI)
         placed = spec.grid.from_range(lo_G1 * self.lower[i], hi_G1 * self.upper[i])  # pyright: ignore[reportAttributeAccessIssue]
-        stored = spec.as_stored(placed._make(None if p is None else p.detach() for p in placed))  # pyright: ignore[reportArgumentType]
+        raw: Params = placed._make(None if p is None else p.detach() for p in placed)
+        stored = spec.as_stored(raw, grain.param_shape(tuple(w_OI.shape))[1])
         offset_GK = grain.split(self.offsets[i]) * stored.scale  # pyright: ignore[reportAttributeAccessIssue]
         scale = straight_through(stored.scale, placed.scale)  # pyright: ignore[reportAttributeAccessIssue]
         offset_OI = grain.join(offset_GK, tuple(w_OI.shape))
@@ -276,7 +277,7 @@ class Rounding(Maker):
 
     def make(self, state: BlockState, stats: dict[str, Stats]) -> Parametrization:
         for path in state.drafts:
-            if state.formats[path].weight.stats is not None:
+            if not state.formats[path].weight.settles:
                 raise ValueError(f"{state.full_name(path)}: learned rounding needs scales that are stored as they are")
         return _Rounding(state)
 

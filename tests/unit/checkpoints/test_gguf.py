@@ -21,7 +21,7 @@ from lowbit.checkpoints.formats.gguf_presets import types_of
 from lowbit.checkpoints.formats.gguf_types import decode, encode, type_of
 from lowbit.cli import app
 from lowbit.layouts import pack_qtensor, unpack_qtensor
-from lowbit.layouts.ggml import BLOCK_TYPES
+from lowbit.layouts.ggml import BLOCK_TYPES, IQ4_LEVELS
 from lowbit.modules import QuantEmbedding, QuantLinear
 from lowbit.numerics import Int, MinMax, PerChannel, PerGroup, Spec, quantize
 from lowbit.plan import explain, plan
@@ -73,6 +73,20 @@ def test_integers_are_stored_as_they_are_in_the_smallest_type_that_has_their_lev
     assert kind.name == name
     theirs = torch.from_numpy(gguf.dequantize(data.numpy(), gguf.GGMLQuantizationType[name]))
     assert torch.equal(theirs, unpack_qtensor(tensors, spec, shape).dequantize())
+
+
+def test_blocks_of_iq4_nl_meet_its_largest_level_with_their_extreme_whatever_its_sign():
+    w = torch.linspace(-1, 2, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(0))].view(1, 64)
+    q = quantize(torch.cat([w, -w]), BLOCK_TYPES["IQ4_NL"].spec, MinMax())
+    assert (q.params.scale < 0).any() and (q.params.scale > 0).any()
+    assert torch.equal(q.dequantize()[0], -q.dequantize()[1])
+    plain = replace(IQ4_LEVELS, signed=False)
+    kind, data = encode(
+        Spec(plain, PerGroup(32)),
+        (2, 64),
+        pack_qtensor(quantize(torch.cat([w, -w]), Spec(plain, PerGroup(32)), MinMax())),
+    )
+    assert kind.name == "IQ4_NL" and data.shape == (2, 36)  # what was packed with positive scales alone
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES.values(), ids=BLOCK_TYPES)

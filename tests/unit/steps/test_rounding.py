@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import lowbit
+from lowbit.layouts.ggml import BLOCK_TYPES
 from lowbit.linear_api import LoneLinear, lone_block
 from lowbit.modules import LinearFormat
-from lowbit.numerics import Fixed, Int, PerGroup, Spec
+from lowbit.numerics import ClipSearch, Fixed, Int, PerGroup, Spec
 from lowbit.recipes import Recipe
 from lowbit.scheme import linears
 from lowbit.solve import Gptq, Nearest
@@ -19,14 +20,14 @@ from helpers import random_ids, tiny_llama
 SPEC = Spec(Int(2), PerGroup(16))
 
 
-def _state(seed: int = 0) -> BlockState:
+def _state(seed: int = 0, width: int = 32, spec: Spec = SPEC) -> BlockState:
     torch.manual_seed(seed)
-    linear = torch.nn.Linear(32, 24, bias=False).requires_grad_(False)
-    x = torch.randn(8, 16, 32) @ torch.randn(32, 32)  # correlated channels, which rounding can exploit
+    linear = torch.nn.Linear(width, 24, bias=False).requires_grad_(False)
+    x = torch.randn(8, 16, width) @ torch.randn(width, width)  # correlated channels, which rounding can exploit
     block = LoneLinear(linear)
     y = torch.cat([block(window[None]) for window in x])
     io = BlockIO(x, y, lambda run, window: run(window))
-    return BlockState.of("", block, lone_block(linear), {"linear": LinearFormat(SPEC)}, io)
+    return BlockState.of("", block, lone_block(linear), {"linear": LinearFormat(spec)}, io)
 
 
 def _learn(steps: int = 60) -> Learn:
@@ -87,6 +88,29 @@ def test_a_whole_run_with_learned_rounding_is_better_than_without(tmp_path):
     ):
         kls.append(lowbit.quantize(model, recipe, ids, out=tmp_path / name, max_kl=50).kl)
     assert kls[1] < 0.8 * kls[0]
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K"])
+def test_what_is_learned_for_a_type_with_two_levels_of_scales_is_what_is_stored(name):
+    kind = BLOCK_TYPES[name]
+    plain, learned = (_state(width=512, spec=kind.spec) for _ in range(2))
+    Solve(Nearest()).run(plain)
+    _learn(40).run(learned)
+    draft = learned.draft("linear")
+    with draft.simulated():
+        foreseen = draft(learned.io.x[:2])
+    Solve(Nearest()).run(learned)
+    torch.testing.assert_close(learned.block(learned.io.x[:2]), foreseen, rtol=1e-5, atol=1e-4)
+    assert _error(learned) < 0.9 * _error(plain)
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K"])
+def test_scales_of_two_levels_that_were_stored_are_stored_again_as_they_are(name):
+    spec, w = BLOCK_TYPES[name].spec, torch.randn(9, 1024, generator=torch.Generator().manual_seed(0))
+    columns = spec.granularity.param_shape((9, 1024))[1]
+    once = spec.as_stored(ClipSearch()(spec.granularity.split(w), spec.grid), columns)
+    again = spec.as_stored(once, columns)
+    assert spec.settles and all(torch.equal(a, b) for a, b in zip(once, again, strict=True) if a is not None)
 
 
 def test_learned_rounding_refuses_quantized_scales_and_grids_without_a_range():

@@ -143,12 +143,15 @@ class WithProblems(UsualAnswers, ABC):
 # What several formats have in common
 
 
-def beside_codes(description: ModelDescription, *, order: bool = False, tables: bool = False) -> Iterator[str]:
+def beside_codes(
+    description: ModelDescription, *, order: bool = False, tables: bool = False, cache: bool = False
+) -> Iterator[str]:
     """What a model does or stores that formats of plain linears have no place for.
 
     Args:
         order: a format for which one column order of each linear is no problem.
         tables: a format that holds packed embeddings.
+        cache: a format that says itself which caches it has a place for.
     """
     kept = parts_in_words(description.layers.values(), order=order)
     if kept:
@@ -159,7 +162,7 @@ def beside_codes(description: ModelDescription, *, order: bool = False, tables: 
         yield "the embedding is packed, for which it has no place; --embedding-bits 16 leaves it as it is"
     if description.attention:
         yield "attention multiplies quantized queries, keys and values, for which it has no place"
-    if description.cache:
+    if description.cache and not cache:
         yield "the cache is quantized, for which it has no place"
     if description.residual is not None:
         yield (

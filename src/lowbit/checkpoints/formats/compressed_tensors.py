@@ -17,12 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.formats.base import WithProblems, beside_codes, biases, shapes
+from lowbit.checkpoints.formats.compressed_cache import NOTE, is_known, scheme, why_no_cache, with_ranges, with_scales
 from lowbit.checkpoints.formats.compressed_weights import FORMATS, Bytes, Packed, WeightFormat
 from lowbit.checkpoints.formats.directory import Layer, quantization_of, read_directory, write_directory
 from lowbit.checkpoints.packed_model import PackedLayer, PackedModel
+from lowbit.checkpoints.shards import ModelError, read_headers, read_tensor
 from lowbit.modules import ActSpec
 from lowbit.numerics import Float, Int, PerGroup, PerTensor, PerToken, Spec
 
@@ -31,6 +34,7 @@ _BUFFERS = (
     "weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "weight_g_idx",
     "input_scale", "input_zero_point",
 )  # fmt: skip
+_OF_ATTENTION = re.compile(r"\.(q|k|v)_(scale|zero_point)$")
 _FLOATS = {8: Float(4, 3, "fn")}
 
 
@@ -54,7 +58,9 @@ class CompressedTensors(WithProblems):
 
     def problems(self, description: ModelDescription, new_biases: Collection[str]) -> Iterator[str]:
         yield from biases(new_biases)
-        yield from beside_codes(description)
+        yield from beside_codes(description, cache=True)
+        if problem := why_no_cache(description):
+            yield problem
         if description.unfused_experts:
             yield "experts are not written"
         for spec, act, shape in shapes(description):
@@ -62,6 +68,10 @@ class CompressedTensors(WithProblems):
                 yield problem
 
     def note(self, description: ModelDescription) -> str | None:
+        notes = [self._zero_points(description), NOTE if description.cache else None]
+        return " ".join(note for note in notes if note) or None
+
+    def _zero_points(self, description: ModelDescription) -> str | None:
         asymmetric = any(
             isinstance(s.grid, Int) and not s.grid.symmetric and a is None for s, a, _ in shapes(description)
         )
@@ -86,10 +96,10 @@ class CompressedTensors(WithProblems):
             "quantization_status": "compressed",
             "config_groups": found,
             "ignore": [],
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": scheme(model.description),
             "global_compression_ratio": None,
         }
-        write_directory(model, directory, lambda plain: config, self._tensors)
+        write_directory(with_scales(model), directory, lambda plain: config, self._tensors)
 
     def _group(self, spec: Spec, act: ActSpec | None, names: list[str]) -> dict[str, Any]:
         kind = _format(spec, act, self.blocks)
@@ -122,13 +132,22 @@ class CompressedTensors(WithProblems):
                 group.act_spec()
         except ValueError as error:
             raise self.unreadable(directory, f"quantizes inputs {error}") from error
-        if config.get("kv_cache_scheme"):
+        model = read_directory(directory, "weight_scale", _BUFFERS, partial(_layer, groups), _OF_ATTENTION)
+        cache = config.get("kv_cache_scheme")
+        if cache and not is_known(cache):
             warnings.warn(
-                f"{directory}: the cache is quantized in this model ({config['kv_cache_scheme']}) and is not here; --kv chooses one",
+                f"{directory}: the cache is quantized in this model ({cache}) and is not here; --kv chooses one",
                 stacklevel=2,
             )
-        dropped = re.compile(r"\.(q|k|v)_(scale|zero_point)$")
-        return read_directory(directory, "weight_scale", _BUFFERS, partial(_layer, groups), dropped)
+        return self._with_cache(model, directory) if cache and is_known(cache) else model
+
+    def _with_cache(self, model: PackedModel, directory: Path) -> PackedModel:
+        headers = {name: h for name, h in read_headers(directory).items() if name.endswith((".k_scale", ".v_scale"))}
+        try:
+            scales = {name: read_tensor(header) for name, header in headers.items()}
+            return with_ranges(model, scales, AutoConfig.for_model(**model.config))
+        except ValueError as error:
+            raise ModelError(f"{directory}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ numbers are the same bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lowbit.checkpoints.formats.base import group_size
 from lowbit.layouts import pack, unpack
-from lowbit.layouts.ggml import BLOCK_TYPES, BlockType
+from lowbit.layouts.ggml import BLOCK_TYPES, IQ4_LEVELS, BlockType
 from lowbit.numerics import Int, PerGroup, SignedScale, Spec, Table
 
 _PLAIN = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
@@ -24,7 +25,7 @@ _PLAIN = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
 def type_of(spec: Spec, shape: tuple[int, int], preferred: str | None = None) -> BlockType | str:
     """The smallest type that holds a weight of ``shape`` in ``spec`` as it is, or the ``preferred`` one of two; the reason where
     there is none."""
-    own = [kind for kind in BLOCK_TYPES.values() if kind.spec == spec]
+    own = [kind for kind in BLOCK_TYPES.values() if kind.spec == _with_signs(spec)]
     for kind in sorted(own, key=lambda kind: kind.name != preferred):
         if shape[1] % kind.elements == 0:
             return kind
@@ -46,6 +47,12 @@ def type_of(spec: Spec, shape: tuple[int, int], preferred: str | None = None) ->
     return BLOCK_TYPES[_PLAIN[bits]]
 
 
+def _with_signs(spec: Spec) -> Spec:
+    """A table whose scales have either sign in place of one whose scales are positive, which holds fewer numbers."""
+    signed = isinstance(spec.grid, Table) and not spec.grid.absmax and replace(spec.grid, signed=True) == IQ4_LEVELS
+    return replace(spec, grid=IQ4_LEVELS) if signed else spec
+
+
 def _zero(grid: Int) -> str:
     return "no level at zero" if grid.bits == 1 else "zero points"
 
@@ -60,7 +67,7 @@ def encode(
     """
     kind = type_of(spec, shape, preferred)
     assert isinstance(kind, BlockType)
-    if kind.spec == spec:
+    if kind.spec == _with_signs(spec):
         return kind, kind.encode(tensors, shape)
     grid, (rows, columns) = spec.grid, shape
     middle = kind.spec.grid
@@ -99,6 +106,6 @@ def decode(kind: BlockType, data: Tensor, shape: tuple[int, int]) -> tuple[Spec,
     positive = bool((tensors["scale"].float() > 0).all()) if kind.spec.stats is None else False
     if isinstance(kind.spec.grid, SignedScale) and positive:
         return Spec(Int(kind.spec.grid.bits, symmetric=True), PerGroup(32)), tensors
-    if isinstance(kind.spec.grid, Table) and not positive:
+    if isinstance(kind.spec.grid, Table) and not (positive or kind.spec.grid.signed):
         return None
     return kind.spec, tensors

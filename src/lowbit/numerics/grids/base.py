@@ -71,12 +71,14 @@ class Field:
         width: numbers for each granule.
         bits: width of a code if the numbers are codes (an integer zero point); None if they are floating.
         floored: raise numbers that vanish in storage to the smallest that it holds; for scales, which divide.
+        signed: whether numbers that are floored may be negative.
     """
 
     name: str
     width: int = 1
     bits: int | None = None
     floored: bool = False
+    signed: bool = False
 
 
 @runtime_checkable

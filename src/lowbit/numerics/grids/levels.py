@@ -258,12 +258,18 @@ class Table(_Levels):
         values: 2 to 256 numbers.
         absmax: the largest magnitude of a granule meets the largest level, whatever their signs, as in bitsandbytes. A table
             with unequal sides then clips a little when the extreme is on the shorter side.
+        signed: scales have either sign: the largest magnitude of a granule meets the largest level, which has its sign then.
     """
 
     values: tuple[float, ...]
     absmax: bool = False
+    signed: bool = False
 
     def __post_init__(self):
+        if self.absmax and self.signed:
+            raise ValueError(
+                "a table's scales are of the largest magnitude (absmax) or have its sign too (signed), found both"
+            )
         object.__setattr__(self, "values", tuple(self.values))
         if not all(abs(value) <= _LARGEST for value in self.values):
             raise ValueError("a table holds numbers of float32, found NaN, Inf or a larger one")
@@ -274,10 +280,17 @@ class Table(_Levels):
     def bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return (len(self.values) - 1).bit_length()
 
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        return (Field("scale", floored=True, signed=self.signed),)
+
     def table(self) -> tuple[float, ...]:
         return self.values
 
     def from_range(self, lo_G1: Tensor, hi_G1: Tensor) -> Affine:
+        if self.signed:
+            scale = torch.where(lo_G1.abs() >= hi_G1.abs(), lo_G1, hi_G1) / max(self.values, key=abs)
+            return Affine(torch.where(scale != 0, scale, torch.full_like(scale, OF_NOTHING)))
         if not self.absmax:
             return super().from_range(lo_G1, hi_G1)
         scale = torch.maximum(lo_G1.abs(), hi_G1.abs()) / self.max_level
