@@ -85,7 +85,7 @@ def race(
             share = (samples - part.stop) / (part.stop - apart)
             lags = {i: torch.cat(seen[i]) - torch.cat(seen[leader]) for i in rivals}
             for i in rivals:
-                if i not in kept and _hopeless(lags[i], apart, share):
+                if i not in kept and hopeless(lags[i], apart, share):
                     saw[i] = part.stop
             rivals = [i for i in rivals if saw[i] == samples]
     return Result(min(rivals, key=rank), saw)
@@ -99,7 +99,7 @@ def _parts(samples: int, first: int, certain: bool) -> Iterator[slice]:
     yield slice(start, samples)
 
 
-def _hopeless(lag: Tensor, apart: int, share: float) -> bool:
+def hopeless(lag: Tensor, apart: int, share: float) -> bool:
     """Whether a candidate that lags by ``lag`` on the samples seen will not win.
 
     Args:

@@ -13,15 +13,18 @@ from torch import Tensor
 
 from lowbit.numerics import Affine, Clipped, Float, Spec, extremes
 from lowbit.steps.product_errors import ProductErrors
+from lowbit.steps.race import hopeless, spread
 
 _NEAR = 4  # ranges of each format that a channel looks at again
+_PROBED = 8  # one in so many channels shows whether a format is hopeless
 _BEHIND = 1.25  # a format that lost more than so many times the least is not looked at again
 
 
 class WeightRanges:
     """Repeated searches of one weight, while what it is multiplied by changes.
 
-    The first search tries every share of every format. Later ones try, for each output channel and format, the ``_NEAR`` shares
+    The first search tries every share of every format, unless its lag behind an earlier format on some channels is more than
+    chance explains (:func:`~lowbit.steps.race.hopeless`). Later ones try, for each output channel and format, the ``_NEAR`` shares
     that were best before, and no format that was far behind. Where channels share ranges, or scales of channels are stored
     together, every search tries all.
 
@@ -35,6 +38,7 @@ class WeightRanges:
         self.w_OI, self.spec, self.formats, self.shares = w_OI, spec, formats, shares
         self.height, self.columns = spec.granularity.param_shape((w_OI.shape[0], w_OI.shape[1]))
         self.by_row = self.height == len(w_OI)
+        self.narrows = self.by_row and spec.stats is None
         self.share_C = w_OI.new_tensor(shares)
         self.x_GK = spec.granularity.split(w_OI)
         self.lo_G1, self.hi_G1 = extremes(self.x_GK)
@@ -47,18 +51,43 @@ class WeightRanges:
         Args:
             errors: of rows of the weight.
         """
-        lost_CO = torch.stack([self._lost(c, errors) for c in range(len(self.tried))])
-        of_formats = lost_CO.where(lost_CO >= 0, inf).view(len(self.formats), len(self.shares), -1)
+        of_formats = self._all_lost(errors)
         least, chosen = of_formats.min(1)
         sums = least.sum(1, dtype=torch.float64) if self.by_row else least[:, 0].double()
         best = int(sums.argmin())
-        if self.by_row and self.spec.stats is None:
+        if self.narrows:
             self._narrow(of_formats, sums)
         share_G1 = self.share_C[chosen[best]][: self.height].repeat_interleave(self.columns)[:, None]
         return self._spec(best), Clipped(share_G1, share_G1)
 
     def _spec(self, number: int) -> Spec:
         return replace(self.spec, grid=self.formats[number])
+
+    def _all_lost(self, errors: ProductErrors) -> Tensor:
+        """The errors ``[formats, shares, O]``; infinite where they are not looked at, or NaN."""
+        count, found, least_O = len(self.shares), [], None
+        for first in range(0, len(self.tried), count):
+            if least_O is not None and self._is_hopeless(first, errors, least_O):
+                found.append(self.w_OI.new_full((count, len(self.w_OI)), inf))
+                continue
+            lost_SO = torch.stack([self._lost(c, errors) for c in range(first, first + count)])
+            found.append(lost_SO.where(lost_SO >= 0, inf))
+            of_format = found[-1].amin(0)
+            if least_O is None or of_format.sum() < least_O.sum():
+                least_O = of_format
+        return torch.stack(found)
+
+    def _is_hopeless(self, first: int, errors: ProductErrors, least_O: Tensor) -> bool:
+        """Whether some channels show that the format whose first candidate is ``first`` loses more than ``least_O`` in all."""
+        if not self.narrows or self.tried[first] is not None:
+            return False
+        count = len(least_O)
+        rows = torch.tensor(spread(count)[: count // _PROBED], dtype=torch.int64, device=least_O.device)
+        if not len(rows):
+            return False
+        tried = range(first, first + len(self.shares))
+        of_rows = torch.stack([errors.of(self.restored(c, rows), rows) for c in tried]).amin(0)
+        return hopeless((of_rows - least_O[rows]).double(), 0, count / len(rows) - 1)
 
     def _lost(self, c: int, errors: ProductErrors) -> Tensor:
         """The error of each channel ``[O]``; infinite where it does not look at the candidate."""

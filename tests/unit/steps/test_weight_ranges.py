@@ -57,6 +57,20 @@ def test_the_first_search_finds_the_best_of_all(grain):
     assert found == pytest.approx(min(lost.values()), rel=1e-4)
 
 
+def test_a_format_that_is_far_behind_is_looked_at_on_few_channels():
+    w, x = drawn(640, I), drawn(T, I, seed=1)
+    looked = []
+
+    class Counting(ProductErrors):
+        def of(self, q_RI, rows=slice(None)):
+            looked.append(len(q_RI))
+            return super().of(q_RI, rows)
+
+    formats = (Float(2, 1), Float(3, 0))  # on normal weights powers of two lose more
+    spec, _ = WeightRanges(w, Spec(formats[0], PerChannel()), formats, SHARES).search(Counting(w, x, x))
+    assert spec.grid == formats[0] and looked == [640] * 5 + [80] * 5
+
+
 def _lost(w, x, spec, share):
     each = torch.full((1, 1), share)
     return (x @ (fake_quantize(w, spec, Clipped(each, each)) - w).T).square().sum(0)
