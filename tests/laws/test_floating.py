@@ -78,6 +78,17 @@ def test_every_element_takes_the_nearest_number_and_numbers_are_fixed_points(gri
     assert all(len(row.unique()) <= 2**grid.bits - 1 for row in found)
 
 
+@pytest.mark.parametrize("grid", [*SPLITS, *SHARED, FP4], ids=str)
+@pytest.mark.parametrize("per", ["row", "column"])
+def test_without_gradients_one_pass_gives_the_same_numbers(grid, per):
+    x = normal(7, 5000)
+    x[0, :4] = torch.tensor([math.nan, math.inf, -math.inf, 0.0])
+    scale = torch.rand(7, 1) + 0.1 if per == "row" else torch.rand(5000) + 0.1
+    found = grid.fake(x, Affine(scale))
+    through_torch = grid.fake(x.clone().requires_grad_(), Affine(scale)).detach()
+    assert torch.equal(found.isnan(), x.isnan()) and torch.equal(found[~x.isnan()], through_torch[~x.isnan()])
+
+
 @pytest.mark.parametrize(("grid", "dtype"), TORCH, ids=["e4m3fn", "e5m2"])
 def test_rounding_is_that_of_torchs_casts_ties_included(grid, dtype):
     x = spread(20000, grid)

@@ -26,6 +26,9 @@ def awq(
     * scale: run the search for scales.
     * clip: run the search for clipping.
     * windows: calibration windows that judge the scales; None: all, as in the authors' code.
+
+    Differs from the authors' code: an exponent that a part of the windows shows to be worse is not tried on the others; clipping
+    is judged on all tokens, by their Gram matrix, not on 512.
     """
     scales = (Search(MeanAbsPower(grid), ("norm_*", "v_o", "*up_down*"), windows),) if scale else ()
     clips = (SearchClip(),) if clip else ()

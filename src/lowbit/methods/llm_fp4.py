@@ -38,8 +38,9 @@ def llm_fp4(
     * tokens: calibration tokens that judge the output error.
 
     Differs from the authors' code: the search is over ranges, which equals theirs over exponent biases where these are
-    positive; the exponents of channels are stored once for each linear, in the width of the widest format searched; embedding
-    and head are not quantized; keys and values are rounded when they are read, and the cache holds them unrounded.
+    positive; formats and ranges that a part of the tokens, or the round before, shows to be worse are left out; the exponents of
+    channels are stored once for each linear, in the width of the widest format searched; embedding and head are not
+    quantized; keys and values are rounded when they are read, and the cache holds them unrounded.
     """
     start = Float.of(bits, weight_format)
     act = None

@@ -33,11 +33,11 @@ from lowbit.numerics import Affine, Clipped, Fixed, PerInput, QTensor, SideTerm,
 from lowbit.transforms import ChannelTransform, Permute, Scale, through
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Simulation:
     """What a draft computes with while it is simulated: ``weight`` as it will be restored, for the input after ``transform``,
     and with the side terms where the input is not quantized. ``act_params``: None where the draft's own count, and ``foreseen``
-    where it has none."""
+    where it has none. ``factor``: the weight in the type of the products of a search."""
 
     weight: Tensor
     bias: Tensor | None
@@ -46,26 +46,38 @@ class _Simulation:
     act_params: Affine | None
     foreseen: Affine | None
     inputs: SharedInput | None
+    factor: Tensor | None = None
+
+    def multiply(self, h: Tensor) -> Tensor:
+        """``h @ weight.T``. Under autocast, a search converts the weight once, not once for each call."""
+        device = h.device.type
+        if torch.is_grad_enabled() or not torch.is_autocast_enabled(device):
+            return F.linear(h, self.weight)
+        if self.factor is None:
+            self.factor = self.weight.to(torch.get_autocast_dtype(device))
+        return F.linear(h, self.factor)
 
 
 class SharedInput:
     """The input that several simulated linears read, made ready once for all of them: of the last forward alone."""
 
     def __init__(self):
-        self._last: tuple[Tensor, ActSpec | None, Affine | None, Tensor] | None = None
+        self._last: tuple[Tensor, ChannelTransform | None, ActSpec | None, Affine | None, Tensor, Tensor] | None = None
 
-    def fake(self, h: Tensor, act: ActSpec | None, params: Affine | None) -> Tensor:
-        """``h`` quantized if ``act`` says how, in the type of the product that follows."""
-        if self._last is not None:
-            seen, as_act, by, result = self._last
-            if seen is h and by is params and as_act == act:
-                return result
-        result = fake_activation(h, act, params)
+    def fake(
+        self, h: Tensor, transform: ChannelTransform | None, act: ActSpec | None, params: Affine | None
+    ) -> tuple[Tensor, Tensor]:
+        """``h`` behind ``transform``, and that quantized if ``act`` says how, in the type of the product that follows."""
+        last = self._last  # several threads may run forwards
+        if last is not None and last[0] is h and last[1] is transform and last[2] == act and last[3] is params:
+            return last[4], last[5]
+        transformed = h if transform is None else through((transform,), h)
+        result = fake_activation(transformed, act, params)
         device = h.device.type
         if torch.is_autocast_enabled(device):  # once, not once for each reader
             result = result.to(torch.get_autocast_dtype(device))
-        self._last = h, act, params, result
-        return result
+        self._last = h, transform, act, params, transformed, result
+        return transformed, result
 
 
 class DraftLinear(nn.Module):
@@ -154,12 +166,12 @@ class DraftLinear(nn.Module):
     def _simulated_product(self, h: Tensor, simulation: _Simulation) -> Tensor:
         """In the order of operations of a packed layer."""
         act = None if self.format is None else self.format.act
-        h = h if simulation.transform is None else through((simulation.transform,), h)
-        fake = fake_activation if simulation.inputs is None else simulation.inputs.fake
-        if act is None:
-            return F.linear(fake(h, None, None), simulation.weight)
-        params = simulation.act_params or self.act_params or simulation.foreseen
-        y = F.linear(fake(h, act, params), simulation.weight)
+        params = None if act is None else simulation.act_params or self.act_params or simulation.foreseen
+        inputs = simulation.inputs or SharedInput()
+        h, ready = inputs.fake(h, simulation.transform, act, params)
+        y = simulation.multiply(ready)
+        if act is None:  # side terms are in the weight
+            return y
         for term in simulation.side_terms:
             y = y + term.apply(h, y.shape[-1])
         return y

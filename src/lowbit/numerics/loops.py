@@ -1,4 +1,5 @@
-"""Loops over single numbers that torch cannot express, compiled by numba: :func:`rows_of_means` and :func:`count_below`.
+"""Loops over single numbers that torch cannot express, compiled by numba: :func:`rows_of_means`, :func:`count_below` and
+:func:`to_nearest`.
 
 They are imported where one of them runs. numba takes as long to import as torch, most runs need none of them, and vLLM, which
 imports other parts of this package, fails at what numba leaves among the modules.
@@ -22,6 +23,33 @@ def count_below(values, midpoints, counts):
             midpoint = midpoints[j]
             for i in range(len(value)):  # this form compiles to vector instructions
                 count[i] += np.int32(1) if value[i] > midpoint else np.int32(0)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def to_nearest(x_GK, scale, by_row, midpoints, levels, out_GK):
+    """Writes the nearest level times the scale: ``levels[count of midpoints below x / scale] * scale``; NaN where x is.
+
+    ``scale`` has one element for each row, or, unless ``by_row``, for each column.
+    """
+    ratio, count = np.empty(_RUN, dtype=x_GK.dtype), np.empty(_RUN, dtype=np.int32)
+    for g in range(x_GK.shape[0]):
+        for start in range(0, x_GK.shape[1], _RUN):
+            x, out = x_GK[g, start : start + _RUN], out_GK[g, start : start + _RUN]
+            n = len(x)
+            if by_row:
+                for i in range(n):
+                    ratio[i] = x[i] / scale[g]
+            else:
+                for i in range(n):
+                    ratio[i] = x[i] / scale[start + i]
+            count[:n] = 0
+            for j in range(len(midpoints)):
+                midpoint = midpoints[j]
+                for i in range(n):
+                    count[i] += np.int32(1) if ratio[i] > midpoint else np.int32(0)
+            for i in range(n):
+                level = levels[count[i]] if ratio[i] == ratio[i] else ratio[i]
+                out[i] = level * (scale[g] if by_row else scale[start + i])
 
 
 @numba.njit(nogil=True, cache=True)

@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lowbit.checkpoints.source import ModelSource
 from lowbit.modules import make_drafts, unmake_drafts
@@ -105,8 +104,8 @@ class FisherPass:
                 hidden = last_NTd[w : w + 1].clone().requires_grad_()
                 with faster_products(hidden.device):
                     logits_TV = self.stream.logits(ids_T[None], hidden)
-                loss = cross_entropy(logits_TV[:-1].float(), ids_T[1:].to(logits_TV.device))
-                last_NTd[w] = torch.autograd.grad(loss, hidden)[0][0]
+                of_logits_TV = _of_cross_entropy(logits_TV.detach(), ids_T.to(logits_TV.device))
+                last_NTd[w] = torch.autograd.grad(logits_TV, hidden, of_logits_TV)[0][0]
                 self._tick(1, "loss")
 
     @torch.enable_grad()
@@ -178,6 +177,16 @@ def _window(block: nn.Module, call: Call, before_NTd: Tensor, behind_NTd: Tensor
     """Window w through a block."""
     with faster_products(before_NTd.device):  # a setting of the thread
         behind_NTd[w] = call(block, before_NTd[w : w + 1], w)[0]
+
+
+def _of_cross_entropy(logits_TV: Tensor, ids_T: Tensor) -> Tensor:
+    """The gradient of the mean next-token cross-entropy of a window by its logits, in their dtype. One float32 copy of the
+    logits, where autograd makes several."""
+    count = len(ids_T) - 1
+    share_TV = torch.softmax(logits_TV, -1, dtype=torch.float32)
+    share_TV[torch.arange(count, device=ids_T.device), ids_T[1:]] -= 1
+    share_TV[-1] = 0
+    return share_TV.div_(count).to(logits_TV.dtype)
 
 
 def _name(i: int) -> str:

@@ -22,7 +22,8 @@ from lowbit.steps.rotation import (
     rotated_at_run_time,
 )
 from lowbit.steps.rules import Balance, Midpoint, Ones, OwnGain, Smooth
-from lowbit.steps.search import MeanAbsPower, Search, SearchClip, SmoothPowers, Thresholds
+from lowbit.steps.search import MeanAbsPower, Search, SmoothPowers, Thresholds
+from lowbit.steps.search_clip import SearchClip
 from lowbit.steps.search_float import SearchFloat
 from lowbit.steps.set import Set, SetActivationRange
 from lowbit.steps.solve import Solve

@@ -33,13 +33,19 @@ class Collection:
         state: of the block; it has calibration windows.
         needs: statistics of inputs.
         readers: the linear at which each shared input is seen, by the input's name.
-        behind: as for ``collect``.
+        behind, around: as for ``collect``.
     """
 
     def __init__(
-        self, state: BlockState, needs: Sequence[Statistic], readers: Mapping[str, str], behind: Tensor | None
+        self,
+        state: BlockState,
+        needs: Sequence[Statistic],
+        readers: Mapping[str, str],
+        behind: Tensor | None,
+        around: Callable[[int], AbstractContextManager[None]] | None = None,
     ):
         assert state.io is not None
+        self.around = around
         self.state, self.io, self.needs, self.readers, self.behind = state, state.io, needs, readers, behind
         self.paired = any(need.paired for need in needs)
         self.gathered: dict[str, dict[Statistic, Tensor]] = {}
@@ -81,7 +87,7 @@ class Collection:
 
     def _enough(self) -> bool:
         """Whether further windows would change nothing."""
-        if self.behind is not None:
+        if self.behind is not None or self.around is not None:
             return False
         return all(
             need in known and need.enough(known[need]) for known in self.gathered.values() for need in self.needs
@@ -139,7 +145,8 @@ class Collection:
 
     def _forward(self, i: int, original: bool = False) -> None:
         window = self.io.window(i, original=True) if original else self.io.window(i)
-        with self._products():
+        around = nullcontext() if self.around is None or original else self.around(i)
+        with self._products(), around:
             y = self.io.run(self.state.block, window, i)
         if self.behind is not None and not original:
             self.behind[i] = y[0]
@@ -185,7 +192,7 @@ class Collection:
 
     def _needless(self) -> list[str]:
         """Linears whose output no wanted input depends on: those of the last stage that is read, and of later ones."""
-        if self.behind is not None:
+        if self.behind is not None or self.around is not None:
             return []
         stages, read = self.state.resolved.stages, set(self.readers.values())
         last = max((i for i, stage in enumerate(stages) if read & set(stage)), default=len(stages))

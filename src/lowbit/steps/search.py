@@ -10,25 +10,19 @@ from math import prod
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
 from lowbit.architectures import Kind, Port, ResolvedEdge
-from lowbit.modules import DraftLinear
+from lowbit.modules import DraftLinear, SharedInput
 from lowbit.numerics import (
     AbsSum,
-    Clipped,
-    Gram,
-    PerChannel,
-    PerGroup,
     Range,
     Statistic,
-    extremes,
     mean_abs,
     serializable,
 )
-from lowbit.steps.effects import EdgeUse, Freedom
+from lowbit.steps.effects import EdgeUse
 from lowbit.steps.judging import condensed, least_error
-from lowbit.steps.listen import Place, listen
+from lowbit.steps.listen import Call, Place, listen, recording
 from lowbit.steps.rules import Smooth, guard_dead
 from lowbit.steps.state import BlockState, Stats
 from lowbit.steps.step import FLOAT, RunSizes, Step
@@ -166,6 +160,8 @@ class Search(Step):
         in_turn: search edges in the order of computation and fold each at once; linears before an edge run as they will
             be quantized. Otherwise every edge is searched on the unchanged block and the winners are folded at the end,
             as in AWQ's reference.
+        certain: the sums of all windows decide for each candidate. Otherwise candidates whose lag chance cannot explain are given
+            up after a part of the windows (:mod:`lowbit.steps.race`); the choice is nearly always the same.
     """
 
     candidates: Candidates
@@ -173,6 +169,7 @@ class Search(Step):
     windows: int | None = None
     by: Literal["judge", "linears"] = "judge"
     in_turn: bool = False
+    certain: bool = False
 
     def __post_init__(self):
         if self.by not in ("judge", "linears"):
@@ -219,14 +216,14 @@ class Search(Step):
         """
         static = any(form.act is not None and form.act.static for form in state.formats.values())
         with ExitStack() as stack:
+            once = SharedInput()
             for draft in before:
-                stack.enter_context(draft.simulated())
+                stack.enter_context(draft.simulated(inputs=once))
             read = {port.module for edge in edges for port in edge.consumers} if static else set()
             inputs = {shared.name for shared in state.resolved.shared_inputs if read & set(shared.readers)}
             inputs |= {name for edge in edges for name in edge.inputs}
-            stats = state.collect(self.needs | ({Range()} if static else frozenset()), inputs)
-            places = {place: None for edge in edges for place in self._judges(state.drafts, edge)}
-            calls = listen(state, places, self.windows)
+            needs = self.needs | ({Range()} if static else frozenset())
+            stats, calls = self._recorded(state, needs, inputs, edges)
         winners = []
         for edge in edges:
             tried = self.candidates(state, edge, stats)
@@ -235,9 +232,23 @@ class Search(Step):
                 state.note("saw no token: nothing was searched at this edge", at=edge.name)
                 continue
             trial = partial(self._simulated, state, edge, stats)
-            winners.append((edge, least_error(state, condensed(state, judging, len(tried)), tried, trial)))
+            pieces = condensed(state, judging, len(tried), self.certain)
+            winners.append((edge, least_error(state, pieces, tried, trial, self.certain)))
         for edge, transform in winners:
             state.commit(edge, transform, self.candidates.kind)
+
+    def _recorded(
+        self, state: BlockState, needs: frozenset[Statistic], inputs: set[str], edges: list[ResolvedEdge]
+    ) -> tuple[dict[str, Stats], list[Call]]:
+        """Statistics of all windows, and the judges' calls: from one pass where that is less work."""
+        assert state.io is not None
+        places = [place for edge in edges for place in self._judges(state.drafts, edge)]
+        few = self.windows is not None and 2 * self.windows < len(state.io)
+        if few or not any(need.of_input for need in needs):
+            return state.collect(needs, inputs), listen(state, places, self.windows)
+        with recording(state, places, self.windows) as recorder:
+            stats = state.collect(needs, inputs, around=recorder.window)
+        return stats, recorder.calls
 
     def _judges(self, quantized: Container[str], edge: ResolvedEdge) -> list[Place]:
         if self.by == "judge":
@@ -253,10 +264,13 @@ class Search(Step):
         transform: ChannelTransform,
     ) -> Iterator[None]:
         """While open, the edge's consumers run quantized behind the ``transform``."""
+        read: dict[str, SharedInput] = {}
+        inputs = {path: shared.name for shared in state.resolved.shared_inputs for path in shared.readers}
         with ExitStack() as stack:
             for port in (port for port in edge.consumers if port.module in state.drafts):
                 bounds, draft = state.stats_of(stats, port.module).get(Range()), state.draft(port.module)
-                stack.enter_context(draft.simulated(at_port(transform, port), bounds))
+                once = read.setdefault(inputs[port.module], SharedInput()) if port.expand is None else None
+                stack.enter_context(draft.simulated(at_port(transform, port), bounds, inputs=once))
             yield
 
 
@@ -270,90 +284,3 @@ def at_port(transform: ChannelTransform, port: Port) -> ChannelTransform:
     """``transform``, a scale of the free channels, with the channels of the consumer ``port``."""
     assert isinstance(transform, Scale)
     return transform if port.expand is None else Scale(transform.s[port.expand])
-
-
-@serializable
-@dataclass(frozen=True)
-class SearchClip(Step):
-    """Chooses the symmetric clip of every granule that hurts its own product least, except in the roles in ``skip``.
-
-    Thresholds are ``c = max|w| * (1 - i / steps)`` for ``i = 0 .. max_shrink * steps - 1`` (AWQ's clip search). A
-    granule's loss is ``d^T H_g d`` with its rounding error d and its block H_g of the Gram matrix: the squared error of
-    its partial product over all calibration tokens. The reference samples 512 tokens.
-
-    Args:
-        steps, max_shrink: of the thresholds.
-        skip: roles that keep their range.
-        apart: both ends shrink apart, by ``1 - i / steps`` and ``1 - j / steps`` of their own, and every pair is tried
-            (BitDistiller, arXiv:2402.10631).
-    """
-
-    steps: int = 20
-    max_shrink: float = 0.5
-    skip: tuple[str, ...] = ("q", "k", "qkv")
-    apart: bool = False
-
-    @property
-    def simulates(self) -> bool:
-        return True
-
-    @property
-    def needs(self) -> frozenset[Statistic]:
-        return frozenset({Gram()})
-
-    @property
-    def fixes(self) -> frozenset[Freedom]:
-        return frozenset({Freedom.WEIGHT_RANGES})
-
-    def ticks(self, windows: int, linears: int) -> int:
-        return windows
-
-    @torch.no_grad()
-    def run(self, state: BlockState) -> None:
-        stats = state.collect(self.needs)
-        for path, draft in state.drafts.items():
-            assert draft.format is not None
-            role, gram = state.resolved.linears[path], state.stats_of(stats, path).get(Gram())
-            if role in self.skip or gram is None:
-                continue
-            spec = draft.format.weight
-            if not isinstance(spec.granularity, PerGroup | PerChannel):
-                state.note(f"clipping is searched per channel or per group, not {spec.granularity}", at=path)
-                continue
-            draft.range_shares = self._clip(draft.weight, spec, gram)
-
-    def _clip(self, w_OI: Tensor, spec, gram: Tensor) -> Clipped:
-        size = w_OI.shape[1] if isinstance(spec.granularity, PerChannel) else spec.granularity.size
-        lows, highs = [], []
-        for start in range(0, w_OI.shape[1], size):
-            columns = slice(start, min(start + size, w_OI.shape[1]))
-            low, high = self._clip_granules(w_OI[:, columns], spec.grid, gram[columns, columns])
-            lows.append(low)
-            highs.append(high)
-        return Clipped(torch.stack(lows, 1).view(-1, 1), torch.stack(highs, 1).view(-1, 1))
-
-    def _clip_granules(self, w_GK: Tensor, grid, gram_KK: Tensor) -> tuple[Tensor, Tensor]:
-        w_GK = w_GK.contiguous()
-        lo, hi = extremes(w_GK)
-        best = torch.full_like(lo, float("inf"))
-        best_lo, best_hi = lo.clone(), hi.clone()
-        for low, high in self._ends(lo, hi):
-            d = grid.fake(w_GK, grid.from_range(low, high)) - w_GK
-            loss = ((d @ gram_KK) * d).sum(1, keepdim=True)
-            better = loss < best
-            best = torch.where(better, loss, best)
-            best_lo, best_hi = torch.where(better, low, best_lo), torch.where(better, high, best_hi)
-        return _share(best_lo, lo), _share(best_hi, hi)
-
-    def _ends(self, lo_G1: Tensor, hi_G1: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The ranges to try; the first one clips nothing."""
-        shares = [1 - i / self.steps for i in range(max(1, int(self.max_shrink * self.steps)))]
-        if self.apart:
-            yield from ((lo_G1 * low, hi_G1 * high) for high in shares for low in shares)
-            return
-        absmax = torch.maximum(lo_G1.abs(), hi_G1.abs())
-        yield from ((torch.maximum(lo_G1, -absmax * share), torch.minimum(hi_G1, absmax * share)) for share in shares)
-
-
-def _share(chosen: Tensor, end: Tensor) -> Tensor:
-    return torch.where(end != 0, chosen / torch.where(end != 0, end, 1.0), 1.0)[:, 0]

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowbit.modules import ActSpec, DraftLinear, LinearFormat, fake_activation, fake_quantize_activation
+from lowbit.modules import ActSpec, DraftLinear, LinearFormat, fake_activation
 from lowbit.numerics import (
     AbsMax,
     Affine,
     Clipped,
     Fixed,
     Float,
+    PerCluster,
     PerInput,
     Samples,
     Spec,
@@ -23,11 +24,17 @@ from lowbit.numerics import (
     serializable,
 )
 from lowbit.steps.effects import Freedom
-from lowbit.steps.state import BlockState, Stats
+from lowbit.steps.product_errors import ProductErrors
+from lowbit.steps.race import race, spread
+from lowbit.steps.state import BlockState, Stats, product_dtype
 from lowbit.steps.step import Step
+from lowbit.steps.weight_ranges import WeightRanges
 
 _SMALLEST = 2.0**-60  # the range of an input that is zero on every calibration token
-_PARTS = 8  # in which the tokens that judge an input come
+_LOUD = 64
+"""Tokens that every candidate for an input sees first: few tokens like them decide what clipping costs."""
+_FIRST = 64
+"""Further tokens of the first round of a race."""
 
 
 @serializable
@@ -41,6 +48,11 @@ class SearchFloat(Step):
     always tried again, so no round is worse. Range shares multiply the largest magnitude. The authors multiply the
     exponent bias, which has the opposite effect if the bias is negative. Weights and inputs that are not floating, and
     inputs that are not static, stay as they are.
+
+    Three things save time. Formats and ranges of an input race over tokens (:mod:`lowbit.steps.race`). The second and later
+    rounds try, for each channel of the weight, only the ranges that were near the best of the round before
+    (:class:`~lowbit.steps.weight_ranges.WeightRanges`). Errors of rounding are multiplied in the type that passes for
+    statistics have.
 
     A static input with a scale for each input channel (``PerInput``) halves the tensor's scale k times for a channel.
     Its stored statistics and the ``2**exponent - 1`` of its format limit k: the paper's pre-shifted exponent bias. Each
@@ -122,42 +134,27 @@ class SearchFloat(Step):
         if x_TI is None or not self.rounds or not (floating or act):
             state.tick("searching")
             return
-        x_TI = x_TI.float()
-        y_TO, inputs = x_TI @ w_OI.T, [] if act is None else self._inputs(act, absmax_I)
+        x_TI = _ordered(x_TI.float())
+        inputs = None if act is None else _Inputs(x_TI, self._inputs(act, absmax_I))
+        ranges = self._weight_ranges(w_OI, form.weight) if floating else None
+        dtype = product_dtype(state)
         for _ in range(self.rounds if floating and act is not None else 1):
             before = form, draft.range_shares, draft.act_params
-            if floating:
+            if ranges is not None:
                 seen_TI = fake_activation(x_TI, form.act, draft.act_params)
-                spec, draft.range_shares = self._best_weight(w_OI, form.weight, seen_TI, y_TO)
+                spec, draft.range_shares = ranges.search(ProductErrors(w_OI, seen_TI, x_TI, dtype))
                 form = replace(form, weight=spec)
-            if inputs:
-                restored_OI = _restored(w_OI, form.weight, draft.range_shares)
-                act, draft.act_params = _best_input(x_TI, inputs, restored_OI, y_TO)
+            if inputs is not None:
+                restored_OI = fake_quantize(w_OI, form.weight, draft.range_shares)
+                act, draft.act_params = inputs.search(ProductErrors(x_TI, restored_OI, w_OI, dtype))
                 form = replace(form, act=act)
             draft.format = form
             state.tick("searching")
             if _same(before, (form, draft.range_shares, draft.act_params)):
                 break
 
-    def _best_weight(self, w_OI: Tensor, spec: Spec, seen_TI: Tensor, y_TO: Tensor) -> tuple[Spec, Clipped]:
-        best, chosen = float("inf"), (spec, Clipped(*[torch.ones(1, 1)] * 2))
-        errors = _Errors(w_OI, seen_TI, y_TO)
-        rows, columns = spec.granularity.param_shape((w_OI.shape[0], w_OI.shape[1]))
-        for grid in _formats(spec, self.weight_format):
-            here, lost_O, share_O = replace(spec, grid=grid), None, torch.ones(len(w_OI))
-            for share in self.shares:
-                error_O = errors.of(_restored(w_OI, here, _clip(share)))
-                if rows != len(w_OI):  # rows share ranges: one share for all
-                    error_O = error_O.sum().expand_as(error_O)
-                better = torch.ones_like(error_O, dtype=torch.bool) if lost_O is None else error_O < lost_O
-                lost_O = error_O if lost_O is None else error_O.where(better, lost_O)
-                share_O = share_O.masked_fill(better, share)
-            assert lost_O is not None
-            lost = lost_O.double().sum().item() if rows == len(w_OI) else lost_O[0].item()
-            if lost < best:
-                of_granules = share_O[:rows].repeat_interleave(columns)[:, None]
-                best, chosen = lost, (here, Clipped(of_granules, of_granules))
-        return chosen
+    def _weight_ranges(self, w_OI: Tensor, spec: Spec) -> WeightRanges:
+        return WeightRanges(w_OI, spec, tuple(_formats(spec, self.weight_format)), self.shares)
 
     def _inputs(self, act: ActSpec, absmax_I: Tensor) -> list[tuple[ActSpec, Affine]]:
         """All formats and ranges to try for the input."""
@@ -168,57 +165,59 @@ class SearchFloat(Step):
         return tried
 
 
-class _Errors:
-    """``|b q^T - y|^2`` for rows q that stand for rows of ``a``: restored rows of a weight, or quantized tokens.
+def _ordered(x_TI: Tensor) -> Tensor:
+    """Tokens for a race: the loudest first, then the others in an order that spreads every beginning over the text."""
+    loud = x_TI.square().sum(1).argsort(descending=True, stable=True)[:_LOUD]
+    rest = torch.ones(len(x_TI), dtype=torch.bool).index_fill(0, loud.cpu(), False).nonzero()[:, 0]
+    order = torch.cat([loud.cpu(), rest[torch.tensor(spread(len(rest)), dtype=torch.int64)]])
+    return x_TI[order.to(x_TI.device)]
 
-    Where b has more rows than columns, they come from its Gram matrix G, in terms of ``d = q - a`` so that little cancels:
-    ``d G d^T - 2 d b^T r + |r|^2`` with ``r = y - b a^T``.
+
+class _Inputs:
+    """Formats and ranges of one input, and repeated races between them while the weight changes.
+
+    The first race has all of them. Later ones have those that the first tokens of the first race did not rule out.
 
     Args:
-        a_NI: the exact rows.
-        b_MI: what they are multiplied by, as it is now.
-        y_MN: the exact product.
+        x_TI: tokens, in the order of :func:`_ordered`.
+        tried: formats with parameters; the first one is the choice at the beginning.
     """
 
-    def __init__(self, a_NI: Tensor, b_MI: Tensor, y_MN: Tensor):
-        self.a_NI, self.b_MI, self.y_MN = a_NI, b_MI, y_MN
-        self.gram_II = None
-        if len(b_MI) > b_MI.shape[1]:
-            rest_MN = y_MN - b_MI @ a_NI.T
-            self.gram_II, self.mixed_NI, self.rest_N = b_MI.T @ b_MI, rest_MN.T @ b_MI, rest_MN.square().sum(0)
+    def __init__(self, x_TI: Tensor, tried: Sequence[tuple[ActSpec, Affine]]):
+        self.x_TI, self.tried, self.now = x_TI, tried, 0
+        self.scales = [channel_scale(act.spec, params, x_TI.shape[1]) for act, params in tried]
+        self.rivals = list(range(len(tried)))
+        self.raced = False
 
-    def of(self, q_RI: Tensor, rows: slice = slice(None)) -> Tensor:
-        """``[R]``, for rows that stand for ``rows`` of ``a``."""
-        if self.gram_II is None:
-            return (q_RI @ self.b_MI.T).sub_(self.y_MN[:, rows].T).square_().sum(1)
-        d_RI = q_RI - self.a_NI[rows]
-        return (d_RI @ self.gram_II).sub_(self.mixed_NI[rows], alpha=2).mul_(d_RI).sum(1).add_(self.rest_N[rows])
+    def search(self, errors: ProductErrors) -> tuple[ActSpec, Affine]:
+        """The format and range whose output errs least; the first of equals. The last choice takes part.
+
+        Args:
+            errors: of tokens.
+        """
+
+        def of(i: int, part: slice, beyond: float) -> Tensor:
+            (act, _), scale_I = self.tried[self.rivals[i]], self.scales[self.rivals[i]]
+            return errors.of(act.spec.grid.fake(self.x_TI[part], Affine(scale_I)), part).double()  # pyright: ignore[reportAttributeAccessIssue]
+
+        kept, first = (self.rivals.index(self.now),), _LOUD + _FIRST
+        result = race(len(self.rivals), len(self.x_TI), of, first=first, apart=_LOUD, kept=kept)
+        self.now = self.rivals[result.winner]
+        if not self.raced:
+            self.rivals = [
+                rival
+                for rival, saw in zip(self.rivals, result.saw, strict=True)
+                if saw > min(first, len(self.x_TI) - 1)
+            ]
+            self.raced = True
+        return self.tried[self.now]
 
 
-def _best_input(
-    x_TI: Tensor, tried: Sequence[tuple[ActSpec, Affine]], w_OI: Tensor, y_TO: Tensor
-) -> tuple[ActSpec, Affine]:
-    """The format and range whose output errs least; the first of equals.
-
-    Tokens come in parts. A candidate is given up once its sum exceeds the least whole one, so the first part puts the
-    candidates in order.
-    """
-    errors, size = _Errors(x_TI, w_OI, y_TO.T), -(-len(x_TI) // _PARTS)
-    parts = [slice(start, start + size) for start in range(0, len(x_TI), size)]
-
-    def error(i: int, part: slice) -> float:
-        return errors.of(fake_quantize_activation(x_TI[part], *tried[i]), part).sum(dtype=torch.float64).item()
-
-    sums = [error(i, parts[0]) for i in range(len(tried))]
-    least, best = float("inf"), 0
-    for i in sorted(range(len(tried)), key=sums.__getitem__):
-        for part in parts[1:]:
-            if not sums[i] <= least:
-                break
-            sums[i] += error(i, part)
-        if sums[i] < least or (sums[i] == least and i < best):
-            least, best = sums[i], i
-    return tried[best]
+def channel_scale(spec: Spec, params: Affine, columns: int) -> Tensor:
+    """The scale of every input channel, ``[I]``, of a static floating input."""
+    grain = spec.granularity
+    scale = grain.spread(params.scale) if isinstance(grain, PerCluster | PerInput) else params.scale.reshape(-1)
+    return scale.expand(columns)
 
 
 def input_range(spec: Spec, absmax_I: Tensor, share: float, covering: bool = False) -> Affine:
@@ -249,16 +248,6 @@ def input_range(spec: Spec, absmax_I: Tensor, share: float, covering: bool = Fal
 def _formats(spec: Spec, searched: bool) -> Iterator[Float]:
     assert isinstance(spec.grid, Float)
     yield from spec.grid.splits() if searched else (spec.grid,)
-
-
-def _clip(share: float) -> Clipped:
-    each = torch.full((1, 1), share)
-    return Clipped(each, each)
-
-
-def _restored(w_OI: Tensor, spec: Spec, clip: Clipped | Fixed | None) -> Tensor:
-    """The weight as rounding to nearest will store it."""
-    return fake_quantize(w_OI, spec, clip)
 
 
 _Choice = tuple[LinearFormat, Clipped | Fixed | None, Affine | None]

@@ -45,9 +45,12 @@ class Set(Step):
         return windows if self.needs else 0
 
     def run(self, state: BlockState) -> None:
-        stats = state.collect(self.needs)
         loose = list(state.loose_ends(self.rule.kind)) if self.run_time else []
-        for edge in (*state.edges(self.at, self.rule.kind, note=not self.run_time), *loose):
+        edges = [*state.edges(self.at, self.rule.kind, note=not self.run_time), *loose]
+        if not edges:  # a pass over the windows would find nothing of use
+            return
+        stats = state.collect(self.needs, {name for edge in edges for name in edge.inputs})
+        for edge in edges:
             transform = self.rule(state, edge, stats)
             if transform is None:
                 state.note(f"saw no token: no {self.rule.kind.value} is applied at this edge", at=edge.name)

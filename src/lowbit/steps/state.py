@@ -77,6 +77,14 @@ class BlockIO:
         return len(self.x)
 
 
+def product_dtype(state: BlockState) -> torch.dtype:
+    """The type of products in passes that gather statistics, and in searches."""
+    assert state.io is not None
+    device = state.io.x.device.type
+    with state.io.products():
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+
+
 @dataclass
 class LayerRecord:
     """The report's entry for one linear.
@@ -368,7 +376,11 @@ class BlockState:
         return wanted
 
     def collect(
-        self, needs: Iterable[Statistic], inputs: Iterable[str] | None = None, behind: Tensor | None = None
+        self,
+        needs: Iterable[Statistic],
+        inputs: Iterable[str] | None = None,
+        behind: Tensor | None = None,
+        around: Callable[[int], AbstractContextManager[None]] | None = None,
     ) -> dict[str, Stats]:
         """Gathers statistics of shared inputs in one forward over the calibration windows.
 
@@ -378,6 +390,7 @@ class BlockState:
             needs: the statistics to gather.
             inputs: names of shared inputs; None: all.
             behind: ``[N, T, d]``, filled with the block's output; None: what only the output needs is not computed.
+            around: makes a context for the pass of a window, by its number; every window then passes through the whole block.
 
         Returns:
             Statistics by name of the input. The mapping is empty for an input that saw no token (an expert that was
@@ -392,7 +405,7 @@ class BlockState:
             return {name: {} for name in wanted}
         if self.io is None:
             raise ValueError(f"{self.full_name('')}: this recipe needs calibration text ({needs[0]}); none was given")
-        return dict(Collection(self, needs, wanted, behind).run())
+        return dict(Collection(self, needs, wanted, behind, around).run())
 
     def stats_of(self, stats: Mapping[str, Stats], path: str) -> Stats:
         """All statistics for linear ``path``: those of its input, from :meth:`collect`, and those of its weight."""

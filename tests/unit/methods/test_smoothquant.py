@@ -14,7 +14,7 @@ from lowbit.modules import ActSpec, LinearFormat
 from lowbit.numerics import AbsMax, Int, LaterRange, PerChannel, PerTensor, PerToken, Range, Spec
 from lowbit.scheme import activation
 from lowbit.steps import BlockState, Search, Set, SetActivationRange, Smooth, SmoothPowers
-from lowbit.steps.judging import total_error
+from lowbit.steps.judging import errors_of
 from lowbit.steps.listen import Place, listen
 from lowbit.steps.search import at_port
 
@@ -118,7 +118,7 @@ def test_a_searched_alpha_is_the_best_of_the_grid_at_each_edge_by_the_output_of_
                 with ExitStack() as stack:
                     for port in edge.consumers:
                         stack.enter_context(s.draft(port.module).simulated(at_port(transform, port)))
-                    losses[edge.name].append(total_error(s, calls))
+                    losses[edge.name].append(errors_of(s, calls).sum().item())
             best[edge.name] = tried[losses[edge.name].index(min(losses[edge.name]))]
     assert len({losses[name].index(min(losses[name])) for name in losses}) > 1  # no one alpha is best everywhere
     committed = {}

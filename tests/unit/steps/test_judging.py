@@ -14,7 +14,7 @@ from lowbit.modules import LinearFormat
 from lowbit.numerics import Int, PerGroup, Spec
 from lowbit.scheme import activation
 from lowbit.steps import BlockState
-from lowbit.steps.judging import Product, condensed, least_error, total_error
+from lowbit.steps.judging import Product, condensed, errors_of, least_error
 from lowbit.steps.listen import Place, listen
 from lowbit.transforms import Scale
 
@@ -43,12 +43,12 @@ def threads(request):
 class Known:
     """A piece whose error is that of the candidate that runs."""
 
-    errors: list[float]
+    of: list[float]
     runs: list[int]
     place: Place = Place("mlp")
 
-    def error(self, state: BlockState) -> float:
-        return self.errors[self.runs[-1]]
+    def errors(self, state: BlockState) -> torch.Tensor:
+        return torch.tensor([self.of[self.runs[-1]]], dtype=torch.float64)
 
 
 def chosen(state: BlockState, errors: list[list[float]]) -> tuple[int, list[int]]:
@@ -79,10 +79,10 @@ def test_a_candidate_that_is_lost_at_the_probe_does_not_run_again(state):
     assert chosen(state, [[1.0] * 16, [100.0] * 16])[1] == [0, 1, 0]
 
 
-def test_sums_are_in_the_order_of_calls_and_end_beyond_the_limit(state, threads):
+def test_errors_are_in_the_order_of_calls_and_end_beyond_the_limit(state, threads):
     pieces = [Known([e], [0]) for e in (1e8, 1.0, -1e8, 1.0)]
-    assert total_error(state, pieces) == ((1e8 + 1.0) - 1e8) + 1.0
-    assert total_error(state, pieces, start=1.0, beyond=10.0) == inf
+    assert errors_of(state, pieces).tolist() == [1e8, 1.0, -1e8, 1.0]
+    assert errors_of(state, pieces, beyond=10.0).tolist() == [1e8]
 
 
 @pytest.mark.parametrize("place", [Place("mlp"), Place("mlp", "mlp.down_proj"), Place("self_attn.o_proj")])
@@ -90,7 +90,7 @@ def test_an_error_is_that_of_the_recorded_calls(state, threads, place):
     calls = listen(state, [place])
     with state.draft("mlp.up_proj").simulated(), state.draft("self_attn.o_proj").simulated():
         again = listen(state, [place])
-        total = total_error(state, calls)
+        total = errors_of(state, calls).sum().item()
     assert len(calls) == len(state.io)
     expected = sum((a.answer - b.answer).square().sum().item() for a, b in zip(again, calls, strict=True))
     if place.module == "mlp":  # its input comes from attention, which the recorded calls hold fixed
@@ -108,8 +108,8 @@ def test_calls_of_a_linear_whose_weight_alone_errs_become_one_product(state):
     scale = Scale(torch.linspace(0.5, 2, draft.weight.shape[1]))
     for transform in (None, scale):
         with draft.simulated(transform):
-            whole = total_error(state, product.calls)
-            assert whole > 0 and total_error(state, [product]) == pytest.approx(whole, rel=1e-4)
+            whole = errors_of(state, product.calls).sum().item()
+            assert whole > 0 and errors_of(state, [product]).sum().item() == pytest.approx(whole, rel=1e-4)
 
 
 def test_few_candidates_or_quantized_inputs_leave_calls_as_they_are(state):

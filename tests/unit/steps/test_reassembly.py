@@ -15,7 +15,7 @@ from lowbit.modules import LinearFormat, QuantLinear
 from lowbit.numerics import AbsMax, Gram, Int, PerChannel, Spec
 from lowbit.scheme import activation
 from lowbit.steps import BlockState, SearchReassembly, Solve
-from lowbit.steps.judging import total_error
+from lowbit.steps.judging import errors_of
 from lowbit.steps.listen import Place, listen
 from lowbit.steps.reassembly import assembled, disassembly, merge_distances, simulated_with, site_of, thresholds
 from lowbit.transforms import Reassembly, Split
@@ -262,7 +262,7 @@ def test_what_is_chosen_loses_no_more_than_no_change_and_outliers_are_split(asse
         losses = []
         for each in (None, transform):
             with simulated_with(original, site, each):
-                losses.append(total_error(original, calls))
+                losses.append(errors_of(original, calls).sum().item())
         assert losses[1] < (0.6 if assembly == "none" else 0.9) * losses[0]
         counts = (
             transform.counts

@@ -27,6 +27,7 @@ from lowbit.steps import (
     Set,
     SetActivationRange,
     Smooth,
+    SmoothPowers,
     Solve,
 )
 
@@ -145,6 +146,14 @@ def test_the_scale_search_keeps_the_function_and_never_loses_to_no_scale(state):
     # Judged like the search, edge by edge: the MLP's output with its first linears rounded to nearest.
     assert _mlp_loss(searched) <= _mlp_loss(plain) * (1 + 1e-6)
     assert not torch.equal(searched.draft("mlp.up_proj").weight, plain.draft("mlp.up_proj").weight)
+
+
+@pytest.mark.parametrize("candidates", [MeanAbsPower(20), SmoothPowers(10)])
+def test_a_race_chooses_the_scales_of_whole_sums(state, candidates):
+    raced, summed = state(W3), state(W3)
+    for s, certain in ((raced, False), (summed, True)):
+        Search(candidates, ("norm_*", "v_o", "up_down"), certain=certain).run(s)
+    assert all(torch.equal(draft.weight, summed.draft(path).weight) for path, draft in raced.drafts.items())
 
 
 def _mlp_loss(state: BlockState) -> float:

@@ -38,6 +38,23 @@ def _rank(v: Tensor, midpoints: Tensor) -> Tensor:
     return count
 
 
+def _in_one_pass(x_GK: Tensor, scale: Tensor, levels: Tensor, midpoints: Tensor) -> Tensor | None:
+    """What ``_Levels.fake`` computes, without gradients; None where it has to be computed otherwise."""
+    by_row = scale.shape == (len(x_GK), 1)
+    if torch.is_grad_enabled() and (x_GK.requires_grad or scale.requires_grad):
+        return None
+    if x_GK.dim() != 2 or not (by_row or scale.shape == x_GK.shape[1:]) or len(midpoints) > _FEW:
+        return None
+    if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in (x_GK, scale)) or torch.compiler.is_compiling():
+        return None
+    from lowbit.numerics.loops import to_nearest  # numba is slow to import
+
+    x, s = x_GK.detach().contiguous(), scale.detach().reshape(-1).contiguous()
+    out = torch.empty_like(x)
+    to_nearest(x.numpy(), s.numpy(), by_row, midpoints.numpy(), levels.numpy(), out.numpy())
+    return out
+
+
 def _looked_up(table: Tensor, index: Tensor) -> Tensor:
     """``table[index]``; on a CPU ``index_select`` is by far the fastest way."""
     return table.index_select(0, index.reshape(-1)).view(index.shape)
@@ -83,20 +100,34 @@ class _Levels:
 
     def fake(self, x_GK: Tensor, params: Affine) -> Tensor:
         levels, _, midpoints = self.sorted_levels(x_GK.device, params.scale.dtype)
+        nearest = _in_one_pass(x_GK, params.scale, levels, midpoints)
+        if nearest is not None:
+            return nearest
         v = x_GK / params.scale
         inside = v.clamp(levels[0].item(), levels[-1].item())
         nearest = _looked_up(levels, _rank(v.detach(), midpoints))
         return (nearest + (inside - inside.detach())) * params.scale  # the bracket is exactly zero, with a gradient
 
     def sorted_levels(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Levels in rising order, the code of each, and the midpoints between neighbours."""
-        levels, codes = _sorted_levels(self.table())
-        values = torch.tensor(levels, dtype=dtype, device=device)
-        ranked = torch.tensor(codes, dtype=torch.uint8, device=device)
-        midpoints = (values[1:] + values[:-1]) / 2
-        if self.ties_to_even:  # of two neighbours one code is even; lowering the midpoint by one float sends a tie up
-            midpoints = torch.where(ranked[:-1] % 2 == 1, midpoints.nextafter(values[:1] - 1), midpoints)
-        return values, ranked, midpoints
+        """Levels in rising order, the code of each, and the midpoints between neighbours. Shared: not to be changed."""
+        if torch.compiler.is_compiling():
+            return _level_tensors(self.table(), self.ties_to_even, device, dtype)
+        return _cached_level_tensors(self.table(), self.ties_to_even, device, dtype)
+
+
+def _level_tensors(
+    table: tuple[float, ...], ties_to_even: bool, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    levels, codes = _sorted_levels(table)
+    values = torch.tensor(levels, dtype=dtype, device=device)
+    ranked = torch.tensor(codes, dtype=torch.uint8, device=device)
+    midpoints = (values[1:] + values[:-1]) / 2
+    if ties_to_even:  # of two neighbours one code is even; lowering the midpoint by one float sends a tie up
+        midpoints = torch.where(ranked[:-1] % 2 == 1, midpoints.nextafter(values[:1] - 1), midpoints)
+    return values, ranked, midpoints
+
+
+_cached_level_tensors = lru_cache(torch.inference_mode(False)(_level_tensors))
 
 
 @lru_cache
