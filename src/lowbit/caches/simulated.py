@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
+from torch.nn.functional import scaled_dot_product_attention
 
 from lowbit.caches.layer import PackedLayer
 from lowbit.caches.side import Side
@@ -82,6 +83,12 @@ def attend_simulated(
         _both(side, states, layer.spec.past_only, gradients)
         for side, states in zip(layer.sides, (key_BGSD, value_BGSD), strict=True)
     )
+    if mask is None and softcap is None and key_packed_TS is None and value_packed_TS is None:
+        k_BHSD, v_BHSD = (side[0].repeat_interleave(heads // groups, 1) for side in (keys, values))
+        mixed_BHTD = scaled_dot_product_attention(
+            query_BHTD, k_BHSD, v_BHSD, dropout_p=dropout, is_causal=True, scale=scale
+        )
+        return mixed_BHTD.transpose(1, 2).to(query_BHTD.dtype)
     query_BGXD = (query_BHTD * scale).reshape(batch, groups, -1, dim)
     scores = [(query_BGXD @ k.mT).view(batch, groups, -1, length, length) for k in keys]
     score = scores[0] if key_packed_TS is None else torch.where(key_packed_TS, scores[1], scores[0])
@@ -108,8 +115,8 @@ def _seen(score_BGRTS: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _both(side: Side, x_BHTD: Tensor, past_only: bool, gradients: CacheGradients) -> tuple[list[Tensor], Tensor | None]:
-    """Tokens as they are, and as they are read once packed; and which are packed for each query, ``[T, S]``. Without the second
-    and None if none of the window is packed while it is read."""
+    """Tokens as they are, and as they are read once packed; and which are packed for each query, ``[T, S]``. One of the two alone,
+    and None, where every query reads all tokens so."""
     length = x_BHTD.shape[2]
     begun = range(length) if past_only else range(1, length + 1)  # tokens that have settled when each query reads
     counts = [side.leaving(max(0, count - side.sink)) for count in begun]
@@ -117,6 +124,8 @@ def _both(side: Side, x_BHTD: Tensor, past_only: bool, gradients: CacheGradients
         return [x_BHTD], None
     with torch.autocast(x_BHTD.device.type, enabled=False):
         packed = as_packed(side, x_BHTD, counts[-1], gradients)
+    if counts == list(range(1, length + 1)):  # no window: a token is packed before it is read
+        return [packed], None
     token_S = torch.arange(length, device=x_BHTD.device)
     end_T1 = side.sink + torch.tensor(counts, device=x_BHTD.device)[:, None]
     return [x_BHTD, packed], (token_S >= side.sink) & (token_S < end_T1)
