@@ -49,8 +49,8 @@ class SearchFloat(Step):
     exponent bias, which has the opposite effect if the bias is negative. Weights and inputs that are not floating, and
     inputs that are not static, stay as they are.
 
-    Three things save time. Formats and ranges of an input race over tokens (:mod:`lowbit.steps.race`). The second and later
-    rounds try, for each channel of the weight, only the ranges that were near the best of the round before
+    Three things save time. Formats and ranges of an input race over tokens (:mod:`lowbit.steps.race`). Formats of the weight that
+    are far behind on some channels, or were in the round before, are left out
     (:class:`~lowbit.steps.weight_ranges.WeightRanges`). Errors of rounding are multiplied in the type that passes for
     statistics have.
 

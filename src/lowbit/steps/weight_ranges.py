@@ -15,7 +15,6 @@ from lowbit.numerics import Affine, Clipped, Float, Spec, extremes
 from lowbit.steps.product_errors import ProductErrors
 from lowbit.steps.race import hopeless, spread
 
-_NEAR = 4  # ranges of each format that a channel looks at again
 _PROBED = 8  # one in so many channels shows whether a format is hopeless
 _BEHIND = 1.25  # a format that lost more than so many times the least is not looked at again
 
@@ -23,10 +22,9 @@ _BEHIND = 1.25  # a format that lost more than so many times the least is not lo
 class WeightRanges:
     """Repeated searches of one weight, while what it is multiplied by changes.
 
-    The first search tries every share of every format, unless its lag behind an earlier format on some channels is more than
-    chance explains (:func:`~lowbit.steps.race.hopeless`). Later ones try, for each output channel and format, the ``_NEAR`` shares
-    that were best before, and no format that was far behind. Where channels share ranges, or scales of channels are stored
-    together, every search tries all.
+    A search tries every share of every format, unless the format is far behind: its lag behind an earlier one on some channels is
+    more than chance explains (:func:`~lowbit.steps.race.hopeless`), or it was in the search before. Where channels share ranges, or
+    scales of channels are stored together, every search tries all.
 
     Args:
         w_OI: the weight.
@@ -42,8 +40,8 @@ class WeightRanges:
         self.share_C = w_OI.new_tensor(shares)
         self.x_GK = spec.granularity.split(w_OI)
         self.lo_G1, self.hi_G1 = extremes(self.x_GK)
-        self.tried: list[Tensor | None] = [None] * (len(formats) * len(shares))
-        """Which channels look at a candidate: their numbers, or None for all."""
+        self.rivals = list(range(len(formats)))
+        """The formats that are looked at."""
 
     def search(self, errors: ProductErrors) -> tuple[Spec, Clipped]:
         """The format with the least error, and the share of every granule: the first of equals.
@@ -51,12 +49,12 @@ class WeightRanges:
         Args:
             errors: of rows of the weight.
         """
-        of_formats = self._all_lost(errors)
-        least, chosen = of_formats.min(1)
-        sums = least.sum(1, dtype=torch.float64) if self.by_row else least[:, 0].double()
-        best = int(sums.argmin())
+        lost_FSO = self._all_lost(errors)
+        least_FO, chosen = lost_FSO.min(1)
+        sums_F = least_FO.sum(1, dtype=torch.float64) if self.by_row else least_FO[:, 0].double()
+        best = int(sums_F.argmin())
         if self.narrows:
-            self._narrow(of_formats, sums)
+            self.rivals = [i for i in self.rivals if i == best or sums_F[i] <= _BEHIND * sums_F[best]]
         share_G1 = self.share_C[chosen[best]][: self.height].repeat_interleave(self.columns)[:, None]
         return self._spec(best), Clipped(share_G1, share_G1)
 
@@ -64,46 +62,32 @@ class WeightRanges:
         return replace(self.spec, grid=self.formats[number])
 
     def _all_lost(self, errors: ProductErrors) -> Tensor:
-        """The errors ``[formats, shares, O]``; infinite where they are not looked at, or NaN."""
-        count, found, least_O = len(self.shares), [], None
-        for first in range(0, len(self.tried), count):
-            if least_O is not None and self._is_hopeless(first, errors, least_O):
-                found.append(self.w_OI.new_full((count, len(self.w_OI)), inf))
+        """The errors ``[formats, shares, O]``; infinite for formats that are not looked at, and where they are NaN."""
+        found, least_O = self.w_OI.new_full((len(self.formats), len(self.shares), len(self.w_OI)), inf), None
+        for i in self.rivals:
+            candidates = range(i * len(self.shares), (i + 1) * len(self.shares))
+            if least_O is not None and self._is_hopeless(candidates, errors, least_O):
                 continue
-            lost_SO = torch.stack([self._lost(c, errors) for c in range(first, first + count)])
-            found.append(lost_SO.where(lost_SO >= 0, inf))
-            of_format = found[-1].amin(0)
-            if least_O is None or of_format.sum() < least_O.sum():
-                least_O = of_format
-        return torch.stack(found)
+            lost_SO = torch.stack([self._lost(c, errors) for c in candidates])
+            found[i] = lost_SO.where(lost_SO >= 0, inf)
+            of_format_O = found[i].amin(0)
+            if least_O is None or of_format_O.sum() < least_O.sum():
+                least_O = of_format_O
+        return found
 
-    def _is_hopeless(self, first: int, errors: ProductErrors, least_O: Tensor) -> bool:
-        """Whether some channels show that the format whose first candidate is ``first`` loses more than ``least_O`` in all."""
-        if not self.narrows or self.tried[first] is not None:
-            return False
+    def _is_hopeless(self, candidates: range, errors: ProductErrors, least_O: Tensor) -> bool:
+        """Whether some channels show that the best of ``candidates`` lose more than ``least_O`` in all."""
         count = len(least_O)
         rows = torch.tensor(spread(count)[: count // _PROBED], dtype=torch.int64, device=least_O.device)
-        if not len(rows):
+        if not self.narrows or not len(rows):
             return False
-        tried = range(first, first + len(self.shares))
-        of_rows = torch.stack([errors.of(self.restored(c, rows), rows) for c in tried]).amin(0)
-        return hopeless((of_rows - least_O[rows]).double(), 0, count / len(rows) - 1)
+        lost_R = torch.stack([errors.of(self.restored(c, rows), rows) for c in candidates]).amin(0)
+        return hopeless((lost_R - least_O[rows]).double(), 0, count / len(rows) - 1)
 
     def _lost(self, c: int, errors: ProductErrors) -> Tensor:
-        """The error of each channel ``[O]``; infinite where it does not look at the candidate."""
-        rows = self.tried[c]
-        if rows is None:
-            lost_O = errors.of(self.restored(c))
-            return lost_O if self.by_row else lost_O.sum().expand_as(lost_O)
-        lost_O = self.w_OI.new_full((len(self.w_OI),), inf)
-        return lost_O.index_copy(0, rows, errors.of(self.restored(c, rows), rows)) if len(rows) else lost_O
-
-    def _narrow(self, lost_FSO: Tensor, sums_F: Tensor) -> None:
-        """Chooses what the next search looks at."""
-        near = min(_NEAR, len(self.shares))
-        worst_F1O = lost_FSO.kthvalue(near, 1, keepdim=True).values
-        looked = (lost_FSO <= worst_F1O) & (sums_F <= _BEHIND * sums_F.min())[:, None, None] & (lost_FSO < inf)
-        self.tried = [rows_O.nonzero()[:, 0] for rows_O in looked.flatten(0, 1)]
+        """The error of each channel ``[O]``."""
+        lost_O = errors.of(self.restored(c))
+        return lost_O if self.by_row else lost_O.sum().expand_as(lost_O)
 
     def restored(self, c: int, rows: Tensor | None = None) -> Tensor:
         """The weight, or some of its rows, as candidate ``c`` will store it: what ``fake_quantize`` makes of the same shares."""
