@@ -31,6 +31,7 @@ KINDS = [
     *(f"llm-compressor:{kind}" for kind in ("w4-sym", "w4-zero", "w8-sym", "awq", "fp8")),
     *(f"gptqmodel:{kind}" for kind in ("w4", "w4-act", "w8", "w4-awq")),
 ]
+SETTINGS = {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}  # GPTQModel compiles its layers, which takes minutes
 PERPLEXITY = 2e-3  # of the two readers, relative
 
 
@@ -74,7 +75,7 @@ def test_a_model_of_another_maker_has_the_weights_and_the_perplexity_that_its_ow
     side = Path(__file__).with_name("makers_side.py")
     command = [os.environ[variable], str(side), maker, str(model), str(ids), str(tmp_path)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment | SETTINGS)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     theirs = load_file(tmp_path / "read.safetensors")
     ours = lowbit.load(tmp_path / "model", dtype=torch.float32)
