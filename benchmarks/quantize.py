@@ -53,6 +53,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "squeezellm": ("lowbit", {"method": "squeezellm", "bits": 4}),
     "quip": ("lowbit", {"method": "quip", "bits": 4}),
     "autoround": ("lowbit", {"method": "autoround", "steps": 100} | W4),
+    "autoround-by-token": ("lowbit", {"method": "autoround", "steps": 100, "batch": 4, "by_token": True} | W4),
     "omniquant": ("lowbit", {"method": "omniquant"} | W4),
     "plain-tuned": ("lowbit", {"recipe": str(PLAIN), "format": "compressed-tensors"}),
     "llm-compressor-bf16": ("llm-compressor", RIVAL | {"dtype": "bfloat16"}),

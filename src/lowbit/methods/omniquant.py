@@ -3,7 +3,7 @@
 from lowbit.recipes import Recipe, method
 from lowbit.scheme import activation, attention, linears, weight
 from lowbit.solve import Nearest
-from lowbit.steps import BlockMSE, ClipShares, Learn, Midpoint, Scales, Shifts, Smooth, Solve
+from lowbit.steps import BlockMSE, ClipShares, Learn, Midpoint, Scales, Shifts, Smooth, Solve, TokenMSE
 
 EDGES = ("norm_*", "v_o", "q_k")
 
@@ -21,6 +21,7 @@ def omniquant(
     clip_lr: float = 1e-2,
     transform_lr: float = 5e-3,
     augment: bool = False,
+    by_token: bool = False,
     batch: int = 1,
     amp: bool | None = None,
 ) -> Recipe:
@@ -33,10 +34,12 @@ def omniquant(
     * alpha: of the smoothing from which scales start.
     * clip_lr, transform_lr: learning rates.
     * augment: add the authors' second loss term.
+    * by_token: errors of each token are relative to its own size; published is the plain mean.
     * batch: windows in each gradient step.
     * amp: products in bfloat16 while learning; None: as the recipe's compute says.
     """
     moves = transform if transform is not None else activation_bits is not None and activation_bits < 16
+    objective = TokenMSE(augment) if by_token else BlockMSE(augment)
     transforms = (Shifts(("norm_*", "v_o"), Midpoint(), transform_lr), Scales(EDGES, Smooth(alpha), transform_lr))
     return Recipe.blockwise(
         name="omniquant",
@@ -46,7 +49,7 @@ def omniquant(
             attention(attention_bits, symmetric=False, probabilities=None),
         ),
         steps=(
-            Learn((*(transforms if moves else ()), ClipShares(lr=clip_lr)), BlockMSE(augment), epochs, batch, amp),
+            Learn((*(transforms if moves else ()), ClipShares(lr=clip_lr)), objective, epochs, batch, amp),
             Solve(Nearest()),
         ),
     )

@@ -75,9 +75,7 @@ class TokenMSE:
     activations (arXiv:2402.17762) outweigh all others: theirs are errors of earlier blocks, which this block cannot correct.
     """
 
-    @property
-    def augment(self) -> bool:
-        return False
+    augment: bool = False
 
     @property
     def ahead(self) -> int:

@@ -59,9 +59,18 @@ def test_massive_tokens_whose_error_cannot_be_corrected_do_not_lead_the_others_a
     assert errors[1] < 0.9 * errors[0]
 
 
-def test_autoround_learns_by_token_where_asked():
-    chosen = [lowbit.recipe("autoround", by_token=by).steps[0] for by in (False, True)]
+@pytest.mark.parametrize("method", ["autoround", "omniquant"])
+def test_methods_learn_by_token_where_asked(method):
+    chosen = [lowbit.recipe(method, by_token=by).steps[0] for by in (False, True)]
     assert [step.objective for step in chosen if isinstance(step, Learn)] == [BlockMSE(), TokenMSE()]
+
+
+def test_the_second_target_counts_by_token_too():
+    state = _state(massive=100.0)
+    augmented = lowbit.recipe("omniquant", by_token=True, augment=True).steps[0]
+    assert isinstance(augmented, Learn) and augmented.objective == TokenMSE(augment=True)
+    Learn((Rounding(0.02),), TokenMSE(augment=True), batch=4, steps=4, descent="sign").run(state)
+    assert state.draft("linear").rounding_offset is not None
 
 
 def test_the_range_of_a_weight_that_stays_is_found_once_and_not_in_every_step(monkeypatch):
