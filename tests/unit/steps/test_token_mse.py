@@ -83,8 +83,9 @@ def test_the_range_of_a_weight_that_stays_is_found_once_and_not_in_every_step(mo
 def test_readers_of_one_input_share_its_conversion_to_the_type_of_products():
     inputs, h = SharedInput(), torch.randn(2, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        first = inputs.fake(h, None, None)
-        assert first.dtype == torch.bfloat16 and inputs.fake(h, None, None) is first
+        transformed, first = inputs.fake(h, None, None, None)
+        assert transformed is h and first.dtype == torch.bfloat16
+        assert inputs.fake(h, None, None, None)[1] is first
         assert torch.equal(first, h.bfloat16())
-        assert inputs.fake(h.clone(), None, None) is not first
-    assert SharedInput().fake(h, None, None) is h
+        assert inputs.fake(h.clone(), None, None, None)[1] is not first
+    assert SharedInput().fake(h, None, None, None)[1] is h
