@@ -21,7 +21,8 @@ from lowbit.modules import CalibrationSpec, KVSpec
 from lowbit.modules.cache_calibration import CALIBRATION
 from lowbit.numerics import Float, PerTensor, Spec
 
-_E4M3 = Spec(Float(4, 3, "fn"), PerTensor(), scale_dtype="float32")
+_FLOATS = Float(4, 3, "fn")
+_E4M3 = Spec(_FLOATS, PerTensor(), scale_dtype="float32")
 CACHE = KVSpec(_E4M3, _E4M3, shared_heads=True)
 """The cache that the format describes."""
 NOTE = (
@@ -68,7 +69,7 @@ def with_scales(model: PackedModel) -> PackedModel:
 
 def _scale(range_G2: Tensor) -> Tensor:
     """The scale of the ranges that all heads share, float32 ``[1]``."""
-    return _E4M3.as_stored(_E4M3.grid.from_range(range_G2[:1, :1], range_G2[:1, 1:])).scale.float().reshape(1)
+    return _FLOATS.from_range(range_G2[:1, :1].float(), range_G2[:1, 1:].float()).scale.reshape(1)
 
 
 def is_known(found: Mapping[str, Any]) -> bool:
@@ -95,7 +96,7 @@ def with_ranges(model: PackedModel, scales: Mapping[str, Tensor], config: Any) -
             scale = scales.get(f"{path}.{name}")
             if scale is None or scale.numel() != 1 or not scale.float().item() > 0:
                 raise ValueError(f"{path} needs one positive {name} beside the other, found {scale}")
-            end = scale.float().reshape(1, 1) * _E4M3.grid.max_level
+            end = scale.float().reshape(1, 1) * _FLOATS.max_level
             found[f"{path}.{CALIBRATION}.{buffer}"] = torch.cat([-end, end], 1).expand(heads, 2).contiguous()
     paths = {name.rpartition(f".{CALIBRATION}.")[0] for name in found}
     calibration = CalibrationSpec.of(_RANGES, (heads, dim, dim))
