@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -24,14 +26,25 @@ pytestmark = pytest.mark.filterwarnings("default")  # Ray's own
 MEMORY = 2**31
 
 
+def node(**more: object) -> dict[str, object]:
+    """A node's settings. Ports that are given are not waited for, which fails on a busy machine."""
+    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in names]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        ports = {name: each.getsockname()[1] for name, each in zip(names, sockets, strict=True)}
+    return {"num_cpus": 1, "memory": MEMORY, "object_store_memory": 2**27, **ports, **more}
+
+
 @pytest.fixture(scope="module")
 def cluster():
     from ray.cluster_utils import Cluster
 
     path = os.pathsep.join(entry for entry in sys.path if entry)
     made = Cluster()
-    made.add_node(num_cpus=1, memory=MEMORY, object_store_memory=2**27, include_dashboard=False)
-    made.add_node(num_cpus=1, memory=MEMORY, object_store_memory=2**27)
+    made.add_node(**node(include_dashboard=False))
+    made.add_node(**node())
     ray.init(address=made.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
     yield made
     ray.shutdown()
@@ -60,8 +73,7 @@ def test_a_row_that_no_machine_can_hold_is_refused(cluster, tmp_path):
 
 
 def test_a_lost_machine_costs_one_row_which_runs_again_on_another(cluster, tmp_path):
-    large = {"num_cpus": 1, "memory": 2 * MEMORY, "object_store_memory": 2**27}  # only such nodes hold these rows
-    node = cluster.add_node(**large)
+    first = cluster.add_node(**node(memory=2 * MEMORY))  # only such nodes hold these rows
     cluster.wait_for_nodes()
     places = [tmp_path / f"row-{i}" for i in range(2)]
     asked = [Assignment(f"row {i}", Slow(place, 20), place, memory=3 * 2**30) for i, place in enumerate(places)]
@@ -71,8 +83,8 @@ def test_a_lost_machine_costs_one_row_which_runs_again_on_another(cluster, tmp_p
         nonlocal lost
         if not lost and any((place / "started").exists() for place in places):
             lost = True
-            cluster.remove_node(node)
-            cluster.add_node(**large)
+            cluster.remove_node(first)
+            cluster.add_node(**node(memory=2 * MEMORY))
 
     for i, figures in OnRay("auto").run(asked, 1, lose):
         found[i] = figures

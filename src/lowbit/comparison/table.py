@@ -56,7 +56,7 @@ def cells(record: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def as_table(records: Sequence[Record], title: str = "") -> Table:
+def as_table(records: Sequence[Mapping[str, Any]], title: str = "") -> Table:
     """All columns, a row for each record."""
     return Table(title, COLUMNS, tuple(map(cells, records)))
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lowbit.checkpoints.source import open_model
+from lowbit.modules import StoredRotation
 from lowbit.plan.kept import KeepDtype
 from lowbit.plan.model_plan import ModelPlan, lay_over
 from lowbit.ray_cluster import RETRIES, check_fits, connected
@@ -72,8 +73,10 @@ def solve_block(request: bytes, i: int) -> dict[str, Solution]:
     """Runs the steps of a pickled request on block i; returns the solution of each linear, by path in the block."""
     asked, plan = _opened(request)
     torch.set_num_threads(asked.threads)
+    rotation = plan.rotation
+    assert not isinstance(rotation, StoredRotation)  # such recipes are refused: text finds it
     with own_settings():
-        originals = Originals(plan, plan.source.skeleton(unfuse=True), lambda: plan.rotation)
+        originals = Originals(plan, plan.source.skeleton(unfuse=True), lambda: rotation)
         block = originals.load(i).requires_grad_(False)
         originals.narrow(i)
         state = block_state(plan, i, block, keeps_solutions=True)
