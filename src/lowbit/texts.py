@@ -93,9 +93,10 @@ def own_strategy(spec: str) -> Strategy | None:
         return None
     if not colon:
         return "hybrid"
-    if strategy not in get_args(Strategy):
-        raise TextError(f"{spec}: a model writes {', '.join(get_args(Strategy))} text, such as self:greedy.")
-    return strategy
+    known: tuple[Strategy, ...] = get_args(Strategy)
+    if (found := next((each for each in known if each == strategy), None)) is None:
+        raise TextError(f"{spec}: a model writes {', '.join(known)} text, such as self:greedy.")
+    return found
 
 
 def _text(name: str, text: str, rows: Sequence[str] = ()) -> Text:
