@@ -16,7 +16,7 @@ from lowbit.plan.cache import cache_texts
 from lowbit.plan.for_format import plan_for
 from lowbit.plan.layers import PlannedLayer, planned_layers, ragged_groups
 from lowbit.plan.model_plan import ModelPlan, base_name, edge_notes
-from lowbit.recipes import Recipe
+from lowbit.recipes import Blockwise, Recipe, Stage, Train
 from lowbit.steps import EdgeUse
 
 
@@ -25,7 +25,7 @@ class Explanation:
     """What a recipe would do.
 
     Attributes:
-        steps: a sentence or more for each step, in order.
+        steps: a sentence or more for each step of a block and each stage that trains, in order.
         layers: as in a plan.
         notes: inputs of the blocks, attention, warnings, and what is left out.
     """
@@ -56,7 +56,7 @@ def explain(
         ValueError: as :func:`lowbit.plan.plan`.
     """
     plan = plan_for(model, recipe, format, trust_remote_code=trust_remote_code)
-    steps = tuple(" ".join(_sentences(plan, step)) for step in plan.recipe.steps)
+    steps = tuple(" ".join(sentences) for stage in plan.recipe.stages for sentences in _stage(plan, stage))
     notes = (
         *_feed(plan),
         *_around(plan),
@@ -107,12 +107,24 @@ def _left_out(plan: ModelPlan) -> list[str]:
     return [*edge_notes(plan), *ragged_groups(plan)]
 
 
+def _stage(plan: ModelPlan, stage: Stage) -> Iterator[Iterator[str]]:
+    """The sentences of each step of a stage; a stage that trains is one step. What fits a cache is a note."""
+    if isinstance(stage, Blockwise):
+        yield from (_sentences(plan, step) for step in stage.steps)
+    elif isinstance(stage, Train):
+        yield _set(stage)
+
+
+def _set(value: Any) -> Iterator[str]:
+    """The summary of a step or a stage, and its settings."""
+    yield f"{type(value).__name__}: {_summary(value)}"
+    if settings := _settings(value, " = "):
+        yield f"Here {', '.join(settings)}."
+
+
 def _sentences(plan: ModelPlan, step: Any) -> Iterator[str]:
     """The step's summary and settings, its transforms and where they apply, and what it measures."""
-    yield f"{type(step).__name__}: {_summary(step)}"
-    settings = _settings(step, " = ")
-    if settings:
-        yield f"Here {', '.join(settings)}."
+    yield from _set(step)
     for use in step.transforms:
         yield from _where(plan, use)
     needs = sorted(_value(need) for need in step.needs if need.of_input)

@@ -421,6 +421,21 @@ def test_steps_are_explained_with_the_edges_of_this_model(models):
     assert "A shift by Midpoint is folded into the weights on both sides of norm_qkv, norm_mlp, v_o." in on_opt
 
 
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        ("qlora", ("Solve", "Train")),
+        ("spinquant", ("Train", "RotateResidual", "RotateInputs", "Solve")),
+    ],
+)
+def test_stages_that_train_are_explained_where_they_run(name, order, models):
+    said = explain(recipe(name), models("llama")).steps
+    assert tuple(line.partition(":")[0] for line in said) == order
+    train = said[order.index("Train")]
+    assert train.startswith("Train: Trains parameters of a whole model: what is moved to minimize objective. Here what = ")
+    assert "objective = " in train and "lr = " in train
+
+
 def test_a_search_is_not_promised_where_nothing_reads_the_edge(models):
     from lowbit.steps import MeanAbsPower, Search
 
