@@ -114,7 +114,7 @@ def _measured_on(job: Job, running: Run) -> str:
     walk, cache = running.walk, running.description.cache
     if walk.ids is None:
         return "nothing"
-    read = f", {through(cache)}" if cache else ""
+    read = f", {through(cache, longest=walk.ids.shape[1])}" if cache else ""
     windows = f"{len(walk.watched)} windows of {walk.ids.shape[1]} tokens{read}"
     if walk.measured.step > 1:
         windows = f"every {_ORDINALS[walk.measured.step]} token of {windows}"

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lowbit.decoding import cache_argument
 from lowbit.decoding.packed_cache import packed_cache, simulated_cache
-from lowbit.modules import KVFormats, OperandRanges, QuantLinear, kv_formats
+from lowbit.modules import KVFormats, KVSpec, OperandRanges, QuantLinear, kv_formats
 from lowbit.numerics import PerGroup, PerToken
 
 
@@ -46,15 +46,25 @@ def chunk_of(formats: KVFormats) -> int:
     window of recent tokens that is twice as long, and misleading without one: SmolLM2 with 4 bits per token and no window loses
     0.38 nats token by token, and 0.09 in chunks of 32. So formats without a window are read token by token.
     """
-    specs = (formats.kv, *(rule.kv for rule in formats.overrides))
-    recent = [spec.recent for spec in specs if spec is not None and (spec.key is not None or spec.value is not None)]
+    recent = [spec.recent for spec in _packing(formats)]
     return MOST if not recent else min(MOST, max(1, min(recent) // 2))
 
 
-def through(formats: KVFormats, chunk: int | None = None) -> str:
-    """How a measurement says that it read through a cache."""
+def _packing(formats: KVFormats) -> list[KVSpec]:
+    """The formats that pack keys or values."""
+    specs = (formats.kv, *(rule.kv for rule in formats.overrides))
+    return [spec for spec in specs if spec is not None and (spec.key is not None or spec.value is not None)]
+
+
+def through(formats: KVFormats, chunk: int | None = None, longest: int | None = None) -> str:
+    """How a measurement says that it read through a cache, and that nothing was read packed where its windows of at most
+    ``longest`` tokens are too short for that: such figures are those of the plain cache."""
     size = chunk or chunk_of(formats)
-    return "through the cache, " + ("token by token" if size == 1 else f"chunks of {size}")
+    said = "through the cache, " + ("token by token" if size == 1 else f"chunks of {size}")
+    floating = max(size, min((spec.sink + spec.recent for spec in _packing(formats)), default=0))
+    if longest is None or not _packing(formats) or longest > floating:
+        return said
+    return f"{said}, of which nothing was read packed: the first {floating} tokens are read as they are"
 
 
 def logits_of(
@@ -110,10 +120,10 @@ def _tokens_are_alone(model: nn.Module) -> bool:
     )
 
 
-def protocol_name(model: PreTrainedModel, protocol: str, chunk: int | None = None) -> str:
-    """The name of a protocol, and how the model reads where that is not at once."""
+def protocol_name(model: PreTrainedModel, protocol: str, chunk: int | None = None, longest: int | None = None) -> str:
+    """The name of a protocol, and how the model reads where that is not at once; arguments as of :func:`through`."""
     formats = kv_formats(model)
-    return f"{protocol}, {through(formats, chunk)}" if formats else protocol
+    return f"{protocol}, {through(formats, chunk, longest)}" if formats else protocol
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

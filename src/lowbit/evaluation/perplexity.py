@@ -153,7 +153,7 @@ def evaluate_model(
         columns,
         pieces,
         against is not None,
-        protocol=protocol_name(model, protocol, chunk),
+        protocol=protocol_name(model, protocol, chunk, max(len(window.inputs) for window in pieces.windows)),
         seq_len=seq_len,
         text=text_name,
     )

@@ -69,6 +69,20 @@ def test_a_window_is_read_in_chunks_through_the_cache_the_first_one_too(model, m
     assert evaluate_model(packed, ids, None, "gptq", 200, chunk=7).protocol == "gptq, through the cache, chunks of 7"
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "chunk", "floating"),
+    [("kivi:2", {"sink": 4}, None, 132), ("kv-int:3", {}, 40, 40), ("kv-int:3", {"recent": 20}, None, 20)],
+)
+def test_windows_that_are_too_short_to_read_anything_packed_say_so(model, method, options, chunk, floating):
+    packed, ids = with_cache(model, method, **options), random_ids(floating + 50)
+    short, long = (evaluate_model(packed, ids, None, "gptq", floating + more, chunk=chunk) for more in (0, 41))
+    plain = [evaluate_model(model, ids, None, "gptq", floating + more) for more in (0, 41)]
+    words = f", of which nothing was read packed: the first {floating} tokens are read as they are"
+    assert short.protocol.endswith(words) and "read packed" not in long.protocol
+    assert short.perplexity == pytest.approx(plain[0].perplexity, rel=1e-6)
+    assert abs(long.perplexity / plain[1].perplexity - 1) > 1e-6
+
+
 def calls_of(model, ids):
     """How often ``logits_of`` calls the model, and what it gives."""
     seen = []
