@@ -149,9 +149,24 @@ def prepare_training(
         raise ValueError(
             "a packed model writes no training text for itself; `lowbit generate-data ORIGINAL` writes some"
         )
-    made = calibration_of(source, text, samples, seq_len, bos, further=recipe.training_windows(seq_len))
     original = None if against is None else open_model(against, trust_remote_code=trust_remote_code)
+    if original is not None:
+        _check_original(source, original)
+    made = calibration_of(source, text, samples, seq_len, bos, further=recipe.training_windows(seq_len))
     return TrainJob(source, description, recipe, stages, made, original, out, [*made.warnings])
+
+
+def _check_original(source: ModelSource, original: ModelSource) -> None:
+    """Raises ValueError where ``original`` cannot be what the checkpoint ``source`` was quantized from: training towards another
+    model would end without a word, or at its end where the logits have another size."""
+    packed, plain = (model.config.get_text_config() for model in (source, original))
+    fields = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+    found = [(name, getattr(packed, name, None), getattr(plain, name, None)) for name in fields]
+    if other := [f"{name} is {mine} here and {its} there" for name, mine, its in found if mine != its]:
+        raise ValueError(
+            f"{original.path} is not the original of {source.path}: {', '.join(other)}. Name the model that was quantized with "
+            "against= (--against ORIGINAL)"
+        )
 
 
 def _in_blocks(source: ModelSource, named: Mapping[str, Any]) -> dict[str, Any]:

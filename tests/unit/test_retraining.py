@@ -180,6 +180,20 @@ def test_what_cannot_be_trained_is_refused_before_any_work(base, recipe, words, 
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vocab_size": 96}, "vocab_size is [0-9]+ here and 96 there"),
+        ({"blocks": 3}, "num_hidden_layers is 2 here and 3 there"),
+    ],
+)
+def test_a_model_that_is_not_the_original_is_refused_before_training(changes, words, packed, tmp_path):
+    other = tiny_llama(tmp_path / "other", **changes)
+    with pytest.raises(ValueError, match=f"is not the original of .*: {words}"):
+        prepare_training(packed["gptq"], "efficientqat", text(), out=tmp_path / "out", against=other)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_that_is_not_packed_and_text_of_its_own_are_refused(place, packed, tmp_path):
     with pytest.raises(ValueError, match="is not packed by lowbit; lowbit quantize packs it"):
         prepare_training(place, lowbit.recipe("qlora"), text(), out=tmp_path / "out")

@@ -432,7 +432,9 @@ def test_stages_that_train_are_explained_where_they_run(name, order, models):
     said = explain(recipe(name), models("llama")).steps
     assert tuple(line.partition(":")[0] for line in said) == order
     train = said[order.index("Train")]
-    assert train.startswith("Train: Trains parameters of a whole model: what is moved to minimize objective. Here what = ")
+    assert train.startswith(
+        "Train: Trains parameters of a whole model: what is moved to minimize objective. Here what = "
+    )
     assert "objective = " in train and "lr = " in train
 
 
