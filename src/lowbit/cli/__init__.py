@@ -7,6 +7,7 @@ after Ctrl-C, 143 after SIGTERM. Commands import what they run when they run it,
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -66,7 +67,13 @@ class _Command(_Flags, TyperCommand):
         renamed = [
             (_ALIASES[name] if _ALIASES.get(name) in known else name, equals, value) for name, equals, value in named
         ]
-        return super().parse_args(ctx, ["".join(word) for word in renamed])
+        rest = super().parse_args(ctx, ["".join(word) for word in renamed])
+        for name, value in ctx.params.items():
+            if isinstance(value, float) and math.isnan(
+                value
+            ):  # compares false with every limit, so no check would see it
+                raise typer.BadParameter("expected a number, found nan", param_hint=f"--{name.replace('_', '-')}")
+        return rest
 
 
 _EPILOG = """

@@ -686,6 +686,9 @@ def test_a_broken_result_is_refused_unless_allowed(place, tmp_path):
         ("evaluate", "MODEL", "--retrieval", "many"),
         ("compare", "MODEL", "--kv", "kivi", "--kv-bits", "4,x", "-o", "OUT.jsonl"),
         ("quantise",),
+        ("allocate", "MODEL", "--method", "rtn", "--target-bits", "nan", "-o", "OUT.yaml"),
+        ("quantize", "MODEL", "--method", "rtn", "--max-kl", "nan", "-o", "OUT"),
+        ("train", "efficientqat", "MODEL", "--lr", "nan", "-o", "OUT"),
     ],
 )
 def test_a_command_that_is_not_well_formed_exits_with_2(arguments):
