@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from lowbit.caches import CacheFit
@@ -235,7 +236,7 @@ class Train:
 
     def __post_init__(self):
         check_types(self)  # first, because what a stage declares depends on its parts
-        if self.epochs < 1 or self.batch < 1 or self.accumulate < 1 or self.lr <= 0:
+        if self.epochs < 1 or self.batch < 1 or self.accumulate < 1 or not 0 < self.lr < inf:
             raise ValueError(
                 f"training needs epochs, batch and accumulate of at least 1 and a positive lr, found epochs={self.epochs}, "
                 f"batch={self.batch}, accumulate={self.accumulate}, lr={self.lr}"
@@ -246,7 +247,7 @@ class Train:
             )
         if self.seq_len is not None and self.tokens is None:
             raise ValueError("seq_len is of the windows that tokens asks for; give tokens, or leave seq_len out")
-        if self.measures < 0 or self.patience < 0 or (self.clip_norm is not None and self.clip_norm <= 0):
+        if self.measures < 0 or self.patience < 0 or (self.clip_norm is not None and not self.clip_norm > 0):
             raise ValueError(
                 f"measures and patience are counts and clip_norm is positive or None, found measures={self.measures}, "
                 f"patience={self.patience}, clip_norm={self.clip_norm}"
