@@ -89,6 +89,7 @@ class UsualAnswers:
     holds_plain = False
     holds_tables = False
     turns_residual = False
+    says_numbers = False
 
     def with_option(self, option: str) -> Any:
         raise ValueError(f"format {self.name} has no options, found {self.name}:{option}")

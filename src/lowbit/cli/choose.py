@@ -246,6 +246,22 @@ def choose_recipe(
     raise typer.BadParameter("give --method NAME or --recipe FILE, one of them", param_hint="--method / --recipe")
 
 
+def check_format(format: str, options: Mapping[str, Any], changes: Sequence[str] | None) -> None:
+    """Refuses bits, group sizes and overrides beside a ``--format`` that gives every matrix its numbers: the format's would replace
+    them without a word."""
+    if ":" not in format:
+        return
+    from lowbit.checkpoints.formats import find_format
+
+    given = [f"--{name.replace('_', '-')} {options[name]}" for name in ("bits", "group_size") if name in options]
+    given += [f"--override {change}" for change in changes or ()]
+    if given and find_format(format).says_numbers:
+        raise typer.BadParameter(
+            f"{format} gives every matrix its bits and groups; leave out {', '.join(given)}, or name the format without an option",
+            param_hint="--format",
+        )
+
+
 def outside_overrides(embedding_bits: int | None, head_bits: int | None) -> list[str]:
     """``--embedding-bits`` and ``--head-bits`` as overrides."""
     given = {"embedding": embedding_bits, "head": head_bits}

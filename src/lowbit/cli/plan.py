@@ -25,6 +25,7 @@ from lowbit.cli.choose import (
     SchemeName,
     Settings,
     byte_count,
+    check_format,
     choose_recipe,
     method_options,
     outside_overrides,
@@ -71,6 +72,7 @@ def command(
     """
     options = method_options(bits, group_size, activation_bits, settings, scheme)
     changes = [*(overrides or ()), *outside_overrides(embedding_bits, head_bits)]
+    check_format(format, options, changes)
     chosen = choose_recipe(method, recipe, options, changes, (kv, kv_bits, kv_settings))
     from lowbit.plan import plan
 

@@ -697,6 +697,22 @@ def test_a_command_that_is_not_well_formed_exits_with_2(arguments):
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--bits", "3"), "--bits 3"),
+        (("--group-size", "32"), "--group-size 32"),
+        (("--override", "down:bits=8"), "down:bits=8"),
+    ],
+)
+def test_numbers_that_a_preset_of_a_file_format_would_replace_are_refused(place, given, words):
+    for command in (("plan", place / "model", "--method", "rtn"), ("explain", "rtn", place / "model")):
+        result = run(*command, *given, "--format", "gguf:q8_0", COLUMNS="400")
+        assert result.exit_code == 2 and result.stdout == ""
+        assert "gguf:q8_0 gives every matrix its bits and groups" in result.stderr and words in result.stderr
+        assert run(*command, *given, "--format", "gguf", COLUMNS="400").exit_code == 0
+
+
 def test_debug_shows_the_error_as_it_is():
     result = run("quantize", "m", "--method", "gptk", "-o", "o", LOWBIT_DEBUG="1")
     assert isinstance(result.exception, ValueError)

@@ -66,6 +66,11 @@ class FileFormat(Protocol):
         """Whether its readers turn the residual stream when the model runs; else a rotation is folded into embedding and head."""
         ...
 
+    @property
+    def says_numbers(self) -> bool:
+        """Whether its option gives every matrix a number format, in place of a recipe's."""
+        ...
+
     def with_option(self, option: str) -> FileFormat:
         """The format as ``NAME:option`` asks for it. Raises ValueError for one that it does not have."""
         ...

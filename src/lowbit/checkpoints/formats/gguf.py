@@ -43,6 +43,10 @@ class Gguf(UsualAnswers):
     title = "llama.cpp GGUF"
     holds_plain = holds_tables = True
 
+    @property
+    def says_numbers(self) -> bool:
+        return self.preset is not None
+
     def with_option(self, option: str) -> Gguf:
         """The format with matrices in floating point as f32, f16 or bf16, or with the types of a preset such as q4_k_m."""
         if option.lower() in PRESETS:
