@@ -61,6 +61,8 @@ def load_text(spec: str | Sequence[str], split: Split = "calibration", tokenizer
         return _list_text(spec)
     if spec == PYTHON_DOCS:
         return _python_docs(split)
+    if spec == "none" and not Path(spec).exists():  # what lowbit quantize takes; elsewhere a hub would be asked for it
+        raise TextError(f"{spec}: text is needed here. {_FORMS}")
     if own_strategy(spec) is not None:
         raise TextError(f"{spec} is text that the model writes; it needs a loaded model (calibration_set(model=...)).")
     path = Path(spec).expanduser()
