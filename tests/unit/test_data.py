@@ -124,7 +124,7 @@ def test_a_missing_file_is_refused_with_what_is_accepted(spec):
 
 
 def test_no_text_where_text_is_needed_is_not_looked_for_on_a_hub():
-    with pytest.raises(TextError, match="^none: text is needed here. Expected python-docs, a text file"):
+    with pytest.raises(TextError, match=r"^none: text is needed here\. Expected python-docs, a text file"):
         load_text("none")
 
 

@@ -69,9 +69,8 @@ class _Command(_Flags, TyperCommand):
         ]
         rest = super().parse_args(ctx, ["".join(word) for word in renamed])
         for name, value in ctx.params.items():
-            if isinstance(value, float) and math.isnan(
-                value
-            ):  # compares false with every limit, so no check would see it
+            # nan compares false with every limit, so no check of a range would see it
+            if isinstance(value, float) and math.isnan(value):
                 raise typer.BadParameter("expected a number, found nan", param_hint=f"--{name.replace('_', '-')}")
         return rest
 
