@@ -83,7 +83,7 @@ def command(
     keep_dtype: KeepDtype = "auto",
     max_kl: Annotated[
         float | None,
-        typer.Option(help="Mean KL divergence in nats from which the result counts as broken (default 2)."),
+        typer.Option(min=0, help="Mean KL divergence in nats from which the result counts as broken (default 2)."),
     ] = None,
     max_bits: Annotated[
         float | None, typer.Option(help="Stored bits for each quantized weight above which a recipe is refused.")
@@ -198,6 +198,7 @@ def _announce(job: Job, restart: bool) -> bool:
         common.say(
             f"training:    {' x '.join(map(str, text.further.shape))} tokens of it, not of the calibration windows"
         )
+    common.warn([] if text is None else text.warnings)  # before hours of work, and once more at its end
     common.say(f"target:      {job.out}")
     journal = Journal(job.out, job.header).path
     unfinished = journal.exists()

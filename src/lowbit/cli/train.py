@@ -91,7 +91,10 @@ def command(
     }
     if not _is_packed(model, trust_remote_code):
         if against is not None:
-            raise ValueError(f"{model} is its own original: leave --against out")
+            raise ValueError(
+                f"{model} is no checkpoint of lowbit. A model is its own original: leave --against out; what another tool has "
+                "packed becomes a checkpoint by `lowbit import`"
+            )
         from lowbit.cli.quantize import carry_out
 
         running = byte_count(ram_limit), None, allow_broken, restart
@@ -106,12 +109,13 @@ def command(
         run_training(job)
         return
     _announce(job, restart)
+    said = tuple(job.warnings)
     with common.progress() as report:
         result = run_training(job, restart=restart, progress=report)
     if as_json:
         common.print_json(result.to_dict())
         return
-    common.warn(result.warnings)
+    common.warn([warning for warning in result.warnings if warning not in said])
     typer.echo(_outcome(result, common.duration(time.perf_counter() - started), shlex.quote(str(out))))
 
 
@@ -143,6 +147,7 @@ def _announce(job: TrainJob, restart: bool) -> None:
     read = job.calibration.ids if job.calibration.further is None else job.calibration.further
     common.say(f"text:        {job.calibration.name}, {' x '.join(map(str, read.shape))} tokens")
     common.say(f"target:      {job.out}")
+    common.warn(job.warnings)
     journal = Journal(job.out, job.header).path
     if journal.exists():
         common.say(f"{'discarding' if restart else 'continuing'} the unfinished run in {journal.parent}")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from functools import cache
 from types import GenericAlias, NoneType, UnionType
@@ -112,7 +113,7 @@ def check_types(value: Any, where: str = "") -> None:
     """Checks the types of all fields of the dataclass ``value`` and of the dataclasses in it.
 
     Raises:
-        ValueError: a field has another type than it declares.
+        ValueError: a field has another type than it declares, or is not a number (nan).
     """
     path = _path(type(value), where)
     items = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
@@ -121,6 +122,8 @@ def check_types(value: Any, where: str = "") -> None:
         for part_path, part in _parts(item, f"{path}.{name}"):
             if dataclasses.is_dataclass(part) and not isinstance(part, type):
                 check_types(part, part_path)
+            elif isinstance(part, float) and math.isnan(part):  # it compares false with every limit
+                raise ValueError(f"{part_path}: expected a number, found nan")
 
 
 def _build(cls: Any, data: Mapping[str, Any], where: str) -> Any:

@@ -26,6 +26,8 @@ from lowbit import texts
 from lowbit.cli import app, common
 from lowbit.cli.choose import byte_count, override
 from lowbit.cli.quantize import describe
+from lowbit.cli.train import _announce as announce_training
+from lowbit.retraining import prepare_training
 
 COMMANDS = (
     "quantize",
@@ -419,6 +421,15 @@ def test_train_trains_a_checkpoint_or_a_model(quantized, place, tmp_path):
     assert json.loads(whole.stdout)["recipe"]["stages"][1]["tokens"] == 64
     assert_refused(run("train", "rtn", place / "model", "--tokens", 8, "-o", tmp_path / "d"), "no stage trains")
     assert run("train", "w3-owq-tuned", place / "model", "--set", "bits=2", "-o", tmp_path / "e").exit_code == 2
+    original = run("train", "efficientqat", place / "model", "--against", place / "model", "-o", tmp_path / "e")
+    assert_refused(original, "own original", "lowbit import")
+
+
+def test_too_little_text_is_said_before_the_training(quantized, place, tmp_path, capsys):
+    recipe, text = lowbit.recipe("efficientqat", tokens=64000), str(place / "text.txt")
+    asked = {"out": tmp_path / "a", "against": place / "model", "samples": 4, "seq_len": 16}
+    announce_training(prepare_training(quantized.out, recipe, text, **asked), False)
+    assert "training asks for 4000 windows of 16 tokens; behind" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -688,6 +699,7 @@ def test_a_broken_result_is_refused_unless_allowed(place, tmp_path):
         ("quantise",),
         ("allocate", "MODEL", "--method", "rtn", "--target-bits", "nan", "-o", "OUT.yaml"),
         ("quantize", "MODEL", "--method", "rtn", "--max-kl", "nan", "-o", "OUT"),
+        ("quantize", "MODEL", "--method", "rtn", "--max-kl", "-1", "-o", "OUT"),
         ("train", "efficientqat", "MODEL", "--lr", "nan", "-o", "OUT"),
     ],
 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import nan
 from typing import Any, Literal
 
 import pytest
 
 from lowbit.numerics import Int, PerGroup, PerToken, Spec, check_types, from_dict, to_dict, untagged
-from lowbit.steps import MeanAbsPower, Search, Set, Smooth
+from lowbit.solve import Gptq
+from lowbit.steps import MeanAbsPower, Search, Set, Smooth, Solve
 
 
 @untagged
@@ -96,8 +98,9 @@ def test_a_mistake_is_named_with_its_path(data, message):
             Outer(Inner("x"), (Inner("y"), Inner("z", PerToken()))),
             r"^Outer\.others\.1\.spec: .*instance of Spec, found PerToken",
         ),
+        (Solve(Gptq(damp=nan)), r"^Solve\.solver\.Gptq\.damp: expected a number, found nan$"),
     ],
-    ids=["an instance", "a tuple", "a value in a field", "an element"],
+    ids=["an instance", "a tuple", "a value in a field", "an element", "no number"],
 )
 def test_a_value_built_in_python_is_checked_likewise(value, message):
     with pytest.raises(ValueError, match=message):

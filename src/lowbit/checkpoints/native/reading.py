@@ -63,7 +63,10 @@ def read_quantized(directory: str | os.PathLike[str]) -> tuple[Checkpoint, Model
     """:func:`read_checkpoint` of a directory that must be native. Raises ModelError where it is not."""
     checkpoint = read_checkpoint(directory)
     if checkpoint.description is None:
-        raise ModelError(f"{directory}: not quantized by lowbit; {CONFIG} has no quantization_config of it")
+        raise ModelError(
+            f"{directory}: not quantized by lowbit; {CONFIG} has no quantization_config of it. `lowbit quantize` packs a model, "
+            "`lowbit import` takes one that another tool has packed"
+        )
     return checkpoint, checkpoint.description
 
 
