@@ -71,7 +71,7 @@ class Walk(Streams):
 
     def __post_init__(self):
         super().__post_init__()
-        self._originals = Originals(self.plan, self.model, lambda: self.rotation)
+        self._originals = Originals(self.plan, self.model)
         self.blocks = self._originals.blocks
         self.total = len(self.blocks)
         self.unfused_experts = has_unfused_experts(self.model)
@@ -195,7 +195,7 @@ class Walk(Streams):
     def _original(self, i: int, call: Call | None) -> nn.Module:
         """Block i with its original weights, its linears drafts, in the basis of the stream; the original stream behind it is in
         ``next``."""
-        self._originals.load(i)
+        self._originals.load(i, self.rotation)
         if call is not None:
             self.advance(call, self.blocks[i], "fp", "next")
         if self.recipe.scheme.attention is not None:  # from here on, for the steps and for what comes behind them
@@ -214,7 +214,7 @@ class Walk(Streams):
         numbers = self._behind_it(i)
         if not numbers:
             return None
-        blocks = [self._originals.load(j).requires_grad_(False) for j in numbers]
+        blocks = [self._originals.load(j, self.rotation).requires_grad_(False) for j in numbers]
         for w in self._numbers["ahead"]:
             self.hidden("ahead", w).copy_(self.hidden("next", w))
         for j, block in zip(numbers, blocks, strict=True):

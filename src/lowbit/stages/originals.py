@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,23 +22,24 @@ class Originals:
     Args:
         plan: says what they are.
         model: their weights are there from :meth:`load` on, until the caller puts something else in a block's place.
-        rotation: gives that of the residual stream, or None. One that no seed makes is kept with the first block.
     """
 
     plan: ModelPlan
     model: PreTrainedModel
-    rotation: Callable[[], Seeded | Rotate | None]
     _loaded: set[int] = field(default_factory=set)
 
     def __post_init__(self):
         self.blocks = block_modules(self.model, self.plan.architecture)
 
-    def load(self, i: int) -> nn.Module:
-        """Block i with its original weights, its linears drafts, in the basis of the stream; at once if it is loaded already."""
+    def load(self, i: int, rotation: Seeded | Rotate | None) -> nn.Module:
+        """Block i with its original weights, its linears drafts, in the basis of the stream; at once if it is loaded already.
+
+        ``rotation`` is that of the residual stream; one that no seed makes is kept with the first block.
+        """
         if i not in self._loaded:
             self.plan.source.load_into(self.model, self.plan.blocks[i].name)
             make_drafts(self.blocks[i], self.plan.blocks[i].resolved.linears)
-            if (rotation := self.rotation()) is not None:
+            if rotation is not None:
                 self._fold(i, rotation)
             if not i and isinstance(rotation, Rotate):
                 hold_residual(self.blocks[i], rotation.size).get_buffer("rotation").copy_(rotation.q)

@@ -76,8 +76,8 @@ def solve_block(request: bytes, i: int) -> dict[str, Solution]:
     rotation = plan.rotation
     assert not isinstance(rotation, StoredRotation)  # such recipes are refused: text finds it
     with own_settings():
-        originals = Originals(plan, plan.source.skeleton(unfuse=True), lambda: rotation)
-        block = originals.load(i).requires_grad_(False)
+        originals = Originals(plan, plan.source.skeleton(unfuse=True))
+        block = originals.load(i, rotation).requires_grad_(False)
         originals.narrow(i)
         state = block_state(plan, i, block, keeps_solutions=True)
         for step in plan.recipe.steps:

@@ -118,10 +118,10 @@ def test_layers_of_several_formats_have_groups_of_their_own(tmp_path):
 # Caches
 
 
-def test_a_quantized_cache_of_compressed_tensors_is_left_out_with_a_warning(tmp_path):
+def test_a_quantized_cache_of_integers_in_compressed_tensors_is_left_out_with_a_warning(tmp_path):
     source = quantized(tmp_path, bits=4, group_size=32, symmetric=True)
     lowbit.export(source, "compressed-tensors", out=tmp_path / "out")
-    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    scheme = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False, "symmetric": True}
     scale = {f"model.layers.0.self_attn.{name}_scale": torch.ones(1) for name in ("k", "v")}
     changed(tmp_path / "out", lambda tensors: tensors | scale, lambda c: c | {"kv_cache_scheme": scheme})
     index = tmp_path / "out/model.safetensors.index.json"

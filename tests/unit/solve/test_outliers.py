@@ -199,7 +199,7 @@ def test_without_a_usable_gram_matrix_the_rules_that_do_not_need_it_still_hold()
         (lambda: WeakColumns(-1), "at least 0"),
         (lambda: RangeOutliers(1.0), "below 1"),
         (lambda: LeaveOneOut(-0.1), "at least 0"),
-        (lambda: Nearest(importance="hessian"), "'none' or 'fisher'"),  # pyright: ignore[reportArgumentType]
+        (lambda: Nearest(importance="hessian"), "'none', 'fisher' or 'inputs'"),  # pyright: ignore[reportArgumentType]
         (lambda: Gptq(rank="size"), "'diagonal' or 'perturbation'"),  # pyright: ignore[reportArgumentType]
         (lambda: Gptq(greedy_passes=-1), "greedy_passes"),
         (lambda: Gptq(asymmetric=2), "between 0 and 1"),
