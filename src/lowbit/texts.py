@@ -95,10 +95,10 @@ def own_strategy(spec: str) -> Strategy | None:
         return None
     if not colon:
         return "hybrid"
-    known: tuple[Strategy, ...] = get_args(Strategy)
-    if (found := next((each for each in known if each == strategy), None)) is None:
+    known: dict[str, Strategy] = {name: name for name in get_args(Strategy)}
+    if strategy not in known:
         raise TextError(f"{spec}: a model writes {', '.join(known)} text, such as self:greedy.")
-    return found
+    return known[strategy]
 
 
 def _text(name: str, text: str, rows: Sequence[str] = ()) -> Text:
