@@ -669,7 +669,7 @@ def test_a_quantized_model_is_not_quantized_again(quantized, place, tmp_path):
 
 
 def test_a_broken_result_is_refused_unless_allowed(place, tmp_path):
-    limit = ("--max-kl", "-1")
+    limit = ("--max-kl", "1e-9")
     assert_refused(quantize(place, tmp_path / "out", *limit), "broken", "KL", "--allow-broken")
     assert not (tmp_path / "out").exists()
     allowed = quantize(place, tmp_path / "out", *limit, "--allow-broken")

@@ -143,9 +143,12 @@ def test_stages_that_cannot_be_are_refused():
     [
         (lambda: Train(StoredFloats(), OriginalKL(), epochs=0), "epochs"),
         (lambda: Train(StoredFloats(), OriginalKL(), lr=0.0), "positive lr"),
-        (lambda: Train(StoredFloats(), OriginalKL(), lr=float("nan")), "positive lr"),
+        (lambda: Train(StoredFloats(), OriginalKL(), lr=float("nan")), "lr: expected a number, found nan"),
         (lambda: Train(StoredFloats(), OriginalKL(), lr=float("inf")), "positive lr"),
-        (lambda: Train(StoredFloats(), OriginalKL(), clip_norm=float("nan")), "clip_norm is positive"),
+        (
+            lambda: Train(StoredFloats(), OriginalKL(), clip_norm=float("nan")),
+            "clip_norm: expected a number, found nan",
+        ),
         (lambda: AdamW(betas=(0.9, 1.0)), "betas from 0 to below 1"),
         (lambda: OneCycle(warmup=1.5), "warmup is a share"),
     ],
