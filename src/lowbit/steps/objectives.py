@@ -47,12 +47,8 @@ def block_loss(objective: Objective, io: BlockIO, output: Tensor, first: int) ->
     return loss
 
 
-@serializable
-@dataclass(frozen=True)
-class BlockMSE:
-    """Mean squared error of the block's output (OmniQuant, arXiv:2308.13137, equation 1); ``augment`` is its aug_loss."""
-
-    augment: bool = False
+class _OfTheBlock:
+    """An error of the block's output alone."""
 
     @property
     def ahead(self) -> int:
@@ -61,6 +57,14 @@ class BlockMSE:
     @property
     def weight(self) -> float:
         return 0.0
+
+
+@serializable
+@dataclass(frozen=True)
+class BlockMSE(_OfTheBlock):
+    """Mean squared error of the block's output (OmniQuant, arXiv:2308.13137, equation 1); ``augment`` is its aug_loss."""
+
+    augment: bool = False
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(output.float(), target.float())
@@ -68,7 +72,7 @@ class BlockMSE:
 
 @serializable
 @dataclass(frozen=True)
-class TokenMSE:
+class TokenMSE(_OfTheBlock):
     """Squared error of each token's hidden state, relative to the squared norm of its target; the mean over all tokens.
 
     The next block normalizes every token, so this is the error that it sees. In the plain mean the few tokens with massive
@@ -76,14 +80,6 @@ class TokenMSE:
     """
 
     augment: bool = False
-
-    @property
-    def ahead(self) -> int:
-        return 0
-
-    @property
-    def weight(self) -> float:
-        return 0.0
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
         target = target.float()
