@@ -20,8 +20,9 @@ from lowbit.modules.description import LinearDescription
 from lowbit.modules.draft_linear import DraftLinear, SharedInput, make_drafts, unmake_drafts, weight_shape
 from lowbit.modules.kv_spec import KVFormats, KVRule, KVSpec, kv_formats, set_kv_formats
 from lowbit.modules.linear_format import LinearFormat
+from lowbit.modules.packed_layers import kept_weights, prepare, restore
 from lowbit.modules.quant_embedding import QuantEmbedding, scale_of
-from lowbit.modules.quant_linear import QuantLinear, kept_weights, prepare, restore
+from lowbit.modules.quant_linear import QuantLinear
 from lowbit.modules.residual import (
     ResidualMatrix,
     ResidualRotation,

@@ -7,20 +7,17 @@ from lowbit.numerics.binary_coding import Alternating
 from lowbit.numerics.fake import fake_quantize, limited, usual_fit
 from lowbit.numerics.fit import (
     Clipped,
-    ClipSearch,
     Fit,
     Fixed,
-    HalfQuadratic,
     KMeans,
     Magnitude,
     MinMax,
     Percentile,
-    RangeSearch,
     RmsRange,
-    TruncationSearch,
     Unfitted,
     extremes,
 )
+from lowbit.numerics.fit_search import ClipSearch, HalfQuadratic, RangeSearch, TruncationSearch
 from lowbit.numerics.granularity import (
     Block,
     Flat,

@@ -1,6 +1,7 @@
 """Steps: each makes one kind of decision about a block. The stage Blockwise runs a tuple of them, block after block."""
 
 from lowbit.steps.attention import SetAttentionRange
+from lowbit.steps.block_io import Ahead, BlockIO
 from lowbit.steps.cache_coordinates import CacheCoordinates
 from lowbit.steps.choose_grid import ChooseGrid, FitActivation
 from lowbit.steps.cluster import Cluster
@@ -27,7 +28,7 @@ from lowbit.steps.search_clip import SearchClip
 from lowbit.steps.search_float import SearchFloat
 from lowbit.steps.set import Set, SetActivationRange
 from lowbit.steps.solve import Solve
-from lowbit.steps.state import Ahead, BlockIO, BlockState, LayerRecord
+from lowbit.steps.state import BlockState, LayerRecord
 from lowbit.steps.step import Step
 
 __all__ = [

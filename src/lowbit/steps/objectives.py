@@ -12,7 +12,7 @@ from torch import Tensor
 from lowbit.numerics import serializable
 
 if TYPE_CHECKING:
-    from lowbit.steps.state import BlockIO
+    from lowbit.steps.block_io import BlockIO
 
 
 @runtime_checkable

@@ -28,7 +28,7 @@ from lowbit.numerics import (
     TruncationSearch,
     quantize,
 )
-from lowbit.numerics.fit import absolute_power
+from lowbit.numerics.fit_search import absolute_power
 from lowbit.numerics.kmeans import kmeans_rows
 
 
@@ -213,7 +213,7 @@ def test_a_search_by_runs_of_granules_finds_what_a_search_of_all_at_once_finds(f
     x, w = _values(37, 48), _weights(_values(37, 48))
     for weight in (None, w):
         whole = fit(x, grid, weight)
-        monkeypatch.setattr("lowbit.numerics.fit._RUN", 5 * 48)
+        monkeypatch.setattr("lowbit.numerics.fit_search._RUN", 5 * 48)
         runs = fit(x, grid, weight)
         monkeypatch.undo()
         assert torch.equal(runs.scale, whole.scale) and runs.scale.shape == (37, 1)
