@@ -14,22 +14,19 @@ Needs xllamacpp (``pip install --no-deps xllamacpp``).
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
-from gguf_encoders import _function
+from llama_cpp_library import encoded, token_windows, write_rows
 from torch import Tensor, nn
 
 import lowbit
 from lowbit.checkpoints.formats.base import TensorRole
 from lowbit.checkpoints.formats.gguf_presets import types_of
-from lowbit.data import load_text
 from lowbit.layouts.ggml import BlockType
 from lowbit.numerics import ClipSearch, Gram, Tokens
 from lowbit.solve import Gptq
@@ -79,16 +76,8 @@ def grams(model: Any, blocks: int, ids: Tensor) -> dict[str, Tensor]:
 
 def theirs(w: Tensor, kind: BlockType, importance: Tensor) -> Tensor:
     """``w`` ``[O, I]`` as llama.cpp's encoder restores it."""
-    encode = _function(
-        "ggml_quantize_chunk", ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
-        ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
-    )  # fmt: skip
-    w, importance = w.contiguous(), importance.float().contiguous()
-    data = torch.empty(w.shape[0], w.shape[1] // kind.elements * kind.nbytes, dtype=torch.uint8)
     number = gguf.GGMLQuantizationType[kind.name]
-    count = encode(number.value, w.data_ptr(), data.data_ptr(), 0, *w.shape, importance.data_ptr())
-    assert count == data.nbytes
-    return torch.from_numpy(gguf.dequantize(data.numpy(), number))
+    return torch.from_numpy(gguf.dequantize(encoded(w, number, importance), number))
 
 
 def ours(w: Tensor, kind: BlockType, gram: Tensor, tokens: int, options: dict[str, Any]) -> Tensor:
@@ -118,19 +107,21 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer: Any = lowbit.load_tokenizer(arguments.model)
 
-    def windows(name: str, part: str, count: int, length: int) -> Tensor:
-        text = load_text(name, part, tokenizer).text
-        ids = tokenizer(text[: 8 * count * length], return_tensors="pt").input_ids[0]
-        return ids[: count * length].view(count, length)
-
     model = lowbit.load(arguments.model, dtype=torch.float32)
     if arguments.grams is not None and arguments.grams.exists():
         gram = torch.load(arguments.grams)
     else:
-        gram = grams(model, arguments.blocks, windows(arguments.calibration, "calibration", arguments.samples, 512))
+        gram = grams(
+            model,
+            arguments.blocks,
+            token_windows(tokenizer, arguments.calibration, "calibration", arguments.samples, 512),
+        )
         if arguments.grams is not None:
             torch.save(gram, arguments.grams)
-    ids, tokens = windows(arguments.text, "evaluation", arguments.windows, 256), 512 * arguments.samples
+    ids, tokens = (
+        token_windows(tokenizer, arguments.text, "evaluation", arguments.windows, 256),
+        512 * arguments.samples,
+    )
     wanted = log_probabilities(model, ids)
     originals = {name: linear.weight.data.clone() for name, linear in linears(model, arguments.blocks).items()}
     config, rows = model.config, []
@@ -157,9 +148,7 @@ def main() -> None:
             row = {"preset": preset, "encoder": "llama.cpp" if options is None else "gptq", "options": options or {}}
             rows.append(row | {"kl": kl, "ratio": kl / base, "processor seconds": round(seconds, 1)})
             print(json.dumps(rows[-1]), flush=True)
-    if arguments.out:
-        whole = {"xllamacpp": version("xllamacpp"), "blocks": arguments.blocks, "samples": arguments.samples}
-        arguments.out.write_text(json.dumps(whole | {"windows": arguments.windows, "rows": rows}, indent=1) + "\n")
+    write_rows(arguments.out, rows, blocks=arguments.blocks, samples=arguments.samples, windows=arguments.windows)
 
 
 if __name__ == "__main__":

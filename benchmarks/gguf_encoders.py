@@ -12,91 +12,21 @@ data come from llama.cpp's own encoder (``ggml_quantize_chunk``) for the weights
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import shutil
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-import xllamacpp
+from llama_cpp_library import LlamaCpp, encoded, token_windows, write_rows
 from torch import Tensor
 
 import lowbit
 from lowbit.architectures.gguf import gguf_architecture
 from lowbit.checkpoints.formats.gguf_names import GgufNames
-from lowbit.texts import load_text
-
-LIBRARY = ctypes.CDLL(next(str(file) for file in Path(xllamacpp.__file__).parent.glob("*.so")))
-
-
-class _Struct(ctypes.Structure):
-    """A structure of llama.cpp's that is only passed on: as large as any of them."""
-
-    _fields_ = [("bytes", ctypes.c_byte * 1024)]
-
-
-class _Batch(ctypes.Structure):
-    """``llama_batch``, with room for fields that later versions add."""
-
-    _fields_ = [
-        ("count", ctypes.c_int32),
-        ("token", ctypes.POINTER(ctypes.c_int32)),
-        ("embd", ctypes.c_void_p),
-        ("pos", ctypes.POINTER(ctypes.c_int32)),
-        ("seqs", ctypes.POINTER(ctypes.c_int32)),
-        ("seq", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
-        ("logits", ctypes.POINTER(ctypes.c_int8)),
-        ("more", ctypes.c_byte * 64),
-    ]
-
-
-def _function(name: str, returns: Any, *takes: Any) -> Any:
-    function = getattr(LIBRARY, name)
-    function.restype, function.argtypes = returns, takes
-    return function
-
-
-class LlamaCpp:
-    """A file in llama.cpp on one thread: log probabilities of every token of windows of up to 512."""
-
-    def __init__(self, file: Path):
-        pointer = ctypes.c_void_p
-        _function("llama_backend_init", None)()
-        defaults = _function("llama_model_default_params", _Struct)()
-        load = _function("llama_model_load_from_file", pointer, ctypes.c_char_p, _Struct)
-        self._model = load(str(file).encode(), defaults)
-        context = _function("llama_init_from_model", pointer, pointer, _Struct)
-        self._context = context(self._model, _function("llama_context_default_params", _Struct)())
-        _function("llama_set_n_threads", None, pointer, ctypes.c_int32, ctypes.c_int32)(self._context, 1, 1)
-        vocabulary = _function("llama_model_get_vocab", pointer, pointer)(self._model)
-        self.words = _function("llama_vocab_n_tokens", ctypes.c_int32, pointer)(vocabulary)
-
-    def log_probabilities(self, ids: list[int]) -> Tensor:
-        """``[tokens, vocabulary]``."""
-        memory = _function("llama_get_memory", ctypes.c_void_p, ctypes.c_void_p)(self._context)
-        _function("llama_memory_clear", None, ctypes.c_void_p, ctypes.c_bool)(memory, True)
-        make = _function("llama_batch_init", _Batch, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)
-        batch = make(len(ids), 0, 1)
-        batch.count = len(ids)
-        for i, each in enumerate(ids):
-            batch.token[i], batch.pos[i], batch.seqs[i], batch.logits[i] = each, i, 1, 1
-            batch.seq[i][0] = 0
-        decode = _function("llama_decode", ctypes.c_int32, ctypes.c_void_p, _Batch)
-        if decode(self._context, batch) != 0:
-            raise RuntimeError("llama.cpp could not decode a window")
-        logits = _function("llama_get_logits", ctypes.POINTER(ctypes.c_float), ctypes.c_void_p)(self._context)
-        found = np.ctypeslib.as_array(logits, (len(ids), self.words)).copy()
-        _function("llama_batch_free", None, _Batch)(batch)
-        return torch.from_numpy(found).log_softmax(-1)
-
-    def close(self) -> None:
-        _function("llama_free", None, ctypes.c_void_p)(self._context)
-        _function("llama_model_free", None, ctypes.c_void_p)(self._model)
 
 
 def importance(model: Any, ids: Tensor) -> dict[str, Tensor]:
@@ -123,27 +53,12 @@ def write_rival(ours: Path, full: Path, weights: dict[str, Tensor], file: Path) 
     """``file``: ``ours`` with the data of packed tensors from llama.cpp's encoder; ``weights``: importance by GGUF's names."""
     shutil.copyfile(ours, file)
     originals = {tensor.name: tensor for tensor in gguf.GGUFReader(full).tensors}
-    encode = _function(
-        "ggml_quantize_chunk", ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
-        ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
-    )  # fmt: skip
     for tensor in gguf.GGUFReader(file, "r+").tensors:
         if tensor.tensor_type.name in ("F32", "F16", "BF16"):
             continue
         original = originals[tensor.name]
-        w = np.ascontiguousarray(gguf.dequantize(original.data, original.tensor_type), dtype=np.float32)
-        weight = weights.get(tensor.name)
-        data = np.empty(tensor.data.nbytes, dtype=np.uint8)
-        held = None if weight is None else np.ascontiguousarray(weight.numpy(), dtype=np.float32)
-        count = encode(
-            tensor.tensor_type.value,
-            w.ctypes.data,
-            data.ctypes.data,
-            0,
-            *w.shape,
-            None if held is None else held.ctypes.data,
-        )
-        assert count == data.nbytes, tensor.name
+        w = torch.from_numpy(np.array(gguf.dequantize(original.data, original.tensor_type), dtype=np.float32))
+        data = encoded(w, tensor.tensor_type, weights.get(tensor.name))
         tensor.data[:] = data.reshape(tensor.data.shape)
 
 
@@ -173,18 +88,13 @@ def main() -> None:
     torch.set_num_threads(1)
     tokenizer: Any = lowbit.load_tokenizer(arguments.model)
 
-    def windows(name: str, part: str, count: int, length: int) -> Tensor:
-        text = load_text(name, part, tokenizer).text
-        ids = tokenizer(text[: 8 * count * length], return_tensors="pt").input_ids[0]
-        return ids[: count * length].view(count, length)
-
     model = lowbit.load(arguments.model, dtype=torch.float32)
     names = GgufNames(gguf_architecture(model.config), model.config)
-    found = importance(model, windows(arguments.calibration, "calibration", arguments.samples, 512))
+    found = importance(model, token_windows(tokenizer, arguments.calibration, "calibration", arguments.samples, 512))
     weights = {stored: w for name, w in found.items() if (stored := names.find(f"{name}.weight"))}
     del model
     print(f"importance of {len(weights)} tensors", flush=True)
-    held_out = windows(arguments.text, "evaluation", arguments.windows, arguments.tokens)
+    held_out = token_windows(tokenizer, arguments.text, "evaluation", arguments.windows, arguments.tokens)
     engine = LlamaCpp(arguments.full)
     wanted = [engine.log_probabilities(ids.tolist()).half() for ids in held_out]
     engine.close()
@@ -201,9 +111,7 @@ def main() -> None:
         row["ratio"] = row["lowbit kl"] / row["llama.cpp kl"]
         rows.append(row)
         print(json.dumps(row), flush=True)
-    whole = {"xllamacpp": version("xllamacpp"), "windows": arguments.windows, "tokens": arguments.tokens, "rows": rows}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(whole, indent=1) + "\n")
+    write_rows(arguments.out, rows, windows=arguments.windows, tokens=arguments.tokens)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from gguf_encoders import LlamaCpp
+from llama_cpp_library import LlamaCpp, token_windows, write_rows
 from torch import Tensor
 
 import lowbit
-from lowbit.data import load_text
 from lowbit.layouts.ggml import BLOCK_TYPES
 from lowbit.modules import QuantLinear
 
@@ -78,9 +76,7 @@ def main() -> None:
     rows = []
     for file in arguments.files:
         tokenizer: Any = lowbit.load_tokenizer(file.parent)
-        text = load_text(arguments.text, "evaluation", tokenizer).text
-        count = arguments.windows * arguments.tokens
-        ids = tokenizer(text[: 8 * count], return_tensors="pt").input_ids[0][:count].view(arguments.windows, -1)
+        ids = token_windows(tokenizer, arguments.text, "evaluation", arguments.windows, arguments.tokens)
         engine = LlamaCpp(file)
         theirs = [engine.log_probabilities(window.tolist()) for window in ids]
         engine.close()
@@ -106,9 +102,7 @@ def main() -> None:
             }
         rows.append(row)
         print(json.dumps(row), flush=True)
-    whole = {"xllamacpp": version("xllamacpp"), "windows": arguments.windows, "tokens": arguments.tokens, "rows": rows}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(whole, indent=1) + "\n")
+    write_rows(arguments.out, rows, windows=arguments.windows, tokens=arguments.tokens)
 
 
 if __name__ == "__main__":
