@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lowbit.training import Batch, NextToken, OriginalKL, loss_in_pieces
+from lowbit.training import Answer, Batch, NextToken, OriginalKL, loss_in_pieces
 from lowbit.training.pieces import PIECE
 
 from helpers import random_ids
 
 TOKENS, VOCABULARY = 2 * PIECE + 9, 128
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -33,12 +35,16 @@ def capped() -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=0.1)).eval()
 
 
+def unasked(i: int) -> Answer:
+    raise AssertionError("next tokens ask no original")
+
+
 def whole(model, ids):
-    return NextToken().loss(Batch(range(len(ids)), ids, model(input_ids=ids, use_cache=False).logits, lambda i: None))
+    return NextToken().loss(Batch(range(len(ids)), ids, model(input_ids=ids, use_cache=False).logits, unasked))
 
 
 def gradients(model, loss) -> list[torch.Tensor]:
-    return torch.autograd.grad(loss, list(model.parameters()))
+    return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
 @pytest.mark.parametrize("make", [llama, capped])
