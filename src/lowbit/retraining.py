@@ -41,6 +41,7 @@ from lowbit.training import Processes, Start, Text
 from lowbit.version import __version__
 
 _RELOAD_TOLERANCE = 1e-4  # relative squared difference of logits; equal up to the order of float32 sums
+_COMPARED = 64  # tokens whose logits the reload must give: few, because they are compared in float64
 
 
 @dataclass(frozen=True)
@@ -297,16 +298,23 @@ class _Checkpoint:
 
 
 def _run(job: TrainJob, journal: Journal, progress: Progress) -> TrainReport:
+    """One model is in memory at a time: the one before is measured and dropped, and so is the trained one before the reload."""
     setting, warnings = _Checkpoint(job, journal.directory), [*job.warnings]
-    before = setting.model(setting.files(journal, 0))
+    before = _measure(job, setting.model(setting.files(journal, 0)), progress)
     model = None
     for number, stage in enumerate(job.stages):
-        files = setting.files(journal, number)
+        files, model = setting.files(journal, number), None
         model, notes = Training(stage, setting, files, journal.section(number), progress).run()
         warnings.extend(notes)
     assert model is not None
-    measured = _measure(job, before, model, progress)
-    return _finish(job, journal, TrainReport(job.out, job.recipe.name, *measured, warnings=tuple(warnings)), model)
+    after = _measure(job, model, progress)
+    restore(model)
+    with evaluating(model):
+        computed = logits_of(model, _windows(job)[0, :_COMPARED])
+    del model
+    losses, kls = zip(before, after, strict=True)
+    report = TrainReport(job.out, job.recipe.name, *losses, *kls, _measured_on(job), tuple(warnings))
+    return _finish(job, journal, report, computed)
 
 
 def _windows(job: TrainJob) -> Tensor:
@@ -315,27 +323,30 @@ def _windows(job: TrainJob) -> Tensor:
     return job.calibration.ids[:1] if held_out is None else held_out
 
 
-def _measure(
-    job: TrainJob, before: Any, after: Any, progress: Progress
-) -> tuple[float, float, float | None, float | None, str]:
+def _measure(job: TrainJob, model: Any, progress: Progress) -> tuple[float, float | None]:
+    """Cross-entropy, and KL divergence from the original where there is one."""
     original = None if job.against is None else job.against.load_full().requires_grad_(False)
     windows, losses, kls = _windows(job), [], []
-    with evaluating(before, after):
+    with evaluating(model):
         for i, ids_T in enumerate(windows):
-            both = [logits_of(model, ids_T).float() for model in (before, after)]
-            losses.append([F.cross_entropy(logits_TV[:-1], ids_T[1:]).item() for logits_TV in both])
+            logits_TV = logits_of(model, ids_T).float()
+            losses.append(F.cross_entropy(logits_TV[:-1], ids_T[1:]).item())
             if original is not None:
-                wanted = logits_of(original, ids_T)
-                kls.append([kl_and_agreement(wanted, logits_TV)[0].mean().item() for logits_TV in both])
+                kls.append(kl_and_agreement(logits_of(original, ids_T), logits_TV)[0].mean().item())
             progress(i + 1, len(windows), "measuring")
+    means = [torch.tensor(each).mean().item() if each else None for each in (losses, kls)]
+    assert means[0] is not None
+    return means[0], means[1]
+
+
+def _measured_on(job: TrainJob) -> str:
+    windows = _windows(job)
     kept = "not trained on" if job.calibration.held_out is not None else "of the calibration"
-    said = f"{len(windows)} windows of {windows.shape[1]} tokens of {job.calibration.name}, {kept}"
-    losses_2, kls_2 = (torch.tensor(each).mean(0).tolist() if each else (None, None) for each in (losses, kls))
-    return losses_2[0], losses_2[1], kls_2[0], kls_2[1], said  # pyright: ignore[reportReturnType]
+    return f"{len(windows)} windows of {windows.shape[1]} tokens of {job.calibration.name}, {kept}"
 
 
-def _finish(job: TrainJob, journal: Journal, report: TrainReport, model: Any) -> TrainReport:
-    """Shards, config, card and tokenizer; then a reload that must compute the same, and the rename."""
+def _finish(job: TrainJob, journal: Journal, report: TrainReport, computed_TV: Tensor) -> TrainReport:
+    """Shards, config, card and tokenizer; then a reload that must compute ``computed_TV`` on the first tokens, and the rename."""
     directory, source = journal.directory, job.source
     shards = merge(journal.section(len(job.stages) - 1), job.description.guarded)
     native.write_checkpoint(directory, source.config, job.description, shards, source.dtype)
@@ -347,11 +358,9 @@ def _finish(job: TrainJob, journal: Journal, report: TrainReport, model: Any) ->
     (directory / REPORT).write_text(json.dumps(said, indent=1, sort_keys=True) + "\n")
     (directory / "README.md").write_text(_card(job, report))
     again = native.load(directory, dtype=torch.float32, unfinished=True, trust_remote_code=source.trust_remote_code)
-    ids_T = _windows(job)[0]
-    with evaluating(again, model):
-        restore(again)
-        restore(model)
-        error = output_error(logits_of(model, ids_T), logits_of(again, ids_T))
+    restore(again)
+    with evaluating(again):
+        error = output_error(computed_TV, logits_of(again, _windows(job)[0, :_COMPARED]))
     if not error < _RELOAD_TOLERANCE:
         raise ValueError(
             f"the reloaded checkpoint does not compute what was trained (relative error {error:.3g}); this is a defect of lowbit or "

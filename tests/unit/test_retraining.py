@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import lowbit
+from lowbit.checkpoints import native
 from lowbit.data import Calibration
 from lowbit.recipes import Recipe, Train
 from lowbit.retraining import prepare_training
@@ -223,3 +225,21 @@ def test_methods_that_train_follow_others_in_one_recipe(name, options, place, tm
     rows = [json.loads(line) for line in (tmp_path / "out" / "training-2.jsonl").read_text().splitlines()]
     measured = [row["held_out_kl"] for row in rows if row["held_out_kl"] is not None]
     assert len(measured) == 4 and min(measured) < measured[0]
+
+
+# Memory
+
+
+def test_one_model_is_in_memory_at_a_time(packed, tmp_path, monkeypatch):
+    loaded, load = [], native.load
+
+    def watched(*arguments, **options):
+        assert not [each for each in loaded if each() is not None]
+        model = load(*arguments, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(native, "load", watched)
+    recipe = lowbit.recipe("qlora", rank=4, tokens=64, measures=0, recompute=True)
+    report = lowbit.train(packed["qlora"], recipe, text(), out=tmp_path / "out")
+    assert len(loaded) == 4 and report.loss != report.loss_before  # before, in training, trained, and reloaded

@@ -204,7 +204,8 @@ class Train:
         seq_len: tokens of a window of training text; None: as the calibration windows. It goes with ``tokens``.
         accumulate: batches in each step. This gives the step of a larger batch in the memory of a small one.
         clip_norm: largest norm of the gradient of all leaves; a larger gradient is scaled down to it. None: no limit.
-        recompute: keep only the input of each block, and run blocks again in the backward pass.
+        recompute: keep only the input of each block, and run blocks again in the backward pass. An objective of next tokens alone
+            then computes logits for a few tokens at a time, too.
         measures: how often ``judge`` is measured, evenly, on windows that are not trained on, besides once at the start. The best
             state is kept. 0, or no such windows: the last state is kept.
         patience: measurements without a new best after which training stops; 0: it does not stop early.

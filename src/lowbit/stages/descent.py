@@ -24,7 +24,7 @@ from lowbit.numerics.divergence import kl_and_agreement
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Train
 from lowbit.steps.precision import faster_products
-from lowbit.training import Batch, Curve, Parameters, Processes, Start, Text, recomputed, replaced
+from lowbit.training import Batch, Curve, Parameters, Processes, Start, Text, loss_in_pieces, recomputed, replaced
 
 SAVE_SECONDS = 180.0
 """Between two saved states."""
@@ -194,6 +194,8 @@ class _Loop:
         objective, ids_BT = self.objective, text.ids_NT[windows]
         asked = {"output_hidden_states": True} if objective.reads_hidden else {}
         with faster_products(ids_BT.device, self.stage.amp):
+            if self.stage.recompute and objective.reads_next:
+                return loss_in_pieces(self.descent.model, ids_BT, objective)
             output = self.descent.model(input_ids=ids_BT, use_cache=False, **asked)
         hidden = tuple(output.hidden_states) if objective.reads_hidden else ()
         return objective.loss(Batch(windows, ids_BT, output.logits, text.original, hidden))

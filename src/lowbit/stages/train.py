@@ -82,7 +82,7 @@ class Training:
         section: where the trained shards go.
 
     Attributes:
-        parameters: what was trained, once it has been.
+        parameters: what was trained, from then until it is written.
     """
 
     stage: Train
@@ -112,6 +112,8 @@ class Training:
                 # The guard of a checkpoint has no values; it is written again at the end.
                 tensors = {name: state[name].to(header.dtype) for name, header in headers.items() if header.nbytes}
                 section.write(section.unit_name(i, len(source)), tensors, {"notes": notes})
+            self.parameters = None
+            del model, state  # or two models are in memory when the shards are loaded
         self._path("state").unlink(missing_ok=True)
         draw_curve(self._path("jsonl"), self._path("svg"))
         trained = self.setting.model([section.directory / file for file in section.files])

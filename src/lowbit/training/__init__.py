@@ -19,6 +19,7 @@ from lowbit.training.objectives import (
     Text,
 )
 from lowbit.training.optimizers import AdamW, CayleySGD, Cosine, OneCycle, Optimizer, Schedule
+from lowbit.training.pieces import loss_in_pieces
 from lowbit.training.processes import Processes, launched, leads
 from lowbit.training.recompute import recomputed, replaced
 from lowbit.training.rotations import LearnedRotations, RotatedModel, Rotations
@@ -67,6 +68,7 @@ __all__ = [
     "draw_curve",
     "launched",
     "leads",
+    "loss_in_pieces",
     "recomputed",
     "replaced",
 ]

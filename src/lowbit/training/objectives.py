@@ -79,6 +79,12 @@ class Objective:
         """Whether it reads hidden states."""
         return False
 
+    @property
+    def reads_next(self) -> bool:
+        """Whether it is a mean over tokens of what their logits and the token after each say, and reads nothing else. It then has
+        :meth:`of_tokens`, and can be computed on a piece of a window at a time."""
+        return False
+
     def settled(self, text: Text) -> tuple[Objective, str]:
         """This objective with all that it must find out of the training text first, and a note for the report or ""."""
         return self, ""
@@ -92,6 +98,10 @@ class Objective:
 
     def of_window(self, batch: Batch, b: int) -> Tensor:
         """The mean loss of the tokens of window ``b`` of the batch."""
+        raise NotImplementedError
+
+    def of_tokens(self, logits_NV: Tensor, next_N: Tensor) -> Tensor:
+        """The sum of the losses of N tokens, whose next tokens are ``next_N``; for objectives with :attr:`reads_next`."""
         raise NotImplementedError
 
 
@@ -194,8 +204,15 @@ class NextToken(Objective):
     def reads_original(self) -> bool:
         return False
 
+    @property
+    def reads_next(self) -> bool:
+        return True
+
     def of_window(self, batch: Batch, b: int) -> Tensor:
         return F.cross_entropy(batch.logits_BTV[b, :-1].float(), batch.ids_BT[b, 1:].to(batch.logits_BTV.device))
+
+    def of_tokens(self, logits_NV: Tensor, next_N: Tensor) -> Tensor:
+        return F.cross_entropy(logits_NV.float(), next_N.to(logits_NV.device), reduction="sum")
 
 
 @serializable
