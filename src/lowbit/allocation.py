@@ -124,7 +124,8 @@ def allocate(
         progress: called with done, total and the current activity.
 
     Raises:
-        ValueError: a budget that the narrowest width exceeds, a grid without bits, and what ``quantize`` would refuse.
+        ValueError: a budget that the narrowest width exceeds or the widest does not use up, a grid without bits, and what
+            ``quantize`` would refuse.
     """
     base = as_recipe(recipe)
     widths = sorted(set(widths))
@@ -140,12 +141,7 @@ def allocate(
         name: {_width(forms[name].weight): given[name] * size} | {width: stored[width][name] * size for width in widths}
         for name, size in sizes.items()
     }
-    least = sum(each[widths[0]] for each in cost.values())
-    if least > bits * total:
-        raise ValueError(
-            f"{bits} bits a weight were asked for; with codes of {widths[0]} bits this recipe takes {least / total:.3f}, everything "
-            "stored counted: ask for more, or use larger groups"
-        )
+    _check_budget(bits, widths, [sum(each[width] for each in cost.values()) / total for width in (widths[0], widths[-1])])
     text = calibration_of(plan.source, calibration, samples, seq_len, bos)
     curves: dict[str, dict[int, float]] = {}
     before = 0.0
@@ -170,6 +166,17 @@ def allocate(
         sum(given[name] * size for name, size in sizes.items()) / total,
         before,
     )
+
+
+def _check_budget(bits: float, widths: Sequence[int], reached: Sequence[float]) -> None:
+    """Checks that codes of some of the ``widths`` take ``bits`` bits a weight; ``reached``: what the narrowest and the widest take."""
+    least, most = (math.ceil(1000 * each) / 1000 for each in reached)  # as they are said, so that either can be asked for
+    if not reached[0] <= bits <= most:
+        rising = "ask for more, or use larger groups" if bits < least else f"ask for {most:.3f} at most"
+        raise ValueError(
+            f"{bits} bits a weight were asked for; with codes of {widths[0]} to {widths[-1]} bits this recipe takes {least:.3f} to "
+            f"{most:.3f}, everything stored counted: {rising}"
+        )
 
 
 def spend(

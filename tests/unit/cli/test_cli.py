@@ -875,7 +875,9 @@ def test_allocate_writes_a_recipe_that_quantize_takes_and_keeps_to_the_budget(pl
     assert json.loads(made.stdout)["bits_per_weight"] == pytest.approx(told["bits_per_weight"])
     assert_refused(run("allocate", place / "model", *asked, "-o", out), "mixed.yaml exists")
     impossible = run("allocate", place / "model", *asked[:5], "1.5", *asked[6:], "-o", tmp_path / "no.yaml")
-    assert_refused(impossible, "1.5 bits a weight were asked for", "ask for more")
+    assert_refused(impossible, "1.5 bits a weight were asked for", "codes of 2 to 8 bits", "ask for more")
+    unused = run("allocate", place / "model", *asked[:5], "99", *asked[6:], "-o", tmp_path / "no.yaml")
+    assert_refused(unused, "99.0 bits a weight were asked for", "this recipe takes 2.", " to 8.", "at most")
     assert not (tmp_path / "no.yaml").exists()
 
 
