@@ -25,6 +25,7 @@ from lowbit.decoding.packed_cache import simulated_cache
 from lowbit.numerics import SquareSum, to_dict
 from lowbit.plan.for_format import plan_for, why_not
 from lowbit.plan.kept import KeepDtype
+from lowbit.plan.layers import ragged_groups
 from lowbit.plan.model_plan import ModelPlan
 from lowbit.recipes import Recipe, Train, as_recipe
 from lowbit.stages.journal import settle
@@ -152,7 +153,8 @@ def prepare(
         )
     gguf = gguf_file(model)
     source_bytes = sum(x.nbytes for x in plan.source.headers.values()) if gguf is None else gguf.stat().st_size
-    job = Job(plan, None, None, out, source_bytes, [*plan.architecture.warnings, *plan.source.warnings], max_bits)
+    known = [*plan.architecture.warnings, *plan.source.warnings, *ragged_groups(plan)]
+    job = Job(plan, None, None, out, source_bytes, known, max_bits)
     if max_bits < inf and (planned := _planned_bits(plan)) > max_bits:
         raise ValueError(
             f"recipe {recipe.name!r} stores {planned:.3f} bits a weight in this model, over the limit {max_bits:g}; choose "

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lowbit.recipes import Recipe
 
 METHOD_PANEL = "What to do"
-_PER_CHANNEL = ("channel", "none", "0", "-1")
+_PER_CHANNEL = ("channel", "none", "-1")
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 

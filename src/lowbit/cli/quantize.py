@@ -198,7 +198,7 @@ def _announce(job: Job, restart: bool) -> bool:
         common.say(
             f"training:    {' x '.join(map(str, text.further.shape))} tokens of it, not of the calibration windows"
         )
-    common.warn([] if text is None else text.warnings)  # before hours of work, and once more at its end
+    common.warn(job.warnings)  # before hours of work, and once more at its end
     common.say(f"target:      {job.out}")
     journal = Journal(job.out, job.header).path
     unfinished = journal.exists()

@@ -126,7 +126,8 @@ class PerGroup:
     def __post_init__(self):
         if self.size < 1:
             raise ValueError(
-                f"group size must be at least 1, found {self.size}; for one range for each row use per channel"
+                f"group size must be at least 1, found {self.size}; for one scale for each output channel write channel "
+                "(--group-size channel; in Python and in a recipe's options None)"
             )
 
     def param_shape(self, shape: Shape) -> tuple[int, int]:

@@ -506,10 +506,27 @@ def test_a_recipe_file_and_options_give_the_same_recipe(place, tmp_path):
     assert json.loads(by_file.stdout)["recipe"] == json.loads(by_name.stdout)["recipe"]
 
 
-@pytest.mark.parametrize("spelling", ["channel", "none", "0", "-1"])
+@pytest.mark.parametrize("spelling", ["channel", "none", "-1"])
 def test_group_size_channel_is_one_scale_for_each_row(place, spelling):
     result = run("plan", place / "model", "--method", "rtn", "--group-size", spelling, "--json")
     assert json.loads(result.stdout)["recipe"]["scheme"]["rules"][0]["weight"]["granularity"] == {"type": "PerChannel"}
+
+
+def test_groups_of_no_weights_are_refused_with_how_one_scale_for_each_row_is_asked_for(place):
+    for given in (("--group-size", 0), ("--set", "group_size=0"), ("--override", "down:group_size=0")):
+        refused = run("plan", place / "model", "--method", "rtn", *given)
+        assert_refused(refused, "group size must be at least 1, found 0", "--group-size channel")
+
+
+def test_groups_that_do_not_divide_a_row_are_said_before_the_work_and_in_the_report(place, tmp_path):
+    words = "group size 24 does not divide the 64 inputs of q, k, v, o, gate, up (12 layers): the last group of each row holds 16"
+    result = quantize(place, tmp_path / "out", method=(*RTN[:-1], "24"))
+    assert result.exit_code == 0, result.stderr
+    before, after = result.stderr.split("target:")
+    assert words in before and words in after
+    assert words in (tmp_path / "out" / "README.md").read_text()
+    silent = quantize(place, tmp_path / "even", method=(*RTN[:-1], "32"))
+    assert "does not divide" not in silent.stderr
 
 
 def test_names_of_other_tools_work_and_a_scheme_is_bits_and_activation_bits(place):
