@@ -732,6 +732,8 @@ def test_a_command_that_is_not_well_formed_exits_with_2(arguments):
         (("--bits", "3"), "--bits 3"),
         (("--group-size", "32"), "--group-size 32"),
         (("--override", "down:bits=8"), "down:bits=8"),
+        (("--set", "bits=3"), "--set bits=3"),
+        (("--set", "symmetric=true"), "--set symmetric=True"),
     ],
 )
 def test_numbers_that_a_preset_of_a_file_format_would_replace_are_refused(place, given, words):
@@ -740,6 +742,11 @@ def test_numbers_that_a_preset_of_a_file_format_would_replace_are_refused(place,
         assert result.exit_code == 2 and result.stdout == ""
         assert "gguf:q8_0 gives every matrix its bits and groups" in result.stderr and words in result.stderr
         assert run(*command, *given, "--format", "gguf", COLUMNS="400").exit_code == 0
+
+
+def test_options_that_change_more_than_numbers_go_with_a_preset_of_a_file_format(place):
+    steps = ("plan", place / "model", "--method", "rtn", "--set", "mse=true", "--format", "gguf:q8_0")
+    assert run(*steps).exit_code == 0
 
 
 def test_debug_shows_the_error_as_it_is():
