@@ -54,7 +54,7 @@ def run_section(number: int, name: str, report: Json) -> Section:
         pictures=tuple(filter(None, [error_map(name, report["layers"]), _block_errors(name, report["block_errors"])])),
         tables=(
             Table(f"{name}: what was measured", ("figure", "value"), tuple(figures), (link,) * len(figures)),
-            layers,
+            *((layers,) if layers.rows else ()),
         ),
         entries=(Entry(name, link, tuple(facts), recipe_text(report["recipe"]), (command,)),),
     )

@@ -603,6 +603,22 @@ def test_inspect_writes_its_files_and_shows_the_hardest_layers(place, tmp_path):
     assert all(str(file) in result.stdout for file in files)
 
 
+def test_inspect_and_report_of_a_checkpoint_show_no_table_of_errors_that_it_does_not_have(quantized, place, tmp_path):
+    out = tmp_path / "out"
+    shown = run("inspect", quantized.out, "--calibration", place / "text.txt", *SHORT, "-o", out)
+    assert shown.exit_code == 0, shown.stderr
+    assert "widest inputs" in shown.stdout and "hardest" not in shown.stdout and "4 bits" not in shown.stdout
+    tables = run("report", out, "--markdown").stdout
+    assert "median channel" in tables and "weights from" in tables and "error at 4 bits" not in tables
+
+
+def test_report_of_a_model_that_lowbit_did_not_write_says_what_it_reads(place):
+    for form in (("--markdown",), ("-o", place / "report.html")):
+        refused = run("report", place / "model", *form)
+        assert_refused(refused, "found a model without lowbit-report.json", "expected results of", "lowbit inspect")
+    assert not (place / "report.html").exists()
+
+
 def test_ctrl_c_while_the_program_starts_is_a_line(monkeypatch, capsys):
     from lowbit import __main__, cli
 
