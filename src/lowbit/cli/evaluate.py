@@ -118,6 +118,10 @@ def command(
         from lowbit.evaluation import check_judge
 
         check_judge(judge, judge_model or JUDGE)
+    if against is not None:
+        from lowbit.checkpoints.original import original_doubts
+
+        common.warn(original_doubts(model, against, trust_remote_code=trust_remote_code))
     shared = {"against": against, "kv": formats, "trust_remote_code": trust_remote_code}
     result = verdict = score = unjudged = None
     scores = ()
