@@ -45,11 +45,13 @@ class Importance:
         name: of the file.
         sha256: of the file.
         entries: the results of :class:`~lowbit.numerics.SquareSum` by name of the linear.
+        warnings: what the user should know.
     """
 
     name: str
     sha256: str
     entries: Mapping[str, Tensor]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -162,6 +164,7 @@ def prepare(
         )
     if isinstance(calibration, str) and is_imatrix(file := Path(calibration).expanduser()):
         job.importance, calibration = _importance(plan, file), None
+        job.warnings.extend(job.importance.warnings)
     elif calibration is None and recipe.needs_calibration:
         raise ValueError(
             f"recipe {recipe.name!r} needs calibration text: pass a file, python-docs, a hub dataset or self"
@@ -197,8 +200,10 @@ def _importance(plan: ModelPlan, file: Path) -> Importance:
         )
     widths = {f"{b.name}.{path}": b.shapes[path][1] for b in plan.blocks for path in b.resolved.linears}
     wanted = {f"{b.name}.{path}": b.shapes[path][1] for b in plan.blocks for path in b.formats}
-    entries = read_imatrix(file).of(names_of(plan.source.config), widths, wanted, file)
-    return Importance(file.name, hashlib.sha256(file.read_bytes()).hexdigest(), entries)
+    imatrix = read_imatrix(file)
+    entries = imatrix.of(names_of(plan.source.config), widths, wanted, file)
+    doubts = imatrix.doubts(plan.source.fingerprint, file)
+    return Importance(file.name, hashlib.sha256(file.read_bytes()).hexdigest(), entries, doubts)
 
 
 def _check_windows(recipe: Recipe, tokens: int) -> None:
