@@ -37,6 +37,7 @@ from lowbit.evaluation import (
     score_task,
     score_with_lm_eval,
 )
+from lowbit.methods import USUAL_CACHE
 from lowbit.modules import KVFormats, KVSpec, kv_formats
 from lowbit.plan.cache import cache_bits
 from lowbit.progress import Progress, silent
@@ -95,7 +96,8 @@ def kv_cache(model: Any, method: str | KVSpec | None = None, **options: Any) -> 
         model: a transformers model or its configuration.
         method: a method for caches (``lowbit methods``), such as ``kivi`` or ``kivi:2`` (2 bits), or a format. What needs a
             calibration (``kv-oscar``) goes with a model whose checkpoint carries it. None: without options, the formats
-            that the model's checkpoint or :func:`load` gave it; with options, or where there are none, ``kivi``.
+            that the model's checkpoint or :func:`load` gave it; with options, or where there are none,
+            :data:`lowbit.methods.USUAL_CACHE`.
         options: of the method, such as ``bits``, ``group_size`` and ``recent``.
 
     Raises:
@@ -105,7 +107,7 @@ def kv_cache(model: Any, method: str | KVSpec | None = None, **options: Any) -> 
     own = kv_formats(model)
     if method is None and own and not options:
         return packed_cache(model, own.kv, own.overrides)
-    scheme = kv_scheme("kivi" if method is None else method, **options)
+    scheme = kv_scheme(USUAL_CACHE if method is None else method, **options)
     return packed_cache(model, scheme.kv, scheme.kv_overrides)
 
 
