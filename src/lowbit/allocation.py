@@ -53,6 +53,7 @@ class Allocation:
         loss: expected increase of the loss with the allocation (a proxy; only its ratio to ``loss_before`` means
             something).
         bits_before, loss_before: the same of the given recipe.
+        warnings: what the user should know of the text.
     """
 
     base: Recipe
@@ -61,6 +62,7 @@ class Allocation:
     loss: float
     bits_before: float
     loss_before: float
+    warnings: tuple[str, ...] = ()
 
     @property
     def recipe(self) -> Recipe:
@@ -141,7 +143,9 @@ def allocate(
         name: {_width(forms[name].weight): given[name] * size} | {width: stored[width][name] * size for width in widths}
         for name, size in sizes.items()
     }
-    _check_budget(bits, widths, [sum(each[width] for each in cost.values()) / total for width in (widths[0], widths[-1])])
+    _check_budget(
+        bits, widths, [sum(each[width] for each in cost.values()) / total for width in (widths[0], widths[-1])]
+    )
     text = calibration_of(plan.source, calibration, samples, seq_len, bos)
     curves: dict[str, dict[int, float]] = {}
     before = 0.0
@@ -165,12 +169,15 @@ def allocate(
         sum(curves[name][width] for name, width in chosen.items()),
         sum(given[name] * size for name, size in sizes.items()) / total,
         before,
+        text.warnings,
     )
 
 
 def _check_budget(bits: float, widths: Sequence[int], reached: Sequence[float]) -> None:
     """Checks that codes of some of the ``widths`` take ``bits`` bits a weight; ``reached``: what the narrowest and the widest take."""
-    least, most = (math.ceil(1000 * each) / 1000 for each in reached)  # as they are said, so that either can be asked for
+    least, most = (
+        math.ceil(1000 * each) / 1000 for each in reached
+    )  # as they are said, so that either can be asked for
     if not reached[0] <= bits <= most:
         rising = "ask for more, or use larger groups" if bits < least else f"ask for {most:.3f} at most"
         raise ValueError(

@@ -50,6 +50,7 @@ class Imatrix:
         datasets: names of the texts.
         chunks, chunk_size: number of chunks of text, and tokens of each; 0 where the older layout does not say.
         model, model_sha256: name and fingerprint of the model that read the text; empty where the file does not say.
+        warnings: what the user should know of the text; no file holds them.
     """
 
     entries: Mapping[str, Tensor]
@@ -58,6 +59,7 @@ class Imatrix:
     chunk_size: int
     model: str = ""
     model_sha256: str = ""
+    warnings: tuple[str, ...] = ()
 
     def of(
         self, names: GgufNames, widths: Mapping[str, int], wanted: Mapping[str, int], file: Path
@@ -91,7 +93,6 @@ class Imatrix:
                     f"{file} is of another model: {entry} has {len(found) - 1} inputs there and {widths[name]} here"
                 )
         return {name: self.entries[entry] for entry, name in stored.items() if name in wanted}
-
 
     def doubts(self, sha256: str, file: Path) -> tuple[str, ...]:
         """A warning where the file says that a model with another fingerprint than ``sha256`` read its text. A copy of that model in

@@ -194,6 +194,8 @@ def _announce(job: Job, restart: bool) -> bool:
     common.say(f"recipe:      {job.recipe.name}: {describe(job.recipe)}")
     said = job.calibrated_on if text is None else f"{text.name}, {' x '.join(map(str, text.ids.shape))} tokens"
     common.say(f"calibration: {said}")
+    if text is not None and text.quality is not None:
+        common.say(f"written:     {text.quality.summary}")
     if text is not None and text.further is not None:
         common.say(
             f"training:    {' x '.join(map(str, text.further.shape))} tokens of it, not of the calibration windows"

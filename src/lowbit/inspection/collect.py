@@ -86,7 +86,7 @@ def inspect_model(
         f"{text.name}, {list(text.ids.shape)}",
         tuple(rows),
         tuple(inputs),
-        for_config(source.config).warnings,
+        (*for_config(source.config).warnings, *text.warnings),
     )
     return inspection if out is None else _write(inspection, channels, Path(out))
 

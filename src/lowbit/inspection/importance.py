@@ -61,6 +61,6 @@ def importance_matrix(
             for path in shared.readers:
                 entries[names(f"{state.full_name(path)}.weight")] = stats[shared.name][SquareSum()]
     chunks, chunk_size = text.ids.shape
-    found = Imatrix(entries, (text.name,), chunks, chunk_size, source.name, source.fingerprint)
+    found = Imatrix(entries, (text.name,), chunks, chunk_size, source.name, source.fingerprint, text.warnings)
     write_imatrix(found, out)
     return found

@@ -371,6 +371,35 @@ def test_generate_data_writes_texts_reports_on_them_and_names_the_next_command(p
     assert_refused(run("generate-data", place / "model", "-o", out), "exists and is not empty")
 
 
+def test_text_that_the_model_writes_for_a_run_has_the_report_of_kept_text(place, tmp_path):
+    out = tmp_path / "packed"
+    made = quantize(place, out, "--calibration", "self:greedy", method=("--method", "gptq", "--bits", "8"))
+    assert made.exit_code == 0, made.stderr
+    before, after = made.stderr.split("target:")
+    for words in ("self:greedy is bad data: the mean probability", "below 0.05"):
+        assert words in before and words in after
+    tokens = (4 + 1) * 16 + 1  # calibration and held-out windows
+    asked = ("--tokens", tokens, "--seq-len", 16, "--strategy", "greedy")
+    assert run("generate-data", place / "model", *asked, "-o", tmp_path / "kept").exit_code == 0
+    figures = json.loads((tmp_path / "kept" / "report.json").read_text())
+    assert json.loads((out / "lowbit-report.json").read_text())["generated_text"] == figures
+    assert figures["summary"] in before and figures["summary"] in (out / "README.md").read_text()
+    assert run("report", out, "-o", tmp_path / "page.html").exit_code == 0
+    assert figures["summary"] in (tmp_path / "page.html").read_text()
+
+
+def test_every_command_that_calibrates_on_bad_data_says_so(place, tmp_path):
+    method = ("--method", "rtn", "--group-size", "channel")
+    for command in (
+        ("inspect", place / "model", "-o", tmp_path / "inspection"),
+        ("imatrix", place / "model", "-o", tmp_path / "x.gguf"),
+        ("allocate", place / "model", *method, "--target-bits", "5", "-o", tmp_path / "mixed.yaml"),
+    ):
+        result = run(*command, "--calibration", "self", *SHORT)
+        assert result.exit_code == 0, result.stderr
+        assert "warning: self is bad data: the mean probability of the tokens is below 0.05" in result.stderr, command
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, for what peft calls
 def test_merge_adapter_writes_a_checkpoint_and_says_what_was_lost(quantized, place, tmp_path):
     peft = pytest.importorskip("peft")
