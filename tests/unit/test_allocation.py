@@ -100,7 +100,9 @@ def test_impossible_budgets_and_grids_without_widths_are_refused_before_any_work
     ):
         lowbit.allocate(llama, lowbit.recipe("rtn", group_size=16), 2.0, IDS)
     for bits in (99.0, float("nan")):
-        with pytest.raises(ValueError, match=rf"{bits} bits a weight were asked for; .* to 4\.\d+, .* ask for 4\.\d+ at most"):
+        with pytest.raises(
+            ValueError, match=rf"{bits} bits a weight were asked for; .* to 4\.\d+, .* ask for 4\.\d+ at most"
+        ):
             lowbit.allocate(llama, lowbit.recipe("rtn", group_size=None), bits, IDS, widths=(2, 4))
     with pytest.raises(ValueError, match="no widths to choose from"):
         lowbit.allocate(llama, lowbit.recipe("nf4"), 5.0, IDS)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lowbit.cli import common, complete
+from lowbit.cli.beside_format import check_format
 from lowbit.cli.choose import (
     KV,
     ActivationBits,
@@ -18,7 +19,6 @@ from lowbit.cli.choose import (
     Overrides,
     SchemeName,
     Settings,
-    check_format,
     choose_recipe,
     method_options,
 )

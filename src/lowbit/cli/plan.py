@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowbit.cli import common
+from lowbit.cli.beside_format import check_format
 from lowbit.cli.choose import (
     KV,
     ActivationBits,
@@ -25,7 +26,6 @@ from lowbit.cli.choose import (
     SchemeName,
     Settings,
     byte_count,
-    check_format,
     choose_recipe,
     method_options,
     outside_overrides,

@@ -38,7 +38,9 @@ def test_a_model_of_other_sizes_is_refused_as_the_original_before_weights_are_re
         lambda: lowbit.evaluate_tasks(place / "packed", ["a"], place, against=place / other),
         lambda: lowbit.evaluate_chat(place / "packed", place / other, ["w7"]),
     ):
-        with pytest.raises(ValueError, match=f"{other} is not the original of .*: {words} there. Name the model that was"):
+        with pytest.raises(
+            ValueError, match=f"{other} is not the original of .*: {words} there. Name the model that was"
+        ):
             ask()
 
 

@@ -778,7 +778,7 @@ def test_a_command_that_is_not_well_formed_exits_with_2(arguments):
         (("--group-size", "32"), "--group-size 32"),
         (("--override", "down:bits=8"), "down:bits=8"),
         (("--set", "bits=3"), "--set bits=3"),
-        (("--set", "symmetric=true"), "--set symmetric=True"),
+        (("--set", "symmetric=true"), "--set symmetric=true"),
     ],
 )
 def test_numbers_that_a_preset_of_a_file_format_would_replace_are_refused(place, given, words):

@@ -87,7 +87,11 @@ def test_answers_side_by_side_as_text_and_as_json(place):
         (("--answer-tokens", 6), 2, "it goes with --chat"),
         (("--judge-model", "a"), 2, "it goes with --judge"),
         *(
-            ((*asked, *given), 2, f"{given[0]}: it goes with --text, because only perplexity is measured on windows of a text")
+            (
+                (*asked, *given),
+                2,
+                f"{given[0]}: it goes with --text, because only perplexity is measured on windows of a text",
+            )
             for asked in (("--tasks", "mine", "--task-files", "."), ("--chat", "--against", "."))
             for given in (("--protocol", "gptq"), ("--seq-len", 8), ("--windows", 0), ("--chunk", 4))
         ),
