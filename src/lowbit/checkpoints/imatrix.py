@@ -155,8 +155,8 @@ def _read_gguf(path: Path) -> Imatrix:
         entries[name] = torch.cat([sums, counts]).double()
     datasets = _value(reader, "imatrix.datasets") or []
     chunks, size = (int(_value(reader, f"imatrix.{key}") or 0) for key in ("chunk_count", "chunk_size"))
-    made_of = (str(_value(reader, key) or "") for key in _MODEL)
-    return Imatrix(entries, tuple(datasets), chunks, size, *made_of)
+    model, sha256 = (str(_value(reader, key) or "") for key in _MODEL)
+    return Imatrix(entries, tuple(datasets), chunks, size, model, sha256)
 
 
 def _value(reader: GGUFReader, key: str) -> Any:
