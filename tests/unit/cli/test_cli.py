@@ -874,7 +874,7 @@ def test_overrides_are_read_from_the_right():
         "symmetric": True,
     }
     assert override("re:a:b:skip") == {"match": "re:a:b", "skip": True}
-    assert override("down:group_size=0")["group_size"] == "channel"
+    assert override("down:group_size=-1")["group_size"] == "channel"
 
 
 @pytest.mark.parametrize(
