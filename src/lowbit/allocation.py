@@ -53,6 +53,7 @@ class Allocation:
         loss: expected increase of the loss with the allocation (a proxy; only its ratio to ``loss_before`` means
             something).
         bits_before, loss_before: the same of the given recipe.
+        warnings: what the user should know of the text.
     """
 
     base: Recipe
@@ -61,6 +62,7 @@ class Allocation:
     loss: float
     bits_before: float
     loss_before: float
+    warnings: tuple[str, ...] = ()
 
     @property
     def recipe(self) -> Recipe:
@@ -124,7 +126,8 @@ def allocate(
         progress: called with done, total and the current activity.
 
     Raises:
-        ValueError: a budget that the narrowest width exceeds, a grid without bits, and what ``quantize`` would refuse.
+        ValueError: a budget that the narrowest width exceeds or the widest does not use up, a grid without bits, and what
+            ``quantize`` would refuse.
     """
     base = as_recipe(recipe)
     widths = sorted(set(widths))
@@ -140,12 +143,9 @@ def allocate(
         name: {_width(forms[name].weight): given[name] * size} | {width: stored[width][name] * size for width in widths}
         for name, size in sizes.items()
     }
-    least = sum(each[widths[0]] for each in cost.values())
-    if least > bits * total:
-        raise ValueError(
-            f"{bits} bits a weight were asked for; with codes of {widths[0]} bits this recipe takes {least / total:.3f}, everything "
-            "stored counted: ask for more, or use larger groups"
-        )
+    _check_budget(
+        bits, widths, [sum(each[width] for each in cost.values()) / total for width in (widths[0], widths[-1])]
+    )
     text = calibration_of(plan.source, calibration, samples, seq_len, bos)
     curves: dict[str, dict[int, float]] = {}
     before = 0.0
@@ -169,7 +169,21 @@ def allocate(
         sum(curves[name][width] for name, width in chosen.items()),
         sum(given[name] * size for name, size in sizes.items()) / total,
         before,
+        text.warnings,
     )
+
+
+def _check_budget(bits: float, widths: Sequence[int], reached: Sequence[float]) -> None:
+    """Checks that codes of some of the ``widths`` take ``bits`` bits a weight; ``reached``: what the narrowest and the widest take."""
+    least, most = (
+        math.ceil(1000 * each) / 1000 for each in reached
+    )  # as they are said, so that either can be asked for
+    if not reached[0] <= bits <= most:
+        rising = "ask for more, or use larger groups" if bits < least else f"ask for {most:.3f} at most"
+        raise ValueError(
+            f"{bits} bits a weight were asked for; with codes of {widths[0]} to {widths[-1]} bits this recipe takes {least:.3f} to "
+            f"{most:.3f}, everything stored counted: {rising}"
+        )
 
 
 def spend(

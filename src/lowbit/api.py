@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lowbit.caches import PackedCache
 from lowbit.checkpoints import native
 from lowbit.checkpoints.export import ExportReport, export
+from lowbit.checkpoints.original import check_original
 from lowbit.checkpoints.to_run import locate_to_run
 from lowbit.checkpoints.tokenizer import load_tokenizer
 from lowbit.decoding import use_cache
@@ -36,6 +37,7 @@ from lowbit.evaluation import (
     score_task,
     score_with_lm_eval,
 )
+from lowbit.methods import USUAL_CACHE
 from lowbit.modules import KVFormats, KVSpec, kv_formats
 from lowbit.plan.cache import cache_bits
 from lowbit.progress import Progress, silent
@@ -94,7 +96,8 @@ def kv_cache(model: Any, method: str | KVSpec | None = None, **options: Any) -> 
         model: a transformers model or its configuration.
         method: a method for caches (``lowbit methods``), such as ``kivi`` or ``kivi:2`` (2 bits), or a format. What needs a
             calibration (``kv-oscar``) goes with a model whose checkpoint carries it. None: without options, the formats
-            that the model's checkpoint or :func:`load` gave it; with options, or where there are none, ``kivi``.
+            that the model's checkpoint or :func:`load` gave it; with options, or where there are none,
+            :data:`lowbit.methods.USUAL_CACHE`.
         options: of the method, such as ``bits``, ``group_size`` and ``recent``.
 
     Raises:
@@ -104,7 +107,7 @@ def kv_cache(model: Any, method: str | KVSpec | None = None, **options: Any) -> 
     own = kv_formats(model)
     if method is None and own and not options:
         return packed_cache(model, own.kv, own.overrides)
-    scheme = kv_scheme("kivi" if method is None else method, **options)
+    scheme = kv_scheme(USUAL_CACHE if method is None else method, **options)
     return packed_cache(model, scheme.kv, scheme.kv_overrides)
 
 
@@ -132,7 +135,7 @@ def evaluate(
         text: a text (see :mod:`lowbit.texts`; its evaluation part where it has one) or token ids.
         protocol: ``gptq``, ``llama.cpp``, ``word``, ``ptb`` or ``c4``; see :mod:`lowbit.evaluation.windows`.
         seq_len, windows: how many windows of how many tokens (None: as many as the text holds).
-        against: the original to compare with.
+        against: the original to compare with; a model that cannot be the original is refused.
         kv: the cache through which ``model``, given by its place, reads, as for :func:`load`.
         chunk: tokens that a model with a quantized cache reads at a time; None: as few as its formats ask for.
         retrieval: lengths in tokens of prompts in which the model must find facts, see :mod:`lowbit.evaluation.cache_checks`.
@@ -140,6 +143,8 @@ def evaluate(
         tokenizer: needed where ``model`` is not a path and ``text`` is text.
         trust_remote_code: allow the models' own Python code.
     """
+    if against is not None:
+        check_original(model, against, trust_remote_code=trust_remote_code)
     where = None if isinstance(model, PreTrainedModel) else model
     if isinstance(text, str) or retrieval or generation:
         tokenizer = _tokenizer_of(model, tokenizer, trust_remote_code)
@@ -203,6 +208,8 @@ def evaluate_tasks(
     Raises:
         ValueError: a task that cannot be had, with what to do.
     """
+    if against is not None:
+        check_original(model, against, trust_remote_code=trust_remote_code)
     if files is None:
         harness.imported()  # before a model is loaded
     read = None if files is None else read_tasks(tasks, files, limit)
@@ -247,6 +254,7 @@ def evaluate_chat(
     Raises:
         ValueError: a tokenizer without a chat template, or prompts that do not fit.
     """
+    check_original(model, against, trust_remote_code=trust_remote_code)
     tokenizer = _tokenizer_of(model, tokenizer, trust_remote_code)
     check_chat(tokenizer)  # before weights are read
     return compare_chat(

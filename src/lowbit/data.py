@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowbit.architectures import learned_positions
-from lowbit.generation import DataError, Sampling, is_generated, read_generated, write_tokens
+from lowbit.generation import DataError, GeneratedText, Quality, Sampling, is_generated, read_generated, write_tokens
 from lowbit.generation.tokens import special_ids, tokenizer_sha256, vocabulary
 from lowbit.surroundings import usable
 from lowbit.texts import TextError, load_text, own_strategy
@@ -39,6 +39,7 @@ class Calibration:
         held_out: int64 [H, T], the windows of the text after these, which results are measured on; None: there are none.
         further: int64 [M, S], the windows of the text after those, for training; None: there are none, or none were asked.
         warnings: what the user should know.
+        quality: the report on the texts, where a model wrote them; None: people did, or it is not known who.
     """
 
     ids: Tensor
@@ -47,6 +48,7 @@ class Calibration:
     held_out: Tensor | None = None
     further: Tensor | None = None
     warnings: tuple[str, ...] = ()
+    quality: Quality | None = None
 
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:
@@ -128,17 +130,18 @@ def calibration_set(
     """
     if seq_len < 2:
         raise TextError(f"windows of {seq_len} tokens were asked; a model predicts nothing from fewer than 2.")
-    first, warnings = None if tokenizer is None else bos_token(tokenizer, bos), ()
+    first = None if tokenizer is None else bos_token(tokenizer, bos)
+    written: GeneratedText | None = None
     if isinstance(spec, str) and (strategy := own_strategy(spec)) is not None:
         if model is None:
             raise TextError(f"{spec}: the calibration text is written by the model, so a loaded model is needed.")
         needed = max(samples, 1) * seq_len + held_out_windows(samples) * seq_len + further[0] * further[1]
-        name, tokens = (
-            f"{spec} (seed {seed})",
-            _own_tokens(model, tokenizer, needed, max(seq_len, further[1]), first, Sampling(strategy, seed=seed)),
-        )
+        how = Sampling(strategy, seed=seed)
+        written = _own_text(spec, model, tokenizer, needed, max(seq_len, further[1]), first, how)
+        name, tokens = f"{spec} (seed {seed})", _tokens(written)
     elif isinstance(spec, str) and is_generated(spec):
-        name, tokens, warnings = _generated_tokens(spec, tokenizer)
+        written = _kept_text(spec, tokenizer)
+        name, tokens = f"{written.name} ({len(written.lengths)} generated texts)", _tokens(written)
     else:
         text = load_text(spec, "calibration", tokenizer)
         name, tokens = text.name, tokenize(text.text, tokenizer)
@@ -160,19 +163,25 @@ def calibration_set(
     less = (
         f"training asks for {further[0]} windows of {further[1]} tokens; behind the calibration text there are {found}"
     )
-    warnings = (*warnings, less) if found < further[0] else warnings
-    return Calibration(ids, name, ids_sha256(ids), held_out, beyond, warnings)
+    warnings = [less] if found < further[0] else []
+    quality = None
+    if written is not None:
+        quality = written.quality(len(vocabulary(tokenizer)) or vocab_size or 0)
+        warnings = [*(f"{written.name} is bad data: {problem}" for problem in quality.problems), *warnings]
+    return Calibration(ids, name, ids_sha256(ids), held_out, beyond, tuple(warnings), quality)
 
 
-def _own_tokens(model: Any, tokenizer: Any, count: int, seq_len: int, bos: int | None, how: Sampling) -> Tensor:
-    """``count`` tokens that the model writes itself, one text of ``seq_len`` tokens at most behind another."""
+def _own_text(
+    name: str, model: Any, tokenizer: Any, count: int, seq_len: int, bos: int | None, how: Sampling
+) -> GeneratedText:
+    """Texts of ``count`` tokens that the model writes itself, of ``seq_len`` tokens at most each."""
     # One token more than the windows have: the first BOS of all is not among them.
-    texts = write_tokens(model, tokenizer, how, count + 1, seq_len, bos=bos)
-    return torch.tensor([id for batch in texts for text in batch for id in text.ids])
+    batches = write_tokens(model, tokenizer, how, count + 1, seq_len, bos=bos)
+    return GeneratedText.written(name, [text for batch in batches for text in batch])
 
 
-def _generated_tokens(spec: str, tokenizer: Any) -> tuple[str, Tensor, tuple[str, ...]]:
-    """The name and the tokens of generated texts, and what makes them bad data."""
+def _kept_text(spec: str, tokenizer: Any) -> GeneratedText:
+    """Generated texts of a file or a directory. Raises TextError where they cannot be used, or are of another tokenizer."""
     try:
         made = read_generated(spec)
     except DataError as error:
@@ -183,9 +192,12 @@ def _generated_tokens(spec: str, tokenizer: Any) -> tuple[str, Tensor, tuple[str
             f"{spec}: its token ids are of another tokenizer than this model's. Generate text with this model, or read the "
             "text of a shard: FILE.parquet:text."
         )
-    problems = made.quality(len(vocabulary(tokenizer))).problems
-    warnings = tuple(f"{made.name} is bad data: {problem}" for problem in problems)
-    return f"{made.name} ({len(made.lengths)} generated texts)", torch.from_numpy(made.ids.astype("int64")), warnings
+    return made
+
+
+def _tokens(written: GeneratedText) -> Tensor:
+    """The tokens of all texts, int64 [T]."""
+    return torch.from_numpy(written.ids.astype("int64"))
 
 
 def _further(tokens: Tensor, count: int, seq_len: int, bos: int | None) -> Tensor | None:

@@ -98,6 +98,7 @@ def judge(job: Job, running: Run, kl: float | None, agreement: float | None, max
             *_outside_note(running.rest),
             *grouped(sorted(notes), {block.name for block in walk.records}),
         ),
+        generated_text=None if job.calibration is None else job.calibration.quality,
     )
     lost = losses(report, max_kl)
     if job.calibration is None:  # drawn tokens are no text: what they show is said, and only NaN refuses

@@ -25,6 +25,7 @@ from lowbit.decoding.packed_cache import simulated_cache
 from lowbit.numerics import SquareSum, to_dict
 from lowbit.plan.for_format import plan_for, why_not
 from lowbit.plan.kept import KeepDtype
+from lowbit.plan.layers import ragged_groups
 from lowbit.plan.model_plan import ModelPlan
 from lowbit.recipes import Recipe, Train, as_recipe
 from lowbit.stages.journal import settle
@@ -44,11 +45,13 @@ class Importance:
         name: of the file.
         sha256: of the file.
         entries: the results of :class:`~lowbit.numerics.SquareSum` by name of the linear.
+        warnings: what the user should know.
     """
 
     name: str
     sha256: str
     entries: Mapping[str, Tensor]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -152,7 +155,8 @@ def prepare(
         )
     gguf = gguf_file(model)
     source_bytes = sum(x.nbytes for x in plan.source.headers.values()) if gguf is None else gguf.stat().st_size
-    job = Job(plan, None, None, out, source_bytes, [*plan.architecture.warnings, *plan.source.warnings], max_bits)
+    known = [*plan.architecture.warnings, *plan.source.warnings, *ragged_groups(plan)]
+    job = Job(plan, None, None, out, source_bytes, known, max_bits)
     if max_bits < inf and (planned := _planned_bits(plan)) > max_bits:
         raise ValueError(
             f"recipe {recipe.name!r} stores {planned:.3f} bits a weight in this model, over the limit {max_bits:g}; choose "
@@ -160,6 +164,7 @@ def prepare(
         )
     if isinstance(calibration, str) and is_imatrix(file := Path(calibration).expanduser()):
         job.importance, calibration = _importance(plan, file), None
+        job.warnings.extend(job.importance.warnings)
     elif calibration is None and recipe.needs_calibration:
         raise ValueError(
             f"recipe {recipe.name!r} needs calibration text: pass a file, python-docs, a hub dataset or self"
@@ -195,8 +200,10 @@ def _importance(plan: ModelPlan, file: Path) -> Importance:
         )
     widths = {f"{b.name}.{path}": b.shapes[path][1] for b in plan.blocks for path in b.resolved.linears}
     wanted = {f"{b.name}.{path}": b.shapes[path][1] for b in plan.blocks for path in b.formats}
-    entries = read_imatrix(file).of(names_of(plan.source.config), widths, wanted, file)
-    return Importance(file.name, hashlib.sha256(file.read_bytes()).hexdigest(), entries)
+    imatrix = read_imatrix(file)
+    entries = imatrix.of(names_of(plan.source.config), widths, wanted, file)
+    doubts = imatrix.doubts(plan.source.fingerprint, file)
+    return Importance(file.name, hashlib.sha256(file.read_bytes()).hexdigest(), entries, doubts)
 
 
 def _check_windows(recipe: Recipe, tokens: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lowbit.generation import Quality
 from lowbit.numerics import to_dict
 from lowbit.plan.outside import OutsidePlan
 from lowbit.recipes import Recipe
@@ -40,6 +41,7 @@ class QuantizeReport:
         layers, blocks: records in the order of the walk; ``error`` is a relative squared output error.
         problems: why the result counts as broken; empty for a good one.
         warnings: what the user should know and may accept.
+        generated_text: the report on the calibration text, where a model wrote it.
     """
 
     out: Path | None
@@ -59,6 +61,7 @@ class QuantizeReport:
     cache_bits: float | None = None
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    generated_text: Quality | None = None
 
     @property
     def layers(self) -> list[LayerRecord]:
@@ -71,7 +74,8 @@ class QuantizeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
-        return {
+        written = {} if self.generated_text is None else {"generated_text": self.generated_text.to_dict()}
+        return written | {
             "out": None if self.out is None else str(self.out),
             "recipe": to_dict(self.recipe),
             "calibration": self.calibration,

@@ -21,6 +21,7 @@ from lowbit.checkpoints import native
 from lowbit.checkpoints.companions import copy_companions
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.model_card import REPORT
+from lowbit.checkpoints.original import check_original, original_doubts
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.checkpoints.target import check_target
 from lowbit.data import Bos, Calibration, calibration_of, ids_sha256
@@ -153,23 +154,12 @@ def prepare_training(
             "a packed model writes no training text for itself; `lowbit generate-data ORIGINAL` writes some"
         )
     original = None if against is None else open_model(against, trust_remote_code=trust_remote_code)
-    if original is not None:
-        _check_original(source, original)
+    doubts: tuple[str, ...] = ()
+    if against is not None:
+        check_original(checkpoint, against, trust_remote_code=trust_remote_code)
+        doubts = original_doubts(checkpoint, against, trust_remote_code=trust_remote_code)
     made = calibration_of(source, text, samples, seq_len, bos, further=recipe.training_windows(seq_len))
-    return TrainJob(source, description, recipe, stages, made, original, out, [*made.warnings])
-
-
-def _check_original(source: ModelSource, original: ModelSource) -> None:
-    """Raises ValueError where ``original`` cannot be what the checkpoint ``source`` was quantized from: training towards another
-    model would end without a word, or at its end where the logits have another size."""
-    packed, plain = (model.config.get_text_config() for model in (source, original))
-    fields = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
-    found = [(name, getattr(packed, name, None), getattr(plain, name, None)) for name in fields]
-    if other := [f"{name} is {mine} here and {its} there" for name, mine, its in found if mine != its]:
-        raise ValueError(
-            f"{original.path} is not the original of {source.path}: {', '.join(other)}. Name the model that was quantized with "
-            "against= (--against ORIGINAL)"
-        )
+    return TrainJob(source, description, recipe, stages, made, original, out, [*doubts, *made.warnings])
 
 
 def _in_blocks(source: ModelSource, named: Mapping[str, Any]) -> dict[str, Any]:

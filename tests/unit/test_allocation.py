@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 
 import pytest
@@ -83,11 +84,26 @@ def test_skipped_layers_stay_skipped_and_a_file_holds_the_same_recipe(llama, tmp
     assert as_recipe(path) == found.recipe == from_plain(found.to_dict())
 
 
+def test_the_ends_of_the_range_that_a_refusal_names_can_be_asked_for(llama):
+    base = lowbit.recipe("rtn", group_size=48)
+    with pytest.raises(ValueError, match="ask for") as refused:
+        lowbit.allocate(llama, base, 99.0, IDS, widths=(2, 3))
+    least, most = re.findall(r"takes (\S+) to (\S+),", str(refused.value))[0]
+    for bits, width in ((least, 2), (most, 3)):
+        found = lowbit.allocate(llama, base, float(bits), IDS, widths=(2, 3))
+        assert found.by_width().keys() >= {width} and found.bits_per_weight == pytest.approx(float(bits), abs=0.002)
+
+
 def test_impossible_budgets_and_grids_without_widths_are_refused_before_any_work(llama):
     with pytest.raises(
-        ValueError, match=r"2\.0 bits a weight were asked for; with codes of 2 bits this recipe takes 3"
+        ValueError, match=r"2\.0 bits a weight were asked for; with codes of 2 to 8 bits this recipe takes 3"
     ):
         lowbit.allocate(llama, lowbit.recipe("rtn", group_size=16), 2.0, IDS)
+    for bits in (99.0, float("nan")):
+        with pytest.raises(
+            ValueError, match=rf"{bits} bits a weight were asked for; .* to 4\.\d+, .* ask for 4\.\d+ at most"
+        ):
+            lowbit.allocate(llama, lowbit.recipe("rtn", group_size=None), bits, IDS, widths=(2, 4))
     with pytest.raises(ValueError, match="no widths to choose from"):
         lowbit.allocate(llama, lowbit.recipe("nf4"), 5.0, IDS)
 

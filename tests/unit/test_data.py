@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
 from lowbit.data import bos_token, calibration_of, calibration_set, tokenize, windows
-from lowbit.generation import Sampling, write_tokens
+from lowbit.generation import Sampling, judge, write_tokens
 from lowbit.texts import TextError, disjoint_parts, load_text
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -330,6 +331,27 @@ def test_a_models_own_text_is_what_the_generator_writes_and_more_of_it_to_measur
     made = calibration_set("self", None, 6, 12, model=model)
     texts = [text.ids for batch in write_tokens(model, None, Sampling(), 7 * 12, 12) for text in batch]
     assert torch.cat([made.ids, made.held_out]).flatten().tolist() == [id for text in texts for id in text][: 7 * 12]
+
+
+@pytest.mark.parametrize("strategy", ["hybrid", "greedy"])
+def test_text_that_a_model_writes_now_is_judged_as_kept_text_is(strategy, model):
+    made = calibration_set(f"self:{strategy}", None, 4, 30, vocab_size=97, model=model)
+    texts = [text for batch in write_tokens(model, None, Sampling(strategy), 5 * 30 + 1, 30) for text in batch]
+    lengths = np.array([len(text.ids) for text in texts])
+    chosen = lengths - [len(text.start.ids) for text in texts]
+    assert made.quality == judge(
+        np.array([id for text in texts for id in text.ids]),
+        lengths,
+        np.array([text.ended for text in texts]),
+        sum(text.confidence * count for text, count in zip(texts, chosen, strict=True)) / chosen.sum(),
+        97,
+    )
+    assert made.quality.problems  # a model with random weights writes noise
+    assert made.warnings == tuple(f"self:{strategy} is bad data: {each}" for each in made.quality.problems)
+
+
+def test_text_of_people_has_no_report_on_what_a_model_wrote(tokenizer):
+    assert calibration_set(["x" * 200], tokenizer, 2, 10).quality is None
 
 
 @pytest.mark.parametrize("strategy", ["hybrid", "sampled", "greedy"])

@@ -132,7 +132,7 @@ import lowbit
 from unit.test_retraining import text, two_stages
 from lowbit.training import leads
 report = lowbit.train({base!r}, two_stages(batch=1), text(), out={out!r}, against={place!r})
-print("LOSS", leads(), report.loss)
+print(f"LOSS {{leads()}} {{report.loss}}\\n", end="")  # in one piece, whatever the other process prints
 """
 
 

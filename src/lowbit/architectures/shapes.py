@@ -32,5 +32,5 @@ def named_config(name: str) -> Any:
     from transformers import AutoConfig  # slow to import, and most uses of this package need none
 
     if name not in SHAPES:
-        raise ValueError(f"no sizes are known for {name!r}{nearest(name, list(SHAPES))}; known: {', '.join(SHAPES)}")
+        raise ValueError(f"no sizes are known for {name!r}{nearest(name, list(SHAPES))}")
     return AutoConfig.for_model(**SHAPES[name])

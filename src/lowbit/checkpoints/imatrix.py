@@ -3,7 +3,8 @@
 ``llama-imatrix`` writes them and ``llama-quantize --imatrix`` weighs errors by them. There are two layouts:
 
 * GGUF, since 2025: ``NAME.in_sum2`` float32 ``[1, I]`` holds ``sum_t x_t**2`` and ``NAME.counts`` float32 ``[1, 1]`` the tokens.
-  Keys: ``general.type`` is ``imatrix``; ``imatrix.datasets``, ``imatrix.chunk_count``, ``imatrix.chunk_size``.
+  Keys: ``general.type`` is ``imatrix``; ``imatrix.datasets``, ``imatrix.chunk_count``, ``imatrix.chunk_size``. Neither layout says
+  which model read the text; files written here add ``lowbit.model.name`` and ``lowbit.model.sha256``, which llama.cpp passes over.
 * The older one, usually ``.dat``, little-endian: int32 number of entries; of each entry int32 length of the name, the name, int32
   chunks, int32 I, and float32 ``[I]``, the mean square times the chunks. Then int32 chunks, int32 length and bytes of the text's name.
 
@@ -32,6 +33,7 @@ from lowbit.checkpoints.shards import ModelError
 
 _MAGIC = b"GGUF"
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_MODEL = ("lowbit.model.name", "lowbit.model.sha256")
 _OUTSIDE = ("output.weight", "token_embd.weight")
 """Matrices outside of the blocks that a file may have entries for. They are not read."""
 LEGACY = ".dat"
@@ -47,12 +49,17 @@ class Imatrix:
             the count that divides them. The count of a file in the older layout is in chunks.
         datasets: names of the texts.
         chunks, chunk_size: number of chunks of text, and tokens of each; 0 where the older layout does not say.
+        model, model_sha256: name and fingerprint of the model that read the text; empty where the file does not say.
+        warnings: what the user should know of the text; no file holds them.
     """
 
     entries: Mapping[str, Tensor]
     datasets: tuple[str, ...]
     chunks: int
     chunk_size: int
+    model: str = ""
+    model_sha256: str = ""
+    warnings: tuple[str, ...] = ()
 
     def of(
         self, names: GgufNames, widths: Mapping[str, int], wanted: Mapping[str, int], file: Path
@@ -86,6 +93,16 @@ class Imatrix:
                     f"{file} is of another model: {entry} has {len(found) - 1} inputs there and {widths[name]} here"
                 )
         return {name: self.entries[entry] for entry, name in stored.items() if name in wanted}
+
+    def doubts(self, sha256: str, file: Path) -> tuple[str, ...]:
+        """A warning where the file says that a model with another fingerprint than ``sha256`` read its text. A copy of that model in
+        another format or type has another one too, so this is no refusal."""
+        if self.model_sha256 in ("", sha256):
+            return ()
+        return (
+            f"{file} was made with {self.model} (fingerprint {self.model_sha256[:12]}), and this model has other bytes ({sha256[:12]}): "
+            "unless one is a copy of the other in another form, errors are weighed by another model's inputs; make one with lowbit imatrix",
+        )
 
 
 def is_imatrix(path: Path) -> bool:
@@ -138,7 +155,8 @@ def _read_gguf(path: Path) -> Imatrix:
         entries[name] = torch.cat([sums, counts]).double()
     datasets = _value(reader, "imatrix.datasets") or []
     chunks, size = (int(_value(reader, f"imatrix.{key}") or 0) for key in ("chunk_count", "chunk_size"))
-    return Imatrix(entries, tuple(datasets), chunks, size)
+    model, sha256 = (str(_value(reader, key) or "") for key in _MODEL)
+    return Imatrix(entries, tuple(datasets), chunks, size, model, sha256)
 
 
 def _value(reader: GGUFReader, key: str) -> Any:
@@ -184,6 +202,9 @@ def _write_gguf(imatrix: Imatrix, path: Path) -> None:
         writer.add_array("imatrix.datasets", list(imatrix.datasets))
         writer.add_uint32("imatrix.chunk_count", imatrix.chunks)
         writer.add_uint32("imatrix.chunk_size", imatrix.chunk_size)
+        for key, value in zip(_MODEL, (imatrix.model, imatrix.model_sha256), strict=True):
+            if value:
+                writer.add_string(key, value)
         for name, entry in sorted(imatrix.entries.items()):
             values = entry.float().numpy()
             writer.add_tensor(name + _SUMS, values[None, :-1].copy())

@@ -124,7 +124,7 @@ def _card(report: Mapping[str, Any], header: Mapping[str, Any], model: str, sour
         ("bits of a code, as the recipe asks", f"{report['asked_bits']:.4g}"),
         ("bits per weight of the quantized linears, everything stored counted", f"{report['bits_per_weight']:.4f}"),
     ]
-    bits = report.get("cache_bits")
+    bits, written = report.get("cache_bits"), report.get("generated_text")
     of_cache = [("bits for each number of the cache of keys and values, everything stored counted", f"{bits or 0:.4g}")]
     rows = [
         *(of_linears if report["layers"] else ()),
@@ -160,6 +160,7 @@ def _card(report: Mapping[str, Any], header: Mapping[str, Any], model: str, sour
         "",
         f"```yaml\n{yaml.safe_dump(header['recipe'], sort_keys=False)}```",
         "",
+        *([f"Calibration text that a model wrote: {written['summary']}.", ""] if written else []),
         f"Calibration: {report['calibration']} (sha256 of the token ids {header['calibration']}). Original model: "
         f"fingerprint {header['model']}. Its products were in {header['products']} (`compute: float32` in a recipe makes them "
         f"exact). lowbit {header['lowbit']}, torch {header['torch']}.",

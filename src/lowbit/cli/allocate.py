@@ -97,6 +97,7 @@ def command(
             trust_remote_code=trust_remote_code,
             progress=report,
         )
+    common.warn(allocation.warnings)
     data = allocation.to_dict()
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(yaml.safe_dump(data, sort_keys=False, width=2**16, default_flow_style=None))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lowbit.recipes import Recipe
 
 METHOD_PANEL = "What to do"
-_PER_CHANNEL = ("channel", "none", "0", "-1")
+_PER_CHANNEL = ("channel", "none", "-1")
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -244,22 +244,6 @@ def choose_recipe(
     if file is not None and method is None:
         return as_recipe(file).with_overrides(changes)
     raise typer.BadParameter("give --method NAME or --recipe FILE, one of them", param_hint="--method / --recipe")
-
-
-def check_format(format: str, options: Mapping[str, Any], changes: Sequence[str] | None) -> None:
-    """Refuses bits, group sizes and overrides beside a ``--format`` that gives every matrix its numbers: the format's would replace
-    them without a word."""
-    if ":" not in format:
-        return
-    from lowbit.checkpoints.formats import find_format
-
-    given = [f"--{name.replace('_', '-')} {options[name]}" for name in ("bits", "group_size") if name in options]
-    given += [f"--override {change}" for change in changes or ()]
-    if given and find_format(format).says_numbers:
-        raise typer.BadParameter(
-            f"{format} gives every matrix its bits and groups; leave out {', '.join(given)}, or name the format without an option",
-            param_hint="--format",
-        )
 
 
 def outside_overrides(embedding_bits: int | None, head_bits: int | None) -> list[str]:

@@ -14,6 +14,8 @@ from lowbit.cli.scores import interval, show_chat, show_tasks
 if TYPE_CHECKING:
     from lowbit.evaluation import Evaluation
 
+WINDOWS: dict[str, Any] = {"protocol": "gptq", "seq_len": 1024, "windows": 20}  # the help names these three too
+ANSWER_TOKENS, JUDGE = 128, "gpt-4"
 EXAMPLE = (
     "Example: lowbit evaluate smollm2-w4 --against smollm2-135m --text python-docs --protocol gptq "
     "--seq-len 1024 --windows 20 --kv kivi:2 --retrieval 1024,4096 --json"
@@ -24,15 +26,17 @@ def command(
     model: common.Model,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help=common.TEXT_HELP.format(more=""))] = None,
     protocol: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
-            help="gptq: disjoint windows. llama.cpp: the second half of each. word: lm-eval's word perplexity. ptb, c4: rows "
-            "joined as GPTQ's code joins those of PTB and C4.",
+            help="gptq (default): disjoint windows. llama.cpp: the second half of each. word: lm-eval's word perplexity. ptb, c4: "
+            "rows joined as GPTQ's code joins those of PTB and C4.",
         ),
-    ] = "gptq",
-    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 1024,
-    windows: Annotated[int, typer.Option(help="Windows from the start of the text; 0: the whole text.")] = 20,
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window (default 1024).")] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="Windows from the start of the text (default 20); 0: the whole text.")
+    ] = None,
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The original: measures KL divergence and top-1 agreement too.")
     ] = None,
@@ -69,7 +73,9 @@ def command(
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Prompts of --chat, one a line (default: a dozen).")
     ] = None,
-    answer_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of an answer of --chat.")] = 128,
+    answer_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Tokens of an answer of --chat (default 128).")
+    ] = None,
     judge: Annotated[
         str | None,
         typer.Option(
@@ -78,7 +84,9 @@ def command(
             "OPENAI_API_KEY.",
         ),
     ] = None,
-    judge_model: Annotated[str, typer.Option(metavar="NAME", help="The judging model's name there.")] = "gpt-4",
+    judge_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The judging model's name there (default gpt-4).")
+    ] = None,
     kv: KV = None,
     kv_bits: KVBits = None,
     kv_settings: KVSettings = None,
@@ -97,16 +105,24 @@ def command(
     if chat and against is None:
         raise typer.BadParameter("answers are compared with the original's: give --against MODEL", param_hint="--chat")
     _check_needs("--tasks", tasks is not None, {"--task-files": task_files, "--limit": limit})
-    _check_needs("--chat", chat, {"--prompts": prompts, "--judge": judge})
+    _check_needs("--chat", chat, {"--prompts": prompts, "--judge": judge, "--answer-tokens": answer_tokens})
+    _check_needs("--judge", judge is not None, {"--judge-model": judge_model})
+    with_text = text is not None or bool(lengths) or generation or not (tasks or chat)
+    of_windows: dict[str, Any] = {"protocol": protocol, "seq_len": seq_len, "windows": windows, "chunk": chunk}
+    asked_windows = {f"--{name.replace('_', '-')}": value for name, value in of_windows.items()}
+    _check_needs("--text, because only perplexity is measured on windows of a text", with_text, asked_windows)
     common.use_threads(threads)
     import lowbit
 
     if judge is not None:
         from lowbit.evaluation import check_judge
 
-        check_judge(judge, judge_model)
+        check_judge(judge, judge_model or JUDGE)
+    if against is not None:
+        from lowbit.checkpoints.original import original_doubts
+
+        common.warn(original_doubts(model, against, trust_remote_code=trust_remote_code))
     shared = {"against": against, "kv": formats, "trust_remote_code": trust_remote_code}
-    with_text = text is not None or lengths or generation or not (tasks or chat)
     result = verdict = score = unjudged = None
     scores = ()
     with common.progress() as report:
@@ -114,7 +130,8 @@ def command(
         if with_text:
             chosen = common.text_or_default(text, "evaluation")
             common.say(f"text: {chosen}")
-            how: dict[str, Any] = {"protocol": protocol, "seq_len": seq_len, "windows": windows or None, "chunk": chunk}
+            how = WINDOWS | {name: value for name, value in of_windows.items() if value is not None}
+            how["windows"] = how["windows"] or None
             checks: dict[str, Any] = {"retrieval": lengths, "generation": generation}
             result = lowbit.evaluate(model, chosen, **how, **checks, **shared, progress=report)
         if tasks is not None:
@@ -123,10 +140,11 @@ def command(
             from lowbit.evaluation import judge_answers, read_prompts
 
             asked = read_prompts(prompts)
-            score = lowbit.evaluate_chat(model, prompts=asked, max_new_tokens=answer_tokens, **shared, progress=report)
+            longest = answer_tokens or ANSWER_TOKENS
+            score = lowbit.evaluate_chat(model, prompts=asked, max_new_tokens=longest, **shared, progress=report)
             if judge is not None:
                 try:
-                    verdict = judge_answers(score.answers, judge, judge_model, progress=report)
+                    verdict = judge_answers(score.answers, judge, judge_model or JUDGE, progress=report)
                 except ValueError as error:
                     unjudged = error  # the answers are shown all the same
     if as_json:

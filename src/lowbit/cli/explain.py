@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lowbit.cli import common, complete
+from lowbit.cli.beside_format import check_format
 from lowbit.cli.choose import (
     KV,
     ActivationBits,
@@ -18,7 +19,6 @@ from lowbit.cli.choose import (
     Overrides,
     SchemeName,
     Settings,
-    check_format,
     choose_recipe,
     method_options,
 )
@@ -56,7 +56,7 @@ def command(
     options = method_options(bits, group_size, activation_bits, settings, scheme)
     by_method = bool(options) or (kv is None and (kv_bits is not None or kv_settings is not None))
     method, file = (recipe, None) if by_method else (None, recipe)
-    check_format(format, options, overrides)
+    check_format(format, method, options, settings, overrides)
     chosen = choose_recipe(method, file, options, overrides, (kv, kv_bits, kv_settings))
     from lowbit.plan import explain
 

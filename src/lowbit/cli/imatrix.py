@@ -49,6 +49,7 @@ def command(
             trust_remote_code=trust_remote_code,
             progress=report,
         )
+    common.warn(result.warnings)
     if as_json:
         found = {
             "out": str(out),

@@ -34,7 +34,7 @@ def command(
     """Find outlier channels, massive tokens and the hardest layers; write a table and plots.
 
     The model is read a block at a time, as quantize does. A checkpoint of lowbit is loaded whole, and seen as its packed weights read
-    their inputs: a report on both shows outliers before and after.
+    their inputs: a report on both shows outliers before and after. Its layers have no error, so none is the hardest.
     """
     common.use_threads(threads)
     common.check_page(page)
@@ -82,8 +82,9 @@ def _show(result: Inspection) -> None:
     for row in sorted(result.inputs, key=lambda row: -row.largest / max(row.median_channel, 1e-30))[:ROWS]:
         figures = common.number(row.largest), common.number(row.median_channel)
         wide.add_row(row.name, *figures, str(len(row.outliers)), str(len(row.massive)))
-    common.show_table(hard)
-    common.show_table(wide)
+    for table in (hard, wide):
+        if table.rows:
+            common.show_table(table)
     for file in result.files:
         console.print(str(file), markup=False, soft_wrap=True)
     common.warn(result.warnings)

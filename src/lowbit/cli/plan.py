@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowbit.cli import common
+from lowbit.cli.beside_format import check_format
 from lowbit.cli.choose import (
     KV,
     ActivationBits,
@@ -25,7 +26,6 @@ from lowbit.cli.choose import (
     SchemeName,
     Settings,
     byte_count,
-    check_format,
     choose_recipe,
     method_options,
     outside_overrides,
@@ -72,7 +72,7 @@ def command(
     """
     options = method_options(bits, group_size, activation_bits, settings, scheme)
     changes = [*(overrides or ()), *outside_overrides(embedding_bits, head_bits)]
-    check_format(format, options, changes)
+    check_format(format, method, options, settings, changes)
     chosen = choose_recipe(method, recipe, options, changes, (kv, kv_bits, kv_settings))
     from lowbit.plan import plan
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowbit.cli import common
+from lowbit.cli.beside_format import check_format
 from lowbit.cli.choose import (
     KV,
     ActivationBits,
@@ -29,7 +30,6 @@ from lowbit.cli.choose import (
     SchemeName,
     Settings,
     byte_count,
-    check_format,
     choose_recipe,
     method_options,
     outside_overrides,
@@ -114,7 +114,7 @@ def command(
     limit = byte_count(ram_limit)
     changes = [*(overrides or ()), *outside_overrides(embedding_bits, head_bits)]
     options = method_options(bits, group_size, activation_bits, settings, scheme)
-    check_format(format, options, changes)
+    check_format(format, method, options, settings, changes)
     chosen = choose_recipe(method, recipe, options, changes, (kv, kv_bits, kv_settings))
     common.use_threads(threads)
     text = None if calibration == "none" else common.text_or_default(calibration, "calibration")
@@ -194,11 +194,13 @@ def _announce(job: Job, restart: bool) -> bool:
     common.say(f"recipe:      {job.recipe.name}: {describe(job.recipe)}")
     said = job.calibrated_on if text is None else f"{text.name}, {' x '.join(map(str, text.ids.shape))} tokens"
     common.say(f"calibration: {said}")
+    if text is not None and text.quality is not None:
+        common.say(f"written:     {text.quality.summary}")
     if text is not None and text.further is not None:
         common.say(
             f"training:    {' x '.join(map(str, text.further.shape))} tokens of it, not of the calibration windows"
         )
-    common.warn([] if text is None else text.warnings)  # before hours of work, and once more at its end
+    common.warn(job.warnings)  # before hours of work, and once more at its end
     common.say(f"target:      {job.out}")
     journal = Journal(job.out, job.header).path
     unfinished = journal.exists()

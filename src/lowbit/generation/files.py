@@ -123,6 +123,11 @@ class GeneratedText:
             *(_whole(table[column]).to_numpy(zero_copy_only=False) for column in plain),
         )
 
+    @classmethod
+    def written(cls, name: str, texts: Sequence[Written]) -> GeneratedText:
+        """Texts as the model wrote them, which are kept nowhere."""
+        return cls.of(name, {}, as_table(texts, None, prompted=False))
+
     def quality(self, vocabulary: int) -> Quality:
         """What the texts look like, for a tokenizer of ``vocabulary`` tokens."""
         chosen = self.lengths - self.prompt_tokens

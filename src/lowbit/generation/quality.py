@@ -50,9 +50,19 @@ class Quality:
     confidence: float | None
     problems: tuple[str, ...] = ()
 
+    @property
+    def summary(self) -> str:
+        """The figures that have thresholds, in a line."""
+        confidence = "" if self.confidence is None else f"; mean probability {self.confidence:.3f}"
+        return (
+            f"{self.texts} texts, {self.tokens} tokens, a median of {self.median:g}; 4-grams: {self.distinct[3]:.1%} differ, "
+            f"{self.repeated:.1%} repeated in their text; {self.looping:.1%} of the tokens in loops, {self.duplicates:.1%} of the texts "
+            f"copies{confidence}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, with the thresholds."""
-        return asdict(self) | {"thresholds": [threshold.text for threshold in THRESHOLDS]}
+        """As plain data, with the thresholds and the summary."""
+        return asdict(self) | {"thresholds": [threshold.text for threshold in THRESHOLDS], "summary": self.summary}
 
 
 @dataclass(frozen=True)

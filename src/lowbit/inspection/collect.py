@@ -86,7 +86,7 @@ def inspect_model(
         f"{text.name}, {list(text.ids.shape)}",
         tuple(rows),
         tuple(inputs),
-        for_config(source.config).warnings,
+        (*for_config(source.config).warnings, *text.warnings),
     )
     return inspection if out is None else _write(inspection, channels, Path(out))
 
@@ -160,9 +160,10 @@ def _write(inspection: Inspection, channels: dict[str, Tensor], out: Path) -> In
     from lowbit.inspection import plots  # matplotlib takes a second to import
 
     out.mkdir(parents=True, exist_ok=True)
-    names = ("inspection.md", "inspection.json", "channels.safetensors", *plots.DRAWINGS)
+    drawings = plots.drawings(inspection)
+    names = ("inspection.md", "inspection.json", "channels.safetensors", *drawings)
     inspection = dataclasses.replace(inspection, files=tuple(out / name for name in names))
-    for name, draw in plots.DRAWINGS.items():
+    for name, draw in drawings.items():
         draw(inspection, channels).savefig(out / name, dpi=110)
     save_file(channels, out / "channels.safetensors")
     (out / "inspection.json").write_text(json.dumps(inspection.to_dict(), indent=2) + "\n")

@@ -60,6 +60,7 @@ def importance_matrix(
         for shared in state.resolved.shared_inputs:
             for path in shared.readers:
                 entries[names(f"{state.full_name(path)}.weight")] = stats[shared.name][SquareSum()]
-    found = Imatrix(entries, (text.name,), *(int(n) for n in text.ids.shape))
+    chunks, chunk_size = text.ids.shape
+    found = Imatrix(entries, (text.name,), chunks, chunk_size, source.name, source.fingerprint, text.warnings)
     write_imatrix(found, out)
     return found

@@ -181,3 +181,8 @@ DRAWINGS: dict[str, Callable[[Inspection, Mapping[str, Tensor]], Figure]] = {
     "massive_tokens.png": draw_tokens,
     "hardest_layers.png": draw_layers,
 }
+
+
+def drawings(inspection: Inspection) -> dict[str, Callable[[Inspection, Mapping[str, Tensor]], Figure]]:
+    """Those of :data:`DRAWINGS` that have something to show: layers only where some have an error."""
+    return {name: draw for name, draw in DRAWINGS.items() if draw is not draw_layers or inspection.hardest}

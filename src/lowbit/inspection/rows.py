@@ -21,6 +21,7 @@ from lowbit.numerics import Int, PerGroup, Spec
 OUTLIER = 6.0
 MASSIVE = 50.0
 ROUNDED = Spec(Int(4), PerGroup(64))
+_HARDEST = "## Hardest layers\n\nRelative squared output error when rounded to nearest, 4 bits, groups of 64."
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def _over(values: Tensor, limit: float) -> list[int]:
 
 
 def markdown(inspection: Inspection, count: int = 20) -> str:
-    """Tables of the hardest layers, the widest inputs and the massive tokens, up to ``count`` rows each."""
+    """Tables of the hardest layers (if any has an error), the widest inputs and the massive tokens, up to ``count`` rows each."""
     widest = sorted(inspection.inputs, key=lambda row: -row.largest / max(row.median_channel, 1e-30))[:count]
     massive = [(row.name, token) for row in inspection.inputs for token in row.massive]
     massive = sorted(massive, key=lambda pair: -pair[1].magnitude)[:count]
@@ -203,8 +204,7 @@ def markdown(inspection: Inspection, count: int = 20) -> str:
     parts = [
         f"# {inspection.model}\n\nOn {inspection.calibration}.",
         *(f"Warning: {warning}" for warning in inspection.warnings),
-        "## Hardest layers\n\nRelative squared output error when rounded to nearest, 4 bits, groups of 64.",
-        _table(("layer", "error", "weight range", "weight std"), hard),
+        *(_HARDEST, _table(("layer", "error", "weight range", "weight std"), hard)) * bool(hard),
         f"## Widest inputs\n\nOutlier channels are over {OUTLIER:g} times the median channel's largest magnitude.",
         _table(("input", "largest", "median channel", "outliers", "the first (ratio to the median)"), wide),
         f"## Massive tokens\n\nTheir largest magnitude is over {MASSIVE:g} times the median token's.",

@@ -160,7 +160,7 @@ def choose(layer: PackedLinear, rows: int) -> Kernel:
     if name is None:
         return next(kernel for kernel in (*_KERNELS, _REFERENCE) if kernel.why_not(layer, rows) is None)
     if name not in names():
-        raise ValueError(f"{ENVIRONMENT}={name!r} is not a kernel{nearest(name, names())}; all: {', '.join(names())}")
+        raise ValueError(f"{ENVIRONMENT}={name!r} is not a kernel{nearest(name, names())}")
     kernel = _called(name)
     if kernel.tiled and layer.tiles is None:
         return _REFERENCE

@@ -42,7 +42,11 @@ from lowbit.methods import (
     zeroquant,
 )
 
+USUAL_CACHE = "kivi"
+"""The method for caches where a cache is asked for and no method is named."""
+
 __all__ = [
+    "USUAL_CACHE",
     "autoround",
     "awq",
     "bitdistiller",

@@ -126,7 +126,8 @@ class PerGroup:
     def __post_init__(self):
         if self.size < 1:
             raise ValueError(
-                f"group size must be at least 1, found {self.size}; for one range for each row use per channel"
+                f"group size must be at least 1, found {self.size}; for one scale for each output channel: "
+                "--group-size channel, None in Python, null in a recipe's options"
             )
 
     def param_shape(self, shape: Shape) -> tuple[int, int]:

@@ -203,5 +203,6 @@ def ragged_groups(plan: ModelPlan) -> list[str]:
     return [
         f"group size {size} does not divide the {inputs} inputs of {', '.join(dict.fromkeys(roles))} ({len(roles)} layers): "
         + (f"the last group of each row holds {inputs % size}" if size < inputs else "each row is one group")
+        + ". lowbit runs that; no other file format holds it"
         for (size, inputs), roles in where.items()
     ]

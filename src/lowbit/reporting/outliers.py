@@ -72,7 +72,7 @@ def inspection_section(name: str, inspection: Inspection, channels: Mapping[str,
             (x.name, x.role, *map(text_of, (x.error, x.weight_min, x.weight_max, x.weight_std)))
             for x in inspection.rows
         ),
-    )
+    ).filled()
     rounded = ("Errors are those of rounding to nearest, 4 bits in groups of 64.",) if inspection.hardest else ()
     words = (
         f"{inspection.model} on {inspection.calibration}.",

@@ -36,6 +36,7 @@ def run_section(number: int, name: str, report: Json) -> Section:
     link = f"run-{number}"
     facts = [(key, text_of(value)) for key, value in header.items() if key != "recipe"]
     facts += [("calibrated on", report.get("calibration") or "nothing")]
+    facts += [("text that a model wrote", each["summary"]) for each in [report.get("generated_text")] if each]
     facts += [("broken", text) for text in report.get("problems", ())]
     facts += [("warning", text) for text in report.get("warnings", ())]
     command = quantize_command("MODEL", _calibration(report.get("calibration") or ""))
@@ -54,7 +55,7 @@ def run_section(number: int, name: str, report: Json) -> Section:
         pictures=tuple(filter(None, [error_map(name, report["layers"]), _block_errors(name, report["block_errors"])])),
         tables=(
             Table(f"{name}: what was measured", ("figure", "value"), tuple(figures), (link,) * len(figures)),
-            layers,
+            *((layers,) if layers.rows else ()),
         ),
         entries=(Entry(name, link, tuple(facts), recipe_text(report["recipe"]), (command,)),),
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoints.model_card import REPORT
+from lowbit.checkpoints.shards import read_json
 from lowbit.comparison.results import DECISIVE, work_of
 from lowbit.tables import Table, of_mappings, text_of
 
@@ -98,10 +99,21 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise SourceError(f"{path}: no such file or directory; expected {_READS}")
     found = [file for pattern in _KNOWN for file in sorted(path.glob(pattern))]
+    if not found and _is_model(path):
+        raise SourceError(
+            f"{path}: found a model without {REPORT}, which says what lowbit measured of it; expected {_READS}. "
+            f"`lowbit inspect {path} -o DIR` and `lowbit evaluate {path} --json > FILE.json` measure a model"
+        )
     found = found or sorted([*path.glob("*.json"), *path.glob("*.jsonl")])
     if not found:
         raise SourceError(f"{path}: it holds no .json and no .jsonl file; expected {_READS}")
     return found
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a directory holds a model as transformers saves it."""
+    config = path / "config.json"
+    return config.is_file() and "model_type" in read_json(config)
 
 
 def _read(file: Path, sources: Sources) -> None:

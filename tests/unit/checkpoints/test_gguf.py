@@ -236,6 +236,15 @@ def test_a_model_that_llama_cpp_computes_otherwise_is_refused(tmp_path):
             lowbit.export(tmp_path / f"model{i}", "gguf:f16", out=tmp_path / "out")
 
 
+def test_an_unknown_option_is_answered_with_the_nearest_one_or_with_all_of_them_once():
+    with pytest.raises(ValueError, match=r"unknown option gguf:q8_00 \(did you mean 'q8_0'\?\)$"):
+        find_format("gguf:q8_00")
+    with pytest.raises(ValueError, match="unknown option gguf:nosuch; known: ") as refused:
+        find_format("gguf:nosuch")
+    named = str(refused.value).split("known: ")[1].split(", ")
+    assert len(named) == len(set(named)) and {"f16", "q4_k_m", "q8_0"} <= set(named)
+
+
 def test_an_unknown_option_or_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="gguf:q9"):
         find_format("gguf:q9")

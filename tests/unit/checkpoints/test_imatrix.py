@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -16,6 +17,7 @@ from lowbit.checkpoints.imatrix import Imatrix, is_imatrix, read_imatrix, write_
 from lowbit.checkpoints.shards import ModelError
 from lowbit.cli import app
 from lowbit.inspection import importance_matrix
+from lowbit.job import prepare
 from lowbit.modules import QuantLinear
 from lowbit.numerics import ClipSearch, Gram, SquareSum, mean_square, quantize
 
@@ -140,6 +142,22 @@ def test_the_command_writes_a_file_that_quantize_takes_for_types_of_llama_cpp(mo
     result = CliRunner().invoke(app, [*words, "--format", "gguf:q4_0", "-o", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "importance matrix ids.gguf" in result.output and (tmp_path / "out" / "model.gguf").is_file()
+
+
+def test_a_file_of_another_model_of_the_same_sizes_is_named_where_it_says_what_read_its_text(model, files, tmp_path):
+    other, recipe = tiny_llama(tmp_path / "other", intermediate_size=128, seed=5), lowbit.recipe("rtn", **RTN)
+
+    def said(of: Path, file: Path, out: str) -> list[str]:
+        job = prepare(of, recipe, str(file), out=tmp_path / out)
+        return [warning for warning in job.warnings if "was made with" in warning]
+
+    (warning,) = said(other, files[".gguf"], "a")
+    assert "own.gguf was made with model (fingerprint " in warning and "another model's inputs" in warning
+    assert said(model, files[".gguf"], "b") == []
+    for kind, file in (("no names", tmp_path / "llama.gguf"), ("older", tmp_path / "llama.dat")):
+        found = read_imatrix(files[".gguf"])
+        write_imatrix(replace(found, model="", model_sha256=""), file)
+        assert read_imatrix(file).model_sha256 == "" and said(other, file, kind) == []  # as llama.cpp writes them
 
 
 # Refused

@@ -371,6 +371,35 @@ def test_generate_data_writes_texts_reports_on_them_and_names_the_next_command(p
     assert_refused(run("generate-data", place / "model", "-o", out), "exists and is not empty")
 
 
+def test_text_that_the_model_writes_for_a_run_has_the_report_of_kept_text(place, tmp_path):
+    out = tmp_path / "packed"
+    made = quantize(place, out, "--calibration", "self:greedy", method=("--method", "gptq", "--bits", "8"))
+    assert made.exit_code == 0, made.stderr
+    before, after = made.stderr.split("target:")
+    for words in ("self:greedy is bad data: the mean probability", "below 0.05"):
+        assert words in before and words in after
+    tokens = (4 + 1) * 16 + 1  # calibration and held-out windows
+    asked = ("--tokens", tokens, "--seq-len", 16, "--strategy", "greedy")
+    assert run("generate-data", place / "model", *asked, "-o", tmp_path / "kept").exit_code == 0
+    figures = json.loads((tmp_path / "kept" / "report.json").read_text())
+    assert json.loads((out / "lowbit-report.json").read_text())["generated_text"] == figures
+    assert figures["summary"] in before and figures["summary"] in (out / "README.md").read_text()
+    assert run("report", out, "-o", tmp_path / "page.html").exit_code == 0
+    assert figures["summary"] in (tmp_path / "page.html").read_text()
+
+
+def test_every_command_that_calibrates_on_bad_data_says_so(place, tmp_path):
+    method = ("--method", "rtn", "--group-size", "channel")
+    for command in (
+        ("inspect", place / "model", "-o", tmp_path / "inspection"),
+        ("imatrix", place / "model", "-o", tmp_path / "x.gguf"),
+        ("allocate", place / "model", *method, "--target-bits", "5", "-o", tmp_path / "mixed.yaml"),
+    ):
+        result = run(*command, "--calibration", "self", *SHORT)
+        assert result.exit_code == 0, result.stderr
+        assert "warning: self is bad data: the mean probability of the tokens is below 0.05" in result.stderr, command
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, for what peft calls
 def test_merge_adapter_writes_a_checkpoint_and_says_what_was_lost(quantized, place, tmp_path):
     peft = pytest.importorskip("peft")
@@ -506,10 +535,27 @@ def test_a_recipe_file_and_options_give_the_same_recipe(place, tmp_path):
     assert json.loads(by_file.stdout)["recipe"] == json.loads(by_name.stdout)["recipe"]
 
 
-@pytest.mark.parametrize("spelling", ["channel", "none", "0", "-1"])
+@pytest.mark.parametrize("spelling", ["channel", "none", "-1"])
 def test_group_size_channel_is_one_scale_for_each_row(place, spelling):
     result = run("plan", place / "model", "--method", "rtn", "--group-size", spelling, "--json")
     assert json.loads(result.stdout)["recipe"]["scheme"]["rules"][0]["weight"]["granularity"] == {"type": "PerChannel"}
+
+
+def test_groups_of_no_weights_are_refused_with_how_one_scale_for_each_row_is_asked_for(place):
+    for given in (("--group-size", 0), ("--set", "group_size=0"), ("--override", "down:group_size=0")):
+        refused = run("plan", place / "model", "--method", "rtn", *given)
+        assert_refused(refused, "group size must be at least 1, found 0", "--group-size channel")
+
+
+def test_groups_that_do_not_divide_a_row_are_said_before_the_work_and_in_the_report(place, tmp_path):
+    words = "group size 24 does not divide the 64 inputs of q, k, v, o, gate, up (12 layers): the last group of each row holds 16"
+    result = quantize(place, tmp_path / "out", method=(*RTN[:-1], "24"))
+    assert result.exit_code == 0, result.stderr
+    before, after = result.stderr.split("target:")
+    assert words in before and words in after
+    assert words in (tmp_path / "out" / "README.md").read_text()
+    silent = quantize(place, tmp_path / "even", method=(*RTN[:-1], "32"))
+    assert "does not divide" not in silent.stderr
 
 
 def test_names_of_other_tools_work_and_a_scheme_is_bits_and_activation_bits(place):
@@ -584,6 +630,22 @@ def test_inspect_writes_its_files_and_shows_the_hardest_layers(place, tmp_path):
     files = sorted((tmp_path / "out").iterdir())
     assert files
     assert all(str(file) in result.stdout for file in files)
+
+
+def test_inspect_and_report_of_a_checkpoint_show_no_table_of_errors_that_it_does_not_have(quantized, place, tmp_path):
+    out = tmp_path / "out"
+    shown = run("inspect", quantized.out, "--calibration", place / "text.txt", *SHORT, "-o", out)
+    assert shown.exit_code == 0, shown.stderr
+    assert "widest inputs" in shown.stdout and "hardest" not in shown.stdout and "4 bits" not in shown.stdout
+    tables = run("report", out, "--markdown").stdout
+    assert "median channel" in tables and "weights from" in tables and "error at 4 bits" not in tables
+
+
+def test_report_of_a_model_that_lowbit_did_not_write_says_what_it_reads(place):
+    for form in (("--markdown",), ("-o", place / "report.html")):
+        refused = run("report", place / "model", *form)
+        assert_refused(refused, "found a model without lowbit-report.json", "expected results of", "lowbit inspect")
+    assert not (place / "report.html").exists()
 
 
 def test_ctrl_c_while_the_program_starts_is_a_line(monkeypatch, capsys):
@@ -715,6 +777,8 @@ def test_a_command_that_is_not_well_formed_exits_with_2(arguments):
         (("--bits", "3"), "--bits 3"),
         (("--group-size", "32"), "--group-size 32"),
         (("--override", "down:bits=8"), "down:bits=8"),
+        (("--set", "bits=3"), "--set bits=3"),
+        (("--set", "symmetric=true"), "--set symmetric=true"),
     ],
 )
 def test_numbers_that_a_preset_of_a_file_format_would_replace_are_refused(place, given, words):
@@ -723,6 +787,11 @@ def test_numbers_that_a_preset_of_a_file_format_would_replace_are_refused(place,
         assert result.exit_code == 2 and result.stdout == ""
         assert "gguf:q8_0 gives every matrix its bits and groups" in result.stderr and words in result.stderr
         assert run(*command, *given, "--format", "gguf", COLUMNS="400").exit_code == 0
+
+
+def test_options_that_change_more_than_numbers_go_with_a_preset_of_a_file_format(place):
+    steps = ("plan", place / "model", "--method", "rtn", "--set", "mse=true", "--format", "gguf:q8_0")
+    assert run(*steps).exit_code == 0
 
 
 def test_debug_shows_the_error_as_it_is():
@@ -805,7 +874,7 @@ def test_overrides_are_read_from_the_right():
         "symmetric": True,
     }
     assert override("re:a:b:skip") == {"match": "re:a:b", "skip": True}
-    assert override("down:group_size=0")["group_size"] == "channel"
+    assert override("down:group_size=-1")["group_size"] == "channel"
 
 
 @pytest.mark.parametrize(
@@ -875,7 +944,9 @@ def test_allocate_writes_a_recipe_that_quantize_takes_and_keeps_to_the_budget(pl
     assert json.loads(made.stdout)["bits_per_weight"] == pytest.approx(told["bits_per_weight"])
     assert_refused(run("allocate", place / "model", *asked, "-o", out), "mixed.yaml exists")
     impossible = run("allocate", place / "model", *asked[:5], "1.5", *asked[6:], "-o", tmp_path / "no.yaml")
-    assert_refused(impossible, "1.5 bits a weight were asked for", "ask for more")
+    assert_refused(impossible, "1.5 bits a weight were asked for", "codes of 2 to 8 bits", "ask for more")
+    unused = run("allocate", place / "model", *asked[:5], "99", *asked[6:], "-o", tmp_path / "no.yaml")
+    assert_refused(unused, "99.0 bits a weight were asked for", "this recipe takes 2.", " to 8.", "at most")
     assert not (tmp_path / "no.yaml").exists()
 
 

@@ -84,11 +84,35 @@ def test_answers_side_by_side_as_text_and_as_json(place):
         (("--chat",), 2, "give --against MODEL"),
         (("--limit", 3), 2, "it goes with --tasks"),
         (("--judge", "http://localhost"), 2, "it goes with --chat"),
+        (("--answer-tokens", 6), 2, "it goes with --chat"),
+        (("--judge-model", "a"), 2, "it goes with --judge"),
+        *(
+            (
+                (*asked, *given),
+                2,
+                f"{given[0]}: it goes with --text, because only perplexity is measured on windows of a text",
+            )
+            for asked in (("--tasks", "mine", "--task-files", "."), ("--chat", "--against", "."))
+            for given in (("--protocol", "gptq"), ("--seq-len", 8), ("--windows", 0), ("--chunk", 4))
+        ),
         (("--tasks", ","), 2, "expected names"),
         (("--tasks", "absent", "--task-files", "."), 1, "no file absent.jsonl"),
     ],
 )
-def test_what_does_not_go_together_is_refused(place, options, code, words):
+def test_what_would_be_ignored_is_refused(place, options, code, words):
     result = evaluate(place / "w3", *options)
     said = " ".join(result.stderr.replace("│", " ").split())  # errors of usage are in a box
     assert result.exit_code == code and result.stdout == "" and words in said
+
+
+def test_windows_of_a_text_are_as_asked_and_as_the_help_says_else(place):
+    text = place / "passages-long.txt"
+    text.write_text(" ".join(f"w{i % 100}" for i in range(200)))
+    asked = (place / "w3", "--text", text, "--tasks", "mine", "--task-files", place, "--json")
+    found = json.loads(evaluate(*asked, "--protocol", "llama.cpp", "--seq-len", 16, "--windows", 0).stdout)
+    assert (found["protocol"], found["seq_len"], found["windows"]) == ("llama.cpp", 16, 12) and "mine" in found["tasks"]
+    usual = json.loads(evaluate(*asked, "--seq-len", 8).stdout)
+    assert (usual["protocol"], usual["seq_len"], usual["windows"]) == ("gptq", 8, 20)
+    words = " ".join(CliRunner().invoke(app, ["evaluate", "--help"], env={"COLUMNS": "300"}).stdout.split())
+    for default in ("gptq (default)", "(default 1024)", "(default 20)", "(default 128)", "(default gpt-4)"):
+        assert default in words

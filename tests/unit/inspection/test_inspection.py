@@ -253,6 +253,15 @@ def test_a_checkpoint_reads_what_the_original_read_where_nothing_changes_inputs(
     assert channels["model.layers.0.attention_in"].max() == first.largest
 
 
+def test_where_no_layer_has_an_error_no_layers_are_called_the_hardest(planted, ids, tmp_path):
+    after = packed(planted, ids, tmp_path, lowbit.recipe("rtn", bits=8, group_size=32))
+    assert not after.hardest and {row.name for row in after.rows}
+    assert {file.name for file in after.files} == {file.name for file in (tmp_path / "after").iterdir()}
+    assert "hardest_layers.png" not in {file.name for file in after.files}
+    text = (tmp_path / "after" / "inspection.md").read_text()
+    assert "Hardest" not in text and "## Widest inputs" in text
+
+
 def test_smoothing_shows_in_what_packed_weights_read(planted, ids, found, tmp_path):
     after = packed(planted, ids, tmp_path, lowbit.recipe("smoothquant", bits=8, activation_bits=8))
     ratio = {name: each.largest / each.median_channel for name, each in (

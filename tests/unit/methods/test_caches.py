@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import lowbit
+from lowbit.methods import USUAL_CACHE
 from lowbit.recipes import KV_FAMILY, METHODS, Train, as_recipe, recipe
 
 from helpers import random_ids, tiny_llama
@@ -77,6 +78,14 @@ def test_a_file_gives_a_mix_or_a_method_another_cache(tmp_path):
     report = lowbit.quantize(tiny_llama(tmp_path / "model"), file, random_ids(2, 64), out=tmp_path / "out", max_kl=50)
     made = lowbit.load(tmp_path / "out")
     assert lowbit.decoding.model.kv_formats(made).kv.recent == 16 and report.cache_bits == 4 + 2 * 16 / 16
+
+
+def test_a_cache_of_no_named_method_is_of_the_one_that_the_methods_call_usual(tmp_path):
+    model = lowbit.load(tiny_llama(tmp_path))
+    for options in ({}, {"bits": 4, "recent": 64}):
+        found, wanted = lowbit.kv_cache(model, **options), lowbit.kv_cache(model, USUAL_CACHE, **options)
+        assert [layer.spec for layer in found.layers] == [layer.spec for layer in wanted.layers]
+    assert found.layers[0].spec.key.grid.bits == 4
 
 
 def test_kivi_gives_the_keys_of_some_layers_more_bits(tmp_path):

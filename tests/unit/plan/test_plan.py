@@ -14,6 +14,7 @@ from lowbit.checkpoints.source import open_model
 from lowbit.kernels import native
 from lowbit.numerics import Gram, Int, PerChannel, PerCluster, PerGroup, Spec, to_dict
 from lowbit.plan import explain, plan
+from lowbit.plan.compatibility import model_description
 from lowbit.plan.model_plan import plan_model
 from lowbit.plan.peak import run_sizes
 from lowbit.recipes import METHODS, Recipe, from_plain, recipe
@@ -175,12 +176,24 @@ def test_layers_without_a_rule_routers_and_heads_say_so(models):
 def test_ragged_groups_are_warned_of_by_role(models):
     warnings = plan(models("llama"), recipe("rtn", group_size=20)).warnings
     assert warnings[0] == (
-        "group size 20 does not divide the 32 inputs of q, k, v, o, gate, up (12 layers): the last group of each row holds 12"
+        "group size 20 does not divide the 32 inputs of q, k, v, o, gate, up (12 layers): the last group of each row holds 12. "
+        "lowbit runs that; no other file format holds it"
     )
     assert "48 inputs of down (2 layers)" in warnings[1]
     whole_rows = plan(models("llama"), recipe("rtn", group_size=128)).warnings
     assert all("each row is one group" in warning for warning in whole_rows)
     assert plan(models("llama"), recipe("rtn", group_size=16)).warnings == ()
+
+
+def test_only_lowbits_own_format_holds_groups_that_do_not_divide_a_row(models):
+    def holders(size: int, bits: int) -> set[str]:
+        planned = plan_model(models("tied"), recipe("rtn", bits=bits, group_size=size))
+        described, config = model_description(planned), planned.source.config
+        return {each.name for each in formats.FORMATS if each.why_not(described, (), config) is None}
+
+    for bits in (4, 8):
+        assert holders(16, bits) >= {"native", "compressed-tensors"}
+        assert holders(20, bits) == holders(128, bits) == {"native"}
 
 
 def test_transforms_that_the_architecture_cannot_carry_are_warned_of(models):

@@ -8,6 +8,8 @@ from pathlib import Path
 import transformers.models
 
 import lowbit
+from lowbit.catalog import KV_FAMILY
+from lowbit.methods import USUAL_CACHE
 from lowbit.recipes import METHODS
 
 SOURCE = Path(lowbit.__file__).parent
@@ -38,6 +40,18 @@ def test_no_branch_names_a_method_outside_methods():
         names = _compared_strings(SOURCE / file) & set(METHODS)
         allowed = PROTOCOLS if file.startswith("evaluate/") else set()
         assert file.startswith("methods/") or not names - allowed, file
+
+
+def test_no_code_names_a_method_for_caches_outside_methods():
+    caches = {name for name, each in METHODS.items() if each.family == KV_FAMILY}
+    assert USUAL_CACHE in caches
+    for file in FILES:
+        constants = {node.value for node in ast.walk(ast.parse((SOURCE / file).read_text())) if _is_text(node)}
+        assert file.startswith("methods/") or not constants & caches, file
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def test_no_branch_names_a_model_outside_architectures():

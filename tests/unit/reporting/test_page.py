@@ -15,7 +15,7 @@ from lowbit.numerics import to_dict
 from lowbit.recipes.files import from_plain
 from lowbit.reporting import Page, make_page, page, read_sources, write_report
 from lowbit.reporting.comparisons import comparison_sections, front
-from lowbit.reporting.runs import error_map
+from lowbit.reporting.runs import error_map, run_section
 
 from measurements import CURVE, GPTQ, HOSTILE, RECORDS, record, write_all, write_lines
 
@@ -140,6 +140,13 @@ def test_layers_of_a_checkpoint_are_those_of_its_report(made, files):
 
 
 # That it harms nobody
+
+
+def test_a_checkpoint_without_quantized_layers_has_no_table_of_layers(files):
+    (report,) = read_sources([files[1]]).runs.values()
+    assert len(run_section(1, "a", report).tables) == 2
+    bare = run_section(1, "a", report | {"layers": [], "block_errors": []})
+    assert [table.title for table in bare.tables] == ["a: what was measured"]
 
 
 def test_nothing_that_a_file_says_becomes_markup(html):

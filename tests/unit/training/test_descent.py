@@ -389,7 +389,7 @@ import lowbit
 from unit.training.test_descent import QUIET, _calibration, _two_stages
 from lowbit.training import leads
 report = lowbit.quantize({place!r}, _two_stages(batch=1, accumulate=4), _calibration(8), out={out!r}, **QUIET)
-print("KL", leads(), report.kl)
+print(f"KL {{leads()}} {{report.kl}}\\n", end="")  # in one piece, whatever the other process prints
 """
 
 

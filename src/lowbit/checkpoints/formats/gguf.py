@@ -53,7 +53,7 @@ class Gguf(UsualAnswers):
             return Gguf(preset=option.lower())
         if option.upper() not in DTYPES:
             known = [*(each.lower() for each in DTYPES), *PRESETS]
-            raise ValueError(f"unknown option gguf:{option}{nearest(option, known)}; known are {', '.join(known)}")
+            raise ValueError(f"unknown option gguf:{option}{nearest(option, known)}")
         return Gguf(option.upper())
 
     def specs(self, tensors: Sequence[TensorRole], config: Any) -> Mapping[str, Spec] | None:

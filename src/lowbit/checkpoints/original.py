@@ -1,0 +1,83 @@
+"""Whether one model can be the original of another: refused where sizes say no, doubted where a checkpoint's report names other files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lowbit.checkpoints import native
+from lowbit.checkpoints.config import load_config
+from lowbit.checkpoints.locate import gguf_file
+from lowbit.checkpoints.model_card import REPORT
+from lowbit.checkpoints.shards import fingerprint, read_headers, read_json
+from lowbit.checkpoints.to_run import locate_to_run
+
+_FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+"""What quantization never changes of a model."""
+_SHORT = 12  # digits of a fingerprint in messages
+
+
+def check_original(
+    model: str | PathLike[str] | PreTrainedModel,
+    original: str | PathLike[str] | PreTrainedModel,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Checks, by their configs alone, that ``model`` can be what was made of ``original``.
+
+    What another model computes says nothing about what quantization cost, and training towards it would end without a word.
+
+    Args:
+        model, original: models in memory, or places as :func:`lowbit.load` takes them.
+
+    Raises:
+        ValueError: another kind of model, or another size.
+    """
+    (here, mine), (there, its) = (_config(each, trust_remote_code) for each in (model, original))
+    found = [(name, getattr(mine, name, None), getattr(its, name, None)) for name in _FIELDS]
+    if other := [f"{name} is {one} here and {two} there" for name, one, two in found if one != two]:
+        raise ValueError(
+            f"{there} is not the original of {here}: {', '.join(other)}. Name the model that was quantized with "
+            "against= (--against ORIGINAL)"
+        )
+
+
+def original_doubts(
+    model: str | PathLike[str], original: str | PathLike[str], *, trust_remote_code: bool = False
+) -> tuple[str, ...]:
+    """A warning where the report of a checkpoint says that it was made of a model with other bytes than ``original``.
+
+    A copy in another format or type has other bytes too, so this is no refusal. GGUF files are not compared.
+    """
+    if gguf_file(original) is not None:
+        return ()
+    mine, path = (locate_to_run(each, trust_remote_code=trust_remote_code) for each in (model, original))
+    report = mine / REPORT
+    made_of = _made_of(read_json(report)) if report.is_file() else None
+    if made_of is None or mine.resolve() == path.resolve():  # a checkpoint beside itself shows what another cache costs
+        return ()
+    found = fingerprint(path / "config.json", read_headers(path))
+    if made_of == found:
+        return ()
+    return (
+        f"{original} has other bytes (fingerprint {found[:_SHORT]}) than the model that {model} was made of "
+        f"({made_of[:_SHORT]}, in its {REPORT}): unless it is a copy of that in another form, what follows compares two different models",
+    )
+
+
+def _config(model: str | PathLike[str] | PreTrainedModel, trust_remote_code: bool) -> tuple[str, Any]:
+    """What a model is called, and the config of the part that reads text."""
+    if isinstance(model, PreTrainedModel):
+        return type(model).__name__, model.config.get_text_config()
+    path = locate_to_run(model, trust_remote_code=trust_remote_code)
+    config = load_config(str(model), path, native.read_checkpoint(path).config, trust_remote_code)
+    return str(model), config.get_text_config()
+
+
+def _made_of(report: Mapping[str, Any]) -> str | None:
+    """The fingerprint of the model that a report's run, or one before it, read."""
+    header = report.get("header") or {}
+    return header.get("model") or header.get("original") or _made_of(report.get("before") or {}) if header else None

@@ -1,0 +1,68 @@
+"""Whether a model can be the original of another, and what is said where it is doubtful."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+import lowbit
+from lowbit.checkpoints import native
+from lowbit.checkpoints.original import check_original, original_doubts
+from lowbit.cli import app
+
+from helpers import random_ids, tiny_llama, tiny_writer
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model, what was made of it, and others: one of the same sizes, one with a block more, one that is wider."""
+    root = tmp_path_factory.mktemp("original")
+    tiny_writer(root / "model")
+    lowbit.quantize(root / "model", lowbit.recipe("rtn", bits=8, group_size=32), None, out=root / "packed")
+    tiny_llama(root / "same sizes", seed=5)
+    tiny_llama(root / "deeper", blocks=3)
+    tiny_llama(root / "wider", hidden_size=128)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("other", "words"), [("deeper", "num_hidden_layers is 2 here and 3"), ("wider", "hidden_size is 64 here and 128")]
+)
+def test_a_model_of_other_sizes_is_refused_as_the_original_before_weights_are_read(place, other, words, monkeypatch):
+    (place / "a.jsonl").write_text('{"query": "w7", "choices": ["w8", "w9"], "gold": 0}\n')
+    in_memory = lowbit.load(place / "packed")
+    monkeypatch.setattr(native, "load", None)
+    for ask in (
+        lambda: lowbit.evaluate(place / "packed", random_ids(2, 16), against=place / other),
+        lambda: lowbit.evaluate(in_memory, random_ids(2, 16), against=place / other),
+        lambda: lowbit.evaluate_tasks(place / "packed", ["a"], place, against=place / other),
+        lambda: lowbit.evaluate_chat(place / "packed", place / other, ["w7"]),
+    ):
+        with pytest.raises(
+            ValueError, match=f"{other} is not the original of .*: {words} there. Name the model that was"
+        ):
+            ask()
+
+
+def test_what_a_checkpoint_was_made_of_is_no_doubt_and_a_model_of_the_same_sizes_is_one(place):
+    for original in ("model", "packed"):  # itself: what another cache costs
+        check_original(place / "packed", place / original)
+        assert original_doubts(place / "packed", place / original) == ()
+    check_original(place / "packed", place / "same sizes")
+    (doubt,) = original_doubts(place / "packed", place / "same sizes")
+    assert "same sizes has other bytes (fingerprint " in doubt and "compares two different models" in doubt
+    assert original_doubts(place / "model", place / "same sizes") == ()  # no report says what it was made of
+
+
+def test_evaluate_warns_of_another_model_of_the_same_sizes(place):
+    (place / "text.txt").write_text(" ".join(f"w{i % 100 + 10}" for i in range(200)))
+    window = ("--text", str(place / "text.txt"), "--seq-len", "16", "--windows", "2")
+
+    def said(original: str) -> str:
+        asked = ["evaluate", str(place / "packed"), *window, "--against", str(place / original), "--json"]
+        result = CliRunner().invoke(app, asked)
+        assert result.exit_code == 0, result.stderr
+        return result.stderr
+
+    assert "warning: " in said("same sizes") and "other bytes" in said("same sizes")
+    assert "other bytes" not in said("model")
