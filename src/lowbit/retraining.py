@@ -304,8 +304,9 @@ def _run(job: TrainJob, journal: Journal, progress: Progress) -> TrainReport:
     with evaluating(model):
         computed = logits_of(model, _windows(job)[0, :_COMPARED])
     del model
-    losses, kls = zip(before, after, strict=True)
-    report = TrainReport(job.out, job.recipe.name, *losses, *kls, _measured_on(job), tuple(warnings))
+    (loss_before, kl_before), (loss_after, kl_after) = before, after
+    figures = loss_before, loss_after, kl_before, kl_after
+    report = TrainReport(job.out, job.recipe.name, *figures, _measured_on(job), tuple(warnings))
     return _finish(job, journal, report, computed)
 
 
@@ -326,9 +327,11 @@ def _measure(job: TrainJob, model: Any, progress: Progress) -> tuple[float, floa
             if original is not None:
                 kls.append(kl_and_agreement(logits_of(original, ids_T), logits_TV)[0].mean().item())
             progress(i + 1, len(windows), "measuring")
-    means = [torch.tensor(each).mean().item() if each else None for each in (losses, kls)]
-    assert means[0] is not None
-    return means[0], means[1]
+    return _mean(losses), _mean(kls) if kls else None
+
+
+def _mean(values: list[float]) -> float:
+    return torch.tensor(values).mean().item()
 
 
 def _measured_on(job: TrainJob) -> str:
