@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from lowbit.architectures.gguf import same_in_gguf
 from lowbit.checkpoints import native
 from lowbit.checkpoints.config import load_config
 from lowbit.checkpoints.locate import gguf_file
@@ -38,7 +39,11 @@ def check_original(
     """
     (here, mine), (there, its) = (_config(each, trust_remote_code) for each in (model, original))
     found = [(name, getattr(mine, name, None), getattr(its, name, None)) for name in _FIELDS]
-    if other := [f"{name} is {one} here and {two} there" for name, one, two in found if one != two]:
+    # A GGUF file does not tell some types apart, so a model that was read from one may have the other type.
+    differing = [
+        each for each in found if each[1] != each[2] and not (each[0] == "model_type" and same_in_gguf(*each[1:]))
+    ]
+    if other := [f"{name} is {one} here and {two} there" for name, one, two in differing]:
         raise ValueError(
             f"{there} is not the original of {here}: {', '.join(other)}. Name the model that was quantized with "
             "against= (--against ORIGINAL)"

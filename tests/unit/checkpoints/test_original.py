@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 from typer.testing import CliRunner
 
@@ -52,6 +55,18 @@ def test_what_a_checkpoint_was_made_of_is_no_doubt_and_a_model_of_the_same_sizes
     (doubt,) = original_doubts(place / "packed", place / "same sizes")
     assert "same sizes has other bytes (fingerprint " in doubt and "compares two different models" in doubt
     assert original_doubts(place / "model", place / "same sizes") == ()  # no report says what it was made of
+
+
+def test_types_that_a_gguf_file_does_not_tell_apart_are_one_kind_and_others_are_not(place):
+    """llama.cpp calls a model of mistral's type llama, so its file and its original have two types."""
+    for kind in ("mistral", "qwen2"):
+        shutil.copytree(place / "model", place / kind)
+        config = json.loads((place / kind / "config.json").read_text())
+        (place / kind / "config.json").write_text(json.dumps(config | {"model_type": kind, "sliding_window": None}))
+    check_original(place / "packed", place / "mistral")
+    check_original(place / "mistral", place / "packed")
+    with pytest.raises(ValueError, match="model_type is llama here and qwen2 there"):
+        check_original(place / "packed", place / "qwen2")
 
 
 def test_evaluate_warns_of_another_model_of_the_same_sizes(place):
