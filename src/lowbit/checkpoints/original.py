@@ -61,15 +61,15 @@ def original_doubts(
         return ()
     mine, path = (locate_to_run(each, trust_remote_code=trust_remote_code) for each in (model, original))
     report = mine / REPORT
-    made_of = _made_of(read_json(report)) if report.is_file() else None
-    if made_of is None or mine.resolve() == path.resolve():  # a checkpoint beside itself shows what another cache costs
+    made_of = _made_of(read_json(report)) if report.is_file() else []
+    if not made_of or mine.resolve() == path.resolve():  # a checkpoint beside itself shows what another cache costs
         return ()
     found = fingerprint(path / "config.json", read_headers(path))
-    if made_of == found:
+    if found in made_of:
         return ()
     return (
         f"{original} has other bytes (fingerprint {found[:_SHORT]}) than the model that {model} was made of "
-        f"({made_of[:_SHORT]}, in its {REPORT}): unless it is a copy of that in another form, what follows compares two different models",
+        f"({made_of[-1][:_SHORT]}, in its {REPORT}): unless it is a copy of that in another form, what follows compares two different models",
     )
 
 
@@ -82,7 +82,12 @@ def _config(model: str | PathLike[str] | PreTrainedModel, trust_remote_code: boo
     return str(model), config.get_text_config()
 
 
-def _made_of(report: Mapping[str, Any]) -> str | None:
-    """The fingerprint of the model that a report's run, or one before it, read."""
-    header = report.get("header") or {}
-    return header.get("model") or header.get("original") or _made_of(report.get("before") or {}) if header else None
+def _made_of(report: Mapping[str, Any]) -> list[str]:
+    """Fingerprints of the models that a report's run, and those before it, read: checkpoints that were trained, and originals."""
+    found: list[str] = []
+    now: Mapping[str, Any] | None = report
+    while now:
+        header = now.get("header") or {}
+        found += [header[key] for key in ("checkpoint", "original", "model") if header.get(key)]
+        now = now.get("before")
+    return found

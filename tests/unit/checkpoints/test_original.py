@@ -11,7 +11,11 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.checkpoints import native
 from lowbit.checkpoints.original import check_original, original_doubts
+from lowbit.checkpoints.shards import fingerprint, read_headers
 from lowbit.cli import app
+from lowbit.data import Calibration
+from lowbit.recipes import Recipe, Train
+from lowbit.training import NextToken, StoredFloats
 
 from helpers import random_ids, tiny_llama, tiny_writer
 
@@ -55,6 +59,18 @@ def test_what_a_checkpoint_was_made_of_is_no_doubt_and_a_model_of_the_same_sizes
     (doubt,) = original_doubts(place / "packed", place / "same sizes")
     assert "same sizes has other bytes (fingerprint " in doubt and "compares two different models" in doubt
     assert original_doubts(place / "model", place / "same sizes") == ()  # no report says what it was made of
+
+
+def test_a_trained_checkpoint_was_made_of_the_checkpoint_before_and_of_its_original(place):
+    ids = random_ids(3, 16)
+    text = Calibration(ids[:1], "a text", "0", held_out=ids[1:2], further=ids[2:])
+    base, training = lowbit.recipe("rtn"), Train(StoredFloats(), NextToken(), tokens=16)
+    recipe = Recipe("trained", base.scheme, (*base.stages, training))
+    lowbit.train(place / "packed", recipe, text, out=place / "trained")
+    for original in ("packed", "model"):
+        assert original_doubts(place / "trained", place / original) == ()
+    (doubt,) = original_doubts(place / "trained", place / "same sizes")
+    assert fingerprint(place / "model" / "config.json", read_headers(place / "model"))[:12] in doubt
 
 
 def test_types_that_a_gguf_file_does_not_tell_apart_are_one_kind_and_others_are_not(place):
