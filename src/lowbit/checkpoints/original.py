@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -60,8 +61,9 @@ def original_doubts(
     if gguf_file(original) is not None:
         return ()
     mine, path = (locate_to_run(each, trust_remote_code=trust_remote_code) for each in (model, original))
-    report = mine / REPORT
-    made_of = _made_of(read_json(report)) if report.is_file() else []
+    # An exported checkpoint keeps its report; what it is converted into to run has none.
+    report = next((file for file in (Path(model).expanduser() / REPORT, mine / REPORT) if file.is_file()), None)
+    made_of = [] if report is None else _made_of(read_json(report))
     if not made_of or mine.resolve() == path.resolve():  # a checkpoint beside itself shows what another cache costs
         return ()
     found = fingerprint(path / "config.json", read_headers(path))

@@ -73,6 +73,16 @@ def test_a_trained_checkpoint_was_made_of_the_checkpoint_before_and_of_its_origi
     assert fingerprint(place / "model" / "config.json", read_headers(place / "model"))[:12] in doubt
 
 
+def test_an_exported_checkpoint_says_what_it_was_made_of(place, monkeypatch):
+    monkeypatch.setenv("LOWBIT_CACHE", str(place / "cache"))
+    recipe = lowbit.recipe("rtn", bits=8, group_size=32, symmetric=True)
+    lowbit.quantize(place / "model", recipe, None, out=place / "symmetric")
+    lowbit.export(place / "symmetric", "compressed-tensors", out=place / "exported")
+    assert original_doubts(place / "exported", place / "model") == ()
+    (doubt,) = original_doubts(place / "exported", place / "same sizes")
+    assert "same sizes has other bytes (fingerprint " in doubt
+
+
 def test_types_that_a_gguf_file_does_not_tell_apart_are_one_kind_and_others_are_not(place):
     """llama.cpp calls a model of mistral's type llama, so its file and its original have two types."""
     for kind in ("mistral", "qwen2"):
