@@ -37,7 +37,7 @@ def loss_in_pieces(model: Any, ids_BT: Tensor, objective: Objective) -> Tensor:
     """
     tokens = ids_BT.shape[1] - 1
     asked = _asked_first(model, ids_BT)
-    output = None if asked is None else asked.module(*asked.args, **asked.kwargs)
+    output: Any = None if asked is None else asked.module(*asked.args, **asked.kwargs)
     if asked is None or not hasattr(output, "last_hidden_state"):  # no part of it answers with hidden states
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
         return objective.of_tokens(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten()) / (len(ids_BT) * tokens)

@@ -48,7 +48,7 @@ def capped() -> Gemma2ForCausalLM:
 def deeper() -> OPTForCausalLM:
     """Its head asks a part of its base model, and positions count."""
     torch.manual_seed(0)
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "ffn_dim": 48,
@@ -61,7 +61,7 @@ def deeper() -> OPTForCausalLM:
 def nameless() -> Llama4ForCausalLM:
     """It does not name the part that its head asks."""
     torch.manual_seed(0)
-    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 48}
+    experts: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 48}
     return Llama4ForCausalLM(Llama4TextConfig(**SIZES, **experts, head_dim=16, attention_chunk_size=256)).eval()
 
 
