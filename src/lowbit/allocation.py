@@ -131,6 +131,8 @@ def allocate(
     """
     base = as_recipe(recipe)
     widths = sorted(set(widths))
+    if not widths:
+        raise ValueError("there are no widths to choose from: expected one at least, such as widths=[2, 3, 4]")
     plan = plan_model(model, base, trust_remote_code=trust_remote_code)
     at_width = {width: replan(plan.source, plan.architecture, plan.model, _all_at(base, width)) for width in widths}
     given, stored = _bits(plan), {width: _bits(other) for width, other in at_width.items()}
@@ -180,9 +182,11 @@ def _check_budget(bits: float, widths: Sequence[int], reached: Sequence[float]) 
     )  # as they are said, so that either can be asked for
     if not reached[0] <= bits <= most:
         rising = "ask for more, or use larger groups" if bits < least else f"ask for {most:.3f} at most"
+        codes, takes = (
+            f"{a} to {b}" if a != b else a for a, b in ((widths[0], widths[-1]), (f"{least:.3f}", f"{most:.3f}"))
+        )
         raise ValueError(
-            f"{bits} bits a weight were asked for; with codes of {widths[0]} to {widths[-1]} bits this recipe takes {least:.3f} to "
-            f"{most:.3f}, everything stored counted: {rising}"
+            f"{bits} bits a weight were asked for; with codes of {codes} bits this recipe takes {takes}, everything stored counted: {rising}"
         )
 
 

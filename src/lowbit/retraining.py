@@ -290,7 +290,8 @@ class _Checkpoint:
 
 
 def _run(job: TrainJob, journal: Journal, progress: Progress) -> TrainReport:
-    """One model is in memory at a time: the one before is measured and dropped, and so is the trained one before the reload."""
+    """One packed model is in memory at a time: the one before is measured and dropped, and so is the trained one before the reload.
+    The original, where there is one, is beside it while it is measured, and in a training that asks it."""
     setting, warnings = _Checkpoint(job, journal.directory), [*job.warnings]
     before = _measure(job, setting.model(setting.files(journal, 0)), progress)
     model = None

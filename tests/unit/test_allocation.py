@@ -94,6 +94,17 @@ def test_the_ends_of_the_range_that_a_refusal_names_can_be_asked_for(llama):
         assert found.by_width().keys() >= {width} and found.bits_per_weight == pytest.approx(float(bits), abs=0.002)
 
 
+def test_one_width_is_one_budget_and_none_is_refused(llama):
+    recipe, ids = lowbit.recipe("rtn", group_size=32), random_ids(4, 32)
+    assert lowbit.allocate(llama, recipe, 4.625, ids, widths=[4]).bits_per_weight == 4.625
+    with pytest.raises(
+        ValueError, match=r"with codes of 4 bits this recipe takes 4\.625, everything stored counted: ask for 4\.625"
+    ):
+        lowbit.allocate(llama, recipe, 5, ids, widths=[4])
+    with pytest.raises(ValueError, match="no widths to choose from: expected one at least"):
+        lowbit.allocate(llama, recipe, 5, ids, widths=[])
+
+
 def test_impossible_budgets_and_grids_without_widths_are_refused_before_any_work(llama):
     with pytest.raises(
         ValueError, match=r"2\.0 bits a weight were asked for; with codes of 2 to 8 bits this recipe takes 3"

@@ -238,3 +238,9 @@ _ENTRIES = {
 def gguf_names() -> frozenset[str]:
     """The architectures of GGUF that have an entry."""
     return frozenset(entry.name for entry in _ENTRIES.values())
+
+
+def same_in_gguf(one: str | None, other: str | None) -> bool:
+    """Whether GGUF has one name for two of transformers' model types: a file then says either, whichever the model was."""
+    first, second = (_ENTRIES.get(each or "") for each in (one, other))
+    return first is not None and second is not None and first.name == second.name

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from lowbit.architectures.gguf import same_in_gguf
 from lowbit.checkpoints import native
 from lowbit.checkpoints.config import load_config
 from lowbit.checkpoints.locate import gguf_file
@@ -38,7 +40,11 @@ def check_original(
     """
     (here, mine), (there, its) = (_config(each, trust_remote_code) for each in (model, original))
     found = [(name, getattr(mine, name, None), getattr(its, name, None)) for name in _FIELDS]
-    if other := [f"{name} is {one} here and {two} there" for name, one, two in found if one != two]:
+    # A GGUF file does not tell some types apart, so a model that was read from one may have the other type.
+    differing = [
+        each for each in found if each[1] != each[2] and not (each[0] == "model_type" and same_in_gguf(*each[1:]))
+    ]
+    if other := [f"{name} is {one} here and {two} there" for name, one, two in differing]:
         raise ValueError(
             f"{there} is not the original of {here}: {', '.join(other)}. Name the model that was quantized with "
             "against= (--against ORIGINAL)"
@@ -55,16 +61,17 @@ def original_doubts(
     if gguf_file(original) is not None:
         return ()
     mine, path = (locate_to_run(each, trust_remote_code=trust_remote_code) for each in (model, original))
-    report = mine / REPORT
-    made_of = _made_of(read_json(report)) if report.is_file() else None
-    if made_of is None or mine.resolve() == path.resolve():  # a checkpoint beside itself shows what another cache costs
+    # An exported checkpoint keeps its report; what it is converted into to run has none.
+    report = next((file for file in (Path(model).expanduser() / REPORT, mine / REPORT) if file.is_file()), None)
+    made_of = [] if report is None else _made_of(read_json(report))
+    if not made_of or mine.resolve() == path.resolve():  # a checkpoint beside itself shows what another cache costs
         return ()
     found = fingerprint(path / "config.json", read_headers(path))
-    if made_of == found:
+    if found in made_of:
         return ()
     return (
         f"{original} has other bytes (fingerprint {found[:_SHORT]}) than the model that {model} was made of "
-        f"({made_of[:_SHORT]}, in its {REPORT}): unless it is a copy of that in another form, what follows compares two different models",
+        f"({made_of[-1][:_SHORT]}, in its {REPORT}): unless it is a copy of that in another form, what follows compares two different models",
     )
 
 
@@ -77,7 +84,12 @@ def _config(model: str | PathLike[str] | PreTrainedModel, trust_remote_code: boo
     return str(model), config.get_text_config()
 
 
-def _made_of(report: Mapping[str, Any]) -> str | None:
-    """The fingerprint of the model that a report's run, or one before it, read."""
-    header = report.get("header") or {}
-    return header.get("model") or header.get("original") or _made_of(report.get("before") or {}) if header else None
+def _made_of(report: Mapping[str, Any]) -> list[str]:
+    """Fingerprints of the models that a report's run, and those before it, read: checkpoints that were trained, and originals."""
+    found: list[str] = []
+    now: Mapping[str, Any] | None = report
+    while now:
+        header = now.get("header") or {}
+        found += [header[key] for key in ("checkpoint", "original", "model") if header.get(key)]
+        now = now.get("before")
+    return found

@@ -56,7 +56,7 @@ def command(
     options = method_options(bits, group_size, activation_bits, settings, scheme)
     by_method = bool(options) or (kv is None and (kv_bits is not None or kv_settings is not None))
     method, file = (recipe, None) if by_method else (None, recipe)
-    check_format(format, method, options, settings, overrides)
+    check_format(format, method, options, settings, overrides, scheme=scheme)
     chosen = choose_recipe(method, file, options, overrides, (kv, kv_bits, kv_settings))
     from lowbit.plan import explain
 

@@ -72,7 +72,8 @@ def command(
     """
     options = method_options(bits, group_size, activation_bits, settings, scheme)
     changes = [*(overrides or ()), *outside_overrides(embedding_bits, head_bits)]
-    check_format(format, method, options, settings, changes)
+    outside = {"embedding_bits": embedding_bits, "head_bits": head_bits}
+    check_format(format, method, options, settings, overrides, scheme=scheme, **outside)
     chosen = choose_recipe(method, recipe, options, changes, (kv, kv_bits, kv_settings))
     from lowbit.plan import plan
 

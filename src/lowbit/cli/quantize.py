@@ -114,7 +114,8 @@ def command(
     limit = byte_count(ram_limit)
     changes = [*(overrides or ()), *outside_overrides(embedding_bits, head_bits)]
     options = method_options(bits, group_size, activation_bits, settings, scheme)
-    check_format(format, method, options, settings, changes)
+    outside = {"embedding_bits": embedding_bits, "head_bits": head_bits}
+    check_format(format, method, options, settings, overrides, scheme=scheme, **outside)
     chosen = choose_recipe(method, recipe, options, changes, (kv, kv_bits, kv_settings))
     common.use_threads(threads)
     text = None if calibration == "none" else common.text_or_default(calibration, "calibration")

@@ -47,7 +47,7 @@ def recipe_for(plan: ModelPlan, file_format: FileFormat) -> Recipe:
     An embedding or head that would be packed only because it costs little stays as it is where the format has no place for it.
 
     Raises:
-        ValueError: it has formats of its own, and the recipe quantizes activations or leaves out linears.
+        ValueError: it has formats of its own, and the recipe quantizes activations or says the formats of some matrices.
     """
     specs = file_format.specs(_tensors(plan), plan.source.config)
     scheme = plan.recipe.scheme
@@ -57,6 +57,11 @@ def recipe_for(plan: ModelPlan, file_format: FileFormat) -> Recipe:
         return plan.recipe
     if scheme.quantizes_activations:
         raise ValueError(f"{file_format.title} does not describe activations; leave activation_bits out")
+    if len(scheme.rules) > 1 or scheme.outside is not None:
+        raise ValueError(
+            f"{file_format.title} gives every matrix its bits and groups here, and recipe {plan.recipe.name!r} says those of some "
+            "layers itself; leave its overrides out, or name the format without an option"
+        )
     rules = _rules(plan, specs)
     table, head = next(iter(plan.architecture.embed), None), plan.architecture.head
     outside = Outside(specs.get(table or ""), specs.get(head or ""))

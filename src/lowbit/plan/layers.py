@@ -192,6 +192,11 @@ def _granularity_text(granularity: Any) -> str:
     return str(granularity)
 
 
+_GGUF_BLOCK = 32
+"""Inputs that have a scale of their own in GGUF: a group of whole blocks is held as several, and the last one may have fewer."""
+_GGUF_MAY = "of other file formats at most GGUF holds it"
+
+
 def ragged_groups(plan: ModelPlan) -> list[str]:
     """One sentence for each group size and width where groups do not divide the inputs."""
     where: dict[tuple[int, int], list[str]] = {}
@@ -203,6 +208,6 @@ def ragged_groups(plan: ModelPlan) -> list[str]:
     return [
         f"group size {size} does not divide the {inputs} inputs of {', '.join(dict.fromkeys(roles))} ({len(roles)} layers): "
         + (f"the last group of each row holds {inputs % size}" if size < inputs else "each row is one group")
-        + ". lowbit runs that; no other file format holds it"
+        + f". lowbit runs that; {'no other file format holds it' if (size % _GGUF_BLOCK or inputs % _GGUF_BLOCK) else _GGUF_MAY}"
         for (size, inputs), roles in where.items()
     ]

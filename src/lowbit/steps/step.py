@@ -119,12 +119,12 @@ class Step(Effects):
 
     @property
     def reads_original(self) -> bool:
-        """Whether it reads the original model's hidden states: ``y`` or ``x_fp`` of :class:`~lowbit.steps.state.BlockIO`."""
+        """Whether it reads the original model's hidden states: ``y`` or ``x_fp`` of :class:`~lowbit.steps.block_io.BlockIO`."""
         return any(need.paired for need in self.needs)
 
     @property
     def looks_ahead(self) -> int:
-        """The number of original blocks behind the one at hand that it runs: ``ahead`` of :class:`~lowbit.steps.state.BlockIO`."""
+        """The number of original blocks behind the one at hand that it runs: ``ahead`` of :class:`~lowbit.steps.block_io.BlockIO`."""
         return 0
 
     @property

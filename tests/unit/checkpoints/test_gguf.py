@@ -322,6 +322,19 @@ def test_a_preset_that_a_recipe_has_no_place_in_is_refused_before_any_work(tmp_p
         assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize(
+    "override", [{"match": "down", "bits": 8}, {"match": "down", "skip": True}, {"match": "head", "bits": 8}]
+)
+def test_formats_that_a_recipe_gives_some_layers_are_not_replaced_by_those_of_a_preset(override, tmp_path):
+    wide_llama(tmp_path / "model")
+    recipe = lowbit.recipe("rtn").with_overrides([override])
+    with pytest.raises(
+        ValueError, match="gives every matrix its bits and groups here, and recipe 'rtn' says those of some"
+    ):
+        plan(tmp_path / "model", recipe, format="gguf:q4_k_m")
+    assert plan(tmp_path / "model", recipe, format="gguf").layers
+
+
 def test_plan_and_explain_say_the_types_of_a_preset(tmp_path):
     wide_llama(tmp_path / "model")
     planned = plan(tmp_path / "model", "rtn", format="gguf:q4_k_m")

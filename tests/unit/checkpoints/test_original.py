@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 from typer.testing import CliRunner
 
 import lowbit
 from lowbit.checkpoints import native
 from lowbit.checkpoints.original import check_original, original_doubts
+from lowbit.checkpoints.shards import fingerprint, read_headers
 from lowbit.cli import app
+from lowbit.data import Calibration
+from lowbit.recipes import Recipe, Train
+from lowbit.training import NextToken, StoredFloats
 
 from helpers import random_ids, tiny_llama, tiny_writer
 
@@ -52,6 +59,40 @@ def test_what_a_checkpoint_was_made_of_is_no_doubt_and_a_model_of_the_same_sizes
     (doubt,) = original_doubts(place / "packed", place / "same sizes")
     assert "same sizes has other bytes (fingerprint " in doubt and "compares two different models" in doubt
     assert original_doubts(place / "model", place / "same sizes") == ()  # no report says what it was made of
+
+
+def test_a_trained_checkpoint_was_made_of_the_checkpoint_before_and_of_its_original(place):
+    ids = random_ids(3, 16)
+    text = Calibration(ids[:1], "a text", "0", held_out=ids[1:2], further=ids[2:])
+    base, training = lowbit.recipe("rtn"), Train(StoredFloats(), NextToken(), tokens=16)
+    recipe = Recipe("trained", base.scheme, (*base.stages, training))
+    lowbit.train(place / "packed", recipe, text, out=place / "trained")
+    for original in ("packed", "model"):
+        assert original_doubts(place / "trained", place / original) == ()
+    (doubt,) = original_doubts(place / "trained", place / "same sizes")
+    assert fingerprint(place / "model" / "config.json", read_headers(place / "model"))[:12] in doubt
+
+
+def test_an_exported_checkpoint_says_what_it_was_made_of(place, monkeypatch):
+    monkeypatch.setenv("LOWBIT_CACHE", str(place / "cache"))
+    recipe = lowbit.recipe("rtn", bits=8, group_size=32, symmetric=True)
+    lowbit.quantize(place / "model", recipe, None, out=place / "symmetric")
+    lowbit.export(place / "symmetric", "compressed-tensors", out=place / "exported")
+    assert original_doubts(place / "exported", place / "model") == ()
+    (doubt,) = original_doubts(place / "exported", place / "same sizes")
+    assert "same sizes has other bytes (fingerprint " in doubt
+
+
+def test_types_that_a_gguf_file_does_not_tell_apart_are_one_kind_and_others_are_not(place):
+    """llama.cpp calls a model of mistral's type llama, so its file and its original have two types."""
+    for kind in ("mistral", "qwen2"):
+        shutil.copytree(place / "model", place / kind)
+        config = json.loads((place / kind / "config.json").read_text())
+        (place / kind / "config.json").write_text(json.dumps(config | {"model_type": kind, "sliding_window": None}))
+    check_original(place / "packed", place / "mistral")
+    check_original(place / "mistral", place / "packed")
+    with pytest.raises(ValueError, match="model_type is llama here and qwen2 there"):
+        check_original(place / "packed", place / "qwen2")
 
 
 def test_evaluate_warns_of_another_model_of_the_same_sizes(place):

@@ -776,6 +776,8 @@ def test_a_command_that_is_not_well_formed_exits_with_2(arguments):
     [
         (("--bits", "3"), "--bits 3"),
         (("--group-size", "32"), "--group-size 32"),
+        (("--group-size", "channel"), "--group-size channel"),
+        (("--scheme", "W3A16"), "leave out --scheme W3A16, or"),
         (("--override", "down:bits=8"), "down:bits=8"),
         (("--set", "bits=3"), "--set bits=3"),
         (("--set", "symmetric=true"), "--set symmetric=true"),
@@ -787,6 +789,12 @@ def test_numbers_that_a_preset_of_a_file_format_would_replace_are_refused(place,
         assert result.exit_code == 2 and result.stdout == ""
         assert "gguf:q8_0 gives every matrix its bits and groups" in result.stderr and words in result.stderr
         assert run(*command, *given, "--format", "gguf", COLUMNS="400").exit_code == 0
+
+
+def test_bits_of_embedding_and_head_beside_a_preset_are_refused_by_the_names_that_they_were_given_by(place):
+    given = ("--embedding-bits", "8", "--head-bits", "6", "--format", "gguf:q8_0")
+    result = run("plan", place / "model", "--method", "rtn", *given, COLUMNS="400")
+    assert result.exit_code == 2 and "leave out --embedding-bits 8, --head-bits 6, or name the format" in result.stderr
 
 
 def test_options_that_change_more_than_numbers_go_with_a_preset_of_a_file_format(place):

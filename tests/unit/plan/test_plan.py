@@ -26,6 +26,8 @@ from lowbit.stages.rest import Rest
 from lowbit.stages.store import ActivationStore
 from lowbit.steps import BlockIO, BlockState, Solve
 
+from helpers import tiny_llama
+
 LLAMA = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -182,18 +184,25 @@ def test_ragged_groups_are_warned_of_by_role(models):
     assert "48 inputs of down (2 layers)" in warnings[1]
     whole_rows = plan(models("llama"), recipe("rtn", group_size=128)).warnings
     assert all("each row is one group" in warning for warning in whole_rows)
+    assert [warning.rpartition("; ")[2] for warning in whole_rows] == [
+        "of other file formats at most GGUF holds it",  # rows of 32
+        "no other file format holds it",  # and of 48
+    ]
     assert plan(models("llama"), recipe("rtn", group_size=16)).warnings == ()
 
 
-def test_only_lowbits_own_format_holds_groups_that_do_not_divide_a_row(models):
-    def holders(size: int, bits: int) -> set[str]:
-        planned = plan_model(models("tied"), recipe("rtn", bits=bits, group_size=size))
+def test_only_lowbits_own_format_and_gguf_in_whole_blocks_hold_groups_that_do_not_divide_a_row(models, tmp_path):
+    def holders(model, size: int, bits: int) -> set[str]:
+        left = [{"match": "embedding", "skip": True}, {"match": "head", "skip": True}]
+        planned = plan_model(model, recipe("rtn", bits=bits, group_size=size, symmetric=True).with_overrides(left))
         described, config = model_description(planned), planned.source.config
         return {each.name for each in formats.FORMATS if each.why_not(described, (), config) is None}
 
     for bits in (4, 8):
-        assert holders(16, bits) >= {"native", "compressed-tensors"}
-        assert holders(20, bits) == holders(128, bits) == {"native"}
+        assert holders(models("tied"), 16, bits) >= {"native", "compressed-tensors"}
+        assert holders(models("tied"), 20, bits) == holders(models("tied"), 128, bits) == {"native"}
+        blocks = tiny_llama(tmp_path / str(bits), intermediate_size=128)  # rows of 64 and 128
+        assert holders(blocks, 96, bits) == {"native", "gguf"} and holders(blocks, 80, bits) == {"native"}
 
 
 def test_transforms_that_the_architecture_cannot_carry_are_warned_of(models):

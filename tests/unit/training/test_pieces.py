@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+from transformers.modeling_outputs import CausalLMOutput
 
 from lowbit.training import Answer, Batch, NextToken, OriginalKL, loss_in_pieces
 from lowbit.training.pieces import PIECE
@@ -35,6 +45,38 @@ def capped() -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=0.1)).eval()
 
 
+def deeper() -> OPTForCausalLM:
+    """Its head asks a part of its base model, and positions count."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    return OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=256, init_std=0.5)).eval()
+
+
+def nameless() -> Llama4ForCausalLM:
+    """It does not name the part that its head asks."""
+    torch.manual_seed(0)
+    experts: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 48}
+    return Llama4ForCausalLM(Llama4TextConfig(**SIZES, **experts, head_dim=16, attention_chunk_size=256)).eval()
+
+
+class Bare(torch.nn.Module):
+    """A model with no model inside."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = torch.nn.Embedding(VOCABULARY, 8), torch.nn.Linear(8, VOCABULARY)
+
+    def forward(self, input_ids, use_cache=False):
+        return CausalLMOutput(logits=self.head(self.embed(input_ids).cumsum(1)))
+
+
 def unasked(i: int) -> Answer:
     raise AssertionError("next tokens ask no original")
 
@@ -47,7 +89,7 @@ def gradients(model, loss) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-@pytest.mark.parametrize("make", [llama, capped])
+@pytest.mark.parametrize("make", [llama, capped, deeper, nameless, Bare])
 @pytest.mark.parametrize("tokens", [TOKENS, 2 * PIECE + 1, 2])
 def test_pieces_have_the_loss_and_the_gradients_of_the_whole(make, tokens):
     model, ids = make(), random_ids(2, tokens)
