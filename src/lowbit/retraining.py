@@ -42,9 +42,8 @@ from lowbit.training import Processes, Start, Text
 from lowbit.version import __version__
 
 _RELOAD_TOLERANCE = 1e-4  # relative squared difference of logits; equal up to the order of float32 sums
-_COMPARED = (
-    160  # tokens whose logits the reload must give: more than the usual window of a cache, few enough for float64
-)
+_COMPARED = 160
+"""Tokens whose logits the reload must give: more than the usual window of a cache, few enough for float64."""
 
 
 @dataclass(frozen=True)

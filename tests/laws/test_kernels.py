@@ -139,7 +139,7 @@ def test_the_environment_forces_one_kernel_and_refuses_unknown_or_unfit_ones(mon
     with pytest.raises(ValueError, match="cannot run this layer: the input is not quantized"):
         kernels.choose(unfit, 4)
     monkeypatch.setenv("LOWBIT_KERNELS", "referense")
-    with pytest.raises(ValueError, match=r"did you mean 'reference'.*all: .*int8_torch, reference"):
+    with pytest.raises(ValueError, match=r"'referense' is not a kernel \(did you mean 'reference'"):
         kernels.choose(fit, 4)
 
 

@@ -7,6 +7,7 @@ model computes with, not its own parameters; ``DistributedDataParallel`` would n
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,6 +36,12 @@ def leads() -> bool:
     return launched() < 2 or int(os.environ.get("RANK", "0")) == 0
 
 
+def _leave() -> None:
+    """Ends the threads of the group, or the interpreter may abort when it ends before them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among all that train.
@@ -55,6 +62,7 @@ class Processes:
         if not dist.is_initialized():
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, timeout=_PATIENCE)
+            atexit.register(_leave)
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
