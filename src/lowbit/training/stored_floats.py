@@ -9,6 +9,7 @@ not kept.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class StoredFloats(Trainable):
     """All floating parameters of packed linears, and the gains and biases of norms.
 
     Every number moves in units of its granule's largest magnitude, so one relative learning rate serves scales, tables
-    and gains. Layers with quantized statistics keep them: their second rounding would swallow the steps.
+    and gains. Where scales are codes themselves, such as those of llama.cpp's K types, the scales of these codes move.
 
     Args:
         gains: also train the gains and biases of norms.
@@ -36,13 +37,10 @@ class StoredFloats(Trainable):
 
     def parameters(self, model: nn.Module, start: Start) -> TrainedModel:
         restore(model)  # the stored form is trained
-        layers = [m for m in model.modules() if isinstance(m, QuantLinear) and not m.is_tied]
-        fixed = sum(layer.spec.stats is not None for layer in layers)
-        notes = [f"{fixed} layers keep their quantized statistics: they are not tuned"] if fixed else []
-        linears = [_Linear(layer) for layer in layers if layer.spec.stats is None]
+        linears = [_Linear(m) for m in model.modules() if isinstance(m, QuantLinear) and not m.is_tied]
         gains = gains_of(model, start) if self.gains else {}
-        leaves = [part.delta for each in linears for part in each.parts.values()]
-        return TrainedModel(model, linears, gains, [Group(leaves + [gain.delta for gain in gains.values()])], notes)
+        leaves = [part.delta for each in linears for part in each.floats.all_parts()]
+        return TrainedModel(model, linears, gains, [Group(leaves + [gain.delta for gain in gains.values()])], [])
 
 
 class _Linear(TrainedLinear):
@@ -50,25 +48,39 @@ class _Linear(TrainedLinear):
 
     def __init__(self, layer: QuantLinear):
         super().__init__(layer)
-        q = layer.qtensor()
-        self.codes = q.codes
-        fixed = {field.name for field in layer.spec.grid.fields if field.bits is not None}
-        self.fixed = {name: value for name, value in q.params._asdict().items() if name in fixed}
-        self.parts = {
-            name: Relative(value)
-            for name, value in q.params._asdict().items()
-            if name not in fixed and value is not None
-        }
+        self.floats = _Floats(layer.qtensor())
 
     def values(self) -> list[Tensor]:
-        return [part.value() for part in self.parts.values()]
+        return [part.value() for part in self.floats.all_parts()]
 
     def weight(self, *values: Tensor) -> Tensor:
-        spec = self.layer.spec
-        params = spec.grid.kind(**self.fixed, **dict(zip(self.parts, values, strict=True)))
-        codes_GK = spec.granularity.split(self.codes)
-        return spec.granularity.join(spec.grid.decode(codes_GK, params), self.layer.shape)
+        return self.floats.holding(iter(values)).dequantize()
 
     def quantized(self) -> QTensor:
-        values = dict(zip(self.parts, self.values(), strict=True))
-        return QTensor.fitted(self.codes, self.layer.spec.grid.kind(**self.fixed, **values), self.layer.spec)
+        return self.floats.holding(iter(self.values()), as_stored=True)
+
+
+class _Floats:
+    """The floating parameters of a quantized tensor. Those that are stored as codes are a quantized tensor themselves."""
+
+    def __init__(self, q: QTensor):
+        self.q = q
+        floating = [field for field in q.spec.grid.fields if field.bits is None]
+        self.coded = {field: _Floats(q.second[field.name]) for field in floating if field.name in q.second}
+        self.parts = {f.name: Relative(getattr(q.params, f.name)) for f in floating if f not in self.coded}
+
+    def all_parts(self) -> Iterator[Relative]:
+        """Of this level, then of those below, as :meth:`holding` takes their values."""
+        yield from self.parts.values()
+        for each in self.coded.values():
+            yield from each.all_parts()
+
+    def holding(self, values: Iterator[Tensor], *, as_stored: bool = False) -> QTensor:
+        """The same codes with these values, which gradients reach; ``as_stored``: rounded to storage, without gradients."""
+        q, spec = self.q, self.q.spec
+        params = q.params._replace(**{name: next(values) for name in self.parts})
+        if as_stored and self.parts:
+            params = spec.as_stored(params, spec.granularity.param_shape(q.shape)[1])
+        second = {field.name: each.holding(values, as_stored=as_stored) for field, each in self.coded.items()}
+        restored = {field.name: spec.from_second(second[field.name], field) for field in self.coded}
+        return QTensor(q.codes, params._replace(**restored), spec, second, q.mean)

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import lowbit
-from lowbit.numerics import to_dict
-from lowbit.recipes import Recipe, Train, from_plain, mix
+from lowbit.numerics import NF4, Block, Int, Minimum, PerGroup, Spec, Unsigned, to_dict
+from lowbit.recipes import Blockwise, Recipe, Train, from_plain, mix
+from lowbit.scheme import linears
+from lowbit.solve import Nearest
 from lowbit.steps import Solve
 from lowbit.training import AdamW, OneCycle, OriginalKL, StoredFloats
 
@@ -53,6 +55,28 @@ def test_tuning_moves_scales_and_gains_but_neither_codes_nor_bits_and_comes_clos
     assert any(name.endswith(".scale") for name in changed) and any("layernorm" in name for name in changed)
     assert not any(name.endswith((".codes", ".zero")) or "embed" in name for name in changed)
     assert not list((tmp_path / "tuned").glob("stage-*"))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(Spec(Minimum(3), PerGroup(16), stats=Spec(Unsigned(6), Block(2, 1))), id="K type"),
+        pytest.param(
+            Spec(NF4, PerGroup(16), stats=Spec(Int(8), PerGroup(64), scale_dtype="float32"), stats_centred=True),
+            id="NF4 twice",
+        ),
+    ],
+)
+def test_where_scales_are_codes_their_own_scales_are_tuned_and_no_code_moves(spec, model, tmp_path):
+    ids = random_ids(6, 32)
+    start = Recipe("nearest", scheme=linears(spec), stages=(Blockwise((Solve(Nearest()),)),))
+    plain = lowbit.quantize(model, start, ids, out=tmp_path / "plain", **QUIET)
+    after = lowbit.quantize(model, tuned(start, epochs=6, lr=5e-3), ids, out=tmp_path / "tuned", **QUIET)
+    assert plain.kl is not None and after.kl is not None and after.kl < 0.9 * plain.kl
+    old, new = _tensors(tmp_path / "plain"), _tensors(tmp_path / "tuned")
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert any(name.endswith("scale_scale") for name in changed)
+    assert not any(name.endswith("codes") for name in changed)
 
 
 def test_the_tuned_checkpoint_computes_what_the_report_says(model, tmp_path):
