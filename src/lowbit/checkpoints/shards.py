@@ -279,9 +279,11 @@ def fingerprint(config: Path, headers: dict[str, TensorHeader]) -> str:
     """A sha256 of what a model is: its config, every tensor's header, file sizes, and its bytes.
 
     Files up to 64 MiB are hashed whole; of larger ones, the first, middle and last 4 KiB of every tensor. It does not
-    depend on where the directory is. It guards a resumed run against a changed model, not against forgery.
+    depend on where the directory is, nor on the transformers that wrote the config: a GGUF file converted after an upgrade is
+    the same model. It guards a resumed run against a changed model, not against forgery.
     """
-    digest = hashlib.sha256(config.read_bytes())
+    said = {key: value for key, value in read_json(config).items() if key != "transformers_version"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     by_file: dict[Path, list[TensorHeader]] = {}
     for name, header in sorted(headers.items()):
         digest.update(repr((name, header.dtype, header.shape, header.file.name, header.start)).encode())

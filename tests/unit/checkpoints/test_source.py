@@ -271,6 +271,12 @@ def test_a_tied_model_with_two_different_tables_is_refused(tmp_path):
     open_model(path)
 
 
+def test_the_fingerprint_does_not_depend_on_the_transformers_that_wrote_the_config(sharded, tmp_path):
+    copy = shutil.copytree(sharded, tmp_path / "elsewhere")
+    edit_json(copy / "config.json", transformers_version="5.99.0")
+    assert open_model(copy).fingerprint == open_model(sharded).fingerprint
+
+
 def test_the_fingerprint_is_of_content_and_not_of_place(sharded, tmp_path):
     one = open_model(sharded).fingerprint
     copy = shutil.copytree(sharded, tmp_path / "elsewhere")
