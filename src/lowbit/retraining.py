@@ -306,6 +306,7 @@ def _run(job: TrainJob, journal: Journal, progress: Progress) -> TrainReport:
     del model
     (loss_before, kl_before), (loss_after, kl_after) = before, after
     figures = loss_before, loss_after, kl_before, kl_after
+    warnings.extend(_worse(job.stages, *figures))
     report = TrainReport(job.out, job.recipe.name, *figures, _measured_on(job), tuple(warnings))
     return _finish(job, journal, report, computed)
 
@@ -328,6 +329,20 @@ def _measure(job: TrainJob, model: Any, progress: Progress) -> tuple[float, floa
                 kls.append(kl_and_agreement(logits_of(original, ids_T), logits_TV)[0].mean().item())
             progress(i + 1, len(windows), "measuring")
     return _mean(losses), _mean(kls) if kls else None
+
+
+def _worse(
+    stages: Sequence[Train], loss_before: float, loss: float, kl_before: float | None, kl: float | None
+) -> Iterator[str]:
+    """A warning if what the training was to make smaller is larger."""
+    what, before, after = "cross-entropy", loss_before, loss
+    if kl is not None and kl_before is not None and stages[-1].judge == "original":
+        what, before, after = "KL divergence from the original", kl_before, kl
+    if not after <= before:
+        yield (
+            f"training made the model worse: its {what} was {before:.4f} and is {after:.4f}; use a smaller lr (it was "
+            f"{stages[-1].lr:g}), more text, or more measures, of which the best state is kept"
+        )
 
 
 def _mean(values: list[float]) -> float:

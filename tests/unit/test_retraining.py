@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,25 @@ def test_a_stage_alone_trains_what_a_checkpoint_stores(base, recipe, moved, plac
     assert loss.item() == pytest.approx(report.loss, rel=1e-4)
     said = json.loads((tmp_path / "out" / "lowbit-report.json").read_text())
     assert said["training"]["kl"] == report.kl and said["before"]["kl"] is not None
+
+
+def test_a_training_that_makes_the_model_worse_says_so_and_is_undone_where_it_is_measured(place, packed, tmp_path):
+    gptq = lowbit.recipe("gptq", bits=3, group_size=32)
+    unmeasured = Train(StoredFloats(), OriginalKL(), lr=0.5, epochs=2, measures=0)
+    reckless = replace(gptq, stages=(*gptq.stages, unmeasured))
+    report = lowbit.train(packed["gptq"], reckless, text(), out=tmp_path / "worse", against=place)
+    assert report.kl is not None and report.kl_before is not None and report.kl > report.kl_before
+    assert any(
+        "made the model worse" in warning and "smaller lr (it was 0.5)" in warning for warning in report.warnings
+    )
+    report = lowbit.train(
+        packed["gptq"],
+        replace(reckless, stages=(*gptq.stages, replace(unmeasured, measures=1))),
+        text(),
+        out=tmp_path / "undone",
+        against=place,
+    )
+    assert report.kl == pytest.approx(report.kl_before) and not changed(packed["gptq"], tmp_path / "undone")
 
 
 def test_stages_in_a_row_that_were_killed_end_in_the_same_bytes(packed, place, tmp_path, monkeypatch):

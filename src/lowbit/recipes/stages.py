@@ -229,7 +229,7 @@ class Train:
     accumulate: int = 1
     clip_norm: float | None = None
     recompute: bool = False
-    measures: int = 0
+    measures: int = 1
     patience: int = 0
     cache: bool = False
     judge: Literal["original", "objective"] = "original"
