@@ -20,6 +20,7 @@ from typing import Any
 from lowbit.checkpoints.model_card import REPORT
 from lowbit.checkpoints.shards import read_json
 from lowbit.comparison.results import DECISIVE, work_of
+from lowbit.rows import lines_of
 from lowbit.tables import Table, of_mappings, text_of
 
 Json = dict[str, Any]
@@ -146,7 +147,7 @@ def _lines(file: Path, text: str) -> list[Json]:
     """JSON objects, one a line. A last line that a kill has torn is left out, as ``lowbit compare`` leaves it out."""
     whole = text[: text.rfind("\n") + 1]
     rows = []
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(lines_of(whole), start=1):
         if not line.strip():
             continue
         try:
