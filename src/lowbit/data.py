@@ -159,11 +159,7 @@ def calibration_set(
             f"{name}: the tokenizer gives id {largest}, the model's vocabulary has {vocab_size}. "
             "The tokenizer is not this model's; use the one saved with it."
         )
-    found = 0 if beyond is None else len(beyond)
-    less = (
-        f"training asks for {further[0]} windows of {further[1]} tokens; behind the calibration text there are {found}"
-    )
-    warnings = [less] if found < further[0] else []
+    warnings = _fewer(beyond, further)
     quality = None
     if written is not None:
         quality = written.quality(len(vocabulary(tokenizer)) or vocab_size or 0)
@@ -226,7 +222,7 @@ def calibration_of(
         text: as in :func:`calibration_set`, or ids ``[N, T]``, which are taken as they are. For ``self`` the whole model is
             loaded, to write the text.
         bos: as in :func:`bos_token`.
-        further: as in :func:`calibration_set`; texts given as windows have none.
+        further: as in :func:`calibration_set`; texts given as windows have none, with the same warning.
 
     Raises:
         TextError: a text that cannot be used; ids that the model does not have; windows of one token, of padding, or
@@ -237,6 +233,7 @@ def calibration_of(
         made = text
     elif isinstance(text, Tensor):
         made = _given_ids(text)
+        made = replace(made, warnings=tuple(_fewer(None, further)))
     else:
         _check_positions(source, seq_len)
         own = source.load_full() if isinstance(text, str) and own_strategy(text) else None
@@ -248,6 +245,13 @@ def calibration_of(
         )
     warnings = (*_check_ids(source, made.ids), *made.warnings)
     return replace(made, ids=usable(made.ids), warnings=tuple(dict.fromkeys(warnings)))
+
+
+def _fewer(found: Tensor | None, asked: tuple[int, int]) -> list[str]:
+    """A warning where there is less text to train on than was asked for."""
+    count = 0 if found is None else len(found)
+    less = f"training asks for {asked[0]} windows of {asked[1]} tokens; behind the calibration text there are {count}"
+    return [less] if count < asked[0] else []
 
 
 def _given_ids(ids: Tensor) -> Calibration:

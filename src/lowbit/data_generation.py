@@ -34,7 +34,7 @@ from lowbit.generation.files import FORMAT, PROVENANCE, REPORT, as_table, read_t
 from lowbit.generation.tokens import ends_of, tokenizer_sha256, vocabulary
 from lowbit.generation.writing import BATCH, check_length
 from lowbit.progress import Progress, silent
-from lowbit.rows import RowError, has_rows, values_of
+from lowbit.rows import RowError, has_rows, lines_of, values_of
 from lowbit.stages.journal import Journal, settle
 from lowbit.surroundings import own_settings
 from lowbit.version import __version__
@@ -217,7 +217,7 @@ def _prompts_in(place: str | PathLike[str]) -> list[tuple[int, str | Messages]]:
     except RowError as error:
         raise ValueError(f"{error}.") from error
     try:
-        lines = content.decode("utf-8-sig").splitlines()
+        lines = lines_of(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}). Convert it, or pass a text file.") from None
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

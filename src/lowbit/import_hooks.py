@@ -67,7 +67,8 @@ def _register_adapter(host: ModuleType) -> None:
 
 
 def _register_linears(host: Any) -> None:
-    """``target_modules="all-linear"`` names packed linears too, which peft knows by no class of its own."""
+    """``target_modules="all-linear"`` names packed linears too, which peft knows by no class of its own. Packed layers among
+    ``modules_to_save`` are refused: peft would copy them, and there is nothing in a copy to train or to load."""
     usual = getattr(
         host, "_maybe_include_all_linear_layers", None
     )  # not public: a peft without it finds ordinary linears
@@ -76,11 +77,12 @@ def _register_linears(host: Any) -> None:
 
     @wraps(usual)
     def with_packed(config: Any, model: Any) -> Any:
+        from lowbit.adapters.packed_lora import check_saved_modules, packed_linears  # not before peft is whole
+
         asked = getattr(config, "target_modules", None)
+        check_saved_modules(model, getattr(config, "modules_to_save", None) or ())
         config = usual(config, model)
         if isinstance(asked, str) and isinstance(config.target_modules, set):
-            from lowbit.adapters.packed_lora import packed_linears
-
             config.target_modules |= packed_linears(model)
         return config
 

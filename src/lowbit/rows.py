@@ -20,6 +20,13 @@ class RowError(ValueError):
     """A file of rows that cannot be read, or has no column of texts; the message names the file."""
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, ended as files end them; ``str.splitlines`` also cuts at characters such as U+2028 and U+0085, which JSON
+    and passages hold inside a line."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def has_rows(path: Path, content: bytes) -> bool:
     """Whether a file holds rows: by its suffix, or because every line is a JSON object."""
     if path.suffix.lower() in SUFFIXES:
@@ -58,7 +65,7 @@ def values_of(path: Path, content: bytes, column: str | None) -> list[tuple[int,
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise RowError(f"{path}: not UTF-8 text (byte {error.start})") from None
-        rows = _csv(path, text) if suffix == ".csv" else _json(path, text)
+        rows = _csv(path, text) if suffix == ".csv" else _json(path, text, column)
     return _column(path, rows, column)
 
 
@@ -69,13 +76,13 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _json(path: Path, text: str) -> list[Any]:
+def _json(path: Path, text: str, column: str | None) -> list[Any]:
     try:
-        return _rows(path, json.loads(text))
+        return _rows(path, json.loads(text), column)
     except json.JSONDecodeError:
         pass  # several documents: one for each line
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines_of(text), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -84,16 +91,17 @@ def _json(path: Path, text: str) -> list[Any]:
     return rows
 
 
-def _rows(path: Path, value: Any) -> list[Any]:
-    """The rows of one JSON document: a list, an object of columns, an object that holds one list, or one row."""
+def _rows(path: Path, value: Any, column: str | None) -> list[Any]:
+    """The rows of one JSON document: a list, an object of columns, one row, or an object that holds one list."""
     if isinstance(value, list):
         return value
     if not isinstance(value, dict):
         raise RowError(f"{path}: found a JSON {type(value).__name__}, expected rows: a list of objects or of texts")
     lists = {key: each for key, each in value.items() if isinstance(each, list)}
-    if TEXT in lists:
-        return [{TEXT: each} for each in lists[TEXT]]
-    if MESSAGES not in value and len(lists) == 1:
+    name = column or TEXT
+    if name in lists and not all(map(_is_message, lists[name])):
+        return [{name: each} for each in lists[name]]
+    if not {name, TEXT, MESSAGES} & value.keys() and len(lists) == 1:
         return next(iter(lists.values()))
     return [value]
 
@@ -129,6 +137,8 @@ def _column(path: Path, rows: Iterable[Any], column: str | None) -> list[tuple[i
                     f"Name one: {path}:COLUMN"
                 )
             value = row[name]
+        elif column is not None:
+            raise RowError(f"{path}: row {number} has no column {column}: it is no object. Leave the column out")
         if value is None or value == "":
             continue
         if not isinstance(value, str | list):

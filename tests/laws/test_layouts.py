@@ -66,6 +66,15 @@ def test_packing_and_unpacking_accept_views_that_are_not_contiguous(bits):
     assert torch.equal(unpack(wide[::2], bits, 80), unpack(wide, bits, 80)[::2])
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_a_single_row_or_column_may_have_any_strides(bits):
+    """As zero points of one group a row have, turned: contiguous to torch, which keeps the strides of dimensions of one."""
+    for x in (codes(64, 1, bits=bits).T, codes(1, 64, bits=bits).T):
+        packed = pack(x, bits)
+        assert torch.equal(packed, pack(x.clone(memory_format=torch.contiguous_format), bits))
+        assert torch.equal(unpack(packed.T.contiguous().T, bits, x.shape[1]), x)
+
+
 def test_codes_that_do_not_fit_and_rows_of_the_wrong_length_are_refused():
     with pytest.raises(ValueError, match=r"codes of 3 bits are below 8, found 8"):
         pack(torch.tensor([1, 8], dtype=torch.uint8), 3)

@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lowbit.data import bos_token, calibration_of, calibration_set, tokenize, windows
 from lowbit.generation import Sampling, judge, write_tokens
+from lowbit.rows import lines_of
 from lowbit.texts import TextError, disjoint_parts, load_text
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -252,6 +253,27 @@ def test_files_of_rows_are_read_by_their_text_or_messages(tokenizer, tmp_path):
     assert load_text(str(tmp_path / "a.parquet")).text == expected
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfplain")
     assert load_text(str(tmp_path / "bom.txt")).text == "plain"
+
+
+def test_a_single_row_is_one_row_whatever_lists_it_holds(tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"text": "a text", "question": "why", "tags": ["x", "y"]}))
+    assert load_text(str(path)).text == "a text"
+    assert load_text(f"{path}:question").text == "why"
+    assert load_text(f"{path}:tags").text == "x\n\ny"
+    path.write_text(json.dumps({"question": "why", "tags": ["x", "y"]}))
+    assert load_text(f"{path}:question").text == "why"
+    path.write_text(json.dumps(["x", "y"]))
+    with pytest.raises(TextError, match="row 1 has no column question"):
+        load_text(f"{path}:question")
+
+
+def test_lines_end_where_files_end_them_and_not_at_characters_that_texts_hold(tmp_path):
+    texts = ["one\u2028text", "another\x85one", "a\x0cpage"]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\r\n".join(json.dumps({"text": each}, ensure_ascii=False) for each in texts), newline="")
+    assert load_text(str(path)).rows == tuple(texts)
+    assert lines_of("a\u2028b\r\nc\n\nd\n") == ["a\u2028b", "c", "", "d"]
 
 
 def test_chat_messages_go_through_the_models_template(tokenizer, tmp_path):

@@ -11,6 +11,7 @@ through. So gradients are those of the weight that the layer stands for.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 
 from lowbit.adapters.merge import merged_layer
-from lowbit.modules import QuantLinear
+from lowbit.modules import QuantEmbedding, QuantLinear
 
 PLAIN_STARTS = (True, False, "gaussian")
 """Values of ``init_lora_weights`` that leave the base weight as it is."""
@@ -33,6 +34,21 @@ def packed_linears(model: Any) -> set[str]:
         name for name, each in model.named_modules() if isinstance(each, QuantLinear | PackedLora) and each is not head
     )
     return {name for name in named if name not in inside}
+
+
+def check_saved_modules(model: Any, names: Iterable[str]) -> None:
+    """Checks that no module that an adapter brings or trains whole (``modules_to_save``) is packed.
+
+    Raises:
+        ValueError: it is.
+    """
+    packed = [name for name, each in model.named_modules() if isinstance(each, QuantLinear | QuantEmbedding)]
+    for asked in names:
+        if found := next((name for name in packed if f".{name}".endswith(f".{asked}")), None):
+            raise ValueError(
+                f"modules_to_save names {asked!r}, and {found} is packed: a whole copy of it can be neither trained nor loaded. Put "
+                "LoRA beside it (target_modules), or quantize the model without packing it (an override with skip)"
+            )
 
 
 class PackedLora(Linear):

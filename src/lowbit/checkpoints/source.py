@@ -16,7 +16,7 @@ import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from os import PathLike
 from pathlib import Path
@@ -68,7 +68,11 @@ def open_model(
     """
     if isinstance(spec, PreTrainedModel):
         return _saved(spec, trust_remote_code)
-    name, path = locate(spec, trust_remote_code=trust_remote_code)
+    return _opened(*locate(spec, trust_remote_code=trust_remote_code), trust_remote_code, allow_quantized)
+
+
+def _opened(name: str, path: Path, trust_remote_code: bool, allow_quantized: bool = False) -> ModelSource:
+    """The checked source of the model in ``path``."""
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json; expected a model directory as save_pretrained writes it.")
     refuse_adapter(path)
@@ -92,14 +96,23 @@ def open_model(
 
 def _saved(model: PreTrainedModel, trust_remote_code: bool) -> ModelSource:
     """A source of a model in memory, with the tokenizer of where it was loaded from, if that is still there."""
+    origin = str(model.name_or_path or "")
+    name = Path(origin).name or type(model).__name__
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"{name} has adapters of peft, and saving it keeps these alone. Merge them into it first, or pass the model without them."
+        )
     directory = tempfile.mkdtemp(prefix="lowbit-model-")
     try:
-        model.save_pretrained(directory)
-        origin = str(model.name_or_path or "")
+        try:
+            model.save_pretrained(directory)
+        except NotImplementedError as error:
+            raise ModelError(
+                f"{name} has weights without values, on the meta device ({error}). Load its weights."
+            ) from error
         with contextlib.suppress(ModelError):
             load_tokenizer(origin, trust_remote_code=trust_remote_code).save_pretrained(directory)
-        source = open_model(directory, trust_remote_code=trust_remote_code)
-        source = replace(source, name=Path(origin).name or type(model).__name__)
+        source = _opened(name, Path(directory), trust_remote_code)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise

@@ -34,21 +34,24 @@ def check_rows(source: ModelSource, rows: list[Row]) -> None:
             raise ValueError(f"row {row.label!r}: {error}") from error
 
 
-def calibration_for(
+def calibrations_for(
     source: ModelSource,
     rows: list[Row],
     text: str | Sequence[str] | Tensor | Calibration | None,
     samples: int,
     seq_len: int,
     bos: Bos,
-) -> Calibration | None:
-    """The calibration text, if a row reads one."""
-    needy = [row.label for row in rows if row.recipe.needs_calibration]
-    if not needy:
-        return None
-    if text is None:
+) -> dict[str, Calibration]:
+    """What each row that reads text calibrates on, by its label, with the windows that it trains on besides."""
+    needy = {row.label: row.recipe.training_windows(seq_len) for row in rows if row.recipe.needs_calibration}
+    if needy and text is None:
         raise ValueError(f"{'; '.join(needy)}: calibration text is needed: a file, python-docs, a hub dataset or self")
-    return calibration_of(source, text, samples, seq_len, bos)
+    made = {
+        further: calibration_of(source, text, samples, seq_len, bos, further=further)
+        for further in dict.fromkeys(needy.values())
+        if text is not None
+    }
+    return {label: made[further] for label, further in needy.items()}
 
 
 def check_leakage(
@@ -58,9 +61,10 @@ def check_leakage(
     tasks: Sequence[tuple[str, str]],
     allow: bool,
 ) -> Leakage:
-    """Looks for the calibration windows in what is evaluated.
+    """Looks for what a row calibrates and trains on in what is evaluated.
 
     Args:
+        calibration: its windows, and those of training text.
         evaluated: the ids of the evaluated windows.
         tasks: names and texts of the tasks.
         allow: whether leaking texts are measured all the same.
@@ -76,7 +80,8 @@ def check_leakage(
     def text_of(ids: Tensor) -> str:
         return " ".join(map(str, ids.tolist())) if tokenizer is None else tokenizer.decode(ids.tolist())
 
-    seen = "\n".join(text_of(ids_T) for ids_T in calibration.ids)
+    further = () if calibration.further is None else calibration.further
+    seen = "\n".join(text_of(ids_T) for ids_T in (*calibration.ids, *further))
     found = find_leakage(seen, "\n".join(text_of(ids_T) for ids_T in evaluated))
     named = [("the evaluated text", found), *((f"task {name}", find_leakage(seen, text)) for name, text in tasks)]
     for name, leakage in named:

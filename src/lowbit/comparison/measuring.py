@@ -14,7 +14,7 @@ from lowbit.comparison.rows import ORIGINAL, Row
 from lowbit.comparison.table import markdown
 from lowbit.comparison.work import MeasureOriginal, MeasureRow, Setting
 from lowbit.comparison.workers import Assignment, Workers, run_one
-from lowbit.data import Bos
+from lowbit.data import Bos, Calibration, ids_sha256
 from lowbit.evaluation import Leakage
 from lowbit.evaluation.machine import cpu_name
 from lowbit.numerics import to_dict
@@ -25,12 +25,14 @@ from lowbit.version import __version__
 
 @dataclass(frozen=True, eq=False)
 class Measuring:
-    """A checked comparison. ``model`` and ``protocol`` are entries of its records."""
+    """A checked comparison. ``model`` and ``protocol`` are entries of its records; ``calibrations`` and ``leakages`` are those of the
+    rows that read text, by label."""
 
     results: Results
     setting: Setting
     bos: Bos
-    leakage: Leakage | None
+    calibrations: Mapping[str, Calibration]
+    leakages: Mapping[str, Leakage]
     model: Record
     protocol: Record
     labels: tuple[str, ...]
@@ -105,7 +107,7 @@ class Measuring:
         assignments = []
         for i, row in enumerate(todo):
             place = scratch / f"row-{i}"
-            work = MeasureRow(self.setting, scratch, place, row.recipe)
+            work = MeasureRow(self.setting, scratch, place, row.recipe, self.calibrations.get(row.label))
             assignments.append(Assignment(row.label, work, place, self.memory.get(row.label, 0)))
         for i, figures in self.workers.run(
             assignments, self.threads, lambda done, what: self.progress(1 + done, total, what)
@@ -122,9 +124,8 @@ class Measuring:
 
     def _head(self, row: Row | None) -> Record:
         """The part of a record that decides its figures, for :meth:`Results.latest`."""
-        used = self.setting.calibration if row is not None and row.recipe.needs_calibration else None
         calibration = None
-        if used is not None:
+        if row is not None and (used := self.calibrations.get(row.label)) is not None:
             count, tokens = used.ids.shape
             calibration = {
                 "text": used.name,
@@ -133,8 +134,11 @@ class Measuring:
                 "bos": self.bos,
                 "sha256": used.sha256,
             }
-            if self.leakage is not None and self.leakage.share:
-                calibration["leakage"] = {"share": self.leakage.share, "longest": self.leakage.longest}
+            if used.further is not None:
+                count, tokens = used.further.shape
+                calibration["training"] = {"windows": count, "tokens": tokens, "sha256": ids_sha256(used.further)}
+            if (leakage := self.leakages[row.label]).share:
+                calibration["leakage"] = {"share": leakage.share, "longest": leakage.longest}
         return {
             "label": ORIGINAL if row is None else row.label,
             "recipe": None if row is None else to_dict(row.recipe),

@@ -1,7 +1,7 @@
 """Results as JSON lines: one record for each row, appended and flushed when it is known, never changed.
 
 A row counts as measured if a record without an error has the same label, recipe, model, protocol, text and tasks, and the
-same calibration text if the recipe reads one. Of several such records the last counts.
+same texts to calibrate and to train on if the recipe reads them. Of several such records the last counts.
 """
 
 from __future__ import annotations
@@ -91,12 +91,18 @@ def _same(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def same_work(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether two records are of one recipe, model, protocol, text and tasks, and of one calibration text if ``wanted`` reads one;
-    their labels may differ."""
+    """Whether two records are of one recipe, model, protocol, text and tasks, and of one text to calibrate and to train on if ``wanted``
+    reads them; their labels may differ."""
     if work_of(record) != work_of(wanted):
         return False
     calibration = wanted.get("calibration")  # None: this recipe reads no text, even if one was given
-    return calibration is None or (record.get("calibration") or {}).get("sha256") == calibration["sha256"]
+    return calibration is None or texts_read(record) == texts_read(wanted)
+
+
+def texts_read(record: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Hashes of what a record's recipe calibrated and trained on; None: nothing."""
+    calibration = record.get("calibration") or {}
+    return calibration.get("sha256"), (calibration.get("training") or {}).get("sha256")
 
 
 def work_of(record: Mapping[str, Any]) -> tuple:

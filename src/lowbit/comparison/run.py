@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoints.source import ModelSource, open_model
-from lowbit.comparison.before import calibration_for, check_leakage, check_rows, check_scratch, chosen_rows, costs
+from lowbit.comparison.before import calibrations_for, check_leakage, check_rows, check_scratch, chosen_rows, costs
 from lowbit.comparison.measuring import Measuring
 from lowbit.comparison.on_ray import OnRay
 from lowbit.comparison.presets import Preset
@@ -122,22 +122,22 @@ def compare(
         raise ValueError("tasks of a comparison are read from files: give task_files (--task-files DIR)")
     questions = read_tasks(tasks, task_files, limit) if task_files is not None else ()
     setting, entry, evaluated = _setting(source, text, protocol, eval_seq_len, windows, ram_limit)
-    used = calibration_for(source, asked, calibration, samples, seq_len, bos)
-    leakage = None
-    if used is not None:
-        leakage = check_leakage(source, used, evaluated, [(task.name, task.text) for task in questions], allow_leakage)
+    used = calibrations_for(source, asked, calibration, samples, seq_len, bos)
+    named = [(task.name, task.text) for task in questions]
+    apart = {id(each): each for each in used.values()}  # rows that train on as much share theirs
+    leaks = {key: check_leakage(source, each, evaluated, named, allow_leakage) for key, each in apart.items()}
     run = Measuring(
         results=results,
         setting=replace(
             setting,
-            calibration=used,
             tasks=tuple(task.name for task in questions),
             task_files=None if task_files is None else Path(task_files).expanduser().resolve(),
             limit=limit,
             speed=speed,
         ),
         bos=bos,
-        leakage=leakage,
+        calibrations=used,
+        leakages={label: leaks[id(each)] for label, each in used.items()},
         model={"name": source.name, "sha256": source.fingerprint},
         protocol=entry | _further(questions, speed),
         labels=tuple(row.label for row in asked),
@@ -166,10 +166,14 @@ def _further(tasks: Sequence[Task], speed: bool) -> Record:
 
 
 def _memory(
-    model: str | PathLike[str], rows: list[Row], used: Calibration | None, ram_limit: int, trust_remote_code: bool
+    model: str | PathLike[str],
+    rows: list[Row],
+    used: Mapping[str, Calibration],
+    ram_limit: int,
+    trust_remote_code: bool,
 ) -> dict[str, int]:
     """Bytes that each row will take, by its label."""
-    samples, seq_len = (0, 512) if used is None else used.ids.shape
+    samples, seq_len = next(iter(used.values())).ids.shape if used else (0, 512)
     foreseen = costs(
         model, rows, samples=samples, seq_len=seq_len, ram_limit=ram_limit, trust_remote_code=trust_remote_code
     )

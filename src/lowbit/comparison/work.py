@@ -72,7 +72,6 @@ class Setting:
     windows: int | None
     ram_limit: int
     trust_remote_code: bool
-    calibration: Calibration | None = None
     tasks: tuple[str, ...] = ()
     task_files: Path | None = None
     limit: int | None = None
@@ -148,12 +147,14 @@ class MeasureRow:
     Attributes:
         scratch: what :class:`MeasureOriginal` kept.
         place: the row's own folder.
+        calibration: what the recipe reads; None: no text.
     """
 
     setting: Setting
     scratch: Path
     place: Path
     recipe: Recipe
+    calibration: Calibration | None
 
     def run(self, progress: ShareReport) -> dict[str, Any]:
         if not (self.scratch / ANSWERS).is_file():
@@ -204,8 +205,9 @@ class MeasureRow:
             last = max(last, QUANTIZING * done / total if total else 0.0)
             progress(last, what)
 
-        calibration = setting.calibration if self.recipe.needs_calibration else None
-        job = prepare(setting.model, self.recipe, calibration, out=out, trust_remote_code=setting.trust_remote_code)
+        job = prepare(
+            setting.model, self.recipe, self.calibration, out=out, trust_remote_code=setting.trust_remote_code
+        )
         return run(job, setting.ram_limit, math.inf, allow_broken=True, restart=True, progress=forward)
 
 

@@ -28,6 +28,7 @@ from lowbit.evaluation.generate import check_chat, prompt_ids
 from lowbit.evaluation.intervals import Interval, mean_and_interval
 from lowbit.numerics.divergence import score_tokens
 from lowbit.progress import Progress, silent
+from lowbit.rows import lines_of
 
 GRAM = 4
 """Tokens of a passage whose repetition counts."""
@@ -98,7 +99,7 @@ def read_prompts(path: str | PathLike[str] | None = None) -> tuple[str, ...]:
         raise ValueError(f"no file of prompts {str(path)!r}: expected one prompt a line")
     else:
         text = Path(path).expanduser().read_text(encoding="utf-8")
-    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
+    prompts = tuple(line.strip() for line in lines_of(text) if line.strip())
     if not prompts:
         raise ValueError(f"{path}: no prompts; expected one a line")
     return prompts

@@ -3,7 +3,7 @@
 Read from lm-eval 0.4.13 (``TemplateLM._encode_pair``, ``HFLM._loglikelihood_tokens``) and tested against it item by item:
 
 * White space at the end of a context belongs to the continuation. Context and continuation are tokenized together, and the
-  tokens after as many as the context alone has are the continuation. A context that is empty is BOS (EOS without one).
+  tokens after as many as the context alone has are the continuation. A context without a word is BOS (EOS without one).
 * Tokens that do not fit into the model's positions are cut from the left.
 * The score is the sum of log probabilities of the continuation's tokens; it is greedy if each of them is the model's first choice.
 
@@ -107,7 +107,7 @@ def _encode(tokenizer: Any, request: Request) -> tuple[list[int], list[int]]:
     """The ids of the context and of the continuation."""
     context = request.context.rstrip()
     continuation = request.context[len(context) :] + request.continuation
-    if not request.context:
+    if not context:
         prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if prefix is None:
             raise ValueError("a text without a context is predicted from BOS or EOS, and the tokenizer has neither")

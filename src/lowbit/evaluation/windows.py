@@ -40,6 +40,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.rows import lines_of
+
 Text = str | Sequence[str] | Tensor
 """One text, or documents (`word`, `ptb` and `c4`), or ids: int64 [T], or [N, T] where T is the window length."""
 
@@ -112,7 +114,7 @@ def _documents(text: Text, tokenizer: Any, seq_len: int, count: int | None) -> C
 def _joined(text: Text, protocol: str, most: int | None) -> str:
     if isinstance(text, Tensor):
         raise ValueError(f"protocol {protocol} joins the rows of a text: pass text, not ids, or use gptq")
-    rows = text.splitlines() if isinstance(text, str) else text
+    rows = lines_of(text) if isinstance(text, str) else text
     return " ".join([row.strip() if protocol == "ptb" else row for row in rows if row.strip()][:most])
 
 

@@ -32,6 +32,7 @@ from lowbit.evaluation.last_word import last_word, last_word_metrics
 from lowbit.evaluation.likelihood import Likelihood, Request, likelihoods
 from lowbit.evaluation.paired import Metric, TaskScore, metric_of
 from lowbit.progress import Progress, silent
+from lowbit.rows import lines_of
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def score_task(model: PreTrainedModel, tokenizer: Any, task: Task, *, progress: 
 
 def _read(name: str, path: Path, limit: int | None) -> Task:
     """The task in ``path``. Its first row says the form of all."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
+    lines = [line for line in lines_of(path.read_text(encoding="utf-8")) if line.strip()][:limit]
     rows = [{"text": line} if path.suffix == ".txt" else _row(path, i, line) for i, line in enumerate(lines, start=1)]
     if not rows:
         raise ValueError(f"{path}: no items")
@@ -194,21 +195,31 @@ def _row(path: Path, number: int, line: str) -> Mapping[str, Any]:
 
 
 def _item(row: Mapping[str, Any], prompt: Prompt) -> Item:
+    if len(forms := [key for key in ("text", "context_options", "choices") if key in row]) > 1:
+        raise ValueError(f"{' and '.join(forms)} are of different forms")
     if "text" in row:
-        return Item((last_word(row["text"]),), (1,), 0)
+        return Item((last_word(_text(row, "text")),), (1,), 0)
     if "context_options" in row:
-        before, after = _texts(row["context_options"]), str(row["continuation"]).strip()
+        before, after = _texts(row["context_options"]), _text(row, "continuation").strip()
+        if not after:
+            raise ValueError("the continuation is empty")
         requests = tuple(Request(text, f" {after}") for text in before)
         lengths = (len(after),) * len(before)
     else:
         choices = _texts(row["choices"])
-        context = row["query"].removeprefix(prompt.without)
+        context = _text(row, "query").removeprefix(prompt.without)
         context = context.rstrip("\n") + prompt.end if prompt.end else context
         requests, lengths = tuple(Request(context, f" {choice}") for choice in choices), tuple(map(len, choices))
     gold = row["gold"]
     if type(gold) is not int or not 0 <= gold < len(requests) or len(requests) < 2:
         raise ValueError(f"gold is {gold!r} for {len(requests)} choices; it counts from 0")
     return Item(requests, lengths, gold)
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    if not isinstance(row[key], str):
+        raise TypeError(f"{key} is a text, found {row[key]!r}")
+    return row[key]
 
 
 def _texts(value: Any) -> list[str]:

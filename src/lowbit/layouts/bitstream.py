@@ -81,7 +81,7 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     per_word = 8 // gcd(bits, 8)
     used = per_word * bits // 8
     if used == 1:  # 1, 2 and 4 bits: a byte is a word
-        word = packed.to(_WORD[per_word])
+        word = _plain(packed).to(_WORD[per_word])
     else:
         groups = _pad(packed, used).unflatten(-1, (-1, used))
         spread = groups.new_zeros(*groups.shape[:-1], per_word)
@@ -101,8 +101,13 @@ def _check(x: Tensor, bits: int) -> None:
 
 
 def _pad(x: Tensor, multiple: int) -> Tensor:
-    """Fills the last dimension with zeros to a multiple of ``multiple``; contiguous."""
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % multiple)).contiguous()
+    """Fills the last dimension with zeros to a multiple of ``multiple``; see :func:`_plain`."""
+    return _plain(torch.nn.functional.pad(x, (0, -x.shape[-1] % multiple)))
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Contiguous, with the strides of its shape: a dimension of one element may have any, and views as other types refuse those."""
+    return x.contiguous().view(-1).view(x.shape)
 
 
 def _steps(bits: int, per_word: int) -> list[tuple[int, int, int]]:

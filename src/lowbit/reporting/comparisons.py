@@ -143,6 +143,10 @@ def _entry(record: Record, link: str) -> Entry:
         facts.append(
             ("calibration", f"{used['text']}, {used['windows']} windows of {used['tokens']} tokens, {used['sha256']}")
         )
+        if trained := used.get("training"):
+            facts.append(
+                ("trained on", f"{trained['windows']} windows of {trained['tokens']} tokens, {trained['sha256']}")
+            )
     facts.append(("evaluated on", f"{record['protocol']['text']}, {record['protocol']['sha256']}"))
     for name in ("machine", "versions", "converted"):
         if record.get(name):

@@ -19,7 +19,8 @@ from typing import Any
 
 from lowbit.checkpoints.model_card import REPORT
 from lowbit.checkpoints.shards import read_json
-from lowbit.comparison.results import DECISIVE, work_of
+from lowbit.comparison.results import DECISIVE, texts_read, work_of
+from lowbit.rows import lines_of
 from lowbit.tables import Table, of_mappings, text_of
 
 Json = dict[str, Any]
@@ -146,7 +147,7 @@ def _lines(file: Path, text: str) -> list[Json]:
     """JSON objects, one a line. A last line that a kill has torn is left out, as ``lowbit compare`` leaves it out."""
     whole = text[: text.rfind("\n") + 1]
     rows = []
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(lines_of(whole), start=1):
         if not line.strip():
             continue
         try:
@@ -267,8 +268,7 @@ def _latest(records: Sequence[Json]) -> list[Json]:
     """Of several records of the same work the last that has figures, else the last, at the place of the first."""
     kept: dict[str, Json] = {}
     for record in records:
-        calibration = record["calibration"] or {}
-        key = json.dumps([record["label"], *work_of(record), calibration.get("sha256")], sort_keys=True)
+        key = json.dumps([record["label"], *work_of(record), *texts_read(record)], sort_keys=True)
         if key not in kept or "error" in kept[key] or "error" not in record:
             kept[key] = record
     return list(kept.values())

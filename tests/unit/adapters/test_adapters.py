@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import lowbit
@@ -307,6 +308,23 @@ def test_other_adapters_of_packed_layers_are_refused_with_the_name_of_their_clas
 def test_what_computes_with_or_changes_the_base_weight_is_refused(quantized, options, words):
     with pytest.raises(ValueError, match=words):
         peft.get_peft_model(lowbit.load(quantized), peft.LoraConfig(target_modules=["q_proj"], **options))
+
+
+@pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path`")
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_whole_copies_of_packed_layers_are_refused(tmp_path, name):
+    tiny_llama(tmp_path / "model")
+    recipe = lowbit.recipe("rtn", bits=8, group_size=32)
+    outside = [{"match": "head", "bits": 8}, {"match": "embedding", "bits": 8}]
+    lowbit.quantize(tmp_path / "model", recipe.with_overrides(outside), None, out=tmp_path / "packed")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[name])
+    original = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    peft.get_peft_model(original, config).save_pretrained(tmp_path / "adapter")
+    words = f"modules_to_save names '{name}', and .*{name} is packed"
+    with pytest.raises(ValueError, match=words):
+        peft.get_peft_model(lowbit.load(tmp_path / "packed"), config)
+    with pytest.raises(ValueError, match=words):
+        peft.PeftModel.from_pretrained(lowbit.load(tmp_path / "packed"), tmp_path / "adapter")
 
 
 def test_a_bias_of_an_adapter_stays_beside_the_layer():

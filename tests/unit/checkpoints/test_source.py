@@ -646,3 +646,17 @@ def test_a_model_with_another_head_is_refused_by_its_name(tmp_path, head):
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [f"LlamaFor{head}"]}))
     with pytest.raises(ModelError, match=f"names LlamaFor{head}.*expected a causal language"):
         open_model(tmp_path)
+
+
+def test_models_in_memory_that_cannot_be_saved_whole_are_refused_by_their_name(tmp_path):
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama(tmp_path / "tiny"))
+    with torch.device("meta"):
+        without_values = AutoModelForCausalLM.from_config(original.config)
+    with pytest.raises(ModelError, match="tiny has weights without values, on the meta device"):
+        open_model(without_values)
+    original._hf_peft_config_loaded = True  # as add_adapter leaves it
+    with pytest.raises(ModelError, match="tiny has adapters of peft"):
+        open_model(original)
+    lowbit.quantize(tmp_path / "tiny", lowbit.recipe("rtn", bits=8), None, out=tmp_path / "packed")
+    with pytest.raises(ModelError, match="packed is already quantized"):
+        open_model(lowbit.load(tmp_path / "packed"))

@@ -100,6 +100,27 @@ def test_a_row_holds_what_quantize_and_evaluate_give_one_after_the_other(model, 
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("r-")]  # scratch is gone
 
 
+def test_a_row_that_trains_reads_further_text_as_quantize_does(model, tmp_path, here):
+    text, ids = str(model.parent / "calibration.txt"), random_ids(5, 32, seed=2)
+    read = {"samples": 2, "seq_len": 16}
+    training = {"method": "bitdistiller", "bits": 2, "tokens": 64, "seq_len": 16, "group_size": 32}
+    rows = [{"label": "trained", **training}, {"label": "less", **training, "tokens": 32}, GPTQ]
+    _, trained, less, gptq = lowbit.compare(model, rows, text, ids, tmp_path / "r.jsonl", **{**HERE, **read})
+    for record, row in ((trained, rows[0]), (less, rows[1]), (gptq, GPTQ)):
+        options = {key: value for key, value in row.items() if key not in ("label", "method")}
+        made = lowbit.recipe(row["method"], **options)
+        lowbit.quantize(model, made, text, out=tmp_path / row["label"], max_kl=1e9, allow_broken=True, **read)
+        assert record["kl"] == lowbit.evaluate(tmp_path / row["label"], ids, seq_len=32, windows=5, against=model).kl
+    assert trained["calibration"]["training"].items() >= {"windows": 4, "tokens": 16}.items()
+    assert less["calibration"]["training"]["windows"] == 2 and "training" not in gptq["calibration"]
+    given = lowbit.compare(model, rows[:1], random_ids(2, 16), ids, tmp_path / "r.jsonl", **HERE)[1]
+    assert "training" not in given["calibration"] and given["kl"] != trained["kl"]
+    assert any("behind the calibration text there are 0" in warning for warning in given["warnings"])
+    done = len(here)
+    lowbit.compare(model, rows[:1], text, ids, tmp_path / "r.jsonl", **{**HERE, **read})
+    assert len(here) == done
+
+
 apart = child.run_in_child
 
 

@@ -131,6 +131,17 @@ def test_the_last_word_is_right_where_every_token_is_the_first_choice(model, tmp
         read_tasks(["short"], tmp_path)
 
 
+def test_a_passage_is_one_line_of_the_file_whatever_characters_it_holds(tmp_path):
+    (tmp_path / "lambada.txt").write_text("To be or\u2028not to be\nso it\x85 goes\n", encoding="utf-8")
+    (task,) = read_tasks(["lambada"], tmp_path)
+    assert [item.requests for item in task.items] == [(("To be or\u2028not to", " be"),), (("so it\x85", " goes"),)]
+
+
+def test_a_context_of_white_space_is_no_context(model):
+    ((found, bare),) = likelihoods(model, char_tokenizer(adds_bos=True), [[Request(" ", "b"), Request("", " b")]])
+    assert found == bare and found.tokens == 2
+
+
 def test_scores_say_what_was_asked_and_limits_change_it(model, tmp_path):
     rows = [{"query": "q", "choices": ["a", "b"], "gold": i % 2} for i in range(4)]
     write(tmp_path, {"mine": rows})
@@ -147,6 +158,14 @@ def test_scores_say_what_was_asked_and_limits_change_it(model, tmp_path):
         ({"query": "q", "choices": ["a"], "gold": 0}, "for 1 choices"),
         ({"query": "q", "choices": "ab", "gold": 0}, "choices are a list of texts"),
         ({"question": "q"}, "expected query, choices and gold"),
+        ({"query": 3, "choices": ["a", "b"], "gold": 0}, "query is a text, found 3"),
+        ({"context_options": ["a", "b"], "continuation": None, "gold": 0}, "continuation is a text, found None"),
+        ({"context_options": ["a", "b"], "continuation": " ", "gold": 0}, "the continuation is empty"),
+        (
+            {"query": "q", "choices": ["a", "b"], "gold": 1, "text": "so it goes"},
+            "text and choices are of different forms",
+        ),
+        ({"text": 3}, "text is a text, found 3"),
     ],
 )
 def test_rows_that_are_no_items_are_refused(tmp_path, row, words):
