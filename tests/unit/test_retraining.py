@@ -98,7 +98,7 @@ def test_a_training_that_makes_the_model_worse_says_so_and_is_undone_where_it_is
     )
     report = lowbit.train(
         packed["gptq"],
-        replace(reckless, stages=(*gptq.stages, replace(unmeasured, measures=1))),
+        replace(reckless, stages=(*gptq.stages, replace(unmeasured, measures=None))),
         text(),
         out=tmp_path / "undone",
         against=place,

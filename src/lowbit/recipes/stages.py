@@ -207,7 +207,8 @@ class Train:
         recompute: keep only the input of each block, and run blocks again in the backward pass. An objective of next tokens alone
             then computes logits for a few tokens at a time, too.
         measures: how often ``judge`` is measured, evenly, on windows that are not trained on, besides once at the start. The best
-            state is kept. 0, or no such windows: the last state is kept.
+            state is kept. 0, or no such windows: the last state is kept. None: once, at the end, if that asks the original nothing
+            that ``objective`` does not ask.
         patience: measurements without a new best after which training stops; 0: it does not stop early.
         cache: train and measure with the scheme's quantized cache, as if each token were decoded by itself.
         judge: what is measured on the windows that are not trained on, and decides which state is kept: ``"original"``, the KL
@@ -229,7 +230,7 @@ class Train:
     accumulate: int = 1
     clip_norm: float | None = None
     recompute: bool = False
-    measures: int = 1
+    measures: int | None = None
     patience: int = 0
     cache: bool = False
     judge: Literal["original", "objective"] = "original"
@@ -248,7 +249,7 @@ class Train:
             )
         if self.seq_len is not None and self.tokens is None:
             raise ValueError("seq_len is of the windows that tokens asks for; give tokens, or leave seq_len out")
-        if self.measures < 0 or self.patience < 0 or (self.clip_norm is not None and not self.clip_norm > 0):
+        if (self.measures or 0) < 0 or self.patience < 0 or (self.clip_norm is not None and not self.clip_norm > 0):
             raise ValueError(
                 f"measures and patience are counts and clip_norm is positive or None, found measures={self.measures}, "
                 f"patience={self.patience}, clip_norm={self.clip_norm}"
@@ -267,9 +268,16 @@ class Train:
         return -(-(self.tokens or 0) // length), length
 
     @property
+    def measurements(self) -> int:
+        """How often ``judge`` is measured besides at the start."""
+        if self.measures is not None:
+            return self.measures
+        return int(self.objective.reads_original or self.judge == "objective")
+
+    @property
     def compares(self) -> bool:
         """Whether it asks the original model anything: for its objective, or for what it measures."""
-        judged = self.measures > 0 and self.judge == "original"
+        judged = self.measurements > 0 and self.judge == "original"
         return self.tokens != 0 and (self.objective.reads_original or judged)
 
     @property

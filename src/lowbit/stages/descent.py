@@ -126,7 +126,7 @@ class _Loop:
         )  # steps, windows, rate of the last step
         self._windows, self._saved_at, self._before = sum(map(len, steps)), time.monotonic(), 0.0
         self.judged = "KL" if self.stage.judge == "original" else self.stage.objective.name
-        measured = self.stage.measures if descent.held_out is not None else 0
+        measured = self.stage.measurements if descent.held_out is not None else 0
         self._measured_at = {round(k * len(steps) / measured) for k in range(measured + 1)} if measured else set()
 
     def run(self) -> list[str]:
