@@ -50,13 +50,14 @@ def importance(model: Any, ids: Tensor) -> dict[str, Tensor]:
 
 
 def write_rival(ours: Path, full: Path, weights: dict[str, Tensor], file: Path) -> None:
-    """``file``: ``ours`` with the data of packed tensors from llama.cpp's encoder; ``weights``: importance by GGUF's names."""
+    """``file``: ``ours`` with the data of ``full``, packed by llama.cpp's encoder; ``weights``: importance by GGUF's names."""
     shutil.copyfile(ours, file)
     originals = {tensor.name: tensor for tensor in gguf.GGUFReader(full).tensors}
     for tensor in gguf.GGUFReader(file, "r+").tensors:
-        if tensor.tensor_type.name in ("F32", "F16", "BF16"):
-            continue
         original = originals[tensor.name]
+        if tensor.tensor_type == original.tensor_type:  # norms, which a training may have moved
+            tensor.data[:] = original.data
+            continue
         w = torch.from_numpy(np.array(gguf.dequantize(original.data, original.tensor_type), dtype=np.float32))
         data = encoded(w, tensor.tensor_type, weights.get(tensor.name))
         tensor.data[:] = data.reshape(tensor.data.shape)
