@@ -30,6 +30,10 @@ RESULTS, SCRATCH = HERE / "results", HERE.parent / "build" / "qlora"
 MODEL, WIDE = "smollm2-135m", "wide"
 SEQ_LEN, HELD_OUT, RANK, ALPHA, LR, ACCUMULATE, CLIP = 512, 4, 16, 16.0, 1e-3, 1, 0.3
 FEW = 2 * SEQ_LEN  # tokens of a row that measures memory alone
+COLUMNS = (
+    *("row", "loss before", "after", "tokens/s", "processor s"),
+    *("weights, MB", "peak, MB", "of float32's", "of bfloat16's"),
+)
 BASES: dict[str, dict[str, Any]] = {"nf4": {}, "gptq": {"base": "gptq", "bits": 4, "group_size": 64}}
 
 
@@ -241,22 +245,26 @@ def run(what: str, row: dict[str, Any], tokens: int) -> dict[str, Any]:
     return json.loads(output.splitlines()[-1])
 
 
-def write(lines: list[dict[str, Any]], cpu: str) -> None:
-    """The file of results and its table."""
-    (RESULTS / "qlora.json").write_text(json.dumps({"machine": cpu, "rows": lines}, indent=1) + "\n")
+def cells(line: dict[str, Any], peaks: dict[str, int]) -> tuple[str, ...]:
+    """A row of the table."""
+    start, end = ("wide: " if line["model"] == WIDE else ""), ("" if line["recompute"] else ", activations kept")
+    shares = [peaks.get(f"{start}LoRA, {dtype}{end}") for dtype in ("float32", "bfloat16")]
+    losses = ["", ""] if line["memory"] else [f"{line['loss_before']:.4f}", f"{line['loss']:.4f}"]
+    return (
+        *(line["label"], *losses, f"{line['tokens'] / line['seconds']:.0f}", f"{line['processor_seconds']:.0f}"),
+        *(f"{line['weights_bytes'] / 1e6:.0f}", f"{line['peak_bytes'] / 1e6:.0f}"),
+        *("" if share is None else f"{line['peak_bytes'] / share:.3f}" for share in shares),
+    )
+
+
+def write(lines: list[dict[str, Any]]) -> None:
+    """The file of results and its page."""
+    from lowbit.tables import Table, markdown
+
+    (RESULTS / "qlora.json").write_text(json.dumps({"rows": lines}, indent=1) + "\n")
     peaks = {line["label"]: line["peak_bytes"] for line in lines}
-    head = [
-        "row",
-        "loss before",
-        "after",
-        "tokens/s",
-        "processor s",
-        "weights, MB",
-        "peak, MB",
-        "of float32's",
-        "of bfloat16's",
-    ]
-    table = [
+    tokens = max((line["tokens"] for line in lines if not line["memory"]), default=0)
+    page = [
         "# QLoRA beside LoRA",
         "",
         f"Written by `python benchmarks/qlora.py`: rank {RANK}, alpha {ALPHA:g}, AdamW at {LR:g}, windows of {SEQ_LEN} "
@@ -264,26 +272,12 @@ def write(lines: list[dict[str, Any]], cpu: str) -> None:
         "whole process (loading, measuring, training, saving) above what it held after its imports. Blocks run again in the backward "
         "pass, except where activations are kept.",
         "",
-        "| " + " | ".join(head) + " |",
-        "|---" + "|---:" * (len(head) - 1) + "|",
-    ]
-    for x in lines:
-        start, end = ("wide: " if x["model"] == WIDE else ""), ("" if x["recompute"] else ", activations kept")
-        shares = [peaks.get(f"{start}LoRA, {dtype}{end}") for dtype in ("float32", "bfloat16")]
-        losses = ["", ""] if x["memory"] else [f"{x['loss_before']:.4f}", f"{x['loss']:.4f}"]
-        cells = [
-            *(x["label"], *losses, f"{x['tokens'] / x['seconds']:.0f}", f"{x['processor_seconds']:.0f}"),
-            *(f"{x['weights_bytes'] / 1e6:.0f}", f"{x['peak_bytes'] / 1e6:.0f}"),
-            *("" if share is None else f"{x['peak_bytes'] / share:.3f}" for share in shares),
-        ]
-        table.append("| " + " | ".join(cells) + " |")
-    tokens = max((x["tokens"] for x in lines if not x["memory"]), default=0)
-    table += [
-        "",
-        f"Rows with losses train on {tokens:,} tokens, the others on {FEW:,}. Machine: {cpu}, one busy with other work.",
+        markdown(Table("", COLUMNS, tuple(cells(line, peaks) for line in lines)).filled()),
+        f"Rows with losses train on {tokens:,} tokens, the others on {FEW:,}. Machines: "
+        f"{'; '.join(sorted({line['machine'] for line in lines}))}, busy with other work.",
         "",
     ]
-    (RESULTS / "qlora.md").write_text("\n".join(table))
+    (RESULTS / "qlora.md").write_text("\n".join(page))
 
 
 def main() -> None:
@@ -311,13 +305,13 @@ def main() -> None:
             continue
         if row["how"] == "qlora" and not (packed(row) / "config.json").exists():
             run("pack", row, tokens)
-        line = row | {"tokens": tokens} | run(row["how"], row, tokens)
+        line = row | {"tokens": tokens, "machine": cpu} | run(row["how"], row, tokens)
         lines = [*(x for x in lines if x["label"] != row["label"]), line]
         lines.sort(key=lambda x: [each["label"] for each in ROWS].index(x["label"]))
-        write(lines, cpu)
+        write(lines)
         print(f"{row['label']}: loss {line['loss']:.4f}, peak {line['peak_bytes'] / 1e6:.0f} MB", flush=True)
     if arguments.table:
-        write(lines, cpu)
+        write(lines)
 
 
 if __name__ == "__main__":

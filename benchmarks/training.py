@@ -20,14 +20,17 @@ from typing import Any
 
 import psutil
 import yaml
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from lowbit.evaluation.machine import machine
+from lowbit.tables import Table, markdown
 
 MODEL = "smollm2-135m"
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+COLUMNS = ("row", "bits", "perplexity", "KL, nats", "perplexity, docs", "KL, docs", "tokens", "tokens/s", "processor s")
 EVALUATION = ("--seq-len", "1024", "--against", MODEL, "--json", "--quiet")
 
 
@@ -93,20 +96,21 @@ def measure(row: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any
     return line
 
 
+def cells(line: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the table."""
+    last = line["curve"][-1] if line["curve"] else None
+    tokens = "" if last is None else f"{last['tokens']:,}"
+    rate = "" if last is None or not last["seconds"] else f"{last['tokens'] / last['seconds']:.0f}"
+    return (
+        *(line["label"], f"{line['bits_per_weight']:.3f}", f"{line['test_perplexity']:.5g}", f"{line['test_kl']:.4f}"),
+        *(f"{line['docs_perplexity']:.5g}", f"{line['docs_kl']:.4f}", tokens, rate),
+        str(line["processor_seconds"] or ""),
+    )
+
+
 def write(lines: list[dict[str, Any]]) -> None:
-    """The table and the plot."""
-    head = [
-        "row",
-        "bits",
-        "perplexity",
-        "KL, nats",
-        "perplexity, docs",
-        "KL, docs",
-        "tokens",
-        "tokens/s",
-        "processor s",
-    ]
-    table = [
+    """The page and the plot."""
+    page = [
         "# What training gives: SmolLM2-135M",
         "",
         f"Written by `python benchmarks/training.py`. Perplexity and KL on {lines[0]['test_windows']} windows of 1,024 tokens of "
@@ -114,26 +118,13 @@ def write(lines: list[dict[str, Any]]) -> None:
         "first. Rows train on the text beside the calibration windows. Tokens a second are of the training alone, in wall time; "
         "processor seconds are of the whole row. Recipes and curves are in the JSON lines beside this file.",
         "",
-        "| " + " | ".join(head) + " |",
-        "|---" + "|---:" * (len(head) - 1) + "|",
-    ]
-    for x in lines:
-        last = x["curve"][-1] if x["curve"] else None
-        tokens = "" if last is None else f"{last['tokens']:,}"
-        rate = "" if last is None or not last["seconds"] else f"{last['tokens'] / last['seconds']:.0f}"
-        cells = [
-            *(x["label"], f"{x['bits_per_weight']:.3f}", f"{x['test_perplexity']:.5g}", f"{x['test_kl']:.4f}"),
-            *(f"{x['docs_perplexity']:.5g}", f"{x['docs_kl']:.4f}", tokens, rate, str(x["processor_seconds"] or "")),
-        ]
-        table.append("| " + " | ".join(cells) + " |")
-    machines = sorted({x["machine"] for x in lines})
-    table += [
-        "",
+        markdown(Table("", COLUMNS, tuple(map(cells, lines)))),
         "Curves: ![loss and held-out KL against tokens](training.svg)",
         "",
-        f"Machines: {'; '.join(machines)}.",
+        f"Machines: {'; '.join(sorted({x['machine'] for x in lines}))}.",
+        "",
     ]
-    (RESULTS / "training.md").write_text("\n".join([*table, ""]))
+    (RESULTS / "training.md").write_text("\n".join(page))
     figure = Figure(figsize=(11, 5), layout="constrained")
     for axes, key, title in zip(
         figure.subplots(1, 2), ("loss", "held_out_kl"), ("loss of a step", "held-out KL, nats a token"), strict=True
@@ -146,7 +137,8 @@ def write(lines: list[dict[str, Any]]) -> None:
         axes.set_title(title)
         axes.set_yscale("log")
     figure.axes[1].legend(fontsize=7)
-    figure.savefig(RESULTS / "training.svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "lowbit"}):  # the same curves give the same bytes
+        figure.savefig(RESULTS / "training.svg", metadata={"Date": None})
 
 
 def main() -> None:

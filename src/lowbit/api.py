@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from lowbit.caches import PackedCache
 from lowbit.checkpoints import native
 from lowbit.checkpoints.export import ExportReport, export
-from lowbit.checkpoints.original import check_original
+from lowbit.checkpoints.original import OriginalWarning, check_original, original_doubts, other_model
 from lowbit.checkpoints.to_run import locate_to_run
 from lowbit.checkpoints.tokenizer import load_tokenizer
 from lowbit.decoding import use_cache
@@ -135,7 +136,8 @@ def evaluate(
         text: a text (see :mod:`lowbit.texts`; its evaluation part where it has one) or token ids.
         protocol: ``gptq``, ``llama.cpp``, ``word``, ``ptb`` or ``c4``; see :mod:`lowbit.evaluation.windows`.
         seq_len, windows: how many windows of how many tokens (None: as many as the text holds).
-        against: the original to compare with; a model that cannot be the original is refused.
+        against: the original to compare with; a model that cannot be the original is refused, and one with other bytes than the
+            checkpoint's report names is warned of (``OriginalWarning``).
         kv: the cache through which ``model``, given by its place, reads, as for :func:`load`.
         chunk: tokens that a model with a quantized cache reads at a time; None: as few as its formats ask for.
         retrieval: lengths in tokens of prompts in which the model must find facts, see :mod:`lowbit.evaluation.cache_checks`.
@@ -145,6 +147,7 @@ def evaluate(
     """
     if against is not None:
         check_original(model, against, trust_remote_code=trust_remote_code)
+        _warn_of_doubts(model, against, trust_remote_code)
     where = None if isinstance(model, PreTrainedModel) else model
     if isinstance(text, str) or retrieval or generation:
         tokenizer = _tokenizer_of(model, tokenizer, trust_remote_code)
@@ -199,7 +202,8 @@ def evaluate_tasks(
         files: a directory of ``NAME.jsonl`` or ``NAME.txt``, see :mod:`lowbit.evaluation.zero_shot`; None: lm-eval (extra
             ``harness``) gets its own data from the hub.
         limit: items of each task, from its first; None: all.
-        against: the original, which answers the same items.
+        against: the original, which answers the same items. Another model, given by its place, answers them too, with its own
+            tokenizer and a warning (``OriginalWarning``).
         kv: the cache through which ``model``, given by its place, reads, as for :func:`load`.
         tokenizer: needed where ``model`` is not a path.
         trust_remote_code: allow the models' own Python code.
@@ -208,22 +212,32 @@ def evaluate_tasks(
     Raises:
         ValueError: a task that cannot be had, with what to do.
     """
-    if against is not None:
-        check_original(model, against, trust_remote_code=trust_remote_code)
+    other = "" if against is None else other_model(model, against, trust_remote_code=trust_remote_code)
+    if other and isinstance(against, PreTrainedModel):
+        raise ValueError(f"{other}. Its tokenizer is another one, then: pass its place instead of a model in memory")
+    if other:
+        warnings.warn(
+            f"{other}. The items that are lost and gained are between two models, not the cost of quantization",
+            OriginalWarning,
+            stacklevel=3,
+        )
+    elif against is not None:
+        _warn_of_doubts(model, against, trust_remote_code)
     if files is None:
         harness.imported()  # before a model is loaded
     read = None if files is None else read_tasks(tasks, files, limit)
     tokenizer = _tokenizer_of(model, tokenizer, trust_remote_code)
+    its_tokenizer = load_tokenizer(against, trust_remote_code=trust_remote_code) if other else tokenizer  # pyright: ignore[reportArgumentType]
 
-    def scores(judged: PreTrainedModel) -> tuple[TaskScore, ...]:
+    def scores(judged: PreTrainedModel, tokenizer: Any) -> tuple[TaskScore, ...]:
         if read is None:
             return score_with_lm_eval(judged, tokenizer, tasks, limit=limit)
         return tuple(score_task(judged, tokenizer, task, progress=progress or silent) for task in read)
 
-    found = scores(_opened(model, kv, trust_remote_code))
+    found = scores(_opened(model, kv, trust_remote_code), tokenizer)
     if against is None:
         return found
-    others = scores(_opened(against, None, trust_remote_code))
+    others = scores(_opened(against, None, trust_remote_code), its_tokenizer)
     return tuple(paired.against(score, other) for score, other in zip(found, others, strict=True))
 
 
@@ -243,7 +257,7 @@ def evaluate_chat(
 
     Args:
         model: a model or where to load it from.
-        against: the original.
+        against: the original, as for :func:`evaluate`.
         prompts: questions; None: those that come along.
         max_new_tokens: of an answer.
         kv: the cache through which ``model``, given by its place, reads, as for :func:`load`.
@@ -255,6 +269,7 @@ def evaluate_chat(
         ValueError: a tokenizer without a chat template, or prompts that do not fit.
     """
     check_original(model, against, trust_remote_code=trust_remote_code)
+    _warn_of_doubts(model, against, trust_remote_code)
     tokenizer = _tokenizer_of(model, tokenizer, trust_remote_code)
     check_chat(tokenizer)  # before weights are read
     return compare_chat(
@@ -265,6 +280,18 @@ def evaluate_chat(
         max_new_tokens,
         progress=progress or silent,
     )
+
+
+def _warn_of_doubts(
+    model: str | PathLike[str] | PreTrainedModel,
+    original: str | PathLike[str] | PreTrainedModel,
+    trust_remote_code: bool,
+) -> None:
+    """Warns whoever called the function that calls this."""
+    if isinstance(model, PreTrainedModel) or isinstance(original, PreTrainedModel):
+        return  # a model in memory has no report and no files
+    for doubt in original_doubts(model, original, trust_remote_code=trust_remote_code):
+        warnings.warn(doubt, OriginalWarning, stacklevel=4)  # behind the caller and its decorator
 
 
 def _opened(

@@ -128,14 +128,13 @@ def calibration_set(
     Raises:
         TextError: a text that cannot be used.
     """
-    if seq_len < 2:
-        raise TextError(f"windows of {seq_len} tokens were asked; a model predicts nothing from fewer than 2.")
+    _check_sizes(samples, seq_len)
     first = None if tokenizer is None else bos_token(tokenizer, bos)
     written: GeneratedText | None = None
     if isinstance(spec, str) and (strategy := own_strategy(spec)) is not None:
         if model is None:
             raise TextError(f"{spec}: the calibration text is written by the model, so a loaded model is needed.")
-        needed = max(samples, 1) * seq_len + held_out_windows(samples) * seq_len + further[0] * further[1]
+        needed = samples * seq_len + held_out_windows(samples) * seq_len + further[0] * further[1]
         how = Sampling(strategy, seed=seed)
         written = _own_text(spec, model, tokenizer, needed, max(seq_len, further[1]), first, how)
         name, tokens = f"{spec} (seed {seed})", _tokens(written)
@@ -235,6 +234,7 @@ def calibration_of(
         made = _given_ids(text)
         made = replace(made, warnings=tuple(_fewer(None, further)))
     else:
+        _check_sizes(samples, seq_len)  # before a model is loaded to write the text
         _check_positions(source, seq_len)
         own = source.load_full() if isinstance(text, str) and own_strategy(text) else None
         tokenizer = source.tokenizer() if own is None else source.tokenizer_if_any()
@@ -252,6 +252,13 @@ def _fewer(found: Tensor | None, asked: tuple[int, int]) -> list[str]:
     count = 0 if found is None else len(found)
     less = f"training asks for {asked[0]} windows of {asked[1]} tokens; behind the calibration text there are {count}"
     return [less] if count < asked[0] else []
+
+
+def _check_sizes(samples: int, seq_len: int) -> None:
+    if samples < 1:
+        raise TextError(f"{samples} calibration windows were asked; expected 1 or more.")
+    if seq_len < 2:
+        raise TextError(f"windows of {seq_len} tokens were asked; a model predicts nothing from fewer than 2.")
 
 
 def _given_ids(ids: Tensor) -> Calibration:

@@ -32,7 +32,7 @@ from lowbit.evaluation.generate import Messages, prompt_ids
 from lowbit.generation import GeneratedText, Quality, Sampling, Start, Strategy, Total, Written, write, write_tokens
 from lowbit.generation.files import FORMAT, PROVENANCE, REPORT, as_table, read_tables, shards_of, write_table
 from lowbit.generation.tokens import ends_of, tokenizer_sha256, vocabulary
-from lowbit.generation.writing import BATCH, check_length
+from lowbit.generation.writing import BATCH, check_length, check_sizes
 from lowbit.progress import Progress, silent
 from lowbit.rows import RowError, has_rows, lines_of, values_of
 from lowbit.stages.journal import Journal, settle
@@ -178,7 +178,11 @@ def prepare_data(
     tokenizer = source.tokenizer_if_any() if prompts is None else source.tokenizer()
     asked = tokens or (samples or SAMPLES) * seq_len
     given = None if prompts is None else _encoded(prompts, samples, tokenizer, seq_len)
-    return DataJob(source, tokenizer, out, sampling, asked, seq_len, batch, given)
+    check_length(source, seq_len)
+    job = DataJob(source, tokenizer, out, sampling, asked, seq_len, batch, given)
+    if given is None:
+        check_sizes(asked, seq_len, batch, job.bos)
+    return job
 
 
 def _encoded(

@@ -7,6 +7,7 @@ import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow
@@ -195,6 +196,22 @@ def test_windows_follow_each_other_from_the_start_and_drop_the_tail():
 def test_a_text_too_short_for_its_windows_is_refused(seq_len, count, words):
     with pytest.raises(TextError, match=words):
         windows(torch.arange(23), seq_len, count)
+
+
+@pytest.mark.parametrize(
+    ("samples", "seq_len", "words"),
+    [
+        (0, 16, "0 calibration windows were asked; expected 1 or more"),
+        (-2, 16, "-2 calibration windows"),
+        (4, 1, "windows of 1 tokens were asked"),
+        (4, -1, "windows of -1 tokens"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_before_a_model_writes_anything(samples, seq_len, words):
+    with pytest.raises(TextError, match=words):
+        calibration_set("self", None, samples, seq_len, model=object())
+    with pytest.raises(TextError, match=words):
+        calibration_of(Mock(load_full=Mock(side_effect=AssertionError)), "self", samples, seq_len)
 
 
 def test_a_calibration_set_is_the_first_windows_of_the_text_and_its_hash_is_of_the_ids(tokenizer, tmp_path):

@@ -22,6 +22,10 @@ _FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 _SHORT = 12  # digits of a fingerprint in messages
 
 
+class OriginalWarning(UserWarning):
+    """Two models are compared that may be, or are, not one and its original."""
+
+
 def check_original(
     model: str | PathLike[str] | PreTrainedModel,
     original: str | PathLike[str] | PreTrainedModel,
@@ -38,17 +42,27 @@ def check_original(
     Raises:
         ValueError: another kind of model, or another size.
     """
+    if other := other_model(model, original, trust_remote_code=trust_remote_code):
+        raise ValueError(f"{other}. Name the model that was quantized with against= (--against ORIGINAL)")
+
+
+def other_model(
+    model: str | PathLike[str] | PreTrainedModel,
+    original: str | PathLike[str] | PreTrainedModel,
+    *,
+    trust_remote_code: bool = False,
+) -> str:
+    """Why ``model`` cannot have been made of ``original``, by their configs alone; empty where it can."""
     (here, mine), (there, its) = (_config(each, trust_remote_code) for each in (model, original))
     found = [(name, getattr(mine, name, None), getattr(its, name, None)) for name in _FIELDS]
     # A GGUF file does not tell some types apart, so a model that was read from one may have the other type.
     differing = [
         each for each in found if each[1] != each[2] and not (each[0] == "model_type" and same_in_gguf(*each[1:]))
     ]
-    if other := [f"{name} is {one} here and {two} there" for name, one, two in differing]:
-        raise ValueError(
-            f"{there} is not the original of {here}: {', '.join(other)}. Name the model that was quantized with "
-            "against= (--against ORIGINAL)"
-        )
+    if not differing:
+        return ""
+    listed = ", ".join(f"{name} is {one} here and {two} there" for name, one, two in differing)
+    return f"{there} is not the original of {here}: {listed}"
 
 
 def original_doubts(

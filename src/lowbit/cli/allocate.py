@@ -55,8 +55,8 @@ def command(
     calibration: Annotated[
         str | None, typer.Option(metavar="TEXT", help=common.TEXT_HELP.format(more=", or self"))
     ] = None,
-    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 8,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 8,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
     bos: common.BeginWith = "auto",
     ram_limit: RamLimit = "4GiB",
     trust_remote_code: common.Trust = False,

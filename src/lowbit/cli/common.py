@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,6 +107,25 @@ def warn(messages: Iterable[str], kind: str = "warning") -> None:
 
     for message in messages:
         console(stderr=True).print(Text.assemble((f"{kind}: ", "yellow"), message), soft_wrap=True)
+
+
+@contextmanager
+def lines_of_warnings(category: type[Warning]) -> Iterator[None]:
+    """While open, Python's warnings of ``category`` are lines on stderr, each once."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", category)
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, kind: type[Warning], *rest: Any, **more: Any) -> None:
+            if not issubclass(kind, category):
+                usual(message, kind, *rest, **more)
+            elif str(message) not in said:
+                said.add(str(message))
+                warn([str(message)])
+
+        warnings.showwarning = show
+        yield
 
 
 def print_json(value: Any) -> None:

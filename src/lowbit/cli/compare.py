@@ -128,15 +128,15 @@ def command(
     calibration: Annotated[
         str | None, typer.Option(metavar="TEXT", help=common.TEXT_HELP.format(more=", or self"))
     ] = None,
-    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 32,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 32,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a calibration window.")] = 512,
     bos: common.BeginWith = "auto",
     text: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What is evaluated on. " + common.TEXT_HELP.format(more=""))
     ] = None,
     protocol: Annotated[str, typer.Option(metavar="NAME", help="As of `lowbit evaluate`.")] = "gptq",
-    windows: Annotated[int, typer.Option(help="Windows evaluated; 0: the whole text.")] = 20,
-    eval_seq_len: Annotated[int, typer.Option(help="Tokens in an evaluated window.")] = 1024,
+    windows: Annotated[int, typer.Option(min=0, help="Windows evaluated; 0: the whole text.")] = 20,
+    eval_seq_len: Annotated[int, typer.Option(min=2, help="Tokens in an evaluated window.")] = 1024,
     tasks: Annotated[
         str | None,
         typer.Option(metavar="NAME,...", help="Zero-shot tasks of --task-files (default: those of --table)."),

@@ -33,12 +33,15 @@ def command(
             "rows joined as GPTQ's code joins those of PTB and C4.",
         ),
     ] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window (default 1024).")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens in a window (default 1024).")] = None,
     windows: Annotated[
-        int | None, typer.Option(help="Windows from the start of the text (default 20); 0: the whole text.")
+        int | None, typer.Option(min=0, help="Windows from the start of the text (default 20); 0: the whole text.")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The original: measures KL divergence and top-1 agreement too.")
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="The original: measures KL divergence and top-1 agreement too; for --tasks any model."
+        ),
     ] = None,
     chunk: Annotated[
         int | None,
@@ -118,14 +121,12 @@ def command(
         from lowbit.evaluation import check_judge
 
         check_judge(judge, judge_model or JUDGE)
-    if against is not None:
-        from lowbit.checkpoints.original import original_doubts
+    from lowbit.checkpoints.original import OriginalWarning
 
-        common.warn(original_doubts(model, against, trust_remote_code=trust_remote_code))
     shared = {"against": against, "kv": formats, "trust_remote_code": trust_remote_code}
     result = verdict = score = unjudged = None
     scores = ()
-    with common.progress() as report:
+    with common.progress() as report, common.lines_of_warnings(OriginalWarning):
         report(0, 1, "loading")
         if with_text:
             chosen = common.text_or_default(text, "evaluation")

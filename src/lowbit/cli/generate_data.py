@@ -27,7 +27,7 @@ def command(
             min=1, help="Instead: this many times --seq-len tokens (default 32); with --prompts the most prompts."
         ),
     ] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a text at most, its prompt included.")] = 512,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a text at most, its prompt included.")] = 512,
     prompts: Annotated[
         str | None,
         typer.Option(

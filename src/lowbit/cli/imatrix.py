@@ -22,7 +22,7 @@ def command(
         typer.Option(metavar="TEXT", help=common.TEXT_HELP.format(more=", or self (the model's own samples)")),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 32,
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 512,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
     bos: common.BeginWith = "auto",
     trust_remote_code: common.Trust = False,
     threads: common.Threads = None,

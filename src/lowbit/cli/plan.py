@@ -53,7 +53,7 @@ def command(
     kv_settings: KVSettings = None,
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(min=0, help="Windows of calibration text; 0: a run without text.")] = 32,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
     context: Annotated[
         int | None,
         typer.Option(

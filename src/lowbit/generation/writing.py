@@ -159,12 +159,7 @@ def write_tokens(
     Raises:
         ValueError: nothing was asked, texts longer than the model's positions, or as :func:`write`.
     """
-    least = 2 if bos is None else 3
-    if tokens < 1 or batch < 1 or length < least:
-        raise ValueError(
-            f"{tokens} tokens in texts of {length}, {batch} at a time, were asked: expected a token and a batch at least, and "
-            f"texts of {least} tokens or more"
-        )
+    check_sizes(tokens, length, batch, bos)
     check_length(model, length)
     firsts, ends = FirstTokens(tokenizer, model.config, sampling.seed), ends_of(model, tokenizer)
     before = () if bos is None else (bos,)
@@ -180,8 +175,18 @@ def write_tokens(
         yield texts
 
 
+def check_sizes(tokens: int, length: int, batch: int, bos: int | None) -> None:
+    """Raises ValueError where :func:`write_tokens` would write nothing."""
+    least = 2 if bos is None else 3
+    if tokens < 1 or batch < 1 or length < least:
+        raise ValueError(
+            f"{tokens} tokens in texts of {length}, {batch} at a time, were asked: expected a token and a batch at least, and "
+            f"texts of {least} tokens or more"
+        )
+
+
 def check_length(model: Any, length: int) -> None:
-    """Raises ValueError where a model has no positions for texts of ``length`` tokens."""
+    """Raises ValueError where a model, or what has its config, has no positions for texts of ``length`` tokens."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise ValueError(f"texts of {length} tokens were asked; the model's context is {limit}")

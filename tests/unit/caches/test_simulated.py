@@ -8,6 +8,7 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 import lowbit
 from lowbit.architectures import quantize_attention, simulated_layers
 from lowbit.caches import CacheGradients, Coordinates, PackedCache, PackedLayer, attend_simulated
+from lowbit.caches.simulated import as_packed
 from lowbit.decoding import cache_argument
 from lowbit.decoding.packed_cache import packed_cache, simulated_cache
 from lowbit.modules import AttentionSpec, KVFormats, KVRule, KVSpec
@@ -105,9 +106,10 @@ def test_models_that_attend_eagerly_give_the_same(model):
     assert eager.config._attn_implementation == "eager"
 
 
-def test_masks_that_are_added_hide_what_those_that_choose_hide():
+@pytest.mark.parametrize("recent", [0, 4])
+def test_masks_that_are_added_hide_what_those_that_choose_hide(recent):
     query, key, value = states(length=30)
-    layer = PackedLayer(KVSpec(TOKEN, TOKEN, recent=4))
+    layer = PackedLayer(KVSpec(TOKEN, TOKEN, recent=recent))
     chosen = torch.ones(2, 1, 30, 30, dtype=torch.bool).tril()
     chosen[1, :, :, :7] = False
     added = torch.where(chosen, 0.0, torch.finfo(torch.float32).min)
@@ -117,6 +119,31 @@ def test_masks_that_are_added_hide_what_those_that_choose_hide():
     assert found.isfinite().all() and wanted.isfinite().all()
     by_head = chosen.expand(2, 4, 30, 30)
     close(attend_simulated(query, key, value, layer, by_head), wanted)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("formats", [(TOKEN, TOKEN), (TOKEN, None), (None, TOKEN)], ids=["both", "keys", "values"])
+def test_without_a_window_all_tokens_but_a_querys_own_are_read_as_packed(formats, masked, softcap):
+    """The sums are those of two products each, one of tokens as they are and one of packed ones; gradients too."""
+    leaves, own = states(length=20), torch.eye(20, dtype=torch.bool)
+    layer = PackedLayer(KVSpec(*formats, sink=3))
+    mask = torch.ones(20, 20, dtype=torch.bool).tril() & ~torch.ones(20, 20, dtype=torch.bool).tril(-8)
+    found = attend_simulated(*leaves, layer, mask[None, None] if masked else None, softcap=softcap)
+    query, *sides = leaves
+    packed = [
+        x if side.spec is None else as_packed(side, x, 17, CacheGradients())
+        for side, x in zip(layer.sides, sides, strict=True)
+    ]
+    (key, value), (packed_key, packed_value) = ([x.repeat_interleave(2, 1) for x in both] for both in (sides, packed))
+    score = torch.where(own, query @ key.mT, query @ packed_key.mT) * 8**-0.5
+    score = score if softcap is None else softcap * torch.tanh(score / softcap)
+    hidden = ~mask if masked else ~torch.ones_like(mask).tril()
+    weights = score.masked_fill(hidden, -torch.inf).softmax(-1)
+    wanted = ((weights * own) @ value + (weights * ~own) @ packed_value).transpose(1, 2)
+    close(found, wanted)
+    for a, b in zip(*(torch.autograd.grad(y.sin().sum(), leaves) for y in (found, wanted)), strict=True):
+        close(a, b)
 
 
 def random_coordinates(heads, dim, seed=0):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 
 import pytest
 from typer.testing import CliRunner
 
 import lowbit
 from lowbit.checkpoints import native
-from lowbit.checkpoints.original import check_original, original_doubts
+from lowbit.checkpoints.original import OriginalWarning, check_original, original_doubts
 from lowbit.checkpoints.shards import fingerprint, read_headers
 from lowbit.cli import app
 from lowbit.data import Calibration
@@ -36,19 +37,45 @@ def place(tmp_path_factory):
     ("other", "words"), [("deeper", "num_hidden_layers is 2 here and 3"), ("wider", "hidden_size is 64 here and 128")]
 )
 def test_a_model_of_other_sizes_is_refused_as_the_original_before_weights_are_read(place, other, words, monkeypatch):
-    (place / "a.jsonl").write_text('{"query": "w7", "choices": ["w8", "w9"], "gold": 0}\n')
     in_memory = lowbit.load(place / "packed")
     monkeypatch.setattr(native, "load", None)
     for ask in (
         lambda: lowbit.evaluate(place / "packed", random_ids(2, 16), against=place / other),
         lambda: lowbit.evaluate(in_memory, random_ids(2, 16), against=place / other),
-        lambda: lowbit.evaluate_tasks(place / "packed", ["a"], place, against=place / other),
         lambda: lowbit.evaluate_chat(place / "packed", place / other, ["w7"]),
     ):
         with pytest.raises(
             ValueError, match=f"{other} is not the original of .*: {words} there. Name the model that was"
         ):
             ask()
+
+
+def test_another_model_answers_tasks_with_its_own_tokenizer_and_a_warning(place):
+    """Nothing but items that are right or wrong is compared, so sizes and vocabularies may differ."""
+    (place / "a.jsonl").write_text('{"query": "w7", "choices": ["w8", "w9"], "gold": 0}\n' * 3)
+    other = tiny_writer(place / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.warns(OriginalWarning, match="other is not the original of .*num_hidden_layers is 2 here and 1 there"):
+        (found,) = lowbit.evaluate_tasks(place / "packed", ["a"], place, against=other)
+    (alone,) = lowbit.evaluate_tasks(other, ["a"], place)
+    assert found.metrics[0].against.original == alone.metrics[0].value
+    with pytest.raises(ValueError, match="pass its place instead of a model in memory"):
+        lowbit.evaluate_tasks(place / "packed", ["a"], place, against=lowbit.load(other))
+
+
+def test_python_warns_where_the_command_does(place):
+    (place / "a.jsonl").write_text('{"query": "w7", "choices": ["w8", "w9"], "gold": 0}\n' * 3)
+    for ask in (
+        lambda: lowbit.evaluate(
+            place / "packed", random_ids(2, 16), seq_len=16, windows=2, against=place / "same sizes"
+        ),
+        lambda: lowbit.evaluate_tasks(place / "packed", ["a"], place, against=place / "same sizes"),
+        lambda: lowbit.evaluate_chat(place / "packed", place / "same sizes", ["w7"]),
+    ):
+        with pytest.warns(OriginalWarning, match="compares two different models") as said, suppress(ValueError):
+            ask()  # the model has no chat template
+        assert said[0].filename == __file__
 
 
 def test_what_a_checkpoint_was_made_of_is_no_doubt_and_a_model_of_the_same_sizes_is_one(place):

@@ -122,6 +122,24 @@ def test_help_has_an_example_of_the_command(command):
     assert f"Example: lowbit {command}" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "least"),
+    [
+        *((("quantize", "m", "-o", "x"), 1), (("allocate", "m", "--bits", "4", "-o", "x"), 1), (("compare", "m"), 1)),
+        *((("plan", "m"), 0), (("imatrix", "m", "-o", "x"), 1), (("inspect", "m", "-o", "x"), 1)),
+        *(
+            (("merge-adapter", "m", "-o", "x"), 1),
+            (("generate-data", "m", "-o", "x"), 1),
+            (("train", "m", "-o", "x"), 1),
+        ),
+    ],
+)
+def test_numbers_of_windows_and_tokens_that_cannot_be_are_errors_of_usage(command, least):
+    for option, value in (("--samples", least - 1), ("--seq-len", 1)):
+        result = run(*command, option, value)
+        assert result.exit_code == 2 and f"'{option}'" in result.stderr and not result.stdout
+
+
 def test_help_lists_every_command():
     result = run("--help")
     assert result.exit_code == 0
