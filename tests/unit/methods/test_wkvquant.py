@@ -119,14 +119,14 @@ class Watching(Learn):
 
 
 def watched(state, epochs):
-    step = Watching((ClipShares(lr=0.005), CacheCoordinates(lr=0.005)), CrossBlockMAE(0), epochs=epochs, amp=False)
+    step = Watching((ClipShares(lr=0.002), CacheCoordinates(lr=0.002)), CrossBlockMAE(0), epochs=epochs, amp=False)
     step.run(state)
     return step.loss
 
 
 def test_learning_lowers_the_blocks_own_loss(model):
-    """By how much depends on the last bits of every product: codes that flip move it by a tenth of what it lowers and more."""
-    assert watched(state_of(model), 8) < watched(state_of(model), 0)
+    """Slowly: at ten times this rate the end depends on the last bits of every product."""
+    assert watched(state_of(model), 16) < 0.95 * watched(state_of(model), 0)
 
 
 def test_a_cache_without_coordinates_is_simulated_as_it_is(model):
