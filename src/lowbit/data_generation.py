@@ -174,10 +174,13 @@ def prepare_data(
         top_p,
         seed,
     )
+    if seq_len < 2:
+        raise ValueError(f"seq_len is {seq_len}: expected texts of 2 tokens or more")
     source = open_model(model, trust_remote_code=trust_remote_code, allow_quantized=True)
     tokenizer = source.tokenizer_if_any() if prompts is None else source.tokenizer()
     asked = tokens or (samples or SAMPLES) * seq_len
     given = None if prompts is None else _encoded(prompts, samples, tokenizer, seq_len)
+    check_length(source, seq_len)  # here, so that no unfinished run is left that the corrected command would find
     return DataJob(source, tokenizer, out, sampling, asked, seq_len, batch, given)
 
 
