@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from collections.abc import Sequence
 from os import PathLike
@@ -115,7 +116,7 @@ def kv_cache(model: Any, method: str | KVSpec | None = None, **options: Any) -> 
 @own_settings()
 def evaluate(
     model: str | PathLike[str] | PreTrainedModel,
-    text: str | Tensor = "python-docs",
+    text: str | PathLike[str] | Tensor = "python-docs",
     *,
     protocol: str = "gptq",
     seq_len: int = 1024,
@@ -149,6 +150,7 @@ def evaluate(
         check_original(model, against, trust_remote_code=trust_remote_code)
         _warn_of_doubts(model, against, trust_remote_code)
     where = None if isinstance(model, PreTrainedModel) else model
+    text = os.fspath(text) if isinstance(text, PathLike) else text
     if isinstance(text, str) or retrieval or generation:
         tokenizer = _tokenizer_of(model, tokenizer, trust_remote_code)
     content = load_text(text, "evaluation", tokenizer) if isinstance(text, str) else None

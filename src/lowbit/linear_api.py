@@ -58,12 +58,8 @@ def quantize_linear(
             f"recipe {recipe.name!r} trains a whole model, and a lone linear is in none; quantize the model"
         )
     _check_fisher(linear, recipe, fisher)
-    if inputs is not None and (inputs.shape[-1] != linear.in_features or inputs.dim() not in (2, 3)):
-        raise ValueError(
-            f"inputs are [tokens, {linear.in_features}] or [windows, tokens, {linear.in_features}], found {list(inputs.shape)}"
-        )
-    if inputs is not None and not torch.isfinite(inputs).all():
-        raise ValueError("the inputs hold NaN or Inf")
+    if inputs is not None:
+        _check_inputs(linear, inputs)
     form = recipe.scheme.format(_PATH, _PATH)
     if form is None:
         raise ValueError(f"recipe {recipe.name!r} leaves a linear without a role as it is; add a rule that matches '*'")
@@ -79,6 +75,17 @@ def quantize_linear(
     for step in recipe.steps:
         step.run(state)
     return block.linear  # pyright: ignore[reportReturnType]
+
+
+def _check_inputs(linear: nn.Linear, inputs: Any) -> None:
+    wide = linear.in_features
+    found = list(inputs.shape) if isinstance(inputs, Tensor) else f"a {type(inputs).__name__}"
+    if not isinstance(inputs, Tensor) or inputs.dim() not in (2, 3) or inputs.shape[-1] != wide or not inputs.numel():
+        raise ValueError(
+            f"inputs are a tensor [tokens, {wide}] or [windows, tokens, {wide}] with a token at least, found {found}"
+        )
+    if not torch.isfinite(inputs).all():
+        raise ValueError("the inputs hold NaN or Inf")
 
 
 def _check_fisher(linear: nn.Linear, recipe: Recipe, fisher: Tensor | None) -> None:

@@ -265,3 +265,11 @@ def test_a_damaged_directory_is_refused(place, written, tmp_path, damage):
         os.truncate(shard, shard.stat().st_size // 2 if damage == "cut" else shard.stat().st_size - 1)
     with pytest.raises(TextError, match="missing or changed since"):
         calibration_of(open_model(place), str(copy), 2, 16)
+
+
+@pytest.mark.parametrize(("seq_len", "words"), [(1, "texts of 2 tokens or more"), (1000, "the model's context is 256")])
+def test_lengths_that_cannot_be_are_refused_before_anything_is_made(tmp_path, seq_len, words):
+    model = tiny_writer(tmp_path / "model")
+    with pytest.raises(ValueError, match=words):
+        lowbit.generate_data(model, tmp_path / "out", tokens=8, seq_len=seq_len)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -81,6 +81,10 @@ def test_what_cannot_be_is_refused_with_what_was_found(linear, inputs):
     recipe = lowbit.recipe("gptq", bits=4, group_size=32)
     with pytest.raises(ValueError, match=r"\[tokens, 96\].*found \[400, 95\]"):
         lowbit.quantize_linear(linear, inputs[:, :95], recipe)
+    with pytest.raises(ValueError, match="a token at least, found a ndarray"):
+        lowbit.quantize_linear(linear, inputs.numpy(), recipe)
+    with pytest.raises(ValueError, match=r"a token at least, found \[0, 96\]"):
+        lowbit.quantize_linear(linear, inputs[:0], recipe)
     with pytest.raises(ValueError, match="NaN or Inf"):
         lowbit.quantize_linear(linear, inputs * float("nan"), recipe)
     with pytest.raises(ValueError, match="calibration"):

@@ -18,6 +18,7 @@ import struct
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from lowbit.architectures.gguf import gguf_architecture
 from lowbit.checkpoints.formats.gguf_names import GgufNames
 from lowbit.checkpoints.formats.gguf_reading import opened
 from lowbit.checkpoints.shards import ModelError
+from lowbit.whole_file import write_whole
 
 _MAGIC = b"GGUF"
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -192,7 +194,7 @@ def _read_legacy(path: Path) -> Imatrix:
 
 def write_imatrix(imatrix: Imatrix, path: Path) -> None:
     """Writes ``path``: in the older layout if it ends in ``.dat``, else in GGUF's."""
-    (_write_legacy if path.suffix == LEGACY else _write_gguf)(imatrix, path)
+    write_whole(path, partial(_write_legacy if path.suffix == LEGACY else _write_gguf, imatrix))
 
 
 def _write_gguf(imatrix: Imatrix, path: Path) -> None:

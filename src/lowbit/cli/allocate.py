@@ -98,9 +98,11 @@ def command(
             progress=report,
         )
     common.warn(allocation.warnings)
+    from lowbit.whole_file import write_whole_text
+
     data = allocation.to_dict()
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(yaml.safe_dump(data, sort_keys=False, width=2**16, default_flow_style=None))
+    write_whole_text(out, yaml.safe_dump(data, sort_keys=False, width=2**16, default_flow_style=None))
     if as_json:
         common.print_json({**data, "bits_per_weight": allocation.bits_per_weight, "out": str(out)})
         return

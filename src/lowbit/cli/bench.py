@@ -60,12 +60,13 @@ def command(
         result = {"models": _of_sizes(str(shapes).split(","), widths, group_size, prompt_tokens, new_tokens, threads)}
     from lowbit import __version__
     from lowbit.evaluation.machine import machine
+    from lowbit.whole_file import write_whole_text
 
     result |= {"machine": machine(), "lowbit": __version__}
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-        out.with_suffix(".md").write_text(_markdown(result))
+        write_whole_text(out, json.dumps(result, indent=1) + "\n")
+        write_whole_text(out.with_suffix(".md"), _markdown(result))
     if as_json:
         common.print_json(result)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import json
@@ -99,6 +100,13 @@ def say(message: str) -> None:
 def fail(message: str) -> None:
     """The line that says what is wrong, on stderr."""
     typer.echo("error: " + " ".join(message.split("\n")), err=True)
+
+
+def _after_full_disk(error: ValueError | OSError) -> str:
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    where = "there" if error.filename else "where the command writes and keeps temporary files"
+    return f": make room {where}, and repeat the same command"
 
 
 def warn(messages: Iterable[str], kind: str = "warning") -> None:
@@ -270,7 +278,7 @@ def guarded(command: Callable[..., None], interrupted: str = "interrupted") -> C
         except (ValueError, OSError) as error:
             if debug:
                 raise
-            fail(str(error))
+            fail(f"{error}{_after_full_disk(error)}")
             raise SystemExit(1) from error
         except KeyboardInterrupt as stop:
             typer.echo(interrupted, err=True)

@@ -167,6 +167,11 @@ def command(
             f"the model is broken: {result.broken_tokens} of {result.tokens} predictions are NaN or infinite; "
             "quantize it again with more bits or another method"
         )
+    if broken := [f"{each.task} ({each.broken} of {each.items} items)" for each in scores if each.broken]:
+        raise ValueError(
+            f"the model is broken: it gave NaN in {', '.join(broken)}, which count as wrong; quantize it again with more bits or "
+            "another method"
+        )
 
 
 def _check_needs(option: str, given: bool, others: dict[str, Any]) -> None:

@@ -36,11 +36,6 @@ def show_tasks(title: str, scores: Iterable[TaskScore]) -> None:
         for score in scores
         if score.cut
     )
-    common.warn(
-        f"{score.task}: the model gave NaN for {score.broken} of {score.items} items"
-        for score in scores
-        if score.broken
-    )
 
 
 def show_chat(title: str, score: ChatScore, verdict: Verdict | None) -> None:

@@ -21,6 +21,7 @@ from lowbit.numerics import to_dict
 from lowbit.progress import Progress
 from lowbit.stages.scratch import scratch_directory
 from lowbit.version import __version__
+from lowbit.whole_file import write_whole_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +161,7 @@ class Measuring:
         if records:
             parts = [] if self.preset is None else [markdown_beside(self.preset, self._own(records))]
             parts.append(markdown(records, self.labels))
-            self.results.path.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
+            write_whole_text(self.results.path.with_suffix(".md"), "\n".join(parts))
 
     def _own(self, records: Sequence[Record]) -> list[Record]:
         """The records of this model, text and tasks."""

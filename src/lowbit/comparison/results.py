@@ -18,6 +18,53 @@ Record = dict[str, Any]
 
 DECISIVE = ("label", "recipe", "model", "protocol")
 
+_NUMBERS = (
+    *("perplexity", "log_perplexity_difference", "kl", "top1_agreement", "asked_bits", "bits_per_weight"),
+    *("model_bits_per_weight", "cache_bits", "bytes", "quantize_seconds", "evaluate_seconds", "peak_rss_bytes"),
+)
+_INTERVALS = ("perplexity_interval", "log_perplexity_difference_interval", "kl_interval", "top1_interval")
+
+
+def flaw_of(record: Mapping[str, Any]) -> str | None:
+    """What in a record with the keys of :data:`DECISIVE` cannot be read, as edited files have it; None: nothing."""
+    model, protocol, more = record["model"], record["protocol"], ("tasks", "speed", "calibration")
+    named = isinstance(model, Mapping) and all(isinstance(model.get(key), str) for key in ("name", "sha256"))
+    cut = isinstance(protocol, Mapping) and all(
+        isinstance(protocol.get(key), str) for key in ("name", "text", "sha256")
+    )
+    tasks = record["tasks"] if isinstance(record.get("tasks"), Mapping) else {}
+    bad = {
+        "label: expected a text": not isinstance(record["label"], str),
+        "recipe: expected an object or null": not isinstance(record["recipe"], Mapping | None),
+        "model: expected an object with name and sha256": not named,
+        "protocol: expected an object with name, text and sha256": not cut,
+        "tasks: expected an object with metrics for each": not all(
+            isinstance(each, Mapping) and isinstance(each.get("metrics"), Mapping) for each in tasks.values()
+        ),
+    }
+    bad |= {f"{key}: expected an object": not isinstance(record.get(key), Mapping | None) for key in more}
+    bad |= {f"{key}: expected a number": not isinstance(record.get(key), int | float | None) for key in _NUMBERS}
+    bad |= {f"{key}: expected two numbers": not _is_interval(record.get(key)) for key in _INTERVALS}
+    return next((text for text, wrong in bad.items() if wrong), None)
+
+
+def _is_interval(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list) and len(value) == 2 and all(isinstance(each, int | float) for each in value)
+    )
+
+
+def whole_lines(data: bytes) -> bytes:
+    """What a file of JSON lines holds without a last line that a kill has torn.
+
+    A last line that is JSON is whole, though an editor has left out its end.
+    """
+    whole, last = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
+    try:
+        return whole + last + b"\n" if isinstance(json.loads(last), dict) else whole
+    except ValueError:
+        return whole
+
 
 class Results:
     """The records of a results file.
@@ -39,9 +86,12 @@ class Results:
 
     def _read(self) -> list[Record]:
         data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
+        whole = whole_lines(data)
         if len(whole) < len(data):
             os.truncate(self.path, len(whole))
+        elif len(whole) > len(data):
+            with self.path.open("ab") as file:
+                file.write(b"\n")
         records = []
         for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
             try:
@@ -52,6 +102,10 @@ class Results:
                 raise ValueError(
                     f"{self.path}, line {number}: not a record of `lowbit compare` (expected a JSON object with "
                     f"{', '.join(DECISIVE)}); choose another -o FILE.jsonl"
+                )
+            if (flaw := flaw_of(record)) is not None:
+                raise ValueError(
+                    f"{self.path}, line {number}: {flaw}; correct it or remove the line, or choose another -o FILE.jsonl"
                 )
             records.append(record)
         return records

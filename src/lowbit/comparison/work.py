@@ -190,7 +190,7 @@ class MeasureRow:
                 "evaluate_seconds": _since(started),
                 "quantize_peak_rss_bytes": quantize_peak,
                 "peak_rss_bytes": peak_rss(),
-                "problems": _problems(report, result),
+                "problems": _problems(report, result, scores),
                 "warnings": list(report.warnings),
             }
         )
@@ -224,14 +224,16 @@ def _tasks(scores: Sequence[TaskScore]) -> dict[str, Any]:
     return {"tasks": {score.task: score.to_dict() for score in scores}} if scores else {}
 
 
-def _problems(report: QuantizeReport, result: Evaluation) -> list[str]:
-    """Why the row's model counts as broken, by the guard and by the divergence on held-out text."""
+def _problems(report: QuantizeReport, result: Evaluation, scores: Sequence[TaskScore]) -> list[str]:
+    """Why the row's model counts as broken, by the guard, by the divergence on held-out text and by tasks."""
     problems = list(report.problems)
     if result.broken:
         problems.append(f"{result.broken_tokens} of {result.tokens} predictions are NaN or infinite")
     elif result.kl is not None and result.kl > MAX_KL:
         problems.append(f"KL over {MAX_KL:g}")
-    return problems
+    return problems + [
+        f"{score.task}: NaN for {score.broken} of {score.items} items" for score in scores if score.broken
+    ]
 
 
 def _since(started: float) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -108,7 +109,15 @@ def _score(name: str, protocol: str, samples: list[Mapping[str, Any]], totals: M
             f"task {name} has no figure for each item (it has {', '.join(map(str, totals))}); run lm-eval itself"
         )
     asked = json.dumps([[sample["arguments"], sample["target"]] for sample in first], sort_keys=True, default=str)
-    return TaskScore(name, protocol, len(first), hashlib.sha256(asked.encode()).hexdigest(), tuple(metrics))
+    broken = sum(any(_is_nan(answer) for answer in sample.get("filtered_resps", ())) for sample in first)
+    sha256 = hashlib.sha256(asked.encode()).hexdigest()
+    return TaskScore(name, protocol, len(first), sha256, tuple(metrics), broken=broken)
+
+
+def _is_nan(answer: Any) -> bool:
+    """Whether an answer is a log-likelihood that is NaN, or begins with one."""
+    first = answer[0] if isinstance(answer, list | tuple) and answer else answer
+    return isinstance(first, float) and math.isnan(first)
 
 
 def _checked(metric: Metric, totals: Mapping[str, Any]) -> Metric:
@@ -118,7 +127,7 @@ def _checked(metric: Metric, totals: Mapping[str, Any]) -> Metric:
         ValueError: lm-eval sums this metric in another way.
     """
     theirs = next((value for key, value in totals.items() if key.split(",")[0] == metric.name), None)
-    if theirs is not None and not np.isclose(theirs, metric.value, rtol=1e-6):
+    if theirs is not None and not np.isclose(theirs, metric.value, rtol=1e-6, equal_nan=True):
         raise ValueError(
             f"lm-eval gives {metric.name} = {theirs}, and its items' mean is {metric.value}: run lm-eval itself"
         )

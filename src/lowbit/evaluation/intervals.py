@@ -44,6 +44,11 @@ def mean_and_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, Inte
     return mean, (mean - half, mean + half)
 
 
+def exp(value: float) -> float:
+    """exp, with infinity for results beyond a float; NaN stays NaN."""
+    return math.inf if value > 709 else math.exp(value)
+
+
 def student_t(freedom: int, probability: float = 0.975) -> float:
     """Quantile of Student's t: exact for 1 and 2 degrees of freedom, else to 0.2 % (Abramowitz and Stegun 26.7.5)."""
     assert freedom >= 1 and 0.5 <= probability < 1

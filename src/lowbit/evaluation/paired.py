@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lowbit.evaluation.intervals import Interval, mean_and_interval
+from lowbit.evaluation.intervals import Interval, exp, mean_and_interval
 
 _Z = 1.959963984540054  # of a normal distribution's middle 95 %
 
@@ -103,10 +103,13 @@ def metric_of(name: str, values: Sequence[float]) -> Metric:
 
 
 def perplexity_of(name: str, nats: Sequence[float]) -> Metric:
-    """exp of the mean negative log-likelihood, lm-eval's perplexity over items; ``values`` are the log-likelihoods."""
+    """exp of the mean negative log-likelihood, lm-eval's perplexity over items; ``values`` are the log-likelihoods.
+
+    NaN if one of them is, infinity where it is beyond a float.
+    """
     mean = metric_of(name, nats)
-    value = math.exp(min(700.0, -mean.value))
-    around = mean.interval and (math.exp(min(700.0, -mean.interval[1])), math.exp(min(700.0, -mean.interval[0])))
+    value = exp(-mean.value)
+    around = mean.interval and (exp(-mean.interval[1]), exp(-mean.interval[0]))
     return replace(
         mean, value=value, interval=around, stderr=None if mean.stderr is None else value * mean.stderr
     )  # by the delta method
@@ -116,10 +119,15 @@ def against(score: TaskScore, original: TaskScore) -> TaskScore:
     """``score`` with each metric beside the original's.
 
     Raises:
-        ValueError: scores of different items.
+        ValueError: scores of different items, or an original that gave NaN.
     """
     if score.sha256 != original.sha256:
         raise ValueError(f"task {score.task}: the two models answered different items")
+    if original.broken:
+        raise ValueError(
+            f"task {score.task}: the original model gave NaN for {original.broken} of {original.items} items: check its files, "
+            "or leave it out"
+        )
     others = {metric.name: metric for metric in original.metrics}
     metrics = [replace(metric, against=paired(metric, others[metric.name])) for metric in score.metrics]
     return replace(score, metrics=tuple(metrics))

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from lowbit.evaluation.cache_checks import CheckScore
 from lowbit.evaluation.forward import check_positions, evaluating, logits_of, protocol_name, vocabulary_size
-from lowbit.evaluation.intervals import Interval, mean_and_interval
+from lowbit.evaluation.intervals import Interval, exp, mean_and_interval
 from lowbit.evaluation.reference import KeptOriginal
 from lowbit.evaluation.windows import Cut, Text, Window, cut
 from lowbit.numerics.divergence import score_tokens
@@ -118,7 +118,7 @@ def evaluate_model(
 
     Args:
         model: a transformers causal LM, quantized or not.
-        text: one string, documents (protocol `word` only), or int64 ids [T] or [windows, seq_len].
+        text: one string, documents (protocol `word` only), or integer ids [T] or [windows, seq_len].
         tokenizer: its transformers tokenizer; not needed for ids.
         protocol: `gptq`, `llama.cpp` or `word`, see `windows.py`.
         seq_len: tokens in a window.
@@ -201,13 +201,13 @@ def _summarise(sums: Any, pieces: Cut, compared: bool, *, protocol: str, seq_len
     reference_nll, _ = mean_and_interval(sums.reference_nll, sums.tokens)
     more, around = mean_and_interval(sums.nll - sums.reference_nll, sums.tokens)
     return Evaluation(
-        perplexity=_exp(nll * per_unit),
-        perplexity_interval=nll_interval and (_exp(nll_interval[0] * per_unit), _exp(nll_interval[1] * per_unit)),
+        perplexity=exp(nll * per_unit),
+        perplexity_interval=nll_interval and (exp(nll_interval[0] * per_unit), exp(nll_interval[1] * per_unit)),
         kl=kl if compared else None,
         kl_interval=_clipped(kl_interval, kl, math.inf) if compared else None,
         top1_agreement=top1 if compared else None,
         top1_interval=_clipped(top1_interval, top1, 1.0) if compared else None,
-        reference_perplexity=_exp(reference_nll * per_unit) if compared else None,
+        reference_perplexity=exp(reference_nll * per_unit) if compared else None,
         tokens=tokens,
         words=pieces.words,
         windows=len(pieces.windows),
@@ -248,11 +248,6 @@ def windows_sha256(pieces: Cut, seq_len: int) -> str:
 
 def _bytes(ids: Tensor) -> bytes:
     return ids.cpu().numpy().astype("<i8").tobytes()
-
-
-def _exp(value: float) -> float:
-    """exp, with infinity for results beyond a float; NaN stays NaN."""
-    return math.inf if value > 709 else math.exp(value)
 
 
 def _clipped(interval: Interval | None, mean: float, high: float) -> Interval | None:

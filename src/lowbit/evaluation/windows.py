@@ -43,7 +43,7 @@ from torch import Tensor
 from lowbit.rows import lines_of
 
 Text = str | Sequence[str] | Tensor
-"""One text, or documents (`word`, `ptb` and `c4`), or ids: int64 [T], or [N, T] where T is the window length."""
+"""One text, or documents (`word`, `ptb` and `c4`), or ids: integers [T], or [N, T] where T is the window length."""
 
 OF_ROWS = ("ptb", "c4")
 """Protocols that join the rows of a text in their own way."""
@@ -92,7 +92,20 @@ def cut(text: Text, tokenizer: Any, protocol: str, seq_len: int, windows: int | 
         raise ValueError(f"seq_len is {seq_len}: a window needs at least 2 tokens to predict one")
     if windows is not None and windows < 1:
         raise ValueError(f"windows is {windows}: ask for at least 1, or None for the whole text")
-    return PROTOCOLS[protocol](text, tokenizer, seq_len, windows)
+    return PROTOCOLS[protocol](_readable(text), tokenizer, seq_len, windows)
+
+
+def _readable(text: Any) -> Text:
+    """``text`` if it is one; ids of any type of integers as int64."""
+    if isinstance(text, Tensor) and text.ndim in (1, 2) and not (text.is_floating_point() or text.dtype == torch.bool):
+        return text.long()
+    if isinstance(text, Tensor):
+        raise ValueError(f"ids are integers [T] or [windows, T], found {text.dtype} {list(text.shape)}")
+    if isinstance(text, str) or (isinstance(text, Sequence) and all(isinstance(row, str) for row in text)):
+        return text
+    raise ValueError(
+        f"found a text of type {type(text).__name__}; expected a text, a list of texts, or token ids as a tensor: torch.tensor(ids)"
+    )
 
 
 def _whole_windows(text: Text, tokenizer: Any, seq_len: int, count: int | None) -> Cut:
@@ -183,8 +196,6 @@ def _ids(text: Text, tokenizer: Any, seq_len: int) -> Tensor:
         return _encode(text, tokenizer)
     if not isinstance(text, torch.Tensor):
         raise ValueError("this protocol reads one text, and got several documents: join them, or use protocol 'word'")
-    if text.dtype != torch.int64 or text.ndim not in (1, 2):
-        raise ValueError(f"ids must be int64 [T] or [windows, T], found {text.dtype} {list(text.shape)}")
     if text.ndim == 2 and text.shape[1] != seq_len:
         raise ValueError(f"the ids are windows of {text.shape[1]} and seq_len is {seq_len}: make them equal")
     return text.reshape(-1)

@@ -12,6 +12,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from lowbit.progress import Progress, silent
 from lowbit.stages.stream import Stream
 from lowbit.steps import BlockIO, BlockState
 from lowbit.surroundings import own_settings
+from lowbit.whole_file import write_whole, write_whole_text
 
 _TOKENS = 256  # sampled for a layer's output error
 
@@ -164,8 +166,8 @@ def _write(inspection: Inspection, channels: dict[str, Tensor], out: Path) -> In
     names = ("inspection.md", "inspection.json", "channels.safetensors", *drawings)
     inspection = dataclasses.replace(inspection, files=tuple(out / name for name in names))
     for name, draw in drawings.items():
-        draw(inspection, channels).savefig(out / name, dpi=110)
-    save_file(channels, out / "channels.safetensors")
-    (out / "inspection.json").write_text(json.dumps(inspection.to_dict(), indent=2) + "\n")
-    (out / "inspection.md").write_text(markdown(inspection))
+        write_whole(out / name, partial(draw(inspection, channels).savefig, dpi=110))
+    write_whole(out / "channels.safetensors", partial(save_file, channels))
+    write_whole_text(out / "inspection.json", json.dumps(inspection.to_dict(), indent=2) + "\n")
+    write_whole_text(out / "inspection.md", markdown(inspection))
     return inspection

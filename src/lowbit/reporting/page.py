@@ -20,6 +20,7 @@ from lowbit.reporting.sections import Section
 from lowbit.reporting.sources import Sources, read_sources
 from lowbit.tables import FORMS, Table
 from lowbit.version import __version__
+from lowbit.whole_file import write_whole
 
 MOST_BYTES = 3_000_000
 """Of a page: what is larger opens slowly and does not go by mail."""
@@ -106,7 +107,7 @@ def write_report(paths: Iterable[str | PathLike[str]], out: str | PathLike[str],
             f"the page has {len(text):,} bytes, over the limit of {MOST_BYTES:,}: make several of fewer files, or leave out "
             f"those with the most rows ({max(page.files.rows, key=lambda row: int(row[1].replace(',', '')))[0]})"
         )
-    target.write_bytes(text)
+    write_whole(target, lambda file: file.write_bytes(text))
     return page
 
 

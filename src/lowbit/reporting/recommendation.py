@@ -144,7 +144,8 @@ def _warnings(search: Search, memory: int, chosen: Choice) -> Iterator[str]:
     )
     yield "a larger model than the one measured loses less, as a rule; `lowbit compare` measures yours"
     original = sum(header.nbytes for header in source.headers.values())
-    if original + search.cache_bytes(None, search.tokens) <= memory:
+    original += search.cache_bytes(None, search.tokens)
+    if original <= memory:
         yield f"the original fits too, with {original / 1e9:.3g} GB: quantizing saves space and time here, and loses something"
     if cache_bytes(source.config, KVFormats(), search.tokens, search.dtype) is None:
         yield "nothing is known of the size of this model's cache, so it is not counted"
@@ -154,7 +155,11 @@ def _warnings(search: Search, memory: int, chosen: Choice) -> Iterator[str]:
 
 def _refusal(search: Search, memory: int, tried: Sequence[Choice]) -> str:
     if not tried:
-        return f"{search.source.name} cannot be made for {search.engine} by any measured recipe: {'; '.join(search.reasons[:3])}"
+        why = (
+            "; ".join(search.reasons[:3])
+            or "none is that quick, or none is of the kinds that were asked for; raise --patience"
+        )
+        return f"{search.source.name} cannot be made for {search.engine} by any measured recipe: {why}"
     least = min(tried, key=lambda choice: choice.bytes)
     cache = "" if least.cache is None else f" and --kv {least.cache.name}"
     way = f"{least.row.label!r}{'' if least.file_format == 'native' else f' as {least.file_format}'}{cache}"

@@ -19,7 +19,7 @@ from typing import Any
 
 from lowbit.checkpoints.model_card import REPORT
 from lowbit.checkpoints.shards import read_json
-from lowbit.comparison.results import DECISIVE, texts_read, work_of
+from lowbit.comparison.results import DECISIVE, flaw_of, texts_read, whole_lines, work_of
 from lowbit.rows import lines_of
 from lowbit.tables import Table, of_mappings, text_of
 
@@ -32,7 +32,6 @@ _READS = (
 )
 
 
-_RECORD = {"model": {"name": str, "sha256": str}, "protocol": dict.fromkeys(("name", "text", "sha256"), str)}
 _LAYER = {"name": str, "role": str, "bits_per_weight": (int, float), "error": (int, float, type(None))}
 _RUN = {"recipe": dict, "layers": [_LAYER], "block_errors": list, "bits_per_weight": (int, float)}
 _INSPECTION = {"model": str, "calibration": str, "layers": [dict], "inputs": [{"name": str, "role": str, "block": int}]}
@@ -145,7 +144,7 @@ def _is_known(file: Path) -> bool:
 
 def _lines(file: Path, text: str) -> list[Json]:
     """JSON objects, one a line. A last line that a kill has torn is left out, as ``lowbit compare`` leaves it out."""
-    whole = text[: text.rfind("\n") + 1]
+    whole = whole_lines(text.encode()).decode()
     rows = []
     for number, line in enumerate(lines_of(whole), start=1):
         if not line.strip():
@@ -164,7 +163,10 @@ def _lines(file: Path, text: str) -> list[Json]:
 
 def _rows(file: Path, name: str, rows: list[Json], sources: Sources) -> None:
     if all(all(key in row for key in DECISIVE) for row in rows):
-        sources.records += [{"calibration": None, **_checked(file, row, _RECORD), "file": name} for row in rows]
+        for number, row in enumerate(rows, start=1):
+            if (flaw := flaw_of(row)) is not None:
+                raise SourceError(f"{file}, record {number}: {flaw}")
+        sources.records += [{"calibration": None, **row, "file": name} for row in rows]
     elif all({"step", "tokens", "loss"} <= row.keys() for row in rows):
         sources.curves[name] = rows
     elif all({"label", "curve"} <= row.keys() for row in rows):

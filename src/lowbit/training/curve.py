@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from lowbit.whole_file import write_whole, write_whole_text
 
 Row = dict[str, Any]
 """``step``, ``tokens`` (trained on so far), ``loss`` (of the step; None for step 0, the start), ``held_out_kl`` and
@@ -28,9 +31,7 @@ class Curve:
         if kept is not None and path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
             rows = [row for line in lines if line.endswith("}") and (row := json.loads(line))["step"] <= kept]
-        writing = path.with_suffix(".writing")
-        writing.write_text("".join(_line(row) for row in rows), encoding="utf-8")
-        writing.replace(path)  # a kill leaves the old rows or these
+        write_whole_text(path, "".join(map(_line, rows)))  # a kill leaves the old rows or these
         if logs is not None:
             shutil.rmtree(logs, ignore_errors=True)
             self._writer = _tensorboard(logs)
@@ -78,10 +79,8 @@ def draw_curve(path: Path, target: Path) -> None:
     axes.set(xlabel="tokens trained on", ylabel="nats a token")
     axes.grid(alpha=0.3)
     axes.legend()
-    writing = target.with_suffix(".writing")
     with rc_context({"svg.hashsalt": "lowbit"}):
-        figure.savefig(writing, format="svg", metadata={"Date": None})
-    writing.replace(target)
+        write_whole(target, partial(figure.savefig, format="svg", metadata={"Date": None}))
 
 
 def _line(row: Row) -> str:

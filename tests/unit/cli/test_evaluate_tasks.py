@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -116,3 +118,19 @@ def test_windows_of_a_text_are_as_asked_and_as_the_help_says_else(place):
     words = " ".join(CliRunner().invoke(app, ["evaluate", "--help"], env={"COLUMNS": "300"}).stdout.split())
     for default in ("gptq (default)", "(default 1024)", "(default 20)", "(default 128)", "(default gpt-4)"):
         assert default in words
+
+
+def test_a_model_that_gives_nan_in_tasks_is_measured_and_not_a_success_and_no_original(place, tmp_path):
+    broken = shutil.copytree(place / "model", tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    asked = ("--tasks", "mine,passages", "--task-files", place, "--threads", 1, "--json")
+    measured = evaluate(broken, *asked, "--against", place / "model")
+    assert measured.exit_code == 1
+    assert "gave NaN in mine (8 of 8 items), passages (2 of 2 items), which count as wrong" in measured.stderr
+    figures = json.loads(measured.stdout)["tasks"]["passages"]["metrics"]["perplexity"]
+    assert figures["value"] is None and figures["against"]["original"] > 1
+    refused = evaluate(place / "model", *asked, "--against", broken)
+    assert refused.exit_code == 1 and "task mine: the original model gave NaN for 8 of 8 items" in refused.stderr
+    assert not refused.stdout

@@ -262,6 +262,21 @@ def test_ctrl_c_loses_only_the_row_at_hand(model, tmp_path, monkeypatch, here):
     assert [line["label"] for line in lines(out)] == ["original", "rtn", "gptq", "two bits"]
 
 
+def test_results_of_another_form_are_refused_and_a_last_line_without_its_end_is_kept(model, tmp_path, here):
+    out = tmp_path / "r.jsonl"
+    compare(model, [RTN], out)
+    edited = out.read_text()
+    out.write_text(edited.rstrip("\n"))
+    here.clear()
+    compare(model, [RTN], out)
+    assert not here and out.read_text() == edited
+    for changed in ({"kl": "0.5"}, {"model": "m"}, {"tasks": 3}):
+        out.write_text(json.dumps(lines(out)[0] | changed) + "\n")
+        with pytest.raises(ValueError, match=rf"r.jsonl, line 1: {next(iter(changed))}: expected"):
+            compare(model, [RTN], out)
+        out.write_text(edited)
+
+
 def test_only_measures_some_rows_and_the_table_keeps_the_order_of_all(model, tmp_path, here):
     out = tmp_path / "r.jsonl"
     rows = [RTN, GPTQ, TWO_BITS]

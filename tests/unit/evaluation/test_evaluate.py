@@ -164,7 +164,12 @@ def test_text_ids_and_rows_of_ids_are_one_input(model):
         ({"text": ["a", "b"]}, "several documents"),
         ({"text": random_ids(99), "protocol": "word"}, "pass text and a tokenizer"),
         ({"text": random_ids(64).view(2, 32), "seq_len": 16}, "windows of 32 and seq_len is 16"),
-        ({"text": random_ids(64).int()}, "must be int64"),
+        ({"text": random_ids(64).float()}, r"ids are integers .*found torch.float32 \[64\]"),
+        ({"text": random_ids(64).view(4, 4, 4)}, r"ids are integers .*found torch.int64 \[4, 4, 4\]"),
+        ({"text": random_ids(64).numpy()}, r"type ndarray; expected .*torch\.tensor\(ids\)"),
+        ({"text": random_ids(64).tolist()}, "type list; expected a text, a list of texts, or token ids"),
+        ({"text": [[1, 2], [3, 4]], "protocol": "word"}, "type list; expected"),
+        ({"text": None}, "type NoneType; expected"),
         ({"text": torch.full((64,), VOCABULARY)}, "vocabulary has 128"),
         ({"text": torch.full((64,), -1)}, "ids run from -1"),
         ({"tokenizer": None}, "needs a tokenizer"),
@@ -175,6 +180,13 @@ def test_bad_arguments_say_what_to_do(model, arguments, message):
     call = {"text": TEXT, "tokenizer": char_tokenizer(), "protocol": "gptq", "seq_len": 32, "windows": None} | arguments
     with pytest.raises(ValueError, match=message):
         evaluate_model(model, **call)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_ids_are_integers_of_any_type(model, dtype):
+    assert evaluate_model(model, random_ids(64).to(dtype), None, "gptq", 32) == evaluate_model(
+        model, random_ids(64), None, "gptq", 32
+    )
 
 
 def test_evaluation_ignores_dropout_and_puts_each_mode_back():

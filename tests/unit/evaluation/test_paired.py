@@ -58,6 +58,19 @@ def test_scores_of_other_items_are_not_compared():
         against(score, replace(score, sha256="def"))
 
 
+def test_perplexity_of_nan_is_nan_and_one_beyond_a_float_is_infinite():
+    assert all(math.isnan(perplexity_of("perplexity", values).value) for values in ([math.nan], [-1.0, math.nan]))
+    assert perplexity_of("perplexity", [-800.0]).value == perplexity_of("perplexity", [-math.inf]).value == math.inf
+    assert perplexity_of("perplexity", [-705.0]).value == pytest.approx(math.exp(705))
+
+
+def test_an_original_that_gave_nan_is_no_measure():
+    score = TaskScore("piqa", "p", 2, "abc", (metric_of("acc", [1, 0]),))
+    with pytest.raises(ValueError, match="original model gave NaN for 1 of 2 items: check its files"):
+        against(score, replace(score, broken=1))
+    assert against(replace(score, broken=1), score).broken == 1
+
+
 def test_a_score_as_plain_data_has_ones_and_zeros():
     data = TaskScore("piqa", "p", 2, "abc", (metric_of("acc", [True, False]),)).to_dict()
     assert data["metrics"]["acc"]["values"] == [1, 0] and data["metrics"]["acc"]["against"] is None

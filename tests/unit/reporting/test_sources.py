@@ -71,6 +71,12 @@ def test_the_last_record_with_figures_counts_and_a_torn_line_does_not(tmp_path):
     assert file.read_text().endswith("torn")  # reading changes no file
 
 
+def test_a_last_record_without_an_end_of_line_is_a_record(tmp_path):
+    file = write_lines(tmp_path / "r.jsonl", [record("a", perplexity=1.0), record("b", perplexity=2.0)])
+    file.write_text(file.read_text().rstrip("\n"))
+    assert [each["label"] for each in read_sources([file]).records] == ["a", "b"]
+
+
 def test_rows_that_were_calibrated_on_other_text_are_other_rows(tmp_path):
     other = record("a", perplexity=2.0)
     other["calibration"] = other["calibration"] | {"sha256": "d" * 64}
@@ -88,7 +94,15 @@ def test_rows_that_were_calibrated_on_other_text_are_other_rows(tmp_path):
         ("a.jsonl", '{"a": 1}\n{oops\n', "line 2: not JSON"),
         ("a.jsonl", '{"a": 1', "no whole line"),
         ("a.jsonl", '{"prompt": "a", "answers": "b"}\n', "line 1: expected"),
-        ("a.jsonl", json.dumps(record("a") | {"model": "tiny"}) + "\n", "model: expected an object with name, sha256"),
+        (
+            "a.jsonl",
+            json.dumps(record("a") | {"model": "tiny"}) + "\n",
+            "record 1: model: expected an object with name and sha256",
+        ),
+        ("a.jsonl", json.dumps(record("a") | {"kl": "0.5"}) + "\n", "record 1: kl: expected a number"),
+        ("a.jsonl", json.dumps(record("a") | {"kl_interval": [1]}) + "\n", "kl_interval: expected two numbers"),
+        ("a.jsonl", json.dumps(record("a") | {"recipe": [1]}) + "\n", "recipe: expected an object or null"),
+        ("a.jsonl", json.dumps(record("a") | {"tasks": 3}) + "\n", "tasks: expected an object"),
         (
             "a.json",
             json.dumps({"recipe": {}, "layers": [{"name": 1}], "block_errors": [], "bits_per_weight": 4}),
