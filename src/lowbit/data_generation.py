@@ -174,8 +174,6 @@ def prepare_data(
         top_p,
         seed,
     )
-    if seq_len < 2:
-        raise ValueError(f"seq_len is {seq_len}: expected texts of 2 tokens or more")
     source = open_model(model, trust_remote_code=trust_remote_code, allow_quantized=True)
     tokenizer = source.tokenizer_if_any() if prompts is None else source.tokenizer()
     asked = tokens or (samples or SAMPLES) * seq_len
