@@ -135,7 +135,8 @@ def _own_apart(query_BHTD: Tensor, key: _Read, value: _Read, weighing: _Weighing
 
 
 def _own_first(x_BGSD: Tensor) -> Tensor:
-    """One for a query's own token, with a channel more, and all but the last behind it."""
+    """The token that stands for a query's own, then all but the last, which only its own query reads; one more channel, of which the
+    first token has 1 and the others 0."""
     x = pad(x_BGSD[:, :, :-1], (0, 1, 1, 0))
     x[:, :, 0, -1] = 1
     return x

@@ -106,7 +106,9 @@ def _saved(model: PreTrainedModel, trust_remote_code: bool) -> ModelSource:
     try:
         try:
             model.save_pretrained(directory)
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # what a tensor without values says to its being copied
+            if not any(weight.is_meta for weight in model.parameters()):
+                raise
             raise ModelError(
                 f"{name} has weights without values, on the meta device ({error}). Load its weights."
             ) from error

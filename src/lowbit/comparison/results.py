@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lowbit.rows import lines_of
+
 Record = dict[str, Any]
 """A line of a results file. See :func:`lowbit.comparison.compare` for its fields."""
 
@@ -93,7 +95,7 @@ class Results:
             with self.path.open("ab") as file:
                 file.write(b"\n")
         records = []
-        for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
+        for number, line in enumerate(lines_of(whole.decode("utf-8")), start=1):
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from lowbit.checkpoints.shards import file_sha256, read_shard_header, read_tensor, write_shard
 from lowbit.checkpoints.target import OutputError, check_target
+from lowbit.whole_file import write_whole, write_whole_text
 
 JOURNAL, HOLDER = "journal.jsonl", "lock-holder"
 UNLISTED = ("fisher-*.safetensors", "latents-*.safetensors", "training-*.state", "training-*.answers")
@@ -169,10 +170,7 @@ class Journal:
 
     def _write(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Replaces the journal's lines."""
-        written = self.path.with_suffix(".writing")
-        written.write_text("".join(journal_line(entry) for entry in ({"header": self.header}, *entries)))
-        _flush(written)
-        written.replace(self.path)
+        write_whole_text(self.path, "".join(journal_line(entry) for entry in ({"header": self.header}, *entries)))
 
     def forget(self, stage: int, count: int) -> None:
         """Keeps the first ``count`` units of a stage; those after them, and those of later stages, are made again."""
@@ -218,17 +216,11 @@ class Journal:
 
     def place(self, file: str, write: Callable[[Path], None]) -> None:
         """:meth:`save` with what ``write`` writes to the path that it is given."""
-        target = self.directory / file
-        unfinished = target.with_suffix(".writing")
         try:
-            write(unfinished)
-            _flush(unfinished)
-            os.replace(unfinished, target)  # noqa: PTH105  (atomic on every system)
+            write_whole(self.directory / file, write)
         except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error type
-            unfinished.unlink(missing_ok=True)
             raise _disk_error(self.directory, error) from error
         except Exception as error:
-            unfinished.unlink(missing_ok=True)
             if type(error).__name__ != "SafetensorError":
                 raise
             raise _disk_error(self.directory, error) from error
@@ -342,11 +334,6 @@ class Section:
 
 def journal_line(entry: Mapping[str, Any]) -> str:
     return json.dumps(entry, sort_keys=True) + "\n"
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _disk_error(directory: Path, error: Exception) -> OutputError:

@@ -22,6 +22,7 @@ from lowbit.checkpoints.shards import (
     shard_names,
     write_shard,
 )
+from lowbit.whole_file import write_whole_text
 
 
 class ShardWriter:
@@ -122,10 +123,5 @@ def plain_config(config: Any, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Sorted, flushed and renamed into place, so that the file is whole or not there."""
-    partial = path.with_name(path.name + ".tmp")
-    with open(partial, "w", encoding="utf-8") as stream:
-        stream.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    """Sorted; the file is whole or not there."""
+    write_whole_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
