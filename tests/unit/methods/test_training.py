@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from lowbit.linear_api import LoneLinear, lone_block
 from lowbit.modules import LinearFormat
 from lowbit.numerics import HALVES, NF3, Clipped, Gram, Int, Magnitude, MinMax, PerChannel, PerGroup, Spec, quantize
 from lowbit.recipes import Train
+from lowbit.stages.descent import Descent
 from lowbit.steps import AllWeights, BlockIO, BlockMSE, BlockState, Learn, SearchClip, Solve, StepSizes
-from lowbit.training import LatentWeights
+from lowbit.training import LatentWeights, NextToken, StoredFloats
+from lowbit.training.objectives import Text
 
 from helpers import random_ids, tiny_llama
 
@@ -179,11 +182,24 @@ def test_what_is_learned_with_step_sizes_is_what_is_stored():
     assert torch.equal(state.block(state.io.x), wanted)
 
 
-def test_a_format_without_anything_to_train_says_so(place, tmp_path):
-    """NVFP4 quantizes its scales again, and EfficientQAT's second phase trains nothing else."""
-    recipe = lowbit.recipe("efficientqat+nvfp4", epochs=1, tokens=64)
+def test_the_scale_of_nvfp4_s_scales_is_trained(place, tmp_path):
+    """The scales of its groups are codes, which stay."""
+    recipe = lowbit.recipe("efficientqat+nvfp4", epochs=1, tokens=256, accumulate=1, measures=0)
+    lowbit.quantize(place, replace(recipe, stages=recipe.stages[:-1]), text(), out=tmp_path / "start", **QUIET)
     report = lowbit.quantize(place, recipe, text(), out=tmp_path / "out", **QUIET)
-    assert any("nothing was trained" in note for note in report.warnings)
+    assert not any("nothing was trained" in note for note in report.warnings)
+    name = "model.layers.0.mlp.up_proj"
+    before, after = (lowbit.load(tmp_path / run).get_submodule(name).qtensor() for run in ("start", "out"))
+    inner, moved = before.second["scale"], after.second["scale"]
+    assert torch.equal(after.codes, before.codes) and torch.equal(moved.codes, inner.codes)
+    assert not torch.equal(moved.params.scale, inner.params.scale)
+
+
+def test_a_stage_that_finds_nothing_to_train_says_so():
+    stage = Train(StoredFloats(gains=False), NextToken(), tokens=64)
+    windows = Text(random_ids(4, 32), lambda index: pytest.fail("nothing asks the original"))
+    notes = Descent(torch.nn.Sequential(torch.nn.Linear(4, 4)), stage, windows).run()
+    assert any("nothing was trained" in note for note in notes)
 
 
 def test_training_methods_train_what_their_papers_train():
