@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,11 @@ class Batch:
     original: Callable[[int], Answer]
     hidden: tuple[Tensor, ...] = ()
 
+    @cached_property
+    def logits(self) -> tuple[Tensor, ...]:
+        """Of each window, ``[T, V]``. Their gradients are joined once, where indices would add up one of all windows for each."""
+        return self.logits_BTV.unbind()
+
 
 class Objective:
     """A loss. Subclasses are frozen dataclasses."""
@@ -105,13 +111,52 @@ class Objective:
         raise NotImplementedError
 
 
-def divergences(logits_TV: Tensor, target_TV: Tensor, *, forward: bool = True, reverse: bool = False) -> list[Tensor]:
-    """Mean KL divergences over tokens in nats: ``forward``, KL(target || model); ``reverse``, KL(model || target)."""
-    with torch.no_grad():
-        target = target_TV.float().log_softmax(-1)
-    predicted = logits_TV.float().log_softmax(-1)
-    pairs = [(predicted, target)] * forward + [(target, predicted)] * reverse
-    return [F.kl_div(q, p, log_target=True, reduction="batchmean") for q, p in pairs]
+def divergence(logits_TV: Tensor, target_TV: Tensor, reverse: float = 0.0) -> Tensor:
+    """Mean over tokens of ``reverse KL(model || target) + (1 - reverse) KL(target || model)`` in nats, a scalar in float32.
+
+    Gradients reach ``logits_TV`` alone.
+    """
+    value = _Divergence.apply(logits_TV, target_TV, reverse)
+    assert isinstance(value, Tensor)
+    return value
+
+
+_PIECE = 1 << 20  # logits that are worked on at once: they stay in cache
+
+
+class _Divergence(torch.autograd.Function):
+    """The divergence and its gradient in one pass over pieces of the tokens: nothing of the size of the logits is made but the
+    gradient, in their dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, target_TV: Tensor, reverse: float) -> Tensor:
+        tokens, vocabulary = logits_TV.shape
+        grad_TV = torch.empty_like(logits_TV) if ctx.needs_input_grad[0] else None
+        value = torch.zeros((), device=logits_TV.device)
+        for piece in torch.arange(tokens).split(max(1, _PIECE // vocabulary)):
+            rows = slice(int(piece[0]), int(piece[-1]) + 1)
+            logq_NV = logits_TV[rows].float().log_softmax(-1)
+            logp_NV = target_TV[rows].float().log_softmax(-1)
+            p_NV, grad_NV = logp_NV.exp(), None
+            apart_NV = logp_NV.sub_(logq_NV)
+            forward_N = torch.linalg.vecdot(p_NV, apart_NV)
+            value += (1 - reverse) * forward_N.sum()
+            q_NV = logq_NV.exp_()
+            if reverse:
+                reverse_N = -torch.linalg.vecdot(q_NV, apart_NV)
+                value += reverse * reverse_N.sum()
+                grad_NV = q_NV * (apart_NV + reverse_N[:, None]) * -reverse
+            if grad_TV is not None:
+                forward_NV = q_NV.sub_(p_NV)
+                grad_NV = forward_NV if grad_NV is None else grad_NV.add_(forward_NV, alpha=1 - reverse)
+                grad_TV[rows] = grad_NV.div_(tokens)
+        ctx.save_for_backward(grad_TV)
+        return value / tokens
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad_TV,) = ctx.saved_tensors
+        return grad_TV * grads[0], None, None
 
 
 @serializable
@@ -124,7 +169,7 @@ class OriginalKL(Objective):
         return "KL"
 
     def of_window(self, batch: Batch, b: int) -> Tensor:
-        return divergences(batch.logits_BTV[b], batch.original(batch.windows[b]).logits_TV)[0]
+        return divergence(batch.logits[b], batch.original(batch.windows[b]).logits_TV)
 
 
 @serializable
@@ -137,8 +182,7 @@ class ReverseKL(Objective):
         return "reverse KL"
 
     def of_window(self, batch: Batch, b: int) -> Tensor:
-        target = batch.original(batch.windows[b]).logits_TV
-        return divergences(batch.logits_BTV[b], target, forward=False, reverse=True)[0]
+        return divergence(batch.logits[b], batch.original(batch.windows[b]).logits_TV, reverse=1.0)
 
 
 @serializable
@@ -186,9 +230,7 @@ class ConfidenceKL(Objective):
 
     def of_window(self, batch: Batch, b: int) -> Tensor:
         assert self.coefficient is not None
-        target = batch.original(batch.windows[b]).logits_TV
-        forward, reverse = divergences(batch.logits_BTV[b], target, reverse=True)
-        return self.coefficient * reverse + (1 - self.coefficient) * forward
+        return divergence(batch.logits[b], batch.original(batch.windows[b]).logits_TV, reverse=self.coefficient)
 
 
 @serializable
@@ -209,7 +251,7 @@ class NextToken(Objective):
         return True
 
     def of_window(self, batch: Batch, b: int) -> Tensor:
-        return F.cross_entropy(batch.logits_BTV[b, :-1].float(), batch.ids_BT[b, 1:].to(batch.logits_BTV.device))
+        return F.cross_entropy(batch.logits[b][:-1].float(), batch.ids_BT[b, 1:].to(batch.logits_BTV.device))
 
     def of_tokens(self, logits_NV: Tensor, next_N: Tensor) -> Tensor:
         return F.cross_entropy(logits_NV.float(), next_N.to(logits_NV.device), reduction="sum")
@@ -241,7 +283,7 @@ class HiddenStates(Objective):
 
     def of_window(self, batch: Batch, b: int) -> Tensor:
         original = batch.original(batch.windows[b])
-        loss = self.kl * divergences(batch.logits_BTV[b], original.logits_TV)[0]
+        loss = self.kl * divergence(batch.logits[b], original.logits_TV)
         for mine, other in zip(batch.hidden[:-1], original.hidden[:-1], strict=True):
             apart = F.normalize(mine[b].float(), dim=-1) - F.normalize(other.float(), dim=-1)
             loss = loss + self.hidden * apart.square().sum(-1).mean()

@@ -42,7 +42,7 @@ class AdamW(Optimizer):
 
     def make(self, groups: Sequence[Group], lr: float) -> torch.optim.Optimizer:
         parts = [{"params": group.leaves, "lr": lr * group.rate} for group in groups if group.leaves]
-        return torch.optim.AdamW(parts, lr=lr, betas=self.betas, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(parts, lr=lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
 
 
 @serializable

@@ -7,7 +7,17 @@ import torch
 from torch.nn import functional as F
 
 from lowbit.numerics import from_dict, to_dict
-from lowbit.training import Answer, Batch, ConfidenceKL, HiddenStates, NextToken, OriginalKL, ReverseKL, Text
+from lowbit.training import (
+    Answer,
+    Batch,
+    ConfidenceKL,
+    HiddenStates,
+    NextToken,
+    OriginalKL,
+    ReverseKL,
+    Text,
+    objectives,
+)
 
 TEACHER, STUDENT = torch.tensor([[2.0, 1.0, 0.0, -1.0]]), torch.tensor([[1.0, 1.5, 0.0, -0.5]])
 
@@ -35,6 +45,23 @@ def test_the_coefficient_mixes_forward_and_reverse_divergence():
     assert ConfidenceKL(0.0).loss(made) == forward and ConfidenceKL(1.0).loss(made) == reverse
     assert forward > 0 and reverse > 0
     torch.testing.assert_close(ConfidenceKL(0.25).loss(made), 0.75 * forward + 0.25 * reverse)
+
+
+@pytest.mark.parametrize("reverse", [0.0, 0.4, 1.0])
+def test_value_and_gradient_are_those_that_autograd_finds_for_all_tokens_at_once(reverse, monkeypatch):
+    monkeypatch.setattr(objectives, "_PIECE", 4 * 11)  # pieces of 4, 4 and 2 tokens
+    student, teacher = (3 * random_logits(10, seed=s) for s in (0, 1))
+    wanted = student.double().requires_grad_()
+    logq, logp = wanted.log_softmax(-1), teacher.double().log_softmax(-1)
+    kl = [(a.exp() * (a - b)).sum(-1).mean() for a, b in ((logp, logq), (logq, logp))]
+    value = (1 - reverse) * kl[0] + reverse * kl[1]
+    (2 * value).backward()
+    found = student.clone().requires_grad_()
+    loss = ConfidenceKL(reverse).loss(batch(found, teacher))
+    (2 * loss).backward()
+    torch.testing.assert_close(loss.double(), value, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=1e-5, atol=1e-7)
+    assert not ConfidenceKL(reverse).loss(batch(student, teacher)).requires_grad
 
 
 @pytest.mark.parametrize("objective", [OriginalKL(), ReverseKL(), ConfidenceKL(0.4)])
