@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class QuantizeReport:
     """
 
     out: Path | None
-    recipe: Recipe
+    recipe: Recipe = field(repr=False)
     calibration: str
     asked_bits: float
     bits_per_weight: float
@@ -57,7 +57,7 @@ class QuantizeReport:
     measured_on: str
     coverage: float
     outside_cost: float | None
-    blocks: tuple[BlockRecord, ...]
+    blocks: tuple[BlockRecord, ...] = field(repr=False)  # a line for each layer
     cache_bits: float | None = None
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

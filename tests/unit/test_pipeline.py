@@ -68,6 +68,11 @@ def test_reported_bits_are_the_stored_bytes(model, tmp_path):
     assert report.bytes == sum(f.stat().st_size for f in (tmp_path / "q").glob("*.safetensors"))
 
 
+def test_a_report_prints_as_a_few_lines(model, tmp_path):
+    text = repr(_quantize(model, tmp_path / "q"))
+    assert len(text) < 1500 and "bits_per_weight=" in text and "q_proj" not in text
+
+
 def test_the_kl_in_the_report_is_that_of_the_loaded_model(model, tmp_path):
     ids = random_ids(3, 24)
     report = _quantize(model, tmp_path / "q", "rtn", ids)
