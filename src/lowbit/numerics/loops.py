@@ -1,5 +1,5 @@
-"""Loops over single numbers that torch cannot express, compiled by numba: :func:`rows_of_means`, :func:`count_below` and
-:func:`to_nearest`.
+"""Loops over single numbers that torch cannot express, compiled by numba: :func:`rows_of_means`, :func:`count_below`,
+:func:`to_nearest` and :func:`gradients_of_nearest`.
 
 They are imported where one of them runs. numba takes as long to import as torch, most runs need none of them, and vLLM, which
 imports other parts of this package, fails at what numba leaves among the modules.
@@ -50,6 +50,29 @@ def to_nearest(x_GK, scale, by_row, midpoints, levels, out_GK):
             for i in range(n):
                 level = levels[count[i]] if ratio[i] == ratio[i] else ratio[i]
                 out[i] = level * (scale[g] if by_row else scale[start + i])
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})  # sums in vector registers
+def gradients_of_nearest(x_GK, scale, by_row, lowest, highest, y_GK, g_GK, of_x_GK, of_scale):
+    """Writes what ``x`` and adds what ``scale`` gain where :func:`to_nearest` wrote ``y`` and its gradient is ``g``: the rounding
+    passes straight through between the ``lowest`` and the ``highest`` level, and what is beyond them moves with the scale alone.
+    """
+    for g in range(x_GK.shape[0]):
+        x, y, grad, of_x = x_GK[g], y_GK[g], g_GK[g], of_x_GK[g]
+        if by_row:
+            total, s = np.float32(0), scale[g]
+            for k in range(len(x)):
+                ratio = x[k] / s
+                inside = (ratio >= lowest) & (ratio <= highest)
+                of_x[k] = grad[k] if inside else np.float32(0)
+                total += grad[k] * (y[k] - (x[k] if inside else np.float32(0)))
+            of_scale[g] += total / s
+        else:
+            for k in range(len(x)):
+                ratio = x[k] / scale[k]
+                inside = (ratio >= lowest) & (ratio <= highest)
+                of_x[k] = grad[k] if inside else np.float32(0)
+                of_scale[k] += grad[k] * (y[k] - (x[k] if inside else np.float32(0))) / scale[k]
 
 
 @numba.njit(nogil=True, cache=True)

@@ -27,7 +27,7 @@ import math
 import random
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -173,6 +173,13 @@ class Seeded:
         return Made(self.size, _rounds(type(self), self.seed, self.size, self.inverted, dtype, device))
 
     def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        if x.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))  # once; its products would convert every operand
+        if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+            y = _Rotated.apply(x, self)
+            assert isinstance(y, Tensor)
+            return y
         return self.made(x.dtype, x.device).forward(x)
 
     def fold_in(self, w_OI: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -186,6 +193,19 @@ class Seeded:
 
     def tile(self, copies: int) -> Self:
         return self
+
+
+class _Rotated(torch.autograd.Function):
+    """A rotation that keeps nothing for its backward pass, which is its inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rotation: Seeded) -> Tensor:
+        ctx.rotation = rotation
+        return rotation.made(x.dtype, x.device).forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.rotation.inverse().forward(grads[0]), None
 
 
 @dataclass(frozen=True)

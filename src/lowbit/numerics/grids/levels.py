@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lowbit.numerics.grids.base import OF_NOTHING, Affine, Field
 from lowbit.numerics.serialize import serializable
@@ -39,20 +41,39 @@ def _rank(v: Tensor, midpoints: Tensor) -> Tensor:
 
 
 def _in_one_pass(x_GK: Tensor, scale: Tensor, levels: Tensor, midpoints: Tensor) -> Tensor | None:
-    """What ``_Levels.fake`` computes, without gradients; None where it has to be computed otherwise."""
+    """What ``_Levels.fake`` computes, with gradients; None where it has to be computed otherwise."""
     by_row = scale.shape == (len(x_GK), 1)
-    if torch.is_grad_enabled() and (x_GK.requires_grad or scale.requires_grad):
-        return None
     if x_GK.dim() != 2 or not (by_row or scale.shape == x_GK.shape[1:]) or len(midpoints) > _FEW:
         return None
     if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in (x_GK, scale)) or torch.compiler.is_compiling():
         return None
-    from lowbit.numerics.loops import to_nearest  # numba is slow to import
+    nearest = _Nearest.apply(x_GK, scale, by_row, levels, midpoints)
+    assert isinstance(nearest, Tensor)
+    return nearest
 
-    x, s = x_GK.detach().contiguous(), scale.detach().reshape(-1).contiguous()
-    out = torch.empty_like(x)
-    to_nearest(x.numpy(), s.numpy(), by_row, midpoints.numpy(), levels.numpy(), out.numpy())
-    return out
+
+class _Nearest(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, by_row: bool, levels: Tensor, midpoints: Tensor) -> Tensor:
+        from lowbit.numerics.loops import to_nearest  # numba is slow to import
+
+        x, scale = x.detach().contiguous(), scale.detach().contiguous()
+        y = torch.empty_like(x)
+        to_nearest(x.numpy(), scale.view(-1).numpy(), by_row, midpoints.numpy(), levels.numpy(), y.numpy())
+        ctx.save_for_backward(x, scale, y)
+        ctx.by_row, ctx.ends = by_row, (levels[0].item(), levels[-1].item())
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from lowbit.numerics.loops import gradients_of_nearest
+
+        x, scale, y = ctx.saved_tensors
+        of_x, of_scale, g = torch.empty_like(x), torch.zeros_like(scale), grads[0].contiguous()
+        flat = (scale.view(-1).numpy(), ctx.by_row, *map(np.float32, ctx.ends))
+        gradients_of_nearest(x.numpy(), *flat, y.numpy(), g.numpy(), of_x.numpy(), of_scale.view(-1).numpy())
+        return of_x, of_scale, None, None, None
 
 
 def _looked_up(table: Tensor, index: Tensor) -> Tensor:
