@@ -307,6 +307,23 @@ def test_fake_gradient_to_the_range_is_that_of_a_clipped_value(grid):
     torch.testing.assert_close(hi.grad, torch.ones_like(hi))
 
 
+@pytest.mark.parametrize("by_row", [True, False])
+@pytest.mark.parametrize("grid", [NF4, E2M1, Table((0.0, 0.5, 1.0, 1.0))], ids=str)
+def test_gradients_of_levels_in_compiled_code_are_those_of_torch(grid, by_row):
+    """Compiled code does float32 alone."""
+    x, g = (_normal(G, K, seed=s).float() for s in (1, 2))
+    scale = _normal(G, 1, seed=3).abs().float() + 0.3 if by_row else _normal(1, K, seed=3).abs().float()[0] + 0.3
+    found, wanted = ([t.to(dtype).requires_grad_() for t in (x, scale)] for dtype in (torch.float32, torch.float64))
+    ((y, of_found), (z, of_wanted)) = (
+        (out, torch.autograd.grad(out, leaves, g.to(out.dtype)))
+        for leaves, out in ((leaves, grid.fake(leaves[0], Affine(leaves[1]))) for leaves in (found, wanted))
+    )
+    torch.testing.assert_close(y.double(), z, rtol=1e-6, atol=0)
+    for a, b in zip(of_found, of_wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    assert (of_found[0] == 0).any() and (of_found[0] != 0).any()
+
+
 @pytest.mark.parametrize("make", [lambda: Int(0), lambda: Int(9), lambda: Int(4, zero="x"), lambda: Float(0, 3)])
 def test_impossible_grids_are_refused(make):
     with pytest.raises(ValueError, match="found"):

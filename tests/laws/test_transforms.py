@@ -250,3 +250,28 @@ def test_seeds_and_sizes_that_cannot_be_are_refused() -> None:
     for seed, size in [(-1, 8), (2**63, 8), (0, 0)]:
         with pytest.raises(ValueError, match="a seed is 0 to"):
             Kronecker(seed, size)
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("kind", SEEDED)
+def test_the_gradient_of_a_seeded_rotation_is_its_matrix_transposed(kind: type[Seeded], inverted: bool) -> None:
+    rotation = kind(3, 44, inverted)  # in two overlapping parts, or in one
+    x, g = (_normal(2, 5, 88, seed=s) for s in (0, 1))  # two runs of 44 channels
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(rotation.forward(x), x, g)
+    (wanted,) = torch.autograd.grad(rotation.made(x.dtype, x.device).forward(x), x, g)
+    torch.testing.assert_close(found, wanted, **TOLERANCE)
+    assert rotation.forward(x.detach()).grad_fn is None
+
+
+@pytest.mark.parametrize("kind", SEEDED)
+def test_under_autocast_a_seeded_rotation_and_its_gradient_are_in_bfloat16_as_its_products_are(
+    kind: type[Seeded],
+) -> None:
+    rotation, x = kind(3, 64), _normal(5, 64).float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = rotation.forward(x)
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16 and x.grad is not None and x.grad.dtype == torch.float32
+    torch.testing.assert_close(y.float(), rotation.forward(x.detach()), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(x.grad, 2 * x.detach(), rtol=0.03, atol=0.05)  # a rotation keeps lengths
