@@ -158,7 +158,10 @@ def test_what_follows_the_text_is_refused_before_the_text_is_read(place, tmp_pat
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"windows": 20}, "2 windows of 32 tokens and 20 were asked"), ({"protocol": "other"}, "unknown perplexity protocol")],
+    [
+        ({"windows": 20}, "2 windows of 32 tokens and 20 were asked"),
+        ({"protocol": "other"}, "unknown perplexity protocol"),
+    ],
     ids=["text", "protocol"],
 )
 def test_a_text_that_cannot_be_cut_is_refused_before_weights_are_read(place, tmp_path, options, message):
