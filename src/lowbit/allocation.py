@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.data import Bos, Calibration, calibration_of
+from lowbit.data import Bos, CalibrationText, calibration_of
 from lowbit.modules import LinearFormat
 from lowbit.numerics import ClipSearch, Gram, RangeGrid, Spec, quantize, to_dict
 from lowbit.plan.layers import planned_layers
@@ -101,7 +101,7 @@ def allocate(
     model: str | PathLike[str],
     recipe: Recipe | str | Path | Mapping[str, Any],
     bits: float,
-    calibration: str | Sequence[str] | Tensor | Calibration = "python-docs",
+    calibration: CalibrationText = "python-docs",
     *,
     samples: int = 8,
     seq_len: int = 512,

@@ -28,8 +28,10 @@ from lowbit.evaluation import (
     as_protocol_reads,
     check_chat,
     check_generation,
+    check_lengths,
     check_retrieval,
     compare_chat,
+    cut,
     directory_bytes,
     evaluate_model,
     harness,
@@ -146,6 +148,7 @@ def evaluate(
         tokenizer: needed where ``model`` is not a path and ``text`` is text.
         trust_remote_code: allow the models' own Python code.
     """
+    _check_cache(model, kv)
     if against is not None:
         check_original(model, against, trust_remote_code=trust_remote_code)
         _warn_of_doubts(model, against, trust_remote_code)
@@ -154,11 +157,16 @@ def evaluate(
     if isinstance(text, str) or retrieval or generation:
         tokenizer = _tokenizer_of(model, tokenizer, trust_remote_code)
     content = load_text(text, "evaluation", tokenizer) if isinstance(text, str) else None
+    read: Any = text if content is None else as_protocol_reads(content, protocol)
+    pieces = cut(
+        read, tokenizer, protocol, seq_len, windows
+    )  # refuses what the text cannot give, before weights are read
     loaded = _opened(model, kv, trust_remote_code)
     original = None if against is None else _opened(against, None, trust_remote_code)
+    check_lengths(loaded, tokenizer, retrieval)
     result = evaluate_model(
         loaded,
-        text if content is None else as_protocol_reads(content, protocol),  # pyright: ignore[reportArgumentType]
+        pieces,
         tokenizer,
         protocol,
         seq_len,
@@ -300,11 +308,15 @@ def _opened(
     model: str | PathLike[str] | PreTrainedModel, kv: str | KVSpec | KVFormats | None, trust_remote_code: bool
 ) -> PreTrainedModel:
     """The model in float32."""
+    _check_cache(model, kv)
     if isinstance(model, PreTrainedModel):
-        if kv is not None:
-            raise ValueError("kv= goes with a model's place; a model in memory has its formats: load it with kv=")
         return model
     return load(model, torch.float32, kv=kv, trust_remote_code=trust_remote_code)
+
+
+def _check_cache(model: str | PathLike[str] | PreTrainedModel, kv: str | KVSpec | KVFormats | None) -> None:
+    if isinstance(model, PreTrainedModel) and kv is not None:
+        raise ValueError("kv= goes with a model's place; a model in memory has its formats: load it with kv=")
 
 
 def _tokenizer_of(model: str | PathLike[str] | PreTrainedModel, tokenizer: Any, trust_remote_code: bool) -> Any:

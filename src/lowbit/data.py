@@ -9,8 +9,10 @@ calibration window begins with it.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import Any, Literal, get_args
 
 import torch
@@ -49,6 +51,10 @@ class Calibration:
     further: Tensor | None = None
     warnings: tuple[str, ...] = ()
     quality: Quality | None = None
+
+
+CalibrationText = str | PathLike[str] | Sequence[str] | Tensor | Calibration
+"""What a run calibrates on: a text by name or place (:mod:`lowbit.texts`), a list of texts, ids ``[N, T]``, or windows."""
 
 
 def tokenize(text: str, tokenizer: Any) -> Tensor:
@@ -208,7 +214,7 @@ def held_out_windows(samples: int) -> int:
 
 def calibration_of(
     source: Any,
-    text: str | Sequence[str] | Tensor | Calibration,
+    text: CalibrationText,
     samples: int,
     seq_len: int,
     bos: Bos = "auto",
@@ -218,7 +224,7 @@ def calibration_of(
     """What a run over ``source`` (a ModelSource) calibrates on.
 
     Args:
-        text: as in :func:`calibration_set`, or ids ``[N, T]``, which are taken as they are. For ``self`` the whole model is
+        text: as in :func:`calibration_set`, the path of a file, or ids ``[N, T]``, which are taken as they are. For ``self`` the whole model is
             loaded, to write the text.
         bos: as in :func:`bos_token`.
         further: as in :func:`calibration_set`; texts given as windows have none, with the same warning.
@@ -228,6 +234,7 @@ def calibration_of(
             longer than the model's learned positions.
     """
     config = source.config.get_text_config()
+    text = os.fspath(text) if isinstance(text, PathLike) else text
     if isinstance(text, Calibration):
         made = text
     elif isinstance(text, Tensor):

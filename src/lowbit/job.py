@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf, prod
 from os import PathLike
@@ -20,10 +20,10 @@ from lowbit.checkpoints.imatrix import is_imatrix, names_of, read_imatrix
 from lowbit.checkpoints.locate import gguf_file
 from lowbit.checkpoints.source import ModelSource
 from lowbit.checkpoints.target import check_target
-from lowbit.data import Bos, Calibration, calibration_of, drawn_tokens, ids_sha256
+from lowbit.data import Bos, Calibration, CalibrationText, calibration_of, drawn_tokens, ids_sha256
 from lowbit.decoding.packed_cache import simulated_cache
 from lowbit.numerics import SquareSum, to_dict
-from lowbit.plan.for_format import plan_for, why_not
+from lowbit.plan.for_format import plan_for, stand_ins, why_not
 from lowbit.plan.kept import KeepDtype
 from lowbit.plan.layers import ragged_groups
 from lowbit.plan.model_plan import ModelPlan
@@ -121,7 +121,7 @@ class Job:
 def prepare(
     model: str | PathLike[str] | PreTrainedModel,
     recipe: Recipe | str | Path | Mapping[str, Any],
-    calibration: str | Sequence[str] | Tensor | Calibration | None,
+    calibration: CalibrationText | None,
     *,
     out: str | PathLike[str],
     samples: int = 32,
@@ -155,14 +155,14 @@ def prepare(
         )
     gguf = gguf_file(model)
     source_bytes = sum(x.nbytes for x in plan.source.headers.values()) if gguf is None else gguf.stat().st_size
-    known = [*plan.architecture.warnings, *plan.source.warnings, *ragged_groups(plan)]
+    known = [*plan.architecture.warnings, *plan.source.warnings, *ragged_groups(plan), *stand_ins(plan, file_format)]
     job = Job(plan, None, None, out, source_bytes, known, max_bits)
     if max_bits < inf and (planned := _planned_bits(plan)) > max_bits:
         raise ValueError(
             f"recipe {recipe.name!r} stores {planned:.3f} bits a weight in this model, over the limit {max_bits:g}; choose "
             "fewer bits, larger groups or another method, or raise max_bits"
         )
-    if isinstance(calibration, str) and is_imatrix(file := Path(calibration).expanduser()):
+    if isinstance(calibration, str | PathLike) and is_imatrix(file := Path(calibration).expanduser()):
         job.importance, calibration = _importance(plan, file), None
         job.warnings.extend(job.importance.warnings)
     elif calibration is None and recipe.needs_calibration:

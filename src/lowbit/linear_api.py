@@ -57,9 +57,12 @@ def quantize_linear(
         raise ValueError(
             f"recipe {recipe.name!r} trains a whole model, and a lone linear is in none; quantize the model"
         )
+    _check_linear(linear)
     _check_fisher(linear, recipe, fisher)
     if inputs is not None:
         _check_inputs(linear, inputs)
+    elif recipe.reads_inputs:
+        raise ValueError(f"recipe {recipe.name!r} calibrates on inputs; pass a tensor [tokens, {linear.in_features}]")
     form = recipe.scheme.format(_PATH, _PATH)
     if form is None:
         raise ValueError(f"recipe {recipe.name!r} leaves a linear without a role as it is; add a rule that matches '*'")
@@ -75,6 +78,13 @@ def quantize_linear(
     for step in recipe.steps:
         step.run(state)
     return block.linear  # pyright: ignore[reportReturnType]
+
+
+def _check_linear(linear: Any) -> None:
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(
+            f"expected a torch.nn.Linear, found a {type(linear).__name__}; wrap a bare weight [out, in] in one"
+        )
 
 
 def _check_inputs(linear: nn.Linear, inputs: Any) -> None:

@@ -8,7 +8,7 @@ has been compared with the one that was measured.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from math import inf
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowbit.checkpoints import native
@@ -25,7 +24,7 @@ from lowbit.checkpoints.companions import copy_companions
 from lowbit.checkpoints.export import export
 from lowbit.checkpoints.formats import find_format
 from lowbit.checkpoints.model_card import write_card
-from lowbit.data import Bos, Calibration
+from lowbit.data import Bos, CalibrationText
 from lowbit.evaluation import output_error
 from lowbit.evaluation.forward import logits_of
 from lowbit.guard import Reference, judge, measure
@@ -52,7 +51,7 @@ RELOAD_TOLERANCE = 1e-4  # relative squared difference of logits; equal up to th
 def quantize(
     model: str | PathLike[str] | PreTrainedModel,
     recipe: Recipe | str | Path | Mapping[str, Any],
-    calibration: str | Sequence[str] | Tensor | Calibration | None = "python-docs",
+    calibration: CalibrationText | None = "python-docs",
     *,
     out: str | PathLike[str],
     samples: int = 32,

@@ -24,7 +24,7 @@ from lowbit.checkpoints.model_card import REPORT
 from lowbit.checkpoints.original import check_original, original_doubts
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.checkpoints.target import check_target
-from lowbit.data import Bos, Calibration, calibration_of, ids_sha256
+from lowbit.data import Bos, Calibration, CalibrationText, calibration_of, ids_sha256
 from lowbit.evaluation import output_error
 from lowbit.evaluation.forward import evaluating, logits_of
 from lowbit.modules import KVFormats, QuantLinear, restore
@@ -107,7 +107,7 @@ class TrainJob:
 def prepare_training(
     checkpoint: str | PathLike[str],
     recipe: Recipe | str | Path | Mapping[str, Any],
-    text: str | Sequence[str] | Tensor | Calibration = "python-docs",
+    text: CalibrationText = "python-docs",
     *,
     out: str | PathLike[str],
     against: str | PathLike[str] | None = None,
@@ -170,7 +170,7 @@ def _in_blocks(source: ModelSource, named: Mapping[str, Any]) -> dict[str, Any]:
 def train(
     checkpoint: str | PathLike[str],
     recipe: Recipe | str | Path | Mapping[str, Any],
-    text: str | Sequence[str] | Tensor | Calibration = "python-docs",
+    text: CalibrationText = "python-docs",
     *,
     out: str | PathLike[str],
     restart: bool = False,

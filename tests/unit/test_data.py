@@ -349,6 +349,17 @@ def test_windows_that_a_model_cannot_be_calibrated_on_are_refused(model):
     )
 
 
+def test_the_path_of_a_text_is_the_text(tokenizer, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("One sentence and another one. " * 20)
+    source = SimpleNamespace(
+        config=GPT2Config(vocab_size=60_000),
+        tokenizer=lambda: tokenizer,
+        skeleton=lambda: GPT2LMHeadModel(GPT2Config(n_layer=1)),
+    )
+    assert torch.equal(calibration_of(source, file, 2, 8).ids, calibration_of(source, str(file), 2, 8).ids)
+
+
 def test_a_tokenizer_of_another_model_is_refused(tokenizer, tmp_path):
     (tmp_path / "t.txt").write_text("z" * 40)
     highest = int(tokenize("z", tokenizer)[0])

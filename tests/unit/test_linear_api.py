@@ -87,9 +87,12 @@ def test_what_cannot_be_is_refused_with_what_was_found(linear, inputs):
         lowbit.quantize_linear(linear, inputs[:0], recipe)
     with pytest.raises(ValueError, match="NaN or Inf"):
         lowbit.quantize_linear(linear, inputs * float("nan"), recipe)
-    with pytest.raises(ValueError, match="calibration"):
-        lowbit.quantize_linear(linear, None, recipe)
     with pytest.raises(ValueError, match="Fisher"):
         lowbit.quantize_linear(linear, inputs, recipe, fisher=torch.ones(48, 96))
     with pytest.raises(ValueError, match=r"no method 'gtpq' \(did you mean 'gptq'"):
         lowbit.quantize_linear(linear, inputs, "gtpq")
+    with pytest.raises(ValueError, match=r"^recipe 'gptq' calibrates on inputs; pass a tensor \[tokens, 96\]$"):
+        lowbit.quantize_linear(linear, None, recipe)
+    for wrong in (linear.weight, torch.nn.Conv1d(3, 3, 1)):
+        with pytest.raises(ValueError, match=rf"expected a torch.nn.Linear, found a {type(wrong).__name__}"):
+            lowbit.quantize_linear(wrong, inputs, recipe)

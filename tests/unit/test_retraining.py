@@ -104,6 +104,7 @@ def test_a_training_that_makes_the_model_worse_says_so_and_is_undone_where_it_is
         against=place,
     )
     assert report.kl == pytest.approx(report.kl_before) and not changed(packed["gptq"], tmp_path / "undone")
+    assert any("nothing better" in warning and "smaller lr" in warning for warning in report.warnings)
 
 
 def test_stages_in_a_row_that_were_killed_end_in_the_same_bytes(packed, place, tmp_path, monkeypatch):

@@ -97,6 +97,9 @@ class UsualAnswers:
     def specs(self, tensors: Any, config: Any) -> Any:
         return None
 
+    def stand_ins(self, tensors: Any, config: Any) -> str | None:
+        return None
+
     def why_not_files(self, directory: Path, config: Any) -> str | None:
         return None
 

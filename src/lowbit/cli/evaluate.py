@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,6 +124,9 @@ def command(
         check_judge(judge, judge_model or JUDGE)
     from lowbit.checkpoints.original import OriginalWarning
 
+    names = None if tasks is None else _names(tasks)
+    asked = _asked(prompts, model, trust_remote_code) if chat else ()
+    _check_tasks(names or (), task_files, limit)
     shared = {"against": against, "kv": formats, "trust_remote_code": trust_remote_code}
     result = verdict = score = unjudged = None
     scores = ()
@@ -135,12 +139,11 @@ def command(
             how["windows"] = how["windows"] or None
             checks: dict[str, Any] = {"retrieval": lengths, "generation": generation}
             result = lowbit.evaluate(model, chosen, **how, **checks, **shared, progress=report)
-        if tasks is not None:
-            scores = lowbit.evaluate_tasks(model, _names(tasks), task_files, limit=limit, **shared, progress=report)
+        if names is not None:
+            scores = lowbit.evaluate_tasks(model, names, task_files, limit=limit, **shared, progress=report)
         if chat:
-            from lowbit.evaluation import judge_answers, read_prompts
+            from lowbit.evaluation import judge_answers
 
-            asked = read_prompts(prompts)
             longest = answer_tokens or ANSWER_TOKENS
             score = lowbit.evaluate_chat(model, prompts=asked, max_new_tokens=longest, **shared, progress=report)
             if judge is not None:
@@ -172,6 +175,26 @@ def command(
             f"the model is broken: it gave NaN in {', '.join(broken)}, which count as wrong; quantize it again with more bits or "
             "another method"
         )
+
+
+# An error behind the pass over a text would lose its figures, so tasks and prompts are read before it.
+
+
+def _check_tasks(names: Sequence[str], files: Path | None, limit: int | None) -> None:
+    from lowbit.evaluation import harness, read_tasks
+
+    if files is not None:
+        read_tasks(names, files, limit)
+    elif names:
+        harness.imported()
+
+
+def _asked(prompts: Path | None, model: str, trust_remote_code: bool) -> tuple[str, ...]:
+    import lowbit
+    from lowbit.evaluation import check_chat, read_prompts
+
+    check_chat(lowbit.load_tokenizer(model, trust_remote_code=trust_remote_code))
+    return read_prompts(prompts)
 
 
 def _check_needs(option: str, given: bool, others: dict[str, Any]) -> None:

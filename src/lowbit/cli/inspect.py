@@ -18,7 +18,9 @@ ROWS = 10  # of each table; the files have all
 
 def command(
     model: common.Model,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the table and the plots go.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Where the table and the plots go; must be new.")
+    ],
     calibration: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help=common.TEXT_HELP.format(more=", or self (the model's own samples)")),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit.checkpoints.source import ModelSource
 from lowbit.comparison.rows import Row
-from lowbit.data import Bos, Calibration, calibration_of
+from lowbit.data import Bos, Calibration, CalibrationText, calibration_of
 from lowbit.evaluation import Leakage, find_leakage
 from lowbit.plan import Plan, plan
 from lowbit.plan.model_plan import lay_over
@@ -37,7 +37,7 @@ def check_rows(source: ModelSource, rows: list[Row]) -> None:
 def calibrations_for(
     source: ModelSource,
     rows: list[Row],
-    text: str | Sequence[str] | Tensor | Calibration | None,
+    text: CalibrationText | None,
     samples: int,
     seq_len: int,
     bos: Bos,

@@ -24,12 +24,16 @@ _NUMBERS = (
     *("perplexity", "log_perplexity_difference", "kl", "top1_agreement", "asked_bits", "bits_per_weight"),
     *("model_bits_per_weight", "cache_bits", "bytes", "quantize_seconds", "evaluate_seconds", "peak_rss_bytes"),
 )
+_OBJECTS = ("tasks", "speed", "calibration", "machine", "versions", "converted", "taken_from")
+_TEXTS, _LISTS = ("error", "read"), ("problems", "warnings")
+_HELD = {"calibration": ("text", "windows", "tokens", "sha256"), "machine": ("cpu", "threads"), "taken_from": ("file",)}
+"""What objects hold where they are given and not empty."""
 _INTERVALS = ("perplexity_interval", "log_perplexity_difference_interval", "kl_interval", "top1_interval")
 
 
 def flaw_of(record: Mapping[str, Any]) -> str | None:
     """What in a record with the keys of :data:`DECISIVE` cannot be read, as edited files have it; None: nothing."""
-    model, protocol, more = record["model"], record["protocol"], ("tasks", "speed", "calibration")
+    model, protocol = record["model"], record["protocol"]
     named = isinstance(model, Mapping) and all(isinstance(model.get(key), str) for key in ("name", "sha256"))
     cut = isinstance(protocol, Mapping) and all(
         isinstance(protocol.get(key), str) for key in ("name", "text", "sha256")
@@ -44,10 +48,22 @@ def flaw_of(record: Mapping[str, Any]) -> str | None:
             isinstance(each, Mapping) and isinstance(each.get("metrics"), Mapping) for each in tasks.values()
         ),
     }
-    bad |= {f"{key}: expected an object": not isinstance(record.get(key), Mapping | None) for key in more}
+    bad |= {f"{key}: expected an object": not isinstance(record.get(key), Mapping | None) for key in _OBJECTS}
+    bad |= {
+        f"{key}: expected an object with {', '.join(names)}": isinstance(held := record.get(key), Mapping)
+        and bool(held)
+        and not held.keys() >= set(names)
+        for key, names in _HELD.items()
+    }
+    bad |= {f"{key}: expected a text": not isinstance(record.get(key, ""), str) for key in _TEXTS}
+    bad |= {f"{key}: expected a list of texts": not _is_texts(record.get(key)) for key in _LISTS}
     bad |= {f"{key}: expected a number": not isinstance(record.get(key), int | float | None) for key in _NUMBERS}
     bad |= {f"{key}: expected two numbers": not _is_interval(record.get(key)) for key in _INTERVALS}
     return next((text for text, wrong in bad.items() if wrong), None)
+
+
+def _is_texts(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(each, str) for each in value))
 
 
 def _is_interval(value: Any) -> bool:

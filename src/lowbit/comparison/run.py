@@ -20,7 +20,7 @@ from lowbit.comparison.results import Record, Results
 from lowbit.comparison.rows import Row, as_rows, with_seeds
 from lowbit.comparison.work import Setting
 from lowbit.comparison.workers import OneAfterAnother
-from lowbit.data import Bos, Calibration
+from lowbit.data import Bos, Calibration, CalibrationText
 from lowbit.evaluation import Task, as_protocol_reads, read_tasks
 from lowbit.evaluation.perplexity import check_fits, windows_sha256
 from lowbit.evaluation.windows import cut
@@ -35,7 +35,7 @@ from lowbit.texts import load_text
 def compare(
     model: str | PathLike[str],
     rows: str | PathLike[str] | Iterable[Row | Recipe | str | PathLike[str] | Mapping[str, Any]],
-    calibration: str | Sequence[str] | Tensor | Calibration | None,
+    calibration: CalibrationText | None,
     text: str | Tensor,
     out: str | PathLike[str],
     *,

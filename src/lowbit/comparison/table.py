@@ -75,7 +75,7 @@ def markdown(records: Sequence[Record], labels: Sequence[str]) -> str:
 def _section(records: list[Record]) -> str:
     model, protocol = records[0]["model"]["name"], records[0]["protocol"]
     texts = _unlike(_calibration(record) for record in records if record.get("calibration"))
-    machines = _unlike(_machine(record) for record in records)
+    machines = _unlike(_machine(record) for record in records if record.get("machine"))
     lines = [
         f"# {model}: {protocol['text']}, {protocol['windows']} windows of {protocol['seq_len']} tokens "
         f"(protocol {protocol['name']})",

@@ -5,7 +5,7 @@ Everything takes a transformers causal LM (a quantized one is an ordinary model 
 frozen values. Nothing here prints; long work takes `progress(done, total, description)`.
 """
 
-from lowbit.evaluation.cache_checks import CheckScore, check_generation, check_retrieval
+from lowbit.evaluation.cache_checks import CheckScore, check_generation, check_lengths, check_retrieval
 from lowbit.evaluation.chat import Answer, ChatScore, compare_chat, read_prompts
 from lowbit.evaluation.generate import check_chat, generate_text
 from lowbit.evaluation.harness import score_with_lm_eval
@@ -17,7 +17,7 @@ from lowbit.evaluation.paired import Metric, Paired, TaskScore
 from lowbit.evaluation.perplexity import Evaluation, evaluate_model
 from lowbit.evaluation.reference import KeptOriginal, keep_states
 from lowbit.evaluation.speed import Speed, measure_speed
-from lowbit.evaluation.windows import PROTOCOLS, as_protocol_reads
+from lowbit.evaluation.windows import PROTOCOLS, as_protocol_reads, cut
 from lowbit.evaluation.zero_shot import Task, read_tasks, score_task
 
 __all__ = [
@@ -39,8 +39,10 @@ __all__ = [
     "check_chat",
     "check_generation",
     "check_judge",
+    "check_lengths",
     "check_retrieval",
     "compare_chat",
+    "cut",
     "directory_bytes",
     "evaluate_model",
     "find_leakage",

@@ -66,6 +66,18 @@ class CheckScore:
     nll_floating: float | None = None
 
 
+def check_lengths(model: PreTrainedModel, tokenizer: Any, lengths: Sequence[int], *, seed: int = 0) -> None:
+    """Refuses prompts that :func:`check_retrieval` could not make, before anything is measured.
+
+    Raises:
+        ValueError: a length beyond the model's positions, or too short for the facts.
+    """
+    for length in lengths:
+        check_positions(model, length, f"a prompt of {length} tokens")
+        for i in range(PROMPTS):
+            _facts(tokenizer, length, random.Random(f"{seed}/{length}/{i}"))
+
+
 def check_retrieval(
     model: PreTrainedModel, tokenizer: Any, lengths: Sequence[int], *, seed: int = 0, progress: Progress = silent
 ) -> tuple[CheckScore, ...]:
@@ -77,8 +89,7 @@ def check_retrieval(
     Raises:
         ValueError: a length beyond the model's positions, or too short for the facts.
     """
-    for length in lengths:
-        check_positions(model, length, f"a prompt of {length} tokens")
+    check_lengths(model, tokenizer, lengths, seed=seed)
     scores, total = [], len(lengths) * PROMPTS
     with evaluating(model):
         for i, length in enumerate(lengths):

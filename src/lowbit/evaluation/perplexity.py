@@ -103,7 +103,7 @@ class _WindowSums(NamedTuple):
 
 def evaluate_model(
     model: PreTrainedModel,
-    text: Text,
+    text: Text | Cut,
     tokenizer: Any = None,
     protocol: str = "gptq",
     seq_len: int = 1024,
@@ -118,7 +118,8 @@ def evaluate_model(
 
     Args:
         model: a transformers causal LM, quantized or not.
-        text: one string, documents (protocol `word` only), or integer ids [T] or [windows, seq_len].
+        text: one string, documents (protocol `word` only), or integer ids [T] or [windows, seq_len]; or what `cut` made of them by
+            this protocol and these sizes.
         tokenizer: its transformers tokenizer; not needed for ids.
         protocol: `gptq`, `llama.cpp` or `word`, see `windows.py`.
         seq_len: tokens in a window.
@@ -135,7 +136,7 @@ def evaluate_model(
         ValueError: what `cut` raises, ids outside the vocabulary, a window longer than the model's positions, two
             models with different vocabularies, an original whose own logits are not finite.
     """
-    pieces = cut(text, tokenizer, protocol, seq_len, windows)
+    pieces = text if isinstance(text, Cut) else cut(text, tokenizer, protocol, seq_len, windows)
     original = against.model if isinstance(against, KeptOriginal) else against
     for judged in (model,) if original is None else (model, original):
         check_fits(judged, pieces)

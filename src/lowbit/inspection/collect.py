@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -24,7 +24,8 @@ from lowbit.architectures import for_config, model_blocks
 from lowbit.checkpoints import native
 from lowbit.checkpoints.shards import read_json
 from lowbit.checkpoints.source import ModelSource, open_model
-from lowbit.data import Bos, Calibration, calibration_of
+from lowbit.checkpoints.target import check_target
+from lowbit.data import Bos, CalibrationText, calibration_of
 from lowbit.evaluation import output_error
 from lowbit.inspection.packed import look_at_packed
 from lowbit.inspection.rows import ROUNDED, InputRow, Inspection, LayerRow, input_row, markdown
@@ -53,7 +54,7 @@ class TokenPeak(Statistic):
 @own_settings()
 def inspect_model(
     model: str | PathLike[str],
-    calibration: str | Sequence[str] | Tensor | Calibration,
+    calibration: CalibrationText,
     *,
     samples: int = 8,
     seq_len: int = 512,
@@ -69,13 +70,15 @@ def inspect_model(
             weights read them, behind every transform. It is loaded whole, and its layers have no error.
         calibration: a text, ``self``, ids ``[N, T]`` or a Calibration.
         samples, seq_len: number of windows of a text, and tokens of each.
-        out: a directory for ``inspection.md``, ``inspection.json``, the plots, and ``channels.safetensors`` (the
+        out: a new directory for ``inspection.md``, ``inspection.json``, the plots, and ``channels.safetensors`` (the
             largest magnitude of every channel of every input). None: nothing is written.
         progress: called with finished blocks or windows, all of them, and the current activity.
 
     Raises:
-        ValueError: a model or a text that cannot be used.
+        ValueError: a model or a text that cannot be used, a directory that is not empty.
     """
+    if out is not None:
+        out = check_target(Path(out).expanduser())
     source = open_model(model, trust_remote_code=trust_remote_code, allow_quantized=True)
     packed = native.is_native(read_json(source.path / "config.json"))
     if not packed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from lowbit.checkpoints.imatrix import LEGACY, Imatrix, names_of, write_imatrix
 from lowbit.checkpoints.source import open_model
 from lowbit.checkpoints.target import OutputError
-from lowbit.data import Bos, Calibration, calibration_of
+from lowbit.data import Bos, CalibrationText, calibration_of
 from lowbit.inspection.collect import original_blocks
 from lowbit.numerics import SquareSum
 from lowbit.progress import Progress, silent
@@ -21,7 +20,7 @@ from lowbit.surroundings import own_settings
 @own_settings()
 def importance_matrix(
     model: str | PathLike[str],
-    calibration: str | Sequence[str] | Tensor | Calibration,
+    calibration: CalibrationText,
     *,
     out: str | PathLike[str],
     samples: int = 32,

@@ -164,6 +164,8 @@ class QuantLinear(nn.Module):
         if not x.dim() or x.shape[-1] != self.in_features:
             found = f"{x.shape[-1]}" if x.dim() else "no axis"
             raise ValueError(f"the layer reads {self.in_features} channels, the input has {found}")
+        if not x.is_floating_point():  # rounding the weight to integers would give zeros
+            raise ValueError(f"the layer reads floating-point inputs, found {x.dtype}")
         if x.dim() == 1:
             return self.forward(x[None])[0]
         if not x.numel():  # no token has no range

@@ -105,6 +105,12 @@ def why_not(plan: ModelPlan, file_format: FileFormat) -> str | None:
     return reason or file_format.why_not_files(plan.source.path, config)
 
 
+def stand_ins(plan: ModelPlan, file_format: FileFormat) -> list[str]:
+    """What to know of number formats that stand in for those that the option of ``file_format`` names; empty where none does."""
+    sentence = file_format.stand_ins(_tensors(plan), plan.source.config)
+    return [] if sentence is None else [sentence]
+
+
 def _tensors(plan: ModelPlan) -> list[TensorRole]:
     found = [
         TensorRole(f"{block.name}.{path}", role, number, block.shapes[path][1])

@@ -263,10 +263,11 @@ class _Loop:
             raise ValueError(f"the {self.judged} on held-out text is without bound; use a smaller lr")
         for leaf, value in zip(self.leaves, self.best.leaves, strict=True):
             leaf.copy_(value)
-        notes.append(
-            f"training kept step {self.best.step} of {len(self.steps)}, with a {self.judged} of {self.best.value:.4f} on windows that it "
-            "was not trained on"
-        )
+        unseen = f"with a {self.judged} of {self.best.value:.4f} on windows that it was not trained on"
+        kept = f"training kept step {self.best.step} of {len(self.steps)}, {unseen}"
+        if self.best.step == 0:
+            kept = f"training made nothing better, and what it started from is kept, {unseen}: use a smaller lr or more tokens"
+        notes.append(kept)
         return notes
 
     # State

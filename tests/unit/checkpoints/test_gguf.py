@@ -20,6 +20,7 @@ from lowbit.checkpoints.formats.gguf import FILE, Gguf
 from lowbit.checkpoints.formats.gguf_presets import types_of
 from lowbit.checkpoints.formats.gguf_types import decode, encode, type_of
 from lowbit.cli import app
+from lowbit.job import prepare
 from lowbit.layouts import pack_qtensor, unpack_qtensor
 from lowbit.layouts.ggml import BLOCK_TYPES, IQ4_LEVELS
 from lowbit.modules import QuantEmbedding, QuantLinear
@@ -307,6 +308,18 @@ def test_a_model_is_quantized_by_a_method_in_the_types_of_a_preset_and_leaves_on
     original = lowbit.load(tmp_path / "model")
     ids = random_ids(1, 64, seed=9)
     assert torch.isfinite(model(ids).logits).all() and model(ids).logits.shape == original(ids).logits.shape
+
+
+@pytest.mark.parametrize("hidden", [64, 256])
+def test_types_that_stand_in_for_those_of_a_preset_are_named_before_the_work(tmp_path, hidden):
+    tiny_llama(tmp_path / "model", hidden_size=hidden, intermediate_size=512)
+    job = prepare(tmp_path / "model", lowbit.recipe("rtn"), None, out=tmp_path / "out", format="gguf:q2_k")
+    said = [warning for warning in job.warnings if "stand in" in warning]
+    if hidden == 256:
+        assert not said
+        return
+    assert len(said) == 1 and "gguf:q2_k: rows of 12 of 14 linears" in said[0]  # down reads 512
+    assert "IQ4_NL, 4.5 bits for Q2_K in 8; IQ4_NL, 4.5 bits for Q3_K in 4" in said[0]
 
 
 def test_a_preset_that_a_recipe_has_no_place_in_is_refused_before_any_work(tmp_path):

@@ -134,3 +134,40 @@ def test_a_model_that_gives_nan_in_tasks_is_measured_and_not_a_success_and_no_or
     refused = evaluate(place / "model", *asked, "--against", broken)
     assert refused.exit_code == 1 and "task mine: the original model gave NaN for 8 of 8 items" in refused.stderr
     assert not refused.stdout
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("--tasks", "other", "--task-files", "{place}"), "has no file other.jsonl"),
+        (("--chat", "--against", "{place}/model", "--prompts", "{place}/none.txt"), "no file of prompts"),
+        (("--retrieval", "100000"), "ask for at most 256"),
+        (("--retrieval", "20"), "does not hold 8 facts"),
+    ],
+    ids=["task", "prompts", "beyond the positions", "too short for the facts"],
+)
+def test_what_follows_the_text_is_refused_before_the_text_is_read(place, tmp_path, monkeypatch, asked, message):
+    """A pass over a text may take hours, and an error behind it would lose its figures."""
+    monkeypatch.setattr("lowbit.evaluation.perplexity.logits_of", lambda *_, **__: pytest.fail("the text was read"))
+    text = tmp_path / "text.txt"
+    text.write_text("w1 w2 w3 w4 " * 40)
+    windows = ("--text", text, "--seq-len", 32, "--windows", 2)
+    refused = evaluate(place / "w3", *windows, *(word.format(place=place) for word in asked))
+    assert refused.exit_code == 1 and message in refused.stderr, refused.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"windows": 20}, "2 windows of 32 tokens and 20 were asked"),
+        ({"protocol": "other"}, "unknown perplexity protocol"),
+    ],
+    ids=["text", "protocol"],
+)
+def test_a_text_that_cannot_be_cut_is_refused_before_weights_are_read(place, tmp_path, options, message):
+    bare = shutil.copytree(place / "model", tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    text = tmp_path / "text.txt"
+    text.write_text("w1 w2 w3 w4 " * 20)
+    with pytest.raises(ValueError, match=message):
+        lowbit.evaluate(bare, text, **{"seq_len": 32, "windows": 2} | options)

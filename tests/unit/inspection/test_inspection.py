@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaForCausalLM, MixtralConfig
 
 import lowbit
+from lowbit.checkpoints.source import ModelSource
 from lowbit.data import Calibration
 from lowbit.evaluation import output_error
 from lowbit.inspection import InputRow, Inspection, inspect_model
@@ -124,8 +125,6 @@ def test_the_hardest_layers_are_ranked_by_their_rounded_output_error(found, plan
 
 
 def test_the_model_is_held_one_block_at_a_time(planted, ids, monkeypatch):
-    from lowbit.checkpoints.source import ModelSource
-
     loaded: list[str] = []
     load, release = ModelSource.load_into, ModelSource.release
 
@@ -168,6 +167,16 @@ def test_tables_plots_and_data_are_written(planted, ids, tmp_path, found):
     channels = load_file(out / "channels.safetensors")
     assert channels["model.layers.0.attention_in"].argmax() == 5
     assert channels.keys() == {row.name for row in written.inputs}
+
+
+@pytest.mark.parametrize("of", ["directory", "file"])
+def test_what_is_there_already_is_left_alone_before_any_work(planted, ids, tmp_path, monkeypatch, of):
+    monkeypatch.setattr(ModelSource, "load_into", lambda *_: pytest.fail("weights were read"))
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(ValueError, match=r"choose a(nother| directory with) -o DIR"):
+        inspect_model(planted, ids, out=tmp_path if of == "directory" else notes)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"] and notes.read_text() == "mine"
 
 
 def test_the_table_names_the_worst_of_each_kind(found):

@@ -81,6 +81,8 @@ def test_a_model_with_a_packed_embedding_and_head_stores_them_once_and_runs_them
     assert isinstance(loaded.model.embed_tokens, QuantEmbedding) and isinstance(loaded.lm_head, QuantLinear)
     assert sqnr_db(plain.lm_head.weight, loaded.lm_head.weight) > 35
     assert plan(model, recipe(embedding=8, head=8)).bits_per_weight == pytest.approx(report.bits_per_weight)
+    measured = lowbit.evaluate(loaded, IDS, seq_len=IDS.shape[1], windows=1)
+    assert measured.bits_per_weight == pytest.approx(report.bits_per_weight)  # the linears' alone, without the head's
     names = read_headers(tmp_path / "q")
     assert any(name.startswith("lm_head") for name in names) != plain.config.tie_word_embeddings
     expected = loaded(IDS).logits

@@ -205,6 +205,15 @@ def test_an_input_of_the_wrong_width_is_refused_even_where_a_permutation_would_t
         layer(pre=TRANSFORMS["permute"])(random(2, I + 1))
 
 
+@pytest.mark.parametrize("act", [None, "per token"])
+def test_integers_are_refused_which_a_weight_rounded_to_integers_would_turn_to_zeros(act):
+    q = QuantLinear.from_qtensor(
+        quantize(random(O, I), Spec(Int(8, True), PerChannel()), MinMax()), act=act and ACTS[act]
+    )
+    with pytest.raises(ValueError, match=r"floating-point inputs, found torch.int64"):
+        q(torch.ones(2, I, dtype=torch.int64))
+
+
 def test_descriptions_and_parts_that_do_not_fit_are_refused():
     spec = Spec(Int(4), PerGroup(16))
     q = quantize(random(O, I), spec, MinMax())

@@ -103,6 +103,15 @@ def test_rows_that_were_calibrated_on_other_text_are_other_rows(tmp_path):
         ("a.jsonl", json.dumps(record("a") | {"kl_interval": [1]}) + "\n", "kl_interval: expected two numbers"),
         ("a.jsonl", json.dumps(record("a") | {"recipe": [1]}) + "\n", "recipe: expected an object or null"),
         ("a.jsonl", json.dumps(record("a") | {"tasks": 3}) + "\n", "tasks: expected an object"),
+        ("a.jsonl", json.dumps(record("a") | {"versions": [1]}) + "\n", "versions: expected an object"),
+        ("a.jsonl", json.dumps(record("a") | {"warnings": 5}) + "\n", "warnings: expected a list of texts"),
+        ("a.jsonl", json.dumps(record("a") | {"problems": "bad"}) + "\n", "problems: expected a list of texts"),
+        ("a.jsonl", json.dumps(record("a") | {"error": 1}) + "\n", "error: expected a text"),
+        (
+            "a.jsonl",
+            json.dumps(record("a") | {"calibration": {"sha256": "0"}}) + "\n",
+            "calibration: expected an object with text, windows, tokens, sha256",
+        ),
         (
             "a.json",
             json.dumps({"recipe": {}, "layers": [{"name": 1}], "block_errors": [], "bits_per_weight": 4}),

@@ -84,6 +84,11 @@ class FileFormat(Protocol):
         """
         ...
 
+    def stand_ins(self, tensors: Sequence[TensorRole], config: Any) -> str | None:
+        """A sentence on the matrices that :meth:`specs` gives other formats than the option names, which do not fit their rows; None:
+        there are none."""
+        ...
+
     def why_not(
         self, description: ModelDescription, new_biases: Collection[str] = (), config: Any = None
     ) -> str | None:

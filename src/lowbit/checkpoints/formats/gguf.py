@@ -15,7 +15,7 @@ from typing import Any
 from lowbit.architectures.gguf import gguf_architecture, gguf_names
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.formats.base import TensorRole, beside_codes, biases
-from lowbit.checkpoints.formats.gguf_presets import PRESETS, types_of
+from lowbit.checkpoints.formats.gguf_presets import PRESETS, stand_ins, types_of
 from lowbit.checkpoints.formats.gguf_reading import Reading, config_and_files, opened
 from lowbit.checkpoints.formats.gguf_tokenizer import tokenizer_values
 from lowbit.checkpoints.formats.gguf_types import type_of
@@ -26,6 +26,12 @@ from lowbit.layouts.ggml import BLOCK_TYPES
 from lowbit.numerics import Spec, nearest
 
 FILE = "model.gguf"
+
+
+def _shared_and_tied(tensors: Sequence[TensorRole], config: Any) -> tuple[int, bool]:
+    """Queries that share a key and value, and whether the embedding is the output head."""
+    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return config.num_attention_heads // keys, all(tensor.role != "head" for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,13 @@ class Gguf(UsualAnswers):
     def specs(self, tensors: Sequence[TensorRole], config: Any) -> Mapping[str, Spec] | None:
         if self.preset is None:
             return None
-        tied = all(tensor.role != "head" for tensor in tensors)
-        shared = config.num_attention_heads // (
-            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        )
-        return {name: kind.spec for name, kind in types_of(self.preset, tensors, shared, tied).items()}
+        types = types_of(self.preset, tensors, *_shared_and_tied(tensors, config))
+        return {name: kind.spec for name, kind in types.items()}
+
+    def stand_ins(self, tensors: Sequence[TensorRole], config: Any) -> str | None:
+        if self.preset is None:
+            return None
+        return stand_ins(self.preset, tensors, *_shared_and_tied(tensors, config))
 
     def why_not(
         self, description: ModelDescription, new_biases: Collection[str] = (), config: Any = None

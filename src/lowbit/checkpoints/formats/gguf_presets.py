@@ -8,6 +8,7 @@ looked up one by one here.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -118,6 +119,25 @@ def types_of(preset: str, tensors: Sequence[TensorRole], shared: int, tied: bool
         if tensor.columns % kind.elements == 0:
             found[tensor.name] = kind
     return found
+
+
+def stand_ins(preset: str, tensors: Sequence[TensorRole], shared: int, tied: bool) -> str | None:
+    """A sentence on the linears that have another type than the preset names, for the arguments of :func:`types_of`; None: none has."""
+    linears = [tensor for tensor in tensors if tensor.role not in ("embedding", "head")]
+    count = 1 + max((tensor.block for tensor in tensors), default=0)
+    found = types_of(preset, tensors, shared, tied)
+    pairs: Counter[tuple[str, str]] = Counter()
+    for tensor in linears:
+        named, kind = _type(preset, tensor, _Block(tensor.block, count), shared, tied), found.get(tensor.name)
+        if kind is None or kind.name != named:
+            pairs[named, "floating point" if kind is None else f"{kind.name}, {kind.bits:g} bits"] += 1
+    if not pairs:
+        return None
+    listed = "; ".join(f"{other} for {named} in {number}" for (named, other), number in pairs.items())
+    return (
+        f"gguf:{preset}: rows of {pairs.total()} of {len(linears)} linears are no whole number of its blocks, and other types stand in, "
+        f"as llama.cpp's tools choose them: {listed}"
+    )
 
 
 def _type(preset: str, tensor: TensorRole, block: _Block, shared: int, tied: bool) -> str:

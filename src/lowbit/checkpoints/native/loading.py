@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from lowbit.architectures import auto_class
 from lowbit.checkpoints import transformers_plugin as _transformers_plugin  # noqa: F401  (teaches transformers to read these)
@@ -82,7 +82,12 @@ def load(
 
 
 def bits_per_weight(model: nn.Module) -> float | None:
-    """Stored bits over replaced weights of a model's packed layers, biases left out; None where nothing is packed."""
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    """Stored bits over replaced weights of the packed linears of a model's blocks, biases left out; None where nothing is packed.
+
+    A packed output head is not among them, nor is it in the figure of :class:`lowbit.QuantizeReport`: both are of what the recipe's
+    scheme is for. Those of the whole model count it.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear) and module is not head]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     return sum(layer.stored_bits for layer in layers) / weights if layers else None
