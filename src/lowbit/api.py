@@ -158,7 +158,8 @@ def evaluate(
         tokenizer = _tokenizer_of(model, tokenizer, trust_remote_code)
     content = load_text(text, "evaluation", tokenizer) if isinstance(text, str) else None
     read: Any = text if content is None else as_protocol_reads(content, protocol)
-    pieces = cut(read, tokenizer, protocol, seq_len, windows)  # what the text cannot give is refused before weights are read
+    # Before weights are read: it refuses what the text cannot give.
+    pieces = cut(read, tokenizer, protocol, seq_len, windows)
     loaded = _opened(model, kv, trust_remote_code)
     original = None if against is None else _opened(against, None, trust_remote_code)
     check_lengths(loaded, tokenizer, retrieval)

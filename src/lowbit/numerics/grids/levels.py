@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -61,7 +60,7 @@ class _Nearest(torch.autograd.Function):
         y = torch.empty_like(x)
         to_nearest(x.numpy(), scale.view(-1).numpy(), by_row, midpoints.numpy(), levels.numpy(), y.numpy())
         ctx.save_for_backward(x, scale, y)
-        ctx.by_row, ctx.ends = by_row, (levels[0].item(), levels[-1].item())
+        ctx.by_row, ctx.ends = by_row, (levels.numpy()[0], levels.numpy()[-1])
         return y
 
     @staticmethod
@@ -71,8 +70,11 @@ class _Nearest(torch.autograd.Function):
 
         x, scale, y = ctx.saved_tensors
         of_x, of_scale, g = torch.empty_like(x), torch.zeros_like(scale), grads[0].contiguous()
-        flat = (scale.view(-1).numpy(), ctx.by_row, *map(np.float32, ctx.ends))
-        gradients_of_nearest(x.numpy(), *flat, y.numpy(), g.numpy(), of_x.numpy(), of_scale.view(-1).numpy())
+        lowest, highest = ctx.ends
+        gradients_of_nearest(
+            x.numpy(), scale.view(-1).numpy(), ctx.by_row, lowest, highest,
+            y.numpy(), g.numpy(), of_x.numpy(), of_scale.view(-1).numpy(),
+        )  # fmt: skip
         return of_x, of_scale, None, None, None
 
 
