@@ -213,8 +213,7 @@ def _run(
         try:
             running.stages()
         except CannotStream:  # nothing is lost, and a run without text may follow
-            if not journal.finished:
-                shutil.rmtree(journal.directory)
+            journal.discard()
             raise
         except Broken as error:
             worst = max((x for b in walk.records for x in b.layers), key=lambda x: x.error or 0, default=None)

@@ -134,6 +134,11 @@ class Journal:
                 Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
 
+    def discard(self) -> None:
+        """Removes the partial directory where nothing in it is finished: the same would fail again, and another run would find it."""
+        if not self.finished:
+            shutil.rmtree(self.directory)
+
     def _sweep(self, kept: Iterable[str]) -> None:
         """Removes everything in the directory but the files ``kept`` and the name of the lock's holder."""
         keep = {HOLDER, *kept}
