@@ -35,7 +35,7 @@ from lowbit.generation.tokens import ends_of, ids_of, tokenizer_sha256
 from lowbit.generation.writing import BATCH, check_length, check_sizes
 from lowbit.progress import Progress, silent
 from lowbit.rows import RowError, has_rows, lines_of, values_of
-from lowbit.stages.journal import Journal, settle
+from lowbit.stages.journal import Journal, OnOpen, settle, unheard
 from lowbit.surroundings import own_settings
 from lowbit.version import __version__
 
@@ -289,11 +289,14 @@ def generate_data(
 
 
 @own_settings()
-def run_data(job: DataJob, *, restart: bool = False, progress: Progress | None = None) -> GeneratedData:
+def run_data(
+    job: DataJob, *, restart: bool = False, progress: Progress | None = None, on_open: OnOpen = unheard
+) -> GeneratedData:
     """Writes the texts of a checked request."""
     journal = Journal(job.out, job.header)
     journal.open(restart=restart)
     try:
+        on_open(journal)
         new, seconds = (0, 0.0) if _is_whole(job, journal) else _write(job, journal, progress or silent)
         return GeneratedData(job.out, _finish(job, journal), new, seconds, job.tokenizer is not None)
     except ValueError:  # the model cannot write
