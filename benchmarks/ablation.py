@@ -31,6 +31,7 @@ from lowbit.scheme import FormatRule
 from lowbit.solve import Nearest
 from lowbit.stages.descent import Descent
 from lowbit.steps import Solve
+from lowbit.tables import Table, markdown
 from lowbit.training import Answer, Text
 
 MODEL = "smollm2-135m"
@@ -146,21 +147,28 @@ def measure(label: str, recipe: Recipe, ids_NT: Tensor, original: nn.Module) -> 
     return lines
 
 
+COLUMNS = ("recipe", "bits per weight", "perplexity", "loss", "seconds of this step")
+
+
 def write(lines: list[dict], full: float) -> None:
+    cells = (
+        (
+            f"{x['label']}{', tuned' if x['tuned'] else ''}",
+            f"{x['bits']:.3f}",
+            f"{x['perplexity']:.3f}",
+            f"{math.log(x['perplexity'] / full):.4f}",
+            "" if x["seconds"] is None else str(round(x["seconds"])),
+        )
+        for x in sorted(lines, key=lambda x: (x["label"].split(",")[0], -x["perplexity"]))
+    )
     rows = [
         "# What each ingredient gives: SmolLM2-135M, perplexity on 16 windows of 512 tokens that calibration did not use",
         "",
         f"Written by `python benchmarks/ablation.py`. Full precision: {full:.3f}. Loss: nats a token over full precision.",
         "",
-        "| recipe | bits per weight | perplexity | loss | seconds of this step |",
-        "|---|---|---|---|---|",
+        markdown(Table("", COLUMNS, tuple(cells))),
     ]
-    for x in sorted(lines, key=lambda x: (x["label"].split(",")[0], -x["perplexity"])):
-        rows.append(
-            f"| {x['label']}{', tuned' if x['tuned'] else ''} | {x['bits']:.3f} | {x['perplexity']:.3f} | "
-            f"{math.log(x['perplexity'] / full):.4f} | {'' if x['seconds'] is None else round(x['seconds'])} |"
-        )
-    (RESULTS / "ablation.md").write_text("\n".join([*rows, ""]))
+    (RESULTS / "ablation.md").write_text("\n".join(rows))
 
 
 def main() -> None:

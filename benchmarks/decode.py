@@ -30,6 +30,7 @@ import lowbit
 from lowbit import decoding
 from lowbit.evaluation import measure_speed
 from lowbit.evaluation.machine import machine
+from lowbit.tables import Table, markdown
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT, NEW = 16, 16
@@ -107,7 +108,7 @@ def write(arguments: argparse.Namespace, speeds: dict[str, float], packed: Any, 
     rows = []
     for name, speed in speeds.items():
         base = speeds[f"transformers, bf16, {'generate' if name.endswith('generate') else 'forward'}"]
-        rows.append(f"| {name} | {speed:.1f} | {speed / base:.1f} |")
+        rows.append((name, f"{speed:.1f}", f"{speed / base:.1f}"))
     lines = [
         f"# Tokens per second, one at a time: {arguments.original}, 4 bits in groups of 64",
         "",
@@ -116,10 +117,7 @@ def write(arguments: argparse.Namespace, speeds: dict[str, float], packed: Any, 
         f"{decoding.explain(packed)} Load average of the machine, before and after: {loads[0]:.1f} and {loads[1]:.1f}; where",
         "others were running, ratios are off too: many short parallel regions wait for cores more often than one long one does.",
         "",
-        "| | tokens/s | x transformers bf16 |",
-        "|---|---:|---:|",
-        *rows,
-        "",
+        markdown(Table("", ("", "tokens/s", "x transformers bf16"), tuple(rows))),
         f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, commit {commit}",
     ]
     text = "\n".join(lines) + "\n"

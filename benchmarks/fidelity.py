@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Screen
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.tables import Table, markdown
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "golden"))
@@ -296,7 +297,24 @@ def _line(record: dict, name: str, options: dict[str, Any], lost: float, bits: f
     }
 
 
+COLUMNS = ("method", "setting", "layer", "official", "ours", "ratio", "official bits", "our bits", "")
+
+
 def write_markdown(lines: list[dict], not_covered: list[str]) -> None:
+    cells = (
+        (
+            x["method"],
+            x["setting"],
+            x["layer"].removeprefix("model.layers."),
+            f"{x['official_rel_out']:.5f}",
+            f"{x['rel_out']:.5f}",
+            f"{x['ratio']:.3f}",
+            f"{x['official_bits']:.3f}",
+            f"{x['bits']:.3f}",
+            "" if x["verdict"] == "ok" else x["verdict"],
+        )
+        for x in lines
+    )
     rows = [
         "# Fidelity: output error on real layers, ours over the authors' own code",
         "",
@@ -304,18 +322,11 @@ def write_markdown(lines: list[dict], not_covered: list[str]) -> None:
         "validation, judged on 16 of test. Below 1 is better than the official figure. Official bits follow each paper's "
         "formula; ours count every stored byte.",
         "",
-        "| method | setting | layer | official | ours | ratio | official bits | our bits | |",
-        "|---|---|---|---|---|---|---|---|---|",
+        markdown(Table("", COLUMNS, tuple(cells))),
     ]
-    for x in lines:
-        rows.append(
-            f"| {x['method']} | {x['setting']} | {x['layer'].removeprefix('model.layers.')} | {x['official_rel_out']:.5f} | "
-            f"{x['rel_out']:.5f} | {x['ratio']:.3f} | {x['official_bits']:.3f} | {x['bits']:.3f} | "
-            f"{'' if x['verdict'] == 'ok' else x['verdict']} |"
-        )
     reasons = dict.fromkeys(f"* {x['method']}: {x['reason']}." for x in lines if x["reason"])
-    rows += ["", "## Reasons", "", *reasons] if reasons else []
-    rows += ["", "## Not covered", "", *not_covered, ""]
+    rows += ["## Reasons", "", *reasons, ""] if reasons else []
+    rows += ["## Not covered", "", *not_covered, ""]
     (RESULTS / "fidelity.md").write_text("\n".join(rows))
 
 
@@ -351,7 +362,7 @@ def main() -> int:
     skipped |= {f"* {name}: not compared here." for name in everything - set(RECIPES)}
     file.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
     write_markdown(lines, sorted(skipped))
-    table = Table("method", "setting", "records", "median ratio", "worst ratio", "verdicts")
+    table = Screen("method", "setting", "records", "median ratio", "worst ratio", "verdicts")
     for key in dict.fromkeys((x["method"], x["setting"]) for x in lines):
         rows = [x for x in lines if (x["method"], x["setting"]) == key]
         ratios = [x["ratio"] for x in rows]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.data import load_text
+from lowbit.tables import Table, markdown
 
 MODEL, LENGTH, CALIBRATION, HELD, STRIDE = "smollm2-135m", 512, 4, 2, 8
 """The output error is measured at every eighth token of each window, the first by itself."""
@@ -104,6 +105,20 @@ def page(rows: list[dict[str, Any]], text: str) -> str:
         kind: [row for row in rows if row["input"].endswith(kind)]
         for kind in ("q_proj", "o_proj", "gate_proj", "down_proj")
     }
+    medians = tuple(
+        (kind, *(f"{_median(each, level):.2g}, {max(row[level] for row in each):.2g}" for level in LEVELS))
+        for kind, each in kinds.items()
+    )
+    columns = ("input", "largest value", "without first tokens", *LEVELS, f"{LEVELS[-1]}: the first token")
+    largest = tuple(
+        (
+            row["input"],
+            f"{row['peak']:.4g}",
+            f"{row['peak without first tokens']:.4g}",
+            *(f"{row[level]:.2g}" for level in (*LEVELS, f"{LEVELS[-1]}, first tokens")),
+        )
+        for row in worst[:12]
+    )
     lines = [
         "# What one range for all tokens costs each linear: SmolLM2-135M, inputs in 8 bits",
         "",
@@ -113,27 +128,12 @@ def page(rows: list[dict[str, Any]], text: str) -> str:
         "",
         "Median of the 30 blocks, and the largest:",
         "",
-        f"| input of | {' | '.join(LEVELS)} |",
-        "|---|" + "---:|" * len(LEVELS),
-        *(
-            f"| {kind} | "
-            + " | ".join(f"{_median(each, level):.2g}, {max(row[level] for row in each):.2g}" for level in LEVELS)
-            + " |"
-            for kind, each in kinds.items()
-        ),
-        "",
+        markdown(Table("", ("input of", *LEVELS), medians)),
         "The twelve inputs that lose most with one range for a window:",
         "",
-        f"| input | largest value | without first tokens | {' | '.join(LEVELS)} | {LEVELS[-1]}: the first token |",
-        "|---|" + "---:|" * (3 + len(LEVELS)),
-        *(
-            f"| {row['input']} | {row['peak']:.4g} | {row['peak without first tokens']:.4g} | "
-            + " | ".join(f"{row[level]:.2g}" for level in (*LEVELS, f"{LEVELS[-1]}, first tokens"))
-            + " |"
-            for row in worst[:12]
-        ),
+        markdown(Table("", columns, largest)),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _median(rows: list[dict[str, Any]], level: str) -> float:

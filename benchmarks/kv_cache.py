@@ -38,6 +38,7 @@ from lowbit.decoding.model import cache_argument
 from lowbit.evaluation.machine import machine
 from lowbit.modules import KVFormats, KVRule
 from lowbit.plan.cache import cache_bytes
+from lowbit.tables import Table, markdown
 
 RESULTS = Path(__file__).parent / "results"
 WINDOWS = {"sink": 64, "recent": 256}
@@ -178,28 +179,43 @@ def speed(args: argparse.Namespace, context: int, tokenizer: Any) -> list[dict[s
     ]
 
 
+QUALITY = ("cache", "bits", "bits held", "perplexity", "ln ratio", "KL, nats", "same top token")
+SPEED = ("cache", "context", "ms a token", "x bfloat16", "MB")
+
+
 def written(args: argparse.Namespace, rows: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
+    held = "16" if any("held" in row for row in rows) else ""
+    plain = (("as the model computes it", "16", held, f"{row['reference']:.3f}", "0", "0", "1") for row in rows[:1])
+    packed = (
+        (
+            row["name"],
+            f"{row['bits']:.2f}",
+            f"{row['held']:.2f}" if "held" in row else "",
+            f"{row['perplexity']:.3f}",
+            f"{row['log_ratio']:+.4f}",
+            f"{row['kl']:.5f}",
+            f"{row['top1']:.3f}",
+        )
+        for row in rows
+    )
+    speeds = tuple(
+        (
+            row["name"],
+            f"{row['context']:,}",
+            f"{row['milliseconds']:.2f}",
+            f"{row['ratio']:.2f}",
+            f"{row['megabytes']:.1f}",
+        )
+        for row in timed
+    )
     lines = [
         f"# Packed caches of {args.model}",
         "",
         f"Written by `python benchmarks/kv_cache.py`: {args.windows} windows of {args.seq_len} tokens of {Path(args.text).name}. Bits "
         "count scales and zero points; bits held also count the first and recent tokens that stay whole, at the end of a window.",
         "",
-        "| cache | bits | bits held | perplexity | ln ratio | KL, nats | same top token |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-        f"| as the model computes it | 16 | 16 | {rows[0]['reference']:.3f} | 0 | 0 | 1 |" if rows else "",
-        *(
-            f"| {r['name']} | {r['bits']:.2f} | {r.get('held', float('nan')):.2f} | {r['perplexity']:.3f} | {r['log_ratio']:+.4f} | {r['kl']:.5f} | {r['top1']:.3f} |"
-            for r in rows
-        ),
-        "",
-        "| cache | context | ms a token | x bfloat16 | MB |",
-        "|---|---:|---:|---:|---:|",
-        *(
-            f"| {r['name']} | {r['context']:,} | {r['milliseconds']:.2f} | {r['ratio']:.2f} | {r['megabytes']:.1f} |"
-            for r in timed
-        ),
-        "",
+        markdown(Table("", QUALITY, (*plain, *packed)).filled()),
+        markdown(Table("", SPEED, speeds)),
         f"Last run: {machine()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "",
     ]

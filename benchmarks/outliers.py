@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.tables import Table, markdown
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "golden"))
@@ -111,23 +112,21 @@ def error(
 
 def write_table(lines: list[dict[str, Any]]) -> None:
     """The page: a row for each method, then every finding."""
-    rows = [
-        "| method | options | RTN's options | linears | median ratio | worst | above 1.0 |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for method, (options, plain) in METHODS.items():
         own = sorted((line for line in lines if line["method"] == method), key=lambda line: line["ratio"])
         if own:
             above = sum(line["ratio"] > 1 for line in own)
             middle = statistics.median(line["ratio"] for line in own)
-            rows.append(
-                f"| {method} | {_words(options)} | {_words(plain)} | {len(own)} | {middle:.3f} | {own[-1]['ratio']:.3f} | {above} |"
-            )
+            worst = own[-1]["ratio"]
+            given = _words(options), _words(plain)
+            rows.append((method, *given, str(len(own)), f"{middle:.3f}", f"{worst:.3f}", str(above)))
     found = sorted((line for line in lines if line["ratio"] > 1), key=lambda line: -line["ratio"])
-    rows += ["", "| worse than RTN | layer | ratio | error | RTN's |", "|---|---|---|---|---|"]
-    rows += [f"| {x['method']} | {x['layer']} | {x['ratio']:.3f} | {x['error']:.4g} | {x['rtn']:.4g} |" for x in found]
-    head = "# Output errors against rounding to nearest\n\nMade by `python benchmarks/outliers.py`.\n\n"
-    (RESULTS / "outliers.md").write_text(head + "\n".join(rows) + "\n")
+    worse = tuple((x["method"], x["layer"], f"{x['ratio']:.3f}", f"{x['error']:.4g}", f"{x['rtn']:.4g}") for x in found)
+    columns = ("method", "options", "RTN's options", "linears", "median ratio", "worst", "above 1.0")
+    head = "# Output errors against rounding to nearest\n\nMade by `python benchmarks/outliers.py`.\n"
+    tables = Table("", columns, tuple(rows)), Table("", ("worse than RTN", "layer", "ratio", "error", "RTN's"), worse)
+    (RESULTS / "outliers.md").write_text("\n".join([head, *map(markdown, tables)]))
 
 
 def _words(options: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ from lowbit.data import tokenize, windows
 from lowbit.evaluation.machine import machine
 from lowbit.plan import plan
 from lowbit.recipes import recipe
+from lowbit.tables import Table, markdown
 from lowbit.texts import Split, load_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -142,6 +143,18 @@ def compare(arguments: argparse.Namespace) -> None:
         for name, runs in found.items()
     }
     base = next((rows[name]["seconds"] for name in rows if ROWS[name][0] == "llm-compressor"), None)
+    cells = tuple(
+        (
+            name,
+            row["tool"],
+            f"{row['seconds']:.1f}",
+            f"{row['seconds'] / base if base else 0:.2f}",
+            f"{row['processor_seconds']:.1f}",
+            f"{row['peak_bytes'] / 1e9:.2f}",
+            f"{row['perplexity']:.3f}",
+        )
+        for name, row in rows.items()
+    )
     lines = [
         f"# Quantizing {arguments.model}: 4 bits in groups of 64, {arguments.samples} windows of {arguments.seq_len} tokens",
         "",
@@ -150,15 +163,13 @@ def compare(arguments: argparse.Namespace) -> None:
         f"Seconds are of quantizing and saving alone. {'One core was kept busy. ' if arguments.busy else ''}Load average before "
         f"and after: {loads[0]:.1f} and {os.getloadavg()[0]:.1f}.",
         "",
-        "| | tool | seconds | x llm-compressor | processor seconds | peak memory, GB | perplexity |",
-        "|---|---|---:|---:|---:|---:|---:|",
-        *(
-            f"| {name} | {row['tool']} | {row['seconds']:.1f} | {row['seconds'] / base if base else 0:.2f} | "
-            f"{row['processor_seconds']:.1f} | {row['peak_bytes'] / 1e9:.2f} | {row['perplexity']:.3f} |"
-            for name, row in rows.items()
-        ),
+        markdown(Table("", COMPARED, cells)),
     ]
     write("quantize-busy" if arguments.busy else "quantize", rows, lines)
+
+
+COMPARED = ("", "tool", "seconds", "x llm-compressor", "processor seconds", "peak memory, GB", "perplexity")
+GROWING = ("shape", "blocks", "seconds a block", "ns a weight", "peak memory, GB", "planned, GB")
 
 
 def growth(arguments: argparse.Namespace) -> None:
@@ -194,18 +205,23 @@ def growth(arguments: argparse.Namespace) -> None:
                 rows[name] = result | {"blocks": blocks, "weights": weights, "planned_bytes": told.peak_ram_bytes}
                 Console().print(f"{name}: {result['seconds'] / blocks:.1f} s a block")
             shutil.rmtree(directory)
+    cells = tuple(
+        (
+            name,
+            str(row["blocks"]),
+            f"{row['seconds'] / row['blocks']:.1f}",
+            f"{1e9 * row['seconds'] / row['weights']:.0f}",
+            f"{row['peak_bytes'] / 1e9:.2f}",
+            f"{row['planned_bytes'] / 1e9:.2f}",
+        )
+        for name, row in rows.items()
+    )
     lines = [
         f"# GPTQ, 4 bits in groups of 128, {arguments.samples} windows of {arguments.seq_len} tokens: growth with the model",
         "",
         "Written by `python benchmarks/quantize.py --growth`: random weights in bfloat16, a vocabulary of 1,024.",
         "",
-        "| shape | blocks | seconds a block | ns a weight | peak memory, GB | planned, GB |",
-        "|---|---:|---:|---:|---:|---:|",
-        *(
-            f"| {name} | {row['blocks']} | {row['seconds'] / row['blocks']:.1f} | {1e9 * row['seconds'] / row['weights']:.0f} | "
-            f"{row['peak_bytes'] / 1e9:.2f} | {row['planned_bytes'] / 1e9:.2f} |"
-            for name, row in rows.items()
-        ),
+        markdown(Table("", GROWING, cells)),
     ]
     write("quantize-growth", rows, lines)
 
@@ -214,7 +230,7 @@ def write(name: str, rows: dict[str, dict[str, Any]], lines: list[str]) -> None:
     """The table, on the screen, as JSON and as Markdown."""
     about = machine()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    lines = [*lines, "", f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, commit {commit}"]
+    lines = [*lines, f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, commit {commit}"]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(
         json.dumps({"rows": rows, "machine": about, "commit": commit}, indent=1) + "\n"

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Screen
 from torch import nn
 
 import lowbit
+from lowbit.tables import Table, markdown
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = 2048
@@ -89,7 +90,7 @@ def main() -> None:
     console.print(table)
 
 
-def write(rows: list[dict], widths: list[int], gptq: list[float]) -> Table:
+def write(rows: list[dict], widths: list[int], gptq: list[float]) -> Screen:
     """The table, as Markdown and for the screen."""
     heads = ["method", *(f"d = {width}, s" for width in widths), "x gptq, widest", "growth, last doubling"]
     lines = [
@@ -97,28 +98,21 @@ def write(rows: list[dict], widths: list[int], gptq: list[float]) -> Table:
         "",
         f"Written by `python benchmarks/speed.py`; {torch.get_num_threads()} thread(s); compare ratios, not seconds.",
         "",
-        "| " + " | ".join(heads) + " |",
-        "|---" * len(heads) + "|",
     ]
-    table = Table(*heads)
+    screen, cells = Screen(*heads), []
     for row in rows:
         times = row["seconds"]
-        cells = [
-            row["method"],
-            *(f"{t:.2f}" for t in times),
-            f"{times[-1] / gptq[-1]:.1f}",
-            f"{times[-1] / times[-2]:.1f}" if len(times) > 1 else "",
-        ]
-        table.add_row(*cells)
-        lines.append("| " + " | ".join(cells) + " |")
+        growth = f"{times[-1] / times[-2]:.1f}" if len(times) > 1 else ""
+        cells.append((row["method"], *(f"{t:.2f}" for t in times), f"{times[-1] / gptq[-1]:.1f}", growth))
+        screen.add_row(*cells[-1])
     slow = [row["method"] for row in rows if row["seconds"][-1] > 10 * gptq[-1]]
     lines += [
-        "",
+        markdown(Table("", tuple(heads), tuple(cells))),
         *(f"* {name} takes over ten times as long as gptq: {REASONS.get(name, 'NO REASON')}." for name in slow),
         "",
     ]
     (RESULTS / "speed.md").write_text("\n".join(lines))
-    return table
+    return screen
 
 
 if __name__ == "__main__":

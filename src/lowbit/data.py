@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowbit.architectures import learned_positions
 from lowbit.generation import DataError, GeneratedText, Quality, Sampling, is_generated, read_generated, write_tokens
-from lowbit.generation.tokens import special_ids, tokenizer_sha256, vocabulary
+from lowbit.generation.tokens import ids_of, special_ids, tokenizer_sha256
 from lowbit.surroundings import usable
 from lowbit.texts import TextError, load_text, own_strategy
 
@@ -167,7 +167,7 @@ def calibration_set(
     warnings = _fewer(beyond, further)
     quality = None
     if written is not None:
-        quality = written.quality(len(vocabulary(tokenizer)) or vocab_size or 0)
+        quality = written.quality(ids_of(tokenizer, vocab_size or largest + 1))
         warnings = [*(f"{written.name} is bad data: {problem}" for problem in quality.problems), *warnings]
     return Calibration(ids, name, ids_sha256(ids), held_out, beyond, tuple(warnings), quality)
 

@@ -31,11 +31,11 @@ from lowbit.evaluation.forward import evaluating
 from lowbit.evaluation.generate import Messages, prompt_ids
 from lowbit.generation import GeneratedText, Quality, Sampling, Start, Strategy, Total, Written, write, write_tokens
 from lowbit.generation.files import FORMAT, PROVENANCE, REPORT, as_table, read_tables, shards_of, write_table
-from lowbit.generation.tokens import ends_of, tokenizer_sha256, vocabulary
+from lowbit.generation.tokens import ends_of, ids_of, tokenizer_sha256
 from lowbit.generation.writing import BATCH, check_length, check_sizes
 from lowbit.progress import Progress, silent
 from lowbit.rows import RowError, has_rows, lines_of, values_of
-from lowbit.stages.journal import Journal, settle
+from lowbit.stages.journal import Journal, OnOpen, settle, unheard
 from lowbit.surroundings import own_settings
 from lowbit.version import __version__
 
@@ -289,13 +289,19 @@ def generate_data(
 
 
 @own_settings()
-def run_data(job: DataJob, *, restart: bool = False, progress: Progress | None = None) -> GeneratedData:
+def run_data(
+    job: DataJob, *, restart: bool = False, progress: Progress | None = None, on_open: OnOpen = unheard
+) -> GeneratedData:
     """Writes the texts of a checked request."""
     journal = Journal(job.out, job.header)
     journal.open(restart=restart)
     try:
+        on_open(journal)
         new, seconds = (0, 0.0) if _is_whole(job, journal) else _write(job, journal, progress or silent)
         return GeneratedData(job.out, _finish(job, journal), new, seconds, job.tokenizer is not None)
+    except ValueError:  # the model cannot write
+        journal.discard()
+        raise
     finally:
         journal.close()
 
@@ -382,7 +388,9 @@ def _finish(job: DataJob, journal: Journal) -> Quality:
         journal.move([entry["file"] for entry in journal.finished], files)
     files = journal.finished[0]["files"]  # all batches moved together
     table = read_tables([journal.directory / name for name in sorted(files)])
-    quality = GeneratedText.of(job.out.name, job.header, table).quality(len(vocabulary(job.tokenizer)))
+    quality = GeneratedText.of(job.out.name, job.header, table).quality(
+        ids_of(job.tokenizer, job.source.config.get_text_config().vocab_size)
+    )
     written = {"texts": quality.texts, "tokens": quality.tokens, "files": files}
     for name, content in ((PROVENANCE, {"format": FORMAT, **job.header, **written}), (REPORT, quality.to_dict())):
         journal.place(name, partial(_write_json, content=content))

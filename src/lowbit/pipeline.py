@@ -36,7 +36,7 @@ from lowbit.recipes import Recipe, Train
 from lowbit.report import MAX_KL, BrokenModel, QuantizeReport, larger_than_source, refusal
 from lowbit.stages.blockwise import Broken
 from lowbit.stages.follow import follow
-from lowbit.stages.journal import Journal
+from lowbit.stages.journal import Journal, OnOpen, unheard
 from lowbit.stages.merge import merge
 from lowbit.stages.run import Run
 from lowbit.stages.spread import Spread, spread_over
@@ -141,6 +141,7 @@ def run(
     restart: bool,
     progress: Progress | None = None,
     ray: str | None = None,
+    on_open: OnOpen = unheard,
 ) -> QuantizeReport:
     """The stages and all that follows them, for a request that has been checked.
 
@@ -152,7 +153,7 @@ def run(
         ids, held_out = job.windows()
         return follow(job.plan, ids, held_out, None if job.calibration is None else job.calibration.further, job.out)
     with nullcontext() if ray is None else spread_over(ray, job.plan) as elsewhere:
-        report = _alone(job, ram_limit, max_kl, allow_broken, restart, progress, elsewhere)
+        report = _alone(job, ram_limit, max_kl, allow_broken, restart, progress, elsewhere, on_open)
     if together:
         Processes.here().tell(report)
     return report
@@ -166,6 +167,7 @@ def _alone(
     restart: bool,
     progress: Progress | None,
     elsewhere: Spread | None,
+    on_open: OnOpen,
 ) -> QuantizeReport:
     if job.plan.problems and not allow_broken:
         raise BrokenModel(
@@ -178,6 +180,7 @@ def _alone(
     journal = Journal(job.out, job.header)
     journal.open(restart=restart)
     try:
+        on_open(journal)
         return _run(job, journal, ram_limit, max_kl, allow_broken, progress, elsewhere)
     finally:
         journal.close()
@@ -212,8 +215,7 @@ def _run(
         try:
             running.stages()
         except CannotStream:  # nothing is lost, and a run without text may follow
-            if not journal.finished:
-                shutil.rmtree(journal.directory)
+            journal.discard()
             raise
         except Broken as error:
             worst = max((x for b in walk.records for x in b.layers), key=lambda x: x.error or 0, default=None)

@@ -33,7 +33,7 @@ from lowbit.numerics.divergence import kl_and_agreement
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Recipe, Train, as_recipe
 from lowbit.stages.follow import follow_stages
-from lowbit.stages.journal import Journal, settle
+from lowbit.stages.journal import Journal, OnOpen, settle, unheard
 from lowbit.stages.merge import merge
 from lowbit.stages.train import Training, plain_texts, training_text, whole_texts
 from lowbit.surroundings import own_settings
@@ -199,22 +199,25 @@ def train(
 
 
 @own_settings()
-def run_training(job: TrainJob, *, restart: bool = False, progress: Progress = silent) -> TrainReport:
+def run_training(
+    job: TrainJob, *, restart: bool = False, progress: Progress = silent, on_open: OnOpen = unheard
+) -> TrainReport:
     """The stages and all that follows them, for a request that has been checked.
 
     Where a launcher started several processes, the first one does all of it, and the others take their share of the training.
     """
     if not Processes.here().first:
         return _follow(job)
-    report = _alone(job, restart, progress)
+    report = _alone(job, restart, progress, on_open)
     Processes.here().tell(report)
     return report
 
 
-def _alone(job: TrainJob, restart: bool, progress: Progress) -> TrainReport:
+def _alone(job: TrainJob, restart: bool, progress: Progress, on_open: OnOpen) -> TrainReport:
     journal = Journal(job.out, job.header)
     journal.open(restart=restart)
     try:
+        on_open(journal)
         return _run(job, journal, progress)
     finally:
         journal.close()

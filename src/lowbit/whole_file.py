@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -15,7 +16,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: it cannot be written; its message names ``path``.
     """
-    try:
+    with naming(path):
         if path.exists() and not path.is_file():
             write(path)
             return
@@ -29,6 +30,13 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         except BaseException:
             unfinished.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has every OSError name ``path``: that of a full disk names no file."""
+    try:
+        yield
     except OSError as error:
         if error.errno is None:
             raise

@@ -394,7 +394,7 @@ def test_text_that_a_model_writes_now_is_judged_as_kept_text_is(strategy, model)
         lengths,
         np.array([text.ended for text in texts]),
         sum(text.confidence * count for text, count in zip(texts, chosen, strict=True)) / chosen.sum(),
-        97,
+        range(97),
     )
     assert made.quality.problems  # a model with random weights writes noise
     assert made.warnings == tuple(f"self:{strategy} is bad data: {each}" for each in made.quality.problems)

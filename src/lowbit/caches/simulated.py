@@ -2,9 +2,10 @@
 
 Decoding makes each token a call of its own: it attends to the tokens before it as the cache holds them by then, packed or in a
 window, and to itself as it is (or packed at once, where ``past_only`` is false). Here all tokens of a window are given
-together, and every query reads exactly what it would read then. Behind a window of recent tokens a key is scored twice, as it is
-and as packed, and a mask says which of the two each query sees. Without one a query reads all tokens but its own as packed, and a
-product serves. A prompt that is read in one call is kinder than this: its tokens see each other as they are.
+together, and every query reads exactly what it would read then. Behind a window of recent tokens, neighbouring queries attend
+together: few tokens are packed for one of them and not yet for another, and only those stand among the keys in both ways. Without
+a window a query reads all tokens but its own as packed. A prompt that is read in one call is kinder than this: its tokens see each
+other as they are.
 
 Rounding passes gradients straight through. They also reach the ranges of tokens, unless :class:`CacheGradients` says otherwise, and
 scales and shifts of coordinates.
@@ -28,6 +29,9 @@ from lowbit.caches.layer import PackedLayer
 from lowbit.caches.side import Side
 from lowbit.caches.tokens import fake_tokens
 from lowbit.numerics import Int, limited
+
+_QUERIES = 128
+"""Queries that attend together where each reads tokens in its own way: about the length of usual windows."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,13 @@ def attend_simulated(
         for side, states in zip(layer.sides, (key_BGSD, value_BGSD), strict=True)
     )
     weighing = _Weighing(mask, dim**-0.5 if scaling is None else scaling, softcap, dropout)
-    if key.packed_TS is not None or value.packed_TS is not None:
-        mixed_BHTD = _mixed(query_BHTD, key, value, weighing)
-    elif key.own is key.others and value.own is value.others:
-        mixed_BHTD = _all_alike(query_BHTD, key.others, value.others, weighing)
-    else:
+    if key.alike and value.alike:
+        mixed_BHTD = _attend(query_BHTD, key.others, value.others, weighing)
+    elif key.ends is None and value.ends is None and mask is None and softcap is None:
         mixed_BHTD = _own_apart(query_BHTD, key, value, weighing)
+    else:
+        parts = (range(length)[start : start + _QUERIES] for start in range(0, length, _QUERIES))
+        mixed_BHTD = torch.cat([_part(query_BHTD, queries, key, value, weighing) for queries in parts], 2)
     return mixed_BHTD.transpose(1, 2).to(query_BHTD.dtype)
 
 
@@ -97,14 +102,26 @@ class _Read:
     """How the queries of a window read its tokens ``[B, G, S, D]``.
 
     Attributes:
-        own: as a query reads its own.
+        own: as a query reads its own and, behind a window, the recent ones.
         others: as it reads those before; the same tensor as ``own`` where all are read so.
-        packed_TS: behind a window of recent tokens, which of them each query reads as in ``others``; the rest it reads as in ``own``.
+        ends: ``[T]`` on the CPU: behind a window, how many of the first tokens each query reads as in ``others``. Tokens that are
+            never packed are the same in both.
     """
 
     own: Tensor
     others: Tensor
-    packed_TS: Tensor | None = None
+    ends: Tensor | None = None
+
+    @property
+    def alike(self) -> bool:
+        """Whether every query reads all tokens in one way."""
+        return self.own is self.others
+
+    def packed(self, queries: range) -> Tensor:
+        """Which tokens, up to the last of ``queries``, each of them reads as in ``others``: bool ``[queries, tokens]``."""
+        number_T = torch.tensor(queries)
+        ends_T = number_T + 1 if self.alike else number_T if self.ends is None else self.ends[number_T]
+        return torch.arange(queries.stop) < ends_T[:, None]
 
 
 @dataclass(frozen=True)
@@ -118,7 +135,7 @@ class _Weighing:
 
 
 def _own_apart(query_BHTD: Tensor, key: _Read, value: _Read, weighing: _Weighing) -> Tensor:
-    """Attention where only a query's own token is read in another way.
+    """Attention where only a query's own token is read in another way, without a mask and a cap.
 
     The first key stands for the own token of any query: it is zero but for one more channel, in which each query holds the score of
     its own key. The tokens before follow, so keys are as many as queries, and causal as they were. One more channel of the values
@@ -129,8 +146,7 @@ def _own_apart(query_BHTD: Tensor, key: _Read, value: _Read, weighing: _Weighing
     accurate = torch.promote_types(query_BHTD.dtype, torch.float32)
     own_BHT1 = weighing.scale * (query_BHTD.to(accurate) * own_key).sum(-1, keepdim=True)
     query = torch.cat([query_BHTD * weighing.scale, own_BHT1.to(query_BHTD.dtype)], -1)
-    weighing = replace(weighing, mask=_own_first_mask(weighing.mask), scale=1.0)
-    mixed = _all_alike(query, _own_first(key.others), _own_first(value.others), weighing)
+    mixed = _attend(query, _own_first(key.others), _own_first(value.others), replace(weighing, scale=1.0))
     return mixed[..., :-1] + mixed[..., -1:] * own_value
 
 
@@ -142,61 +158,52 @@ def _own_first(x_BGSD: Tensor) -> Tensor:
     return x
 
 
-def _own_first_mask(mask: Tensor | None) -> Tensor | None:
-    """``mask`` for keys of which the first is a query's own and the others are those before it."""
-    if mask is None:
-        return None
-    moved = torch.cat([mask.diagonal(dim1=-2, dim2=-1)[..., None], mask[..., :-1]], -1)
-    before = torch.ones(moved.shape[-2:], dtype=torch.bool, device=mask.device).tril()
-    return moved & before if mask.dtype == torch.bool else moved.masked_fill(~before, torch.finfo(mask.dtype).min)
+def _part(query_BHTD: Tensor, queries: range, key: _Read, value: _Read, weighing: _Weighing) -> Tensor:
+    """Attention of neighbouring ``queries``, ``[B, H, queries, D]``.
+
+    A token stands among the keys once for each way in which one of these queries reads it, and a mask shows each query the one that
+    is its own way. Most tokens are read in one way by all of them, and those behind the last query by none.
+    """
+    causal = torch.arange(queries.stop) <= torch.tensor(queries)[:, None]
+    key_packed, value_packed = key.packed(queries), value.packed(queries)
+    keys, values, tokens, seen = [], [], [], []
+    for as_key, as_value in itertools.product((True, False), repeat=2):
+        reading = causal & (key_packed == as_key) & (value_packed == as_value)
+        token_S = reading.any(0).nonzero()[:, 0]
+        if not len(token_S):
+            continue
+        span = slice(int(token_S[0]), int(token_S[-1]) + 1)
+        keys.append((key.others if as_key else key.own)[:, :, span])
+        values.append((value.others if as_value else value.own)[:, :, span])
+        tokens.append(torch.arange(span.start, span.stop))
+        seen.append(reading[:, span])
+    here = slice(queries.start, queries.stop)
+    mask = torch.cat(seen, 1).to(query_BHTD.device)
+    if (given := weighing.mask) is not None:
+        given = given.expand(*given.shape[:-2], query_BHTD.shape[2], -1)[..., here, torch.cat(tokens)]
+        mask = given & mask if given.dtype == torch.bool else given.masked_fill(~mask, torch.finfo(given.dtype).min)
+    return _attend(query_BHTD[:, :, here], torch.cat(keys, 2), torch.cat(values, 2), replace(weighing, mask=mask))
 
 
-def _all_alike(query_BHTD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, weighing: _Weighing) -> Tensor:
-    """Attention where every query reads all tokens in one way."""
-    if weighing.mask is not None or weighing.softcap is not None:
-        return _mixed(query_BHTD, _Read(key_BGSD, key_BGSD), _Read(value_BGSD, value_BGSD), weighing)
+def _attend(query_BHTD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, weighing: _Weighing) -> Tensor:
+    """Attention where every query reads a key in one way, ``[B, H, T, D]``; without a mask it reads its own and those before.
+
+    What a query without any key gets is finite.
+    """
     shared = query_BHTD.shape[1] // key_BGSD.shape[1]
     key_BHSD, value_BHSD = (states.repeat_interleave(shared, 1) for states in (key_BGSD, value_BGSD))
-    return scaled_dot_product_attention(
-        query_BHTD, key_BHSD, value_BHSD, dropout_p=weighing.dropout, is_causal=True, scale=weighing.scale
-    )
-
-
-def _mixed(query_BHTD: Tensor, key: _Read, value: _Read, weighing: _Weighing) -> Tensor:
-    """Attention with all its weights at hand."""
-    batch, heads, length, dim = query_BHTD.shape
-    groups = key.own.shape[1]
-    query_BGXD = (query_BHTD * weighing.scale).reshape(batch, groups, -1, dim)
-
-    def scores(states: Tensor) -> Tensor:
-        return (query_BGXD @ states.mT).view(batch, groups, -1, length, length)
-
-    score = scores(key.others)
-    if key.packed_TS is not None:
-        score = torch.where(key.packed_TS, score, scores(key.own))
-    score = score.to(torch.promote_types(score.dtype, torch.float32))
-    if (softcap := weighing.softcap) is not None:
-        score = softcap * torch.tanh(score / softcap)
-    p = drop(_seen(score, weighing.mask).softmax(-1), weighing.dropout, weighing.dropout > 0).to(value.own.dtype)
-    if value.packed_TS is None:
-        mixed = p.flatten(2, 3) @ value.others
-    else:
-        parts = ((p * value.packed_TS, value.others), (p * ~value.packed_TS, value.own))
-        mixed = sum(part.flatten(2, 3) @ states for part, states in parts)
-    assert isinstance(mixed, Tensor)
-    return mixed.reshape(batch, heads, length, -1)
-
-
-def _seen(score_BGRTS: Tensor, mask: Tensor | None) -> Tensor:
-    """Scores, very low where a query does not see a key."""
-    groups, shared, length, _ = score_BGRTS.shape[1:]
+    mask, dropout, scale, softcap = weighing.mask, weighing.dropout, weighing.scale, weighing.softcap
+    if softcap is None:
+        mask = mask if mask is None or mask.dtype == torch.bool else mask.to(query_BHTD.dtype)
+        return scaled_dot_product_attention(
+            query_BHTD, key_BHSD, value_BHSD, mask, dropout, is_causal=mask is None, scale=scale
+        )
+    score = (query_BHTD * scale) @ key_BHSD.mT
+    score = softcap * torch.tanh(score.to(torch.promote_types(score.dtype, torch.float32)) / softcap)
     if mask is None:
-        mask = torch.ones(length, length, dtype=torch.bool, device=score_BGRTS.device).tril()
-    elif mask.dim() == 4:
-        mask = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (groups, shared))
-    if mask.dtype == torch.bool:
-        return score_BGRTS.masked_fill(~mask, torch.finfo(score_BGRTS.dtype).min)  # a row without keys stays finite
-    return score_BGRTS + mask
+        mask = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril()
+    score = score.masked_fill(~mask, torch.finfo(score.dtype).min) if mask.dtype == torch.bool else score + mask
+    return drop(score.softmax(-1), dropout, dropout > 0).to(value_BHSD.dtype) @ value_BHSD
 
 
 def _read(side: Side, x_BHTD: Tensor, past_only: bool, gradients: CacheGradients) -> _Read:
@@ -211,9 +218,7 @@ def _read(side: Side, x_BHTD: Tensor, past_only: bool, gradients: CacheGradients
         packed = as_packed(side, x_BHTD, counts[-1], gradients)
     if counts == behind:  # no window: a token is packed once it has settled
         return _Read(x_BHTD if past_only else packed, packed)
-    token_S = torch.arange(length, device=x_BHTD.device)
-    end_T1 = side.sink + torch.tensor(counts, device=x_BHTD.device)[:, None]
-    return _Read(x_BHTD, packed, (token_S >= side.sink) & (token_S < end_T1))
+    return _Read(x_BHTD, packed, side.sink + torch.tensor(counts))
 
 
 def as_packed(side: Side, x_BHTD: Tensor, count: int, gradients: CacheGradients) -> Tensor:

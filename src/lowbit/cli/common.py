@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # rich is imported where something is drawn
     from rich.console import Console
     from rich.table import Table
 
+    from lowbit.stages.journal import Journal
+
 LOG_WIDTH = 160  # columns of a table that goes to a file or a pipe
 LOG_SECONDS = 10  # between progress lines where there is no terminal to draw a bar on
 
@@ -95,6 +97,12 @@ def say(message: str) -> None:
     """A line for the person who waits, on stderr."""
     if not _quiet:
         typer.echo(message, err=True)
+
+
+def say_found(journal: Journal, further: str = "") -> None:
+    """Says what becomes of an unfinished run that an open journal has found."""
+    if journal.found is not None:
+        say(f"{journal.found} the unfinished run in {journal.directory}{further}")
 
 
 def fail(message: str) -> None:

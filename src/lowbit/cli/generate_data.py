@@ -84,18 +84,16 @@ def command(
         batch=batch,
         trust_remote_code=trust_remote_code,
     )
-    _announce(job, restart)
+    _announce(job)
     with common.progress() as report:
-        result = run_data(job, restart=restart, progress=report)
+        result = run_data(job, restart=restart, progress=report, on_open=common.say_found)
     if as_json:
         common.print_json(result.to_dict())
     else:
         _show(result, model)
 
 
-def _announce(job: DataJob, restart: bool) -> None:
-    from lowbit.stages.journal import Journal
-
+def _announce(job: DataJob) -> None:
     asked = f"{job.tokens} tokens" if job.prompts is None else f"completions of {len(job.prompts)} prompts"
     drawn = job.sampling
     common.say(f"model:    {job.source.name} ({job.source.path})")
@@ -105,9 +103,6 @@ def _announce(job: DataJob, restart: bool) -> None:
         f"seed {drawn.seed}"
     )
     common.say(f"target:   {job.out}")
-    journal = Journal(job.out, job.header).path
-    if journal.exists():
-        common.say(f"{'discarding' if restart else 'continuing'} the unfinished run in {journal.parent}")
 
 
 def _show(result: GeneratedData, model: str) -> None:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lowbit.job import Job
     from lowbit.recipes import Recipe
     from lowbit.report import QuantizeReport
+    from lowbit.stages.journal import Journal
 
 EXAMPLE = (
     "Example: lowbit quantize smollm2-135m --method gptq --bits 4 --group-size 64 --set act_order=true "
@@ -173,23 +174,30 @@ def carry_out(
     if not leads():  # a process that trains along says nothing
         run(job, limit, MAX_KL, allow_broken, restart)
         return
-    continued = _announce(job, restart)
+    _announce(job)
+    found: list[str | None] = []
+
+    def opened(journal: Journal) -> None:
+        found.append(journal.found)
+        common.say_found(journal, f": finished blocks: {len(journal.finished)}")
+
     with common.progress() as report:
-        result = run(job, limit, MAX_KL if max_kl is None else max_kl, allow_broken, restart, report, ray)
+        max_kl = MAX_KL if max_kl is None else max_kl
+        result = run(job, limit, max_kl, allow_broken, restart, report, ray, opened)
         trust = prepared["trust_remote_code"]
         result = exported(result, format, out.expanduser().resolve(), trust_remote_code=trust)
     if as_json:
         common.print_json(result.to_dict())
     else:
         _show(result)
-        taken = common.duration(time.perf_counter() - started) + (" since it was continued" if continued else "")
+        taken = common.duration(time.perf_counter() - started) + (
+            " since it was continued" if "continuing" in found else ""
+        )
         typer.echo(_outcome(result, taken, job.tokenizer, shlex.quote(str(out))))
 
 
-def _announce(job: Job, restart: bool) -> bool:
-    """Says what will be done, from what, to where; returns whether an unfinished run is continued."""
-    from lowbit.stages.journal import Journal
-
+def _announce(job: Job) -> None:
+    """Says what will be done, from what, to where."""
     text = job.calibration
     common.say(f"model:       {job.source.name} ({job.source.path})")
     common.say(f"recipe:      {job.recipe.name}: {describe(job.recipe)}")
@@ -203,13 +211,6 @@ def _announce(job: Job, restart: bool) -> bool:
         )
     common.warn(job.warnings)  # before hours of work, and once more at its end
     common.say(f"target:      {job.out}")
-    journal = Journal(job.out, job.header).path
-    unfinished = journal.exists()
-    if unfinished:
-        finished = journal.read_bytes().count(b"\n") - 1
-        verb = "discarding" if restart else "continuing"
-        common.say(f"{verb} the unfinished run in {journal.parent}: finished blocks: {finished}")
-    return unfinished and not restart
 
 
 def describe(recipe: Recipe) -> str:

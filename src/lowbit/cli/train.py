@@ -108,10 +108,10 @@ def command(
     if not leads():  # a process that trains along says nothing
         run_training(job)
         return
-    _announce(job, restart)
+    _announce(job)
     said = tuple(job.warnings)
     with common.progress() as report:
-        result = run_training(job, restart=restart, progress=report)
+        result = run_training(job, restart=restart, progress=report, on_open=common.say_found)
     if as_json:
         common.print_json(result.to_dict())
         return
@@ -138,9 +138,7 @@ def _is_packed(model: str, trust_remote_code: bool) -> bool:
     return native.is_native(native.read_checkpoint(path).config)
 
 
-def _announce(job: TrainJob, restart: bool) -> None:
-    from lowbit.stages.journal import Journal
-
+def _announce(job: TrainJob) -> None:
     names = ", ".join(type(stage.what).__name__ for stage in job.stages)
     common.say(f"checkpoint:  {job.source.name} ({job.source.path})")
     common.say(f"recipe:      {job.recipe.name}: trains {names}")
@@ -148,9 +146,6 @@ def _announce(job: TrainJob, restart: bool) -> None:
     common.say(f"text:        {job.calibration.name}, {' x '.join(map(str, read.shape))} tokens")
     common.say(f"target:      {job.out}")
     common.warn(job.warnings)
-    journal = Journal(job.out, job.header).path
-    if journal.exists():
-        common.say(f"{'discarding' if restart else 'continuing'} the unfinished run in {journal.parent}")
 
 
 def _outcome(result: TrainReport, taken: str, out: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.rows import lines_of
+from lowbit.whole_file import naming
 
 Record = dict[str, Any]
 """A line of a results file. See :func:`lowbit.comparison.compare` for its fields."""
@@ -129,9 +130,13 @@ class Results:
         return records
 
     def add(self, record: Mapping[str, Any]) -> Record:
-        """Appends a record. It survives a kill once this returns. NaN and infinity become null."""
+        """Appends a record. It survives a kill once this returns. NaN and infinity become null.
+
+        Raises:
+            OSError: it cannot be written; its message names the file.
+        """
         line = json.dumps(_finite(record), sort_keys=True, allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,8 +132,8 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return model.config.get_text_config().vocab_size
 
 
-def check_positions(model: PreTrainedModel, positions: int, what: str) -> None:
-    """Refuses more positions than the model was configured for.
+def check_positions(model: Any, positions: int, what: str) -> None:
+    """Refuses more positions than a model, or what has its config, was configured for.
 
     A learned position table would fail with an index error deep inside; rotary models would run and give meaningless
     figures.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,8 +128,8 @@ class GeneratedText:
         """Texts as the model wrote them, which are kept nowhere."""
         return cls.of(name, {}, as_table(texts, None, prompted=False))
 
-    def quality(self, vocabulary: int) -> Quality:
-        """What the texts look like, for a tokenizer of ``vocabulary`` tokens."""
+    def quality(self, vocabulary: Collection[int]) -> Quality:
+        """What the texts look like, where ``vocabulary`` is all ids that there are."""
         chosen = self.lengths - self.prompt_tokens
         confidence = float((self.confidences * chosen).sum() / chosen.sum()) if chosen.sum() else None
         return judge(self.ids, self.lengths, self.ended, confidence, vocabulary)

@@ -6,7 +6,7 @@ not find text that is fluent and wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ class Quality:
         texts, tokens: how much there is.
         shortest, median, longest: tokens of a text.
         ended: share of the texts that the model ended itself.
-        vocabulary: share of the tokenizer's tokens that occur.
+        vocabulary: share of the vocabulary that occurs. Ids outside it, which a model may have rows for, are not counted.
         distinct: for n = 1 to 4, how many of the n-grams of all texts differ, as a share.
         repeated: share of the 4-grams of a text that stood in the same text before.
         looping: share of the tokens that are in a loop (:data:`LOOP_UNIT`).
@@ -110,7 +110,7 @@ texts of 256 to 1024 tokens, repeat 3 to 9 % of their 4-grams, 83 to 85 % of all
 
 
 def judge(
-    ids: np.ndarray, lengths: np.ndarray, ended: np.ndarray, confidence: float | None, vocabulary: int
+    ids: np.ndarray, lengths: np.ndarray, ended: np.ndarray, confidence: float | None, vocabulary: Collection[int]
 ) -> Quality:
     """Measures texts.
 
@@ -119,7 +119,7 @@ def judge(
         lengths: tokens of each text ``[texts]``; one text at least, and no empty one.
         ended: bool ``[texts]``.
         confidence: mean probability of the chosen tokens.
-        vocabulary: how many tokens the tokenizer has.
+        vocabulary: the ids that there are, each once.
     """
     text_of = np.repeat(np.arange(len(lengths)), lengths)
     codes = np.unique(ids, return_inverse=True)[1].astype(np.int64)
@@ -143,7 +143,7 @@ def judge(
         median=float(np.median(lengths)),
         longest=int(lengths.max()),
         ended=float(ended.mean()),
-        vocabulary=len(np.unique(ids)) / max(1, vocabulary),
+        vocabulary=float(np.isin(list(vocabulary), ids).mean()) if vocabulary else 0.0,
         distinct=(distinct[0], distinct[1], distinct[2], distinct[3]),
         repeated=1 - len(np.unique(in_text)) / len(in_text) if len(in_text) else 0.0,
         looping=looping,

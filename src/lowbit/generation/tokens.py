@@ -7,7 +7,7 @@ import json
 import random
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 _UNUSED = re.compile(r"[<\[].*(unused|reserved|extra_id|placeholder).*[>\]]", re.IGNORECASE)
@@ -36,6 +36,11 @@ def _as_ids(value: Any) -> set[int]:
 def vocabulary(tokenizer: Any) -> dict[str, int]:
     """The tokenizer's tokens and their ids; empty without a tokenizer."""
     return {} if tokenizer is None else dict(tokenizer.get_vocab())
+
+
+def ids_of(tokenizer: Any, size: int) -> Collection[int]:
+    """All ids of the tokenizer; without one those of a model whose vocabulary has ``size``."""
+    return range(size) if tokenizer is None else set(vocabulary(tokenizer).values())
 
 
 def tokenizer_sha256(tokenizer: Any) -> str | None:

@@ -13,6 +13,7 @@ from os import PathLike
 from typing import Any
 
 from lowbit.checkpoints.source import open_model
+from lowbit.evaluation.forward import check_positions
 from lowbit.modules import KVFormats
 from lowbit.plan.cache import cache_bytes, context_of
 from lowbit.progress import Progress, silent
@@ -76,12 +77,14 @@ def recommend(
         progress: called with the choices that were looked at, their number, and the last one.
 
     Raises:
-        ValueError: an unknown engine, a model that cannot be opened, nothing that can be made of it, or nothing that
+        ValueError: an unknown engine, a model that cannot be opened, a sequence longer than its positions, nothing that can be made of it, or nothing that
             fits; then the message says what would.
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}: expected {', '.join(ENGINES)}")
     source = open_model(model, trust_remote_code=trust_remote_code)
+    if context is not None:
+        check_positions(source, context, f"a sequence of {context} tokens")
     tokens = context or min(CONTEXT, context_of(source.config))
     rows = [row for row in measured().rows if train or not row.trains]
     if patience is not None:

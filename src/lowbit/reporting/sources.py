@@ -1,7 +1,7 @@
 """What a report is made of: files that other commands wrote, told apart by what is in them.
 
 * JSON lines of ``lowbit compare``, of a training's course, of several trainings with their courses, of answers to prompts, and of
-  other flat rows;
+  other rows that say of a label, a method or a model what was measured;
 * ``lowbit-report.json`` of a checkpoint, ``inspection.json`` with ``channels.safetensors``, results of ``benchmarks``,
   and what ``lowbit generate --json`` and ``lowbit evaluate --chat --json`` print;
 * a directory: what it holds of these.
@@ -28,7 +28,7 @@ INSPECTION, CHANNELS = "inspection.json", "channels.safetensors"
 _KNOWN = (REPORT, INSPECTION, "training-*.jsonl")
 _READS = (
     "results of `lowbit compare`, a checkpoint or its lowbit-report.json, the directory of `lowbit inspect`, the rows of a "
-    "training, answers to prompts, or tables as JSON"
+    "training, answers to prompts, tables as JSON, or as JSON lines with figures of a label, a method or a model"
 )
 
 
@@ -178,7 +178,19 @@ def _rows(file: Path, name: str, rows: list[Json], sources: Sources) -> None:
         for number, row in enumerate(rows, start=1):
             _add_sample(f"{file}, line {number}", row["prompt"], row["answers"], sources)
     else:
+        for number, row in enumerate(rows, start=1):
+            if not _is_measured(row):
+                raise SourceError(
+                    f"{file}, line {number}: found {', '.join(row)[:60] or 'an empty object'}; expected {_READS}"
+                )
         sources.tables[name] = [of_mappings(name, rows)]
+
+
+def _is_measured(row: Json) -> bool:
+    """Whether a row has figures, and says of what."""
+    figures = [each for value in row.values() for each in (value if isinstance(value, list) else [value])]
+    named = any(isinstance(row.get(key), str) for key in ("label", "method", "model"))
+    return named and any(isinstance(each, int | float) and not isinstance(each, bool) for each in figures)
 
 
 def _object(file: Path, name: str, value: Json, sources: Sources) -> None:

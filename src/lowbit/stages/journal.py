@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -37,6 +37,13 @@ UNLISTED = ("fisher-*.safetensors", "latents-*.safetensors", "training-*.state",
 CURVES = ("training-*.jsonl", "training-*.tensorboard")
 """Files and folders that grow with a run and stay in its checkpoint."""
 
+OnOpen = Callable[["Journal"], None]
+"""Called with the journal of a run once it is open: nothing that was found there refuses the run any more."""
+
+
+def unheard(journal: Journal) -> None:
+    """Does nothing with an open journal."""
+
 
 class Journal:
     """Finished units of one run in ``<out>.partial``: blocks of the walk, shards of a trained model.
@@ -44,12 +51,17 @@ class Journal:
     Args:
         out: the target directory, which must not exist or be empty. Links are resolved.
         header: what determines the result (model, recipe, calibration, versions), as plain data.
+
+    Attributes:
+        finished: the entries of finished units.
+        found: what :meth:`open` did with an unfinished run that it found; None: it found none.
     """
 
     def __init__(self, out: Path, header: Mapping[str, Any]):
         self.out, self.header = Path(out).resolve(), json.loads(json.dumps(header))
         self.directory = self.out.with_name(self.out.name + ".partial")
         self.finished: list[dict[str, Any]] = []
+        self.found: Literal["continuing", "discarding"] | None = None
         self._lock = FileLock(_beside(self.out, "lock"), timeout=0, thread_local=False)
 
     @property
@@ -99,6 +111,7 @@ class Journal:
                 self._aside.unlink(missing_ok=True)
             elif self._aside.exists():  # a kill came between the two renames
                 self._aside.replace(self.path)
+            unfinished = self.path.exists()
             if restart:
                 self._sweep(())
             if self.path.exists():
@@ -110,6 +123,8 @@ class Journal:
             raise OutputError(f"{self.directory} cannot be written: {error.strerror}; choose another -o DIR") from error
         except OSError as error:
             raise _disk_error(self.directory, error) from error
+        if unfinished:
+            self.found = "discarding" if restart else "continuing"
         return len(self.finished)
 
     def _take_lock(self) -> None:
@@ -133,6 +148,11 @@ class Journal:
             with suppress(PermissionError):  # Windows does not remove an open file
                 Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
+
+    def discard(self) -> None:
+        """Removes the partial directory where nothing in it is finished: the same would fail again, and another run would find it."""
+        if not self.finished:
+            shutil.rmtree(self.directory)
 
     def _sweep(self, kept: Iterable[str]) -> None:
         """Removes everything in the directory but the files ``kept`` and the name of the lock's holder."""

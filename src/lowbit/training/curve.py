@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lowbit.whole_file import write_whole, write_whole_text
+from lowbit.whole_file import naming, write_whole, write_whole_text
 
 Row = dict[str, Any]
 """``step``, ``tokens`` (trained on so far), ``loss`` (of the step; None for step 0, the start), ``held_out_kl`` and
@@ -39,8 +39,8 @@ class Curve:
             self._log(row)
 
     def add(self, row: Row) -> None:
-        """Appends a row."""
-        with self.path.open("a", encoding="utf-8") as file:
+        """Appends a row. Raises OSError, which names the file, where it cannot be written."""
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(_line(row))
         self._log(row)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lowbit
@@ -34,6 +35,12 @@ FORMATS = {
 METHODS = {name: lowbit.recipe(name).scheme.kv for name in ("kv-fp8", "kv-int", "kv-rotated")}
 TURBO = lowbit.recipe("kv-turbo").scheme
 LENGTH = 90
+
+
+@pytest.fixture(autouse=True)
+def several_parts(monkeypatch):
+    """Windows of tests are short; as in long ones, queries behind a window attend in several parts."""
+    monkeypatch.setattr("lowbit.caches.simulated._QUERIES", 16)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +151,72 @@ def test_without_a_window_all_tokens_but_a_querys_own_are_read_as_packed(formats
     close(found, wanted)
     for a, b in zip(*(torch.autograd.grad(y.sin().sum(), leaves) for y in (found, wanted)), strict=True):
         close(a, b)
+
+
+WINDOWS = {
+    "keys in blocks, values one by one": KVSpec(BLOCKS, TOKEN, recent=8),
+    "sinks, and blocks longer than a part": KVSpec(Spec(Int(2, zero="real"), Block(24, 1)), TOKEN, recent=24, sink=3),
+    "keys alone": KVSpec(TOKEN, None, recent=5),
+    "values alone, read at once": KVSpec(None, BLOCKS, recent=8, sink=2, past_only=False),
+    "a window longer than a part": KVSpec(TOKEN, TOKEN, recent=20, past_only=False),
+}
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("masked", ["not", "by choice", "by addition"])
+@pytest.mark.parametrize("spec", WINDOWS.values(), ids=WINDOWS)
+def test_behind_a_window_a_query_reads_as_packed_what_has_left_it(spec, masked, softcap):
+    """The sums are those of two products each, one of tokens as they are and one of packed ones; gradients too."""
+    length, dim = 60, 8
+    leaves = states(length=length)
+    layer = PackedLayer(spec)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    chosen = causal & ~torch.ones_like(causal).tril(-30)
+    mask = {
+        "not": None,
+        "by choice": chosen,
+        "by addition": torch.zeros(length, length).double().masked_fill(~chosen, torch.finfo(torch.float64).min),
+    }[masked]
+    found = attend_simulated(*leaves, layer, mask, softcap=softcap)
+    query, *both = leaves
+    begun = torch.arange(length) + (not spec.past_only)
+    reads = []
+    for side, x in zip(layer.sides, both, strict=True):
+        ends = torch.tensor([side.sink + side.leaving(max(0, int(count) - side.sink)) for count in begun])
+        packed = x if side.spec is None else as_packed(side, x, int(ends[-1]) - side.sink, CacheGradients())
+        seen = torch.arange(length) < ends[:, None]
+        reads.append((x.repeat_interleave(2, 1), packed.repeat_interleave(2, 1), seen))
+    (key, packed_key, by_key), (value, packed_value, by_value) = reads
+    score = torch.where(by_key, query @ packed_key.mT, query @ key.mT) * dim**-0.5
+    score = score if softcap is None else softcap * torch.tanh(score / softcap)
+    weights = score.masked_fill(~(causal if mask is None else chosen), -torch.inf).softmax(-1)
+    wanted = ((weights * ~by_value) @ value + (weights * by_value) @ packed_value).transpose(1, 2)
+    close(found, wanted)
+    for a, b in zip(*(torch.autograd.grad(y.sin().sum(), leaves) for y in (found, wanted)), strict=True):
+        close(a, b)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a result of an operation has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(each, torch.Tensor):
+                self.elements = max(self.elements, each.numel())
+        return out
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_behind_a_window_no_table_of_all_scores_is_made(softcap):
+    """As a table it was made twice: half of the scores are of tokens to come, and most tokens are read in one way."""
+    leaves = states(length=320)
+    with Largest() as largest:
+        found = attend_simulated(*leaves, PackedLayer(WINDOWS["keys in blocks, values one by one"]), softcap=softcap)
+        torch.autograd.grad(found.sin().sum(), leaves)
+    assert largest.elements < 2 * 4 * 320 * 320 / 4
 
 
 def random_coordinates(heads, dim, seed=0):

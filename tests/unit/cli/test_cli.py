@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -28,6 +29,7 @@ from lowbit.cli.choose import byte_count, override
 from lowbit.cli.quantize import describe
 from lowbit.cli.train import _announce as announce_training
 from lowbit.retraining import prepare_training
+from lowbit.stages.journal import Journal
 
 COMMANDS = (
     "quantize",
@@ -475,7 +477,7 @@ def test_train_trains_a_checkpoint_or_a_model(quantized, place, tmp_path):
 def test_too_little_text_is_said_before_the_training(quantized, place, tmp_path, capsys):
     recipe, text = lowbit.recipe("efficientqat", tokens=64000), str(place / "text.txt")
     asked = {"out": tmp_path / "a", "against": place / "model", "samples": 4, "seq_len": 16}
-    announce_training(prepare_training(quantized.out, recipe, text, **asked), False)
+    announce_training(prepare_training(quantized.out, recipe, text, **asked))
     assert "training asks for 4000 windows of 16 tokens; behind" in capsys.readouterr().err
 
 
@@ -695,10 +697,31 @@ def test_ctrl_c_says_how_to_continue_and_the_same_command_does(place, tmp_path, 
     assert stopped.exit_code == 130
     assert "repeat the same command to continue" in stopped.stderr
     assert not (tmp_path / "out").exists()
+    another = quantize(place, tmp_path / "out", method=(*RTN[:2], "--bits", "3"))
+    assert_refused(another, "holds an unfinished run of something else")
+    with FileLock(tmp_path / "out.partial.lock"):
+        beside = quantize(place, tmp_path / "out")
+    assert_refused(beside, "is being written by another run")
+    assert "continuing" not in another.stderr + beside.stderr
     again = quantize(place, tmp_path / "out")
     assert again.exit_code == 0, again.stderr
     assert "continuing the unfinished run" in again.stderr
-    assert "finished blocks: 1" in again.stderr
+    assert "finished blocks: 1" in again.stderr and "since it was continued" in again.stdout
+
+
+def test_a_run_of_generate_data_says_that_it_continues_or_discards_only_where_it_does(place, tmp_path, monkeypatch):
+    asked = ("generate-data", place / "model", "--tokens", 60, "--seq-len", 20, "-o", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(*asked).exit_code == 130
+        refused = run(*asked, "--seed", 1)
+        assert_refused(refused, "holds an unfinished run of something else")
+        assert "unfinished run in" not in refused.stderr
+        continued = run(*asked)
+        assert f"continuing the unfinished run in {tmp_path / 'out.partial'}" in continued.stderr
+    discarded = run(*asked, "--restart")
+    assert discarded.exit_code == 0, discarded.stderr
+    assert "discarding the unfinished run" in discarded.stderr
 
 
 # Refusals

@@ -12,7 +12,7 @@ RANDOM = np.random.default_rng(0)
 
 def report(texts: list[list[int]], confidence: float | None = 0.4, ended: bool = True, vocabulary: int = 1000):
     ids, lengths = np.concatenate([np.array(text, dtype=np.int32) for text in texts]), np.array([len(t) for t in texts])
-    return judge(ids, lengths, np.full(len(texts), ended), confidence, vocabulary)
+    return judge(ids, lengths, np.full(len(texts), ended), confidence, range(vocabulary))
 
 
 def noise(count: int, tokens: int = 100, vocabulary: int = 1000) -> list[list[int]]:
@@ -27,6 +27,12 @@ def test_figures_of_texts_that_can_be_counted_by_hand():
     assert made.distinct == (3 / 10, 2 / 7, 2 / 5, 2 / 3)
     assert made.repeated == pytest.approx(1 / 3)
     assert made.looping == 0  # six tokens are no loop yet
+
+
+def test_ids_outside_the_vocabulary_are_no_part_of_it():
+    """A model may have rows for more ids than its tokenizer has tokens, and draw them."""
+    made = report([[1, 2, 3, 4, 5, 6, 7, 8]], vocabulary=4)
+    assert made.vocabulary == 0.75 and made.tokens == 8
 
 
 def test_n_grams_do_not_reach_from_one_text_into_the_next():

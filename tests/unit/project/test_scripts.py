@@ -18,3 +18,10 @@ def test_what_a_script_imports_from_the_package_is_there(script):
             for name in node.names:
                 if not hasattr(module, name.name):
                     importlib.import_module(f"{node.module}.{name.name}")
+
+
+@pytest.mark.parametrize(
+    "script", [file for file in SCRIPTS if file.parent.name == "benchmarks"], ids=lambda file: file.stem
+)
+def test_a_script_makes_tables_of_markdown_as_the_package_does(script):
+    assert "|--" not in script.read_text(encoding="utf-8"), "use lowbit.tables.markdown"

@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from lowbit.cli import app
+from lowbit.comparison.results import Results
+from lowbit.training.curve import Curve
 from lowbit.whole_file import write_whole, write_whole_text
 
 from helpers import tiny_writer
@@ -26,6 +28,17 @@ def test_a_file_that_cannot_be_finished_leaves_what_was_there_and_names_itself(t
     with pytest.raises(OSError, match=r"No space left on device: .*page\.html"):
         write_whole(page, full)
     assert page.read_text() == "before" and list(tmp_path.iterdir()) == [page]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux's")
+def test_lines_that_a_full_disk_does_not_take_name_their_file(tmp_path):
+    curve, results = Curve(tmp_path / "curve.jsonl"), Results(tmp_path / "results.jsonl")
+    for file in (curve.path, results.path):
+        file.unlink(missing_ok=True)
+        file.symlink_to("/dev/full")
+    for add, name in ((curve.add, "curve"), (results.add, "results")):
+        with pytest.raises(OSError, match=rf"No space left on device: .*{name}\.jsonl"):
+            add({"step": 1})
 
 
 def test_links_stay_links_and_pipes_are_written(tmp_path):

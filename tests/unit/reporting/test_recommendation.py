@@ -23,7 +23,8 @@ CONTEXT = 64
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("recommend") / "model", hidden_size=256, intermediate_size=512)
+    place = tmp_path_factory.mktemp("recommend") / "model"
+    return tiny_llama(place, hidden_size=256, intermediate_size=512, max_position_embeddings=10**6)
 
 
 def parsed(row: MeasuredRow):
@@ -125,6 +126,13 @@ def test_an_engine_that_is_not_known_and_a_model_that_is_missing_are_refused(mod
     for arguments in ([str(tmp_path / "none"), "--memory", "1GB"], [str(model), "--memory", "1kB"]):
         result = CliRunner().invoke(app, ["recommend", *arguments])
         assert result.exit_code == 1 and result.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_a_sequence_longer_than_the_models_positions_is_refused(model):
+    words = "a sequence of 1000001 tokens needs 1000001 positions and the model has 1000000: ask for at most 1000000"
+    with pytest.raises(ValueError, match=words):
+        recommend(model, 10**9, context=10**6 + 1)
+    assert recommend(model, 10**9, context=10**6).tokens == 10**6
 
 
 def test_the_command_line_shows_the_choice_its_command_and_its_measurement(model):

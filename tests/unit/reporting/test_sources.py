@@ -90,6 +90,17 @@ def test_rows_that_were_calibrated_on_other_text_are_other_rows(tmp_path):
         ("a.json", "{", "not JSON"),
         ("a.json", "[1]", "found a JSON list"),
         ("a.json", "{}", "an empty object"),
+        (
+            "a.jsonl",
+            '{"label": "a", "ms": 1}\n{"text": "once", "id": 3}\n',
+            "line 2: found text, id; expected results of",
+        ),
+        (
+            "a.jsonl",
+            '{"method": "rtn", "good": true}\n',
+            "line 1: found method, good; expected results of `lowbit compare`",
+        ),
+        ("a.jsonl", "{}\n", "line 1: found an empty object"),
         ("a.jsonl", '{"a": 1}\n[2]\n', "line 2: found a list"),
         ("a.jsonl", '{"a": 1}\n{oops\n', "line 2: not JSON"),
         ("a.jsonl", '{"a": 1', "no whole line"),
