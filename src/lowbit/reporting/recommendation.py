@@ -77,8 +77,8 @@ def recommend(
         progress: called with the choices that were looked at, their number, and the last one.
 
     Raises:
-        ValueError: an unknown engine, a model that cannot be opened, a sequence longer than its positions, nothing that can be made of it, or nothing that
-            fits; then the message says what would.
+        ValueError: an unknown engine, a model that cannot be opened, a sequence longer than its positions, nothing that can be
+            made of it, or nothing that fits; then the message says what would.
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}: expected {', '.join(ENGINES)}")
