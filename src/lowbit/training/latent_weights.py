@@ -53,6 +53,7 @@ class LatentWeights(Trainable):
         range_rate: learning rate of learned scales, in units of their start, as a multiple of the stage's. Zero points that
             are real numbers move in steps of the grid.
         gains: also train the gains and biases of norms, in units of their start.
+        gain_rate: their learning rate, as a multiple of the stage's.
         limit: LLM-QAT's code gives no gradient to values of at least this magnitude (2), although it does not clip them: to
             weights on symmetric grids of 3 bits or more, to inputs that are quantized, and to keys and values that a cache of
             symmetric integers packs. None: all have gradients.
@@ -63,10 +64,12 @@ class LatentWeights(Trainable):
     range_rate: float = 1.0
     gains: bool = False
     limit: float | None = None
+    gain_rate: float = 1.0
 
     def __post_init__(self):
-        if self.range_rate <= 0:
-            raise ValueError(f"range_rate is a positive multiple of the learning rate, found {self.range_rate}")
+        for name, rate in (("range_rate", self.range_rate), ("gain_rate", self.gain_rate)):
+            if rate <= 0:
+                raise ValueError(f"{name} is a positive multiple of the learning rate, found {rate}")
         if self.limit is not None and self.limit <= 0:
             raise ValueError(f"limit is a positive magnitude or None, found {self.limit}")
 
@@ -104,7 +107,7 @@ class LatentWeights(Trainable):
         groups = [
             Group([each.latent for each in linears]),
             Group([part.delta for each in linears for part in each.parts.values()], self.range_rate),
-            Group([gain.delta for gain in gains.values()]),
+            Group([gain.delta for gain in gains.values()], self.gain_rate),
         ]
         return TrainedModel(model, linears, gains, groups, [])
 

@@ -307,6 +307,8 @@ def test_formats_and_orders_that_cannot_be_trained_are_refused():
         dataclasses.replace(made, stages=(made.stages[0], tuned, made.stages[1]))
     with pytest.raises(ValueError, match="positive multiple"):
         LatentWeights(range_rate=0)
+    with pytest.raises(ValueError, match="gain_rate is a positive multiple"):
+        LatentWeights(gain_rate=-1.0)
     with pytest.raises(ValueError, match="positive magnitude"):
         LatentWeights(limit=-1.0)
 
