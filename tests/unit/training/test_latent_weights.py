@@ -56,6 +56,7 @@ FORMATS: dict[str, tuple[Spec, LatentWeights]] = {
     "learned steps, zero points": (Spec(Int(3), PerGroup(32)), LatentWeights(None)),
     "learned steps, real zero points": (Spec(Int(3, zero="real"), PerGroup(32)), LatentWeights(None)),
     "learned steps, two-sided": (Spec(NF3, PerGroup(32)), LatentWeights(None)),
+    "learned steps, double quantization": (Spec(NF4, Flat(64), STATS, "float32", True), LatentWeights(None)),
     "learned steps of half integers": (Spec(HALVES, PerChannel()), LatentWeights(None)),
     "floats": (Spec(Float(2, 1), PerGroup(16)), LatentWeights()),
     "normal levels": (Spec(Normal(3), PerGroup(32)), LatentWeights(None)),
@@ -293,6 +294,20 @@ def test_the_limit_is_of_symmetric_weights_of_three_bits_or_more_and_of_quantize
     assert bool((of_weight[w.abs() >= 1] == 0).all()) == limits
     assert bool((of_weight[w.abs() < 1] != 0).all())
     assert bool((x.grad[x.abs() >= 1] == 0).all()) and bool((x.grad[x.abs() < 1] != 0).float().mean() > 0.9)
+
+
+def test_scales_and_gains_have_rates_of_their_own(place, tmp_path):
+    made = {}
+    for name, rates in {"still": (1e-9, 1e-9), "scales": (1.0, 1e-9), "gains": (1e-9, 1.0)}.items():
+        how = LatentWeights(None, gains=True, range_rate=rates[0], gain_rate=rates[1])
+        run(place, tmp_path / name, recipe(Spec(Int(4), PerChannel()), how, lr=1e-2, measures=0))
+        made[name] = tensors(tmp_path / name)
+    still = made.pop("still")
+    for name, found in made.items():
+        moved = {key.rpartition(".")[2] for key in found if not torch.equal(found[key], still[key])}
+        assert ("scale" in moved) == (name == "scales"), moved
+        norms = [key for key in found if key.endswith("norm.weight")]
+        assert norms and all((not torch.equal(found[key], still[key])) == (name == "gains") for key in norms)
 
 
 # Refusals
