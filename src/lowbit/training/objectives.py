@@ -133,23 +133,23 @@ class _Divergence(torch.autograd.Function):
         tokens, vocabulary = logits_TV.shape
         grad_TV = torch.empty_like(logits_TV) if ctx.needs_input_grad[0] else None
         value = torch.zeros((), device=logits_TV.device)
-        for piece in torch.arange(tokens).split(max(1, _PIECE // vocabulary)):
-            rows = slice(int(piece[0]), int(piece[-1]) + 1)
-            logq_NV = logits_TV[rows].float().log_softmax(-1)
-            logp_NV = target_TV[rows].float().log_softmax(-1)
-            p_NV, grad_NV = logp_NV.exp(), None
-            apart_NV = logp_NV.sub_(logq_NV)
-            forward_N = torch.linalg.vecdot(p_NV, apart_NV)
-            value += (1 - reverse) * forward_N.sum()
-            q_NV = logq_NV.exp_()
-            if reverse:
-                reverse_N = -torch.linalg.vecdot(q_NV, apart_NV)
-                value += reverse * reverse_N.sum()
-                grad_NV = q_NV * (apart_NV + reverse_N[:, None]) * -reverse
-            if grad_TV is not None:
-                forward_NV = q_NV.sub_(p_NV)
-                grad_NV = forward_NV if grad_NV is None else grad_NV.add_(forward_NV, alpha=1 - reverse)
-                grad_TV[rows] = grad_NV.div_(tokens)
+        with torch.autocast(logits_TV.device.type, enabled=False):  # which takes dot products in bfloat16
+            for piece in torch.arange(tokens).split(max(1, _PIECE // vocabulary)):
+                rows = slice(int(piece[0]), int(piece[-1]) + 1)
+                logq_NV = logits_TV[rows].float().log_softmax(-1)
+                logp_NV = target_TV[rows].float().log_softmax(-1)
+                p_NV, grad_NV = logp_NV.exp(), None
+                apart_NV = logp_NV.sub_(logq_NV)
+                value += (1 - reverse) * torch.linalg.vecdot(p_NV, apart_NV).sum()
+                q_NV = logq_NV.exp_()
+                if reverse:
+                    reverse_N = -torch.linalg.vecdot(q_NV, apart_NV)
+                    value += reverse * reverse_N.sum()
+                    grad_NV = q_NV * (apart_NV + reverse_N[:, None]) * -reverse
+                if grad_TV is not None:
+                    forward_NV = q_NV.sub_(p_NV)
+                    grad_NV = forward_NV if grad_NV is None else grad_NV.add_(forward_NV, alpha=1 - reverse)
+                    grad_TV[rows] = grad_NV.div_(tokens)
         ctx.save_for_backward(grad_TV)
         return value / tokens
 
