@@ -131,11 +131,12 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, target_TV: Tensor, reverse: float) -> Tensor:
         tokens, vocabulary = logits_TV.shape
+        size = max(1, _PIECE // vocabulary)
         grad_TV = torch.empty_like(logits_TV) if ctx.needs_input_grad[0] else None
         value = torch.zeros((), device=logits_TV.device)
         with torch.autocast(logits_TV.device.type, enabled=False):  # which takes dot products in bfloat16
-            for piece in torch.arange(tokens).split(max(1, _PIECE // vocabulary)):
-                rows = slice(int(piece[0]), int(piece[-1]) + 1)
+            for first in range(0, tokens, size):
+                rows = slice(first, first + size)
                 logq_NV = logits_TV[rows].float().log_softmax(-1)
                 logp_NV = target_TV[rows].float().log_softmax(-1)
                 p_NV, grad_NV = logp_NV.exp(), None
