@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lowbit.caches import CacheGradients
 from lowbit.modules import QuantLinear, fake_activation, restore
 from lowbit.numerics import (
+    Field,
     Fit,
     Fixed,
     Int,
@@ -123,7 +124,7 @@ class _Linear(TrainedLinear):
         if how.ranges is None:
             stored = layer.qtensor().params._asdict()
             fields = layer.spec.grid.fields
-            self.parts = {each.name: _Part(stored[each.name], each.floored) for each in fields if each.bits is None}
+            self.parts = {each.name: _Part(stored[each.name], each) for each in fields if each.bits is None}
             self.fixed = {each.name: stored[each.name] for each in fields if each.bits is not None}
         grid = layer.spec.grid
         limited = how.limit is not None and isinstance(grid, Int) and grid.symmetric and grid.bits >= 3
@@ -161,18 +162,23 @@ class _Linear(TrainedLinear):
 
 
 class _Part(Relative):
-    """A learned parameter of a grid: a scale in units of its start, or a real zero point in steps of the grid.
+    """A learned parameter of a grid, in units of its granule's start, or in levels of the grid where it counts these.
 
     Args:
         start: the stored one, ``[G, width]``.
-        scale: it is a scale, which stays above zero.
+        field: what it is.
     """
 
-    def __init__(self, start: Tensor, scale: bool):
+    def __init__(self, start: Tensor, field: Field):
         super().__init__(start)
-        self.scale = scale
-        if not scale:  # it may be zero
+        self.in_levels = field.in_levels
+        if self.in_levels:  # it may be zero
             self.unit = torch.ones_like(self.unit)
 
     def value(self) -> Tensor:
-        return torch.maximum(super().value(), _SMALLEST * self.start) if self.scale else super().value()
+        """A step size keeps its sign: it does not reach zero."""
+        value = super().value()
+        if self.in_levels:
+            return value
+        least = _SMALLEST * self.start
+        return torch.where(self.start < 0, torch.minimum(value, least), torch.maximum(value, least))

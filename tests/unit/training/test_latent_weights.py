@@ -22,11 +22,15 @@ from lowbit.numerics import (
     Int,
     KMeans,
     Magnitude,
+    Minimum,
     MinMax,
     Normal,
     PerChannel,
     PerGroup,
+    SignedScale,
     Spec,
+    Table,
+    Unsigned,
     limited,
 )
 from lowbit.recipes import Blockwise, Recipe, Train
@@ -57,6 +61,15 @@ FORMATS: dict[str, tuple[Spec, LatentWeights]] = {
     "learned steps, real zero points": (Spec(Int(3, zero="real"), PerGroup(32)), LatentWeights(None)),
     "learned steps, two-sided": (Spec(NF3, PerGroup(32)), LatentWeights(None)),
     "learned steps, double quantization": (Spec(NF4, Flat(64), STATS, "float32", True), LatentWeights(None)),
+    "learned steps of either sign": (
+        Spec(Table((-3.0, -1.0, 0.5, 2.0), signed=True), PerGroup(32)),
+        LatentWeights(None),
+    ),
+    "learned steps, Q4_0": (Spec(SignedScale(4), PerGroup(32)), LatentWeights(None)),
+    "learned steps and minima on two levels": (
+        Spec(Minimum(4), PerGroup(16), Spec(Unsigned(6), PerGroup(2))),
+        LatentWeights(None),
+    ),
     "learned steps of half integers": (Spec(HALVES, PerChannel()), LatentWeights(None)),
     "floats": (Spec(Float(2, 1), PerGroup(16)), LatentWeights()),
     "normal levels": (Spec(Normal(3), PerGroup(32)), LatentWeights(None)),
@@ -168,6 +181,24 @@ def test_zero_tokens_store_what_blockwise_stored(what, steps, spec, place, tmp_p
     run(place, tmp_path / "plain", dataclasses.replace(made, stages=made.stages[:1]))
     old, new = tensors(tmp_path / "plain"), tensors(tmp_path / "zero")
     assert old.keys() == new.keys() and not [name for name in old if not torch.equal(old[name], new[name])]
+
+
+@pytest.mark.parametrize("name", [name for name, (_, what) in FORMATS.items() if what.ranges is None])
+def test_a_relative_rate_moves_every_learned_step_by_its_share(name, place, tmp_path):
+    """A step of Adam is as long as the rate, whatever the gradient: one step of 1 % moves no scale by more than 1 %, up or down."""
+    spec, what = FORMATS[name]
+    made = recipe(spec, what, tokens=32, lr=1e-2, measures=0)
+    run(place, tmp_path / "trained", made)
+    run(place, tmp_path / "plain", dataclasses.replace(made, stages=made.stages[:1]))
+    old, new = (lowbit.load(tmp_path / each, torch.float32) for each in ("plain", "trained"))
+    layers = [name for name, module in old.named_modules() if isinstance(module, QuantLinear)]
+    for layer in layers:
+        before, after = (model.get_submodule(layer).qtensor().params._asdict() for model in (old, new))
+        for field in (each for each in spec.grid.fields if each.bits is None and not each.in_levels):
+            a, b = before[field.name], after[field.name]
+            assert (a.sign() * b.sign() >= 0).all(), (layer, field.name)
+            coarse = 0.25 if spec.stats else 0.011  # the second level rounds
+            assert ((b - a).abs() <= coarse * a.abs().amax(1, keepdim=True) + 1e-6).all(), (layer, field.name)
 
 
 def test_codes_of_a_column_solver_are_where_learned_ranges_start(place, tmp_path):

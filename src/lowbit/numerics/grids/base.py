@@ -72,6 +72,7 @@ class Field:
         bits: width of a code if the numbers are codes (an integer zero point); None if they are floating.
         floored: raise numbers that vanish in storage to the smallest that it holds; for scales, which divide.
         signed: whether numbers that are floored may be negative.
+        in_levels: they count levels of the grid, as zero points do; else they have the unit of the values.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Field:
     bits: int | None = None
     floored: bool = False
     signed: bool = False
+    in_levels: bool = False
 
 
 @runtime_checkable

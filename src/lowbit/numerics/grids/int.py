@@ -62,8 +62,8 @@ class Int:
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        scale = Field("scale", floored=True)
-        return (scale,) if self.symmetric else (scale, Field("zero", bits=self.bits if self.zero == "int" else None))
+        scale, bits = Field("scale", floored=True), self.bits if self.zero == "int" else None
+        return (scale,) if self.symmetric else (scale, Field("zero", bits=bits, in_levels=True))
 
     @property
     def real_zero(self) -> bool:
