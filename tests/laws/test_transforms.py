@@ -262,6 +262,9 @@ def test_the_gradient_of_a_seeded_rotation_is_its_matrix_transposed(kind: type[S
     (wanted,) = torch.autograd.grad(rotation.made(x.dtype, x.device).forward(x), x, g)
     torch.testing.assert_close(found, wanted, **TOLERANCE)
     assert rotation.forward(x.detach()).grad_fn is None
+    kept = x.detach().clone()
+    changed = rotation.forward(x).add_(1)  # as models do that add in place
+    assert torch.equal(torch.autograd.grad(changed, x, g)[0], found) and torch.equal(x.detach(), kept)
 
 
 @pytest.mark.parametrize("kind", SEEDED)

@@ -201,7 +201,9 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rotation: Seeded) -> Tensor:
         ctx.rotation = rotation
-        return rotation.made(x.dtype, x.device).forward(x)
+        return (
+            rotation.made(x.dtype, x.device).forward(x).data
+        )  # a new tensor, which callers may change in place, and no view
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
