@@ -224,8 +224,8 @@ def calibration_of(
     """What a run over ``source`` (a ModelSource) calibrates on.
 
     Args:
-        text: as in :func:`calibration_set`, the path of a file, or ids ``[N, T]``, which are taken as they are. For ``self`` the whole model is
-            loaded, to write the text.
+        text: as in :func:`calibration_set`, the path of a file, or ids ``[N, T]``, which are taken as they are. For ``self`` the
+            whole model is loaded, to write the text.
         bos: as in :func:`bos_token`.
         further: as in :func:`calibration_set`; texts given as windows have none, with the same warning.
 

@@ -201,9 +201,8 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rotation: Seeded) -> Tensor:
         ctx.rotation = rotation
-        return (
-            rotation.made(x.dtype, x.device).forward(x).data
-        )  # a new tensor, which callers may change in place, and no view
+        y = rotation.made(x.dtype, x.device).forward(x)
+        return y.data  # it is new and kept nowhere, so callers may change it in place, which torch forbids with views
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
