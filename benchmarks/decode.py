@@ -42,8 +42,14 @@ def generated(model: Any) -> float:
     seconds = []
     for tokens in (1, NEW + 1):
         start = time.perf_counter()
-        model.generate(prompt, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
+        written = model.generate(
+            prompt, max_new_tokens=tokens, do_sample=False
+        )  # min_new_tokens would look at all scores
         seconds.append(time.perf_counter() - start)
+        if written.shape[1] != PROMPT + tokens:
+            raise SystemExit(
+                f"the model ended after {written.shape[1] - PROMPT} of {tokens} tokens; choose another prompt"
+            )
     return NEW / (seconds[1] - seconds[0])
 
 

@@ -55,14 +55,19 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "quip": ("lowbit", {"method": "quip", "bits": 4}),
     "autoround": ("lowbit", {"method": "autoround", "steps": 100} | W4),
     "autoround-by-token": ("lowbit", {"method": "autoround", "steps": 100, "batch": 4, "by_token": True} | W4),
+    "autoround-by-token-3-bits": (
+        "lowbit",
+        {"method": "autoround", "steps": 100, "batch": 4, "by_token": True} | W4 | {"bits": 3},
+    ),
     "omniquant": ("lowbit", {"method": "omniquant"} | W4),
     "plain-tuned": ("lowbit", {"recipe": str(PLAIN), "format": "compressed-tensors"}),
     "llm-compressor-bf16": ("llm-compressor", RIVAL | {"dtype": "bfloat16"}),
     "llm-compressor-fp32": ("llm-compressor", RIVAL | {"dtype": "float32"}),
+    "gptqmodel": ("gptqmodel", RIVAL | {"dtype": "bfloat16"}),
     "auto-round": ("auto-round", RIVAL | {"steps": 100, "batch": 8, "dtype": "bfloat16"}),
 }
 DEFAULT = ("gptq", "rtn", "llm-compressor-bf16", "llm-compressor-fp32")
-REQUIREMENTS = {"llm-compressor": ["torch==2.13.0", "llmcompressor"], "auto-round": ["torch==2.13.0", "auto-round"]}
+PACKAGES = {"llm-compressor": "llmcompressor", "auto-round": "auto-round", "gptqmodel": "gptqmodel"}
 SHAPES = {  # width, MLP, heads, key-value heads, blocks
     "135M": (576, 1536, 9, 3, 2),
     "360M": (960, 2560, 15, 5, 2),
@@ -81,7 +86,7 @@ def interpreter(tool: str, environments: Path) -> str | None:
         shutil.rmtree(place, ignore_errors=True)
         for command in (
             [sys.executable, "-m", "venv", str(place)],
-            *([str(python), "-m", "pip", "install", "--quiet", each] for each in REQUIREMENTS[tool]),
+            *([str(python), "-m", "pip", "install", "--quiet", each] for each in ("torch==2.13.0", PACKAGES[tool])),
         ):
             if subprocess.run(command).returncode:
                 Console().print(f"left out: {tool}, whose environment cannot be made ({' '.join(command)} failed)")
@@ -148,7 +153,7 @@ def compare(arguments: argparse.Namespace) -> None:
             name,
             row["tool"],
             f"{row['seconds']:.1f}",
-            f"{row['seconds'] / base if base else 0:.2f}",
+            f"{row['seconds'] / base:.2f}" if base else "",
             f"{row['processor_seconds']:.1f}",
             f"{row['peak_bytes'] / 1e9:.2f}",
             f"{row['perplexity']:.3f}",

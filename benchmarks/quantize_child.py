@@ -2,7 +2,7 @@
 
     PYTHON benchmarks/quantize_child.py TOOL MODEL IDS.safetensors OUT [--options JSON]
 
-TOOL is lowbit, llm-compressor or auto-round, and PYTHON an interpreter that has it. IDS holds ``calibration`` and ``evaluation``
+TOOL is lowbit, llm-compressor, auto-round or gptqmodel, and PYTHON an interpreter that has it. IDS holds ``calibration`` and ``evaluation``
 windows, so that every tool sees the same tokens. Only quantizing and saving are timed; imports, loading and perplexity are not.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import time
 from collections.abc import Callable
 from importlib import import_module
@@ -99,8 +99,38 @@ def auto_round(
     return quantize, lambda: rounding.model.float()
 
 
-TOOLS = {"lowbit": lowbit, "llm-compressor": llm_compressor, "auto-round": auto_round}
-MODULES = {"lowbit": "lowbit", "llm-compressor": "llmcompressor", "auto-round": "auto_round"}
+def gptqmodel(
+    model: str, ids: Tensor, out: Path, options: dict[str, Any]
+) -> tuple[Callable[[], None], Callable[[], Any]]:
+    """``options``: bits, group_size, symmetric, dtype."""
+    os.environ.setdefault(
+        "GPTQMODEL_CPU_WORKERS", "2"
+    )  # it asks for two, and fails where half of the processors are fewer
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+    dtype = getattr(torch, options["dtype"])
+    config = QuantizeConfig(
+        bits=options["bits"], group_size=options["group_size"], sym=options["symmetric"], desc_act=False
+    )
+    made = GPTQModel.load(model, config, device="cpu", dtype=dtype)
+
+    def quantize() -> None:
+        made.quantize([{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids])
+        made.save(str(out))
+
+    return quantize, lambda: GPTQModel.load(str(out), device="cpu", dtype=dtype, backend=BACKEND.TORCH).model
+
+
+TOOLS = {"lowbit": lowbit, "llm-compressor": llm_compressor, "auto-round": auto_round, "gptqmodel": gptqmodel}
+MODULES = {"lowbit": "lowbit", "llm-compressor": "llmcompressor", "auto-round": "auto_round", "gptqmodel": "gptqmodel"}
+
+
+def peak_bytes() -> int:
+    """The largest resident set of this process. What getrusage says is at least that of the process that started this one."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("/proc/self/status does not say the largest resident set: run this on Linux")
 
 
 @torch.no_grad()
@@ -126,7 +156,7 @@ def main() -> None:
     measured: dict[str, Any] = {
         "seconds": time.perf_counter() - start,
         "processor_seconds": time.process_time() - used,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_bytes(),
         "version": import_module(MODULES[arguments.tool]).__version__,
     }
     measured["perplexity"] = perplexity(result(), ids["evaluation"])

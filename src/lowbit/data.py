@@ -304,7 +304,9 @@ def _check_positions(source: Any, seq_len: int) -> tuple[str, ...]:
     context = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if context is None or seq_len <= context:
         return ()
-    return (f"calibration windows of {seq_len} tokens are longer than the model's context of {context}",)
+    return (
+        f"calibration windows of {seq_len} tokens are longer than the model's context of {context}: use a seq_len of at most {context}",
+    )
 
 
 def drawn_tokens(source: Any, samples: int = 2, seq_len: int = 64) -> Tensor:

@@ -89,7 +89,7 @@ def test_what_cannot_be_is_refused_with_what_was_found(linear, inputs):
         lowbit.quantize_linear(linear, inputs * float("nan"), recipe)
     with pytest.raises(ValueError, match="Fisher"):
         lowbit.quantize_linear(linear, inputs, recipe, fisher=torch.ones(48, 96))
-    with pytest.raises(ValueError, match=r"no method 'gtpq' \(did you mean 'gptq'"):
+    with pytest.raises(ValueError, match=r"no method and no recipe 'gtpq' \(did you mean 'gptq'"):
         lowbit.quantize_linear(linear, inputs, "gtpq")
     with pytest.raises(ValueError, match=r"^recipe 'gptq' calibrates on inputs; pass a tensor \[tokens, 96\]$"):
         lowbit.quantize_linear(linear, None, recipe)

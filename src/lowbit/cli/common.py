@@ -126,16 +126,16 @@ def warn(messages: Iterable[str], kind: str = "warning") -> None:
 
 
 @contextmanager
-def lines_of_warnings(category: type[Warning]) -> Iterator[None]:
-    """While open, Python's warnings of ``category`` are lines on stderr, each once."""
+def _lines_of_warnings() -> Iterator[None]:
+    """While open, the Python warnings of this package are lines on stderr, each once."""
     said: set[str] = set()
+    package = str(Path(__file__).parents[1])
     with warnings.catch_warnings():
-        warnings.simplefilter("always", category)
         usual = warnings.showwarning
 
-        def show(message: Warning | str, kind: type[Warning], *rest: Any, **more: Any) -> None:
-            if not issubclass(kind, category):
-                usual(message, kind, *rest, **more)
+        def show(message: Warning | str, kind: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
+            if not filename.startswith(package):
+                usual(message, kind, filename, *rest, **more)
             elif str(message) not in said:
                 said.add(str(message))
                 warn([str(message)])
@@ -279,7 +279,7 @@ def guarded(command: Callable[..., None], interrupted: str = "interrupted") -> C
         try:
             if not debug:
                 _silence_libraries()
-            with _terminable():
+            with _terminable(), _lines_of_warnings():
                 command(*args, **kwargs)
         except BrokenPipeError:
             raise  # typer's: whoever read stdout has enough

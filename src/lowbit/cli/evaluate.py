@@ -122,15 +122,13 @@ def command(
         from lowbit.evaluation import check_judge
 
         check_judge(judge, judge_model or JUDGE)
-    from lowbit.checkpoints.original import OriginalWarning
-
     names = None if tasks is None else _names(tasks)
     asked = _asked(prompts, model, trust_remote_code) if chat else ()
     _check_tasks(names or (), task_files, limit)
     shared = {"against": against, "kv": formats, "trust_remote_code": trust_remote_code}
     result = verdict = score = unjudged = None
     scores = ()
-    with common.progress() as report, common.lines_of_warnings(OriginalWarning):
+    with common.progress() as report:
         report(0, 1, "loading")
         if with_text:
             chosen = common.text_or_default(text, "evaluation")
@@ -218,6 +216,8 @@ def _length(text: str) -> int:
 
 
 def _show(model: str, result: Evaluation) -> None:
+    from lowbit.evaluation.forward import NOTHING_PACKED
+
     table = common.table("measured", "", "95 % interval", title=model, numbers=("", "95 % interval"))
     unit = " per word" if result.words is not None else ""
     table.add_row(f"perplexity{unit}", common.number(result.perplexity), interval(result.perplexity_interval))
@@ -247,6 +247,12 @@ def _show(model: str, result: Evaluation) -> None:
         f"{result.tokens} tokens predicted",
         markup=False,
     )
+    if NOTHING_PACKED in result.protocol:
+        common.warn(
+            [
+                "these figures tell nothing of the quantized cache, since the windows are too short: use a longer --seq-len"
+            ]
+        )
 
 
 def _show_checks(result: Evaluation) -> None:

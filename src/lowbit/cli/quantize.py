@@ -179,7 +179,9 @@ def carry_out(
 
     def opened(journal: Journal) -> None:
         found.append(journal.found)
-        common.say_found(journal, f": finished blocks: {len(journal.finished)}")
+        blocks = len(job.plan.blocks)
+        done = min(blocks, len(journal.section(job.recipe.walk_number).finished))
+        common.say_found(journal, f": finished blocks: {done} of {blocks}" if job.recipe.changes_weights else "")
 
     with common.progress() as report:
         max_kl = MAX_KL if max_kl is None else max_kl

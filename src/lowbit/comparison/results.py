@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from lowbit.rows import lines_of
 from lowbit.whole_file import naming
@@ -25,6 +28,8 @@ _NUMBERS = (
     *("perplexity", "log_perplexity_difference", "kl", "top1_agreement", "asked_bits", "bits_per_weight"),
     *("model_bits_per_weight", "cache_bits", "bytes", "quantize_seconds", "evaluate_seconds", "peak_rss_bytes"),
 )
+_AT_LEAST = {name: 0 for name in _NUMBERS if name not in ("log_perplexity_difference", "kl")} | {"perplexity": 1}
+"""What no measurement is below; a divergence of two models that are alike may be rounded below 0."""
 _OBJECTS = ("tasks", "speed", "calibration", "machine", "versions", "converted", "taken_from")
 _TEXTS, _LISTS = ("error", "read"), ("problems", "warnings")
 _HELD = {"calibration": ("text", "windows", "tokens", "sha256"), "machine": ("cpu", "threads"), "taken_from": ("file",)}
@@ -59,6 +64,10 @@ def flaw_of(record: Mapping[str, Any]) -> str | None:
     bad |= {f"{key}: expected a text": not isinstance(record.get(key, ""), str) for key in _TEXTS}
     bad |= {f"{key}: expected a list of texts": not _is_texts(record.get(key)) for key in _LISTS}
     bad |= {f"{key}: expected a number": not isinstance(record.get(key), int | float | None) for key in _NUMBERS}
+    bad |= {
+        f"{key}: expected at least {least}": isinstance(value := record.get(key), int | float) and value < least
+        for key, least in _AT_LEAST.items()
+    }
     bad |= {f"{key}: expected two numbers": not _is_interval(record.get(key)) for key in _INTERVALS}
     return next((text for text, wrong in bad.items() if wrong), None)
 
@@ -89,7 +98,7 @@ class Results:
     """The records of a results file.
 
     Args:
-        path: a ``.jsonl`` file, which need not exist. A last line that a kill has torn is dropped.
+        path: a ``.jsonl`` file, which need not exist. A last line that a kill has torn is left out.
 
     Raises:
         ValueError: another suffix, a directory that does not exist, or a line that is no record, with its number.
@@ -103,7 +112,32 @@ class Results:
             raise ValueError(f"{self.path.parent} is not a directory: make it, or choose another -o FILE.jsonl")
         self.records: list[Record] = self._read() if self.path.exists() else []
 
-    def _read(self) -> list[Record]:
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While open, no other process writes the file. Reads what one has added meanwhile, and drops a torn last line.
+
+        Raises:
+            ValueError: another process holds it.
+        """
+        lock = FileLock(self.path.with_name(f"{self.path.name}.lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"{self.path} is being written by another comparison; wait for it, or choose another -o FILE.jsonl"
+            ) from None
+        try:
+            if self.path.exists():
+                self._make_whole()
+                self.records = self._read()
+            yield
+        finally:
+            with suppress(PermissionError):  # Windows does not remove an open file
+                Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+    def _make_whole(self) -> None:
+        """Drops a torn last line, or ends one whose end an editor has left out."""
         data = self.path.read_bytes()
         whole = whole_lines(data)
         if len(whole) < len(data):
@@ -111,8 +145,10 @@ class Results:
         elif len(whole) > len(data):
             with self.path.open("ab") as file:
                 file.write(b"\n")
+
+    def _read(self) -> list[Record]:
         records = []
-        for number, line in enumerate(lines_of(whole.decode("utf-8")), start=1):
+        for number, line in enumerate(lines_of(whole_lines(self.path.read_bytes()).decode("utf-8")), start=1):
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
@@ -130,7 +166,7 @@ class Results:
         return records
 
     def add(self, record: Mapping[str, Any]) -> Record:
-        """Appends a record. It survives a kill once this returns. NaN and infinity become null.
+        """Appends a record to the file, which must be :meth:`held`. It survives a kill once this returns. NaN and infinity become null.
 
         Raises:
             OSError: it cannot be written; its message names the file.

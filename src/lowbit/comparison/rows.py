@@ -5,8 +5,8 @@ A grid file is a YAML list, so a long table is one text file that can be read an
     - {label: "gptq, W4 g64", method: gptq, bits: 4, group_size: 64}
     - {label: mine, recipe: mine.yaml}
 
-In a row with ``method``, all keys but ``label`` and ``overrides`` are options of the method. Every row becomes a recipe
-before anything runs.
+In a row with ``method``, all keys but ``label`` and ``overrides`` are options of the method; they may also be a mapping
+``options``. Every row becomes a recipe before anything runs.
 """
 
 from __future__ import annotations
@@ -134,7 +134,12 @@ def _row(entry: Any, folder: Path) -> Row:
         raise ValueError(f"expected a mapping with 'method' or 'recipe', found {entry!r}")
     options = dict(entry)
     label, method, source = (options.pop(key, None) for key in ("label", "method", "recipe"))
-    overrides = options.pop("overrides", ())
+    overrides, apart = options.pop("overrides", ()), options.pop("options", {})  # as in a recipe file
+    if not isinstance(apart, Mapping) or apart.keys() & options.keys():
+        raise ValueError(
+            f"expected the method's options once, beside 'method' or as a mapping 'options', found {entry!r:.200}"
+        )
+    options |= apart
     if (method is None) == (source is None):
         raise ValueError(f"expected either 'method' with its options or 'recipe', found {', '.join(map(str, entry))}")
     if source is not None and options:

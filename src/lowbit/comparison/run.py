@@ -110,7 +110,8 @@ def compare(
             figures.
 
     Raises:
-        ValueError: anything wrong with a row, the model or the texts, before the first row; an original that fails.
+        ValueError: anything wrong with a row, the model or the texts, before the first row; results that another comparison is
+            writing; an original that fails.
     """
     asked, results = with_seeds(as_rows(rows), seeds), Results(out)
     source = open_model(model, trust_remote_code=trust_remote_code)
@@ -149,7 +150,9 @@ def compare(
         progress=progress or (lambda done, total, what: None),
         on_record=on_record or (lambda record: None),
     )
-    return run.all(asked, chosen, check_scratch(results.path.parent if scratch is None else Path(scratch)))
+    place = check_scratch(results.path.parent if scratch is None else Path(scratch))
+    with results.held():
+        return run.all(asked, chosen, place)
 
 
 def _existing(path: str | PathLike[str]) -> Results:

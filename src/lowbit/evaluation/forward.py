@@ -57,6 +57,10 @@ def _packing(formats: KVFormats) -> list[KVSpec]:
     return [spec for spec in specs if spec is not None and (spec.key is not None or spec.value is not None)]
 
 
+NOTHING_PACKED = "of which nothing was read packed"
+"""In the name of a measurement through a quantized cache that tells nothing of it."""
+
+
 def through(formats: KVFormats, chunk: int | None = None, longest: int | None = None) -> str:
     """How a measurement says that it read through a cache, and that nothing was read packed where its windows of at most
     ``longest`` tokens are too short for that: such figures are those of the plain cache."""
@@ -65,7 +69,7 @@ def through(formats: KVFormats, chunk: int | None = None, longest: int | None = 
     floating = max(size, min((spec.sink + spec.recent for spec in _packing(formats)), default=0))
     if longest is None or not _packing(formats) or longest > floating:
         return said
-    return f"{said}, of which nothing was read packed: the first {floating} tokens are read as they are"
+    return f"{said}, {NOTHING_PACKED}: the first {floating} tokens are read as they are"
 
 
 def logits_of(

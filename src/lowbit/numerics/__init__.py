@@ -29,6 +29,7 @@ from lowbit.numerics.granularity import (
     PerTensor,
     PerToken,
     RowBands,
+    sizes_that_divide,
 )
 from lowbit.numerics.grids import (
     DYNAMIC_MAP,
@@ -180,6 +181,7 @@ __all__ = [
     "quantize",
     "serializable",
     "sign_value_factors",
+    "sizes_that_divide",
     "stored_bits",
     "straight_through",
     "to_dict",

@@ -144,6 +144,12 @@ class PerGroup:
         return x_GK.reshape(rows, groups * min(self.size, shape[-1]))[:, : shape[-1]].reshape(shape)
 
 
+def sizes_that_divide(width: int) -> str:
+    """The usual group sizes that divide a row of ``width``, such as ``32, 64 or channel``. For error messages."""
+    sizes = [str(size) for size in (16, 32, 64, 128, 256) if size < width and width % size == 0]
+    return " or ".join([", ".join(sizes), "channel"] if sizes else ["channel"])
+
+
 @serializable
 @dataclass(frozen=True)
 class Flat:

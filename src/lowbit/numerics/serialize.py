@@ -101,7 +101,8 @@ def _read(data: Any, expected: Any, where: str) -> Any:
     if "type" in data:
         name = data["type"]
         if not isinstance(name, str) or name not in _KNOWN:
-            raise ValueError(f"unknown type {name!r:.100}{nearest(str(name)[:100], list(_KNOWN))}")
+            place = f"{where}: " if where else ""
+            raise ValueError(f"{place}unknown type {name!r:.100}{nearest(str(name)[:100], list(_KNOWN))}")
         return _build(_KNOWN[name], {key: item for key, item in data.items() if key != "type"}, where)
     classes = [kind for kind in _alternatives(expected) if dataclasses.is_dataclass(kind)]
     if len(classes) == 1:

@@ -35,7 +35,16 @@ class PlannedCache:
 
 
 def planned_cache(source: ModelSource, formats: KVFormats, tokens: int | None) -> PlannedCache | None:
-    """The cache of a sequence of ``tokens``, or of as many as the model was made for; None where nothing is known of it."""
+    """The cache of a sequence of ``tokens``, or of as many as the model was made for; None where nothing is known of it.
+
+    Raises:
+        ValueError: more tokens than the model has positions.
+    """
+    limit = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if tokens is not None and limit is not None and tokens > limit:
+        raise ValueError(
+            f"a sequence of {tokens} tokens was asked and the model has {limit} positions: ask for at most {limit}"
+        )
     tokens = tokens or context_of(source.config)
     packed, floating = (cache_bytes(source.config, each, tokens, source.dtype) for each in (formats, KVFormats()))
     return None if packed is None or floating is None else PlannedCache(tokens, packed, floating)

@@ -15,9 +15,9 @@ import yaml
 
 from lowbit.catalog import builtin_recipes
 from lowbit.modules import AttentionSpec, KVSpec
-from lowbit.numerics import from_dict, untagged
+from lowbit.numerics import from_dict, nearest, untagged
 from lowbit.recipes.recipe import Recipe
-from lowbit.recipes.registry import recipe
+from lowbit.recipes.registry import ALIASES, METHODS, recipe
 from lowbit.recipes.stages import Blockwise
 from lowbit.scheme import FormatRule, Scheme
 from lowbit.steps.precision import Compute
@@ -204,4 +204,10 @@ def as_recipe(value: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
         return from_file(value)
     if str(value) in builtin_recipes():
         return from_file(builtin_recipes()[str(value)])
-    return recipe(str(value))
+    name, methods = str(value), [*METHODS, *ALIASES]
+    if "+" not in name and name not in methods:
+        raise ValueError(
+            f"no method and no recipe {name!r:.200}{nearest(name[:200], [*methods, *builtin_recipes()])}; `lowbit methods` and "
+            "`lowbit recipes` list them, and the name of a recipe file ends in .yaml"
+        )
+    return recipe(name)

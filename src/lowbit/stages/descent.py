@@ -145,7 +145,9 @@ class _Loop:
                 if saved is None:
                     self._record(None)
                 while self.done < len(self.steps) and not self._stands_still:
-                    self._record(self._step(self.steps[self.done]))
+                    loss = self._gradients(self.steps[self.done])
+                    self._move(len(self.steps[self.done]))
+                    self._record(loss)
                     if time.monotonic() - self._saved_at >= SAVE_SECONDS:
                         self._save()
                 if self._measured_at:
@@ -157,8 +159,16 @@ class _Loop:
 
     # Steps
 
-    def _step(self, windows: list[int]) -> float:
-        """Takes one step; returns its mean loss over all processes."""
+    def _gradients(self, windows: list[int]) -> float:
+        """The gradients of one step; returns its mean loss over all processes. Ctrl-C here, where nearly all time goes, saves
+        what is trained so far."""
+        try:
+            return self._backward(windows)
+        except KeyboardInterrupt:
+            self._save()
+            raise
+
+    def _backward(self, windows: list[int]) -> float:
         self.optimizer.zero_grad()
         mine = self.processes.share(windows)
         total = torch.zeros((), dtype=torch.float64, device=self.descent.text.ids_NT.device)
@@ -175,13 +185,16 @@ class _Loop:
             self.processes.sum([total, *(leaf.grad for leaf in self.leaves if leaf.grad is not None)])
         if not math.isfinite(total.item()):
             raise ValueError("training met a loss that is NaN or Inf; use a smaller lr or leave the stage out")
+        return total.item()
+
+    def _move(self, windows: int) -> None:
+        """Takes the step."""
         if self.stage.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.leaves, self.stage.clip_norm)
         self.lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.schedule.step()
-        self.done, self.seen = self.done + 1, self.seen + len(windows)
-        return total.item()
+        self.done, self.seen = self.done + 1, self.seen + windows
 
     @contextmanager
     def _drawing(self, window: int) -> Iterator[None]:
@@ -266,7 +279,10 @@ class _Loop:
         unseen = f"with a {self.judged} of {self.best.value:.4f} on windows that it was not trained on"
         kept = f"training kept step {self.best.step} of {len(self.steps)}, {unseen}"
         if self.best.step == 0:
-            kept = f"training made nothing better, and what it started from is kept, {unseen}: use a smaller lr or more tokens"
+            kept = (
+                f"training made nothing better ({self.measured:.4f} when it ended), and what it started from is kept, {unseen}: use "
+                "a smaller lr or more tokens"
+            )
         notes.append(kept)
         return notes
 

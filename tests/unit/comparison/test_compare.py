@@ -277,6 +277,29 @@ def test_results_of_another_form_are_refused_and_a_last_line_without_its_end_is_
         out.write_text(edited)
 
 
+def test_a_file_that_another_comparison_writes_is_refused_and_let_go_afterwards(model, tmp_path, here):
+    out = tmp_path / "r.jsonl"
+    with Results(out).held(), pytest.raises(ValueError, match=r"r.jsonl is being written by another comparison"):
+        compare(model, [RTN], out)
+    assert not here
+    compare(model, [RTN], out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.jsonl", "r.md"]
+
+
+def test_a_reader_leaves_a_line_that_is_being_written(tmp_path):
+    out = tmp_path / "r.jsonl"
+    out.write_text('{"label": "half a li')
+    assert Results(out).records == [] and out.read_text() == '{"label": "half a li'
+
+
+def test_options_in_a_grid_stand_beside_the_method_or_as_in_a_recipe_file():
+    (apart,) = as_rows([{"method": "gptq", "options": {"bits": 3}}])
+    (beside,) = as_rows([{"method": "gptq", "bits": 3}])
+    assert apart.recipe == beside.recipe
+    with pytest.raises(ValueError, match="options once"):
+        as_rows([{"method": "gptq", "bits": 4, "options": {"bits": 3}}])
+
+
 def test_only_measures_some_rows_and_the_table_keeps_the_order_of_all(model, tmp_path, here):
     out = tmp_path / "r.jsonl"
     rows = [RTN, GPTQ, TWO_BITS]

@@ -175,11 +175,19 @@ def test_layers_without_a_rule_routers_and_heads_say_so(models):
     assert rows["lm_head"] == "head: not in a block"
 
 
+def test_a_sequence_that_the_model_has_no_positions_for_is_refused(models):
+    most = plan(models("llama"), recipe("rtn")).cache.tokens
+    with pytest.raises(
+        ValueError, match=f"a sequence of {most + 1} tokens was asked and the model has {most} positions"
+    ):
+        plan(models("llama"), recipe("rtn"), context=most + 1)
+
+
 def test_ragged_groups_are_warned_of_by_role(models):
     warnings = plan(models("llama"), recipe("rtn", group_size=20)).warnings
     assert warnings[0] == (
-        "group size 20 does not divide the 32 inputs of q, k, v, o, gate, up (12 layers): the last group of each row holds 12. "
-        "lowbit runs that; no other file format holds it"
+        "group size 20 does not divide the 32 inputs of q, k, v, o, gate, up (12 layers): the last group of each row holds 12 "
+        "(sizes that divide: 16 or channel). lowbit runs that; no other file format holds it"
     )
     assert "48 inputs of down (2 layers)" in warnings[1]
     whole_rows = plan(models("llama"), recipe("rtn", group_size=128)).warnings

@@ -256,7 +256,10 @@ def test_activations_of_a_mix_are_as_the_first_that_quantizes_them_says():
         ({}, "method: Field required"),
         (["gptq"], "a recipe is a mapping .* found list"),
         (explicit(step=[]), r"unknown key 'step' \(did you mean 'steps'\?\)"),
-        (explicit(steps=[SOLVE | {"solver": {"type": "Gtpq"}}]), r"unknown type 'Gtpq' \(did you mean 'Gptq'\?\)"),
+        (
+            explicit(steps=[SOLVE | {"solver": {"type": "Gtpq"}}]),
+            r"solver: unknown type 'Gtpq' \(did you mean 'Gptq'\?\)",
+        ),
         (explicit(steps=[SOLVE | {"solvr": 1}]), r"Solve has no option 'solvr' \(did you mean 'solver'\?\)"),
         (explicit(steps=[PLAIN_W4, SOLVE]), "is not a step such as Solve"),
         (explicit(scheme=[{"match": "*", "wieght": PLAIN_W4}]), r"unknown key 'wieght' \(did you mean 'weight'\?\)"),
@@ -268,6 +271,13 @@ def test_activations_of_a_mix_are_as_the_first_that_quantizes_them_says():
 def test_a_mistake_is_named_with_the_nearest_valid_thing(data, message):
     with pytest.raises(ValueError, match=message):
         from_plain(data)
+
+
+def test_a_name_that_is_neither_method_nor_recipe_is_answered_with_both_lists():
+    with pytest.raises(
+        ValueError, match=r"no method and no recipe 'w4-gtpq' \(did you mean 'w4-gptq'\?\); .*ends in .yaml"
+    ):
+        as_recipe("w4-gtpq")
 
 
 @pytest.mark.parametrize(

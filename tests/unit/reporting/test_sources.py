@@ -111,6 +111,8 @@ def test_rows_that_were_calibrated_on_other_text_are_other_rows(tmp_path):
             "record 1: model: expected an object with name and sha256",
         ),
         ("a.jsonl", json.dumps(record("a") | {"kl": "0.5"}) + "\n", "record 1: kl: expected a number"),
+        ("a.jsonl", json.dumps(record("a") | {"perplexity": -3.0}) + "\n", "perplexity: expected at least 1"),
+        ("a.jsonl", json.dumps(record("a") | {"bytes": -1}) + "\n", "bytes: expected at least 0"),
         ("a.jsonl", json.dumps(record("a") | {"kl_interval": [1]}) + "\n", "kl_interval: expected two numbers"),
         ("a.jsonl", json.dumps(record("a") | {"recipe": [1]}) + "\n", "recipe: expected an object or null"),
         ("a.jsonl", json.dumps(record("a") | {"tasks": 3}) + "\n", "tasks: expected an object"),

@@ -169,6 +169,29 @@ def test_a_killed_training_takes_the_steps_that_it_would_have_taken(place, tmp_p
     assert_equal(trained(whole.model), trained(continued.model))
 
 
+def test_ctrl_c_in_the_middle_of_a_step_keeps_all_steps_before_it(place, tmp_path):
+    whole = setup(place)
+    whole.run()
+    state = StateFile(tmp_path / "state", lambda write: write(tmp_path / "state"))
+    stopped, calls = replace(setup(place), state=state), 0
+
+    def interrupt(*_):
+        nonlocal calls
+        calls += 1
+        if calls == 9:  # three windows measured, a step, a step and three windows: the third step
+            raise KeyboardInterrupt
+
+    handle = stopped.blocks[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    handle.remove()
+    taken = []
+    continued = replace(setup(place), state=state, progress=lambda done, total, what: taken.append(what))
+    continued.run()
+    assert len(taken) == 6 and taken[0].startswith("training, step 3 of 8")
+    assert_equal(trained(whole.model), trained(continued.model))
+
+
 def test_a_state_that_is_damaged_lets_the_training_begin_anew(place, tmp_path):
     whole = setup(place)
     whole.run()

@@ -20,7 +20,7 @@ from lowbit.checkpoints.formats.directory import Layer, in_blocks, quantization_
 from lowbit.checkpoints.formats.integers import Integers, codes_of, size_of_groups, words
 from lowbit.checkpoints.packed_model import PackedLayer, PackedModel
 from lowbit.modules import ActSpec
-from lowbit.numerics import PerGroup, Spec
+from lowbit.numerics import PerGroup, Spec, sizes_that_divide
 
 _BITS = 4
 _ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
@@ -75,7 +75,7 @@ def _problem(spec: Spec, act: ActSpec | None, shape: tuple[int, int]) -> str:
         return problem or "it is for weights only: quantized activations have no place in it"
     size = group_size(spec, shape[1])
     if size is None or shape[1] % size:
-        return f"its groups divide a row; these weights ({shape[1]} inputs) are {spec.granularity}"
+        return f"its groups divide a row; these weights ({shape[1]} inputs) are {spec.granularity}: use a group_size of {sizes_that_divide(shape[1])}"
     if spec.scale_dtype != "float16":
         return f"its scales are float16, these are {spec.scale_dtype}"
     return f"its rows are multiples of 8, found {shape[0]}" if shape[0] % 8 else ""

@@ -24,7 +24,7 @@ from lowbit.checkpoints.formats.directory import Layer
 from lowbit.checkpoints.formats.integers import Integers, codes_of, size_of_groups, words
 from lowbit.layouts import pack, unpack
 from lowbit.modules import LinearDescription
-from lowbit.numerics import Block, Float, Int, PerChannel, PerGroup, PerTensor, Spec
+from lowbit.numerics import Block, Float, Int, PerChannel, PerGroup, PerTensor, Spec, sizes_that_divide
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 _E4M3 = Float(4, 3, "fn")
@@ -272,7 +272,7 @@ def _scales_problem(spec: Spec, shape: tuple[int, int]) -> str:
 
 def _divides(spec: Spec, shape: tuple[int, int]) -> str:
     if isinstance(spec.granularity, PerGroup) and shape[1] % spec.granularity.size:
-        return f"its groups divide a row; {spec.granularity.size} does not divide {shape[1]}"
+        return f"its groups divide a row; {spec.granularity.size} does not divide {shape[1]}: use a group_size of {sizes_that_divide(shape[1])}"
     return ""
 
 
