@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit import texts
+from lowbit import surroundings, texts
 from lowbit.cli import app, common
 from lowbit.cli.choose import byte_count, override
 from lowbit.cli.quantize import describe
@@ -115,6 +115,16 @@ def assert_refused(result, *words: str) -> None:
 
 
 # Help
+
+
+def test_cores_that_other_work_keeps_busy_are_said(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(surroundings, "busy_cores", lambda: (1.1, 2))
+    common.use_threads(None)
+    assert "other work keeps 1.1 of 2 cores busy" in (said := capsys.readouterr().err) and "--threads 1" in said
+    monkeypatch.setattr(surroundings, "busy_cores", lambda: (0.2, 2))
+    common.use_threads(None)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
