@@ -305,7 +305,8 @@ def _check_positions(source: Any, seq_len: int) -> tuple[str, ...]:
     if context is None or seq_len <= context:
         return ()
     return (
-        f"calibration windows of {seq_len} tokens are longer than the model's context of {context}: use a seq_len of at most {context}",
+        f"calibration windows of {seq_len} tokens are longer than the model's context of {context}: use a seq_len of at most "
+        f"{context}",
     )
 
 

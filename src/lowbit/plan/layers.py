@@ -209,6 +209,7 @@ def ragged_groups(plan: ModelPlan) -> list[str]:
     return [
         f"group size {size} does not divide the {inputs} inputs of {', '.join(dict.fromkeys(roles))} ({len(roles)} layers): "
         + (f"the last group of each row holds {inputs % size}" if size < inputs else "each row is one group")
-        + f" (sizes that divide: {sizes_that_divide(inputs)}). lowbit runs that; {'no other file format holds it' if (size % _GGUF_BLOCK or inputs % _GGUF_BLOCK) else _GGUF_MAY}"
+        + f" (sizes that divide: {sizes_that_divide(inputs)}). "
+        + f"lowbit runs that; {'no other file format holds it' if (size % _GGUF_BLOCK or inputs % _GGUF_BLOCK) else _GGUF_MAY}"
         for (size, inputs), roles in where.items()
     ]

@@ -272,7 +272,10 @@ def _scales_problem(spec: Spec, shape: tuple[int, int]) -> str:
 
 def _divides(spec: Spec, shape: tuple[int, int]) -> str:
     if isinstance(spec.granularity, PerGroup) and shape[1] % spec.granularity.size:
-        return f"its groups divide a row; {spec.granularity.size} does not divide {shape[1]}: use a group_size of {sizes_that_divide(shape[1])}"
+        return (
+            f"its groups divide a row; {spec.granularity.size} does not divide {shape[1]}: use a group_size of "
+            f"{sizes_that_divide(shape[1])}"
+        )
     return ""
 
 

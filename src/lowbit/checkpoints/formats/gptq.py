@@ -108,7 +108,10 @@ def _problem(spec: Spec, act: ActSpec | None, shape: tuple[int, int]) -> str:
         return problem or "it is for weights only: quantized activations have no place in it"
     size = group_size(spec, shape[1])
     if size is None or shape[1] % size:
-        return f"its groups divide a row; these weights ({shape[1]} inputs) are {spec.granularity}: use a group_size of {sizes_that_divide(shape[1])}"
+        return (
+            f"its groups divide a row; these weights ({shape[1]} inputs) are {spec.granularity}: use a group_size of "
+            f"{sizes_that_divide(shape[1])}"
+        )
     if spec.scale_dtype != "float16":
         return f"its scales are float16, these are {spec.scale_dtype}"
     if shape[0] % 32 or shape[1] % 32:
