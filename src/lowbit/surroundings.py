@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psutil
 import torch
 
 
@@ -26,12 +25,6 @@ def own_settings() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
-
-
-def busy_cores() -> tuple[float, int]:
-    """How many cores of this machine work while this process waits for a tenth of a second, and how many there are."""
-    cores = psutil.cpu_count() or 1
-    return psutil.cpu_percent(interval=0.1) / 100 * cores, cores
 
 
 def usable(x: torch.Tensor) -> torch.Tensor:

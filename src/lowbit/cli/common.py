@@ -401,21 +401,11 @@ def _clock(seconds: float) -> str:
 
 
 def use_threads(threads: int | None) -> None:
-    """Sets torch's threads where the user gave a number; else says where other work keeps cores busy that torch counts on."""
-    import torch
-
-    from lowbit import surroundings
-
+    """Sets torch's threads where the user gave a number."""
     if threads is not None:
+        import torch
+
         torch.set_num_threads(threads)
-        return
-    busy, cores = surroundings.busy_cores()
-    idle = max(1, round(cores - busy))
-    if idle < torch.get_num_threads():
-        say(
-            f"note: other work keeps {busy:.1f} of {cores} cores busy, and threads that wait for each other lose more time than that: "
-            f"--threads {idle} may be much faster"
-        )
 
 
 def text_or_default(text: str | None, split: str) -> str:

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit import surroundings, texts
+from lowbit import texts
 from lowbit.cli import app, common
 from lowbit.cli.choose import byte_count, override
 from lowbit.cli.quantize import describe
@@ -115,16 +115,6 @@ def assert_refused(result, *words: str) -> None:
 
 
 # Help
-
-
-def test_cores_that_other_work_keeps_busy_are_said(monkeypatch, capsys):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(surroundings, "busy_cores", lambda: (1.1, 2))
-    common.use_threads(None)
-    assert "other work keeps 1.1 of 2 cores busy" in (said := capsys.readouterr().err) and "--threads 1" in said
-    monkeypatch.setattr(surroundings, "busy_cores", lambda: (0.2, 2))
-    common.use_threads(None)
-    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -689,6 +679,23 @@ def test_ctrl_c_while_the_program_starts_is_a_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         __main__.main()
     assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_that_wait_sleep_soon_unless_the_user_says_otherwise(monkeypatch, given, spins):
+    from lowbit import __main__, cli
+
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, given.get(name, ""))
+        if name not in given:
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(cli, "app", lambda **_: None)
+    monkeypatch.setattr(__main__.gc, "freeze", lambda: None)
+    __main__.main()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
 def test_ctrl_c_says_how_to_continue_and_the_same_command_does(place, tmp_path, monkeypatch):
