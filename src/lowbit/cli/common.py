@@ -131,6 +131,7 @@ def _lines_of_warnings() -> Iterator[None]:
     said: set[str] = set()
     package = str(Path(__file__).parents[1])
     with warnings.catch_warnings():
+        warnings.filterwarnings("always", module=r"lowbit(\.|$)")
         usual = warnings.showwarning
 
         def show(message: Warning | str, kind: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
