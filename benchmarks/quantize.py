@@ -100,6 +100,8 @@ def measured(python: str, tool: str, options: dict[str, Any], model: str, ids: P
     with tempfile.TemporaryDirectory() as place:
         command = [python, str(CHILD), tool, model, str(ids), f"{place}/out", "--options", json.dumps(options)]
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        if tool == "lowbit":
+            environment = {"GOMP_SPINCOUNT": "10000"} | environment  # as the command lowbit sets it
         run = subprocess.run(command, capture_output=True, text=True, env=environment)
     if run.returncode:
         Console().print(f"left out: {tool} {options} failed:\n{run.stderr[-2000:]}", markup=False)
