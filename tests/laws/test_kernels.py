@@ -201,3 +201,14 @@ def test_the_integer_product_is_traced_whole():
     a, b = (torch.randint(-128, 128, (rows, 64), dtype=torch.int8) for rows in (20, 32))
     traced = torch.compile(int8_torch._product, backend="aot_eager", fullgraph=True)
     assert torch.equal(traced(a, b), int8_torch._product(a, b))
+
+
+def test_the_clock_of_types_runs_on_one_thread_and_gives_the_others_back(monkeypatch):
+    seen, before, multiply = set(), torch.get_num_threads(), torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *factors: seen.add(torch.get_num_threads()) or multiply(*factors))
+    torch.set_num_threads(2)
+    try:
+        assert instructions.speedup.__wrapped__(torch.bfloat16) > 0
+        assert seen == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
