@@ -42,9 +42,8 @@ def generated(model: Any) -> float:
     seconds = []
     for tokens in (1, NEW + 1):
         start = time.perf_counter()
-        written = model.generate(
-            prompt, max_new_tokens=tokens, do_sample=False
-        )  # min_new_tokens would look at all scores
+        # min_new_tokens would make transformers look at all scores of each token
+        written = model.generate(prompt, max_new_tokens=tokens, do_sample=False)
         seconds.append(time.perf_counter() - start)
         if written.shape[1] != PROMPT + tokens:
             raise SystemExit(

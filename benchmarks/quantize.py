@@ -31,6 +31,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lowbit.__main__ import SPINS
 from lowbit.checkpoints.locate import locate
 from lowbit.checkpoints.tokenizer import load_tokenizer
 from lowbit.data import tokenize, windows
@@ -101,7 +102,7 @@ def measured(python: str, tool: str, options: dict[str, Any], model: str, ids: P
         command = [python, str(CHILD), tool, model, str(ids), f"{place}/out", "--options", json.dumps(options)]
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         if tool == "lowbit":
-            environment = {"GOMP_SPINCOUNT": "10000"} | environment  # as the command lowbit sets it
+            environment = {"GOMP_SPINCOUNT": SPINS} | environment  # as the command lowbit sets it
         run = subprocess.run(command, capture_output=True, text=True, env=environment)
     if run.returncode:
         Console().print(f"left out: {tool} {options} failed:\n{run.stderr[-2000:]}", markup=False)

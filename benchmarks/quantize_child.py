@@ -103,9 +103,8 @@ def gptqmodel(
     model: str, ids: Tensor, out: Path, options: dict[str, Any]
 ) -> tuple[Callable[[], None], Callable[[], Any]]:
     """``options``: bits, group_size, symmetric, dtype."""
-    os.environ.setdefault(
-        "GPTQMODEL_CPU_WORKERS", "2"
-    )  # it asks for two, and fails where half of the processors are fewer
+    # It asks for two workers, and fails where half of the processors are fewer.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     dtype = getattr(torch, options["dtype"])

@@ -55,7 +55,7 @@ def exact(query, layer, mask=None):
     return out.transpose(1, 2)
 
 
-def close(a, b, tolerance=3e-5):
+def assert_close(a, b, tolerance=3e-5):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
@@ -69,11 +69,12 @@ def test_decoded_tokens_at_once_give_what_runs_give():
     layer = layer_of(
         Spec(Int(4, zero="real"), Block(32, 1)), Spec(Int(4, zero="real"), PerGroup(32)), count=700, recent=32
     )
+    assert compiled_reason(layer) is None
     mask = torch.ones(2, 1, 30, 700, dtype=torch.bool).tril(670)
     mask[0, :, :, :50] = False
     for seen in (None, mask, torch.where(mask, 0.0, -1e30)):
         query = query_of(count=30)
-        close(attend_packed(query, layer, seen), attend_packed(query, layer, seen, compiled=False))
+        assert_close(attend_packed(query, layer, seen), attend_packed(query, layer, seen, compiled=False))
 
 
 def test_runs_of_decoded_tokens_give_attention_over_all():
@@ -81,7 +82,7 @@ def test_runs_of_decoded_tokens_give_attention_over_all():
         layer = layer_of(Spec(Int(4, zero="real"), grain), Spec(Int(4, zero="real"), PerGroup(32)), count=2500)
         for count in (1, 40):
             query = query_of(count=count)
-            close(attend_packed(query, layer, compiled=False), exact(query, layer))
+            assert_close(attend_packed(query, layer, compiled=False), exact(query, layer))
 
 
 def _tiles(isa, native, shape, first, last):
@@ -105,7 +106,7 @@ def test_every_grid_is_read_as_it_decodes(isa, grid):
         layer = layer_of(Spec(grid, key), Spec(grid, value))
         assert compiled_reason(layer) is None
         query = query_of()
-        close(attend_packed(query, layer), exact(query, layer))
+        assert_close(attend_packed(query, layer), exact(query, layer))
 
 
 @pytest.mark.parametrize("grain", GRAINS, ids=str)
@@ -113,9 +114,10 @@ def test_every_grid_is_read_as_it_decodes(isa, grid):
 def test_every_shape_of_heads_is_read(isa, grain, dim, heads):
     values = grain if not isinstance(grain, Block) else PerToken()
     layer = layer_of(Spec(Int(3, zero="real"), grain), Spec(Int(5, zero="real"), values), dim=dim)
+    assert compiled_reason(layer) is None
     for count in (1, 2, 5, 8):
         query = query_of(count=count, dim=dim, heads=heads)
-        close(attend_packed(query, layer), exact(query, layer))
+        assert_close(attend_packed(query, layer), exact(query, layer))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -127,16 +129,18 @@ def test_floats_and_scales_of_every_type_are_read(isa, dtype, scale):
         dtype=dtype,
         sink=5,
     )
+    assert compiled_reason(layer) is None
     query = query_of()
-    close(attend_packed(query, layer), exact(query, layer))
+    assert_close(attend_packed(query, layer), exact(query, layer))
 
 
 @pytest.mark.parametrize("options", [{"key_rotation": "hadamard"}, {"value_rotation": "hadamard"}, {"centred": True}, {"key_rotation": "hadamard", "value_rotation": "hadamard", "centred": True}, {"sink": 4}, {"recent": 0}, {"past_only": False}], ids=str)  # fmt: skip
 def test_coordinates_and_windows_are_read(isa, options):
     layer = layer_of(Spec(Int(4, zero="real"), PerToken()), Spec(Int(4, zero="real"), PerToken()), **options)
+    assert compiled_reason(layer) is None
     for count in (1, 3):
         query = query_of(count=count)
-        close(attend_packed(query, layer), exact(query, layer))
+        assert_close(attend_packed(query, layer), exact(query, layer))
 
 
 BEFORE_ROPE = [{}, {"key_rotation": "hadamard"}, {"centred": True, "sink": 3}]
@@ -151,34 +155,36 @@ def test_keys_packed_before_the_rotary_embedding_are_read(isa, grain, options):
     assert compiled_reason(layer) is None
     for count in (1, 5):
         query = query_of(count=count)
-        close(attend_packed(query, layer), exact(query, layer))
+        assert_close(attend_packed(query, layer), exact(query, layer))
     layer.crop(-101)
     query = query_of()
-    close(attend_packed(query, layer), exact(query, layer))
+    assert_close(attend_packed(query, layer), exact(query, layer))
 
 
 @pytest.mark.parametrize("removed", [1, 20, 60, 101])
 def test_what_is_left_of_a_cropped_block_is_read(isa, removed):
     layer = layer_of(Spec(Int(2, zero="real"), Block(32, 1)), Spec(Int(2, zero="real"), PerGroup(32)), recent=32)
+    assert compiled_reason(layer) is None
     layer.crop(-removed)
     made = torch.Generator().manual_seed(1)
     layer.update(*(torch.randn(2, 2, 90, 64, generator=made) for _ in range(2)))
     query = query_of()
-    close(attend_packed(query, layer), exact(query, layer))
+    assert_close(attend_packed(query, layer), exact(query, layer))
 
 
 def test_masks_of_padded_batches_are_read(isa):
     layer = layer_of(Spec(Int(4, zero="real"), Block(32, 1)), Spec(Int(4, zero="real"), PerGroup(32)), recent=32)
+    assert compiled_reason(layer) is None
     for count in (1, 4):
         mask = torch.ones(2, 1, count, 150, dtype=torch.bool).tril(150 - count)
         mask[1, :, :, :77] = False
         query = query_of(count=count)
-        close(attend_packed(query, layer, mask), exact(query, layer, mask))
+        assert_close(attend_packed(query, layer, mask), exact(query, layer, mask))
         added = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
-        close(attend_packed(query, layer, added), exact(query, layer, mask))
+        assert_close(attend_packed(query, layer, added), exact(query, layer, mask))
         holed = mask.clone()
         holed[:, :, :, 100:110] = False  # goes through runs
-        close(attend_packed(query, layer, holed), exact(query, layer, holed))
+        assert_close(attend_packed(query, layer, holed), exact(query, layer, holed))
 
 
 def test_a_key_of_nan_is_not_hidden(isa):
@@ -246,8 +252,8 @@ def test_calibrated_coordinates_of_every_head_are_read(isa, grain, heads, dim, c
     for count in (1, 5, 20):
         query = query_of(heads=3 * heads, count=count, dim=dim)
         wanted = exact(query, layer)
-        close(attend_packed(query, layer), wanted, 1e-4)
-        close(attend_packed(query, layer, compiled=False), wanted, 1e-4)
+        assert_close(attend_packed(query, layer), wanted, 1e-4)
+        assert_close(attend_packed(query, layer, compiled=False), wanted, 1e-4)
 
 
 @pytest.mark.parametrize("part", ["rotation", "scale", "shift"])
@@ -266,9 +272,9 @@ def test_compiled_code_packs_in_calibrated_coordinates_as_torch_does(isa, part):
     ours, theirs = side.packed.decode(), wanted.decode()
     if part == "rotation":
         assert (ours == theirs).float().mean() > 0.98
-        close(ours, theirs, 0.5)
+        assert_close(ours, theirs, 0.5)
     else:
-        close(ours, theirs, 1e-6)
+        assert_close(ours, theirs, 1e-6)
 
 
 def test_scales_beyond_their_storage_are_told(isa):

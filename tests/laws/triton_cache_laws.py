@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_packed_attention import close, layer_of, query_of
+from test_packed_attention import assert_close, layer_of, query_of
 
 from lowbit.caches import attend_packed, on_gpu
 from lowbit.kernels.triton import device
@@ -29,7 +29,7 @@ def test_triton_reads_what_decoding_gives(pair, dim, options):
     assert on_gpu.why_not(layer) is None
     for count in (1, 3):
         query = query_of(count=count, dim=dim).to(DEVICE)
-        close(attend_packed(query, layer).cpu(), attend_packed(query, layer, compiled=False).cpu(), 1e-4)
+        assert_close(attend_packed(query, layer).cpu(), attend_packed(query, layer, compiled=False).cpu(), 1e-4)
 
 
 def test_padding_and_cropped_blocks_are_left_out():
@@ -40,4 +40,4 @@ def test_padding_and_cropped_blocks_are_left_out():
     mask = torch.ones(2, 1, 2, 180, dtype=torch.bool, device=DEVICE).tril(178)
     mask[1, :, :, :50] = False
     query = query_of(count=2).to(DEVICE)
-    close(attend_packed(query, layer, mask).cpu(), attend_packed(query, layer, mask, compiled=False).cpu(), 1e-4)
+    assert_close(attend_packed(query, layer, mask).cpu(), attend_packed(query, layer, mask, compiled=False).cpu(), 1e-4)

@@ -53,3 +53,17 @@ def plain_outputs(config: Any) -> None:
     """Resets what a config says of the outputs of calls, which is the caller's choice: an object with logits, nothing else."""
     for part in {id(each): each for each in (config, config.get_text_config())}.values():
         part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
+
+
+def check_positions(model: Any, positions: int, what: str) -> None:
+    """Refuses more positions than a model, or what has its config, was configured for.
+
+    A learned position table would fail with an index error deep inside; rotary models would run and give meaningless
+    figures.
+
+    Raises:
+        ValueError: `positions` exceeds the config's `max_position_embeddings`. Without such a limit nothing is checked.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and positions > limit:
+        raise ValueError(f"{what} needs {positions} positions and the model has {limit}: ask for at most {limit}")

@@ -122,6 +122,8 @@ def command(
         from lowbit.evaluation import check_judge
 
         check_judge(judge, judge_model or JUDGE)
+    from lowbit.evaluation.forward import NOTHING_PACKED
+
     names = None if tasks is None else _names(tasks)
     asked = _asked(prompts, model, trust_remote_code) if chat else ()
     _check_tasks(names or (), task_files, limit)
@@ -161,6 +163,10 @@ def command(
             show_tasks(model, scores)
         if score is not None:
             show_chat(model, score, verdict)
+    if result is not None and NOTHING_PACKED in result.protocol:
+        common.warn(
+            ["these figures tell nothing of the quantized cache: the windows are too short, use a longer --seq-len"]
+        )
     if unjudged is not None:
         raise unjudged
     if result is not None and result.broken:
@@ -216,8 +222,6 @@ def _length(text: str) -> int:
 
 
 def _show(model: str, result: Evaluation) -> None:
-    from lowbit.evaluation.forward import NOTHING_PACKED
-
     table = common.table("measured", "", "95 % interval", title=model, numbers=("", "95 % interval"))
     unit = " per word" if result.words is not None else ""
     table.add_row(f"perplexity{unit}", common.number(result.perplexity), interval(result.perplexity_interval))
@@ -247,12 +251,6 @@ def _show(model: str, result: Evaluation) -> None:
         f"{result.tokens} tokens predicted",
         markup=False,
     )
-    if NOTHING_PACKED in result.protocol:
-        common.warn(
-            [
-                "these figures tell nothing of the quantized cache, since the windows are too short: use a longer --seq-len"
-            ]
-        )
 
 
 def _show_checks(result: Evaluation) -> None:

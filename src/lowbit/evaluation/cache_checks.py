@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowbit.evaluation.forward import check_positions, evaluating, logits_of
+from lowbit.checkpoints.config import check_positions
+from lowbit.evaluation.forward import evaluating, logits_of
 from lowbit.progress import Progress, silent
 
 PAIRS, PROMPTS = 8, 4

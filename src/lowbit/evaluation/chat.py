@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowbit.evaluation.forward import check_positions, evaluating, logits_of, protocol_name
+from lowbit.checkpoints.config import check_positions
+from lowbit.evaluation.forward import evaluating, logits_of, protocol_name
 from lowbit.evaluation.generate import check_chat, prompt_ids
 from lowbit.evaluation.intervals import Interval, mean_and_interval
 from lowbit.numerics.divergence import score_tokens

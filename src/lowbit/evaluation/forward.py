@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,17 +133,3 @@ def protocol_name(model: PreTrainedModel, protocol: str, chunk: int | None = Non
 def vocabulary_size(model: PreTrainedModel) -> int:
     """The number of rows of the input embedding. Ids below it are legal."""
     return model.config.get_text_config().vocab_size
-
-
-def check_positions(model: Any, positions: int, what: str) -> None:
-    """Refuses more positions than a model, or what has its config, was configured for.
-
-    A learned position table would fail with an index error deep inside; rotary models would run and give meaningless
-    figures.
-
-    Raises:
-        ValueError: `positions` exceeds the config's `max_position_embeddings`. Without such a limit nothing is checked.
-    """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and positions > limit:
-        raise ValueError(f"{what} needs {positions} positions and the model has {limit}: ask for at most {limit}")

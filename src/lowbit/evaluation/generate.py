@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from lowbit.evaluation.forward import check_positions, evaluating
+from lowbit.checkpoints.config import check_positions
+from lowbit.evaluation.forward import evaluating
 
 Messages = Sequence[Mapping[str, str]]
 """A conversation: mappings with ``role`` (system, user or assistant) and ``content``, the oldest first."""

@@ -23,8 +23,9 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowbit.checkpoints.config import check_positions
 from lowbit.evaluation.cache_checks import CheckScore
-from lowbit.evaluation.forward import check_positions, evaluating, logits_of, protocol_name, vocabulary_size
+from lowbit.evaluation.forward import evaluating, logits_of, protocol_name, vocabulary_size
 from lowbit.evaluation.intervals import Interval, exp, mean_and_interval
 from lowbit.evaluation.reference import KeptOriginal
 from lowbit.evaluation.windows import Cut, Text, Window, cut

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from lowbit.checkpoints.config import check_positions
 from lowbit.decoding import cache_argument
-from lowbit.evaluation.forward import check_positions, evaluating, vocabulary_size
+from lowbit.evaluation.forward import evaluating, vocabulary_size
 from lowbit.progress import Progress
 
 PILOT_PROMPT, PILOT_STEPS = 16, 2

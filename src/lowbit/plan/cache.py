@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lowbit.caches import PackedCache, PackedLayer
+from lowbit.checkpoints.config import check_positions
 from lowbit.checkpoints.source import ModelSource
 from lowbit.modules import CalibrationSpec, KVFormats, KVSpec
 from lowbit.numerics import Spec
@@ -40,11 +41,8 @@ def planned_cache(source: ModelSource, formats: KVFormats, tokens: int | None) -
     Raises:
         ValueError: more tokens than the model has positions.
     """
-    limit = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if tokens is not None and limit is not None and tokens > limit:
-        raise ValueError(
-            f"a sequence of {tokens} tokens was asked and the model has {limit} positions: ask for at most {limit}"
-        )
+    if tokens is not None:
+        check_positions(source, tokens, f"a sequence of {tokens} tokens")
     tokens = tokens or context_of(source.config)
     packed, floating = (cache_bytes(source.config, each, tokens, source.dtype) for each in (formats, KVFormats()))
     return None if packed is None or floating is None else PlannedCache(tokens, packed, floating)

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
 
+from lowbit.checkpoints.config import check_positions
 from lowbit.checkpoints.source import open_model
-from lowbit.evaluation.forward import check_positions
 from lowbit.modules import KVFormats
 from lowbit.plan.cache import cache_bytes, context_of
 from lowbit.progress import Progress, silent

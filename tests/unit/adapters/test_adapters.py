@@ -158,7 +158,9 @@ def test_putting_an_adapter_beside_a_layer_decodes_no_weight(quantized, monkeypa
 
     base = lowbit.load(quantized, torch.float32)
     monkeypatch.setattr(QuantLinear, "weight", property(decoded))
-    peft.get_peft_model(base, peft.LoraConfig(target_modules=LINEARS))
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=LINEARS))
+    packed = sum(isinstance(module, QuantLinear) for module in base.modules())
+    assert packed and sum(name.endswith("lora_A.default") for name, _ in model.named_modules()) == packed
 
 
 @pytest.fixture(scope="module")

@@ -335,6 +335,11 @@ def test_an_ordinary_model_runs_and_is_measured_with_a_cache(place, chatty, tmp_
     table = run(*measure, "--kv", "kv-int:2", "--generation").stdout
     assert all(words in table for words in ("bits per number in the cache", "right, plain cache", "arithmetic"))
     assert "through the cache" not in run(*measure).stdout
+    for windows, told in (("recent=8", True), ("recent=64", False)):
+        for form in ((), ("--json",)):
+            said = run(*measure, "--kv", "kivi:2", "--kv-set", windows, "--kv-set", "group_size=8", *form)
+            assert said.exit_code == 0, said.stderr
+            assert ("tell nothing of the quantized cache" in said.stderr) is not told
 
 
 def test_a_method_that_says_nothing_of_caches_is_no_cache(place, tmp_path):
@@ -723,7 +728,7 @@ def test_ctrl_c_says_how_to_continue_and_the_same_command_does(place, tmp_path, 
     again = quantize(place, tmp_path / "out")
     assert again.exit_code == 0, again.stderr
     assert "continuing the unfinished run" in again.stderr
-    assert "finished blocks: 1" in again.stderr and "since it was continued" in again.stdout
+    assert "finished blocks: 1 of 2" in again.stderr and "since it was continued" in again.stdout
 
 
 def test_a_run_of_generate_data_says_that_it_continues_or_discards_only_where_it_does(place, tmp_path, monkeypatch):
@@ -980,7 +985,7 @@ def test_ctrl_c_and_sigterm_keep_finished_blocks_say_so_and_the_same_command_con
     assert not out.exists() and len((tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines()) >= 2
     finished = run(*arguments)
     assert finished.exit_code == 0, finished.stderr
-    assert "continuing" in finished.stderr and "finished blocks: 1" in finished.stderr
+    assert "continuing" in finished.stderr and "finished blocks: 1 of 2" in finished.stderr
     assert "since it was continued (" in finished.stdout.splitlines()[-1]
     assert (out / "config.json").exists() and not (tmp_path / "out.partial").exists()
 

@@ -178,7 +178,7 @@ def test_layers_without_a_rule_routers_and_heads_say_so(models):
 def test_a_sequence_that_the_model_has_no_positions_for_is_refused(models):
     most = plan(models("llama"), recipe("rtn")).cache.tokens
     with pytest.raises(
-        ValueError, match=f"a sequence of {most + 1} tokens was asked and the model has {most} positions"
+        ValueError, match=f"a sequence of {most + 1} tokens needs {most + 1} positions and the model has {most}"
     ):
         plan(models("llama"), recipe("rtn"), context=most + 1)
 
