@@ -15,7 +15,18 @@ import pyarrow.parquet
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    XGLMConfig,
+    XGLMForCausalLM,
+    logging,
+)
 
 from lowbit.data import bos_token, calibration_of, calibration_set, tokenize, windows
 from lowbit.generation import Sampling, judge, write_tokens
@@ -347,6 +358,19 @@ def test_windows_that_a_model_cannot_be_calibrated_on_are_refused(model):
     assert (
         "longer than the model's context of 32" in calibration_of(llama, torch.arange(80).view(2, 40), 1, 8).warnings[0]
     )
+
+
+def test_windows_longer_than_a_computed_table_of_positions_are_refused():
+    config = GPTJConfig(vocab_size=97, n_positions=32, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
+    gptj = SimpleNamespace(config=config, skeleton=lambda: GPTJForCausalLM(config))
+    assert calibration_of(gptj, torch.arange(64).view(2, 32), 1, 8).warnings == ()
+    with pytest.raises(TextError, match="windows of 40 tokens were asked; the model has 32 positions: use seq_len 32"):
+        calibration_of(gptj, torch.arange(80).view(2, 40), 1, 8)
+    config = XGLMConfig(
+        vocab_size=97, max_position_embeddings=32, d_model=16, num_layers=1, attention_heads=2, ffn_dim=16
+    )
+    growing = SimpleNamespace(config=config, skeleton=lambda: XGLMForCausalLM(config))
+    assert "context of 32" in calibration_of(growing, torch.arange(80).view(2, 40), 1, 8).warnings[0]
 
 
 def test_the_path_of_a_text_is_the_text(tokenizer, tmp_path):

@@ -10,7 +10,9 @@ _OFFSET = 8
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
-    """Positions of a model that learned an embedding for each; None: its positions are computed, without a limit.
+    """Positions of a model that looks each up in a table; None: its positions are computed, without a limit.
+
+    The table is learned (an embedding), or a buffer that the model computed for as many positions as it has.
 
     Args:
         model: meta tensors are enough.
@@ -20,4 +22,8 @@ def learned_positions(model: PreTrainedModel) -> int | None:
         return None
     tokens = model.get_input_embeddings()
     tables = (each for each in model.modules() if isinstance(each, nn.Embedding) and each is not tokens)
-    return limit if any(limit <= each.num_embeddings <= limit + _OFFSET for each in tables) else None
+    if any(limit <= each.num_embeddings <= limit + _OFFSET for each in tables):
+        return limit
+    # Of exactly so many rows: a table with rows to spare (XGLM) grows when more are asked for.
+    computed = (each for each in model.buffers() if each.dim() == 2 and each.is_floating_point())
+    return limit if any(len(each) == limit != each.shape[1] for each in computed) else None
