@@ -1,6 +1,7 @@
 """Weights that are stored as 8-bit floats or 4-bit codes with scales, read as the weights that they stand for.
 
     NAME (float8) and NAME_scale_inv:       NAME * scale, one for the tensor or for each block of it (FP8, as DeepSeek-V3)
+    NAME (float8) alone:                    NAME, a plain cast
     NAME_blocks and NAME_scales (uint8):    32 codes of FP4 (e2m1) and a power of two (MXFP4, as gpt-oss)
 
 A `ScaledWeight` has the dtype and shape that the model expects and can be read like any stored tensor, whole or by rows of
@@ -29,11 +30,12 @@ _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 class ScaledWeight:
     """A weight in two stored tensors: ``codes`` and ``scales``.
 
-    ``block``: (rows, columns) that share a scale of an 8-bit float; None: the tensor is MXFP4.
+    ``scales``: None: 8-bit floats that are the weight itself. ``block``: (rows, columns) that share a scale of an 8-bit float;
+    None: there are no scales, or the tensor is MXFP4.
     """
 
     codes: TensorHeader
-    scales: TensorHeader
+    scales: TensorHeader | None
     dtype: torch.dtype
     shape: tuple[int, ...]
     block: tuple[int, int] | None
@@ -49,6 +51,8 @@ class ScaledWeight:
 
     def read(self, rows: tuple[int, int] | None = None) -> Tensor:
         """The weight, or rows [first, last) of its leading axis."""
+        if self.scales is None:
+            return read_tensor(self.codes, rows).to(self.dtype)
         if self.block is None:
             return _from_mxfp4(read_tensor(self.codes, rows), read_tensor(self.scales, rows), self.dtype)
         first, last = rows or (0, self.shape[0])
@@ -87,9 +91,9 @@ def with_scales(
             made |= {stem: _mxfp4(key, header, headers[f"{stem}_scales"], dtype)}
             used = {key, f"{stem}_scales"}
         elif header.dtype in _FLOAT8:
-            weight, scale = _float8(name, key, headers, quantization is not None, block, dtype)
+            weight = _float8(name, key, headers, quantization is not None, block, dtype)
             made |= {key: weight}
-            used = {scale}
+            used = set() if weight.scales is None else {f"{key}_scale_inv"}
         else:
             continue
         parts |= used | {key}
@@ -100,17 +104,20 @@ def with_scales(
 
 def _float8(
     name: str, key: str, headers: Mapping[str, TensorHeader], described: bool, block: Any, dtype: torch.dtype
-) -> tuple[ScaledWeight | TensorHeader, str]:
+) -> ScaledWeight:
     header, scale = headers[key], f"{key}_scale_inv"
     if scale not in headers:
         near = [other for other in headers if other != key and other.startswith(key.rpartition(".")[0] + ".")]
         near = [other for other in near if "scale" in other.rpartition(".")[2]]
+        # Scales of other weights say that this one's were lost: it is no plain cast.
+        near = near or [other for other in headers if other.endswith(("weight_scale_inv", "weight_scale"))]
         if near or described:
             raise ModelError(
                 f"{name}: {key} is stored as {header.dtype} with {near[0] if near else 'no scale'}, and what that means is "
                 f"not known. Expected {scale}, by which the weight is multiplied. Convert the checkpoint to bfloat16 first."
             )
-        return header, key  # a plain cast
+        # Not kept as it is: what is folded into a tensor would be rounded to the few digits of its type.
+        return ScaledWeight(header, None, dtype, header.shape, None)
     shape, scales = header.shape, headers[scale].shape
     chosen: tuple[int, int] | None = None
     if torch.Size(scales).numel() == 1:
@@ -124,7 +131,7 @@ def _float8(
             f"{name}: {key} has shape {list(shape)} and its scales {scale} have {list(scales)}; expected one scale, or one for "
             f"each block of {list(block or _BLOCK)}. Convert the checkpoint to bfloat16 first."
         )
-    return ScaledWeight(header, headers[scale], dtype, shape, chosen), scale
+    return ScaledWeight(header, headers[scale], dtype, shape, chosen)
 
 
 def _spread(scales: Tensor, shape: tuple[int, ...], block: tuple[int, int], first: int, last: int) -> Tensor:

@@ -172,7 +172,7 @@ class ModelSource:
 
     @property
     def is_scaled(self) -> bool:
-        """Whether some weights are stored as codes with scales."""
+        """Whether some weights are stored as codes with scales, or as 8-bit floats."""
         return bool(self._weights[1])
 
     @cached_property
@@ -197,7 +197,7 @@ class ModelSource:
             found.append(f"{len(unused)} tensors of the checkpoint have no place in {kind} and are left out: {some}")
         if self.is_scaled:
             made = sum(isinstance(stored, ScaledWeight) for stored in self.weights.values())
-            found.append(f"{made} weights are stored with scales in 8 bits or less; what they stand for is quantized")
+            found.append(f"{made} weights are stored in 8 bits or less; what they stand for is quantized")
         return tuple(found)
 
     def skeleton(self, *, attn_implementation: str | None = None, unfuse: bool = False) -> PreTrainedModel:

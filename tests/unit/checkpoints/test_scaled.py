@@ -78,7 +78,7 @@ def test_float8_weights_are_multiplied_by_their_scales(tmp_path, block):
     for name, value in _restored(load_file(model / "model.safetensors"), block).items():
         assert torch.equal(state[name], value.float()), name
     report = lowbit.quantize(model, lowbit.recipe("rtn", bits=8, group_size=32), random_ids(2, 16), out=tmp_path / "q")
-    assert any("stored with scales" in warning for warning in report.warnings)
+    assert any("stored in 8 bits" in warning for warning in report.warnings)
     assert "fp8" not in (tmp_path / "q" / "config.json").read_text()
     plain = tiny_llama(tmp_path / "plain", **WIDE)
     _rewrite(plain, lambda t: _restored(load_file(model / "model.safetensors"), block))
@@ -99,6 +99,31 @@ def test_scales_of_unknown_meaning_and_codes_without_scales_are_refused(tmp_path
     model = tiny_llama(tmp_path / "model")
     _rewrite(model, change)
     with pytest.raises(ModelError, match=message):
+        open_model(model)
+
+
+def test_float8_weights_without_scales_are_read_as_their_values(tmp_path):
+    model = tiny_llama(tmp_path / "model", dtype=torch.bfloat16)
+    _rewrite(model, lambda t: {name: value.to(torch.float8_e4m3fn) for name, value in t.items()})
+    plain = tiny_llama(tmp_path / "plain")
+    _rewrite(plain, lambda t: {n: v.bfloat16() for n, v in load_file(model / "model.safetensors").items()})
+    assert lowbit.load(model).dtype == torch.bfloat16
+    for name, method in (("folded", "quarot"), ("rounded", "rtn")):
+        for source in (model, plain):
+            text = random_ids(2, 16) if method == "quarot" else None
+            lowbit.quantize(
+                source, lowbit.recipe(method, bits=8), text, out=tmp_path / f"{name}_{source.name}", allow_broken=True
+            )
+        found, wanted = (_tensors(tmp_path / f"{name}_{source.name}") for source in (model, plain))
+        assert found.keys() == wanted.keys()
+        assert all(found[key].dtype == wanted[key].dtype and torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_a_float8_weight_whose_scale_alone_is_missing_is_refused(tmp_path):
+    model = tiny_llama(tmp_path / "model")
+    lost = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    _rewrite(model, lambda t: {name: value for name, value in _to_fp8(t, None).items() if name != lost})
+    with pytest.raises(ModelError, match=f"what that means is not known. Expected {lost}"):
         open_model(model)
 
 
