@@ -5,14 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 
 @contextmanager
 def own_settings() -> Iterator[None]:
-    """While open, float32 is the default dtype, gradients are computed, and there is neither inference mode nor autocast.
+    """While open, float32 is the default dtype and the CPU the default device, gradients are computed, and there is neither
+    inference mode nor autocast.
 
     Also a decorator: ``@own_settings()``. Every function of the public interface that computes is under it, so its results
     have the same bits whatever its caller set. Tensors that the caller made in inference mode cannot take part in
@@ -20,8 +21,16 @@ def own_settings() -> Iterator[None]:
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
+    elsewhere = (
+        torch.get_default_device().type != "cpu"
+    )  # a device context looks at every call, so only where it is needed
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.device("cpu") if elsewhere else nullcontext(),
+        ):
             yield
     finally:
         torch.set_default_dtype(before)

@@ -413,6 +413,45 @@ def test_the_settings_of_the_caller_change_nothing(model, tmp_path):
                 assert one == other, name
 
 
+def test_another_default_device_of_the_caller_changes_nothing(model, tmp_path):
+    ids, learning = random_ids(2, 8), lowbit.recipe("omniquant", bits=4, epochs=1)
+    lowbit.quantize(model, learning, ids, out=tmp_path / "plain")
+    with torch.device("meta"):
+        lowbit.quantize(model, learning, ids, out=tmp_path / "meta")
+        loaded = lowbit.load(tmp_path / "meta").state_dict()
+        assert torch.empty(1).is_meta
+    plain = lowbit.load(tmp_path / "plain").state_dict()
+    assert plain.keys() == loaded.keys() and all(torch.equal(plain[name], loaded[name]) for name in plain)
+
+
+@pytest.mark.parametrize("kernels", ["", "reference"])
+@pytest.mark.parametrize("method", ["nf4", "squeezellm", "kv-int", "rptq"])
+def test_a_loaded_model_computes_the_same_with_another_default_dtype(model, tmp_path, monkeypatch, method, kernels):
+    lowbit.quantize(model, method, random_ids(2, 24), out=tmp_path / "q", allow_broken=True)
+    monkeypatch.setenv("LOWBIT_KERNELS", kernels)
+
+    def results():
+        loaded = lowbit.load(tmp_path / "q")
+        layer = loaded.get_submodule("model.layers.0.mlp.up_proj")
+        x = torch.linspace(-1, 1, 20 * 64, dtype=torch.float32).view(20, 64).requires_grad_()
+        layer(x).sum().backward()
+        weight = layer.effective_weight() if isinstance(layer, QuantLinear) else layer.weight
+        with torch.no_grad():
+            whole = loaded(random_ids(1, 40)).logits
+            written = loaded.generate(
+                random_ids(1, 40), max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None,
+                output_logits=True, return_dict_in_generate=True,
+            ).logits  # fmt: skip
+            return whole, *written, x.grad, weight
+
+    plain = results()
+    for dtype in (torch.float64, torch.bfloat16):
+        with default_dtype(dtype):
+            found = results()
+        for one, other in zip(plain, found, strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other), dtype
+
+
 def test_more_stored_bits_than_asked_are_said_and_can_be_refused(model, tmp_path):
     tables = lowbit.recipe("squeezellm", bits=4)
     report = _quantize(model, tmp_path / "said", tables, random_ids(2, 8))

@@ -59,7 +59,7 @@ def apart(layer: QuantLinear) -> Apart:
     b_OR = torch.cat([term.b.float() for term in terms], dim=1)
     if layer.description.pre:
         with torch.enable_grad():  # the pullback of a is the factor that reads the untransformed input
-            x = torch.zeros(len(a_RI), layer.in_features, requires_grad=True)
+            x = torch.zeros(len(a_RI), layer.in_features, dtype=torch.float32, requires_grad=True)
             a_RI = torch.autograd.grad(layer._through("pre", x), x, a_RI)[0]
     b_OR = layer._through("post", b_OR.T).T
     base = QuantLinear.from_qtensor(

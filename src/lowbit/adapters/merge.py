@@ -62,7 +62,7 @@ def _inner(layer: QuantLinear, delta_OI: Tensor) -> Tensor:
             raise ValueError(
                 f"an adapter cannot be merged through {type(transform).__name__}; keep it beside the model"
             )
-        zero = torch.zeros(delta_OI.shape[0])
+        zero = torch.zeros(delta_OI.shape[0], dtype=torch.float32)
         delta_OI, bias = transform.fold_in(delta_OI, zero)
         if bias is not None and bool(bias.any()):
             raise ValueError(

@@ -59,7 +59,7 @@ def attend(query_BHRD: Tensor, layer: PackedLayer, seen_BRS: Tensor) -> Tensor:
     out = first @ kept.float() + last @ waiting.float()
     if value.packed_length:
         tokens = _tokens(value)
-        slots = torch.zeros(*packed.shape[:-1], tokens.used * TILE, device=packed.device)
+        slots = torch.zeros(*packed.shape[:-1], tokens.used * TILE, dtype=torch.float32, device=packed.device)
         slots[..., value.packed.held(packed.device)] = packed  # pyright: ignore[reportOptionalMemberAccess]
         place = value.coordinates
         mixed = packed_tokens.mixture(slots, tokens)
@@ -82,7 +82,8 @@ def _tokens(side: Side) -> Any:
     packed = side.packed
     assert packed is not None
     grid = packed.spec.grid
-    table = None if isinstance(grid, Int) else torch.tensor(grid.table(), device=packed.codes.device)  # pyright: ignore[reportAttributeAccessIssue]
+    levels = None if isinstance(grid, Int) else grid.table()  # pyright: ignore[reportAttributeAccessIssue]
+    table = None if levels is None else torch.tensor(levels, dtype=torch.float32, device=packed.codes.device)
     return packed_tokens.Tokens(
         packed.codes, packed.scale, packed.zero, table, grid.middle if isinstance(grid, Int) and grid.symmetric else 0.0,
         grid.bits, packed.dim, packed.width, packed.block_tiles if packed.in_blocks else 0, -(-packed.slots // TILE),

@@ -39,7 +39,7 @@ def attend(isa: str, keys: Any, values: Any, query_BHRD: Tensor, begin_BT: Tenso
         dim: channels of a value.
     """
     assert native._cpu is not None
-    out = torch.empty(*query_BHRD.shape[:3], dim)
+    out = torch.empty(*query_BHRD.shape[:3], dim, dtype=torch.float32, device="cpu")
     native._cpu.attend_cache(
         isa, keys, values, query_BHRD.data_ptr(), query_BHRD.shape[2], begin_BT.shape[1], begin_BT.data_ptr(),
         end_BT.data_ptr(), out.data_ptr(), torch.get_num_threads(),
@@ -55,7 +55,7 @@ def decode(isa: str, side: Any, first: int, last: int, shape: tuple[int, int, in
     """
     assert native._cpu is not None
     batch, heads, dim = shape
-    out = torch.empty(batch, heads, 16 * (last - first), dim)
+    out = torch.empty(batch, heads, 16 * (last - first), dim, dtype=torch.float32, device="cpu")
     native._cpu.decode_cache(isa, side, first, last, out.data_ptr(), torch.get_num_threads())
     return out
 

@@ -30,6 +30,6 @@ def _decode(codes_GK: Tensor, grid: Grid, params: Params) -> Tensor:
         return codes_GK.float().sub_(grid.zero_point(params)).mul_(params.scale)
     if isinstance(grid, Float | Normal | Table):
         assert isinstance(params, Affine)
-        table = torch.tensor(grid.table(), device=codes_GK.device)
+        table = torch.tensor(grid.table(), dtype=torch.float32, device=codes_GK.device)
         return table.index_select(0, codes_GK.reshape(-1).int()).view(codes_GK.shape).mul_(params.scale)
     return grid.decode(codes_GK, params)

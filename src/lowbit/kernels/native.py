@@ -132,7 +132,8 @@ def pack(layer: PackedLinear) -> Tensor:
     elif isinstance(params, Bases):
         scale, zero = params
     elif isinstance(params, NoParams):  # -1 and 1 are steps of 2 around one half
-        scale, constant = torch.full((math.prod(spec.granularity.param_shape(layer.shape)), 1), 2.0), 0.5
+        count = math.prod(spec.granularity.param_shape(layer.shape))
+        scale, constant = torch.full((count, 1), 2.0, dtype=torch.float32, device="cpu"), 0.5
     else:
         assert isinstance(params, Lut)
         scale = params.values
@@ -148,7 +149,7 @@ def pack(layer: PackedLinear) -> Tensor:
         codes = layouts.pack(spec.grid.ranks(layouts.unpack(codes, spec.grid.bits, columns)), _tile_bits(spec))
     assert kind != CODEBOOK or scale.shape == (rows, 2**spec.grid.bits)
     about = (kind, _tile_bits(spec), rows, columns, group)
-    tiles = torch.empty(_cpu.packed_bytes(*about, scale.data_ptr(), address(zero)), dtype=torch.uint8)
+    tiles = torch.empty(_cpu.packed_bytes(*about, scale.data_ptr(), address(zero)), dtype=torch.uint8, device="cpu")
     _cpu.pack(
         *about, codes.data_ptr(), scale.data_ptr(), address(zero), constant,
         tiles.data_ptr(), tiles.numel(), torch.get_num_threads(),
@@ -169,7 +170,7 @@ def _of_minimum(params: Offset) -> Affine:
 def unpack(tiles: Tensor, spec: Spec, shape: tuple[int, int]) -> Tensor:
     """The canonical codes that ``tiles`` were packed from: uint8 ``[O, ceil(I * bits / 8)]``."""
     assert _cpu is not None
-    codes = torch.empty(shape[0], layouts.packed_width(shape[1], _tile_bits(spec)), dtype=torch.uint8)
+    codes = torch.empty(shape[0], layouts.packed_width(shape[1], _tile_bits(spec)), dtype=torch.uint8, device="cpu")
     _cpu.unpack(tiles.data_ptr(), tiles.numel(), codes.data_ptr(), *shape, _tile_bits(spec), torch.get_num_threads())
     if isinstance(spec.grid, OutlierVictim):
         codes = layouts.pack(spec.grid.codes(layouts.unpack(codes, _tile_bits(spec), shape[1])), spec.grid.bits)
@@ -194,7 +195,8 @@ def table_of(spec: Spec) -> Tensor | None:
     if kind_of(spec) != TABLE:
         return None
     grid = spec.grid
-    values = torch.tensor(grid.levels() if isinstance(grid, OutlierVictim) else grid.table())  # pyright: ignore[reportAttributeAccessIssue]
+    levels = grid.levels() if isinstance(grid, OutlierVictim) else grid.table()  # pyright: ignore[reportAttributeAccessIssue]
+    values = torch.tensor(levels, dtype=torch.float32, device="cpu")
     return F.pad(values, (0, 2 ** _tile_bits(spec) - len(values)))
 
 

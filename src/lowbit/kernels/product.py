@@ -170,7 +170,7 @@ def _of_channels(isa: str, x_TI: Tensor, taken: Tensor, tiles: Tensor, rows: int
 
 def decoded(tiles: Tensor, table: Tensor | None, rows: int, columns: int, isa: str) -> Tensor:
     """The body of ``lowbit::packed_weight``: the weight ``[O, I]``, float32."""
-    weight_OI = torch.empty(rows, columns)
+    weight_OI = torch.empty(rows, columns, dtype=torch.float32, device="cpu")
     native.decode(isa or native.instruction_sets()[0], tiles, table, rows, 0, weight_OI)
     return weight_OI
 

@@ -206,7 +206,9 @@ class _Dynamic:
             return _fake(p_XS * scale_S1.T, probability)[0] @ (value_SD / scale_S1)
         values, v = kernels.quantize_activation(value_SD, operand)
         weights, p = kernels.quantize_activation(p_XS * v.scale.T, probability)
-        one = Affine(torch.ones(1, 1, device=p_XS.device), None)  # the values' scales are in the weights
+        one = Affine(
+            torch.ones(1, 1, dtype=torch.float32, device=p_XS.device), None
+        )  # the values' scales are in the weights
         return kernels.integer_product(weights, probability, p, values.T, operand, one)
 
 
@@ -227,7 +229,7 @@ class _Static:
         if self.floating:
             return grid.fake(query_RTD, q_R1D).flatten(0, 1) @ grid.fake(key_SD, k_1D).T
         queries_XD, keys_SD = grid.encode(query_RTD, q_R1D).flatten(0, 1), grid.encode(key_SD, k_1D)
-        total = torch.zeros((), device=query_RTD.device)
+        total = torch.zeros((), dtype=torch.float32, device=query_RTD.device)
         for c, channels in enumerate(ranges.clusters):
             q_X1 = _column(ranges.query, c, query_RTD.shape[1])
             q_X1 = q_X1._replace(scale=_seen(q_X1.scale, query_RTD.flatten(0, 1)))
@@ -246,7 +248,7 @@ class _Static:
         assert isinstance(grid, Int)
         if probability is None:
             return p_XS @ grid.fake(value_SD, v_1D)
-        unit = torch.tensor([[1.0]], device=p_XS.device)
+        unit = torch.tensor([[1.0]], dtype=torch.float32, device=p_XS.device)
         p_11 = probability.grid.from_range(0 * unit, unit)  # pyright: ignore[reportAttributeAccessIssue]
         if self.floating:
             return probability.grid.fake(p_XS, p_11) @ grid.fake(value_SD, v_1D)  # pyright: ignore[reportAttributeAccessIssue]

@@ -283,7 +283,7 @@ class QuantLinear(nn.Module):
         if not self.description.pre:
             return weight
         with torch.inference_mode(False), torch.enable_grad():
-            x = torch.zeros(self.out_features, self.in_features, device=weight.device, requires_grad=True)
+            x = weight.new_zeros(self.out_features, self.in_features, requires_grad=True)
             y = self._through("pre", x)  # affine, so the pullback of W is the weight that reads the untransformed input
             return torch.autograd.grad(y, x, weight.clone())[0]
 
@@ -299,7 +299,7 @@ class QuantLinear(nn.Module):
         if not self.description.pre and not self.description.post:
             return bias
         weight = self.dequantize()
-        constant = weight @ self._through("pre", torch.zeros(self.in_features, device=weight.device))
+        constant = weight @ self._through("pre", weight.new_zeros(self.in_features))
         constant = self._through("post", constant)
         return constant if bias is None else bias + constant
 
@@ -314,7 +314,7 @@ class QuantLinear(nn.Module):
         if self.description.is_affine:
             weight = self.effective_weight()
         else:
-            nan = torch.full((), torch.nan, device=self.packed().device)
+            nan = torch.full((), torch.nan, dtype=torch.float32, device=self.packed().device)
             weight = nan.expand(self.out_features, self.in_features)
         weight._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
         return weight

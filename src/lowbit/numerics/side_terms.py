@@ -63,7 +63,7 @@ class Sparse:
         return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
 
     def dense(self, shape: tuple[int, int]) -> Tensor:
-        out = torch.zeros(shape, device=self.value.device)
+        out = torch.zeros(shape, dtype=torch.float32, device=self.value.device)
         out[self.row, self.column.long()] = self.value.float()
         return out
 
@@ -90,7 +90,7 @@ class KeptColumns:
         return KeptColumns(index[order].to(torch.int32), _half(values_Ok[:, order]).contiguous())
 
     def dense(self, shape: tuple[int, int]) -> Tensor:
-        out = torch.zeros(shape, device=self.value.device)
+        out = torch.zeros(shape, dtype=torch.float32, device=self.value.device)
         out[:, self.index.long()] = self.value.float()
         return out
 

@@ -143,7 +143,7 @@ def quantize(x_TI: Tensor, act: Spec, given: Affine | None) -> tuple[Tensor, Ten
     if given is None and isinstance(act.granularity, PerTensor):
         given = dynamic_params(x_TI.float(), act)
     codes_TI = torch.empty(x_TI.shape, dtype=torch.int8, device=x_TI.device)
-    scale_T = torch.empty(len(x_TI), device=x_TI.device)
+    scale_T = torch.empty(len(x_TI), dtype=torch.float32, device=x_TI.device)
     zero_T, sum_T = torch.empty(2, len(x_TI), dtype=torch.int32, device=x_TI.device)
     _launch(
         device.quantize, (len(x_TI), 1), Tile(1, 1, _TOKEN_BLOCK, 4),

@@ -140,7 +140,7 @@ def scores(query_BHRD: Tensor, tokens: Tokens) -> Tensor:
         query_BHRD: float32, contiguous, scaled, in the coordinates of packed keys.
     """
     batch, heads, rows, _ = query_BHRD.shape
-    out = torch.empty(batch, heads, rows, tokens.used * 16, device=query_BHRD.device)
+    out = torch.empty(batch, heads, rows, tokens.used * 16, dtype=torch.float32, device=query_BHRD.device)
     (codes, scale, zero, table, *numbers), constants = tokens._arguments()
     score_tiles[(batch * heads, tokens.used)](query_BHRD, codes, scale, zero, table, out, *numbers, rows, **constants)
     return out
@@ -150,7 +150,7 @@ def mixture(weight_BHRN: Tensor, tokens: Tokens, together: int = 16) -> Tensor:
     """The sum of packed values by ``weight`` (float32, contiguous, zero at slots without a token), float32 ``[B, H, R, D]``."""
     batch, heads, rows, _ = weight_BHRN.shape
     pieces = -(-tokens.used // together)
-    out = torch.empty(batch, heads, pieces, rows, tokens.dim, device=weight_BHRN.device)
+    out = torch.empty(batch, heads, pieces, rows, tokens.dim, dtype=torch.float32, device=weight_BHRN.device)
     (codes, scale, zero, table, *numbers), constants = tokens._arguments()
     mix_tiles[(batch * heads, pieces, rows)](
         weight_BHRN, codes, scale, zero, table, out, *numbers, rows, together, pieces, **constants

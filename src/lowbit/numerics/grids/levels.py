@@ -397,7 +397,7 @@ def _dynamic_map(exponents: int = 7) -> tuple[float, ...]:
     Exponent e holds the midpoints of 2**e equal parts of [0.1, 1], times 10**(e - exponents + 1), with both signs; zero
     and one complete the 256. Computed in float32 as in bitsandbytes; in float64 some would round to a neighbour.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for e in range(exponents):
         edges = torch.linspace(0.1, 1, 2**e + 1, dtype=torch.float32)
         middle = 10.0 ** (e - exponents + 1) * ((edges[:-1] + edges[1:]) / 2)
