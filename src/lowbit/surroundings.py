@@ -21,9 +21,8 @@ def own_settings() -> Iterator[None]:
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
-    elsewhere = (
-        torch.get_default_device().type != "cpu"
-    )  # a device context looks at every call, so only where it is needed
+    # A device context looks at every call, so there is one only where it is needed.
+    elsewhere = torch.get_default_device().type != "cpu"
     try:
         with (
             torch.inference_mode(False),

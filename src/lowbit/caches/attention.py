@@ -141,11 +141,8 @@ def _in_runs(query_BHTD: Tensor, layer: PackedLayer, mask: Tensor | None, scale:
     query = (query_BHTD.float() * scale).reshape(batch, groups, -1, dim)
     if mask is None and count > 1:
         mask = torch.ones(count, length, dtype=torch.bool, device=query.device).tril(length - count)[None, None]
-    most = torch.full((*query.shape[:3], 1), -torch.inf, dtype=query.dtype, device=query.device)
-    total, mixed = (
-        torch.zeros_like(most),
-        torch.zeros(*query.shape[:3], layer.value_side.dim, dtype=query.dtype, device=query.device),
-    )
+    most = query.new_full((*query.shape[:3], 1), -torch.inf)
+    total, mixed = torch.zeros_like(most), query.new_zeros(*query.shape[:3], layer.value_side.dim)
     for start in range(0, length, RUN):
         end = min(length, start + RUN)
         keys, values = (_run(layer, i, start, end) for i in (0, 1))

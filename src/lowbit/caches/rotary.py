@@ -44,9 +44,8 @@ def frequencies(config: Any, dim: int) -> Tensor:
 def table(frequencies: tuple[float, ...], positions: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every angle, ``[half, positions]`` each, float32: what :func:`turned` computes."""
     with torch.inference_mode(False):
-        angle_FT = (
-            torch.arange(positions, dtype=torch.float32)[:, None] * torch.tensor(frequencies, dtype=torch.float32)
-        ).T
+        place_T1 = torch.arange(positions, dtype=torch.float32)[:, None]
+        angle_FT = (place_T1 * torch.tensor(frequencies, dtype=torch.float32)).T
         return angle_FT.cos().contiguous(), angle_FT.sin().contiguous()
 
 

@@ -206,9 +206,8 @@ class _Dynamic:
             return _fake(p_XS * scale_S1.T, probability)[0] @ (value_SD / scale_S1)
         values, v = kernels.quantize_activation(value_SD, operand)
         weights, p = kernels.quantize_activation(p_XS * v.scale.T, probability)
-        one = Affine(
-            torch.ones(1, 1, dtype=torch.float32, device=p_XS.device), None
-        )  # the values' scales are in the weights
+        # The values' scales are in the weights.
+        one = Affine(torch.ones(1, 1, dtype=torch.float32, device=p_XS.device), None)
         return kernels.integer_product(weights, probability, p, values.T, operand, one)
 
 
