@@ -34,7 +34,7 @@ from lowbit.generation.files import FORMAT, PROVENANCE, REPORT, as_table, read_t
 from lowbit.generation.tokens import ends_of, ids_of, tokenizer_sha256
 from lowbit.generation.writing import BATCH, check_length, check_sizes
 from lowbit.progress import Progress, silent
-from lowbit.rows import RowError, has_rows, lines_of, values_of
+from lowbit.rows import RowError, has_rows, lines_of, text_of, values_of
 from lowbit.stages.journal import Journal, OnOpen, settle, unheard
 from lowbit.surroundings import own_settings
 from lowbit.version import __version__
@@ -218,12 +218,9 @@ def _prompts_in(place: str | PathLike[str]) -> list[tuple[int, str | Messages]]:
     try:
         if column is not None or has_rows(path, content):
             return list(values_of(path, content, column))
+        lines = lines_of(text_of(path, content))
     except RowError as error:
         raise ValueError(f"{error}.") from error
-    try:
-        lines = lines_of(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}). Convert it, or pass a text file.") from None
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 

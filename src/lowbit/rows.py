@@ -1,4 +1,4 @@
-"""Texts in files of rows: JSON, JSON lines, CSV and parquet with a column of texts or of chat messages.
+"""Texts in files, and in files of rows: JSON, JSON lines, CSV and parquet with a column of texts or of chat messages.
 
 Not read by ``datasets``: it copies each file into its cache, and refuses mixed rows without saying which one is wrong.
 """
@@ -18,6 +18,22 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 
 class RowError(ValueError):
     """A file of rows that cannot be read, or has no column of texts; the message names the file."""
+
+
+def text_of(path: Path, content: bytes | None = None) -> str:
+    """The text of a UTF-8 file, without a byte-order mark.
+
+    Args:
+        path: names the file.
+        content: its bytes, where they are read already.
+
+    Raises:
+        RowError: other bytes than UTF-8.
+    """
+    try:
+        return (path.read_bytes() if content is None else content).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RowError(f"{path}: not UTF-8 text (byte {error.start}); convert it, or pass a text file") from None
 
 
 def lines_of(text: str) -> list[str]:
@@ -61,10 +77,7 @@ def values_of(path: Path, content: bytes, column: str | None) -> list[tuple[int,
     if suffix == ".parquet":
         rows = _parquet(path, content)
     else:
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise RowError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        text = text_of(path, content)
         rows = _csv(path, text) if suffix == ".csv" else _json(path, text, column)
     return _column(path, rows, column)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lowbit.generation import Strategy, is_generated
-from lowbit.rows import RowError, has_rows, texts_of
+from lowbit.rows import RowError, has_rows, text_of, texts_of
 
 Split = Literal["calibration", "evaluation"]
 
@@ -119,16 +119,13 @@ def _list_text(texts: Sequence[str]) -> Text:
 
 def _file_text(path: Path, column: str | None, tokenizer: Any) -> Text:
     content = path.read_bytes()  # bytes: read_text would rewrite line ends
-    if column is not None or has_rows(path, content):
-        try:
-            rows = texts_of(path, content, column, tokenizer)
-        except RowError as error:
-            raise TextError(f"{error}.") from error
-        return _rows_text(f"{path.name} ({len(rows)} rows)", rows)
     try:
-        return _text(path.name, content.decode("utf-8-sig"))  # a byte-order mark is no text
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path}: not UTF-8 text (byte {error.start}). Convert it, or pass a text file.") from None
+        if column is None and not has_rows(path, content):
+            return _text(path.name, text_of(path, content))
+        rows = texts_of(path, content, column, tokenizer)
+    except RowError as error:
+        raise TextError(f"{error}.") from error
+    return _rows_text(f"{path.name} ({len(rows)} rows)", rows)
 
 
 def _python_docs(split: Split) -> Text:

@@ -23,6 +23,7 @@ from lowbit.modules import KVSpec
 from lowbit.numerics import PerChannel, PerGroup
 from lowbit.recipes import Recipe, as_recipe, recipe
 from lowbit.recipes.files import Loader
+from lowbit.rows import text_of
 
 ORIGINAL = "original"
 """The label of the unquantized model."""
@@ -58,7 +59,7 @@ def read_grid(path: str | PathLike[str]) -> list[Row]:
     if not path.is_file():
         raise ValueError(f"no grid file {str(path)!r}")
     try:
-        entries = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        entries = yaml.load(text_of(path), Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(entries, list):

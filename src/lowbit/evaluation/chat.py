@@ -29,7 +29,7 @@ from lowbit.evaluation.generate import check_chat, prompt_ids
 from lowbit.evaluation.intervals import Interval, mean_and_interval
 from lowbit.numerics.divergence import score_tokens
 from lowbit.progress import Progress, silent
-from lowbit.rows import lines_of
+from lowbit.rows import lines_of, text_of
 
 GRAM = 4
 """Tokens of a passage whose repetition counts."""
@@ -92,14 +92,14 @@ def read_prompts(path: str | PathLike[str] | None = None) -> tuple[str, ...]:
     """One prompt a line; without a file, the ones that come along.
 
     Raises:
-        ValueError: no such file, or no prompt in it.
+        ValueError: no such file, one that is no text, or no prompt in it.
     """
     if path is None:
         text, path = files("lowbit.evaluation").joinpath("prompts.txt").read_text(encoding="utf-8"), "prompts.txt"
     elif not Path(path).expanduser().is_file():
         raise ValueError(f"no file of prompts {str(path)!r}: expected one prompt a line")
     else:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = text_of(Path(path).expanduser())
     prompts = tuple(line.strip() for line in lines_of(text) if line.strip())
     if not prompts:
         raise ValueError(f"{path}: no prompts; expected one a line")

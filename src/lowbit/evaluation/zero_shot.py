@@ -32,7 +32,7 @@ from lowbit.evaluation.last_word import last_word, last_word_metrics
 from lowbit.evaluation.likelihood import Likelihood, Request, likelihoods
 from lowbit.evaluation.paired import Metric, TaskScore, metric_of
 from lowbit.progress import Progress, silent
-from lowbit.rows import lines_of
+from lowbit.rows import lines_of, text_of
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,10 @@ def read_tasks(names: Iterable[str], directory: str | PathLike[str], limit: int 
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: ask for at least 1 item, or leave it out for all")
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "no such directory"
+        raise ValueError(f"{folder}: {what}; expected a directory that holds NAME.jsonl or NAME.txt for each task")
+    for path in sorted(folder.iterdir()):
         if path.suffix in (".jsonl", ".txt"):
             found.setdefault(path.stem, []).append(path)
     tasks = []
@@ -154,7 +157,7 @@ def score_task(model: PreTrainedModel, tokenizer: Any, task: Task, *, progress: 
 
 def _read(name: str, path: Path, limit: int | None) -> Task:
     """The task in ``path``. Its first row says the form of all."""
-    lines = [line for line in lines_of(path.read_text(encoding="utf-8")) if line.strip()][:limit]
+    lines = [line for line in lines_of(text_of(path)) if line.strip()][:limit]
     rows = [{"text": line} if path.suffix == ".txt" else _row(path, i, line) for i, line in enumerate(lines, start=1)]
     if not rows:
         raise ValueError(f"{path}: no items")

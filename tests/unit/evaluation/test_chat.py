@@ -77,6 +77,9 @@ def test_prompts_come_from_a_file_or_along(tmp_path, model):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="no prompts"):
         read_prompts(tmp_path / "empty.txt")
+    (tmp_path / "bytes.txt").write_bytes(b"one\n\xff")
+    with pytest.raises(ValueError, match=r"bytes.txt: not UTF-8 text \(byte 4\)"):
+        read_prompts(tmp_path / "bytes.txt")
     with pytest.raises(ValueError, match="no chat template"):
         compare_chat(model, model, char_tokenizer(), ["a"], 4)
 

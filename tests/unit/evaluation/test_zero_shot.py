@@ -131,6 +131,19 @@ def test_the_last_word_is_right_where_every_token_is_the_first_choice(model, tmp
         read_tasks(["short"], tmp_path)
 
 
+def test_what_holds_no_tasks_is_named_and_a_mark_of_byte_order_is_no_text(tmp_path):
+    (tmp_path / "bytes.jsonl").write_bytes(b"{}\xff")
+    with pytest.raises(ValueError, match=r"bytes.jsonl: not UTF-8 text \(byte 2\)"):
+        read_tasks(["bytes"], tmp_path)
+    with pytest.raises(ValueError, match=r"absent: no such directory; expected a directory that holds NAME\.jsonl"):
+        read_tasks(["bytes"], tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"bytes.jsonl: a file; expected a directory"):
+        read_tasks(["bytes"], tmp_path / "bytes.jsonl")
+    (tmp_path / "marked.jsonl").write_bytes(b'\xef\xbb\xbf{"query": "a", "choices": ["b", "c"], "gold": 1}')
+    (task,) = read_tasks(["marked"], tmp_path)
+    assert len(task.items) == 1
+
+
 def test_a_passage_is_one_line_of_the_file_whatever_characters_it_holds(tmp_path):
     (tmp_path / "lambada.txt").write_text("To be or\u2028not to be\nso it\x85 goes\n", encoding="utf-8")
     (task,) = read_tasks(["lambada"], tmp_path)
