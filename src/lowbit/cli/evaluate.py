@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 WINDOWS: dict[str, Any] = {"protocol": "gptq", "seq_len": 1024, "windows": 20}  # the help names these three too
 ANSWER_TOKENS, JUDGE = 128, "gpt-4"
+AFTER_BROKEN = "check its files or, if it was quantized, quantize it again with more bits or another method"
 EXAMPLE = (
     "Example: lowbit evaluate smollm2-w4 --against smollm2-135m --text python-docs --protocol gptq "
     "--seq-len 1024 --windows 20 --kv kivi:2 --retrieval 1024,4096 --json"
@@ -172,12 +173,11 @@ def command(
     if result is not None and result.broken:
         raise ValueError(
             f"the model is broken: {result.broken_tokens} of {result.tokens} predictions are NaN or infinite; "
-            "quantize it again with more bits or another method"
+            + AFTER_BROKEN
         )
     if broken := [f"{each.task} ({each.broken} of {each.items} items)" for each in scores if each.broken]:
         raise ValueError(
-            f"the model is broken: it gave NaN in {', '.join(broken)}, which count as wrong; quantize it again with more bits or "
-            "another method"
+            f"the model is broken: it gave NaN in {', '.join(broken)}, which count as wrong; {AFTER_BROKEN}"
         )
 
 

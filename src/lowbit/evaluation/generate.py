@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from lowbit.checkpoints.config import check_positions
 from lowbit.evaluation.forward import evaluating
@@ -40,7 +42,8 @@ def generate_text(
 
     Raises:
         ValueError: an empty prompt, one that leaves the model no position for an answer, messages for a tokenizer that
-            has no chat template or a template that refuses them, a temperature or `top_p` out of range.
+            has no chat template or a template that refuses them, a temperature or `top_p` out of range; a model whose logits
+            are NaN or infinite.
     """
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}: 0 is greedy, above 0 samples")
@@ -67,9 +70,20 @@ def generate_text(
             max_new_tokens=room,
             pad_token_id=pad,
             streamer=streamer,
+            logits_processor=LogitsProcessorList([_RefuseBroken()]),
             **sampling,
         )
     return tokenizer.decode(out_1T[0, length:], skip_special_tokens=True)
+
+
+class _RefuseBroken(LogitsProcessor):
+    """Refuses logits that are no numbers. ``argmax`` of NaN is the first token, which is special in many models, so that a
+    broken model would seem to say nothing."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not math.isfinite(scores.max()):  # NaN goes through max; -inf at single tokens forbids them
+            raise ValueError("the model's logits are NaN or infinite; it cannot write text")
+        return scores
 
 
 class _CallbackStreamer(TextStreamer):

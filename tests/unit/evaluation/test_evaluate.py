@@ -529,6 +529,15 @@ def test_sampling_follows_its_seed_and_leaves_the_callers_random_state():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_logits_are_nan_is_refused_instead_of_writing_nothing(temperature):
+    model, tokenizer = tiny_model(dtype=torch.float32, vocab_size=98), char_tokenizer()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="logits are NaN or infinite"):
+        generate_text(model, tokenizer, "the cat", 4, temperature=temperature)
+
+
 def test_chat_goes_through_the_template():
     model, tokenizer = tiny_model(dtype=torch.float32, vocab_size=98), char_tokenizer()
     hello = [{"role": "user", "content": "hello"}]
