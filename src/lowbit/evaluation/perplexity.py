@@ -29,6 +29,7 @@ from lowbit.evaluation.forward import evaluating, logits_of, protocol_name, voca
 from lowbit.evaluation.intervals import Interval, exp, mean_and_interval
 from lowbit.evaluation.reference import KeptOriginal
 from lowbit.evaluation.windows import Cut, Text, Window, cut
+from lowbit.modules import kv_formats
 from lowbit.numerics.divergence import score_tokens
 from lowbit.progress import Progress
 
@@ -135,12 +136,17 @@ def evaluate_model(
 
     Raises:
         ValueError: what `cut` raises, ids outside the vocabulary, a window longer than the model's positions, two
-            models with different vocabularies, an original whose own logits are not finite.
+            models with different vocabularies, an original whose own logits are not finite, a chunk for a model whose
+            cache is not quantized.
     """
     pieces = text if isinstance(text, Cut) else cut(text, tokenizer, protocol, seq_len, windows)
     original = against.model if isinstance(against, KeptOriginal) else against
     for judged in (model,) if original is None else (model, original):
         check_fits(judged, pieces)
+    if chunk is not None and not kv_formats(model):
+        raise ValueError(
+            f"chunk is {chunk}, and nothing quantizes this model's cache: name a method for caches (--kv kivi:2), or leave chunk out"
+        )
     total = len(pieces.windows)
     sums = []
     with evaluating(model, original):

@@ -67,6 +67,8 @@ def test_a_window_is_read_in_chunks_through_the_cache_the_first_one_too(model, m
     found = evaluate_model(packed, ids, None, "gptq", 200)
     assert found.protocol == f"gptq, through the cache, {text}"
     assert evaluate_model(packed, ids, None, "gptq", 200, chunk=7).protocol == "gptq, through the cache, chunks of 7"
+    with pytest.raises(ValueError, match="chunk is 7, and nothing quantizes this model's cache"):
+        evaluate_model(model, ids, None, "gptq", 200, chunk=7)
 
 
 @pytest.mark.parametrize(
