@@ -158,7 +158,11 @@ def _of_peft(load: Callable[[], Any], adapter: Path) -> _Models:
     before = {name: layer for name, layer in merged.get_base_model().named_modules() if isinstance(layer, QuantLinear)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "merging rounds an adapter")  # measured
+        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+        tied = merged.get_base_model().config.tie_word_embeddings
         merged: Any = merged.merge_and_unload()
+    # peft sees that a packed head and its embedding have buffers of their own, and takes them for untied
+    merged.config.tie_word_embeddings = tied
     layers = sum(layer not in before.values() for layer in merged.modules() if isinstance(layer, QuantLinear))
 
     @contextmanager

@@ -270,6 +270,20 @@ def test_a_merged_model_is_a_packed_checkpoint_and_the_loss_is_measured(tmp_path
         lowbit.merge_adapter(tmp_path / "q", tmp_path / "q", tmp_path / "m2", **asked)
 
 
+def test_a_packed_head_that_is_the_embedding_too_stays_tied_in_a_merged_model(tmp_path):
+    """peft compares the buffers of the two, which differ where both are packed."""
+    place = tiny_writer(tmp_path / "model", tie_word_embeddings=True)
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i % 97 + 8}" for i in range(3000)))
+    recipe = lowbit.recipe("rtn", bits=8, group_size=32).with_overrides([{"match": "embedding", "bits": 8}])
+    lowbit.quantize(place, recipe, None, out=tmp_path / "q")
+    model = peft.get_peft_model(lowbit.load(tmp_path / "q"), peft.LoraConfig(target_modules=["up_proj"]))
+    fill(model)
+    model.save_pretrained(tmp_path / "adapter")
+    asked = {"text": str(tmp_path / "text.txt"), "samples": 2, "seq_len": 20}
+    lowbit.merge_adapter(tmp_path / "q", tmp_path / "adapter", tmp_path / "merged", **asked)
+    assert lowbit.load(tmp_path / "merged").config.tie_word_embeddings
+
+
 @pytest.mark.parametrize("change", [{"skip": True}, {"bits": 8}])
 @pytest.mark.filterwarnings(
     "ignore:Model has `tie_word_embeddings=True`", "ignore:Model with `tie_word_embeddings=True`"
