@@ -26,7 +26,7 @@ def command(
 ) -> None:
     """Write a model that another tool quantized as a checkpoint of lowbit, bit for bit.
 
-    Every other command takes such a model as it is, and converts it into the cache. This one keeps the result.
+    Commands that run, measure or export a model take such a one as it is, and convert it into the cache. This one keeps the result.
     """
     import lowbit
 

@@ -25,6 +25,7 @@ from lowbit.checkpoints import native
 from lowbit.checkpoints.shards import read_json
 from lowbit.checkpoints.source import ModelSource, open_model
 from lowbit.checkpoints.target import check_target
+from lowbit.checkpoints.to_run import locate_to_run
 from lowbit.data import Bos, CalibrationText, calibration_of
 from lowbit.evaluation import output_error
 from lowbit.inspection.packed import look_at_packed
@@ -66,7 +67,7 @@ def inspect_model(
     """Runs a few windows of text through ``model``, block by block, and measures every linear and its input.
 
     Args:
-        model, bos, trust_remote_code: as for :func:`lowbit.quantize`; or a checkpoint of lowbit, whose inputs are seen as its packed
+        model, bos, trust_remote_code: as for :func:`lowbit.quantize`; or a directory of packed weights, of lowbit or another tool, whose inputs are seen as its packed
             weights read them, behind every transform. It is loaded whole, and its layers have no error.
         calibration: a text, ``self``, ids ``[N, T]`` or a Calibration.
         samples, seq_len: number of windows of a text, and tokens of each.
@@ -81,6 +82,11 @@ def inspect_model(
         out = check_target(Path(out).expanduser())
     source = open_model(model, trust_remote_code=trust_remote_code, allow_quantized=True)
     packed = native.is_native(read_json(source.path / "config.json"))
+    if not packed and source.quantization is not None:  # what another tool has packed runs as a checkpoint
+        path = locate_to_run(model, trust_remote_code=trust_remote_code)
+        if packed := native.is_native(read_json(path / "config.json")):
+            opened = open_model(path, trust_remote_code=trust_remote_code, allow_quantized=True)
+            source = dataclasses.replace(opened, name=source.name)
     if not packed:
         source = open_model(model, trust_remote_code=trust_remote_code)  # refuses what another tool has quantized
     text = calibration_of(source, calibration, samples, seq_len, bos)

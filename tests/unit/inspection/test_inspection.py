@@ -277,3 +277,13 @@ def test_smoothing_shows_in_what_packed_weights_read(planted, ids, found, tmp_pa
         ("before", row(found, "model.layers.0.attention_in")), ("after", row(after, "model.layers.0.attention_in"))
     )}  # fmt: skip
     assert ratio["after"] < ratio["before"] / 2
+
+
+def test_weights_that_another_tool_packed_are_inspected_as_the_checkpoint_that_they_make(planted, ids, tmp_path):
+    after = packed(planted, ids, tmp_path, lowbit.recipe("rtn", bits=8, group_size=32))
+    lowbit.export(tmp_path / "packed", "gptq", out=tmp_path / "theirs")
+    theirs = inspect_model(tmp_path / "theirs", ids)
+    assert theirs.model == "theirs" and all(each.error is None for each in theirs.rows)
+    assert row(theirs, "model.layers.1.mlp_hidden").largest == pytest.approx(
+        row(after, "model.layers.1.mlp_hidden").largest, rel=1e-5
+    )
