@@ -84,6 +84,10 @@ def export(
         model, skeleton = packed, skeleton_of(packed.config)
     elif file_format.holds_plain and not is_native(read_checkpoint(path).config):
         model, skeleton = _plain(open_model(path, trust_remote_code=trust_remote_code))
+    elif not is_native(read_checkpoint(path).config):
+        raise ValueError(
+            f"{checkpoint}: nothing is packed in it, and {file_format.title} holds packed models only; `lowbit quantize` packs a model"
+        )
     else:
         model = Native().read(path)
         source = open_model(path, trust_remote_code=trust_remote_code, allow_quantized=True)
@@ -95,7 +99,7 @@ def export(
     reason = file_format.why_not(model.description, biases, skeleton.config)
     reason = reason or file_format.why_not_files(beside, skeleton.config)
     if reason is not None:
-        raise ValueError(f"{path} cannot be written as {file_format.title}: {reason}")
+        raise ValueError(f"{checkpoint} cannot be written as {file_format.title}: {reason}")
     partial.mkdir(parents=True)
     try:
         file_format.write(model, partial)

@@ -136,7 +136,7 @@ def test_the_stream_gives_each_layer_whole_before_the_next_is_read(made, monkeyp
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(made, tmp_path):
     with pytest.raises(ValueError, match=r"unknown format 'natve' \(did you mean 'native'\?\)"):
         lowbit.export(made / "plain", "natve", out=tmp_path / "out")
-    with pytest.raises(ValueError, match="model: not quantized by lowbit"):
+    with pytest.raises(ValueError, match="model: nothing is packed in it, and native format holds packed models only"):
         lowbit.export(made / "model", out=tmp_path / "out")
     with pytest.raises(ValueError, match="no such directory"):
         lowbit.export(tmp_path / "nowhere", out=tmp_path / "out")
