@@ -30,7 +30,29 @@ def check_target(out: Path) -> Path:
             raise OutputError(
                 f"{out} is {what}, which cannot be replaced; choose a new directory in it: -o {out / 'NAME'}"
             )
+    _check_parent(out, "DIR")
+    return out
+
+
+def check_new_file(out: Path, suffixes: tuple[str, ...], what: str) -> None:
+    """Checks before any work that a file can be written, with the directories that lead to it.
+
+    Args:
+        out: the file.
+        suffixes: how its name may end.
+        what: the file's kind, with its article.
+
+    Raises:
+        OutputError: it exists, its name ends otherwise, or no directory can be made for it.
+    """
+    if out.exists():
+        raise OutputError(f"{out} exists; nothing is overwritten: remove it or choose another -o FILE")
+    if out.suffix not in suffixes:
+        raise OutputError(f"{out}: {what} ends in {' or '.join(suffixes)}")
+    _check_parent(out.resolve(), "FILE")
+
+
+def _check_parent(out: Path, what: str) -> None:
     parent = next(each for each in out.parents if each.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{out} cannot be made: {parent} cannot be written; choose another -o DIR")
-    return out
+        raise OutputError(f"{out} cannot be made: {parent} cannot be written; choose another -o {what}")

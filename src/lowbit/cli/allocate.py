@@ -68,8 +68,9 @@ def command(
     Sensitivity is Fisher information from one backward pass over the model, a block in memory at a time. What comes out is
     an ordinary recipe file, to read, to change and to quantize with. --bits is only what the result is compared with.
     """
-    if out.exists():
-        raise ValueError(f"{out} exists; choose another -o FILE.yaml, or remove it")
+    from lowbit.checkpoints.target import check_new_file
+
+    check_new_file(out, (".yaml", ".yml"), "a recipe file")
     limit = byte_count(ram_limit)
     chosen = choose_recipe(
         method,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowbit.checkpoints.imatrix import LEGACY, Imatrix, names_of, write_imatrix
 from lowbit.checkpoints.source import open_model
-from lowbit.checkpoints.target import OutputError
+from lowbit.checkpoints.target import check_new_file
 from lowbit.data import Bos, CalibrationText, calibration_of
 from lowbit.inspection.collect import original_blocks
 from lowbit.numerics import SquareSum
@@ -37,7 +37,8 @@ def importance_matrix(
     Args:
         model, bos, trust_remote_code: as for :func:`lowbit.quantize`.
         calibration: a text, ``self``, ids ``[N, T]`` or a Calibration.
-        out: the file to write, which must not exist: GGUF, or the older layout if it ends in ``.dat``.
+        out: the file to write, which must not exist: GGUF, or the older layout if it ends in ``.dat``. Directories that lead to
+            it are made.
         samples, seq_len: number of windows of a text, and tokens of each, which are the file's chunks.
         progress: called with finished blocks, all of them, and the current activity.
 
@@ -45,10 +46,7 @@ def importance_matrix(
         ValueError: a model without a GGUF file, a text that cannot be used, a file that exists or has another suffix.
     """
     out = Path(out).expanduser()
-    if out.exists():
-        raise OutputError(f"{out} exists; choose another file")
-    if out.suffix not in (".gguf", LEGACY):
-        raise OutputError(f"{out}: an importance matrix ends in .gguf, or in {LEGACY} for llama.cpp before 2025")
+    check_new_file(out, (".gguf", LEGACY), "an importance matrix of llama.cpp (since 2025, before it)")
     source = open_model(model, trust_remote_code=trust_remote_code)
     names = names_of(source.config)
     text = calibration_of(source, calibration, samples, seq_len, bos)
@@ -61,5 +59,6 @@ def importance_matrix(
                 entries[names(f"{state.full_name(path)}.weight")] = stats[shared.name][SquareSum()]
     chunks, chunk_size = text.ids.shape
     found = Imatrix(entries, (text.name,), chunks, chunk_size, source.name, source.fingerprint, text.warnings)
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_imatrix(found, out)
     return found

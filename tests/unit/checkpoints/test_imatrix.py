@@ -239,3 +239,10 @@ def test_a_target_that_exists_or_has_another_suffix_is_refused_before_the_model_
     for name in ("x.dat", "x.bin"):
         with pytest.raises(ValueError, match=name):
             importance_matrix(tmp_path / "no model", IDS, out=tmp_path / name)
+    with pytest.raises(ValueError, match=r"x.dat cannot be written; choose another -o FILE"):
+        importance_matrix(tmp_path / "no model", IDS, out=tmp_path / "x.dat" / "x.gguf")
+
+
+def test_directories_that_lead_to_the_file_are_made(model, tmp_path):
+    importance_matrix(model, IDS, out=tmp_path / "new" / "x.gguf")
+    assert (tmp_path / "new" / "x.gguf").stat().st_size > 0
