@@ -289,7 +289,10 @@ def _width(spec: Spec) -> int:
 
 def _at(spec: Spec, width: int) -> Spec:
     if "bits" not in {field.name for field in fields(spec.grid)}:  # pyright: ignore[reportArgumentType]
-        raise ValueError(f"there are no widths to choose from: the recipe has the grid {spec.grid}")
+        raise ValueError(
+            f"there are no widths to choose from: the recipe's weights are of the grid {type(spec.grid).__name__}, which has one width; "
+            "expected integers or another grid with bits"
+        )
     return replace(spec, grid=replace(spec.grid, bits=width))  # pyright: ignore[reportArgumentType]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoTokenizer
 
 from lowbit.checkpoints.locate import locate
-from lowbit.checkpoints.shards import ModelError
+from lowbit.checkpoints.shards import ModelError, read_json
 
 if TYPE_CHECKING:
     from lowbit.checkpoints.source import ModelSource
@@ -24,7 +24,13 @@ def load_tokenizer(model: ModelSource | str | PathLike[str], *, trust_remote_cod
     Raises ModelError when the model's directory has none.
     """
     if isinstance(model, str | PathLike):
-        return read_tokenizer(*locate(model, trust_remote_code=trust_remote_code), trust_remote_code)
+        name, path = locate(model, trust_remote_code=trust_remote_code)
+        config = path / "config.json"
+        if config.is_file():
+            read_json(config)  # its error says what is wrong; the tokenizer's would blame the tokenizer
+        elif not _has_tokenizer(path):
+            raise ModelError(f"{path}: no config.json; expected a model directory as save_pretrained writes it.")
+        return read_tokenizer(name, path, trust_remote_code)
     return read_tokenizer(model.name, model.path, trust_remote_code or model.trust_remote_code)
 
 
@@ -34,7 +40,7 @@ def read_tokenizer(name: str, path: Path, trust_remote_code: bool) -> Any:
     Raises ModelError where there is none, or it cannot be used.
     """
     # Asked without files, AutoTokenizer may make an empty tokenizer rather than fail.
-    if not any((path / file).is_file() for file in _FILES):
+    if not _has_tokenizer(path):
         raise ModelError(
             f"{name}: no tokenizer in {path} (none of {', '.join(_FILES)}). Copy the model's tokenizer files "
             "beside config.json."
@@ -44,3 +50,7 @@ def read_tokenizer(name: str, path: Path, trust_remote_code: bool) -> Any:
     except Exception as error:  # tokenizer backends raise errors of many types on damaged files
         needs = "" if importlib.util.find_spec("sentencepiece") else " It may need the package sentencepiece."
         raise ModelError(f"{name}: the tokenizer in {path} cannot be loaded ({error}).{needs}") from error
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return any((path / file).is_file() for file in _FILES)

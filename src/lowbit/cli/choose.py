@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 METHOD_PANEL = "What to do"
 _PER_CHANNEL = ("channel", "none", "-1")
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_FEW_BYTES = 10**6
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 MethodOption = Annotated[
@@ -146,6 +147,10 @@ def method_options(
     options = {key: value for key, value in given.items() if value is not None}
     if group_size is not None:
         options["group_size"] = None if group_size.lower() in _PER_CHANNEL else _scalar(group_size)
+        if type(options["group_size"]) not in (int, type(None)):
+            raise typer.BadParameter(
+                f"expected a number of weights, or channel; found {group_size!r}", param_hint="--group-size"
+            )
     return with_settings(options, settings, "--set")
 
 
@@ -271,10 +276,12 @@ def override(text: str) -> dict[str, Any]:
 
 
 def byte_count(text: str) -> int:
-    """``4GB`` (10^9), ``4GiB`` (2^30), ``512MB`` or plain bytes."""
+    """``4GB`` (10^9), ``4GiB`` (2^30), ``512MB`` or plain bytes, of which a few are refused: 4 is meant as 4GB."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
     if match is None:
         raise typer.BadParameter(f"expected a size such as 4GB or 512MiB, found {text!r}")
+    if match[2] is None and 0 < float(match[1]) < _FEW_BYTES:
+        raise typer.BadParameter(f"expected a size such as 4GB or 512MiB, found {text!r}, which would be bytes")
     return int(float(match[1]) * (_UNITS | _BINARY)[match[2] or ""])
 
 

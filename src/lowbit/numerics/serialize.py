@@ -169,7 +169,20 @@ def _check_fields(cls: type, items: Mapping[str, Any], path: str) -> None:
         try:
             _adapter(cls, name).validate_python((item,))
         except ValidationError as error:
-            raise ValueError(f"{path}.{name}: {error.errors()[0]['msg']}, found {item!r:.100}") from error
+            raise ValueError(f"{path}.{name}: {_expected(error.errors()[0])}, found {item!r:.100}") from error
+
+
+def _expected(error: Mapping[str, Any]) -> str:
+    """What a file should have had, in the words of YAML."""
+    match error["type"]:
+        case "tuple_type":
+            return "expected a list"
+        case "dict_type":
+            return "expected a mapping"
+        case "is_instance_of":
+            return f"expected the fields of {error['ctx']['class']} as a mapping"
+        case _:
+            return str(error["msg"])
 
 
 @cache

@@ -537,6 +537,14 @@ def test_an_absent_tokenizer_is_an_error(llama):
             load_tokenizer(model)
 
 
+def test_a_directory_that_holds_no_model_is_not_said_to_lack_a_tokenizer(llama, tmp_path):
+    with pytest.raises(ModelError, match=r"no config\.json; expected a model directory"):
+        load_tokenizer(tmp_path)
+    (llama / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json: not valid JSON"):
+        load_tokenizer(llama)
+
+
 def test_a_file_that_is_not_gguf_is_refused(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGML and more")
     with pytest.raises(ModelError, match="starts with b'GGML' instead of b'GGUF'"):

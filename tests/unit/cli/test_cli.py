@@ -812,6 +812,9 @@ def test_a_broken_result_is_refused_unless_allowed(place, tmp_path):
         ("quantize", "MODEL", "--method", "rtn", "--bits", "4", "--set", "bits=3", "-o", "OUT"),
         ("quantize", "MODEL", "--method", "rtn", "--override", "down", "-o", "OUT"),
         ("quantize", "MODEL", "--method", "rtn", "--ram-limit", "much", "-o", "OUT"),
+        ("quantize", "MODEL", "--method", "rtn", "--ram-limit", "8", "-o", "OUT"),
+        ("quantize", "MODEL", "--method", "rtn", "--group-size", "chanel", "-o", "OUT"),
+        ("recommend", "MODEL", "--memory", "4"),
         ("quantize", "MODEL", "--method", "rtn"),
         ("plan", "MODEL", "--method", "rtn", "--scheme", "W4A16", "--bits", "4"),
         ("plan", "MODEL", "--method", "rtn", "--scheme", "4x16"),
@@ -1019,6 +1022,11 @@ def test_allocate_writes_a_recipe_that_quantize_takes_and_keeps_to_the_budget(pl
     unused = run("allocate", place / "model", *asked[:5], "99", *asked[6:], "-o", tmp_path / "no.yaml")
     assert_refused(unused, "99.0 bits a weight were asked for", "this recipe takes 2.", " to 8.", "at most")
     assert not (tmp_path / "no.yaml").exists()
+    for name, words in (("recipe.txt", "a recipe file ends in .yaml"), ("mixed.yaml/no.yaml", "cannot be made")):
+        refused = run(
+            "allocate", tmp_path / "no-model", *asked, "-o", tmp_path / name
+        )  # before the model is looked for
+        assert_refused(refused, words)
 
 
 def test_a_recipe_of_many_rules_is_still_a_line():
