@@ -9,7 +9,7 @@ from math import isnan, prod
 import torch
 from torch import Tensor
 
-from lowbit.evaluation.forward import logits_of, through
+from lowbit.evaluation.forward import NOTHING_PACKED, logits_of, through
 from lowbit.job import Job, asked_bits
 from lowbit.modules import restore
 from lowbit.numerics.divergence import kl_and_agreement
@@ -76,6 +76,7 @@ def judge(job: Job, running: Run, kl: float | None, agreement: float | None, max
     promised = sum(prod(block.shapes[path]) for block in job.plan.blocks for path in block.formats)
     notes = {note for block in walk.records for note in block.notes}
     notes |= {f"{layer.name}: {note}" for layer in layers for note in layer.notes}
+    measured_on = _measured_on(job, running)
     report = QuantizeReport(
         out=None,
         recipe=job.recipe,
@@ -87,7 +88,7 @@ def judge(job: Job, running: Run, kl: float | None, agreement: float | None, max
         source_bytes=job.source_bytes,
         kl=kl,
         top1_agreement=agreement,
-        measured_on=_measured_on(job, running),
+        measured_on=measured_on,
         cache_bits=cache_bits(job.source.config, running.description.cache),
         coverage=weights / max(1, job.plan.matrices),
         outside_cost=running.rest.cost if running.rest.packs else None,
@@ -96,6 +97,7 @@ def judge(job: Job, running: Run, kl: float | None, agreement: float | None, max
             *job.warnings,
             *beyond_asked(bits, asked_bits(job.plan)),
             *_outside_note(running.rest),
+            *_cache_note(measured_on),
             *grouped(sorted(notes), {block.name for block in walk.records}),
         ),
         generated_text=None if job.calibration is None else job.calibration.quality,
@@ -116,12 +118,21 @@ def _measured_on(job: Job, running: Run) -> str:
     if walk.ids is None:
         return "nothing"
     read = f", {through(cache, longest=walk.ids.shape[1])}" if cache else ""
-    windows = f"{len(walk.watched)} windows of {walk.ids.shape[1]} tokens{read}"
+    windows = f"{len(walk.watched)} windows of {walk.ids.shape[1]} tokens"
     if walk.measured.step > 1:
         windows = f"every {_ORDINALS[walk.measured.step]} token of {windows}"
     if job.calibration is None:
-        return f"{windows} drawn from the vocabulary"
-    return f"{windows} of {job.calibration.name}, {'held out from' if walk.held_out else 'also used for'} calibration"
+        return f"{windows} drawn from the vocabulary{read}"
+    return f"{windows} of {job.calibration.name}, {'held out from' if walk.held_out else 'also used for'} calibration{read}"
+
+
+def _cache_note(measured_on: str) -> list[str]:
+    if NOTHING_PACKED not in measured_on:
+        return []
+    return [
+        "KL and agreement tell nothing of the quantized cache: the run's windows are too short for it; measure it by "
+        "lowbit evaluate DIR --text TEXT --against MODEL"
+    ]
 
 
 def _outside_note(rest: Rest) -> list[str]:

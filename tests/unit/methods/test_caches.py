@@ -71,6 +71,16 @@ def test_the_recipe_that_comes_along_packs_weights_and_cache(tmp_path):
     assert "through the cache" in report.measured_on
 
 
+@pytest.mark.parametrize("ids", [random_ids(2, 64), None], ids=["short windows", "drawn tokens"])
+def test_a_run_whose_windows_read_nothing_packed_warns_that_its_figures_tell_nothing(tmp_path, ids):
+    model = tiny_llama(tmp_path / "model")
+    report = lowbit.quantize(model, recipe("kivi", bits=2), ids, out=tmp_path / "out")
+    assert report.kl == 0 and "of which nothing was read packed" in report.measured_on
+    assert any("KL and agreement tell nothing of the quantized cache" in text for text in report.warnings)
+    long = lowbit.quantize(model, recipe("kivi", bits=2), random_ids(2, 200), out=tmp_path / "long", max_kl=50)
+    assert long.kl > 0 and not any("tell nothing" in text for text in long.warnings)
+
+
 def test_a_file_gives_a_mix_or_a_method_another_cache(tmp_path):
     file = tmp_path / "mine.yaml"
     side = "{grid: {type: Int, bits: 4}, granularity: {type: PerToken}}"
