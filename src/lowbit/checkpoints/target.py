@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+_FILES = (".gguf", ".safetensors")
+"""Endings of files that lie in a directory."""
+
 
 class OutputError(ValueError):
     """The target cannot be used as given; the message says what was found and what to do."""
@@ -14,10 +17,12 @@ def check_target(out: Path) -> Path:
     """The directory that ``out`` names, links resolved.
 
     Raises:
-        OutputError: it exists and is not an empty directory; or it is one that cannot be replaced by a finished directory
+        OutputError: it is named as a file; it exists and is not an empty directory; or it is one that cannot be replaced by a finished directory
             (a mount, the current directory, a parent that cannot be written).
     """
     out = out.resolve()
+    if out.suffix in _FILES:
+        raise OutputError(f"{out}: -o names a directory, in which the files are written; leave out {out.suffix}")
     if out.is_file():
         raise OutputError(f"{out} is a file; choose a directory with -o DIR")
     if out.is_dir():

@@ -321,6 +321,8 @@ def test_a_target_that_cannot_be_replaced_is_refused_and_a_link_is_followed(tmp_
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(OutputError, match=r"out cannot be made: .* cannot be written"):
         check_target(tmp_path / "deep" / "out")
+    with pytest.raises(OutputError, match=r"-o names a directory, in which the files are written; leave out \.gguf"):
+        check_target(tmp_path / "model.gguf")
 
 
 def test_a_target_that_is_in_use_is_refused_before_any_work(tmp_path):
