@@ -123,6 +123,7 @@ def _show(result: GeneratedData, model: str) -> None:
     table.add_row("mean probability of the tokens", common.number(quality.confidence, ".3f"))
     common.show_table(table)
     common.warn(result.warnings)
-    made = f"{result.new_tokens} tokens in {common.duration(result.seconds)} ({result.tokens_per_second:.0f} a second)."
+    new, taken = result.new_tokens, common.duration(result.seconds)
+    made = f"{quality.tokens} tokens, {new} of them by the model in {taken} ({result.tokens_per_second:.0f} a second)."
     place = shlex.quote(str(result.out))
     typer.echo(f"{made} Next: lowbit quantize {shlex.quote(model)} --method gptq --calibration {place} -o DIR")
