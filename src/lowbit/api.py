@@ -106,8 +106,12 @@ def kv_cache(model: Any, method: str | KVSpec | None = None, **options: Any) -> 
 
     Raises:
         ValueError: no such method or option, one that does not say how a cache is held, a model without layers of full
-            attention, or one that does not carry the calibration that the cache needs.
+            attention, or one that does not carry the calibration that the cache needs; a place instead of a model.
     """
+    if isinstance(model, str | PathLike):
+        raise ValueError(
+            f"expected a transformers model or its configuration, found {str(model)!r}; lowbit.load loads it"
+        )
     own = kv_formats(model)
     if method is None and own and not options:
         return packed_cache(model, own.kv, own.overrides)

@@ -180,7 +180,8 @@ def _expected(error: Mapping[str, Any]) -> str:
         case "dict_type":
             return "expected a mapping"
         case "is_instance_of":
-            return f"expected the fields of {error['ctx']['class']} as a mapping"
+            plain = isinstance(error["input"], str | int | float | tuple | None)
+            return f"expected {error['ctx']['class']}" + (", its fields as a mapping" if plain else "")
         case _:
             return str(error["msg"])
 

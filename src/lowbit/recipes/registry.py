@@ -38,9 +38,13 @@ class Method:
         Raises:
             ValueError: an unknown option, with the nearest known one, or a value of the wrong type.
         """
-        for key in options:
+        for key, value in options.items():
             if key not in self.options:
                 raise ValueError(f"method {self.name!r} has no option {key!r}{nearest(key, list(self.options))}")
+            # pydantic takes True for 1, and YAML reads yes and on as True
+            if isinstance(value, bool) and "bool" not in str(self.options[key].annotation):
+                expected = inspect.formatannotation(self.options[key].annotation)
+                raise ValueError(f"method {self.name!r}: {key} is {value}, expected {expected}")
         try:
             return self.build(**options)
         except ValidationError as error:

@@ -345,7 +345,9 @@ def test_bits_of_a_format_are_those_of_its_buffers(spec):
 # ---- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_models_without_full_attention_are_refused():
+def test_models_without_full_attention_and_places_of_models_are_refused():
+    with pytest.raises(ValueError, match="expected a transformers model or its configuration, found 'place'"):
+        lowbit.kv_cache("place", "kivi")
     with pytest.raises(ValueError, match="no layers of full attention"):
         lowbit.kv_cache(MistralConfig(num_hidden_layers=2, sliding_window=8), "kivi")
 

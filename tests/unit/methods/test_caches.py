@@ -54,10 +54,11 @@ def test_an_option_of_a_mix_can_be_said_of_its_cache_alone():
         ("gptq+kivi", {"kv_recnt": 3}, "none of the methods in 'gptq.kivi' has an option 'kv_recnt'.*kv_recent"),
         ("gptq+awq", {"kv_bits": 3}, "has an option 'kv_bits'"),
         ("gptq", {"kv_bits": 3}, "has no option 'kv_bits'"),
+        ("gptq", {"bits": True}, "'gptq': bits is True, expected int"),
         ("kivi", {"bits": 2, "kv_bits": 3}, "has the option 'bits' once; found it and kv_bits"),
     ],
 )
-def test_an_option_that_no_cache_has_is_refused(name, options, message):
+def test_an_option_that_no_method_has_or_of_another_type_is_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         recipe(name, **options)
 

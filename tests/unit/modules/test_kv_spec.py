@@ -95,7 +95,7 @@ def test_a_mistake_in_a_file_is_named_with_its_place():
     data = {"method": "gptq", "kv": {"key": to_dict(TOKENS), "value": to_dict(TOKENS), "recent": "all"}}
     with pytest.raises(ValueError, match=r"kv\.KVSpec\.recent: .*integer, found 'all'"):
         from_plain(data)
-    with pytest.raises(ValueError, match=r"kv: expected the fields of KVSpec as a mapping, found 'kivi:2'"):
+    with pytest.raises(ValueError, match=r"kv: expected KVSpec, its fields as a mapping, found 'kivi:2'"):
         from_plain(data | {"kv": "kivi:2"})
     with pytest.raises(ValueError, match=r"options: expected a mapping, found None"):
         from_plain({"method": "gptq", "options": None})

@@ -283,8 +283,11 @@ def test_a_name_that_is_neither_method_nor_recipe_is_answered_with_both_lists():
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ({"type": "Set", "rule": {"type": "Smooth"}, "at": "norm_*"}, r"Set.at: .*tuple, found 'norm_\*'"),
-        ({"type": "Set", "rule": {"type": "MinMax"}, "at": ["norm_*"]}, "Set.rule: .*instance of TransformRule"),
+        ({"type": "Set", "rule": {"type": "Smooth"}, "at": "norm_*"}, r"Set.at: expected a list, found 'norm_\*'"),
+        (
+            {"type": "Set", "rule": {"type": "MinMax"}, "at": ["norm_*"]},
+            r"Set.rule: expected TransformRule, found MinMax\(\)",
+        ),
         (
             {"type": "Set", "rule": {"type": "Smooth", "alpha": "high"}, "at": ["norm_*"]},
             "Set.rule.Smooth.alpha: .*number, found 'high'",
