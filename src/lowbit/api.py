@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -189,8 +190,9 @@ def evaluate(
     )
     if where is None:
         return result
-    path = locate_to_run(where, trust_remote_code=trust_remote_code)
-    bits, size = native.model_bits_per_weight(path), directory_bytes(path).weights
+    path, given = locate_to_run(where, trust_remote_code=trust_remote_code), Path(where).expanduser()
+    # What another tool packed runs from a copy; the user has the files of that tool.
+    bits, size = native.model_bits_per_weight(path), directory_bytes(given if given.exists() else path).weights
     return dataclasses.replace(result, model_bits_per_weight=bits, bytes=size)
 
 

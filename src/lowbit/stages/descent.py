@@ -277,13 +277,13 @@ class _Loop:
         for leaf, value in zip(self.leaves, self.best.leaves, strict=True):
             leaf.copy_(value)
         unseen = f"with a {self.judged} of {self.best.value:.4f} on windows that it was not trained on"
-        kept = f"training kept step {self.best.step} of {len(self.steps)}, {unseen}"
         if self.best.step == 0:
-            kept = (
+            notes.append(
                 f"training made nothing better ({self.measured:.4f} when it ended), and what it started from is kept, {unseen}: use "
                 "a smaller lr or more tokens"
             )
-        notes.append(kept)
+        elif self.best.step < len(self.steps):
+            notes.append(f"training kept step {self.best.step} of {len(self.steps)}, {unseen}")
         return notes
 
     # State

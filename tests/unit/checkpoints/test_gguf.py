@@ -169,6 +169,13 @@ def test_a_packed_embedding_that_is_the_head_too_is_stored_once_and_stays_packed
         assert torch.equal(layer.dequantize(), layers_of(after)[name].dequantize()), name
 
 
+def test_an_evaluation_counts_the_bytes_of_the_file_itself(tmp_path):
+    lowbit.export(quantized(tmp_path, group_size=32, symmetric=True), "gguf", out=tmp_path / "out")
+    ids = random_ids(1, 32, seed=3)
+    for place in (tmp_path / "out", tmp_path / "out" / FILE):
+        assert lowbit.evaluate(place, ids, seq_len=32, windows=1).bytes == (tmp_path / "out" / FILE).stat().st_size
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("option", "dtype"), [("f32", torch.float32), ("f16", torch.float16), ("bf16", torch.bfloat16)]

@@ -120,7 +120,7 @@ def test_a_training_lowers_the_divergence_on_windows_it_never_saw(place, tmp_pat
     assert [row["tokens"] for row in course] == [32 * step for step in range(9)]
     measured = [row["held_out_kl"] for row in course if row["held_out_kl"] is not None]
     assert len(measured) == 5 and measured[-1] < 0.7 * measured[0]
-    assert any(f"a KL of {min(measured):.4f}" in note for note in notes)
+    assert measured[-1] == min(measured) and notes == []  # nothing out of the ordinary
     assert course[0]["loss"] is None and all(row["loss"] > 0 for row in course[1:])
 
 
@@ -209,6 +209,14 @@ def test_the_best_state_is_kept_and_a_training_that_gets_no_better_stops(place, 
     assert min(row["held_out_kl"] for row in course) == course[0]["held_out_kl"]
     assert len(course) == 4 and any("stopped at step 3 of 32" in note for note in notes)
     assert_equal(trained(work.model), before)
+
+
+def test_a_state_before_the_last_that_is_kept_is_named_with_what_it_reached(place, tmp_path):
+    work = replace(setup(place, lr=0.3, epochs=8, measures=32, schedule=Cosine(floor=1.0)), curve=curve_in(tmp_path))
+    notes = work.run()
+    measured = [row["held_out_kl"] for row in rows(tmp_path)]
+    best = measured.index(min(measured))
+    assert 0 < best < 32 and [note for note in notes if f"kept step {best} of 32, with a KL of {min(measured):.4f}" in note]
 
 
 def test_without_held_out_text_the_last_state_is_kept(place):
