@@ -119,11 +119,8 @@ class _Loop:
         self.optimizer = self.stage.optimizer.make(parameters.groups, self.stage.lr)
         self.schedule = self.stage.schedule.make(self.optimizer, len(steps))
         self.best, self.measured = _Best(), math.nan
-        self.done, self.seen, self.lr = (
-            0,
-            0,
-            self.optimizer.param_groups[0]["lr"],
-        )  # steps, windows, rate of the last step
+        self.done, self.seen = 0, 0  # steps, windows
+        self.lr = self.optimizer.param_groups[0]["lr"]  # of the last step
         self._windows, self._saved_at, self._before = sum(map(len, steps)), time.monotonic(), 0.0
         self.judged = "KL" if self.stage.judge == "original" else self.stage.objective.name
         measured = self.stage.measurements if descent.held_out is not None else 0
