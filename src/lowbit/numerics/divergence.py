@@ -4,7 +4,8 @@ The logits of one window can take hundreds of megabytes, and the plain formula m
 Here a window is processed in chunks of tokens, so only a few chunks are held in addition to the models' logits. Rows do
 not depend on each other, so the chunk size changes no result.
 
-log_softmax runs in float32 (float64 for float64 logits); sums over the vocabulary and all later steps run in float64.
+Logarithms of probabilities are float32 (float64 for float64 logits); sums over the vocabulary and all later steps are float64.
+Compiled code compares chunks on the CPU where it can, with the same results but for the last bits.
 
 Shape suffixes: T token, C a chunk of tokens, V vocabulary.
 """
@@ -15,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lowbit.numerics.compiled_divergence import compare
 
 CHUNK_TOKENS = 32
 
@@ -53,13 +56,21 @@ def score_tokens(
     nll_T, kl_T, reference_nll_T = logits_TV.new_empty(3, len(targets_T), dtype=torch.float64)
     agree_T = torch.empty_like(nll_T, dtype=torch.bool)
     for rows in _chunks(len(targets_T), chunk):
-        logq_CV = _log_softmax(logits_TV[rows])
-        nll_T[rows] = -logq_CV.gather(1, targets_T1[rows]).squeeze(1)
+        q_CV = _wide(logits_TV[rows])
+        p_CV = q_CV if reference_TV is None else _wide(reference_TV[rows].to(q_CV.device))
+        targets_C1 = targets_T1[rows]
+        compared = compare(p_CV, q_CV)
+        if compared is not None:
+            nll_T[rows] = compared.log_q - q_CV.gather(1, targets_C1).squeeze(1)
+            reference_nll_T[rows] = compared.log_p - p_CV.gather(1, targets_C1).squeeze(1)
+            kl_T[rows], agree_T[rows] = compared.kl, compared.agree
+            continue
+        logq_CV = q_CV.log_softmax(-1)
+        nll_T[rows] = -logq_CV.gather(1, targets_C1).squeeze(1)
         if reference_TV is not None:
-            reference_CV = reference_TV[rows].to(logits_TV.device)
-            logp_CV = _log_softmax(reference_CV)
-            reference_nll_T[rows] = -logp_CV.gather(1, targets_T1[rows]).squeeze(1)
-            kl_T[rows], agree_T[rows] = _compare(logp_CV, logq_CV, reference_CV, logits_TV[rows])
+            logp_CV = p_CV.log_softmax(-1)
+            reference_nll_T[rows] = -logp_CV.gather(1, targets_C1).squeeze(1)
+            kl_T[rows], agree_T[rows] = _compare(logp_CV, logq_CV, p_CV, q_CV)
     return TokenScores(nll_T) if reference_TV is None else TokenScores(nll_T, kl_T, agree_T, reference_nll_T)
 
 
@@ -88,8 +99,12 @@ def kl_and_agreement(logits_p: Tensor, logits_q: Tensor, *, chunk: int = CHUNK_T
     kl_T = logits_q.new_empty(len(logits_q), dtype=torch.float64)
     agree_T = torch.empty_like(kl_T, dtype=torch.bool)
     for rows in _chunks(len(logits_q), chunk):
-        p_CV, q_CV = logits_p[rows].to(logits_q.device), logits_q[rows]
-        kl_T[rows], agree_T[rows] = _compare(_log_softmax(p_CV), _log_softmax(q_CV), p_CV, q_CV)
+        p_CV, q_CV = _wide(logits_p[rows].to(logits_q.device)), _wide(logits_q[rows])
+        compared = compare(p_CV, q_CV)
+        if compared is not None:
+            kl_T[rows], agree_T[rows] = compared.kl, compared.agree
+        else:
+            kl_T[rows], agree_T[rows] = _compare(p_CV.log_softmax(-1), q_CV.log_softmax(-1), p_CV, q_CV)
     return kl_T, agree_T
 
 
@@ -105,8 +120,8 @@ def _compare(logp_CV: Tensor, logq_CV: Tensor, p_CV: Tensor, q_CV: Tensor) -> tu
     return kl_C, (p_CV.argmax(-1) == q_CV.argmax(-1)) & ~kl_C.isnan()
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _chunks(length: int, chunk: int) -> list[slice]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.numerics import serializable
+from lowbit.numerics.compiled_divergence import compare
 
 
 class Answer(NamedTuple):
@@ -124,6 +125,24 @@ def divergence(logits_TV: Tensor, target_TV: Tensor, reverse: float = 0.0) -> Te
 _PIECE = 1 << 20  # logits that are worked on at once: they stay in cache
 
 
+def _piece(p_NV: Tensor, q_NV: Tensor, reverse: float, gradient_NV: Tensor | None, weight: float) -> Tensor | float:
+    """The sum over tokens of the divergence; fills ``gradient_NV`` with ``weight`` times its gradient for ``q``."""
+    compared = compare(p_NV, q_NV, reverse, gradient_NV, weight)
+    if compared is not None:
+        return ((1 - reverse) * compared.kl + reverse * compared.reverse_kl).sum() if reverse else compared.kl.sum()
+    logp_NV, logq_NV = p_NV.log_softmax(-1), q_NV.log_softmax(-1)
+    p_NV, q_NV, apart_NV = logp_NV.exp(), logq_NV.exp(), logp_NV.sub_(logq_NV)
+    value = (1 - reverse) * torch.linalg.vecdot(p_NV, apart_NV).sum()
+    grad_NV = q_NV.sub(p_NV).mul_(1 - reverse)
+    if reverse:
+        reverse_N = -torch.linalg.vecdot(q_NV, apart_NV)
+        value = value + reverse * reverse_N.sum()
+        grad_NV.sub_(q_NV.mul_(apart_NV.add_(reverse_N[:, None])), alpha=reverse)
+    if gradient_NV is not None:
+        torch.mul(grad_NV, weight, out=gradient_NV)
+    return value
+
+
 class _Divergence(torch.autograd.Function):
     """The divergence and its gradient in one pass over pieces of the tokens: nothing of the size of the logits is made but the
     gradient, in their dtype."""
@@ -137,20 +156,11 @@ class _Divergence(torch.autograd.Function):
         with torch.autocast(logits_TV.device.type, enabled=False):  # which takes dot products in bfloat16
             for first in range(0, tokens, size):
                 rows = slice(first, first + size)
-                logq_NV = logits_TV[rows].float().log_softmax(-1)
-                logp_NV = target_TV[rows].float().log_softmax(-1)
-                p_NV, grad_NV = logp_NV.exp(), None
-                apart_NV = logp_NV.sub_(logq_NV)
-                value += (1 - reverse) * torch.linalg.vecdot(p_NV, apart_NV).sum()
-                q_NV = logq_NV.exp_()
-                if reverse:
-                    reverse_N = -torch.linalg.vecdot(q_NV, apart_NV)
-                    value += reverse * reverse_N.sum()
-                    grad_NV = q_NV * (apart_NV + reverse_N[:, None]) * -reverse
-                if grad_TV is not None:
-                    forward_NV = q_NV.sub_(p_NV)
-                    grad_NV = forward_NV if grad_NV is None else grad_NV.add_(forward_NV, alpha=1 - reverse)
-                    grad_TV[rows] = grad_NV.div_(tokens)
+                p_NV, q_NV = target_TV[rows].float(), logits_TV[rows].float()
+                piece_NV = None if grad_TV is None else torch.empty_like(q_NV)
+                value += _piece(p_NV, q_NV, reverse, piece_NV, 1 / tokens)
+                if grad_TV is not None and piece_NV is not None:
+                    grad_TV[rows] = piece_NV
         ctx.save_for_backward(grad_TV)
         return value / tokens
 

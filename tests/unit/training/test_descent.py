@@ -216,7 +216,9 @@ def test_a_state_before_the_last_that_is_kept_is_named_with_what_it_reached(plac
     notes = work.run()
     measured = [row["held_out_kl"] for row in rows(tmp_path)]
     best = measured.index(min(measured))
-    assert 0 < best < 32 and [note for note in notes if f"kept step {best} of 32, with a KL of {min(measured):.4f}" in note]
+    assert 0 < best < 32 and [
+        note for note in notes if f"kept step {best} of 32, with a KL of {min(measured):.4f}" in note
+    ]
 
 
 def test_without_held_out_text_the_last_state_is_kept(place):

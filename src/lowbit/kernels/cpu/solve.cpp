@@ -134,6 +134,15 @@ void extremes_backward(const std::string& isa, uintptr_t x, int64_t granules, in
   });
 }
 
+// See Compare; size is not 0.
+void compare(const std::string& isa, uintptr_t p, uintptr_t q, int64_t rows, int64_t size, uintptr_t found, uintptr_t same,
+             uintptr_t gradient, float reverse, float weight, int threads) {
+  const SolveKernels* k = called(isa)->solve;
+  nb::gil_scoped_release release;
+  const Compare c{at<float>(p), at<float>(q), rows, size, at<double>(found), at<uint8_t>(same), at<float>(gradient), reverse, weight};
+  by_granule(rows, size, threads, [&](int64_t i) { k->compare(c, i); });
+}
+
 }  // namespace
 
 void bind_solve(nb::module_& m, const Kernels* (*kernels_called)(const std::string&), Loop loop) {
@@ -146,6 +155,7 @@ void bind_solve(nb::module_& m, const Kernels* (*kernels_called)(const std::stri
   m.def("fake_backward", &fake_backward);
   m.def("extremes", &extremes);
   m.def("extremes_backward", &extremes_backward);
+  m.def("compare", &compare);
 }
 
 }  // namespace lowbit

@@ -1,5 +1,5 @@
-// What quantizing a model needs of an instruction set: the range of a grid that loses least, and the rounding of one column
-// after another. Matrices of a solver are column-major: [columns, rows], and lanes are rows.
+// What quantizing a model needs of an instruction set: the range of a grid that loses least, the rounding of one column after
+// another, and how far two models' distributions are apart. Matrices of a solver are column-major: [columns, rows], and lanes are rows.
 #pragma once
 
 #include <cstdint>
@@ -75,6 +75,18 @@ struct Fake {
   float* of_zero;
 };
 
+// Rows of logits of an original, p, and of a model, q, as distributions.
+struct Compare {
+  const float *p, *q;       // [rows, size]
+  int64_t rows, size;
+  double* found;            // [rows, COMPARED]: KL(p || q), KL(q || p), the logarithms of the sums of exponentials of p and of q
+  uint8_t* same;            // [rows]: whether the same token is the likeliest
+  float* gradient;          // null, or [rows, size]: of weight * (reverse KL(q || p) + (1 - reverse) KL(p || q)), for q
+  float reverse, weight;
+};
+
+constexpr int64_t COMPARED = 4;
+
 constexpr int64_t SUMMED = 512;  // gradients of a granule between two looks at the sums
 
 constexpr int64_t STRIP = 64;  // rows that go through all columns together
@@ -87,6 +99,7 @@ struct SolveKernels {
   void (*fake_backward)(const Fake&, int64_t granule);
   void (*extremes)(const float* x, int64_t n, float* lo, float* hi);
   void (*extremes_backward)(const float* x, int64_t n, float lo, float hi, float of_lo, float of_hi, float* of_x);
+  void (*compare)(const Compare&, int64_t row);
 };
 
 inline int64_t columns_room(const Columns& c) { return (c.columns + c.grid.count) * STRIP; }

@@ -311,4 +311,6 @@ static bool columns(const Columns& c, int64_t strip, float* room) {
 
 #include "fake.inl"
 
-static constexpr SolveKernels solve_kernels{search, columns, fake_forward, fake_backward, extremes, extremes_backward};
+#include "divergence.inl"
+
+static constexpr SolveKernels solve_kernels{search, columns, fake_forward, fake_backward, extremes, extremes_backward, compare};
