@@ -19,7 +19,7 @@ from lowbit.checkpoints import native
 from lowbit.checkpoints.export import ExportReport, export
 from lowbit.checkpoints.original import OriginalWarning, check_original, original_doubts, other_model
 from lowbit.checkpoints.to_run import locate_to_run
-from lowbit.checkpoints.tokenizer import load_tokenizer
+from lowbit.checkpoints.to_run import tokenizer_to_run as load_tokenizer
 from lowbit.decoding import use_cache
 from lowbit.decoding.packed_cache import packed_cache, uncalibrated
 from lowbit.evaluation import (

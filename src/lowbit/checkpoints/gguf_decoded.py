@@ -6,29 +6,29 @@ import json
 import shutil
 from pathlib import Path
 
-from gguf import GGUFReader
-
 from lowbit.checkpoints.formats.gguf import Gguf
+from lowbit.checkpoints.formats.gguf_reading import opened
 from lowbit.checkpoints.formats.gguf_writing import CONFIG_KEY
 from lowbit.checkpoints.native.writing import ShardWriter
-from lowbit.checkpoints.packed_model import PackedLayer
-from lowbit.checkpoints.shards import INDEX, read_shard_header
+from lowbit.checkpoints.packed_model import PackedLayer, PackedModel
+from lowbit.checkpoints.shards import INDEX, ModelError, read_shard_header
 from lowbit.kernels import decode_packed
 
 _SHARD = 2**30  # bytes
 
 
-def is_own(file: Path) -> bool:
-    """Whether lowbit wrote a GGUF file, which then says its config."""
+def own_model(file: Path) -> PackedModel | None:
+    """The model of a GGUF file that lowbit wrote, which then says its config; None for another file. Raises ModelError as
+    :meth:`Gguf.read`."""
     try:
-        return GGUFReader(file).get_field(CONFIG_KEY) is not None
-    except Exception:  # it raises whatever damaged bytes lead it to, and the other reader says what is wrong
-        return False
+        reader = opened(file)
+    except ModelError:  # the other reader says what is wrong
+        return None
+    return Gguf().model_of(file, reader) if reader.get_field(CONFIG_KEY) is not None else None
 
 
-def write_decoded(file: Path, directory: Path) -> None:
-    """Writes the model of ``file``, one tensor at a time, into the new ``directory``. Raises ModelError as :meth:`Gguf.read`."""
-    model = Gguf().read(file)
+def write_decoded(model: PackedModel, directory: Path) -> None:
+    """Writes ``model``, one tensor at a time, into the new ``directory``."""
     directory.mkdir(parents=True)
     writer = ShardWriter(directory, _SHARD)
     for part in model.parts():

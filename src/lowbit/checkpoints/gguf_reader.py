@@ -92,7 +92,18 @@ def converted(file: Path, kind: str, convert: Callable[[Path, Path], None]) -> P
         ModelError: not a GGUF file, or the cache cannot be written; and what ``convert`` raises.
     """
     _check_magic(file)
-    return cached(file, f"{file.stem}-{kind}{_identity(file)}", lambda directory: convert(file, directory))
+    return cached(file, _place(file, kind).name, lambda directory: convert(file, directory))
+
+
+def _place(file: Path, kind: str) -> Path:
+    return cache_directory() / "gguf" / f"{file.stem}-{kind}{_identity(file)}"
+
+
+def conversion_of(file: Path, kind: str) -> Path | None:
+    """What :func:`converted` made of a GGUF file before; None if it has not yet. Raises ModelError for what is no GGUF file."""
+    _check_magic(file)
+    made = _place(file, kind)
+    return made if made.is_dir() else None
 
 
 def cached(source: Path, name: str, make: Callable[[Path], None]) -> Path:
@@ -148,10 +159,11 @@ def _convert(file: Path, target: Path) -> None:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lowbit.checkpoints.gguf_decoded import is_own, write_decoded
+    from lowbit.checkpoints.gguf_decoded import own_model, write_decoded
 
-    if is_own(file):
-        write_decoded(file, target)
+    own = own_model(file)
+    if own is not None:
+        write_decoded(own, target)
         return
     try:
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)

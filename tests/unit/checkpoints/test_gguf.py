@@ -10,11 +10,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import lowbit
 from lowbit.checkpoints import native
-from lowbit.checkpoints.formats import find_format
+from lowbit.checkpoints.formats import find_format, gguf_reading
 from lowbit.checkpoints.formats.base import TensorRole
 from lowbit.checkpoints.formats.gguf import FILE, Gguf
 from lowbit.checkpoints.formats.gguf_presets import types_of
@@ -134,6 +136,14 @@ def test_what_no_type_holds_has_a_reason(spec, words):
 # Files
 
 
+def counting(calls, function):
+    def counted(*arguments, **options):
+        calls.append(arguments)
+        return function(*arguments, **options)
+
+    return counted
+
+
 @torch.no_grad()
 def test_a_checkpoint_is_read_back_bit_for_bit_and_gives_the_same_logits(tmp_path):
     source = quantized(tmp_path, group_size=32, symmetric=True)
@@ -167,6 +177,23 @@ def test_a_packed_embedding_that_is_the_head_too_is_stored_once_and_stays_packed
     torch.testing.assert_close(before(ids).logits, after(ids).logits, rtol=2e-4, atol=2e-4)
     for name, layer in layers_of(before).items():
         assert torch.equal(layer.dequantize(), layers_of(after)[name].dequantize()), name
+
+
+def test_a_packed_file_is_read_once_and_its_weights_are_not_decoded_for_its_tokenizer(tmp_path, monkeypatch):
+    source = quantized(tmp_path, group_size=32, symmetric=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:120]
+    tokenizer = Tokenizer(models.BPE(vocab={"<s>": 0} | {char: i for i, char in enumerate(alphabet, 1)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(source)
+    lowbit.export(source, "gguf", out=tmp_path / "out")
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "cache"))
+    read = []
+    monkeypatch.setattr(gguf_reading.GGUFReader, "__init__", counting(read, gguf_reading.GGUFReader.__init__))
+    for _ in range(2):
+        assert isinstance(lowbit.load(tmp_path / "out").model.layers[0].mlp.up_proj, QuantLinear)
+        assert lowbit.load_tokenizer(tmp_path / "out").convert_tokens_to_ids(alphabet[9]) == 10
+    assert len(read) == 1
+    assert len([each for each in (tmp_path / "cache/gguf").iterdir() if each.is_dir()]) == 1
 
 
 def test_an_evaluation_counts_the_bytes_of_the_file_itself(tmp_path):

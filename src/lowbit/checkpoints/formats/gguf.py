@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gguf import GGUFReader
+
 from lowbit.architectures.gguf import gguf_architecture, gguf_names
 from lowbit.checkpoints.description import ModelDescription
 from lowbit.checkpoints.formats.base import TensorRole, beside_codes, biases
@@ -110,8 +112,8 @@ class Gguf(UsualAnswers):
         """Writes ``model.gguf``."""
         Writing(self.floats, None if self.preset is None else self.preset.upper()).write(model, directory / FILE)
 
-    def holds_packed(self, file: Path) -> bool:
-        """Whether a file is of a known architecture and has weights that packed layers hold.
+    def read_packed(self, file: Path) -> PackedModel | None:
+        """As :meth:`read`; None if a file is of no known architecture, or no packed layer holds any of its weights.
 
         Raises:
             ModelError: not a GGUF file, or a damaged one.
@@ -119,7 +121,8 @@ class Gguf(UsualAnswers):
         reader = opened(file)
         architecture = reader.get_field("general.architecture")
         known = architecture is not None and architecture.contents() in gguf_names()
-        return known and any(tensor.tensor_type.name in BLOCK_TYPES for tensor in reader.tensors)
+        packed = known and any(tensor.tensor_type.name in BLOCK_TYPES for tensor in reader.tensors)
+        return self.model_of(file, reader) if packed else None
 
     def read(self, directory: Path) -> PackedModel:
         """The model of a GGUF file, or of a directory with one, as a stream; each tensor is read when it is asked for.
@@ -130,7 +133,10 @@ class Gguf(UsualAnswers):
             ModelError: no GGUF file, or one of a model that is not known here.
         """
         file = directory if directory.is_file() else directory / FILE
-        reader = opened(file)
+        return self.model_of(file, opened(file))
+
+    def model_of(self, file: Path, reader: GGUFReader) -> PackedModel:
+        """As :meth:`read`, of a file that is open."""
         config, kept = config_and_files(file, reader)
         try:
             entry = gguf_architecture(config)

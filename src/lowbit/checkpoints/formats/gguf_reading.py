@@ -28,10 +28,19 @@ from lowbit.layouts.ggml import BLOCK_TYPES
 from lowbit.modules import LinearDescription
 
 
+class _Reader(GGUFReader):
+    """Reads through a plain array: a slice of a memmap costs several times as much, and every string of a vocabulary is four."""
+
+    def _get(self, *arguments: Any, **options: Any) -> Any:
+        if isinstance(self.data, np.memmap):
+            self.data = self.data.view(np.ndarray)
+        return super()._get(*arguments, **options)
+
+
 def opened(file: Path) -> GGUFReader:
     """A GGUF file. Raises ModelError for what is none, or a damaged one."""
     try:
-        return GGUFReader(file)
+        return _Reader(file)
     except Exception as error:  # it raises whatever damaged bytes lead it to
         raise ModelError(f"{file}: not a GGUF file, or a damaged one ({type(error).__name__}: {error})") from error
 
