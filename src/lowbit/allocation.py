@@ -80,7 +80,9 @@ class Allocation:
             )
             for (pattern, form), numbers in groups.items()
         ]
-        return replace(self.base, scheme=self.base.scheme.with_rules(*rules))
+        # Where nothing was said of the embedding and the head, wider layers must not decide it.
+        scheme = replace(self.base.scheme, outside=self.base.scheme.chosen_outside)
+        return replace(self.base, scheme=scheme.with_rules(*rules))
 
     def by_width(self) -> dict[int, list[str]]:
         """Names of the linears of each width, widest first."""

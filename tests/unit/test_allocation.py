@@ -11,7 +11,7 @@ import yaml
 
 import lowbit
 from lowbit.allocation import error_by_width, spend
-from lowbit.checkpoints.native import bits_report
+from lowbit.checkpoints import native
 from lowbit.numerics import ClipSearch, Gram, Int, PerChannel, Spec
 from lowbit.recipes import as_recipe, from_plain
 from lowbit.solve import Gptq
@@ -56,7 +56,7 @@ def test_the_model_takes_what_was_asked_for_and_every_stored_bit_counts(llama, t
     assert len(widths) > 1
     report = lowbit.quantize(llama, found.recipe, IDS, out=tmp_path / "q", max_kl=1e9)
     assert report.bits_per_weight == pytest.approx(found.bits_per_weight, abs=1e-9)
-    assert bits_report(tmp_path / "q")["bits_per_weight"] == pytest.approx(found.bits_per_weight, abs=1e-9)
+    assert native.bits_per_weight(lowbit.load(tmp_path / "q")) == pytest.approx(found.bits_per_weight, abs=1e-9)
 
 
 def test_an_insensitive_layer_gets_fewer_bits(llama, tmp_path):
@@ -82,6 +82,13 @@ def test_skipped_layers_stay_skipped_and_a_file_holds_the_same_recipe(llama, tmp
     path = tmp_path / "mixed.yaml"
     path.write_text(yaml.safe_dump(found.to_dict()))
     assert as_recipe(path) == found.recipe == from_plain(found.to_dict())
+
+
+def test_layers_that_grow_do_not_keep_the_embedding_from_being_packed(llama):
+    base = lowbit.recipe("rtn", bits=4, group_size=16)
+    found = lowbit.allocate(llama, base, 5.5, IDS)
+    assert max(found.by_width()) > 4 and base.scheme.chosen_outside.embedding is not None
+    assert found.recipe.scheme.chosen_outside == base.scheme.chosen_outside
 
 
 def test_the_ends_of_the_range_that_a_refusal_names_can_be_asked_for(llama):

@@ -68,13 +68,20 @@ def other_model(
 def original_doubts(
     model: str | PathLike[str], original: str | PathLike[str], *, trust_remote_code: bool = False
 ) -> tuple[str, ...]:
-    """A warning where the report of a checkpoint says that it was made of a model with other bytes than ``original``.
+    """A warning where the report of a checkpoint says that it was made of a model with other bytes than ``original``, and where
+    ``original`` is packed and ``model`` is not.
 
     A copy in another format or type has other bytes too, so this is no refusal. GGUF files are not compared.
     """
     if gguf_file(original) is not None:
         return ()
     mine, path = (locate_to_run(each, trust_remote_code=trust_remote_code) for each in (model, original))
+    packed, its = (native.is_native(read_json(place / "config.json")) for place in (mine, path))
+    if its and not packed:
+        return (
+            f"{original}, which is given as the original, is packed, and {model} is not: KL and differences are of {model} from "
+            f"it; the original belongs after against= (--against)",
+        )
     # An exported checkpoint keeps its report; what it is converted into to run has none.
     report = next((file for file in (Path(model).expanduser() / REPORT, mine / REPORT) if file.is_file()), None)
     made_of = [] if report is None else _made_of(read_json(report))

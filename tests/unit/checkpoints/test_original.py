@@ -88,6 +88,11 @@ def test_what_a_checkpoint_was_made_of_is_no_doubt_and_a_model_of_the_same_sizes
     assert original_doubts(place / "model", place / "same sizes") == ()  # no report says what it was made of
 
 
+def test_a_packed_model_that_is_given_as_the_original_of_a_plain_one_is_a_doubt(place):
+    (doubt,) = original_doubts(place / "model", place / "packed")
+    assert "packed, which is given as the original, is packed" in doubt and "--against" in doubt
+
+
 def test_a_trained_checkpoint_was_made_of_the_checkpoint_before_and_of_its_original(place):
     ids = random_ids(3, 16)
     text = Calibration(ids[:1], "a text", "0", held_out=ids[1:2], further=ids[2:])
