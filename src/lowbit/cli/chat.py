@@ -37,8 +37,8 @@ def command(
     The model sees the whole conversation each time. /reset forgets it; /exit or Ctrl-D ends; Ctrl-C stops an answer.
     Where stdin is not a terminal, each of its lines is a message.
     """
-    write = writer(model, trust_remote_code, threads, choose_cache(kv, kv_bits, kv_settings), chat=True)
-    answer = partial(write, temperature=temperature, top_p=top_p, seed=seed)
+    cache, sampling = choose_cache(kv, kv_bits, kv_settings), (temperature, top_p, seed)
+    answer = writer(model, trust_remote_code, threads, cache, sampling, chat=True)
     terminal = sys.stdin.isatty()
     if terminal:
         common.say(HINT)

@@ -49,15 +49,10 @@ def command(
     """
     if prompt == "-":
         prompt = sys.stdin.read().removesuffix("\n")
-    write = writer(model, trust_remote_code, threads, choose_cache(kv, kv_bits, kv_settings), chat=chat)
-    text = write(
-        [{"role": "user", "content": prompt}] if chat else prompt,
-        max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        on_text=None if as_json else show,
-    )
+    cache, sampling = choose_cache(kv, kv_bits, kv_settings), (temperature, top_p, seed)
+    write = writer(model, trust_remote_code, threads, cache, sampling, chat=chat)
+    asked = [{"role": "user", "content": prompt}] if chat else prompt
+    text = write(asked, max_new_tokens, on_text=None if as_json else show)
     if as_json:
         common.print_json({"prompt": prompt, "text": text})
     else:
@@ -65,20 +60,30 @@ def command(
 
 
 def writer(
-    model: str, trust_remote_code: bool, threads: int | None, kv: KVFormats | None, *, chat: bool
+    model: str,
+    trust_remote_code: bool,
+    threads: int | None,
+    kv: KVFormats | None,
+    sampling: tuple[float, float, int],
+    *,
+    chat: bool,
 ) -> Callable[..., str]:
-    """:func:`lowbit.evaluation.generate_text` with its model and tokenizer, loaded from ``model``, and ``kv`` for its cache.
+    """:func:`lowbit.evaluation.generate_text` with its model and tokenizer, loaded from ``model``, ``kv`` for its cache, and the
+    temperature, top-p and seed of ``sampling``.
 
     Raises:
-        ValueError: what loading raises; ``chat`` and a tokenizer without a chat template, before weights are read.
+        ValueError: what loading raises; before weights are read, a temperature or top-p out of range, and ``chat`` with a
+            tokenizer without a chat template.
     """
     common.use_threads(threads)
     import lowbit
     from lowbit import decoding
-    from lowbit.evaluation import check_chat, generate_text
+    from lowbit.evaluation import check_chat, check_sampling, generate_text
     from lowbit.modules import kv_formats
     from lowbit.plan.cache import cache_texts
 
+    temperature, top_p, seed = sampling
+    check_sampling(temperature, top_p)
     common.say(f"loading {model}")
     tokenizer = lowbit.load_tokenizer(model, trust_remote_code=trust_remote_code)
     if chat:
@@ -87,7 +92,7 @@ def writer(
     common.say(decoding.explain(loaded))
     for line in cache_texts(kv_formats(loaded)):
         common.say(line)
-    return partial(generate_text, loaded, tokenizer)
+    return partial(generate_text, loaded, tokenizer, temperature=temperature, top_p=top_p, seed=seed)
 
 
 def show(piece: str) -> None:

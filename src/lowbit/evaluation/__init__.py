@@ -7,7 +7,7 @@ frozen values. Nothing here prints; long work takes `progress(done, total, descr
 
 from lowbit.evaluation.cache_checks import CheckScore, check_generation, check_lengths, check_retrieval
 from lowbit.evaluation.chat import Answer, ChatScore, compare_chat, read_prompts
-from lowbit.evaluation.generate import check_chat, generate_text
+from lowbit.evaluation.generate import check_chat, check_sampling, generate_text
 from lowbit.evaluation.harness import score_with_lm_eval
 from lowbit.evaluation.judge import Verdict, check_judge, judge_answers
 from lowbit.evaluation.layers import output_error, sqnr_db
@@ -41,6 +41,7 @@ __all__ = [
     "check_judge",
     "check_lengths",
     "check_retrieval",
+    "check_sampling",
     "compare_chat",
     "cut",
     "directory_bytes",

@@ -45,10 +45,7 @@ def generate_text(
             has no chat template or a template that refuses them, a temperature or `top_p` out of range; a model whose logits
             are NaN or infinite.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}: 0 is greedy, above 0 samples")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}: expected more than 0 and at most 1, which keeps all tokens")
+    check_sampling(temperature, top_p)
     ids_1T = prompt_ids(tokenizer, prompt).to(model.device)
     length = ids_1T.shape[1]
     what = f"a prompt of {length} tokens and its answer" if isinstance(prompt, str) else "the conversation"
@@ -74,6 +71,14 @@ def generate_text(
             **sampling,
         )
     return tokenizer.decode(out_1T[0, length:], skip_special_tokens=True)
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raises ValueError for what :func:`generate_text` cannot sample by."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}: 0 is greedy, above 0 samples")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}: expected more than 0 and at most 1, which keeps all tokens")
 
 
 class _RefuseBroken(LogitsProcessor):

@@ -282,6 +282,12 @@ def test_generate_streams_the_text_that_json_gives(quantized):
     assert json.loads(whole.stdout)["text"].split() == streamed.stdout.split() != []
 
 
+@pytest.mark.parametrize("asked", [("generate", "--prompt", "w1"), ("chat",)])
+def test_what_cannot_be_sampled_by_is_refused_before_a_model_is_looked_for(asked):
+    command, *prompt = asked
+    assert_refused(run(command, "no/such/model", *prompt, "--top-p", 0), "top_p is 0", "more than 0 and at most 1")
+
+
 def test_generate_reads_its_prompt_from_stdin(quantized):
     given = run("generate", quantized.out, "--prompt", "w1 w2", "--json")
     assert json.loads(run("generate", quantized.out, "--prompt", "-", "--json", stdin="w1 w2\n").stdout) == json.loads(
