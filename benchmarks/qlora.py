@@ -34,7 +34,8 @@ COLUMNS = (
     *("row", "loss before", "after", "tokens/s", "processor s"),
     *("weights, MB", "peak, MB", "of float32's", "of bfloat16's"),
 )
-BASES: dict[str, dict[str, Any]] = {"nf4": {}, "gptq": {"base": "gptq", "bits": 4, "group_size": 64}}
+GPTQ: dict[str, Any] = {"base": "gptq", "bits": 4, "group_size": 64}
+BASES: dict[str, dict[str, Any]] = {"nf4": {}, "gptq": GPTQ, "gptq-calibrated": GPTQ | {"start": "calibrated"}}
 
 
 def _row(label: str, how: str, **more: Any) -> dict[str, Any]:
@@ -45,6 +46,7 @@ ROWS = [
     _row("LoRA, float32", "lora", dtype="float32"),
     _row("QLoRA, NF4", "qlora", base="nf4"),
     _row("QLoRA, GPTQ 4 bits", "qlora", base="gptq"),
+    _row("QLoRA, GPTQ 4 bits, calibrated start", "qlora", base="gptq-calibrated"),
     _row("LoRA, bfloat16", "lora", dtype="bfloat16"),
     _row("LoRA, float32, activations kept", "lora", dtype="float32", recompute=False, memory=True),
     _row("QLoRA, NF4, activations kept", "qlora", base="nf4", recompute=False, memory=True),

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,9 +26,9 @@ from lowbit.checkpoints.target import check_target
 from lowbit.data import Bos, Calibration, CalibrationText, calibration_of, ids_sha256
 from lowbit.evaluation import output_error
 from lowbit.evaluation.forward import evaluating, logits_of
-from lowbit.modules import KVFormats, QuantLinear, restore
+from lowbit.modules import KVFormats, QuantLinear, kv_formats, restore
 from lowbit.numerics import to_dict
-from lowbit.numerics.divergence import kl_and_agreement
+from lowbit.numerics.divergence import kl_and_agreement, score_tokens
 from lowbit.progress import Progress, silent
 from lowbit.recipes import Recipe, Train, as_recipe
 from lowbit.stages.follow import follow_stages
@@ -38,12 +37,12 @@ from lowbit.stages.merge import merge
 from lowbit.stages.train import Training, plain_texts, training_text, whole_texts
 from lowbit.surroundings import own_settings
 from lowbit.texts import own_strategy
-from lowbit.training import Processes, Start, Text
+from lowbit.training import NextToken, Processes, Start, Text, loss_in_pieces
 from lowbit.version import __version__
 
 _RELOAD_TOLERANCE = 1e-4  # relative squared difference of logits; equal up to the order of float32 sums
 _COMPARED = 160
-"""Tokens whose logits the reload must give: more than the usual window of a cache, few enough for float64."""
+"""Tokens whose logits the reload must give: more than the usual window of a cache, few enough for their logits to be held twice."""
 
 
 @dataclass(frozen=True)
@@ -326,10 +325,13 @@ def _measure(job: TrainJob, model: Any, progress: Progress) -> tuple[float, floa
     windows, losses, kls = _windows(job), [], []
     with evaluating(model):
         for i, ids_T in enumerate(windows):
-            logits_TV = logits_of(model, ids_T).float()
-            losses.append(F.cross_entropy(logits_TV[:-1], ids_T[1:]).item())
-            if original is not None:
-                kls.append(kl_and_agreement(logits_of(original, ids_T), logits_TV)[0].mean().item())
+            if original is None and not kv_formats(model):  # the logits of a whole window may outweigh the model
+                losses.append(loss_in_pieces(model, ids_T[None], NextToken()).item())
+            else:
+                logits_TV = logits_of(model, ids_T)
+                losses.append(score_tokens(logits_TV[:-1], ids_T[1:]).nll.mean().item())
+                if original is not None:
+                    kls.append(kl_and_agreement(logits_of(original, ids_T), logits_TV)[0].mean().item())
             progress(i + 1, len(windows), "measuring")
     return _mean(losses), _mean(kls) if kls else None
 

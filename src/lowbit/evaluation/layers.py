@@ -6,6 +6,8 @@ import math
 
 from torch import Tensor
 
+_PIECE = 1 << 20  # values that are held in float64 at once
+
 
 def output_error(reference: Tensor, candidate: Tensor) -> float:
     """||reference - candidate||^2 / ||reference||^2 in float64. 0 is equal; 1 is as bad as zeros.
@@ -23,9 +25,11 @@ def output_error(reference: Tensor, candidate: Tensor) -> float:
         raise ValueError(
             f"outputs of one shape are compared, found {list(reference.shape)} and {list(candidate.shape)}"
         )
-    exact = reference.detach().double()
-    noise = float((exact - candidate.detach().to(exact)).square().sum())
-    signal = float(exact.square().sum())
+    noise = signal = 0.0
+    for some, other in zip(*(x.detach().flatten().split(_PIECE) for x in (reference, candidate)), strict=True):
+        exact = some.double()
+        noise += float((exact - other.to(exact)).square().sum())
+        signal += float(exact.square().sum())
     if signal == 0:
         return 0.0 if noise == 0 else math.nan if math.isnan(noise) else math.inf
     return noise / signal

@@ -10,8 +10,8 @@ A kernel sees plain data (:class:`PackedLinear`), never a module. To add one, en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from lowbit.compiled import ENVIRONMENT, forced
 from lowbit.kernels.activation import fake_quantize_activation
 from lowbit.kernels.decode import decode_packed
-from lowbit.numerics import Affine, SideTerm, Spec
+from lowbit.numerics import Affine, PerChannel, PerGroup, SideTerm, Spec
 from lowbit.numerics.serialize import nearest
 
 
@@ -104,7 +104,38 @@ def _product(x: Tensor, layer: PackedLinear, weight: Tensor | None) -> Tensor:
         y = _DecodedTwice.apply(x, layer)
         assert isinstance(y, Tensor)
         return y
-    return F.linear(x, (reference_weight(layer) if weight is None else weight).to(x.dtype))
+    return _by_parts(x, layer, weight)
+
+
+_VOCABULARY = (
+    30_000  # rows, from which on a weight is a vocabulary's: whole, it would outweigh all else that is decoded
+)
+_PART = 1 << 22  # weights of such a one that are decoded at once
+
+
+def _parts(layer: PackedLinear, weight: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the weight, and what :func:`reference_weight` has there: all at once, but those of a vocabulary in parts.
+
+    ``weight``: the whole :func:`reference_weight`, where the caller kept it.
+    """
+    rows, columns = layer.shape
+    step = rows if rows < _VOCABULARY else max(1, _PART // columns)
+    by_row = isinstance(layer.spec.granularity, PerChannel | PerGroup) and layer.spec.stats is None
+    if weight is None and (step == rows or not by_row or layer.side_terms):
+        weight = reference_weight(layer)
+    for first in range(0, rows, step):
+        some = slice(first, min(first + step, rows))
+        if weight is not None:
+            yield some, weight[some]
+        else:
+            tensors = {name: tensor[some] for name, tensor in layer.tensors.items()}
+            part = replace(layer, tensors=tensors, shape=(some.stop - first, columns), tiles=None)
+            yield some, reference_weight(part)
+
+
+def _by_parts(x: Tensor, layer: PackedLinear, weight: Tensor | None = None) -> Tensor:
+    parts = [F.linear(x, part.to(x.dtype)) for _, part in _parts(layer, weight)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 class _DecodedTwice(torch.autograd.Function):
@@ -113,12 +144,17 @@ class _DecodedTwice(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, reference_weight(layer).to(x.dtype))
+        return _by_parts(x, layer)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (g,) = grads
-        return g @ reference_weight(ctx.layer).to(g.dtype), None
+        total = None
+        for rows, weight in _parts(ctx.layer):
+            some = g[..., rows] @ weight.to(g.dtype)
+            total = some if total is None else total.float() + some
+        assert total is not None
+        return total.to(g.dtype), None
 
 
 def with_side_terms(weight_OI: Tensor, side_terms: tuple[SideTerm, ...]) -> Tensor:

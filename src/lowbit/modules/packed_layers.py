@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lowbit import kernels
+from lowbit.modules.quant_embedding import QuantEmbedding
 from lowbit.modules.quant_linear import QuantLinear
 
 
@@ -31,10 +32,12 @@ def prepare(model: nn.Module) -> None:
 
 
 def restore(model: nn.Module) -> None:
-    """:meth:`QuantLinear.restore` of every packed layer of ``model``: it runs by the kernels that quantized it."""
+    """:meth:`QuantLinear.restore` of every packed layer of ``model``: it runs by the kernels that quantized it. A head takes the
+    codes of the embedding that it shares its scales with."""
+    tables = {table.scale.data_ptr(): table.codes for table in model.modules() if isinstance(table, QuantEmbedding)}
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            module.restore()
+            module.restore(tables.get(module.scale.data_ptr()) if module.is_tied else None)
 
 
 @contextmanager

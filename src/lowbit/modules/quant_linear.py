@@ -251,10 +251,11 @@ class QuantLinear(nn.Module):
         """Whether another module stores the buffers."""
         return "codes" in self._non_persistent_buffers_set
 
-    def restore(self) -> None:
-        """Undoes :meth:`prepare`: canonical codes and nothing else."""
+    def restore(self, codes: Tensor | None = None) -> None:
+        """Undoes :meth:`prepare`: canonical codes and nothing else. ``codes``: these, where another module has them."""
         if self.tiles is not None:
-            self.register_buffer("codes", self._tensors()["codes"], persistent=not self.is_tied)
+            codes = self._tensors()["codes"] if codes is None else codes
+            self.register_buffer("codes", codes, persistent=not self.is_tied)
             self.tiles = self._prepared = None
 
     def explain(self, rows: int = 1) -> list[Reason]:

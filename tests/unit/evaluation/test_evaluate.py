@@ -489,6 +489,8 @@ def test_output_error_is_relative_and_in_float64():
     # in float32 the sum of squares would be infinite
     huge = torch.full((10,), 1e30)
     assert output_error(huge, huge * 1.5) == pytest.approx(0.25, rel=1e-6)
+    many = torch.full((3, 2**20), 2.0)  # more than is held in float64 at once
+    assert output_error(many, many * 1.25) == 0.0625
 
 
 def test_output_error_of_the_edges():

@@ -11,7 +11,8 @@ import lowbit
 from lowbit import decoding
 from lowbit.checkpoints.shards import read_headers
 from lowbit.job import prepare
-from lowbit.modules import QuantEmbedding, QuantLinear
+from lowbit.kernels import decode_packed, ops
+from lowbit.modules import QuantEmbedding, QuantLinear, restore
 from lowbit.numerics import Int, MinMax, PerChannel, PerGroup, Spec, quantize
 from lowbit.pipeline import run
 from lowbit.plan import outside as outsides
@@ -65,6 +66,36 @@ def test_rows_are_those_of_the_decoded_table_and_the_head_multiplies_by_it(bits)
     assert embedding.half()(ids).dtype == torch.float16 and embedding.scale.dtype == torch.float32
     with pytest.raises(IndexError):
         embedding(torch.tensor([50]))
+
+
+def test_the_reference_decodes_a_vocabulary_in_parts_and_its_gradient_is_that_of_the_whole(monkeypatch):
+    head = table(4, rows=30_011, width=512).head()
+    assert head.tiles is None
+    weight, shapes = head.dequantize(), []
+
+    def decode(tensors, spec, shape):
+        shapes.append(shape)
+        return decode_packed(tensors, spec, shape)
+
+    monkeypatch.setattr(ops, "decode_packed", decode)
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    g = torch.randn(3, 30_011, generator=torch.Generator().manual_seed(2))
+    y = head(x)
+    y.backward(g)
+    assert sum(rows for rows, _ in shapes) == 2 * 30_011 and max(rows * columns for rows, columns in shapes) == 2**22
+    with torch.no_grad():
+        assert torch.equal(head(x), y)
+    assert sqnr_db(x.detach().double() @ weight.T.double(), y.detach()) > 120
+    assert x.grad is not None and sqnr_db(g.double() @ weight.double(), x.grad) > 120
+
+
+def test_a_restored_head_has_the_codes_of_its_embedding_not_a_copy(model, tmp_path):
+    lowbit.quantize(model, recipe(embedding=8, head=8), IDS, out=tmp_path / "q")
+    loaded = lowbit.load(tmp_path / "q")
+    codes = loaded.model.embed_tokens.codes
+    restore(loaded)
+    assert loaded.lm_head.tiles is None and torch.equal(loaded.lm_head.codes, codes) == loaded.lm_head.is_tied
+    assert (loaded.lm_head.codes.data_ptr() == codes.data_ptr()) == loaded.config.tie_word_embeddings
 
 
 def test_rows_that_share_parameters_are_refused():
