@@ -35,7 +35,12 @@ COLUMNS = (
     *("weights, MB", "peak, MB", "of float32's", "of bfloat16's"),
 )
 GPTQ: dict[str, Any] = {"base": "gptq", "bits": 4, "group_size": 64}
-BASES: dict[str, dict[str, Any]] = {"nf4": {}, "gptq": GPTQ, "gptq-calibrated": GPTQ | {"start": "calibrated"}}
+BASES: dict[str, dict[str, Any]] = {
+    "nf4": {},
+    "gptq": GPTQ,
+    "gptq-calibrated": GPTQ | {"start": "calibrated"},
+    "owq": GPTQ | {"base": "owq"},
+}
 
 
 def _row(label: str, how: str, **more: Any) -> dict[str, Any]:
@@ -47,6 +52,7 @@ ROWS = [
     _row("QLoRA, NF4", "qlora", base="nf4"),
     _row("QLoRA, GPTQ 4 bits", "qlora", base="gptq"),
     _row("QLoRA, GPTQ 4 bits, calibrated start", "qlora", base="gptq-calibrated"),
+    _row("QLoRA, OWQ 4 bits", "qlora", base="owq"),
     _row("LoRA, bfloat16", "lora", dtype="bfloat16"),
     _row("LoRA, float32, activations kept", "lora", dtype="float32", recompute=False, memory=True),
     _row("QLoRA, NF4, activations kept", "qlora", base="nf4", recompute=False, memory=True),
