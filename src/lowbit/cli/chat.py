@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import typer
@@ -66,7 +65,7 @@ def command(
                 said = [*asked, {"role": "assistant", "content": text}]
 
 
-def _answer(write: partial[str], messages: list[dict[str, str]], max_new_tokens: int, terminal: bool) -> str:
+def _answer(write: Callable[..., str], messages: list[dict[str, str]], max_new_tokens: int, terminal: bool) -> str:
     """The answer, shown as it comes. At a terminal Ctrl-C ends it, and what was shown counts as the answer."""
     shown: list[str] = []
 

@@ -34,10 +34,12 @@ def prepare(model: nn.Module) -> None:
 def restore(model: nn.Module) -> None:
     """:meth:`QuantLinear.restore` of every packed layer of ``model``: it runs by the kernels that quantized it. A head takes the
     codes of the embedding that it shares its scales with."""
-    tables = {table.scale.data_ptr(): table.codes for table in model.modules() if isinstance(table, QuantEmbedding)}
+    stored = [module.packed() for module in model.modules() if isinstance(module, QuantEmbedding)]
+    codes = {table["scale"].data_ptr(): table["codes"] for table in stored if "scale" in table}
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            module.restore(tables.get(module.scale.data_ptr()) if module.is_tied else None)
+            scale = module._buffers.get("scale") if module.is_tied else None
+            module.restore(None if scale is None else codes.get(scale.data_ptr()))
 
 
 @contextmanager
