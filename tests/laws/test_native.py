@@ -490,3 +490,17 @@ def test_one_value_that_is_not_finite_spoils_every_token_that_shares_its_range(i
     packed = layer(Spec(Int(8, True), PerChannel()), act=Spec(Int(8, True), PerTensor()))
     assert reference(x, packed).isnan().all()
     assert product.run(isa, x, packed).isnan().all()
+
+
+@pytest.mark.skipif(not set(native.MATRIX_TILES) & set(native.instruction_sets()), reason="no matrix tiles here")
+@pytest.mark.parametrize(("granularity", "tiled"), [(PerGroup(64), True), (PerChannel(), True), (PerGroup(16), False)])
+@torch.no_grad()
+def test_many_float32_tokens_run_by_matrix_tiles_where_a_group_fills_one(granularity, tiled):
+    w = torch.randn(48, 192, generator=torch.Generator().manual_seed(0))
+    layer = QuantLinear.from_qtensor(quantize(w, Spec(Int(4), granularity), MinMax()))
+    layer.prepare()
+    x = torch.randn(400, 192, generator=torch.Generator().manual_seed(1))
+    y, by_tiles = layer(x), native.linear(native.instruction_sets()[0], x, layer.tiles, 48)
+    assert torch.equal(y, by_tiles) == tiled
+    right = x.double() @ layer.dequantize().double().T
+    assert all(10 * torch.log10(right.square().sum() / (right - z).square().sum()) > 110 for z in (y, by_tiles))

@@ -52,6 +52,7 @@ UNIFORM, TABLE, CODEBOOK, BINARY = range(4)
 _FLOATS, _INT8, _HALVES, _FIXED = range(4)
 MATRIX_TILES = {"amx": "avx512"}  # instruction sets with matrix tiles, and the one that runs their other products
 TILE_ROWS = 16  # tokens that fill a tile
+TILE_COLUMNS = 64  # bytes of a row of a tile
 DTYPES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 4}
 
 
@@ -165,6 +166,11 @@ def _of_minimum(params: Offset) -> Affine:
     scale = torch.where(params.scale == 0, params.minimum.abs() * 2.0**-24, params.scale)
     none = scale == 0
     return Affine(scale, (params.minimum / torch.where(none, 1, scale)).masked_fill(none, 0))
+
+
+def group_of(tiles: Tensor) -> int:
+    """Columns that share parameters, from the tiles' header (``cpu/tiles.h``)."""
+    return int(tiles[32:40].view(torch.int64))
 
 
 def unpack(tiles: Tensor, spec: Spec, shape: tuple[int, int]) -> Tensor:
