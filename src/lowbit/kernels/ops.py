@@ -107,10 +107,10 @@ def _product(x: Tensor, layer: PackedLinear, weight: Tensor | None) -> Tensor:
     return _by_parts(x, layer, weight)
 
 
-_VOCABULARY = (
-    30_000  # rows, from which on a weight is a vocabulary's: whole, it would outweigh all else that is decoded
-)
-_PART = 1 << 22  # weights of such a one that are decoded at once
+_VOCABULARY = 30_000
+"""Rows from which on a weight is a vocabulary's. Decoded whole, it would outweigh everything else."""
+_PART = 1 << 22
+"""Weights of a vocabulary that are decoded at once."""
 
 
 def _parts(layer: PackedLinear, weight: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:

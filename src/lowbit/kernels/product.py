@@ -9,8 +9,9 @@ Inputs are multiplied as follows:
   token in which one value takes the digits of most others is multiplied in float32;
 * floating inputs and tables or codebooks: in float32;
 * many bfloat16 tokens with matrix tiles: unchanged, with weights rounded to bfloat16 in cache;
-* many other floating tokens, unless three integer products are faster for any number of them: the weight is decoded in panels that stay in cache, and torch multiplies, in float32 if the
-  processor has no matrix instructions for the input's dtype.
+* many other floating tokens, unless three integer products are faster for any number of them: the weight is decoded in
+  panels that stay in cache, and torch multiplies, in float32 if the processor has no matrix instructions for the input's
+  dtype.
 
 Shapes: T token, O output channel, I input channel.
 """
@@ -43,7 +44,7 @@ _FEW_SLOW = 16
 _FEW_BY_LANES = {UNIFORM: 24, TABLE: native.TILE_ROWS - 1, BINARY: native.TILE_ROWS - 1}
 # Instruction sets with integer dot products and at most eight float32 lanes: three integer products cost less than one in
 # float32 for any number of tokens. With AVX-512 they do if torch's own gain from integers is well over three, and with matrix
-# tiles if a group fills one: in a third to nine tenths of the time (SmolLM2's and Llama's linears).
+# tiles if a group fills one: in a quarter to nine tenths of the time (SmolLM2's and Llama's linears).
 _DOTS = ("avxvnni", "neon")
 _THREE_PAY = 4.5
 

@@ -55,8 +55,14 @@ def token_by_token(model, ids, cache):
         return torch.cat([model(ids[:, t : t + 1], **{name: cache}).logits for t in range(ids.shape[1])], 1)
 
 
-def close(a, b, tolerance=1e-9):
+def assert_near(a, b, tolerance=1e-9):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+@torch.no_grad()
+def assert_changed(model, ids, logits):
+    """The cache that gave ``logits`` changes them: a simulation that did nothing would not agree with it."""
+    assert not torch.allclose(model(ids).logits, logits, atol=1e-4), "the format changes too little to tell"
 
 
 @pytest.mark.parametrize("name", [*FORMATS, *METHODS])
@@ -65,10 +71,9 @@ def test_a_window_at_once_is_the_window_token_by_token(model, name):
     wanted = token_by_token(model, ids, PackedCache(model.config, spec))
     with torch.no_grad(), simulated_cache(model, KVFormats(spec)):
         found = model(ids).logits
-    exact = model(ids).logits
     # Angles and rotated channels of one token and of a window are not always the same float32 numbers.
-    close(found, wanted, 1e-5 if spec.before_rope or spec.key_rotation or spec.value_rotation else 1e-9)
-    assert not torch.allclose(exact, wanted, atol=1e-4), "the format changes too little to tell"
+    assert_near(found, wanted, 1e-5 if spec.before_rope or spec.key_rotation or spec.value_rotation else 1e-9)
+    assert_changed(model, ids, wanted)
 
 
 def test_layers_may_differ_and_be_left_as_they_are():
@@ -76,14 +81,16 @@ def test_layers_may_differ_and_be_left_as_they_are():
     formats = KVFormats(FORMATS["kivi"], (KVRule((0, -1), None), KVRule((1,), FORMATS["a window and sinks"])))
     wanted = token_by_token(four, ids, PackedCache(four.config, formats.kv, formats.overrides))
     with torch.no_grad(), simulated_cache(four, formats):
-        close(four(ids).logits, wanted)
+        assert_near(four(ids).logits, wanted)
+    assert_changed(four, ids, wanted)
 
 
 def test_levels_of_a_normal_distribution_and_exempt_layers(model):
     six, ids = llama(num_hidden_layers=6).double(), tokens(1, LENGTH)
     wanted = token_by_token(six, ids, PackedCache(six.config, TURBO.kv, TURBO.kv_overrides))
     with torch.no_grad(), simulated_cache(six, TURBO.cache):
-        close(six(ids).logits, wanted, 1e-5)
+        assert_near(six(ids).logits, wanted, 1e-5)
+    assert_changed(six, ids, wanted)
 
 
 def test_keys_with_large_biases_are_simulated_as_their_cache_holds_them():
@@ -91,7 +98,8 @@ def test_keys_with_large_biases_are_simulated_as_their_cache_holds_them():
     spec = KVSpec(TOKEN, TOKEN)
     wanted = token_by_token(biased, ids, packed_cache(biased, spec))
     with torch.no_grad(), simulated_cache(biased, KVFormats(spec)):
-        close(biased(ids).logits, wanted, 1e-4)
+        assert_near(biased(ids).logits, wanted, 1e-4)
+    assert_changed(biased, ids, wanted)
 
 
 def test_positions_that_are_learned_and_heads_that_are_fused():
@@ -101,7 +109,8 @@ def test_positions_that_are_learned_and_heads_that_are_fused():
     spec = FORMATS["kivi"]
     wanted = token_by_token(gpt2, ids, PackedCache(gpt2.config, spec))
     with torch.no_grad(), simulated_cache(gpt2, KVFormats(spec)):
-        close(gpt2(ids).logits, wanted)
+        assert_near(gpt2(ids).logits, wanted)
+    assert_changed(gpt2, ids, wanted)
 
 
 def test_models_that_attend_eagerly_give_the_same(model):
@@ -109,8 +118,9 @@ def test_models_that_attend_eagerly_give_the_same(model):
     spec = FORMATS["kivi"]
     wanted = token_by_token(model, ids, PackedCache(model.config, spec))  # eager attention rounds to float32
     with torch.no_grad(), simulated_cache(eager, KVFormats(spec)):
-        close(eager(ids, attention_mask=torch.ones_like(ids)).logits, wanted)
+        assert_near(eager(ids, attention_mask=torch.ones_like(ids)).logits, wanted)
     assert eager.config._attn_implementation == "eager"
+    assert_changed(model, ids, wanted)
 
 
 @pytest.mark.parametrize("recent", [0, 4])
@@ -121,11 +131,11 @@ def test_masks_that_are_added_hide_what_those_that_choose_hide(recent):
     chosen[1, :, :, :7] = False
     added = torch.where(chosen, 0.0, torch.finfo(torch.float32).min)
     found, wanted = (attend_simulated(query, key, value, layer, mask) for mask in (added, chosen))
-    close(found[:1], attend_simulated(query, key, value, layer)[:1])
-    close(found[1, 7:], wanted[1, 7:])
+    assert_near(found[:1], attend_simulated(query, key, value, layer)[:1])
+    assert_near(found[1, 7:], wanted[1, 7:])
     assert found.isfinite().all() and wanted.isfinite().all()
     by_head = chosen.expand(2, 4, 30, 30)
-    close(attend_simulated(query, key, value, layer, by_head), wanted)
+    assert_near(attend_simulated(query, key, value, layer, by_head), wanted)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -148,9 +158,9 @@ def test_without_a_window_all_tokens_but_a_querys_own_are_read_as_packed(formats
     hidden = ~mask if masked else ~torch.ones_like(mask).tril()
     weights = score.masked_fill(hidden, -torch.inf).softmax(-1)
     wanted = ((weights * own) @ value + (weights * ~own) @ packed_value).transpose(1, 2)
-    close(found, wanted)
+    assert_near(found, wanted)
     for a, b in zip(*(torch.autograd.grad(y.sin().sum(), leaves) for y in (found, wanted)), strict=True):
-        close(a, b)
+        assert_near(a, b)
 
 
 WINDOWS = {
@@ -191,9 +201,9 @@ def test_behind_a_window_a_query_reads_as_packed_what_has_left_it(spec, masked, 
     score = score if softcap is None else softcap * torch.tanh(score / softcap)
     weights = score.masked_fill(~(causal if mask is None else chosen), -torch.inf).softmax(-1)
     wanted = ((weights * ~by_value) @ value + (weights * by_value) @ packed_value).transpose(1, 2)
-    close(found, wanted)
+    assert_near(found, wanted)
     for a, b in zip(*(torch.autograd.grad(y.sin().sum(), leaves) for y in (found, wanted)), strict=True):
-        close(a, b)
+        assert_near(a, b)
 
 
 class Largest(TorchDispatchMode):
@@ -235,7 +245,8 @@ def test_calibrated_coordinates_are_those_of_the_cache(model, spec):
     layers = PackedCache(model.config, spec, coordinates=coordinates).packed_layers
     with torch.no_grad(), simulated_layers(model, layers):
         # Coordinates are applied in float32, whose sums differ between one token and many.
-        close(model(ids).logits, wanted, 1e-4)
+        assert_near(model(ids).logits, wanted, 1e-4)
+    assert_changed(model, ids, wanted)
 
 
 @pytest.mark.parametrize("grid", [Int(4), Int(4, symmetric=True), Float(2, 1)])
@@ -247,7 +258,8 @@ def test_a_range_of_all_tokens_is_that_of_the_cache(model, grid):
     wanted = token_by_token(model, ids, cache)
     layers = PackedCache(model.config, KVSpec(form, form), coordinates=coordinates).packed_layers
     with torch.no_grad(), simulated_layers(model, layers):
-        close(model(ids).logits, wanted)
+        assert_near(model(ids).logits, wanted)
+    assert_changed(model, ids, wanted)
 
 
 # ---- blocks, weights from elsewhere, half precision, passes that run twice ------------------------------------------------
@@ -267,7 +279,7 @@ def test_a_single_block_with_weights_from_elsewhere_computes_as_in_its_model(mod
         parameter.data.zero_()
     with torch.no_grad(), simulated_layers(empty, {1: PackedLayer(spec)}):
         found = functional_call(empty, weights, args, kwargs)
-    close(found, wanted)
+    assert_near(found, wanted)
     with torch.no_grad():
         assert not torch.allclose(functional_call(empty, weights, args, kwargs), wanted, atol=1e-4)
 
@@ -294,7 +306,7 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant):
     found = gradients(trained, ids, formats)
     assert all(grad.isfinite().all() and grad.abs().sum() > 0 for grad in wanted.values())
     for name, grad in wanted.items():
-        close(found[name], grad)
+        assert_near(found[name], grad)
 
 
 def test_a_second_pass_after_the_simulation_is_over_is_noticed():
@@ -367,7 +379,7 @@ def test_a_limit_takes_the_gradients_of_large_keys_and_values_that_symmetric_int
     for x, free, kept, turns in zip((key, value), plain[1:], limited[1:], (before_rope, False), strict=True):
         large = (layer.sides[0].turned(x, 0, -1) if turns else x).abs() >= 2.0
         as_packed = [layer.sides[0].turned(g, 0, -1) if turns else g for g in (free, kept)]
-        close(as_packed[1], torch.where(large, 0.0, as_packed[0]), 1e-6)  # tokens are rounded in float32
+        assert_near(as_packed[1], torch.where(large, 0.0, as_packed[0]), 1e-6)  # tokens are rounded in float32
         assert 0 < int(large.sum()) < large.numel() and as_packed[0][large].abs().max() > 0
 
 
@@ -384,7 +396,7 @@ def test_ranges_that_are_constant_pass_no_gradient_to_the_values_that_set_them()
 
     weights = (query @ key.mT * 8**-0.5).masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
     found = attend_simulated(query, key, value, layer).transpose(1, 2)
-    close(of_values(False), weights.mT @ (2 * found), 1e-6)  # straight through; tokens are rounded in float32
+    assert_near(of_values(False), weights.mT @ (2 * found), 1e-6)  # straight through; tokens are rounded in float32
     assert not torch.allclose(of_values(True), of_values(False))
 
 
@@ -393,10 +405,11 @@ def test_a_quantizer_that_is_off_leaves_torchs_attention():
     for spec in (KVSpec(None, None), KVSpec(TOKEN, TOKEN, recent=40), KVSpec(TOKEN, TOKEN, sink=40)):
         found = attend_simulated(query, key, value, PackedLayer(spec)).transpose(1, 2)
         wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        assert_near(found, wanted)
         for a, b in zip(
             *(torch.autograd.grad(y.square().sum(), (query, key, value)) for y in (found, wanted)), strict=True
         ):
-            close(a, b)
+            assert_near(a, b)
 
 
 @pytest.mark.parametrize("spec", FORMATS.values(), ids=FORMATS)
