@@ -86,13 +86,13 @@ class CacheCalibration(nn.Module):
         for name in spec.buffers:
             shape = spec.shape(name)
             if name.endswith("rotation"):
-                start = torch.eye(shape[-1], dtype=torch.float32, device=device).expand(shape).clone()
+                start = torch.eye(shape[-1], device=device).expand(shape).clone()
             elif name.endswith("scale"):
-                start = torch.ones(shape, dtype=torch.float32, device=device)
+                start = torch.ones(shape, device=device)
             elif name.endswith("range"):
-                start = torch.tensor([-1.0, 1.0], dtype=torch.float32, device=device).expand(shape).clone()
+                start = torch.tensor([-1.0, 1.0], device=device).expand(shape).clone()
             else:
-                start = torch.zeros(shape, dtype=torch.float32, device=device)
+                start = torch.zeros(shape, device=device)
             self.register_buffer(name, start.to(torch.float32))
 
     @torch.no_grad()
